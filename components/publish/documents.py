@@ -1,0 +1,114 @@
+"""The papers that go with a version: model card, recipe and software bill of materials. No internal URIs in any."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_retrain.code import project_root
+from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.plan import Plan
+
+
+def recipe(plan: Plan) -> dict[str, Any]:
+    """Everything that determined the version: identity fields, content pins, code identities; no place names."""
+    return {
+        "line": plan.line,
+        "steps": {s.name: s.identity for s in plan.steps},
+        "inputs": {s.name: s.inputs for s in plan.steps},
+        "code": {s.name: s.code for s in plan.steps},
+        "sources": {n: {f.path: f.pin for f in p.files} if p else None for n, p in plan.sources.items()},
+        "champion": plan.champion.version if plan.champion else None,
+    }
+
+
+def sbom(plan: Plan, version: str) -> dict[str, Any]:
+    """CycloneDX 1.5: the pinned packages and the base model."""
+    pins = (project_root() / "constraints.txt").read_text()
+    packages = sorted(
+        re.findall(r"^([A-Za-z0-9._-]+)==([^\s;#]+)", pins, flags=re.MULTILINE), key=lambda p: p[0].lower()
+    )
+    libraries = [
+        {"type": "library", "name": name, "version": found, "purl": f"pkg:pypi/{name.lower()}@{found}"}
+        for name, found in packages
+    ]
+    base = plan.sources["base_model"]
+    assert base is not None
+    model = {
+        "type": "machine-learning-model",
+        "name": "base_model",
+        "version": base.key()[:12],
+        "hashes": [
+            {"alg": "SHA-256", "content": f.pin.removeprefix("sha256:")} for f in base.files if f.pin[:7] == "sha256:"
+        ],
+    }
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "version": 1,
+        "metadata": {"component": {"type": "machine-learning-model", "name": plan.line, "version": version}},
+        "components": [model, *libraries],
+    }
+
+
+def model_card(
+    config: PublishConfig,
+    plan: Plan,
+    version: str,
+    verdict: Mapping[str, Any],
+    numbers: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """A page for the person who finds the version: what it is, how it was judged, how to use it."""
+    train = plan.step("train_qlora").identity
+    rows = [
+        f"| {r['name']} | {_number(r.get('value'))} | {_number(r.get('low'))} to {_number(r.get('high'))} "
+        f"| {_number(r.get('limit'))} | {'yes' if r['passed'] else 'no'} |"
+        for r in verdict["rules"]
+    ]
+    measured = [
+        f"| {name} | {_number(c.get('accuracy'))} | {_number(c.get('macro_f1'))} | {_number(c.get('loss'))} |"
+        for name, c in verdict["contestants"].items()
+    ]
+    champion = plan.champion.version if plan.champion else "none: this is the line's first"
+    system = plan.step("validate_data").identity["system"]
+    return "\n".join(
+        [
+            "---",
+            f"license: {config.licence}",
+            "library_name: transformers",
+            "---",
+            f"# {plan.line} {version}",
+            "",
+            config.description or "A fine-tuned language model.",
+            "",
+            f"**Verdict:** {verdict['sentence']}",
+            "",
+            "| rule | value | interval | limit | passed |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "| contestant | accuracy | macro-F1 | loss (nats a token) |",
+            "|---|---|---|---|",
+            *measured,
+            "",
+            f"Compared with the version in production: {champion}. The numbers above are of the 4-bit base with its "
+            "adapter; `evaluation/certificate.json` has those of the merged form in `model/`, the form that runs.",
+            "",
+            "## How it was made",
+            "",
+            f"QLoRA: rank {train['rank']}, alpha {train['alpha']:g}, learning rate {train['learning_rate']:g}, "
+            f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows. "
+            "`recipe.json` has every setting and content pin, `sbom.json` the software.",
+            "",
+            "## How to use it",
+            "",
+            "`model/` is a plain transformers folder: `AutoModelForCausalLM.from_pretrained('model')`."
+            + (f" It was trained with the system turn: {system!r}." if system else ""),
+            "",
+        ]
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value or "-")

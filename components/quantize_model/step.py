@@ -1,0 +1,115 @@
+"""Store the base model in 4 bits (NF4, with double quantization unless told otherwise), once, on the CPU.
+
+Reads base_model: a Hugging Face folder with 16- or 32-bit safetensors weights and a tokenizer.
+Makes base_nf4: the same model pre-quantized by bitsandbytes, its tokenizer files copied byte by byte, and
+`quantization.json` with what was measured: bits a weight, sizes, the error of each kind of layer.
+Refuses (13) unsafe or damaged bases and a result that is not what was promised; (12) what is no base model.
+
+Command: `python -m components.quantize_model --plan URI`
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from components.quantize_model.measure import layer_errors, promised_bits, stored_bits
+from qlora_retrain import graph, modeling, progress
+from qlora_retrain.chat import load_tokenizer
+from qlora_retrain.config.sections import QuantizeConfig
+from qlora_retrain.errors import IntegrityError, UsageError
+from qlora_retrain.outcome import Report
+
+SHARD_SIZE = "5GB"
+TOLERANCE = 0.01  # of the bits a weight, against the arithmetic of the method
+PROBE_TOKENS = 16
+
+
+def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> Report:
+    """Quantize, save, measure the saved tensors, and check that they load to the same model.
+
+    Raises:
+        UsageError: If `base_model` is no causal language model in 16 bits with a tokenizer.
+        IntegrityError: If it is unsafe or damaged, or the stored form is not what was promised.
+    """
+    progress.update("quantizing", 0, 3)
+    model = _quantized(config, base_model)
+    errors = layer_errors(model, base_model)
+    probe = _probe(model)
+    progress.update("quantizing", 1, 3)
+
+    model.config._name_or_path = ""  # a path of this machine must not enter the artifact
+    model.save_pretrained(base_nf4, max_shard_size=SHARD_SIZE)
+    del model
+    _copy_tokenizer(base_model, base_nf4)
+    progress.update("quantizing", 2, 3)
+
+    bits = stored_bits(base_nf4)
+    promised = promised_bits(config.double_quant)
+    if abs(bits.per_weight / promised - 1) > TOLERANCE:
+        raise IntegrityError(
+            f"base_nf4: {bits.per_weight:.4f} bits a weight are stored where {promised:.4f} are promised; "
+            "the installed bitsandbytes does not quantize as this step expects"
+        )
+    if not torch.equal(probe, _probe(modeling.load_nf4(base_nf4, dtype="bfloat16"))):
+        raise IntegrityError("base_nf4: the saved model computes other numbers than the one it was saved from")
+    progress.update("quantizing", 3, 3, bits_per_weight=bits.per_weight)
+
+    numbers = {
+        "bits_per_weight": round(bits.per_weight, 5),
+        "bits_per_weight_with_tables": round(bits.per_weight_with_tables, 5),
+        "bits_per_weight_promised": round(promised, 5),
+        "quantized_weights": bits.weights,
+        "relative_error": round(errors["all"], 5),
+        "size_bytes": _weights_bytes(base_nf4),
+        "base_bytes": _weights_bytes(base_model),
+    }
+    document = {
+        "settings": config.identity(),
+        **numbers,
+        "relative_error_by_layer": {name: round(value, 5) for name, value in errors.items() if name != "all"},
+    }
+    (base_nf4 / "quantization.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    for path in base_nf4.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600, which another user's consumer could not read
+    return Report(numbers)
+
+
+def _quantized(config: QuantizeConfig, base_model: Path) -> PreTrainedModel:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quant_type,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+    model = modeling.load_base(base_model, dtype=config.dtype, quantization=settings)
+    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise UsageError(f"base_model: {type(model).__name__} has no linear layer that bitsandbytes can quantize")
+    return model
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a few fixed tokens, as bits to compare."""
+    ids = torch.arange(PROBE_TOKENS).remainder(model.config.vocab_size).unsqueeze(0)
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise IntegrityError("base_nf4: the quantized model computes numbers that are not finite")
+    return logits
+
+
+def _copy_tokenizer(base_model: Path, base_nf4: Path) -> None:
+    for pattern in graph.TOKENIZER_FILES:
+        for path in sorted(base_model.glob(pattern)):
+            if path.name != "config.json":  # the 4-bit form has its own
+                shutil.copyfile(path, base_nf4 / path.name)
+    load_tokenizer(base_nf4)
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

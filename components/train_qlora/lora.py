@@ -1,0 +1,94 @@
+"""The adapter: which layers get one, how it starts, how it is written and read back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn import Linear
+from transformers import PreTrainedModel
+
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import UsageError
+from qlora_retrain.modeling import compute_in_input_precision
+
+BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
+ATTENTION = ("attn", "attention")
+
+
+def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """A fresh adapter over the frozen base; A is random (seed it before), B is zero, both fp32.
+
+    Raises:
+        UsageError: If `target_modules` names no layer of this model.
+    """
+    alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=target_modules(model, config.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model.config.use_cache = False
+    adapted = get_peft_model(model, settings)
+    adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
+    compute_in_input_precision(adapted)
+    return adapted
+
+
+def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
+    """The names of the linear layers that are meant, sorted; never the output layer, which stays in 16 bits.
+
+    Raises:
+        UsageError: If a name is unknown (with the nearest one), or nothing is left.
+    """
+    head = model.get_output_embeddings()
+    paths = [name for name, module in model.named_modules() if isinstance(module, Linear) and module is not head]
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    if wanted == "all-linear":
+        found = names
+    elif wanted == "attention":
+        inside = {p.rsplit(".", 1)[-1] for p in paths if any(word in p.rsplit(".", 2)[-2] for word in ATTENTION)}
+        found = sorted(inside)
+    else:
+        for name in wanted:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(
+                    f"train.target_modules: no layer is called {name!r}, there are {', '.join(names)}{hint}"
+                )
+        found = sorted(set(wanted))
+    if not found:
+        raise UsageError(f"train.target_modules: {wanted!r} matches no layer, there are {', '.join(names) or 'none'}")
+    return found
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`: the same bytes for the same adapter."""
+    # The vocabulary is never changed here; "auto" would go and look for the base model by its name.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template; publishing writes a real one
+    path = folder / "adapter_config.json"
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    document["target_modules"] = sorted(document["target_modules"])  # PEFT keeps a set, whose order changes
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def load(model: PeftModel, folder: Path) -> None:
+    """Put the weights of `folder` into the adapter, in its own precision."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def trainable_parameters(model: PeftModel) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,48 @@
+"""What is said about a training run: the optimizer that was really used, and the page for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_retrain import report
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.outcome import Number
+
+CURVE_POINTS = 400  # more cannot be seen on a page
+
+
+def optimizer_used(config: TrainConfig, optimizer: Any) -> str:
+    """The optimizer as it ran: on a CPU never paged, on a GPU by what its state tensors are."""
+    name = config.optimizer.removeprefix("paged_")
+    if config.device != "cuda":
+        return f"{name}, not paged: bitsandbytes pages nothing on a CPU ({config.optimizer} was asked for)"
+    states = optimizer.state.values() if optimizer is not None else ()  # none: every step was done before a restart
+    tensors = [tensor for state in states for tensor in state.values() if hasattr(tensor, "is_cuda")]
+    paged = sum(1 for tensor in tensors if getattr(tensor, "is_paged", False))
+    return f"{config.optimizer}, {paged} of {len(tensors)} state tensors paged (the small ones never are)"
+
+
+def report_page(settings: Mapping[str, Any], numbers: Mapping[str, Number], steps: Sequence[Mapping[str, Any]]) -> str:
+    """Settings, numbers and the loss curve as one self-contained page."""
+    eval_loss = numbers["eval_loss"]
+    measured = f", {eval_loss:.4g} on the evaluation rows" if isinstance(eval_loss, float) else ""
+    sentence = f"{numbers['steps']} steps; the loss ended at {numbers['train_loss']:.4g} nats a token{measured}."
+    return report.page(
+        "Training",
+        sentence,
+        report.section(
+            "Loss",
+            report.line_chart({"loss": _curve(steps, "loss")}, "step", "nats a supervised token"),
+            report.line_chart({"gradient norm": _curve(steps, "grad_norm")}, "step", "gradient norm before clipping"),
+        ),
+        report.section("Numbers", report.numbers(numbers)),
+        report.section("Settings", report.numbers({name: str(value) for name, value in settings.items()})),
+    )
+
+
+def _curve(steps: Sequence[Mapping[str, Any]], what: str) -> list[tuple[float, float]]:
+    """(step, value), averaged over neighbours where there are more steps than can be seen."""
+    width = -(-len(steps) // CURVE_POINTS)
+    groups = [steps[i : i + width] for i in range(0, len(steps), width or 1)]
+    return [(float(g[-1]["step"]), sum(float(entry[what]) for entry in g) / len(g)) for g in groups]

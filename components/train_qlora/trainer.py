@@ -1,0 +1,234 @@
+"""transformers' Trainer, with our loss, our order, our checkpoints and our ways to stop."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from components.train_qlora import lora
+from components.train_qlora.loss import summed_loss, supervised
+from components.train_qlora.rows import Batch, Collate, Order, Rows
+from qlora_retrain import checkpoints, preempt, progress
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import Diverged, TryAgain
+
+KEPT_CHECKPOINTS = 2
+TELL_SECONDS = 10.0
+HOPELESS_STEPS = 20  # a mean loss over this many steps ...
+HOPELESS = 1.5  # ... that is this many times worse than guessing, and worse than the first step's
+LOGGED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps in all."""
+    a_pass = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
+    return config.max_steps or math.ceil(config.epochs * a_pass)
+
+
+def arguments(config: TrainConfig, steps: int, scratch: Path) -> TrainingArguments:
+    """Our settings in the Trainer's words."""
+    return TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=config.warmup,  # below 1: a share of the steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        seed=config.seed,
+        use_cpu=config.device != "cuda",
+        bf16=False,  # the base computes in bf16 by itself; autocast would only add casts
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a NaN behind a running mean
+        save_strategy="no",  # `Watch` decides by time
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=config.device == "cuda",
+    )
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Decides after each step whether to save and whether to stop, and tells how far the work is."""
+
+    def __init__(self, config: TrainConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.stopped: str | None = None
+        self.tokens = 0  # of this process
+        self.begun = self.saved = self.told = time.monotonic()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of this process, padding not counted, over the time since it began to train."""
+        return self.tokens / max(time.monotonic() - self.begun, 1e-9)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clocks."""
+        self.begun = self.saved = self.told = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save when it is time to, when asked to stop, and at the end."""
+        now = time.monotonic()
+        limit = self.config.max_hours
+        if state.global_step < self.steps:
+            if preempt.requested():
+                self.stopped = "asked to stop"
+            elif limit is not None and now - self.begun >= limit * 3600:
+                self.stopped = "time budget used up; raise train.max_hours or run again"
+        due = now - self.saved >= self.config.checkpoint_minutes * 60
+        if due or self.stopped or state.global_step >= self.steps:
+            control.should_save = True
+            self.saved = now
+        control.should_training_stop = control.should_training_stop or self.stopped is not None
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Tell now and then."""
+        if "loss" not in logs:
+            return
+        self.tokens += logs["tokens"]
+        step = state.global_step
+        late = time.monotonic() - self.told >= TELL_SECONDS  # a slow machine tells by time
+        if step % self.config.log_every_steps == 0 or step >= self.steps or late:
+            self.told = time.monotonic()
+            progress.update("training", step, self.steps, loss=logs["loss"], tokens_per_second=self.tokens_per_second)
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """Trains the adapter of a `PeftModel` on encoded rows; one process, one device."""
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the supervised tokens of the whole optimizer step
+
+    def __init__(self, model: PeftModel, config: TrainConfig, rows: Rows, pad: int, scratch: Path) -> None:
+        self.scratch = scratch
+        self.watch = Watch(config, total_steps(config, len(rows)))
+        self.order = Order(rows.lengths, config.batch_size * config.gradient_accumulation, config.seed)
+        args = arguments(config, self.watch.steps, scratch)
+        args._n_gpu = min(args.n_gpu, 1)  # a step gets one GPU; DataParallel does not know 4-bit weights
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collate(pad), callbacks=[self.watch])
+        self.remove_callback(PrinterCallback)
+        self.counts: dict[str, int] = {}
+
+    def train_or_go_on(self) -> None:
+        """Train to the last step, from the newest valid checkpoint if there is one.
+
+        Raises:
+            Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
+            TryAgain: If asked to stop, after saving.
+        """
+        newest = checkpoints.newest_valid(self.scratch)
+        begin = checkpoints.step_of(newest) if newest else 0
+        for folder in checkpoints.found(self.scratch):
+            if checkpoints.step_of(folder) > begin:  # it did not verify, and will be made again
+                shutil.rmtree(folder)
+        if newest:
+            progress.say(f"going on from {newest.name} of {self.watch.steps} steps")
+        if newest and begin >= self.watch.steps:
+            self._load_from_checkpoint(str(newest))
+            self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            return
+        if preempt.requested():
+            raise TryAgain("asked to stop before the first step; run it again")
+        self.train(resume_from_checkpoint=str(newest) if newest else None)
+        if self.watch.stopped:
+            raise TryAgain(
+                f"step {self.state.global_step} of {self.watch.steps}, saved as "
+                f"checkpoint-{self.state.global_step}: {self.watch.stopped}"
+            )
+
+    def steps_log(self) -> list[dict[str, Any]]:
+        """Loss, gradient norm, learning rate and tokens of every step, those before a resume included."""
+        return [{name: entry[name] for name in LOGGED} for entry in self.state.log_history if "loss" in entry]
+
+    # What follows replaces single methods of the Trainer.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
+        items = sum(int(supervised(batch).sum()) for batch in batch_samples)
+        self.counts = {"tokens": tokens, "supervised_tokens": items}
+        return torch.tensor(items, device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """This forward pass's part of the mean over the whole optimizer step."""
+        assert num_items_in_batch is not None
+        return summed_loss(model, inputs) / num_items_in_batch
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward; a loss that is not finite ends the run."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._refuse_nonfinite("loss", float(loss))
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._refuse_nonfinite("gradient norm", float(norm))  # before the optimizer spoils the weights with it
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the step consumed, and end a run that cannot be saved."""
+        if "loss" in logs:
+            logs = {**logs, **self.counts}
+        super().log(logs, start_time)
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        recent = sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS
+        limit = max(HOPELESS * math.log(self.model.config.vocab_size), *losses[:1])
+        if len(losses) >= HOPELESS_STEPS and recent > limit:
+            what = f"the mean loss of the last {HOPELESS_STEPS} steps is {recent:.1f}, worse than guessing"
+            raise self._diverged(self.state.global_step, what)
+
+    def _refuse_nonfinite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise self._diverged(self.state.global_step + 1, f"the {what} is {value}")
+
+    def _diverged(self, step: int, what: str) -> Diverged:
+        good = checkpoints.found(self.scratch)
+        last = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+        return Diverged(
+            f"step {step} of {self.watch.steps}: {what}; {last}. "
+            "Lower train.learning_rate or train.max_grad_norm, or look at the rows"
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = self.scratch / f"checkpoint-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+            checkpoints.complete(folder, step)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if error.errno == errno.ENOSPC:
+                raise TryAgain(
+                    f"step {step}: no space for a checkpoint in scratch; free some and run it again"
+                ) from error
+            raise
+        for old in checkpoints.found(self.scratch)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        lora.save(self.model, Path(output_dir))  # the adapter alone: no model card, no pickled arguments
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        lora.load(self.model, Path(resume_from_checkpoint))

@@ -1,0 +1,122 @@
+"""One section a step: every knob with its bound, its default and what turning it does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qlora_retrain.config.knobs import Section, identity, operational
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bfloat16", "float32"]
+Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class DataConfig(Section):
+    """How the raw files become chats, which rows are good enough, and which are kept for evaluation."""
+
+    format: Literal["auto", "jsonl", "csv", "parquet"] = identity("auto", "auto: by each file's ending")
+    messages_field: str = identity("messages", "field that holds the chat; unused where prompt_field is set")
+    prompt_field: str | None = identity(None, "field that holds the user's text (one-turn data, e.g. a CSV)")
+    response_field: str | None = identity(None, "field that holds the answer; needed with prompt_field")
+    system: str | None = identity(None, "system turn for rows that have none; it is part of every prompt")
+    task: Literal["text", "labels"] = identity("text", "labels: the answers are a closed set, scored by accuracy")
+    salt: str | None = identity(None, "seeds the split; null: the line's name. A new salt moves rows across it")
+    eval_fraction: float = identity(0.1, "share of prompts kept for evaluation, by hash", gt=0.0, lt=1.0)
+    max_eval_rows: int = identity(2000, "higher: narrower intervals, slower evaluation", ge=1, le=1_000_000)
+    max_length_tokens: int = identity(1024, "longer rows are quarantined, never truncated", ge=16, le=131_072)
+    min_train_rows: int = identity(100, "fewer good rows than this refuse the data", ge=1)
+    min_eval_rows: int = identity(30, "fewer evaluation rows than this refuse the data", ge=1)
+    max_quarantined: float = identity(0.05, "refuse when a larger share of the rows is bad", ge=0.0, le=1.0)
+    max_duplicates: float = identity(0.2, "refuse when a larger share of the rows repeats another", ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _fields_go_together(self) -> DataConfig:
+        if (self.prompt_field is None) != (self.response_field is None):
+            raise ValueError("prompt_field and response_field go together: set both, or neither for chats")
+        return self
+
+
+class QuantizeConfig(Section):
+    """The 4-bit form of the base (QLoRA, arXiv 2305.14314, section 3)."""
+
+    quant_type: Literal["nf4", "fp4"] = identity("nf4", "nf4 loses less than fp4 on normally distributed weights")
+    double_quant: bool = identity(True, "quantize the scales too: 4.127 instead of 4.5 bits a weight")
+    dtype: Literal["bfloat16", "float16"] = identity("bfloat16", "what weights are dequantized to while computing")
+
+
+class TrainConfig(Section):
+    """LoRA over the frozen 4-bit base."""
+
+    rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
+    alpha: float = identity(32.0, "scales the adapter by alpha/rank; acts on it as a learning rate", gt=0.0, le=4096)
+    dropout: float = identity(0.05, "on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
+    rslora: bool = identity(False, "scale by alpha/sqrt(rank) instead")
+    target_modules: Literal["all-linear", "attention"] | list[str] = identity(
+        "all-linear", "attention: q, k, v, o only: cheaper, weaker"
+    )
+    learning_rate: float = identity(2e-4, "5-10 times that of full fine-tuning", gt=0.0, le=1.0)
+    schedule: Literal["cosine", "linear", "constant"] = identity("cosine", "how the learning rate falls")
+    warmup: float = identity(0.03, "share of the steps over which it first rises", ge=0.0, lt=1.0)
+    weight_decay: float = identity(0.0, "AdamW's decay on the adapter", ge=0.0, le=1.0)
+    max_grad_norm: float = identity(1.0, "clip above; 0.3 against spikes", gt=0.0)
+    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = identity(
+        "paged_adamw_32bit", "8bit: a quarter of the state's memory, a little noise"
+    )
+    batch_size: int = identity(16, "examples a forward pass; higher: faster until memory ends", ge=1, le=4096)
+    gradient_accumulation: int = identity(1, "forward passes an optimizer step", ge=1, le=4096)
+    epochs: float = identity(3.0, "passes over the training rows; unused where max_steps is set", gt=0.0, le=1000)
+    max_steps: int | None = identity(None, "exactly this many optimizer steps", ge=1)
+    seed: int = identity(0, "of the adapter's start, the data order and dropout", ge=0, le=2**31 - 1)
+    device: Device = identity("auto", "auto: cuda where the plan is made beside an NVIDIA GPU")
+    precision: Precision = identity(
+        "auto", "what is computed in; auto: bfloat16, float32 on a CPU without bf16 arithmetic (8 times the memory)"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = identity(
+        "auto", "auto: eager on a CPU (faster on short rows), sdpa on cuda"
+    )
+    max_hours: float | None = operational(None, "stop after this and exit 75; the next try goes on", gt=0.0)
+    checkpoint_minutes: float = operational(5.0, "at most this much work is lost in a crash", gt=0.0)
+    log_every_steps: int = operational(10, "how often the loss is printed", ge=1)
+
+
+class EvaluateConfig(Section):
+    """What is measured, and the rules that decide whether the challenger may ship."""
+
+    min_rows: int = identity(30, "fewer evaluation rows than this are insufficient evidence", ge=1)
+    min_gain_over_base: float = identity(
+        0.0, "the gain's lower bound must lie above this (accuracy points/100, or nats)", ge=0.0
+    )
+    max_loss_to_champion: float = identity(0.02, "refuse when the champion may be better by more than this", ge=0.0)
+    min_accuracy: float | None = identity(None, "floor for label accuracy; null: none", ge=0.0, le=1.0)
+    max_forgetting_nats: float | None = identity(
+        None, "refuse when reference text costs this much more loss a token than with the base", gt=0.0
+    )
+    first_release: bool = identity(False, "allow a first version where no champion exists to compare with")
+    confidence: float = identity(0.95, "of every interval", gt=0.5, lt=1.0)
+    bootstrap_samples: int = identity(2000, "resamples of the rows; higher: steadier intervals", ge=200, le=100_000)
+    seed: int = identity(0, "of the resampling", ge=0, le=2**31 - 1)
+    device: Device = identity("auto", "as in train")
+    precision: Precision = identity("auto", "what is computed in; auto: bfloat16 on cuda, float32 on a CPU")
+    batch_tokens: int = identity(4096, "tokens a forward pass; higher: faster until memory ends", ge=256)
+
+
+class MergeConfig(Section):
+    """How the adapter becomes part of a 16-bit model."""
+
+    base: Literal["dequantized", "original"] = identity(
+        "dequantized", "dequantized: what was judged is what ships; original: the 16-bit weights"
+    )
+    max_loss_nats: float = identity(0.05, "refuse when merging costs more loss a token than this", gt=0.0)
+    max_shard_gib: float = identity(5.0, "size of a safetensors file at most", gt=0.0, le=64.0)
+    device: Device = identity("auto", "as in train; for the scoring, the merge itself runs on the CPU")
+    precision: Precision = identity("auto", "as in evaluate; for the scoring, the merge itself computes in float32")
+
+
+class PublishConfig(Section):
+    """What consumers see."""
+
+    promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
+    licence: str = identity("unspecified", "SPDX name of the model's licence, for the model card")
+    description: str = identity("", "for the model card")

@@ -1,0 +1,37 @@
+"""SIGTERM and SIGINT as something a step can ask about.
+
+A step with scratch (training) asks `requested()` between its units of work, saves and raises `TryAgain`. Every other
+step is interrupted at once: it has nothing worth saving.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from qlora_retrain.errors import TryAgain
+
+_requested = False
+
+
+class Stopped(TryAgain):
+    """Raised from the signal's handler, so at any line: nothing may take it for a problem of its own."""
+
+
+def requested() -> bool:
+    """Whether the process was asked to stop."""
+    return _requested
+
+
+def install(*, polite: bool) -> None:
+    """Handle SIGTERM and SIGINT; `polite` leaves the step time to save, a second signal never does."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        global _requested
+        if _requested or not polite:
+            _requested = True
+            raise Stopped(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+        _requested = True
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)

@@ -1,0 +1,70 @@
+"""What `auto` becomes: decided once, when the plan is made, and written down with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from qlora_retrain import graph
+from qlora_retrain.config.knobs import Section
+from qlora_retrain.config.load import LineConfig
+
+_NVIDIA = Path("/proc/driver/nvidia/version")
+_CPU = Path("/proc/cpuinfo")
+_BF16_FLAGS = ("avx512f", "amx_bf16", "bf16")  # where torch multiplies bf16 matrices at full speed
+
+
+class Choice(BaseModel):
+    """One automatic choice."""
+
+    model_config = ConfigDict(frozen=True)
+    field: str
+    value: str
+    reason: str
+
+
+def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]]:
+    """Every section with nothing left to choose, by its name, and the choices that were made."""
+    sections = {step.section: config.section(step.section) for step in graph.STEPS}
+    choices: list[Choice] = []
+
+    def choose(section: str, name: str, value: str, reason: str) -> None:
+        choices.append(Choice(field=f"{section}.{name}", value=value, reason=reason))
+        sections[section] = sections[section].model_copy(update={name: value})
+
+    if config.data.salt is None:
+        choose("data", "salt", config.line, "not set: the line's name")
+    for name, section in list(sections.items()):
+        fields = section.model_dump()
+        if fields.get("device") == "auto":
+            choose(name, "device", *_device())
+        device = sections[name].model_dump().get("device", "cpu")
+        if fields.get("precision") == "auto":
+            choose(name, "precision", *_precision(name, device))
+        if fields.get("attention") == "auto":
+            choose(name, "attention", *_attention(device))
+    return sections, tuple(choices)
+
+
+def _device() -> tuple[str, str]:
+    if _NVIDIA.exists():
+        return "cuda", "an NVIDIA driver is loaded where the plan was made"
+    return "cpu", "no NVIDIA driver where the plan was made"
+
+
+def _precision(section: str, device: str) -> tuple[str, str]:
+    if device == "cuda":
+        return "bfloat16", "cuda has bf16 arithmetic"
+    if section != "train":
+        return "float32", "on a CPU, so that no verdict depends on which one it was"
+    flags = set(_CPU.read_text().split()) if _CPU.exists() else set()
+    if flags & set(_BF16_FLAGS):
+        return "bfloat16", "this CPU has bf16 arithmetic"
+    return "float32", "this CPU has no bf16 arithmetic: float32 is 10 times faster and holds the same weights"
+
+
+def _attention(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        return "eager", "faster than sdpa on short rows on a CPU"
+    return "sdpa", "always there on cuda"

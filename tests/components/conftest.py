@@ -1,0 +1,89 @@
+"""What the steps after training read: the tiny model in 4 bits, an adapter that learned the tickets, their data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain import chat, modeling
+
+LABELS = ["delivery", "login", "refund"]
+PHRASES = {"refund": "my money back", "delivery": "where is the parcel", "login": "I cannot sign in"}
+
+
+def example(label: str, number: int) -> dict[str, object]:
+    """A row of a data set: one turn of each side."""
+    text = f"{PHRASES[label]} of order number {1000 + number}"
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+    return {"id": chat.row_id(messages), "messages": messages}
+
+
+@pytest.fixture(scope="session")
+def tiny_nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in NF4 with double quantization, by transformers alone, with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path_factory.mktemp("tiny-nf4")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    chat.load_tokenizer(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rank-8 adapter over the tiny 4-bit model, trained by a loop of this file until it knows the tickets."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("tiny-adapter")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small are slower on more
+    torch.manual_seed(0)
+    base = modeling.load_nf4(tiny_nf4, dtype="float32")
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tokenizer = chat.load_tokenizer(tiny_nf4)
+    rows = [chat.encode(tokenizer, example(label, i)["messages"]) for i in range(500, 510) for label in LABELS]
+    width = max(len(row.input_ids) for row in rows)
+    ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
+    judged = torch.tensor([row.supervised + [False] * (width - len(row.supervised)) for row in rows])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(120):
+        model(input_ids=ids, labels=ids.masked_fill(~judged, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_dataset() -> Callable[..., Path]:
+    """Write a data set: so many evaluation rows, and golden ones, of a task."""
+
+    def write(folder: Path, rows: int = 36, golden: int = 0, task: str = "labels") -> Path:
+        folder.mkdir()
+        made = [example(LABELS[i % 3], i) for i in range(rows + golden)]
+        for name, part in {"train": [], "eval": made[:rows], "golden": made[rows:]}.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        document = {
+            "task": task,
+            "labels": LABELS if task == "labels" else None,
+            "system": None,
+            "max_length_tokens": 64,
+            "rows": {"train": 0, "eval": rows, "golden": golden},
+        }
+        (folder / "dataset.json").write_text(json.dumps(document))
+        return folder
+
+    return write

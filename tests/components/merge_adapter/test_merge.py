@@ -1,0 +1,229 @@
+"""Merging against PEFT's own, by hand, and by what must not be changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.merge_adapter.merge import merge
+from qlora_retrain.errors import Diverged, IntegrityError, UsageError
+
+
+def merged(tmp_path: Path, base: Path, nf4: Path, adapter: Path, name: str = "model", **settings: Any) -> Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    merge(base, nf4, adapter, folder, **({"dequantized": True, "max_shard_gib": 5.0} | settings))
+    return folder
+
+
+@pytest.fixture
+def edited(tiny_adapter: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the adapter with another config or other tensors."""
+
+    def edit(config: dict[str, Any] | None = None, tensors: Callable[[dict[str, Any]], Any] | None = None) -> Path:
+        folder = tmp_path / "edited"
+        shutil.copytree(tiny_adapter, folder)
+        found = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
+        (folder / "adapter_config.json").write_text(json.dumps(found))
+        if tensors:
+            loaded = load_file(folder / "adapter_model.safetensors")
+            tensors(loaded)
+            save_file(loaded, folder / "adapter_model.safetensors")
+        return folder
+
+    return edit
+
+
+def by_peft(model: Any, adapter: Path) -> dict[str, torch.Tensor]:
+    """The merged weights, in fp32, as PEFT makes them."""
+    from peft import PeftModel
+
+    found: dict[str, torch.Tensor] = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
+    return found
+
+
+def test_merging_into_the_original_is_what_peft_does(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    from qlora_retrain import modeling
+
+    ours = load_file(merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter, dequantized=False) / "model.safetensors")
+    theirs = by_peft(modeling.load_base(tiny_model, dtype="float32"), tiny_adapter)
+    base = load_file(tiny_model / "model.safetensors")
+    assert set(ours) == set(base)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.float(), theirs[name], rtol=2**-8, atol=1e-6)
+    assert not torch.equal(
+        ours["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def test_merging_into_the_dequantized_base_is_what_the_live_model_computes(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    from qlora_retrain import modeling
+
+    folder = merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter)
+    theirs = by_peft(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor.float(), theirs[name].float(), rtol=2**-8, atol=1e-6)
+
+
+def test_what_was_not_quantized_stays_the_same_bytes(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    ours = load_file(merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter) / "model.safetensors")
+    base = load_file(tiny_model / "model.safetensors")
+    untouched = [name for name in base if "proj" not in name]
+    assert "model.embed_tokens.weight" in untouched
+    for name in untouched:
+        assert torch.equal(ours[name].view(torch.int16), base[name].view(torch.int16)), name
+
+
+def test_merging_twice_gives_the_same_bytes_readable_by_all(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    one, two = (merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter, name) for name in ("one", "two"))
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in one.iterdir()} == {0o644}
+
+
+def test_a_sharded_base_and_sharded_output_hold_the_same_tensors(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole = merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter, "whole")
+    shards = merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter, "shards", max_shard_gib=60_000 / 2**30)
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    files = sorted(shards.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(t.nbytes for t in load_file(f).values()) <= 60_000 or len(load_file(f)) == 1 for f in files)
+    expected = load_file(whole / "model.safetensors")
+    found = {name: load_file(shards / file)[name] for name, file in index["weight_map"].items()}
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+    loaded = AutoModelForCausalLM.from_pretrained(shards)
+    assert torch.equal(loaded.state_dict()["model.norm.weight"], expected["model.norm.weight"])
+    # A base in shards gives what the same base in one file gives.
+    sharded_base = tmp_path / "sharded-base"
+    shutil.copytree(tiny_model, sharded_base)
+    (sharded_base / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(sharded_base, max_shard_size="60KB")
+    again = merged(tmp_path, sharded_base, tiny_nf4, tiny_adapter, "again")
+    assert all(torch.equal(t, expected[name]) for name, t in load_file(again / "model.safetensors").items())
+
+
+@pytest.mark.slow
+def test_the_merged_folder_loads_where_there_is_no_peft_and_no_bitsandbytes(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    folder = merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter)
+    program = (
+        "import sys\n"
+        "sys.modules['peft'] = sys.modules['bitsandbytes'] = None\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        "asked = [{'role': 'user', 'content': 'my money back of order number 1003'}]\n"
+        "text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)\n"
+        "ids = tokenizer(text, return_tensors='pt', add_special_tokens=False)\n"
+        "out = model.generate(**ids, max_new_tokens=8, do_sample=False)\n"
+        "print(model.dtype, tokenizer.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.bfloat16 refund"
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_of_single_modules_and_rslora_scale_as_in_peft(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, rslora: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from qlora_retrain import modeling
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        use_rslora=rslora,
+        init_lora_weights=False,
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+        alpha_pattern={"q_proj": 32, "down_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(1)
+    get_peft_model(modeling.load_base(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    folder = merged(tmp_path, tiny_model, tiny_nf4, tmp_path / "adapter", dequantized=False)
+    theirs = by_peft(modeling.load_base(tiny_model, dtype="float32"), tmp_path / "adapter")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor.float(), theirs[name], rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "IA3"}]
+)
+def test_an_adapter_of_another_kind_is_not_supported_yet(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, edited: Callable[..., Path], setting: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=str(next(iter(setting.values()))).strip("[]'")):
+        merged(tmp_path, tiny_model, tiny_nf4, edited(config=setting))
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, edited: Callable[..., Path]
+) -> None:
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if "layers.1." in n]:
+            tensors[name.replace("layers.1.", "layers.7.")] = tensors.pop(name)
+
+    with pytest.raises(IntegrityError, match=r"no weight in the base, e.g. model.layers.7"):
+        merged(tmp_path, tiny_model, tiny_nf4, edited(tensors=rename))
+
+
+def test_an_adapter_with_half_a_pair_or_another_rank_is_refused(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, edited: Callable[..., Path]
+) -> None:
+    def halve(tensors: dict[str, Any]) -> None:
+        tensors.pop(next(name for name in tensors if "lora_B" in name))
+
+    adapter = edited(tensors=halve)
+    with pytest.raises(IntegrityError, match="only one of its two matrices"):
+        merged(tmp_path, tiny_model, tiny_nf4, adapter)
+    shutil.rmtree(adapter)
+    with pytest.raises(IntegrityError, match="says rank 3"):
+        merged(tmp_path, tiny_model, tiny_nf4, edited(config={"r": 3}), "other")
+
+
+def test_numbers_that_are_not_finite_are_refused(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, edited: Callable[..., Path]
+) -> None:
+    def poison(tensors: dict[str, Any]) -> None:
+        next(iter(tensors.values()))[0, 0] = float("nan")
+
+    adapter = edited(tensors=poison)
+    with pytest.raises(Diverged, match="not finite"):
+        merged(tmp_path, tiny_model, tiny_nf4, adapter)
+    shutil.rmtree(adapter)
+
+    def inflate(tensors: dict[str, Any]) -> None:
+        for tensor in tensors.values():
+            tensor.fill_(1e30)
+
+    with pytest.raises(Diverged, match="merged into"):
+        merged(tmp_path, tiny_model, tiny_nf4, edited(tensors=inflate), "other")

@@ -1,0 +1,267 @@
+"""The publish step, through the real runner: what a version holds, and what it may never hold or do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_retrain import artifact, keys, plan, registry, runner
+from qlora_retrain.errors import QualityRefused
+from qlora_retrain.outcome import Report
+from qlora_retrain.plan import Plan
+from qlora_retrain.store import Store, open_store
+
+Steps = dict[str, Callable[..., Report]]
+RunAll = Callable[[Plan], dict[str, int]]
+
+
+@pytest.fixture
+def store(root_uri: str) -> Store:
+    return open_store(root_uri)
+
+
+@pytest.fixture
+def new_plan(line: Path, root_uri: str) -> Callable[..., Plan]:
+    return lambda *overrides: plan.make(line, root_uri, overrides=overrides)
+
+
+def until_publish(made: Plan, steps: Steps) -> None:
+    for name in list(steps)[:-1]:
+        assert runner.execute(made, name, lambda name=name: steps[name]) == 0  # type: ignore[misc]
+
+
+def publish(made: Plan, steps: Steps) -> int:
+    return runner.execute(made, "publish", lambda: steps["publish"])
+
+
+def named(store: Store, alias: str, line: str = "intents") -> str | None:
+    found, _ = registry.alias(store, line, alias)
+    return found.version if found else None
+
+
+def numbers(store: Store, made: Plan) -> dict[str, Any]:
+    found = artifact.find(store, "release", made.step("publish").key)
+    assert found is not None
+    return dict(found.numbers)
+
+
+def versions(store: Store) -> list[str]:
+    return list(store.children("models/intents/versions"))
+
+
+def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    made = new_plan()
+    assert run_all(made)["publish"] == 0
+    (version,) = versions(store)
+    release = registry.read_release(store, "intents", version)
+    assert {f.path for f in release.files} == {
+        "README.md",
+        "LICENCE.md",
+        "recipe.json",
+        "sbom.json",
+        "adapter/adapter_model.safetensors",
+        "model/model.safetensors",
+        "model/config.json",
+        "data/profile.json",
+        "training/training.json",
+        "evaluation/evaluation.json",
+        "evaluation/certificate.json",
+        "reports/data.html",
+        "reports/training.html",
+        "reports/evaluation.html",
+        "reports/merge.html",
+    }
+    folder = registry.version_folder("intents", version)
+    for file in release.files:
+        data = store.read(f"{folder}/{file.path}").data
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size_bytes, file.sha256)
+    assert release.keys == {s.name: s.key for s in made.steps}
+    assert (release.adapter_key, release.judgement) == (made.step("train_qlora").key, made.judgement)
+
+
+def test_a_version_is_named_by_the_plans_time_and_its_content(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    made = new_plan()
+    run_all(made)
+    (version,) = versions(store)
+    release = registry.read_release(store, "intents", version)
+    content = sorted((f.path, f.sha256) for f in release.files if f.path.startswith(("adapter/", "model/")))
+    expected = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+    assert release.content_hash == expected
+    assert version == f"{made.created_at}-{expected[:12]}"
+
+
+def test_the_same_content_again_is_the_same_version(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    run_all(new_plan())
+    again = new_plan("evaluate.confidence=0.9")  # judged anew, so not unchanged; the same adapter and model
+    assert again.unchanged is None
+    assert run_all(again)["publish"] == 0
+    assert len(versions(store)) == 1
+    assert numbers(store, again)["published"] is False
+    assert numbers(store, again)["moved"] is False
+
+
+def test_publish_offers_latest_and_moves_the_alias_it_is_told(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    made = new_plan("publish.promote_to=staging")
+    run_all(made)
+    (version,) = versions(store)
+    assert (named(store, "latest"), named(store, "staging"), named(store, "production")) == (version, version, None)
+    assert numbers(store, made)["promoted_to"] == "staging"
+
+
+def test_without_an_alias_only_latest_moves(new_plan: Callable[..., Plan], run_all: RunAll, store: Store) -> None:
+    made = new_plan("publish.promote_to=null")
+    assert run_all(made)["publish"] == 0
+    assert named(store, "latest") == versions(store)[0]
+    assert named(store, "production") is None
+    assert numbers(store, made)["moved"] is False
+
+
+def test_publish_refuses_a_failed_evaluation(
+    new_plan: Callable[..., Plan], small_steps: Steps, run_all: RunAll, store: Store
+) -> None:
+    passing = small_steps["evaluate"]
+
+    def evaluate(
+        config: Any,
+        dataset: Path,
+        base_model: Path,
+        base_nf4: Path,
+        adapter: Path,
+        champion: Path | None,
+        golden_data: Path | None,
+        reference_data: Path | None,
+        evaluation: Path,
+    ) -> Report:
+        inputs = (dataset, base_model, base_nf4, adapter, champion, golden_data, reference_data)
+        return Report(passing(config, *inputs, evaluation).numbers, refused=QualityRefused("it is worse"))
+
+    made = new_plan()
+    small_steps["evaluate"] = evaluate
+    assert run_all(made)["evaluate"] == 11
+    assert runner.execute(made, "merge_adapter", lambda: small_steps["merge_adapter"]) == 11
+    assert publish(made, small_steps) in (11, 75)  # its model was never made
+    assert versions(store) == []
+    assert named(store, "latest") is None
+
+
+def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_steps: Steps, store: Store) -> None:
+    passing = small_steps["merge_adapter"]
+
+    def merge_adapter(
+        config: Any, dataset: Path, base_model: Path, base_nf4: Path, adapter: Path, evaluation: Path, model: Path
+    ) -> Report:
+        passing(config, dataset, base_model, base_nf4, adapter, evaluation, model)
+        return Report(refused=QualityRefused("merging costs too much"))
+
+    made = new_plan()
+    for name in ("validate_data", "quantize_model", "train_qlora", "evaluate"):
+        assert runner.execute(made, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
+    assert runner.execute(made, "merge_adapter", lambda: merge_adapter) == 11
+    assert publish(made, small_steps) == 11
+    assert versions(store) == []
+
+
+def test_an_alias_that_moved_since_the_plan_means_try_again(
+    new_plan: Callable[..., Plan], small_steps: Steps, run_all: RunAll, store: Store
+) -> None:
+    slow = new_plan("train.learning_rate=1e-3")
+    until_publish(slow, small_steps)
+    assert run_all(new_plan("train.learning_rate=2e-3"))["publish"] == 0  # another run was faster
+    faster = named(store, "production")
+    assert publish(slow, small_steps) == 75
+    assert named(store, "production") == faster
+
+
+def test_content_that_was_rolled_back_is_refused_until_a_person_overrides(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    run_all(new_plan("train.learning_rate=1e-3"))
+    first = named(store, "production")
+    run_all(new_plan("train.learning_rate=2e-3"))
+    bad = named(store, "production")
+    assert bad is not None
+    registry.rollback(store, "intents", "production", reason="it swears")
+    again = new_plan("train.learning_rate=2e-3")
+    assert run_all(again)["publish"] == 11
+    assert named(store, "production") == first
+    assert (numbers(store, again)["moved"], numbers(store, again)["promoted_to"]) == (False, None)
+    release = registry.read_release(store, "intents", bad)
+    assert registry.move(store, "intents", "production", release, reason="a person looked", override=True)
+    assert named(store, "production") == bad
+
+
+def test_nothing_published_names_a_place_or_a_secret(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store, line: Path, root_uri: str, tmp_path: Path
+) -> None:
+    run_all(new_plan())
+    for entry in store.list("models"):
+        if "/versions/" in entry.path:
+            text = store.read(entry.path).data.decode()
+            assert str(tmp_path) not in text, entry.path
+            assert root_uri not in text, entry.path
+            assert not re.search(r"(file|s3)://", text), entry.path
+
+
+def test_the_recipe_holds_every_identity_field_and_content_pin(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    made = new_plan("train.learning_rate=1e-4")
+    run_all(made)
+    recipe = keys.parse(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
+    assert recipe["steps"] == {s.name: s.identity for s in made.steps}
+    assert recipe["steps"]["train_qlora"]["learning_rate"] == 0.0001
+    pinned = made.sources["base_model"]
+    assert pinned is not None
+    assert recipe["sources"]["base_model"] == {f.path: f.pin for f in pinned.files}
+    assert recipe["sources"]["golden_data"] is None
+
+
+def test_the_model_card_tells_the_verdict_and_the_licence(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    run_all(new_plan("publish.licence=Apache-2.0", "publish.description=Sorts tickets."))
+    card = store.read(f"models/intents/versions/{versions(store)[0]}/README.md").data.decode()
+    assert "license: Apache-2.0" in card
+    assert "Sorts tickets." in card
+    assert "**Verdict:** The challenger may ship" in card
+    assert "| gain over base | 0.3 | 0.2 to 0.4 | 0 | yes |" in card
+
+
+def test_the_sbom_lists_every_pinned_package_and_the_base(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    run_all(new_plan())
+    sbom = keys.parse(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
+    assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5")
+    found = {c["name"]: c["version"] for c in sbom["components"]}
+    assert found["torch"] == "2.13.0"
+    assert "base_model" in found
+
+
+@pytest.mark.parametrize("fault", ["missing", "changed"])
+def test_an_evaluation_that_is_not_as_it_was_made_is_refused(
+    new_plan: Callable[..., Plan], small_steps: Steps, store: Store, tmp_path: Path, fault: str
+) -> None:
+    made = new_plan()
+    until_publish(made, small_steps)
+    manifest = artifact.find(store, "evaluation", made.step("evaluate").key)
+    assert manifest is not None
+    path = tmp_path / "store" / manifest.prefix / "evaluation.json"
+    text = path.read_text()
+    path.unlink() if fault == "missing" else path.write_text(text.replace("pass", "fail"))
+    assert publish(made, small_steps) == 13
+    assert versions(store) == []

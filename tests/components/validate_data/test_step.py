@@ -1,0 +1,249 @@
+"""The whole gate on real files and a real tokenizer: what it writes and refuses, and that it tells no row's text."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.validate_data import expectations
+from components.validate_data.step import run
+from qlora_retrain import chat
+from qlora_retrain.config.sections import DataConfig
+from qlora_retrain.errors import Exit, UsageError
+from qlora_retrain.outcome import Report
+
+FILES = {"train.jsonl", "eval.jsonl", "golden.jsonl", "dataset.json", "profile.json", "quarantine.jsonl", "report.html"}
+INTENTS = ("refund", "delivery", "login")
+Gate = Callable[..., tuple[Report, Path]]
+
+
+def pair(prompt: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def good(count: int) -> list[dict[str, Any]]:
+    return [pair(f"zebra question number {i}", INTENTS[i % 3]) for i in range(count)]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def gate(tmp_path: Path, tiny_model: Path) -> Gate:
+    """Runs the step on rows; settings suit 300 rows of labels."""
+    runs = iter(range(100))
+
+    def call(rows: list[Any], golden: list[Any] | None = None, **settings: Any) -> tuple[Report, Path]:
+        folder = tmp_path / str(next(runs))
+        for name, content in (("raw", rows), ("golden", golden or [])):
+            (folder / name).mkdir(parents=True)
+            text = "".join(json.dumps(row) + "\n" for row in content)
+            (folder / name / f"{'tickets' if name == 'raw' else name}.jsonl").write_text(text, encoding="utf-8")
+        (folder / "dataset").mkdir()
+        config = DataConfig(**{"task": "labels", "salt": "line", "min_eval_rows": 10, **settings})
+        report = run(config, folder / "raw", tiny_model, folder / "golden" if golden else None, folder / "dataset")
+        return report, folder / "dataset"
+
+    return call
+
+
+def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path) -> None:
+    report, made = gate(good(300), golden=[pair("a golden question", "login")], system="Answer with the intent.")
+    assert report.refused is None
+    assert {path.name for path in made.iterdir()} == FILES
+    train, evaluation, golden = (lines(made / f"{side}.jsonl") for side in ("train", "eval", "golden"))
+    assert len(train) + len(evaluation) == 300
+    assert not {row["id"] for row in train} & {row["id"] for row in evaluation}
+    tokenizer = chat.load_tokenizer(tiny_model)
+    for row in train + evaluation + golden:
+        assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
+        assert row["id"] == chat.row_id(row["messages"])
+    supervised = [sum(chat.encode(tokenizer, row["messages"]).supervised) for row in train]
+    assert json.loads((made / "dataset.json").read_text()) == {
+        "task": "labels",
+        "labels": sorted(INTENTS),
+        "system": "Answer with the intent.",
+        "max_length_tokens": 1024,
+        "rows": {"train": len(train), "eval": len(evaluation), "golden": 1},
+        "supervised_tokens": {
+            "train": sum(supervised),
+            "eval": sum(sum(chat.encode(tokenizer, row["messages"]).supervised) for row in evaluation),
+            "golden": sum(chat.encode(tokenizer, golden[0]["messages"]).supervised),
+        },
+    }
+    assert report.numbers == {
+        "rows_read": 300,
+        "rows_train": len(train),
+        "rows_eval": len(evaluation),
+        "rows_golden": 1,
+        "rows_quarantined": 0,
+        "duplicates": 0,
+        "supervised_tokens_train": sum(supervised),
+        "labels": 3,
+    }
+    profile = json.loads((made / "profile.json").read_text())
+    assert sum(profile["length_histogram"].values()) == 300
+    assert profile["train"]["supervised_tokens_p50"] == sorted(supervised)[(len(train) + 1) // 2 - 1]
+    counts = Counter(row["messages"][-1]["content"] for row in train)
+    assert {label: sides["train"] for label, sides in profile["labels"]["rows"].items()} == counts
+
+
+def test_every_row_read_is_accounted_for_and_a_quarantined_row_can_be_found(gate: Gate) -> None:
+    rows = good(300)
+    rows[7] = {"messages": [{"role": "user", "content": "no answer"}]}
+    rows[11] = rows[10]
+    rows[13] = pair("zebra question number 12", "login")  # number 12 says refund
+    rows[17] = pair("golden", "refund")
+    rows[19] = pair("long " * 2000, "refund")
+    report, made = gate(rows, golden=[pair("Golden", "refund")], max_eval_rows=12)
+    quarantine = lines(made / "quarantine.jsonl")
+    assert [(row["file"], row["row"], row["reason"]) for row in quarantine] == [
+        ("tickets.jsonl", 8, "no_assistant_turn"),
+        ("tickets.jsonl", 12, "exact_duplicate"),
+        ("tickets.jsonl", 13, "conflicting_answer"),
+        ("tickets.jsonl", 14, "conflicting_answer"),
+        ("tickets.jsonl", 18, "in_golden_set"),
+        ("tickets.jsonl", 20, "too_long"),
+    ]
+    assert {len(row["hash"]) for row in quarantine} == {12}
+    assert set(quarantine[0]) == {"file", "row", "reason", "hash"}
+    counted = json.loads((made / "profile.json").read_text())["rows"]
+    assert counted.pop("golden") == 1
+    assert counted.pop("read") == 300 == sum(counted.values())
+    assert (counted["quarantined"], counted["duplicates"], counted["in_golden_set"], counted["eval"]) == (4, 1, 1, 12)
+    assert counted["eval_beyond_max_eval_rows"] > 0
+    assert report.refused is None
+
+
+def test_the_same_input_makes_the_same_bytes(gate: Gate) -> None:
+    first, second = (gate(good(300) + good(3))[1] for _ in range(2))
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
+
+
+def test_only_the_datasets_own_rows_hold_row_text(gate: Gate, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = good(300)
+    for i in range(0, 40, 2):
+        rows[i] = {"messages": [{"role": "user", "content": f"zebra secret {i}"}]}
+    report, made = gate(rows, system="Answer with the intent.")
+    for name in ("profile.json", "quarantine.jsonl", "report.html"):
+        assert "zebra" not in (made / name).read_text(encoding="utf-8")
+    assert report.refused is not None
+    assert "zebra" not in str(report.refused)
+    assert "zebra" not in capfd.readouterr().out
+
+
+def test_free_text_called_labels_is_refused_and_not_listed(gate: Gate) -> None:
+    rows = [pair(f"question {i}", f"zebra answer {i if i > 20 else 0}") for i in range(300)]
+    report, made = gate(rows)
+    assert report.refused is not None
+    assert "different labels" in str(report.refused)
+    for name in ("profile.json", "report.html"):
+        assert "zebra" not in (made / name).read_text(encoding="utf-8")
+
+
+def test_too_many_bad_rows_are_refused_with_the_first_of_each_reason(gate: Gate) -> None:
+    rows = good(300)
+    for i in range(4, 24):
+        rows[i] = {"messages": [{"role": "user", "content": f"no answer {i}"}]}
+    rows[2] = pair("  ", "refund")
+    report, made = gate(rows)
+    assert report.refused is not None
+    assert report.refused.exit_code == Exit.DATA_REFUSED
+    assert str(report.refused) == (
+        "data refused: share of rows that are bad: 0.07, wanted at most 0.05 (max_quarantined); "
+        'tickets.jsonl:5: "messages" has no assistant turn; a conversation needs a user turn and an assistant turn '
+        '(no_assistant_turn: 20 of 300 rows); tickets.jsonl:3: "messages" holds a turn '
+        "without text (empty_content: 1 of 300 rows)"
+    )
+    assert {path.name for path in made.iterdir()} == FILES
+    assert "tickets.jsonl:5: &quot;messages&quot; has no assistant turn" in (made / "report.html").read_text()
+
+
+def test_the_limits_are_inclusive(gate: Gate) -> None:
+    rows = good(300)
+    for i in range(15):
+        rows[i] = {"messages": []}
+    assert gate(rows, max_quarantined=0.05)[0].refused is None
+    assert gate(rows, max_quarantined=0.049)[0].refused is not None
+
+
+def test_only_bad_rows_are_refused_whatever_is_allowed(gate: Gate) -> None:
+    report, made = gate([{"messages": []}] * 200, max_quarantined=1.0, task="text")
+    assert "every row is bad (200 of 200); tickets.jsonl:1: " in str(report.refused)
+    assert (made / "train.jsonl").read_text() == ""
+    assert {path.name for path in made.iterdir()} == FILES
+
+
+def test_too_many_duplicates_are_refused_apart_from_bad_rows(gate: Gate) -> None:
+    report, _ = gate(good(200) + good(100), max_quarantined=0.0)
+    assert "share of rows that repeat another: 0.3333, wanted at most 0.2 (max_duplicates)" in str(report.refused)
+    assert "tickets.jsonl:201: an earlier row has the same prompt" in str(report.refused)
+    assert "max_quarantined" not in str(report.refused)
+
+
+@pytest.mark.parametrize("knob", ["min_train_rows", "min_eval_rows"])
+def test_too_few_rows_are_refused(gate: Gate, knob: str) -> None:
+    report, _ = gate(good(300), **{knob: 299})
+    assert f"wanted at least 299 ({knob})" in str(report.refused)
+
+
+def test_one_label_is_not_a_choice(gate: Gate) -> None:
+    report, _ = gate([pair(f"question {i}", "refund") for i in range(300)])
+    assert "different labels" in str(report.refused)
+    assert "wanted at least 2" in str(report.refused)
+
+
+@pytest.mark.parametrize(
+    ("golden", "said"),
+    [
+        (
+            [pair("a", "refund"), {"messages": [{"role": "user", "content": "b"}]}],
+            'golden.jsonl:2: "messages" has no assi',
+        ),
+        ([pair("a", "refund"), pair("A", "login")], "golden.jsonl:1: another row gives this prompt another label"),
+        ([pair("a", "refund"), pair("a", "refund")], "golden.jsonl:2: an earlier row has the same prompt"),
+    ],
+)
+def test_a_bad_golden_row_is_an_error(gate: Gate, golden: list[Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        gate(good(300), golden=golden)
+    assert str(caught.value).startswith(f"golden_data: {said}")
+
+
+def test_what_is_odd_but_usable_is_a_warning(gate: Gate) -> None:
+    rows = good(300)
+    rows += [pair(f"odd \ufffd question {i}", "Refund") for i in range(9)] + [pair("one of its kind", "unique")]
+    report, made = gate(rows)
+    assert report.refused is None
+    found = {e["name"]: e for e in json.loads((made / "profile.json").read_text())["expectations"]}
+    warned = {name for name, e in found.items() if e["outcome"] == "warn"}
+    assert warned >= {"replacement_characters", "labels_misspelt", "labels_once"}
+    assert found["labels_misspelt"]["observed"] == 109  # 100 of refund, 9 of Refund
+    assert found["replacement_characters"]["observed"] == pytest.approx(9 / 310 * 100)
+    assert "unique" not in (made / "profile.json").read_text()  # a label that occurs once may be anything
+    assert "look at:" in (made / "report.html").read_text()
+
+
+def test_an_expectation_that_cannot_be_computed_is_an_error_and_not_bad_data(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = expectations.features
+    monkeypatch.setattr(expectations, "features", lambda rows, config: real(rows, config).drop(columns="tokens"))
+    with pytest.raises(UsageError, match="the expectation tokens could not be computed"):
+        gate(good(300))
+
+
+def test_nothing_is_reported_over_the_network(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: tried.append(address))
+    gate(good(300))
+    assert tried == []
+    assert os.environ["GX_ANALYTICS_ENABLED"] == "false"

@@ -1,0 +1,141 @@
+"""The Airflow DAGs equal the graph, and one bad file takes nothing else down."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qlora_retrain import graph
+from qlora_retrain.runtimes import form
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
+DAG_FILE = Path(__file__).resolve().parents[2] / "dags" / "retrain.py"
+LINE = """
+line: {line}
+schedule: {schedule}
+sources: {{raw_data: tickets.jsonl, base_model: model}}
+train: {{learning_rate: 3e-4, max_steps: 7}}
+"""
+
+
+@pytest.fixture
+def pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path))
+    return tmp_path
+
+
+def write(folder: Path, name: str, line: str, schedule: str = "null") -> Path:
+    path = folder / name
+    path.write_text(LINE.format(line=line, schedule=schedule))
+    return path
+
+
+def load() -> ModuleType:
+    """The DAG file as Airflow's processor loads it: a fresh module."""
+    spec = importlib.util.spec_from_file_location("dag_file", DAG_FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_dag_in_the_folder_is_one_that_airflow_accepts(tmp_path: Path) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(str(DAG_FILE.parent))
+    assert bag.import_errors == {}
+    assert sorted(bag.dags) == sorted(p.stem for p in (DAG_FILE.parents[1] / "pipelines").glob("*.yaml"))
+    assert not any("broken" in dag.tags for dag in bag.dags.values())
+
+
+def test_the_dags_edges_are_the_graphs_and_the_plan_comes_first(pipelines: Path) -> None:
+    write(pipelines, "a.yaml", "tickets")
+    dag = load().DAGS["tickets"]
+    edges = {(up, task.task_id) for task in dag.tasks for up in task.upstream_task_ids}
+    roots = {s.name for s in graph.STEPS if not graph.after(s)}
+    assert edges == {*graph.edges(), *((graph.PLAN_TASK, name) for name in roots)}
+    assert {t.task_id: t.retries for t in dag.tasks if t.task_id != "plan"} == {s.name: s.retries for s in graph.STEPS}
+
+
+def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path) -> None:
+    from airflow.sdk import CronTriggerTimetable
+
+    write(pipelines, "a.yaml", "tickets", '"0 3 * * 1"')
+    write(pipelines, "b.yaml", "mails")
+    dags = load().DAGS
+    assert sorted(dags) == ["mails", "tickets"]
+    assert dags["tickets"].timetable == CronTriggerTimetable("0 3 * * 1", timezone="UTC")
+    assert dags["mails"].schedule is None
+    assert {(d.max_active_runs, d.catchup) for d in dags.values()} == {(1, False)}
+
+
+def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
+    write(pipelines, "a.yaml", "tickets")
+    params = load().DAGS["tickets"].params
+    assert set(params) == {*form.KNOBS, "plan_uri"}
+    assert (params["train.learning_rate"], params["train.max_steps"], params["plan_uri"]) == (3e-4, 7, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.learning_rate", 0),
+        ("train.learning_rate", "1e-4; rm -rf /"),
+        ("train.rank", 2.5),
+        ("evaluate.first_release", "yes"),
+        ("publish.promote_to", "../production"),
+        ("plan_uri", "s3://key:secret@bucket/runs/x/plan.json"),
+        ("plan_uri", "file:///store/runs/x/plan.json?token=1"),
+        ("plan_uri", "--help"),
+    ],
+)
+def test_the_form_refuses_what_the_plan_would_refuse(pipelines: Path, name: str, value: object) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
+    write(pipelines, "a.yaml", "tickets")
+    param = load().DAGS["tickets"].params.get_param(name)
+    with pytest.raises(ParamValidationError):
+        param.resolve(value)
+
+
+def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(pipelines: Path) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    write(pipelines, "a.yaml", "tickets")
+    bad = write(pipelines, "b.yaml", "mails", '"0 3 * * 1"')
+    bad.write_text(bad.read_text() + "evaluate: {min_row: 3}\n")
+    (pipelines / "c.yaml").write_text("line: [")
+    dags = load().DAGS
+    assert sorted(dags) == ["c", "mails", "tickets"]
+    assert [name for name, dag in dags.items() if "broken" in dag.tags] == ["mails", "c"]
+    assert "did you mean min_rows?" in (dags["mails"].doc_md or "")
+    assert dags["mails"].timetable.expression == "0 3 * * 1"
+    with pytest.raises(AirflowFailException, match="did you mean min_rows"):
+        dags["mails"].get_task("plan").execute({})
+    with pytest.raises(AirflowFailException, match="not valid YAML"):
+        dags["c"].get_task("plan").execute({})
+
+
+def test_two_files_of_one_line_and_a_bad_cron_are_refused(pipelines: Path) -> None:
+    write(pipelines, "a.yaml", "tickets")
+    write(pipelines, "b.yaml", "tickets")
+    write(pipelines, "c.yaml", "mails", '"99 3 * * 1"')
+    dags = load().DAGS
+    assert "a line is one file" in (dags["tickets.b"].doc_md or "")
+    assert "broken" in dags["mails"].tags
+    assert "broken" not in dags["tickets"].tags
+
+
+def test_parsing_takes_less_than_a_second_beyond_the_imports(pipelines: Path) -> None:
+    import airflow.sdk  # noqa: F401
+
+    for i in range(5):
+        write(pipelines, f"{i}.yaml", f"line-{i}")
+    started = time.process_time()
+    assert len(load().DAGS) == 5
+    assert time.process_time() - started < 1.0
