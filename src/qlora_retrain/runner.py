@@ -109,6 +109,13 @@ def manifest(plan: Plan, step_name: str) -> Manifest | None:
     return artifact.find(open_store(plan.root), step.makes, plan.step(step_name).key)
 
 
+def refused_before(plan: Plan, step_name: str) -> str:
+    """What a runtime says of an artifact that it found refused: the line that the step itself ended with, as before."""
+    made = manifest(plan, step_name)
+    assert made is not None
+    return _ending(step_name, made.exit_code, f"as before: {made.reason}")
+
+
 def summary(plan: Plan, step_name: str) -> dict[str, Number]:
     """The numbers of what a step made; empty while it has made nothing."""
     made = manifest(plan, step_name)
@@ -326,5 +333,9 @@ def _outcome(step: graph.Step, manifest: Manifest) -> int:
 
 
 def _ended(step_name: str, exit_code: int, why: str) -> int:
-    print(f"{step_name}: {describe(exit_code)} ({int(exit_code)}): {why}", file=sys.stderr, flush=True)
+    print(_ending(step_name, exit_code, why), file=sys.stderr, flush=True)
     return int(exit_code)
+
+
+def _ending(step_name: str, exit_code: int, why: str) -> str:
+    return f"{step_name}: {describe(exit_code)} ({int(exit_code)}): {why}"

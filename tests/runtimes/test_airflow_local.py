@@ -202,7 +202,7 @@ def test_a_made_artifact_starts_no_process(project: Path, planned: Plan, context
     make(planned, "quantize_model")
     make(planned, "validate_data", refused="7 % of the rows are bad")
     step_task("quantize_model").execute(context)
-    with pytest.raises(AirflowFailException, match=r"data refused \(10\): refused earlier: 7 % of the rows are bad"):
+    with pytest.raises(AirflowFailException, match=r"data refused \(10\): as before: 7 % of the rows are bad"):
         step_task("validate_data").execute(context)
     assert not (project / "runs").exists()
 

@@ -168,7 +168,7 @@ def test_a_refusal_stops_the_run_with_its_code_now_and_again(
     assert bench.tries("train_qlora") == 0
     assert local.run(made) == 10
     assert bench.tries("validate_data") == 1
-    assert "data refused (10), as before: bad rows" in capsys.readouterr().out
+    assert "data refused (10): as before: bad rows" in capsys.readouterr().out
 
 
 def test_a_step_that_only_says_it_is_done_is_our_bug(

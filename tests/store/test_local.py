@@ -90,14 +90,29 @@ def test_a_copy_to_another_file_system_is_a_real_one(store: LocalStore, root: Pa
 
 def test_hidden_files_are_never_shown_and_stale_ones_go_with_their_folder(store: LocalStore, root: Path) -> None:
     store.write_if_absent("a/f", b"x")
-    (root / "a/.store-left-by-a-killed-process").write_bytes(b"half")
+    (root / "a/.store-elsewhere-1-left-long-ago").write_bytes(b"half")
     (root / "b").mkdir()
-    (root / "b/.store-being-written-now").write_bytes(b"half")
+    (root / "b/.store-elsewhere-1-being-written-now").write_bytes(b"half")
     assert [e.path for e in store.list("")] == ["a/f"]
     assert list(store.children("")) == ["a"]
-    os.utime(root / "a/.store-left-by-a-killed-process", (0, 0))
+    os.utime(root / "a/.store-elsewhere-1-left-long-ago", (0, 0))
     store.delete(["a/f", "b/g"])
-    assert everything(root) == [".store-lock", "b", "b/.store-being-written-now"]
+    assert everything(root) == [".store-lock", "b", "b/.store-elsewhere-1-being-written-now"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_folder(store: LocalStore, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    dies = (
+        "import os, shutil, sys; from pathlib import Path; from qlora_retrain.store.local import LocalStore\n"
+        "shutil.copyfile = lambda source, target: (Path(target).write_bytes(b'half'), os.kill(os.getpid(), 9))\n"
+        "LocalStore(sys.argv[1]).upload(Path(sys.argv[2]), 'a', ['f'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", dies, str(root), str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    store.write_if_absent("a/g", b"x")
+    assert len(everything(root)) == 3, "no hidden file was left"
+    store.delete(["a/g"])
+    assert everything(root) == [".store-lock"]
 
 
 @pytest.mark.parametrize("call", ["write_if_absent", "swap", "upload", "copy", "download"])

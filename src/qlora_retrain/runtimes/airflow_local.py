@@ -151,8 +151,7 @@ class LocalStepOperator(BaseOperator):  # type: ignore[misc]
                 if runner.found(plan, self.step) != errors.Exit.DONE:  # the manifest's word, not the process's
                     _fail(errors.Exit.BUG, f"{self.step} ended well, but made no {graph.step(self.step).makes}")
             elif errors.refusal(found):
-                made = runner.manifest(plan, self.step)
-                _fail(found, f"refused earlier: {made.reason if made else ''}")
+                _fail(found, runner.refused_before(plan, self.step))
             else:
                 self.log.info("%s", f"unchanged: {plan.unchanged}" if plan.unchanged else "made already")
             # A retry may follow a try that published and died before it could tell.

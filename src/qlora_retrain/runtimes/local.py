@@ -127,8 +127,7 @@ def _start_ready(plan: Plan, done: set[str], running: list[_Child]) -> int | Non
         if found is None:
             running.append(_Child(step, plan, attempt=0))
         elif found:
-            made = runner.manifest(plan, step.name)
-            progress.say(f"{step.name}: {describe(found)} ({found}), as before: {made.reason if made else ''}")
+            progress.say(runner.refused_before(plan, step.name))
             return found
         else:
             progress.say(f"{step.name}: made already: {progress.one_line(runner.summary(plan, step.name))}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import shutil
 import time
 import uuid
@@ -19,7 +20,7 @@ from qlora_retrain.errors import TryAgain, UsageError
 from qlora_retrain.store import RESERVED
 
 TRIES = 8  # how often another's delete may get in the way of one write before we give up
-STALE_SECONDS = 24 * 3600  # a hidden file of this age has no writer any more
+STALE_SECONDS = 24 * 3600  # a hidden file of this age has no writer any more, wherever that was
 # What `link` says where it cannot: another file system, none of its kind here, too many links, no such call.
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
@@ -48,7 +49,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def place(target: Path, fill: Callable[[Path], object], publish: Callable[[Path, Path], object]) -> None:
     """Fill a hidden file beside `target`, then publish it; whatever happens, the hidden file goes."""
-    temporary = target.with_name(f"{RESERVED}{uuid.uuid4().hex}")
+    temporary = target.with_name(f"{RESERVED}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}")
     for attempt in range(1, TRIES + 1):
         with disk_errors(target.parent):
             try:
@@ -56,7 +57,7 @@ def place(target: Path, fill: Callable[[Path], object], publish: Callable[[Path,
                 fill(temporary)
                 publish(temporary, target)
                 return
-            except FileNotFoundError:  # a delete removed the folder, still empty, between the first line and the second
+            except FileNotFoundError:  # a delete took the hidden file, or the folder while that was still empty
                 if attempt == TRIES:
                     raise
             finally:
@@ -117,12 +118,12 @@ def make_folder(folder: Path) -> None:
 
 
 def prune(folder: Path, root: Path) -> None:
-    """Remove the folder and those above it, below the root, as far as nothing is left in them but stale files."""
+    """Remove the folder and those above it, below the root, as far as nothing is left in them but dead writers' files."""
     while folder != root:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for leftover in folder.glob(f"{RESERVED}*"):
-                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                    leftover.unlink()
+                if _is_abandoned(leftover):
+                    leftover.unlink(missing_ok=True)
         try:
             folder.rmdir()
         except FileNotFoundError:
@@ -130,6 +131,19 @@ def prune(folder: Path, root: Path) -> None:
         except OSError:
             return
         folder = folder.parent
+
+
+def _is_abandoned(hidden: Path) -> bool:
+    """Whether a hidden file's writer is gone; `place` fills another where this is wrong (a namespace hides processes)."""
+    host, _, pid = hidden.name.removeprefix(RESERVED).rpartition("-")[0].rpartition("-")
+    if host == platform.node() and pid.isdigit():
+        try:
+            os.kill(int(pid), 0)  # asks only whether there is such a process
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # there is, another user's
+            return False
+    return time.time() - hidden.stat().st_mtime > STALE_SECONDS
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
