@@ -118,7 +118,7 @@ def make_folder(folder: Path) -> None:
 
 
 def prune(folder: Path, root: Path) -> None:
-    """Remove the folder and those above it, below the root, as far as nothing is left in them but dead writers' files."""
+    """Remove the folder and those above it, below the root, as far as only dead writers' files are left in them."""
     while folder != root:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for leftover in folder.glob(f"{RESERVED}*"):
@@ -134,7 +134,7 @@ def prune(folder: Path, root: Path) -> None:
 
 
 def _is_abandoned(hidden: Path) -> bool:
-    """Whether a hidden file's writer is gone; `place` fills another where this is wrong (a namespace hides processes)."""
+    """Whether a hidden file's writer is gone; `place` fills another where this is wrong, as in a process namespace."""
     host, _, pid = hidden.name.removeprefix(RESERVED).rpartition("-")[0].rpartition("-")
     if host == platform.node() and pid.isdigit():
         try:
