@@ -204,7 +204,7 @@ def test_a_run_that_is_stopped_leaves_no_step_behind(bench: Bench, made: Plan, n
     )
     process = subprocess.Popen([sys.executable, "-c", program, made.uri], stdout=subprocess.PIPE, text=True)
     until(lambda: bench.tries("validate_data") + bench.tries("quantize_model") == 2)
-    until(lambda: len(steps_of(bench)) == 2)
+    until(lambda: len(steps_of(bench)) == 4)  # each and its leash
     time.sleep(1.0)  # their handlers are there
     process.send_signal(number)
     process.wait(30)
@@ -216,7 +216,7 @@ def test_a_run_that_is_stopped_leaves_no_step_behind(bench: Bench, made: Plan, n
 
 
 def steps_of(bench: Bench) -> list[int]:
-    """The processes that run this bench's steps."""
+    """The processes that run this bench's steps, and their leashes."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:

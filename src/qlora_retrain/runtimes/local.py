@@ -5,8 +5,6 @@ Command: `qlora-retrain run CONFIG --root URI`
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -21,8 +19,8 @@ from qlora_retrain import graph, progress, runner
 from qlora_retrain.code import project_root
 from qlora_retrain.errors import Exit, Problem, describe, may_retry
 from qlora_retrain.plan import Plan
+from qlora_retrain.runtimes import leash
 
-_PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
@@ -37,26 +35,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(project_root()), os.environ.get("PYTHONPATH", "")])}
 
 
-def die_with_parent() -> None:
-    """In a child before exec: get SIGTERM when the parent dies, so that a killed run leaves no step behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class _Child:
     """A step that runs, its output passed on line by line."""
 
     def __init__(self, step: graph.Step, plan: Plan, attempt: int) -> None:
         self.step, self.attempt = step, attempt
         self.process = subprocess.Popen(
-            command(step.name, plan.uri),
+            leash.command(command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
             cwd=project_root(),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks
+            start_new_session=True,  # Ctrl-C is ours to pass on, once
         )
         self._reader = threading.Thread(target=self._pass_on, daemon=True)
         self._reader.start()
@@ -76,20 +68,8 @@ class _Child:
         """The exit code, once there is one and all output was passed on."""
         code = self.process.poll()
         if code is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # what the step left behind would hold its output open
             self._reader.join()
         return code
-
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL after the grace period."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
 
 
 def run(plan: Plan) -> int:
@@ -115,7 +95,9 @@ def run(plan: Plan) -> int:
         return 130
     finally:
         for child in running:
-            child.stop()
+            child.process.terminate()  # the leash allows the step the grace period, then kills it
+        for child in running:
+            child.process.wait()
 
 
 def _start_ready(plan: Plan, done: set[str], running: list[_Child]) -> int | None:
@@ -153,7 +135,7 @@ def _collect(plan: Plan, done: set[str], running: list[_Child]) -> int | None:
         else:
             log = f"{plan.root}/runs/{plan.run_id}/logs"
             progress.say(f"run {plan.run_id} stopped at {child.step.name}: {describe(code)} ({code}); logs: {log}")
-            return code if code > 0 else 128 - code
+            return code
     return None
 
 

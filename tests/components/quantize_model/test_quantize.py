@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from components.quantize_model import measure
 from components.quantize_model.step import run
@@ -93,4 +93,27 @@ def test_a_base_without_a_chat_template_is_refused(tiny_model, tmp_path):
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     (base / "chat_template.jinja").unlink()
     with pytest.raises(UsageError, match="no chat template"):
+        quantized(base, tmp_path / "nf4")
+
+
+def test_a_saved_form_that_loads_with_one_other_bit_is_refused(tiny_model, tmp_path, monkeypatch):
+    load = modeling.load_nf4
+
+    def damaged(folder, **how):
+        model = load(folder, **how)
+        model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0] ^= 1
+        return model
+
+    monkeypatch.setattr(modeling, "load_nf4", damaged)
+    with pytest.raises(IntegrityError, match="loads as another"):
+        quantized(tiny_model, tmp_path / "nf4")
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds numbers that are not finite"):
         quantized(base, tmp_path / "nf4")
