@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_retrain import code, runner, scratch
-from qlora_retrain.errors import Diverged, TryAgain
+from qlora_retrain.errors import Diverged, IntegrityError, TryAgain
 from qlora_retrain.outcome import Report
 from qlora_retrain.plan import Plan
 from qlora_retrain.store import Store
@@ -59,6 +59,20 @@ def test_training_goes_on_from_the_newest_checkpoint_and_leaves_none_when_done(
     assert codes == [75, 75, 0]
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     assert stored(store, "scratch") == set()
+
+
+def test_a_signal_that_a_library_took_for_damage_is_still_a_signal(
+    made_plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Any, base_model: Path, base_nf4: Path) -> Report:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise IntegrityError("its weights do not fit its config.json") from error
+        return Report()
+
+    assert runner.execute(made_plan, "quantize_model", lambda: run) == 75
+    assert "quantize_model: try again (75): stopped; run the same command again" in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_passed_over(

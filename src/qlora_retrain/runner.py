@@ -62,9 +62,14 @@ def execute(plan: Plan, step_name: str, load: Callable[[], Run]) -> int:
     with runlog.kept(store, plan.run_id, step_name):
         try:
             return _execute(plan, step, store, load)
-        except Problem as problem:
-            return _ended(step_name, problem.exit_code, str(problem))
+        except preempt.Stopped as stopped:
+            return _ended(step_name, stopped.exit_code, str(stopped))
         except Exception as error:  # noqa: BLE001 - the one place where our own bugs become an exit code
+            if preempt.requested() and not isinstance(error, TryAgain):
+                # The signal's exception came up inside a library, which made an error of its own of it.
+                return _ended(step_name, Exit.TRY_AGAIN, f"stopped; run the same command again to go on ({error})")
+            if isinstance(error, Problem):
+                return _ended(step_name, error.exit_code, str(error))
             if _is_disk_full(error):
                 return _ended(step_name, Exit.TRY_AGAIN, f"disk full: {error}; what was half-written is gone")
             if _is_out_of_memory(error):
