@@ -6,6 +6,8 @@
 #   make test-fast   the fast tier: no scheduler, no network
 #   make soak        long loops: kills, races, large data
 #   make check       formatting, lint, types, layers
+#   make images      the container images, from wheels checked by hash (ENGINE, BASE_IMAGE and TORCH can be given)
+#   make lock        resolve what the images install again, after a change of versions
 #   make clean       remove what the above made, environments included
 
 SHELL := /bin/bash
@@ -17,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast soak check format clean lock
+.PHONY: run ui setup test test-fast soak check format images wheels pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -66,6 +68,38 @@ check: .venv/.made
 format: .venv/.made
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Any image with python3.11 and its venv module. Without a registry: images/base.sh TAG, then make images BASE_IMAGE=TAG.
+ENGINE ?= $(firstword $(foreach name,podman docker,$(shell command -v $(name))))
+BASE_IMAGE ?= docker.io/library/python:3.11-slim-bookworm
+TORCH ?= cpu
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/qlora_retrain/__init__.py)
+REVISION = $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+
+images: wheels
+	@for name in light train; do \
+	    $(ENGINE) build -q --network none -f images/$$name.Dockerfile -t qlora-retrain-$$name:$(VERSION) \
+	        --build-arg BASE=$(BASE_IMAGE) --build-arg TORCH=$(TORCH) --build-arg REVISION=$(REVISION) \
+	        --build-arg VERSION=$(VERSION) . >/dev/null && \
+	    $(ENGINE) image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' | grep "qlora-retrain-$$name:$(VERSION) " || exit 1; \
+	done
+
+wheels: .venv/.made
+	@for lock in light train-$(TORCH); do \
+	    $(BIN)/pip download -q --no-deps --only-binary :all: --require-hashes -d build/wheels/$$lock -r images/$$lock.lock || exit 1; \
+	done
+
+# The digest that the base's tag names today: make images BASE_IMAGE=$$(make -s pin)
+pin:
+	@$(ENGINE) pull -q $(BASE_IMAGE) >/dev/null && $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE_IMAGE)
+
+lock: .venv/.made
+	$(BIN)/python images/lock.py images/light.lock light
+	$(BIN)/python images/lock.py images/train-cpu.lock train
+
+lock-cuda: .venv/.made
+	$(BIN)/python images/lock.py images/train-cuda.lock train \
+	    --note "Not built here: resolved on a machine without a GPU, never installed."
 
 clean:
 	rm -rf .venv .venv-kfp .state .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -13,14 +13,15 @@ import re
 from pathlib import Path
 
 import yaml
-from airflow.sdk import DAG, CronTriggerTimetable, Param
+from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 from croniter import croniter  # type: ignore[import-untyped]
 
 from qlora_retrain.config.load import LineConfig, load
 from qlora_retrain.errors import UsageError
 from qlora_retrain.graph import PLAN_TASK, STEPS, Step, after
 from qlora_retrain.runtimes import form
-from qlora_retrain.runtimes.airflow_local import BrokenLineOperator, LocalStepOperator, PlanOperator
+from qlora_retrain.runtimes.airflow_local import LocalStepOperator
+from qlora_retrain.runtimes.airflow_steps import BrokenLineOperator, PlanOperator
 
 PROJECT = Path(__file__).resolve().parents[1]
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelines")
@@ -41,12 +42,20 @@ def line_dag(path: Path) -> DAG:
     )
     tasks = {PLAN_TASK: PlanOperator(task_id=PLAN_TASK, config_path=path, doc_md=plan_page(path, config), dag=dag)}
     for step in STEPS:
-        tasks[step.name] = LocalStepOperator(
-            task_id=step.name, step=step.name, line=config.line, doc_md=page(step), dag=dag
-        )
+        tasks[step.name] = step_task(step, config, dag)
     for step in STEPS:
         tasks[step.name].set_upstream([tasks[name] for name in after(step) or (PLAN_TASK,)])
     return dag
+
+
+def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
+    """A step as a task of the line's runtime, whose engine's provider is imported only where a line uses it."""
+    common = {"task_id": step.name, "step": step.name, "line": config.line, "doc_md": page(step), "dag": dag}
+    if config.runtime.kind == "docker":
+        from qlora_retrain.runtimes.airflow_docker import DockerStepOperator
+
+        return DockerStepOperator(runtime=config.runtime, **common)
+    return LocalStepOperator(**common)
 
 
 def broken_dag(path: Path, why: str) -> DAG:

@@ -148,7 +148,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _kfp_compile(args: argparse.Namespace) -> int:
-    from qlora_retrain import code
+    from qlora_retrain import code, images
 
     try:
         from qlora_retrain.runtimes import kubeflow
@@ -161,9 +161,9 @@ def _kfp_compile(args: argparse.Namespace) -> int:
         ) from error
     out = args.out or code.project_root() / ".state" / "kfp" / "retrain.yaml"
     given = {"light": args.light_image, "train": args.train_image}
-    images = {name: given[name] or default for name, default in kubeflow.DEFAULT_IMAGES.items()}
-    kubeflow.compile_to(out, images)
-    print(f"{out}: pipeline retrain of {', '.join(images.values())}")
+    refs = {name: given[name] or default for name, default in images.DEFAULT.items()}
+    kubeflow.compile_to(out, refs)
+    print(f"{out}: pipeline retrain of {', '.join(refs.values())}")
     return 0
 
 

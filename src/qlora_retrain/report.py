@@ -26,7 +26,8 @@ body{max-width:60rem;margin:2rem auto;padding:0 1rem;background:var(--back);colo
 font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.sentence{font-size:1.1rem;font-weight:600}
 table{border-collapse:collapse;margin:.8rem 0;width:100%}caption{text-align:left;color:var(--soft)}
-th,td{overflow-wrap:break-word;padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
+overflow-wrap:break-word}
 th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
 svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}.grid{stroke:var(--line)}

@@ -8,6 +8,7 @@ import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,20 +17,31 @@ KILLS = 25
 
 @pytest.mark.soak
 def test_a_run_killed_again_and_again_ends_whole(make_project: Callable, kill_tree: Callable[[int], None]) -> None:
-    project = make_project(train={"checkpoint_minutes": 0.01})
-    store, moments = project.folder / "store", random.Random(0)
-    for _ in range(KILLS):
+    project, moments = make_project(train={"checkpoint_minutes": 0.01}), random.Random(0)
+    kills = 0
+    while kills < KILLS:
         process = project.start("run", project.config, "--root", project.root)
         try:
-            process.communicate(timeout=moments.uniform(1, 30))
+            output, _ = process.communicate(timeout=moments.uniform(1, 20))
         except subprocess.TimeoutExpired:
             kill_tree(process.pid)
             process.communicate()
-        assert_nothing_false(store)
+            kills += 1
+            assert_nothing_false(project.folder / "store")
+        else:
+            assert_whole(project, process.returncode, output)
+            project = make_project(train={"checkpoint_minutes": 0.01})  # and now kill another
     ended = project.run()
-    assert ended.code == 0, ended.text
+    assert_whole(project, ended.code, ended.text)
+
+
+def assert_whole(project: Any, code: int, output: str) -> None:
+    """A run that was left alone did its work, and the kills before it left nothing false and nothing twice."""
+    store = project.folder / "store"
+    assert code == 0, output
     assert_nothing_false(store)
     assert len(list((store / "models/tiny/versions").glob("*/manifest.json"))) == 1
+    assert not list(store.rglob("checkpoint-*"))
 
 
 def assert_nothing_false(store: Path) -> None:

@@ -62,7 +62,7 @@ def run_context(run_id: str, *, tries: int = 1, **params: object) -> Context:
 
 
 def plan_task(project: Path) -> Any:
-    from qlora_retrain.runtimes.airflow_local import PlanOperator
+    from qlora_retrain.runtimes.airflow_steps import PlanOperator
 
     return PlanOperator(task_id="plan", config_path=project / "line.yaml")
 
@@ -75,7 +75,7 @@ def step_task(step: str = "validate_data") -> Any:
 
 @pytest.fixture
 def planned(project: Path, context: Context) -> Plan:
-    from qlora_retrain.runtimes.airflow_local import plan_uri
+    from qlora_retrain.runtimes.airflow_steps import plan_uri
 
     plan_task(project).execute(context)
     return Plan.load(plan_uri(context))
@@ -121,7 +121,7 @@ def make(plan: Plan, step: str, **numbers: Any) -> None:
 def test_every_task_finds_the_same_plan_and_a_cleared_run_keeps_it(
     project: Path, context: Context, planned: Plan
 ) -> None:
-    from qlora_retrain.runtimes.airflow_local import plan_uri
+    from qlora_retrain.runtimes.airflow_steps import plan_uri
 
     assert planned.run_id.startswith("20260131T030000Z-")
     assert ".." not in plan_uri(context)
@@ -135,7 +135,7 @@ def test_every_task_finds_the_same_plan_and_a_cleared_run_keeps_it(
 
 
 def test_what_the_form_turned_is_in_the_plan_and_the_rest_is_the_lines(project: Path) -> None:
-    from qlora_retrain.runtimes.airflow_local import plan_uri
+    from qlora_retrain.runtimes.airflow_steps import plan_uri
 
     turned = run_context("manual__3", **{"train.learning_rate": 5e-5, "train.rank": 16})
     plan_task(project).execute(turned)
@@ -182,7 +182,7 @@ def test_a_config_error_fails_the_plan_at_once_with_every_line(project: Path, co
         ("sys.exit(14)", False, r"training diverged \(14\)"),
         ("sys.exit(75)", True, r"try again \(75\)"),
         ("os.kill(os.getpid(), signal.SIGKILL)", True, r"killed for memory \(137\)"),
-        ("os.kill(os.getpid(), signal.SIGHUP)", True, r"ended by signal 1 \(129\)"),
+        ("os.kill(os.getpid(), signal.SIGUSR1)", True, r"ended by signal 10 \(138\)"),
     ],
 )
 def test_an_exit_code_ends_the_task_as_the_table_says(

@@ -63,6 +63,7 @@ class LineConfig(Section):
     evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
     merge: sections.MergeConfig = sections.MergeConfig()
     publish: sections.PublishConfig = sections.PublishConfig()
+    runtime: sections.RuntimeConfig = sections.RuntimeConfig()
 
     @field_validator("schedule")
     @classmethod

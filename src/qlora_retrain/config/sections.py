@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from qlora_retrain import images
 from qlora_retrain.config.knobs import Section, identity, operational
+from qlora_retrain.errors import UsageError
+from qlora_retrain.graph import Image
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -120,3 +123,27 @@ class PublishConfig(Section):
     promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
     licence: str = identity("unspecified", "SPDX name of the model's licence, for the model card")
     description: str = identity("", "for the model card")
+
+
+class RuntimeConfig(Section):
+    """Where the steps of a DAG run; no step reads it, and nothing in it changes a result."""
+
+    kind: Literal["local", "docker"] = operational("local", "local: subprocesses of the worker; docker: containers")
+    light_image: str = operational(images.DEFAULT["light"], "for steps without torch; a tag or digest, never latest")
+    train_image: str = operational(images.DEFAULT["train"], "for steps with torch; a tag or digest, never latest")
+    memory_gib: float | None = operational(None, "docker: a step that takes more is killed (137)", gt=0.0, le=4096)
+    cpus: float | None = operational(None, "docker: CPU time a step may take, in cores", gt=0.0, le=1024)
+    pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
+    network: str = operational("bridge", "docker: host where the store is on this machine's loopback")
+
+    @field_validator("light_image", "train_image")
+    @classmethod
+    def _is_pinned(cls, value: str) -> str:
+        try:
+            return images.pinned(value)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    def image(self, kind: Image) -> str:
+        """The image of a step."""
+        return {"light": self.light_image, "train": self.train_image}[kind]

@@ -34,7 +34,7 @@ from qlora_retrain.store import open_store
 
 INTERRUPTED = 130
 _POLL_SECONDS = 2.0  # each look costs the API server a tenth of a second of CPU, which training could use
-# How `airflow_local` words the end of a task: "data refused (10): validate_data: ..."
+# How `airflow_steps` words the end of a task: "data refused (10): validate_data: ..."
 _ENDING = re.compile(r"\((\d+)\)")
 
 
@@ -175,7 +175,7 @@ def _pipelines() -> Path:
 
 
 def _root() -> str:
-    """The store, as `airflow_local` finds it; not imported from there, for that imports Airflow."""
+    """The store, as `airflow_steps` finds it; not imported from there, for that imports Airflow."""
     return uris.absolute(os.environ.get("QLORA_RETRAIN_ROOT") or str(code.project_root() / ".state" / "store"))
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from kfp import compiler, dsl
 
-from qlora_retrain import __version__, code
+from qlora_retrain import code
+from qlora_retrain import images as images_by_name
 from qlora_retrain.errors import UsageError
 from qlora_retrain.graph import PLAN_TASK, Image, Step
 
@@ -25,7 +26,6 @@ Images = Mapping[Image, str]
 
 GPU = "nvidia.com/gpu"
 PLAN_RETRIES = 2  # as in Airflow: a plan reads sources and the store, which may throttle
-DEFAULT_IMAGES: Images = {"light": f"qlora-retrain-light:{__version__}", "train": f"qlora-retrain-train:{__version__}"}
 
 
 def plan_task(images: Images, *, config: str, root: str, plan_uri: str, overrides: list[str]) -> dsl.PipelineTask:
@@ -65,14 +65,14 @@ def step_task(step: Step, images: Images, plan: dsl.PipelineTask) -> dsl.Pipelin
     return task
 
 
-def compile_to(out: Path, images: Images = DEFAULT_IMAGES) -> None:
+def compile_to(out: Path, images: Images = images_by_name.DEFAULT) -> None:
     """Write the pipeline of `dags/retrain_kfp.py` as the YAML that KFP takes.
 
     Raises:
         UsageError: For an image that is not pinned, or a checkout without that file.
     """
     for ref in images.values():
-        _refuse_unpinned(ref)
+        images_by_name.pinned(ref)
     file = code.project_root() / "dags" / "retrain_kfp.py"
     if not file.is_file():
         raise UsageError(f"{file}: not found; compile from a checkout")
@@ -88,9 +88,3 @@ def _settled(task: dsl.PipelineTask, name: str, image: str, retries: int) -> dsl
     task.set_env_variable("QLORA_RETRAIN_IMAGE", image)
     task.set_retry(retries, backoff_duration="5s", backoff_factor=2.0, backoff_max_duration="300s")
     return task
-
-
-def _refuse_unpinned(ref: str) -> None:
-    tag = ref.rpartition("/")[2].partition(":")[2]  # after the last /, so that a registry's port is no tag
-    if "@sha256:" not in ref and tag in ("", "latest"):
-        raise UsageError(f"image {ref!r}: wanted a tag other than latest, or a digest: name:tag or name@sha256:...")
