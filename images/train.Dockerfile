@@ -14,20 +14,22 @@ RUN python3.11 -m venv --without-pip /opt/venv \
  && /tmp/pip/bin/pip --python /opt/venv/bin/python install --no-index --find-links /wheels --require-hashes --no-compile -r /lock
 
 FROM ${BASE}
-ARG REVISION=unknown
-ARG VERSION=0
-LABEL org.opencontainers.image.title="qlora-retrain train" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.version="${VERSION}"
 COPY --from=install /opt/venv /opt/venv
 COPY constraints.txt pyproject.toml /app/
 COPY src /app/src
 COPY components /app/components
 COPY images/entrypoint /app/entrypoint
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app/src:/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    HF_HUB_OFFLINE=1 HOME=/tmp QLORA_RETRAIN_IMAGE=train:${REVISION}
+    HF_HUB_OFFLINE=1 HOME=/tmp
 RUN install -d -o 10001 -g 10001 /work
 WORKDIR /app
 USER 10001:10001
+# Last, for they change with every commit.
+ARG REVISION=unknown
+ARG VERSION=0
+LABEL org.opencontainers.image.title="qlora-retrain train" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.version="${VERSION}"
+ENV QLORA_RETRAIN_IMAGE=train:${REVISION}
 ENTRYPOINT ["/app/entrypoint"]
 CMD ["python", "-m", "qlora_retrain.cli", "--help"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.docker.operators.docker import DockerOperator
+from airflow.sdk.exceptions import AirflowException
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Mount
 
@@ -60,6 +61,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             **kwargs,
         )
         self.runtime = runtime
+        self._sweep: subprocess.Popen[bytes] | None = None
 
     def run_step(self, plan: Plan) -> None:
         """Start the container, or adopt the one that an earlier try left running; follow it to its end."""
@@ -73,9 +75,8 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             else:
                 self.log.info("container %s runs already: following it", self.container_name)
             reason = self.last_lines(_lines(self.cli.logs(found, stream=True, follow=True)))
-            status = int(self.cli.wait(found)["StatusCode"])
-            self._remove(found)
-        except (DockerException, OSError) as error:
+            status = self._status(found)
+        except (DockerException, OSError, AirflowException) as error:  # the last as the provider's hook says it
             raise TryAgain(f"{self.step}: the container engine at {self.docker_url} failed: {error}") from error
         if status == errors.Exit.OUT_OF_MEMORY:
             limit = f"runtime.memory_gib is {self.runtime.memory_gib}" if self.runtime.memory_gib else "the machine's"
@@ -86,13 +87,22 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
     def on_kill(self) -> None:
         """Have the container stopped and removed by a process that outlives this task's five seconds."""
         if self.container_name:
-            subprocess.Popen(
+            self._sweep = subprocess.Popen(
                 [sys.executable, "-I", docker_sweep.__file__, self.docker_url, self.container_name],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
+
+    def _status(self, container: str) -> int:
+        """The exit code of a container that ended, which is removed; one that is gone was stopped from outside."""
+        try:
+            status = int(self.cli.wait(container)["StatusCode"])
+        except NotFound:
+            return int(errors.Exit.TRY_AGAIN)
+        self._remove(container)
+        return status
 
     def _earlier(self) -> str | None:
         """The id of a running container of this name; one that ended is removed."""
@@ -138,7 +148,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         made = self.cli.create_container(
             self.image,
             name=self.container_name,
-            command=["python", "-m", f"components.{self.step}", "--plan", plan.uri],
+            command=command(self.step, plan.uri),
             environment=environment(self.image),
             user=user(plan),
             host_config=host,
@@ -151,6 +161,11 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             self.cli.remove_container(container, force=True)
         except APIError as error:  # gone, or going: nothing depends on it any more
             self.log.info("container %s was not removed: %s", self.container_name, error.explanation)
+
+
+def command(step: str, plan_uri: str) -> list[str]:
+    """The one command line of a step, as the image's first process gets it."""
+    return ["python", "-m", f"components.{step}", "--plan", plan_uri]
 
 
 def name_of(plan: Plan, step: str) -> str:
