@@ -3,6 +3,7 @@
 #   make run         the main job: Airflow runs the demo line, a version is published, pulled and asked a question
 #   make ui          Airflow's UI on loopback, with the history of `make run`
 #   make test        every test that needs no GPU
+#   make test-containers   the images and the docker runtime, on podman (installs nothing itself)
 #   make test-fast   the fast tier: no scheduler, no network
 #   make soak        long loops: kills, races, large data
 #   make check       formatting, lint, types, layers
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast soak check format images wheels pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak check format images wheels pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,10 +52,13 @@ $(BASE)/config.json: .venv/.made pipelines/demo/convert_base.py
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not containers and not soak and not gpu"
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not airflow and not kfp and not soak and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not airflow and not kfp and not containers and not soak and not gpu"
+
+test-containers: setup
+	$(BIN)/python -m pytest -m containers
 
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout 3600
