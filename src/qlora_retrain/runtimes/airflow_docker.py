@@ -99,7 +99,9 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         """The exit code of a container that ended, which is removed; one that is gone was stopped from outside."""
         try:
             status = int(self.cli.wait(container)["StatusCode"])
-        except NotFound:
+        except APIError as error:  # Podman says it with a 500 while the container is being removed
+            if not isinstance(error, NotFound) and "no such container" not in str(error):
+                raise
             return int(errors.Exit.TRY_AGAIN)
         self._remove(container)
         return status
