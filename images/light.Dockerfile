@@ -20,7 +20,8 @@ COPY components /app/components
 COPY images/entrypoint /app/entrypoint
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app/src:/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 HOME=/tmp
-RUN install -d -o 10001 -g 10001 /work
+# Where a volume goes: whoever the container runs as may write there, and a new volume takes these permissions.
+RUN install -d -m 1777 /work
 WORKDIR /app
 USER 10001:10001
 # Last, for they change with every commit.

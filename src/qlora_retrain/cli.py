@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qlora_retrain.arguments import Parser
+from qlora_retrain import cli_kfp
+from qlora_retrain.arguments import Parser, root
 from qlora_retrain.errors import Exit, Problem, UsageError
 
 if TYPE_CHECKING:
@@ -35,18 +36,28 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from qlora_retrain import explain, plan
+    from qlora_retrain import explain, handover, plan
 
     overrides = [*args.set, *args.set_json]
     if args.plan:
         made = _given_plan(args, overrides)
     else:
-        made = plan.make(args.config, _root(args), overrides=overrides, orchestrator=args.orchestrator_id)
-    print(explain.as_text(made))
+        made = plan.make(_line(args), root(args), overrides=overrides, orchestrator=args.orchestrator_id)
+    text = explain.as_text(made)
+    print(text)
+    if args.report_to is not None:
+        handover.put(args.report_to, f"```\n{text}\n```\n")
     if args.uri_to is not None:
-        args.uri_to.parent.mkdir(parents=True, exist_ok=True)
-        args.uri_to.write_text(made.uri, encoding="utf-8")
+        handover.put(args.uri_to, made.uri)
     return 0
+
+
+def _line(args: argparse.Namespace) -> Path | str:
+    """The line that is meant: a file, or the document itself."""
+    if (args.config is None) == (args.document is None):
+        raise UsageError("wanted a line: its YAML file, or --document with the line itself")
+    found: Path | str = args.config or args.document
+    return found
 
 
 def _given_plan(args: argparse.Namespace, overrides: list[str]) -> Plan:
@@ -56,9 +67,9 @@ def _given_plan(args: argparse.Namespace, overrides: list[str]) -> Plan:
 
     if overrides:
         raise UsageError(f"--plan with {', '.join(overrides)}: a plan is made already; change settings without --plan")
-    line, made = load(args.config).line, Plan.load(args.plan)
+    line, made = load(_line(args)).line, Plan.load(args.plan)
     if made.line != line:
-        raise UsageError(f"{made.uri}: is a plan of line {made.line}; {args.config} is line {line}")
+        raise UsageError(f"{made.uri}: is a plan of line {made.line}; the line given is {line}")
     return made
 
 
@@ -69,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plan is not None:
         made = plan.Plan.load(args.plan)
     elif args.config is not None:
-        made = plan.make(args.config, _root(args), overrides=args.set)
+        made = plan.make(args.config, root(args), overrides=args.set)
     else:
         raise UsageError("run: wanted a CONFIG, or --plan URI to finish another run's plan")
     print(explain.as_text(made), flush=True)
@@ -82,25 +93,48 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from qlora_retrain import explain, plan
+    from qlora_retrain import explain, handover, runpage
+    from qlora_retrain.plan import Plan
+
+    uri = args.plan or _plan_of_run(args)
+    made = Plan.load(uri) if uri else None
+    if made is None:
+        text = page = decisive = "The run ended before it had a plan; the log of its first task says why."
+    else:
+        text, page, decisive = explain.status_text(made), runpage.page(made), runpage.decisive_page(made)
+    print(text)
+    if args.page is not None:
+        handover.put(args.page, page)
+    if args.report_to is not None:
+        handover.put(args.report_to, decisive)
+    return 0
+
+
+def _plan_of_run(args: argparse.Namespace) -> str | None:
+    """Where the plan of the run that is meant is; None where an orchestrator's run never got one."""
+    from qlora_retrain import plan
+    from qlora_retrain.config.load import load
     from qlora_retrain.store import open_store
 
-    store = open_store(_root(args))
+    store = open_store(root(args))
     run = args.run_id
+    if args.document is not None:
+        run = plan.known_run(store, load(args.document).line, args.orchestrator_id)
+        return plan.plan_uri(store.uri, run) if run else None
     if run == "latest":
-        runs = list(store.children("runs"))
-        if not runs:
+        run = max(store.children("runs"), default=None)
+        if run is None:
             raise UsageError(f"{store.uri}: no runs yet")
-        run = max(runs)
-    print(explain.status_text(plan.Plan.load(plan.plan_uri(store.uri, run))))
-    return 0
+    if run is None:
+        raise UsageError("wanted a RUN: its id, or latest")
+    return plan.plan_uri(store.uri, run)
 
 
 def _pull(args: argparse.Namespace) -> int:
     from qlora_retrain import consumer
     from qlora_retrain.store import open_store
 
-    release = consumer.pull(open_store(_root(args)), args.reference, args.destination)
+    release = consumer.pull(open_store(root(args)), args.reference, args.destination)
     print(f"{release.line} {release.version}: {len(release.files)} files verified in {args.destination}")
     return 0
 
@@ -111,7 +145,7 @@ def _promote(args: argparse.Namespace) -> int:
 
     if args.alias == registry.LATEST:
         raise UsageError(f"{registry.LATEST} names the newest version by itself; promote another alias")
-    store = open_store(_root(args))
+    store = open_store(root(args))
     release = registry.read_release(store, args.line, args.version)
     moved = registry.move(store, args.line, args.alias, release, reason=args.reason, override=args.override)
     print(f"{args.line}@{args.alias}: {release.version}" + ("" if moved else " (already)"))
@@ -122,7 +156,7 @@ def _rollback(args: argparse.Namespace) -> int:
     from qlora_retrain import registry
     from qlora_retrain.store import open_store
 
-    moved = registry.rollback(open_store(_root(args)), args.line, args.alias, reason=args.reason)
+    moved = registry.rollback(open_store(root(args)), args.line, args.alias, reason=args.reason)
     print(f"{args.line}@{args.alias}: {moved.version}, generation {moved.generation}; what it left is rejected")
     return 0
 
@@ -131,7 +165,7 @@ def _drop(args: argparse.Namespace) -> int:
     from qlora_retrain import artifact
     from qlora_retrain.store import open_store
 
-    store = open_store(_root(args))
+    store = open_store(root(args))
     dropped = artifact.drop(store, args.artifact, args.key)
     if not dropped:
         raise UsageError(f"no artifact {args.artifact}/{args.key} in {store.uri}")
@@ -144,26 +178,6 @@ def _ask(args: argparse.Namespace) -> int:
 
     folder, system = ask.model_folder(args.folder)
     print(ask.answer(folder, args.question, args.system or system))
-    return 0
-
-
-def _kfp_compile(args: argparse.Namespace) -> int:
-    from qlora_retrain import code, images
-
-    try:
-        from qlora_retrain.runtimes import kubeflow
-    except ModuleNotFoundError as error:
-        if error.name != "kfp":
-            raise
-        raise UsageError(
-            f"kfp is not in this environment ({sys.prefix}), it has one of its own; "
-            "run it with .venv-kfp/bin/qlora-retrain"
-        ) from error
-    out = args.out or code.project_root() / ".state" / "kfp" / "retrain.yaml"
-    given = {"light": args.light_image, "train": args.train_image}
-    refs = {name: given[name] or default for name, default in images.DEFAULT.items()}
-    kubeflow.compile_to(out, refs)
-    print(f"{out}: pipeline retrain of {', '.join(refs.values())}")
     return 0
 
 
@@ -186,18 +200,22 @@ def _json_settings(text: str) -> list[str]:
     return found
 
 
-def _root(args: argparse.Namespace) -> str:
-    root = args.root or os.environ.get("QLORA_RETRAIN_ROOT")
-    if not root:
-        raise UsageError("no store: pass --root URI (file:///folder or s3://bucket/prefix) or set QLORA_RETRAIN_ROOT")
-    return str(root)
-
-
 def _parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     stored = Parser(add_help=False, parents=[common])
     stored.add_argument("--root", metavar="URI", help="the store: file:///folder or s3://bucket/prefix")
+    by_orchestrator = Parser(add_help=False)
+    by_orchestrator.add_argument("--document", metavar="TEXT", help="the line itself, as YAML or JSON")
+    by_orchestrator.add_argument(
+        "--orchestrator-id",
+        action="append",
+        default=[],
+        type=_orchestrator_id,
+        metavar="ID",
+        help="what names the run outside; the same ids find the same plan again",
+    )
+    by_orchestrator.add_argument("--report-to", type=Path, metavar="FILE", help="write what a UI shows there")
     settings = Parser(add_help=False)
     settings.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting")
 
@@ -215,18 +233,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_check)
 
     verb = verbs.add_parser(
-        "plan", help="say what is made already and what would run, and why", parents=[stored, settings]
+        "plan",
+        help="say what is made already and what would run, and why",
+        parents=[stored, settings, by_orchestrator],
     )
-    verb.add_argument("config", type=Path)
+    verb.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
     verb.add_argument("--plan", metavar="URI", help="check this plan instead of making one; empty: make one")
-    verb.add_argument(
-        "--orchestrator-id",
-        action="append",
-        default=[],
-        type=_orchestrator_id,
-        metavar="ID",
-        help="what names the run outside; the same ids find the same plan again",
-    )
     verb.add_argument("--set-json", type=_json_settings, default=[], metavar="LIST", help="as --set, a JSON list")
     verb.add_argument("--uri-to", type=Path, metavar="FILE", help="write the plan's URI there")
     verb.set_defaults(run=_plan)
@@ -236,8 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--plan", metavar="URI", help="finish this plan instead of making one")
     verb.set_defaults(run=_run)
 
-    verb = verbs.add_parser("status", help="where a run stands", parents=[stored])
-    verb.add_argument("run_id", metavar="RUN", help="a run's id, or latest")
+    verb = verbs.add_parser("status", help="where a run stands", parents=[stored, by_orchestrator])
+    verb.add_argument("run_id", metavar="RUN", nargs="?", help="a run's id, or latest")
+    verb.add_argument("--plan", metavar="URI", help="the run of this plan")
+    verb.add_argument("--page", type=Path, metavar="FILE", help="write the run as a page there")
     verb.set_defaults(run=_status)
 
     verb = verbs.add_parser("pull", help="fetch a published version, verified", parents=[stored])
@@ -264,13 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("key")
     verb.set_defaults(run=_drop)
 
-    verb = verbs.add_parser("kfp", help="the pipeline for Kubeflow Pipelines")
-    kfp_verbs = verb.add_subparsers(required=True, metavar="VERB")
-    verb = kfp_verbs.add_parser("compile", help="write the YAML that KFP takes; needs .venv-kfp", parents=[common])
-    verb.add_argument("--out", type=Path, metavar="FILE", help="default: .state/kfp/retrain.yaml")
-    verb.add_argument("--light-image", metavar="REF", help="image without torch, by tag or digest")
-    verb.add_argument("--train-image", metavar="REF", help="image with the training stack, by tag or digest")
-    verb.set_defaults(run=_kfp_compile)
+    cli_kfp.add_verbs(verbs.add_parser("kfp", help="the pipeline on Kubeflow Pipelines"), common, stored, settings)
 
     verb = verbs.add_parser("ask", help="ask a pulled version, or any model folder, a question", parents=[common])
     verb.add_argument("folder", type=Path)

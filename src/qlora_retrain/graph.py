@@ -61,6 +61,7 @@ class Step:
         retries: Tries after the first, used for exit codes that say "try again".
         scratch: The step gets a folder that the runner restores, mirrors to the store and removes after success.
         store: The step gets its inputs' manifests, the plan and the store instead of fetched folders.
+        report: The page for a person among the artifact's files, if it has one.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Step:
     retries: int = 2
     scratch: bool = False
     store: bool = False
+    report: str | None = "report.html"
 
 
 SOURCES = (
@@ -98,6 +100,7 @@ STEPS = (
         reads=(Input("base_model"),),
         makes="base_nf4",
         image="train",
+        report=None,
         summary="Store the base model in NF4 with double quantization.",
     ),
     Step(
@@ -143,6 +146,7 @@ STEPS = (
         makes="release",
         image="light",
         store=True,
+        report=None,
         summary="Publish an immutable version and move its aliases.",
     ),
 )

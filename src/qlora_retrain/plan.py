@@ -118,7 +118,7 @@ def plan_uri(root: str, run: str) -> str:
 
 
 def make(
-    config_path: Path,
+    line: Path | str,
     root: str,
     *,
     run_id: str | None = None,
@@ -129,7 +129,7 @@ def make(
     """Make a run's plan, or return the one it has.
 
     Args:
-        config_path: The line's YAML.
+        line: The line's YAML file, or the document itself.
         root: The store's URI.
         run_id: The run, where an orchestrator has named it; an existing plan of that run is kept as it is.
         overrides: `section.field=value` strings.
@@ -145,13 +145,14 @@ def make(
     if run_id is not None:
         with contextlib.suppress(UsageError):  # none yet
             return Plan.load(plan_uri(store.uri, run_id))
-    config = load(config_path, overrides)
-    name = run_id or _new_run_id(at, config.line, orchestrator)
+    config = load(line, overrides)
+    name = run_id
     if run_id is None and orchestrator:
-        # The ids alone find the run: a retry comes at another second than the try that made the plan.
-        name = next((known for known in store.children("runs") if known.endswith(name[-13:])), name)
-        with contextlib.suppress(UsageError):  # none yet
-            return Plan.load(plan_uri(store.uri, name))
+        name = known_run(store, config.line, orchestrator)
+        if name:
+            with contextlib.suppress(UsageError):  # none yet
+                return Plan.load(plan_uri(store.uri, name))
+    name = name or _new_run_id(at, config.line, orchestrator)
     store.probe()  # before gigabytes of sources are read
     plan = _build(config, store, name, at)
     try:
@@ -159,6 +160,15 @@ def make(
     except Exists:
         return Plan.load(plan.uri)
     return plan
+
+
+def known_run(store: Store, line: str, orchestrator: Sequence[str]) -> str | None:
+    """The run that an orchestrator's ids name, if there is one.
+
+    The ids alone find it: a retry comes at another second than the try that made the plan.
+    """
+    tail = _new_run_id(datetime.now(UTC), line, orchestrator)[-13:]
+    return next((known for known in store.children("runs") if known.endswith(tail)), None)
 
 
 def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:

@@ -1,9 +1,7 @@
-"""Run one step of a plan: the same in a subprocess, a container, a pod and KFP.
+"""Run one step of a plan: the same in a subprocess, a container, a pod and KFP; `program` is its command line.
 
 Read the plan → made already? return its outcome → fetch inputs into the node cache → call the step → upload, manifest
 last → one line of numbers. Exit codes are those of `errors.py`.
-
-Command: `python -m components.<step> --plan URI`
 """
 
 from __future__ import annotations
@@ -19,10 +17,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from qlora_retrain import artifact, cache, code, graph, preempt, progress, runlog, scratch, sources
-from qlora_retrain.arguments import Parser
 from qlora_retrain.artifact import Manifest
 from qlora_retrain.config import sections
 from qlora_retrain.config.knobs import Section
@@ -43,17 +40,6 @@ CONFIGS: Mapping[str, type[Section]] = {
 }
 
 
-def main(step_name: str, load: Callable[[], Run]) -> NoReturn:
-    """The command line of a step; ends the process with the step's exit code."""
-    parser = Parser(prog=f"python -m components.{step_name}", description=graph.step(step_name).summary)
-    parser.add_argument("--plan", required=True, metavar="URI", help="the run's plan.json")
-    arguments = parser.parse_args()
-    try:
-        sys.exit(execute(Plan.load(arguments.plan), step_name, load))
-    except Problem as problem:  # outside the step: no plan, no store, or stopped while its log was kept
-        sys.exit(_ended(step_name, problem.exit_code, str(problem)))
-
-
 def execute(plan: Plan, step_name: str, load: Callable[[], Run]) -> int:
     """Run a step and return its exit code; whatever happens is said, and kept in the run's folder."""
     step = graph.step(step_name)
@@ -63,19 +49,19 @@ def execute(plan: Plan, step_name: str, load: Callable[[], Run]) -> int:
         try:
             return _execute(plan, step, store, load)
         except preempt.Stopped as stopped:
-            return _ended(step_name, stopped.exit_code, str(stopped))
+            return ended(step_name, stopped.exit_code, str(stopped))
         except Exception as error:  # noqa: BLE001 - the one place where our own bugs become an exit code
             if preempt.requested() and not isinstance(error, TryAgain):
                 # The signal's exception came up inside a library, which made an error of its own of it.
-                return _ended(step_name, Exit.TRY_AGAIN, f"stopped; run the same command again to go on ({error})")
+                return ended(step_name, Exit.TRY_AGAIN, f"stopped; run the same command again to go on ({error})")
             if isinstance(error, Problem):
-                return _ended(step_name, error.exit_code, str(error))
+                return ended(step_name, error.exit_code, str(error))
             if _is_disk_full(error):
-                return _ended(step_name, Exit.TRY_AGAIN, f"disk full: {error}; what was half-written is gone")
+                return ended(step_name, Exit.TRY_AGAIN, f"disk full: {error}; what was half-written is gone")
             if _is_out_of_memory(error):
-                return _ended(step_name, Exit.OUT_OF_MEMORY, f"out of memory: {error}")
+                return ended(step_name, Exit.OUT_OF_MEMORY, f"out of memory: {error}")
             traceback.print_exc()
-            return _ended(step_name, Exit.BUG, f"{type(error).__name__}: {error}")
+            return ended(step_name, Exit.BUG, f"{type(error).__name__}: {error}")
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -332,12 +318,13 @@ def _outcome(step: graph.Step, manifest: Manifest) -> int:
     """Say how it ended, on one line, and return the exit code."""
     line = progress.one_line(manifest.numbers)
     if refusal(manifest.exit_code):
-        return _ended(step.name, manifest.exit_code, f"{manifest.reason}  [{line}]")
+        return ended(step.name, manifest.exit_code, f"{manifest.reason}  [{line}]")
     progress.say(f"{step.name}: done: {line}")
     return manifest.exit_code
 
 
-def _ended(step_name: str, exit_code: int, why: str) -> int:
+def ended(step_name: str, exit_code: int, why: str) -> int:
+    """Say how a step ended, where errors go, and return its exit code."""
     print(_ending(step_name, exit_code, why), file=sys.stderr, flush=True)
     return int(exit_code)
 

@@ -58,7 +58,7 @@ def write_line(tmp_path: Path, tickets: Path, tiny_model: Path) -> Callable[...,
     return write
 
 
-def containers() -> list[str]:
+def running() -> list[str]:
     """The names of this project's containers, running or not."""
     command = ["podman", "ps", "-a", "--filter", "label=qlora-retrain.step", "--format", "{{.Names}}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -80,10 +80,10 @@ def made(s3: str, images: None, write_line: Callable[..., Path]) -> Plan:
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Have containers run a program instead of their step: confined in the same way, and short."""
-    from qlora_retrain.runtimes import airflow_docker
+    from qlora_retrain.runtimes import containers
 
     def say(program: str) -> None:
-        monkeypatch.setattr(airflow_docker, "command", lambda step, uri: ["python", "-c", textwrap.dedent(program)])
+        monkeypatch.setattr(containers, "command", lambda step, uri: ["python", "-c", textwrap.dedent(program)])
 
     return say
 
@@ -121,7 +121,7 @@ def test_a_run_through_airflow_publishes_with_the_keys_of_any_runtime(
         "qlora-retrain-light",
         "qlora-retrain-train",
     }
-    assert containers() == []
+    assert running() == []
 
     everything = [*logs.values(), *(p.read_text(errors="replace") for p in (tmp_path / "home").rglob("*.log"))]
     everything += [
@@ -167,7 +167,7 @@ def test_a_step_sees_a_read_only_root_and_has_no_power(
         "writable": ["/tmp", "/work"],
         "secrets": [],
     }
-    assert containers() == []
+    assert running() == []
 
 
 def test_a_step_that_takes_too_much_memory_is_killed_and_the_limit_is_named(
@@ -197,7 +197,7 @@ def test_a_second_try_follows_the_container_that_the_first_left(
     says("print('a second one')")
     with pytest.raises(AirflowFailException, match="the first one ended"):
         airflow_step(made, config, engine, "validate_data").execute(context(made, tries=2))
-    assert containers() == []
+    assert running() == []
 
 
 def test_killing_the_task_lets_the_step_save_and_leaves_no_container(
@@ -221,13 +221,13 @@ def test_killing_the_task_lets_the_step_save_and_leaves_no_container(
 
     task = threading.Thread(target=execute)
     task.start()
-    until(lambda: containers() != [])
+    until(lambda: running() != [])
     time.sleep(3)  # its handler is there
     step.on_kill()
     task.join(60)
     assert "try again (75): saved" in str(caught)
     assert step._sweep.wait(60) == 0
-    assert containers() == []
+    assert running() == []
 
 
 def test_an_engine_that_does_not_answer_is_named_and_tried_again(made: Plan, tmp_path: Path) -> None:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Any
 
 GRACE_SECONDS = 70  # ten more than the container's own first process allows the step
 
 
-def sweep(url: str, name: str) -> None:
-    """Stop and remove the container; nothing to do where there is none."""
-    from docker import APIClient
+def sweep(client: Any, name: str) -> None:
+    """Stop and remove the container; nothing to do where there is none.
+
+    Args:
+        client: docker's `APIClient`, patient for longer than `GRACE_SECONDS`.
+        name: The container's name or id.
+    """
     from docker.errors import APIError
 
-    client = APIClient(base_url=url, timeout=GRACE_SECONDS + 30)
     with contextlib.suppress(APIError):
         client.stop(name, timeout=GRACE_SECONDS)
     with contextlib.suppress(APIError):
@@ -26,4 +30,6 @@ def sweep(url: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    sweep(sys.argv[1], sys.argv[2])
+    from docker import APIClient
+
+    sweep(APIClient(base_url=sys.argv[1], timeout=GRACE_SECONDS + 30), sys.argv[2])

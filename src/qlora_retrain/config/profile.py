@@ -1,0 +1,103 @@
+"""A cluster's profile: on which nodes the steps' pods run, what they may take, which secrets they see.
+
+It belongs to a cluster, not to a line; nothing in it changes a result, and it can hold no secret, only the names of
+secrets. `manifests/profiles/gpu.yaml` is one to start from.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from qlora_retrain import images, uris
+from qlora_retrain.config.knobs import Section, operational
+from qlora_retrain.config.reading import read
+from qlora_retrain.errors import UsageError
+from qlora_retrain.graph import Image, Step
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
+_SECRET = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE|CREDENTIAL", re.IGNORECASE)
+
+
+class Toleration(Section):
+    """A taint of nodes that a pod may run on all the same."""
+
+    key: str = operational(..., "the taint's key, e.g. nvidia.com/gpu")
+    operator: Literal["Exists", "Equal"] = operational("Exists", "Equal: only where the taint has `value`")
+    value: str | None = operational(None, "the taint's value; with Equal")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = operational(None, "null: every effect")
+
+
+class Pod(Section):
+    """What a kind of pod asks for, and where it may run."""
+
+    cpus: float | None = operational(None, "cores asked for; null: the cluster's default", gt=0.0, le=1024)
+    memory_gib: float | None = operational(None, "asked for and allowed: above it the pod is killed", gt=0.0, le=4096)
+    node_selector: dict[str, str] = operational({}, "labels that a node must have")
+    tolerations: tuple[Toleration, ...] = operational((), "taints that are no hindrance")
+
+
+class Secret(Section):
+    """A Kubernetes secret as a read-only folder; never as environment variables, which whoever sees a pod can read."""
+
+    name: Name = operational(..., "the secret's name")
+    mount: Folder = operational(..., "the folder in which each of its keys is a file")
+
+
+class Profile(Section):
+    """Everything about a cluster that a pipeline needs."""
+
+    light_image: str = operational(images.DEFAULT["light"], "for steps without torch; a tag or digest, never latest")
+    train_image: str = operational(images.DEFAULT["train"], "for steps with torch; a tag or digest, never latest")
+    image_pull_secrets: tuple[Name, ...] = operational((), "secrets that the images are pulled with")
+    service_account: Name | None = operational(None, "whom the pods run as; null: the namespace's default")
+    gpu_resource: str | None = operational("nvidia.com/gpu", "what a GPU is called here; null: there are none")
+    env: dict[Variable, str] = operational({}, "settings, e.g. AWS_REGION; secrets are refused")
+    secrets: tuple[Secret, ...] = operational((), "folders of files that every step sees")
+    work_gib: float = operational(100.0, "disk for the node cache and checkpoints of a pod", gt=0.0, le=65_536)
+    light: Pod = operational(Pod(), "steps without torch")
+    train: Pod = operational(Pod(), "steps with torch that take no GPU")
+    gpu: Pod = operational(Pod(), "steps that take a GPU; unused where gpu_resource is null")
+
+    @field_validator("light_image", "train_image")
+    @classmethod
+    def _is_pinned(cls, value: str) -> str:
+        try:
+            return images.pinned(value)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if _SECRET.search(name) and not name.endswith("_FILE"):
+                raise ValueError(f"{name} looks like a secret, and whoever sees a pod can read it; use `secrets`")
+            uris.refuse_secrets(text)
+        return value
+
+    def image(self, kind: Image) -> str:
+        """The image of a step."""
+        return {"light": self.light_image, "train": self.train_image}[kind]
+
+    def gpus(self, step: Step) -> int:
+        """How many GPUs a step asks for on this cluster."""
+        return step.gpus if self.gpu_resource else 0
+
+    def pod(self, step: Step) -> Pod:
+        """What a step's pod asks for."""
+        return self.gpu if self.gpus(step) else {"light": self.light, "train": self.train}[step.image]
+
+
+def load(path: Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        UsageError: With every error of the file, one a line.
+    """
+    return read(Profile, path)

@@ -1,0 +1,128 @@
+"""The Kubeflow pipeline in containers on the local engine (Docker, or Podman's Docker API), without a cluster.
+
+kfp's own runner starts the containers, confined as those of the docker runtime are (`containers.py`). It tries nothing
+twice, and it can call a failed container succeeded: how the run ended is read from the store.
+
+Environment: `DOCKER_HOST`, the engine's socket.
+Command: `.venv-kfp/bin/qlora-retrain kfp run LINE.yaml --root URI`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import docker
+from docker.errors import DockerException, ImageNotFound
+from docker.types import Mount
+from kfp import local
+
+from qlora_retrain import explain, runner, runpage, uris
+from qlora_retrain.config.load import document, load
+from qlora_retrain.config.profile import Profile
+from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.errors import Exit, TryAgain, UsageError
+from qlora_retrain.graph import STEPS
+from qlora_retrain.plan import Plan
+from qlora_retrain.progress import say
+from qlora_retrain.runtimes import containers, docker_sweep, kubeflow
+
+RUN_LABEL = "qlora-retrain.kfp-run"
+
+
+def run(config_path: Path, root: str, profile: Profile, *, plan_uri: str, overrides: Sequence[str]) -> int:
+    """Run the pipeline to its end.
+
+    Returns:
+        0, the code of the step that refused, or 75 where the same plan can be gone on with.
+
+    Raises:
+        UsageError: For a line, an image or a store that cannot be used.
+        TryAgain: If the engine does not answer.
+    """
+    config = load(config_path, overrides)
+    root = uris.absolute(root)
+    images = {name: _on_this_engine(getattr(profile, name)) for name in ("light_image", "train_image")}
+    profile = profile.model_copy(update={**images, "gpu_resource": None})
+    sources = [s.uri for n in type(config.sources).model_fields if (s := getattr(config.sources, n))]
+    if root.startswith("file:"):
+        uris.local_path(root).mkdir(parents=True, exist_ok=True)
+    name = uuid.uuid4().hex
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    with tempfile.TemporaryDirectory(prefix="qlora-retrain-kfp-") as folder:
+        outputs = Path(folder) / "outputs"
+        outputs.mkdir()
+        outputs.chmod(0o777)  # the container's user is another; the folder above is this user's alone
+        try:
+            local.init(_runner(root, sources, config.runtime, name), pipeline_root=str(outputs), raise_on_error=False)
+            line = document(load(config_path))
+            kubeflow.pipeline(profile)(line=line, root=root, plan_uri=plan_uri, overrides=list(overrides))
+        except DockerException as error:
+            raise TryAgain(f"the container engine failed: {error}") from error
+        finally:
+            _sweep(name)
+        made = next(outputs.rglob("uri"), None)
+        if made is None:
+            say("the run ended before it had a plan; its first task says why above")
+            return Exit.USAGE
+        return _judged(Plan.load(made.read_text()), config_path, root)
+
+
+def _judged(plan: Plan, config_path: Path, root: str) -> int:
+    """What the store says of the run, whatever the engine said."""
+    say(explain.status_text(plan))
+    say(runpage.sentence(plan))
+    refused = runpage.refusal_of(plan)
+    if refused is not None:
+        return refused.exit_code
+    if all(runner.found(plan, step.name) == Exit.DONE for step in STEPS):
+        return Exit.DONE
+    command = ["qlora-retrain", "kfp", "run", str(config_path), "--root", root, "--plan", plan.uri]
+    say(f"to go on where it stopped: {shlex.join(command)}")
+    return Exit.TRY_AGAIN
+
+
+def _runner(root: str, sources: Sequence[str], runtime: RuntimeConfig, name: str) -> local.DockerRunner:
+    user = containers.user(root) or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else None)
+    mounts = [Mount(containers.WORK, containers.volume(user), type="volume")]
+    mounts += [Mount(i, o, type="bind", read_only=ro) for o, i, ro in containers.mounts(root, sources)]
+    settings: dict[str, Any] = {k: v for k, v in containers.confinement(runtime).items() if v is not None}
+    return local.DockerRunner(
+        **settings,
+        mounts=mounts,
+        environment=containers.environment(),
+        labels={RUN_LABEL: name, containers.LABEL: "kfp"},
+        **({"user": user} if user else {}),
+    )
+
+
+def _on_this_engine(ref: str) -> str:
+    """The image's name as the engine lists it: kfp looks for that text, and Podman's has a host in front."""
+    try:
+        client = docker.from_env()
+        image = client.images.get(ref)
+    except ImageNotFound as error:
+        raise UsageError(f"image {ref} is not on this engine; build it with `make images`") from error
+    except DockerException as error:
+        raise TryAgain(f"the container engine failed: {error}") from error
+    return next((tag for tag in image.tags if tag == ref or tag.endswith(f"/{ref}")), ref)
+
+
+def _sweep(name: str) -> None:
+    """Stop what is left of an interrupted run; a step that trains saves its work first."""
+    with contextlib.suppress(DockerException, OSError):  # an engine that went away has its own error already
+        client = docker.from_env(timeout=docker_sweep.GRACE_SECONDS + 30)
+        for left in client.containers.list(filters={"label": f"{RUN_LABEL}={name}"}):
+            say(f"stopping container {left.name}")
+            docker_sweep.sweep(client.api, left.id)
+
+
+def _as_interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
