@@ -54,8 +54,6 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _line(args: argparse.Namespace) -> Path | str:
     """The line that is meant: a file, or the document itself."""
-    if (args.config is None) == (args.document is None):
-        raise UsageError("wanted a line: its YAML file, or --document with the line itself")
     found: Path | str = args.config or args.document
     return found
 
@@ -125,8 +123,6 @@ def _plan_of_run(args: argparse.Namespace) -> str | None:
         run = max(store.children("runs"), default=None)
         if run is None:
             raise UsageError(f"{store.uri}: no runs yet")
-    if run is None:
-        raise UsageError("wanted a RUN: its id, or latest")
     return plan.plan_uri(store.uri, run)
 
 
@@ -206,7 +202,6 @@ def _parser() -> argparse.ArgumentParser:
     stored = Parser(add_help=False, parents=[common])
     stored.add_argument("--root", metavar="URI", help="the store: file:///folder or s3://bucket/prefix")
     by_orchestrator = Parser(add_help=False)
-    by_orchestrator.add_argument("--document", metavar="TEXT", help="the line itself, as YAML or JSON")
     by_orchestrator.add_argument(
         "--orchestrator-id",
         action="append",
@@ -237,7 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         help="say what is made already and what would run, and why",
         parents=[stored, settings, by_orchestrator],
     )
-    verb.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
+    line = verb.add_mutually_exclusive_group(required=True)
+    line.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
+    line.add_argument("--document", metavar="TEXT", help="the line itself, as YAML or JSON")
     verb.add_argument("--plan", metavar="URI", help="check this plan instead of making one; empty: make one")
     verb.add_argument("--set-json", type=_json_settings, default=[], metavar="LIST", help="as --set, a JSON list")
     verb.add_argument("--uri-to", type=Path, metavar="FILE", help="write the plan's URI there")
@@ -249,8 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_run)
 
     verb = verbs.add_parser("status", help="where a run stands", parents=[stored, by_orchestrator])
-    verb.add_argument("run_id", metavar="RUN", nargs="?", help="a run's id, or latest")
-    verb.add_argument("--plan", metavar="URI", help="the run of this plan")
+    run = verb.add_mutually_exclusive_group(required=True)
+    run.add_argument("run_id", metavar="RUN", nargs="?", help="a run's id, or latest")
+    run.add_argument("--document", metavar="TEXT", help="a line, whose run --orchestrator-id names")
+    verb.add_argument("--plan", metavar="URI", help="the run of this plan instead")
     verb.add_argument("--page", type=Path, metavar="FILE", help="write the run as a page there")
     verb.set_defaults(run=_status)
 

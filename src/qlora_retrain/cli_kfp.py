@@ -42,6 +42,7 @@ def add_verbs(kfp: argparse.ArgumentParser, common: Parser, stored: Parser, sett
     verb.set_defaults(run=_schedule)
 
     verb = verbs.add_parser("run", help="run the pipeline in containers on the local engine", parents=[*parents, plan])
+    verb.add_argument("--outputs", type=Path, metavar="FOLDER", help="keep there what KFP's UI would show")
     verb.set_defaults(run=_run)
 
 
@@ -75,7 +76,9 @@ def _schedule(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     local = _with_kfp("kubeflow_local")
-    code: int = local.run(args.config, root(args), _profile(args), plan_uri=args.plan, overrides=args.set)
+    code: int = local.run(
+        args.config, root(args), _profile(args), plan_uri=args.plan, overrides=args.set, outputs=args.outputs
+    )
     return code
 
 

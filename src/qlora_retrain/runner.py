@@ -230,16 +230,18 @@ def _same_inputs(store: Store, inputs: Mapping[str, Manifest]) -> None:
 
 
 def _input_manifests(plan: Plan, step: graph.Step, store: Store) -> dict[str, Manifest]:
-    """The manifest of every artifact that the step reads."""
-    manifests: dict[str, Manifest] = {}
-    for item in step.reads:
-        maker = graph.maker(item.name)
-        if maker is None:
-            continue
-        made = artifact.find(store, item.name, plan.step(maker.name).key)
-        if made is None:
-            raise TryAgain(f"{step.name}: its input {item.name} is not made (or was collected); run {maker.name} first")
-        manifests[item.name] = made
+    """The manifest of every artifact that the step reads: all of them, or at least one that was refused.
+
+    Raises:
+        TryAgain: If one is not made, and none that is was refused.
+    """
+    makers = [(item.name, maker) for item in step.reads if (maker := graph.maker(item.name))]
+    found = {name: artifact.find(store, name, plan.step(maker.name).key) for name, maker in makers}
+    manifests = {name: made for name, made in found.items() if made is not None}
+    if not any(refusal(made.exit_code) for made in manifests.values()):
+        for name, maker in makers:
+            if name not in manifests:
+                raise TryAgain(f"{step.name}: its input {name} is not made (or was collected); run {maker.name} first")
     return manifests
 
 

@@ -45,6 +45,11 @@ class SourcesConfig(Section):
     def _short_form(cls, value: Any) -> Any:
         return _source(value)
 
+    def given(self) -> dict[str, str]:
+        """The URI of every source that the line has, by name."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: source.uri for name, source in found.items() if source is not None}
+
 
 class LineConfig(Section):
     """A line: a named series of versions, its schedule, its sources and one section a step."""

@@ -147,6 +147,10 @@ def _line_numbers(node: yaml.Node | None, path: tuple[str, ...] = ()) -> dict[tu
                 raise yaml.MarkedYAMLError(problem=f"{'.'.join(here)} is written twice", problem_mark=key.start_mark)
             found[here] = key.start_mark.line + 1
             found.update(_line_numbers(value, here))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found[*path, str(index)] = value.start_mark.line + 1
+            found.update(_line_numbers(value, (*path, str(index))))
     return found
 
 

@@ -164,7 +164,7 @@ def _endpoint(url: str) -> str:
 def _visible(config_path: Path, root: str, overrides: Sequence[str]) -> LineConfig:
     """The line, if a cluster can see its store and its sources."""
     config = load(config_path, overrides)
-    here = {f"sources.{n}": s.uri for n in type(config.sources).model_fields if (s := getattr(config.sources, n))}
+    here = {f"sources.{name}": uri for name, uri in config.sources.given().items()}
     faults = [
         f"{what}: {uri}: is a folder of this machine, which a pod does not see; wanted s3://..."
         for what, uri in {"--root": uris.absolute(root), **here}.items()

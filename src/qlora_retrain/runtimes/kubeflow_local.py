@@ -25,9 +25,8 @@ from docker.types import Mount
 from kfp import local
 
 from qlora_retrain import explain, runner, runpage, uris
-from qlora_retrain.config.load import document, load
+from qlora_retrain.config.load import LineConfig, document, load
 from qlora_retrain.config.profile import Profile
-from qlora_retrain.config.sections import RuntimeConfig
 from qlora_retrain.errors import Exit, TryAgain, UsageError
 from qlora_retrain.graph import STEPS
 from qlora_retrain.plan import Plan
@@ -37,8 +36,24 @@ from qlora_retrain.runtimes import containers, docker_sweep, kubeflow
 RUN_LABEL = "qlora-retrain.kfp-run"
 
 
-def run(config_path: Path, root: str, profile: Profile, *, plan_uri: str, overrides: Sequence[str]) -> int:
+def run(
+    config_path: Path,
+    root: str,
+    profile: Profile,
+    *,
+    plan_uri: str,
+    overrides: Sequence[str],
+    outputs: Path | None = None,
+) -> int:
     """Run the pipeline to its end.
+
+    Args:
+        config_path: The line's YAML.
+        root: The store's URI.
+        profile: Its images; nothing else of a cluster counts here.
+        plan_uri: Finish this plan; empty: make one.
+        overrides: `section.field=value` strings.
+        outputs: Keep in this folder what KFP's UI would show; None: do not.
 
     Returns:
         0, the code of the step that refused, or 75 where the same plan can be gone on with.
@@ -51,24 +66,23 @@ def run(config_path: Path, root: str, profile: Profile, *, plan_uri: str, overri
     root = uris.absolute(root)
     images = {name: _on_this_engine(getattr(profile, name)) for name in ("light_image", "train_image")}
     profile = profile.model_copy(update={**images, "gpu_resource": None})
-    sources = [s.uri for n in type(config.sources).model_fields if (s := getattr(config.sources, n))]
     if root.startswith("file:"):
         uris.local_path(root).mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
     signal.signal(signal.SIGTERM, _as_interrupt)
-    with tempfile.TemporaryDirectory(prefix="qlora-retrain-kfp-") as folder:
-        outputs = Path(folder) / "outputs"
-        outputs.mkdir()
-        outputs.chmod(0o777)  # the container's user is another; the folder above is this user's alone
+    with tempfile.TemporaryDirectory(prefix="qlora-retrain-kfp-") as temporary:
+        folder = (outputs or Path(temporary)).resolve() / name
+        folder.mkdir(parents=True)
+        folder.chmod(0o1777)  # the container's user is another
         try:
-            local.init(_runner(root, sources, config.runtime, name), pipeline_root=str(outputs), raise_on_error=False)
+            local.init(_runner(root, config, name), pipeline_root=str(folder), raise_on_error=False)
             line = document(load(config_path))
             kubeflow.pipeline(profile)(line=line, root=root, plan_uri=plan_uri, overrides=list(overrides))
         except DockerException as error:
             raise TryAgain(f"the container engine failed: {error}") from error
         finally:
             _sweep(name)
-        made = next(outputs.rglob("uri"), None)
+        made = next(folder.rglob("uri"), None)
         if made is None:
             say("the run ended before it had a plan; its first task says why above")
             return Exit.USAGE
@@ -89,11 +103,13 @@ def _judged(plan: Plan, config_path: Path, root: str) -> int:
     return Exit.TRY_AGAIN
 
 
-def _runner(root: str, sources: Sequence[str], runtime: RuntimeConfig, name: str) -> local.DockerRunner:
+def _runner(root: str, config: LineConfig, name: str) -> local.DockerRunner:
     user = containers.user(root) or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else None)
     mounts = [Mount(containers.WORK, containers.volume(user), type="volume")]
-    mounts += [Mount(i, o, type="bind", read_only=ro) for o, i, ro in containers.mounts(root, sources)]
-    settings: dict[str, Any] = {k: v for k, v in containers.confinement(runtime).items() if v is not None}
+    mounts += [
+        Mount(i, o, type="bind", read_only=ro) for o, i, ro in containers.mounts(root, config.sources.given().values())
+    ]
+    settings: dict[str, Any] = {k: v for k, v in containers.confinement(config.runtime).items() if v is not None}
     return local.DockerRunner(
         **settings,
         mounts=mounts,
