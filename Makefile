@@ -3,7 +3,7 @@
 #   make run         the main job: Airflow runs the demo line, a version is published, pulled and asked a question
 #   make ui          Airflow's UI on loopback, with the history of `make run`
 #   make test        every test that needs no GPU
-#   make test-containers   the images and the docker runtime, on podman (installs nothing itself)
+#   make test-containers   those of them that run containers: the images, both orchestrators (podman, runc, debootstrap)
 #   make test-fast   the fast tier: no scheduler, no network
 #   make soak        long loops: kills, races, large data
 #   make check       formatting, lint, types, layers
@@ -51,8 +51,10 @@ $(BASE)/config.json: .venv/.made pipelines/demo/convert_base.py
 	@$(BIN)/python pipelines/demo/convert_base.py $(BASE)
 	@touch $@
 
+# Containers by themselves: one engine, and the images are built once.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not containers and not soak and not gpu"
+	$(BIN)/python -m pytest -m containers
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not airflow and not kfp and not containers and not soak and not gpu"

@@ -2,50 +2,123 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
+import yaml
 from moto.server import ThreadedMotoServer
 
 from qlora_retrain.code import project_root
 
 BASE = "localhost/qlora-retrain-base:bookworm"
-CREDENTIALS = "[default]\naws_access_key_id = test\naws_secret_access_key = {secret}\n"
+LINE = {
+    "line": "boxed",
+    "data": {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256},
+    "train": {
+        "learning_rate": 1e-2,
+        "epochs": 4,
+        "batch_size": 16,
+        "dropout": 0.0,
+        "rank": 8,
+        "checkpoint_minutes": 0.02,
+    },
+    "evaluate": {"first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500, "max_loss_to_champion": 1},
+    "merge": {"max_loss_nats": 0.5},
+    "runtime": {"kind": "docker", "network": "host", "memory_gib": 8},
+}
+# One for every way in which a credential can come to a worker; none may be found anywhere afterwards.
+CANARIES = {
+    "credentials file": "canary-file-7f3a",
+    "config file": "canary-config-9c1d",
+    "token file": "canary-token-22e8",
+    "environment": "canary-environment-04b7",
+    "session": "canary-session-c55e",
+    "connection": "canary-connection-8a60",
+    "registry": "canary-registry-f19b",
+}
 
 
-def podman(*arguments: str) -> str:
-    """Podman's output."""
-    done = subprocess.run(["podman", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def pytest_configure() -> None:
+    os.environ.setdefault("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
+
+
+@dataclass
+class Engine:
+    """Podman behind Docker's API, on a socket of its own; it can be stopped and started while containers run."""
+
+    socket: Path
+    service: subprocess.Popen[bytes] | None = None
+    seen: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def start(self) -> None:
+        self.service = subprocess.Popen(["podman", "system", "service", "--time=0", self.url])
+        until(self.socket.exists, 30)
+
+    def stop(self) -> None:
+        assert self.service is not None
+        self.service.kill()
+        self.service.wait()
+        self.socket.unlink(missing_ok=True)
+
+    def names(self, step: str = "") -> list[str]:
+        """This project's containers of a step, running or not."""
+        found = self("ps", "-a", "--filter", "label=qlora-retrain.step", "--format", "{{.Names}}").split()
+        return [name for name in found if step in name]
+
+    def __call__(self, *arguments: str) -> str:
+        """Podman's own command, which needs no service."""
+        done = subprocess.run(["podman", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def sweep(self) -> None:
+        """Remove what a test left."""
+        for name in self.names():
+            with contextlib.suppress(AssertionError):
+                self("rm", "-f", name)
+
+
+def until(true: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session", name="until")
+def until_fixture() -> Callable[..., None]:
+    return until
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`DOCKER_HOST` of a running engine."""
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A running engine."""
     if shutil.which("podman") is None:
         missing = "podman is not installed: apt-get install podman runc debootstrap"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     os.environ["CONTAINERS_CONF"] = str(Path(__file__).parent / "containers.conf")
-    socket = tmp_path_factory.mktemp("engine") / "podman.sock"
-    with subprocess.Popen(["podman", "system", "service", "--time=0", f"unix://{socket}"]) as service:
-        deadline = time.monotonic() + 30
-        while not socket.exists():
-            assert time.monotonic() < deadline, "podman's API did not start"
-            time.sleep(0.1)
-        yield f"unix://{socket}"
-        service.terminate()
+    made = Engine(tmp_path_factory.mktemp("engine") / "podman.sock")
+    made.start()
+    yield made
+    made.stop()
     os.environ.pop("CONTAINERS_CONF")
 
 
 @pytest.fixture(scope="session")
-def images(engine: str) -> None:
+def images(engine: Engine) -> None:
     """Both images, built with the command that people use."""
     if subprocess.run(["podman", "image", "exists", BASE]).returncode:
         subprocess.run([project_root() / "images" / "base.sh", BASE], check=True)
@@ -55,23 +128,60 @@ def images(engine: str) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The root of a store on a running S3; this process, and what it starts, can use it through a credentials file."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    credentials = tmp_path / "credentials"
-    credentials.write_text(CREDENTIALS.format(secret=CANARY))
-    credentials.chmod(0o644)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
-    boto3.client("s3").create_bucket(Bucket="models")
-    try:
-        yield "s3://models/team"
-    finally:
-        server.stop()
+    folder = tmp_path_factory.mktemp("credentials")
+    folder.parent.chmod(0o755)
+    folder.chmod(0o755)
+    for name, text in {
+        "credentials": f"[default]\naws_access_key_id = a\naws_secret_access_key = {CANARIES['credentials file']}\n",
+        "config": f"[profile other]\naws_secret_access_key = {CANARIES['config file']}\n",
+        "token": CANARIES["token file"],
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o644)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
+        patch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+        patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(folder / "token"))
+        patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/retrain")  # so the token is what is used
+        boto3.client("s3").create_bucket(Bucket="models")
+        try:
+            yield "s3://models/team"
+        finally:
+            server.stop()
 
 
-CANARY = "canary-do-not-leak-7f3a"
+@pytest.fixture(scope="session")
+def make_line(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_tickets: Callable[[Path, int], Path]
+) -> Callable[..., Path]:
+    """Write a line into a folder of its own, with sections changed; its sources readable by the images' user."""
+
+    def make(**changes: dict[str, object]) -> Path:
+        folder = tmp_path_factory.mktemp("line")
+        tickets = write_tickets(folder / "tickets.jsonl", 300)
+        for readable in (*folder.parents[:2], folder, *tiny_model.parents[:2], tiny_model):
+            readable.chmod(0o755)
+        for file in (*tiny_model.iterdir(), tickets):
+            file.chmod(0o644)
+        document: dict[str, Any] = {**LINE, "sources": {"raw_data": str(tickets), "base_model": str(tiny_model)}}
+        for section, values in changes.items():
+            document[section] = {**document[section], **values}
+        path = folder / "pipelines" / "boxed.yaml"
+        path.parent.mkdir()
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def canaries() -> dict[str, str]:
+    return CANARIES

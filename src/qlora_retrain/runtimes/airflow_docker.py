@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ from qlora_retrain.runtimes.airflow_steps import StepOperator, fail
 if TYPE_CHECKING:
     from qlora_retrain.config.sections import RuntimeConfig
     from qlora_retrain.plan import Plan
+
+
+_AGAIN_SECONDS = 0.5
 
 
 class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
@@ -68,7 +72,16 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             self.cli.start(found)
         else:
             self.log.info("container %s runs already: following it", self.container_name)
-        return self.last_lines(_lines(self.cli.logs(found, stream=True, follow=True))), self._status(found)
+        reason, since = "", 1  # the log from its beginning: the engine takes no 0
+        while True:
+            with contextlib.closing(self.cli.logs(found, stream=True, follow=True, since=since)) as chunks:
+                reason = self.last_lines(_lines(chunks)) or reason
+            since = int(time.time())
+            status = self._status(found)
+            if status is not None:
+                return reason, status
+            self.log.warning("the engine ended the log of a container that still runs: following it again")
+            time.sleep(_AGAIN_SECONDS)
 
     def on_kill(self) -> None:
         """Have the container stopped and removed by a process that outlives this task's five seconds."""
@@ -81,9 +94,15 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 stderr=subprocess.DEVNULL,
             )
 
-    def _status(self, container: str) -> int:
-        """The exit code of a container that ended, which is removed; one that is gone was stopped from outside."""
+    def _status(self, container: str) -> int | None:
+        """The exit code of a container that ended, which is removed; None while it runs.
+
+        One that is gone was stopped from outside.
+        """
         try:
+            state = self.cli.inspect_container(container)["State"]
+            if state["Running"]:
+                return None
             status = int(self.cli.wait(container)["StatusCode"])
         except APIError as error:  # Podman says it with a 500 while the container is being removed
             if not isinstance(error, NotFound) and "no such container" not in str(error):

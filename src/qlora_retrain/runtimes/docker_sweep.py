@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from typing import Any
 
 GRACE_SECONDS = 70  # ten more than the container's own first process allows the step
+READ_SECONDS = 2  # in which whoever follows the log reads its end: it goes with the container
 
 
 def sweep(client: Any, name: str) -> None:
@@ -25,6 +27,7 @@ def sweep(client: Any, name: str) -> None:
 
     with contextlib.suppress(APIError):
         client.stop(name, timeout=GRACE_SECONDS)
+        time.sleep(READ_SECONDS)
     with contextlib.suppress(APIError):
         client.remove_container(name, force=True)
 
