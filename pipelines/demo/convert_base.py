@@ -50,6 +50,8 @@ def main(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, max_shard_size="2GB")
     tokenizer.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        path.chmod(0o644)  # transformers makes some readable by their owner alone, and a container is somebody else
     temporary.rename(folder)
 
 

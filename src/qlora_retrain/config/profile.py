@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from qlora_retrain import images, uris
+from qlora_retrain import uris
 from qlora_retrain.config.knobs import Section, operational
 from qlora_retrain.config.reading import read
-from qlora_retrain.errors import UsageError
-from qlora_retrain.graph import Image, Step
+from qlora_retrain.config.sections import Images
+from qlora_retrain.graph import Step
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -49,11 +49,9 @@ class Secret(Section):
     mount: Folder = operational(..., "the folder in which each of its keys is a file")
 
 
-class Profile(Section):
+class Profile(Images):
     """Everything about a cluster that a pipeline needs."""
 
-    light_image: str = operational(images.DEFAULT["light"], "for steps without torch; a tag or digest, never latest")
-    train_image: str = operational(images.DEFAULT["train"], "for steps with torch; a tag or digest, never latest")
     image_pull_secrets: tuple[Name, ...] = operational((), "secrets that the images are pulled with")
     service_account: Name | None = operational(None, "whom the pods run as; null: the namespace's default")
     gpu_resource: str | None = operational("nvidia.com/gpu", "what a GPU is called here; null: there are none")
@@ -64,14 +62,6 @@ class Profile(Section):
     train: Pod = operational(Pod(), "steps with torch that take no GPU")
     gpu: Pod = operational(Pod(), "steps that take a GPU; unused where gpu_resource is null")
 
-    @field_validator("light_image", "train_image")
-    @classmethod
-    def _is_pinned(cls, value: str) -> str:
-        try:
-            return images.pinned(value)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
@@ -80,10 +70,6 @@ class Profile(Section):
                 raise ValueError(f"{name} looks like a secret, and whoever sees a pod can read it; use `secrets`")
             uris.refuse_secrets(text)
         return value
-
-    def image(self, kind: Image) -> str:
-        """The image of a step."""
-        return {"light": self.light_image, "train": self.train_image}[kind]
 
     def gpus(self, step: Step) -> int:
         """How many GPUs a step asks for on this cluster."""

@@ -125,16 +125,11 @@ class PublishConfig(Section):
     description: str = identity("", "for the model card")
 
 
-class RuntimeConfig(Section):
-    """Where the steps of a DAG run; no step reads it, and nothing in it changes a result."""
+class Images(Section):
+    """The images of the steps."""
 
-    kind: Literal["local", "docker"] = operational("local", "local: subprocesses of the worker; docker: containers")
     light_image: str = operational(images.DEFAULT["light"], "for steps without torch; a tag or digest, never latest")
     train_image: str = operational(images.DEFAULT["train"], "for steps with torch; a tag or digest, never latest")
-    memory_gib: float | None = operational(None, "docker: a step that takes more is killed (137)", gt=0.0, le=4096)
-    cpus: float | None = operational(None, "docker: CPU time a step may take, in cores", gt=0.0, le=1024)
-    pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
-    network: str = operational("bridge", "docker: host where the store is on this machine's loopback")
 
     @field_validator("light_image", "train_image")
     @classmethod
@@ -147,3 +142,13 @@ class RuntimeConfig(Section):
     def image(self, kind: Image) -> str:
         """The image of a step."""
         return {"light": self.light_image, "train": self.train_image}[kind]
+
+
+class RuntimeConfig(Images):
+    """Where the steps of a DAG run; no step reads it, and nothing in it changes a result."""
+
+    kind: Literal["local", "docker"] = operational("local", "local: subprocesses of the worker; docker: containers")
+    memory_gib: float | None = operational(None, "docker: a step that takes more is killed (137)", gt=0.0, le=4096)
+    cpus: float | None = operational(None, "docker: CPU time a step may take, in cores", gt=0.0, le=1024)
+    pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
+    network: str = operational("bridge", "docker: host where the store is on this machine's loopback")

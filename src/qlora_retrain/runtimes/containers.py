@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from qlora_retrain import uris
 from qlora_retrain.errors import UsageError
@@ -54,9 +55,20 @@ def confinement(runtime: RuntimeConfig) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, str]:
-    """What a container is told beside its image's name; never a secret."""
+def environment(runtime: RuntimeConfig) -> dict[str, str]:
+    """What a container is told beside its image's name; never a secret.
+
+    Raises:
+        UsageError: If the store is on this machine's loopback, and the container has a loopback of its own.
+    """
     found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        host = urlsplit(found.get(name, "")).hostname or ""
+        if runtime.network != "host" and (host in ("localhost", "::1") or host.startswith("127.")):
+            raise UsageError(
+                f"{name} is {found[name]}, and runtime.network is {runtime.network}: in a container that is the "
+                "container itself; set runtime.network: host, or an address that containers reach"
+            )
     return {**found, **{name: _inside(name) for name in _files()}, "QLORA_RETRAIN_CACHE": f"{WORK}/cache"}
 
 

@@ -1,7 +1,8 @@
 """The Kubeflow pipeline in containers on the local engine (Docker, or Podman's Docker API), without a cluster.
 
-kfp's own runner starts the containers, confined as those of the docker runtime are (`containers.py`). It tries nothing
-twice, and it can call a failed container succeeded: how the run ended is read from the store.
+kfp's own runner orders the containers and fills in their commands; they are confined as those of the docker runtime are
+(`containers.py`). It tries a failed step again whatever its exit code, as a cluster does. How the run ended
+is read from the store.
 
 Environment: `DOCKER_HOST`, the engine's socket.
 Command: `.venv-kfp/bin/qlora-retrain kfp run LINE.yaml --root URI`
@@ -23,6 +24,7 @@ import docker
 from docker.errors import DockerException, ImageNotFound
 from docker.types import Mount
 from kfp import local
+from kfp.local import docker_task_handler
 
 from qlora_retrain import explain, runner, runpage, uris
 from qlora_retrain.config.load import LineConfig, document, load
@@ -34,6 +36,7 @@ from qlora_retrain.progress import say
 from qlora_retrain.runtimes import containers, docker_sweep, kubeflow
 
 RUN_LABEL = "qlora-retrain.kfp-run"
+_ENGINE_FAILED = "the container engine at {} failed: {}; DOCKER_HOST names another"
 
 
 def run(
@@ -68,25 +71,48 @@ def run(
     profile = profile.model_copy(update={**images, "gpu_resource": None})
     if root.startswith("file:"):
         uris.local_path(root).mkdir(parents=True, exist_ok=True)
-    name = uuid.uuid4().hex
+    name, codes = uuid.uuid4().hex, _Containers()
     signal.signal(signal.SIGTERM, _as_interrupt)
     with tempfile.TemporaryDirectory(prefix="qlora-retrain-kfp-") as temporary:
         folder = (outputs or Path(temporary)).resolve() / name
         folder.mkdir(parents=True)
         folder.chmod(0o1777)  # the container's user is another
         try:
+            docker_task_handler.run_docker_container = codes
             local.init(_runner(root, config, name), pipeline_root=str(folder), raise_on_error=False)
             line = document(load(config_path))
             kubeflow.pipeline(profile)(line=line, root=root, plan_uri=plan_uri, overrides=list(overrides))
         except DockerException as error:
-            raise TryAgain(f"the container engine failed: {error}") from error
+            raise TryAgain(_ENGINE_FAILED.format(_engine(), error)) from error
         finally:
             _sweep(name)
         made = next(folder.rglob("uri"), None)
         if made is None:
             say("the run ended before it had a plan; its first task says why above")
-            return Exit.USAGE
+            return codes.first or Exit.BUG
         return _judged(Plan.load(made.read_text()), config_path, root)
+
+
+class _Containers:
+    """Runs a container to its end, in place of kfp's function of that name.
+
+    kfp's has the engine remove a container as soon as it ends; then its log is lost, and it is taken for one that
+    succeeded (kubeflow/pipelines #13332). This goes when that is mended.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None  # the exit code of task 0
+
+    def __call__(
+        self, client: docker.DockerClient, image: str, command: list[str], volumes: Any, **settings: Any
+    ) -> int:
+        made = client.containers.run(image, command, detach=True, volumes=volumes, **settings)
+        for line in made.logs(stream=True, follow=True):
+            print(line.decode("utf-8", "replace"), end="")
+        code = int(made.wait(timeout=None)["StatusCode"])
+        made.remove(force=True)  # not where this is interrupted: then it is stopped first, and may save
+        self.first = code if self.first is None else self.first
+        return code
 
 
 def _judged(plan: Plan, config_path: Path, root: str) -> int:
@@ -113,7 +139,7 @@ def _runner(root: str, config: LineConfig, name: str) -> local.DockerRunner:
     return local.DockerRunner(
         **settings,
         mounts=mounts,
-        environment=containers.environment(),
+        environment=containers.environment(config.runtime),
         labels={RUN_LABEL: name, containers.LABEL: "kfp"},
         **({"user": user} if user else {}),
     )
@@ -127,8 +153,12 @@ def _on_this_engine(ref: str) -> str:
     except ImageNotFound as error:
         raise UsageError(f"image {ref} is not on this engine; build it with `make images`") from error
     except DockerException as error:
-        raise TryAgain(f"the container engine failed: {error}") from error
+        raise TryAgain(_ENGINE_FAILED.format(_engine(), error)) from error
     return next((tag for tag in image.tags if tag == ref or tag.endswith(f"/{ref}")), ref)
+
+
+def _engine() -> str:
+    return os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 
 
 def _sweep(name: str) -> None:
