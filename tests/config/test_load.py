@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_retrain.config import sections
+from qlora_retrain.config import profile, sections
 from qlora_retrain.config.knobs import Section
 from qlora_retrain.config.load import LineConfig, load
 from qlora_retrain.errors import UsageError
@@ -154,8 +154,9 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
 
 
 def test_every_field_says_what_it_does() -> None:
-    models = [v for v in vars(sections).values() if isinstance(v, type) and issubclass(v, Section) and v is not Section]
-    assert len(models) == 7
+    everything = {**vars(sections), **vars(profile)}.values()
+    models = [v for v in everything if isinstance(v, type) and issubclass(v, Section) and v is not Section]
+    assert len(models) == 8 + 4
     assert all(field.description for model in models for field in model.model_fields.values())
 
 
