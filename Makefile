@@ -90,9 +90,13 @@ images: wheels
 	    $(ENGINE) image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' | grep "qlora-retrain-$$name:$(VERSION) " || exit 1; \
 	done
 
-wheels: .venv/.made
+# pip alone: whoever builds images needs neither Airflow nor torch.
+build/pip/bin/pip:
+	@$(PYTHON) -m venv build/pip
+
+wheels: build/pip/bin/pip
 	@for lock in light train-$(TORCH); do \
-	    $(BIN)/pip download -q --no-deps --only-binary :all: --require-hashes -d build/wheels/$$lock -r images/$$lock.lock || exit 1; \
+	    build/pip/bin/pip download -q --no-deps --only-binary :all: --require-hashes -d build/wheels/$$lock -r images/$$lock.lock || exit 1; \
 	done
 
 # The digest that the base's tag names today: make images BASE_IMAGE=$$(make -s pin)
@@ -108,4 +112,4 @@ lock-cuda: .venv/.made
 	    --note "Not built here: resolved on a machine without a GPU, never installed."
 
 clean:
-	rm -rf .venv .venv-kfp .state .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-kfp .state build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
