@@ -251,7 +251,7 @@ def test_a_container_that_is_there_no_more_is_not_waited_for(
     thread, caught = in_a_thread(lambda: step().execute(context(made)))
     until(lambda: engine.names() and "ready" in engine("logs", engine.names()[0]))
     clock = time.monotonic()
-    engine("rm", "-f", "-t", "0", engine.names()[0])
+    engine("rm", "-f", engine.names()[0])
     thread.join(60)
     assert time.monotonic() - clock < 30
     (error,) = caught

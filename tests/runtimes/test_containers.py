@@ -23,7 +23,7 @@ def test_settings_are_passed_on_and_secrets_are_not(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     for name in SECRETS:
         monkeypatch.setenv(name, "canary")
-    told = containers.environment(RuntimeConfig())
+    told = containers.environment(RuntimeConfig(), [])
     assert told == {"AWS_REGION": "eu-west-1", "QLORA_RETRAIN_CACHE": "/work/cache"}
 
 
@@ -34,7 +34,7 @@ def test_a_file_that_a_variable_names_is_mounted_read_only_and_named_where_it_is
     monkeypatch.setenv(name, str(tmp_path / "file"))
     ((outside, inside, read_only),) = containers.mounts("s3://models/x", [])
     assert (outside, read_only) == (str(tmp_path / "file"), True)
-    assert containers.environment(RuntimeConfig())[name] == inside
+    assert containers.environment(RuntimeConfig(), [])[name] == inside
 
 
 def test_sources_are_read_only_and_a_store_in_a_folder_is_not(tmp_path: Path) -> None:
@@ -52,8 +52,9 @@ def test_sources_are_read_only_and_a_store_in_a_folder_is_not(tmp_path: Path) ->
 def test_a_store_on_loopback_needs_the_hosts_network(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
     with pytest.raises(UsageError, match=r"set runtime\.network: host"):
-        containers.environment(RuntimeConfig())
-    assert containers.environment(RuntimeConfig(network="host"))["AWS_ENDPOINT_URL_S3"] == url
+        containers.environment(RuntimeConfig(), ["file:///store", "s3://data/tickets"])
+    assert containers.environment(RuntimeConfig(network="host"), ["s3://models/x"])["AWS_ENDPOINT_URL_S3"] == url
+    assert containers.environment(RuntimeConfig(network="none"), ["file:///store"])["AWS_ENDPOINT_URL_S3"] == url
 
 
 def test_one_users_work_is_not_on_anothers_volume() -> None:

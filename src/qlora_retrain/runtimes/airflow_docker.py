@@ -156,7 +156,10 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             self.image,
             name=self.container_name,
             command=containers.command(self.step, plan.uri),
-            environment={**containers.environment(self.runtime), "QLORA_RETRAIN_IMAGE": self.image},
+            environment={
+                **containers.environment(self.runtime, [plan.root, *sources]),
+                "QLORA_RETRAIN_IMAGE": self.image,
+            },
             user=user,
             host_config=host,
             labels={containers.LABEL: self.step},

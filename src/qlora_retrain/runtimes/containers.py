@@ -55,16 +55,21 @@ def confinement(runtime: RuntimeConfig) -> dict[str, Any]:
     }
 
 
-def environment(runtime: RuntimeConfig) -> dict[str, str]:
+def environment(runtime: RuntimeConfig, places: Iterable[str]) -> dict[str, str]:
     """What a container is told beside its image's name; never a secret.
 
+    Args:
+        runtime: The line's section of that name.
+        places: The URIs of the store and of the sources.
+
     Raises:
-        UsageError: If the store is on this machine's loopback, and the container has a loopback of its own.
+        UsageError: If S3 is on this machine's loopback, and the container has a loopback of its own.
     """
+    needs_s3 = any(uri.startswith("s3:") for uri in places)
     found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         host = urlsplit(found.get(name, "")).hostname or ""
-        if runtime.network != "host" and (host in ("localhost", "::1") or host.startswith("127.")):
+        if needs_s3 and runtime.network != "host" and (host in ("localhost", "::1") or host.startswith("127.")):
             raise UsageError(
                 f"{name} is {found[name]}, and runtime.network is {runtime.network}: in a container that is the "
                 "container itself; set runtime.network: host, or an address that containers reach"

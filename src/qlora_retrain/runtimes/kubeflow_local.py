@@ -131,6 +131,7 @@ def _judged(plan: Plan, config_path: Path, root: str) -> int:
 
 def _runner(root: str, config: LineConfig, name: str) -> local.DockerRunner:
     user = containers.user(root) or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else None)
+    sources = config.sources.given().values()
     mounts = [Mount(containers.WORK, containers.volume(user), type="volume")]
     mounts += [
         Mount(i, o, type="bind", read_only=ro) for o, i, ro in containers.mounts(root, config.sources.given().values())
@@ -139,7 +140,7 @@ def _runner(root: str, config: LineConfig, name: str) -> local.DockerRunner:
     return local.DockerRunner(
         **settings,
         mounts=mounts,
-        environment=containers.environment(config.runtime),
+        environment=containers.environment(config.runtime, [root, *sources]),
         labels={RUN_LABEL: name, containers.LABEL: "kfp"},
         **({"user": user} if user else {}),
     )
