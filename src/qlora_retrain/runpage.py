@@ -5,7 +5,7 @@ Command: `qlora-retrain status RUN --page FILE`
 
 from __future__ import annotations
 
-from qlora_retrain import artifact, explain, graph, keys, progress, report, runner
+from qlora_retrain import artifact, graph, keys, progress, report, runner
 from qlora_retrain.artifact import Manifest
 from qlora_retrain.errors import describe, refusal
 from qlora_retrain.plan import Plan
@@ -14,16 +14,19 @@ from qlora_retrain.store import open_store
 
 def page(plan: Plan) -> str:
     """Where the run stands, a step a row, under the one sentence that says how it ended."""
-    rows = []
+    rows, files = [], []
     for step in graph.STEPS:
         made = runner.manifest(plan, step.name)
         state = describe(made.exit_code) if made else "not made"
         numbers = progress.one_line(made.numbers) if made else ""
-        rows.append((step.name, state, made.reason if made and made.reason else numbers, _where(plan, step)))
+        rows.append((step.name, state, made.reason if made and made.reason else numbers))
+        if made is not None:
+            files.append(f"{step.makes}: {plan.root}/{made.prefix}")
     return report.page(
         f"Run {plan.run_id} of {plan.line}",
         sentence(plan),
-        report.table(("step", "state", "what it found", "files"), rows),
+        report.table(("step", "state", "what it found"), rows),
+        report.section("Files", *files),
         report.section("Plan", plan.uri),
     )
 
@@ -70,7 +73,3 @@ def decisive_page(plan: Plan) -> str:
     """The report that says why the run ended as it did: the refusal's, else the verdict's, else the run's own."""
     refused = refusal_of(plan)
     return (refused and step_page(plan, refused.step)) or step_page(plan, "evaluate") or page(plan)
-
-
-def _where(plan: Plan, step: graph.Step) -> str:
-    return explain.artifact_folder(plan, step.name) or ""
