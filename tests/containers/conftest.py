@@ -6,9 +6,10 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from qlora_retrain.code import project_root
+
+os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-home-")  # before anything imports Airflow
+os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
 
 BASE = "localhost/qlora-retrain-base:bookworm"
 LINE = {
@@ -47,17 +51,12 @@ CANARIES = {
 }
 
 
-def pytest_configure() -> None:
-    os.environ.setdefault("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
-
-
 @dataclass
 class Engine:
     """Podman behind Docker's API, on a socket of its own; it can be stopped and started while containers run."""
 
     socket: Path
     service: subprocess.Popen[bytes] | None = None
-    seen: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
