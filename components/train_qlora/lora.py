@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch.nn import Linear
 from transformers import PreTrainedModel
 
+from components.train_qlora.joined import join
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import UsageError
-from qlora_retrain.modeling import compute_in_input_precision
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 ATTENTION = ("attn", "attention")
@@ -39,7 +39,7 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     model.config.use_cache = False
     adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
-    compute_in_input_precision(adapted)
+    join(adapted)
     return adapted
 
 

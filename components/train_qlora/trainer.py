@@ -124,6 +124,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collate(pad), callbacks=[self.watch])
         self.remove_callback(PrinterCallback)
         self.counts: dict[str, int] = {}
+        self.step_rows: list[int] = []  # of the optimizer step that is being computed
+        self.step_losses: list[torch.Tensor] = []
 
     def train_or_go_on(self) -> None:
         """Train to the last step, from the newest valid checkpoint if there is one.
@@ -165,6 +167,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
         items = sum(int(supervised(batch).sum()) for batch in batch_samples)
         self.counts = {"tokens": tokens, "supervised_tokens": items}
+        self.step_rows = [row for batch in batch_samples for row in batch.pop("rows").tolist()]
+        self.step_losses = []
         return torch.tensor(items, device=device)
 
     def compute_loss(
@@ -175,14 +179,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return summed_loss(model, inputs) / num_items_in_batch
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward; a loss that is not finite ends the run."""
+        """Forward and backward."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._refuse_nonfinite("loss", float(loss))
+        self.step_losses.append(loss)
         return loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Nobody asked: the Trainer would count every parameter of the model for each batch."""
+        return 0
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        self._refuse_nonfinite("gradient norm", float(norm))  # before the optimizer spoils the weights with it
+        # Once a step, since a GPU has to wait for it, and before the optimizer spoils the weights with it.
+        loss, size = torch.stack([torch.stack(self.step_losses).sum(), norm.detach().to(self.args.device)]).tolist()
+        for what, value in (("loss", loss), ("gradient norm", size)):
+            if not math.isfinite(value):
+                raise self._diverged(self.state.global_step + 1, f"the {what} is {value}", batch=True)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -190,22 +202,20 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs = {**logs, **self.counts}
         super().log(logs, start_time)
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        recent = sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS
-        limit = max(HOPELESS * math.log(self.model.config.vocab_size), *losses[:1])
-        if len(losses) >= HOPELESS_STEPS and recent > limit:
+        last = [e["loss"] for e in self.state.log_history[-2 * HOPELESS_STEPS :] if "loss" in e][-HOPELESS_STEPS:]
+        first = next((entry["loss"] for entry in self.state.log_history if "loss" in entry), 0.0)
+        recent = sum(last) / HOPELESS_STEPS
+        limit = max(HOPELESS * math.log(self.model.config.vocab_size), first)
+        if len(last) >= HOPELESS_STEPS and recent > limit:
             what = f"the mean loss of the last {HOPELESS_STEPS} steps is {recent:.1f}, worse than guessing"
             raise self._diverged(self.state.global_step, what)
 
-    def _refuse_nonfinite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise self._diverged(self.state.global_step + 1, f"the {what} is {value}")
-
-    def _diverged(self, step: int, what: str) -> Diverged:
+    def _diverged(self, step: int, what: str, *, batch: bool = False) -> Diverged:
         good = checkpoints.found(self.scratch)
         last = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+        rows = f"; its rows are {', '.join(self.train_dataset.ids[i] for i in self.step_rows)}" if batch else ""
         return Diverged(
-            f"step {step} of {self.watch.steps}: {what}; {last}. "
+            f"step {step} of {self.watch.steps}: {what}; {last}{rows}. "
             "Lower train.learning_rate or train.max_grad_norm, or look at the rows"
         )
 
