@@ -219,7 +219,7 @@ def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4) ->
     else:
         base = modeling.load_base(options.base, attention="eager", dtype="bfloat16")
     set_seed(0)
-    trainer = AdapterTrainer(lora.attach_new(base, config), config, Rows(rows), 2, options.work / "scratch")
+    trainer = AdapterTrainer(lora.attach_new(base, config), config, Rows(rows), Rows([]), 2, options.work / "scratch")
     trainer.order = range(len(rows))
     trainer._save_checkpoint = lambda *_: None
     return trainer

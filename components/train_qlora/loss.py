@@ -88,7 +88,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def mean_loss(model: Any, rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float | None:
+def mean_loss(model: Any, rows: Rows, pad: int, batch_size: int) -> float | None:
     """Mean loss a supervised token over all rows; None where there are none.
 
     Raises:
@@ -97,7 +97,7 @@ def mean_loss(model: Any, rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_
     if not len(rows):
         return None
     model.eval()
-    collate = Collate(padding(tokenizer))
+    collate = Collate(pad)
     order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
