@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import resource
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from components.train_qlora import lora
+from components.train_qlora import events, lora
 from components.train_qlora.loss import mean_loss, padding
 from components.train_qlora.memory import shrinking
 from components.train_qlora.result import optimizer_used, report_page
@@ -47,6 +48,11 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: cuda, but torch sees no GPU here; plan on the machine class that trains")
+    for name in config.report_to:
+        if find_spec(name) is None:
+            raise UsageError(
+                f"train.report_to: {name} is not installed where the step runs; install it or leave it out"
+            )
     tokenizer = load_tokenizer(base_nf4)
     rows, held_out = read(dataset / "train.jsonl", tokenizer), read(dataset / "eval.jsonl", tokenizer)
     if config.evaluations and not len(held_out):
@@ -84,6 +90,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     document |= {"evaluation_losses": evaluations, "out_of_memory": halvings}
     (adapter / "training.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (adapter / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in steps), encoding="utf-8")
+    events.write(adapter, trainer.curves())
     page = report_page(config, numbers, steps, evaluations, trainer.timings(), lora.trainable_by_layer(model), halvings)
     (adapter / "report.html").write_text(page, encoding="utf-8")
     return Report(numbers)

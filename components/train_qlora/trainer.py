@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         names = ("step", "tokens_per_second", "memory_mib")
         return [{name: entry[name] for name in names} for entry in self.state.log_history if "loss" in entry]
 
+    def curves(self) -> list[tuple[int, float, dict[str, float]]]:
+        """(step, seconds since 1970, numbers by name) of every step and measurement, for TensorBoard."""
+        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
+        return [
+            (entry["step"], entry["time"], {f"train/{name}": entry[name] for name in names if name in entry})
+            for entry in self.state.log_history
+            if "time" in entry
+        ]
+
     # What follows replaces single methods of the Trainer.
 
     def _evaluate(self, trial: Any = None, ignore_keys_for_eval: Any = None, skip_scheduler: bool = False) -> Any:
@@ -176,7 +186,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.model.train()
         assert loss is not None
         before = [found for _, found in self.evaluation_losses()]
-        self.log({"eval_loss": loss})
+        self.log({"eval_loss": loss, "time": time.time()})
         if not before or loss < min(before):
             self.best = lora.weights(self.model)
         recent = [*before, loss][-self.config.worse_times :]

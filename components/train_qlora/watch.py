@@ -59,11 +59,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = control.should_training_stop or self.stopped is not None
 
     def measured(self, tokens: int) -> dict[str, float]:
-        """The speed of the step that just ended, and the memory now."""
+        """The speed of the step that just ended, the memory and the time now."""
         now = time.monotonic()
         seconds, self.last_step = now - self.last_step, now
         self.tokens += tokens
-        return {"tokens_per_second": tokens / max(seconds, 1e-9), "memory_mib": memory_mib()}
+        return {"tokens_per_second": tokens / max(seconds, 1e-9), "memory_mib": memory_mib(), "time": time.time()}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

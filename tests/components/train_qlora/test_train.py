@@ -285,7 +285,8 @@ def test_the_adapter_folder_holds_what_it_promises_and_no_path_of_this_machine(t
     train = training()
     numbers = train()
     assert sorted(path.name for path in train.adapter.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "loss.jsonl", "report.html", "training.json",
+        "adapter_config.json", "adapter_model.safetensors", "events.out.tfevents.0.train", "loss.jsonl", "report.html",
+        "training.json",
     ]  # fmt: skip
     for path in train.adapter.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes()
