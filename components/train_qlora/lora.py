@@ -14,6 +14,7 @@ from torch.nn import Linear
 from transformers import PreTrainedModel
 
 from components.train_qlora.joined import join
+from components.train_qlora.lean import slim
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import UsageError
 
@@ -40,6 +41,7 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     model.config.use_cache = False
     adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
+    slim(adapted.eval())
     join(adapted)
     return adapted
 

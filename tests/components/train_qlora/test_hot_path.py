@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from components.train_qlora import joined, lora, loss, packed
+from components.train_qlora import joined, lean, lora, loss, packed
 from components.train_qlora.rows import IGNORED, Collate
 from qlora_retrain import chat, modeling
 from qlora_retrain.config.sections import TrainConfig
@@ -212,3 +212,44 @@ def test_the_first_losses_are_those_of_the_reference(nf4, items):
     rows = items(8)
     found = [loss.summed_loss(model, Collate(0)(rows[i : i + 4])).item() for i in (0, 4)]
     assert found == pytest.approx(REFERENCE, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lean_norms_and_gates_compute_what_the_modules_do_and_the_same_gradients(dtype):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).to(dtype).requires_grad_(False)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.input_layernorm.weight.copy_(torch.rand(32) + 0.5)
+    found = []
+    for _ in range(2):  # as they are, then lean
+        x = torch.linspace(-3, 3, 5 * 32, dtype=dtype).view(1, 5, 32).requires_grad_()
+        y = layer.mlp(layer.input_layernorm(x))
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+        assert lean.slim(model) == 4 or found[1:]  # three norms and an MLP
+    assert torch.equal(found[0][0], found[1][0])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert torch.allclose(found[0][1], found[1][1], rtol=tolerance, atol=tolerance * float(found[0][1].abs().max()))
+
+
+def test_a_module_that_computes_something_else_is_left_alone():
+    class Shifted(torch.nn.Module):  # a norm whose weight is counted from one, as some models have it
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.rand(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    class Model(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Shifted()
+
+    model = Model()
+    assert lean.slim(model) == 0
+    assert "forward" not in vars(model.norm)
