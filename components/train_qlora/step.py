@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from components.train_qlora import events, lora
+from components.train_qlora import events, history, lora
 from components.train_qlora.loss import mean_loss, padding
 from components.train_qlora.memory import shrinking
 from components.train_qlora.result import optimizer_used, report_page
@@ -68,13 +68,14 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     optimizer = optimizer_used(config, trainer.optimizer)
     progress.say(f"optimizer: {optimizer}")
     eval_loss = mean_loss(model, held_out, padding(tokenizer), 2 * used.batch_size)
-    steps = trainer.steps_log()
+    log = trainer.state.log_history
+    steps, evaluations = history.steps(log), history.evaluations(log)
     last = [entry["loss"] for entry in steps[-LAST_STEPS:]]
     numbers: dict[str, Number] = {
         "steps": len(steps),
         "train_loss": sum(last) / len(last),
         "eval_loss": eval_loss,
-        "best_step": trainer.best_step(),
+        "best_step": history.best_step(log),
         "tokens": sum(entry["tokens"] for entry in steps),
         "supervised_tokens": sum(entry["supervised_tokens"] for entry in steps),
         "tokens_per_second": round(trainer.watch.tokens_per_second, 1) if trainer.watch.tokens else None,
@@ -84,14 +85,15 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         "out_of_memory": len(halvings),
         "optimizer": optimizer,
     }
-    evaluations = trainer.evaluation_losses()
     settings = config.model_dump(mode="json")
     document: dict[str, Any] = {"settings": settings, "train_rows": len(rows), "eval_rows": len(held_out), **numbers}
     document |= {"evaluation_losses": evaluations, "out_of_memory": halvings}
     (adapter / "training.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (adapter / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in steps), encoding="utf-8")
-    events.write(adapter, trainer.curves())
-    page = report_page(config, numbers, steps, evaluations, trainer.timings(), lora.trainable_by_layer(model), halvings)
+    events.write(adapter, history.curves(log))
+    page = report_page(
+        config, numbers, steps, evaluations, history.timings(log), lora.trainable_by_layer(model), halvings
+    )
     (adapter / "report.html").write_text(page, encoding="utf-8")
     return Report(numbers)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from components.train_qlora import lora
+from components.train_qlora import history, lora
 from components.train_qlora.loss import mean_loss, summed_loss, supervised
 from components.train_qlora.preflight import overfit
 from components.train_qlora.rows import Batch, Collate, Order, Rows
@@ -27,13 +27,10 @@ from qlora_retrain.errors import Diverged, TryAgain
 
 KEPT_CHECKPOINTS = 2
 FULL_BYTES = 2**20  # a save that failed with less space than this left has failed for it
-ADAPTER, BEST = (
-    "adapter",
-    "best.safetensors",
-)  # in a checkpoint: a folder that can be attached as it is; the best so far
+ADAPTER = "adapter"  # in a checkpoint: a folder that can be attached as it is
+BEST = "best.safetensors"  # in a checkpoint: the weights of the lowest evaluation loss so far
 HOPELESS_STEPS = 20  # a mean loss over this many steps ...
 HOPELESS = 1.5  # ... that is this many times worse than guessing, and worse than the first step's
-LOGGED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -105,11 +102,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(folder)
         if newest:
             progress.say(f"going on from {newest.name} of {self.watch.steps} steps")
-        if newest:
             self._load_from_checkpoint(str(newest))
             self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
             self._measure_what_was_cut_off(newest, begin)
-        if not newest or not self._finished(begin):
+        if not newest or not (begin >= self.watch.steps or self._no_better()):
             if preempt.requested():
                 raise TryAgain("asked to stop before the first step; run it again")
             if not newest:
@@ -125,7 +121,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _measure_what_was_cut_off(self, newest: Path, step: int) -> None:
         """A run that was asked to stop while it measured had saved the step without the measurement."""
-        if step in self.watch.measure_at and step not in dict(self.evaluation_losses()):
+        if step in self.watch.measure_at and step not in dict(history.evaluations(self.state.log_history)):
             self._evaluate()
             if self.watch.stopped:
                 raise TryAgain(f"step {step} of {self.watch.steps}, saved before: {self.watch.stopped}")
@@ -137,39 +133,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             save_file(self.best, folder / BEST)
         checkpoints.complete(folder, step)
 
-    def best_step(self) -> int | None:
-        """The step whose adapter is kept, where the evaluation loss was measured on the way."""
-        return min(self.evaluation_losses(), key=lambda found: found[1], default=(None, 0.0))[0]
-
-    def evaluation_losses(self) -> list[tuple[int, float]]:
-        """(step, mean loss a supervised token of the evaluation rows) of every measurement on the way."""
-        return [(e["step"], e["eval_loss"]) for e in self.state.log_history if "eval_loss" in e]
-
-    def _finished(self, step: int) -> bool:
-        return step >= self.watch.steps or self._no_better()
-
     def _no_better(self) -> bool:
-        """Whether the last `early_stopping` measurements were no better than the best before them."""
-        losses, patience = [loss for _, loss in self.evaluation_losses()], self.config.early_stopping
-        return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-
-    def steps_log(self) -> list[dict[str, Any]]:
-        """Loss, gradient norm, learning rate and tokens of every step, those before a resume included."""
-        return [{name: entry[name] for name in LOGGED} for entry in self.state.log_history if "loss" in entry]
-
-    def timings(self) -> list[dict[str, Any]]:
-        """What differs from run to run: speed and memory of every step."""
-        names = ("step", "tokens_per_second", "memory_mib")
-        return [{name: entry[name] for name in names} for entry in self.state.log_history if "loss" in entry]
-
-    def curves(self) -> list[tuple[int, float, dict[str, float]]]:
-        """(step, seconds since 1970, numbers by name) of every step and measurement, for TensorBoard."""
-        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
-        return [
-            (entry["step"], entry["time"], {f"train/{name}": entry[name] for name in names if name in entry})
-            for entry in self.state.log_history
-            if "time" in entry
-        ]
+        return history.no_better(self.state.log_history, self.config.early_stopping)
 
     # What follows replaces single methods of the Trainer.
 
@@ -185,7 +150,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         finally:
             self.model.train()
         assert loss is not None
-        before = [found for _, found in self.evaluation_losses()]
+        before = [found for _, found in history.evaluations(self.state.log_history)]
         self.log({"eval_loss": loss, "time": time.time()})
         if not before or loss < min(before):
             self.best = lora.weights(self.model)
