@@ -13,8 +13,9 @@ Each runs in a process of its own, in turn, round after round; the first steps o
 of tokens a second (padding not counted), of supervised tokens a second, of peak resident memory, and the ratio to ours
 round by round. With `--dropout 0` it also compares the losses of every step.
 
-Command: `python benchmarks/training.py --data FOLDER [--dropout 0.05] [--sweep length|rank|batch]`
-FOLDER holds BANKING77's train.csv; `make bench-setup` fetches TRL.
+Command: `python benchmarks/training.py --data FOLDER [--dropout 0.05] [--sweep length|rank|batch] [--profile]`
+FOLDER holds BANKING77's train.csv; `make bench-setup` fetches TRL. `--profile` says where the time of our step goes,
+and what the matrix products alone would take at the speed that a large one has here.
 """
 
 from __future__ import annotations
@@ -57,12 +58,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of every row; chats are strung together")
     parser.add_argument("--sweep", choices=sorted(SWEEPS))
     parser.add_argument("--work", type=Path, default=PROJECT / ".state" / "bench-work")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
         print(json.dumps(measured(options)))
         return
     prepare_base(options)
+    if options.profile:
+        prepare_rows(options)
+        profile(options)
+        return
     for value in SWEEPS[options.sweep] if options.sweep else (None,):
         if value is not None:
             setattr(options, options.sweep, value)
@@ -194,6 +200,59 @@ def clock_callback() -> Any:
             self.ended.append(time.perf_counter())
 
     return Clock()
+
+
+KINDS = {
+    "products of frozen layers and adapters": ("aten::mm", "aten::addmm_", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data"),
+    "unpacking 4 bits": ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise"),
+    "random numbers for dropout": ("aten::random_", "aten::ge"),
+    "optimizer": ("Optimizer.step#AdamW.step", "bitsandbytes::optimizer_update_32bit"),
+}
+
+
+def profile(options: argparse.Namespace) -> None:
+    """Where the time of one forward and backward pass of ours goes, by kind, against the products' own limit."""
+    import torch
+
+    from components.train_qlora import packed
+    from components.train_qlora.loss import summed_loss, supervised
+    from components.train_qlora.rows import Collate
+
+    rows = json.loads((options.work / "rows.json").read_text())
+    trainer = make_ours(options, rows)
+    model = trainer.model.train()
+    batch = Collate(2)(rows[: options.batch])
+    for _ in range(3):
+        begun = time.perf_counter()
+        summed_loss(model, batch).backward()
+        seconds = time.perf_counter() - begun
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        summed_loss(model, batch).backward()
+    events = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
+    whole, known = sum(events.values()), 0.0
+    for kind, names in KINDS.items():
+        share = sum(events.get(name, 0.0) for name in names)
+        known += share
+        print(f"{kind:<40}{share / whole:6.1%}")
+    print(f"{'all else (elementwise, copies, Python)':<40}{1 - known / whole:6.1%}")
+    line = packed.pack(batch, model.dtype, fused=False)
+    given, computed = int(batch["attention_mask"].sum()), line.input_ids.shape[1]
+    frozen = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "lora_A"))
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings().weight.numel()
+    work = computed * (4 * frozen + 6 * adapters) + int(supervised(batch).sum()) * 4 * head  # multiplications and sums
+    square = torch.randn(2048, 2048).bfloat16()
+    speeds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        square @ square
+        speeds.append(2 * 2048**3 / (time.perf_counter() - begun))
+    limit = work / max(speeds)
+    print(
+        f"{given} tokens in {options.batch} rows, {computed} computed; {seconds:.2f} s, {given / seconds:.0f} tokens/s"
+    )
+    print(f"{work / 1e9:.0f} GFLOP at {max(speeds) / 1e9:.0f} GFLOP/s: {limit:.2f} s, {given / limit:.0f} tokens/s")
 
 
 # --- the contestants ---
