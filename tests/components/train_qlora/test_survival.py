@@ -53,30 +53,32 @@ def start(nf4):
     return begin
 
 
-def killed_again_and_again(step, start, kills: int, steps: int, optimizer: str) -> None:
+def killed_again_and_again(step, start, kills: int, optimizer: str) -> None:
     """Kill the step at random moments, most of them inside saves, so often; then it ends bit-equal."""
     settings = {
-        "rank": 64, "alpha": 64, "learning_rate": 5e-3, "batch_size": 4, "max_steps": steps, "device": "cpu",
-        "precision": "float32", "optimizer": optimizer, "evaluations": 5,
+        "rank": 64, "alpha": 64, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 4, "gradient_accumulation": 2,
+        "max_steps": 8 * kills + 8, "optimizer": optimizer, "evaluations": 5, "device": "cpu", "precision": "float32",
+        "attention": "eager", "checkpoint_minutes": 1e-9,
     }  # fmt: skip
     whole, parts, moments = step("whole"), step("parts"), random.Random(0)
-    whole(**settings, attention="eager", dropout=0.1, gradient_accumulation=2, checkpoint_minutes=60)
-    given = {"config": {**settings, "attention": "eager", "dropout": 0.1, "gradient_accumulation": 2}}
-    given["config"]["checkpoint_minutes"] = 1e-9  # a save after every step
-    done, furthest = 0, []
-    while done < kills:
-        process = start(parts, **given)
+    whole(**settings)
+    reached = 0
+    for number in range(kills):
+        process = start(parts, config=settings)
         process.stdout.readline()  # ready
-        time.sleep(moments.uniform(0.3, 3.0))
+        goal = parts.scratch / f"checkpoint-{reached + moments.randint(1, 4)}"
+        until = time.monotonic() + (moments.uniform(0, 1) if number % 5 == 4 else 60)  # now and then while it starts
+        while not goal.exists() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.06))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed often enough: more steps, please"
-        done += 1
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
         newest = checkpoints.newest_valid(parts.scratch)
-        furthest.append(checkpoints.step_of(newest) if newest else 0)
-    assert furthest == sorted(furthest), "a kill lost a step that had been saved"
-    assert furthest[-1] > 0
-    ended = start(parts, **given)
+        before, reached = reached, checkpoints.step_of(newest) if newest else 0
+        assert reached >= before, "a kill lost a step that had been saved"
+    assert reached > 0
+    ended = start(parts, config=settings)
     _, errors = ended.communicate()
     assert ended.returncode == 0, errors
     assert parts.weights == whole.weights
@@ -85,13 +87,13 @@ def killed_again_and_again(step, start, kills: int, steps: int, optimizer: str) 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_was_not(step, start):
-    killed_again_and_again(step, start, kills=3, steps=60, optimizer="paged_adamw_32bit")
+    killed_again_and_again(step, start, kills=3, optimizer="paged_adamw_32bit")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_a_run_that_is_killed_twenty_times_ends_with_the_bytes_of_one_that_was_not(step, start, optimizer):
-    killed_again_and_again(step, start, kills=20, steps=400, optimizer=optimizer)
+    killed_again_and_again(step, start, kills=20, optimizer=optimizer)
 
 
 def cut_off(file: Path) -> None:
@@ -130,6 +132,7 @@ def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monk
     assert parts.weights == whole.weights
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_is_saved_within_seconds(step, start):
     run = step()
     config = {"batch_size": 4, "max_steps": 5000, "device": "cpu", "precision": "float32", "attention": "eager"}
@@ -215,3 +218,20 @@ def test_old_checkpoints_go(step):
     run = step()
     run(checkpoint_minutes=1e-9, max_steps=6)
     assert [folder.name for folder in checkpoints.found(run.scratch)] == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_losses_of_a_cpu(step):
+    on_cpu, on_gpu = step("cpu"), step("gpu")
+    one = on_cpu(dropout=0.0)
+    other = on_gpu(dropout=0.0, device="cuda", attention="sdpa")
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=0.01)
+    assert "state tensors paged" in other["optimizer"]
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_uses_dropout_and_comes_back_from_a_checkpoint(step):
+    run = step()
+    with pytest.raises(TryAgain):
+        run(device="cuda", attention="sdpa", precision="bfloat16", max_hours=1e-9)
+    assert run(device="cuda", attention="sdpa", precision="bfloat16")["steps"] == 14
