@@ -6,6 +6,7 @@
 #   make test-containers   those of them that run containers: the images, both orchestrators (podman, runc, debootstrap)
 #   make test-fast   the fast tier: no scheduler, no network
 #   make soak        long loops: kills, races, large data
+#   make bench-setup   the peers that benchmarks/training.py measures against, in a folder of their own
 #   make check       formatting, lint, types, layers
 #   make images      the container images, from wheels checked by hash (ENGINE, BASE_IMAGE and TORCH can be given)
 #   make lock        resolve what the images install again, after a change of versions
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak check format images wheels pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak bench-setup check format images wheels pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -64,6 +65,10 @@ test-containers: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+# A peer, never a dependency: without what it asks for, all of which is here already.
+bench-setup: setup
+	@test -d .state/bench/trl || $(BIN)/pip install -q --no-deps --target .state/bench trl==1.16.0
 
 check: .venv/.made
 	$(BIN)/ruff format --check .

@@ -30,6 +30,7 @@ _APART = {
     "adapter": {
         "training.json": "training/training.json",
         "loss.jsonl": "training/loss.jsonl",
+        "events.out.tfevents.0.train": "training/events.out.tfevents.0.train",
         "report.html": "reports/training.html",
     },
     "evaluation": {"evaluation.json": "evaluation/evaluation.json", "report.html": "reports/evaluation.html"},

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import Linear
 from transformers import PreTrainedModel
 
+from components.train_qlora.joined import join
+from components.train_qlora.lean import slim
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import UsageError
-from qlora_retrain.modeling import compute_in_input_precision
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 ATTENTION = ("attn", "attention")
@@ -39,7 +41,8 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     model.config.use_cache = False
     adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
-    compute_in_input_precision(adapted)
+    slim(adapted.eval())
+    join(adapted)
     return adapted
 
 
@@ -84,9 +87,32 @@ def save(model: PeftModel, folder: Path) -> None:
         path.chmod(0o644)
 
 
-def load(model: PeftModel, folder: Path) -> None:
-    """Put the weights of `folder` into the adapter, in its own precision."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+def weights(model: PeftModel) -> dict[str, Tensor]:
+    """A copy of the adapter's weights, in host memory."""
+    return {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+
+
+def put(model: PeftModel, found: dict[str, Tensor]) -> None:
+    """Put weights into the adapter, in its own precision."""
+    set_peft_model_state_dict(model, found)
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    """The weights that `save` wrote."""
+    found: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    return found
+
+
+def trainable_by_layer(model: PeftModel) -> list[tuple[str, int, int]]:
+    """(layer's name, how many of them, numbers trained in all of them), of the names that have an adapter."""
+    found: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault(name.split(".lora_")[0].rsplit(".", 1)[-1], []).append(parameter.numel())
+    return [(name, len(sizes) // 2, sum(sizes)) for name, sizes in sorted(found.items())]
 
 
 def trainable_parameters(model: PeftModel) -> int:

@@ -1,4 +1,4 @@
-"""The loss of the supervised tokens, with logits computed only where the next token is supervised.
+"""The loss of the supervised tokens, with logits computed only where the next token is supervised, a part at a time.
 
 With a vocabulary of 49,152 and answers of a few tokens, full logits would be most of a step's work and memory.
 """
@@ -8,39 +8,87 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from components.train_qlora import packed
 from components.train_qlora.rows import IGNORED, Batch, Collate, Rows
 from qlora_retrain import preempt, progress
 from qlora_retrain.errors import TryAgain
 
+CHUNK = 512  # positions whose logits exist at a time: 100 MB for 49,152 words in fp32
+OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what some models do after their head
 
-def supervised(batch: Batch) -> torch.Tensor:
+
+def supervised(batch: Batch) -> Tensor:
     """(batch, seq - 1) bool: the positions whose next token is supervised."""
     return batch["labels"][:, 1:] != IGNORED
 
 
-def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
+def summed_loss(model: Any, batch: Batch) -> Tensor:
     """Cross entropy in nats, summed over the supervised tokens of a batch.
 
-    The model's own forward runs, whatever it does to its logits; only the input of its output layer is cut down.
+    The model's own forward runs; only the input of its output layer is cut down to what is supervised.
     """
-    wanted = supervised(batch)
+    if not packed.can_pack(model):
+        labels, inputs = batch["labels"][:, 1:], {k: batch[k] for k in ("input_ids", "attention_mask")}
+        return _loss(model, labels, inputs, cut=slice(None, -1))
+    fused = model.config.get_text_config()._attn_implementation == "sdpa"
+    line = packed.pack(batch, model.dtype, fused=fused)
+    with packed.attention_by_rows(model):
+        return _loss(model, line.labels, {"input_ids": line.input_ids, "position_ids": line.position_ids, "line": line})
 
-    def keep(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (args[0][:, :-1][wanted].unsqueeze(0),)  # (1, supervised, hidden)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+def _loss(model: Any, labels: Tensor, inputs: dict[str, Any], cut: slice = slice(None)) -> Tensor:
+    """`labels` (rows, positions) say what is to be predicted at the positions that `cut` leaves."""
+    wanted = labels != IGNORED
+    head, plain = model.get_output_embeddings(), not any(getattr(model.config, name, None) for name in OWN_LOGITS)
+    kept: list[Tensor] = []
+
+    def keep(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        kept.append(args[0][:, cut][wanted])  # (supervised, hidden)
+        return (kept[0][:0] if plain else kept[0],)
+
+    hook = head.register_forward_pre_hook(keep)
     try:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-    return cross_entropy(output.logits[0].float(), batch["labels"][:, 1:][wanted], reduction="sum")
+    if plain:
+        loss: Tensor = ChunkedCrossEntropy.apply(kept[0], head.weight, head.bias, labels[wanted])
+        return loss
+    return cross_entropy(logits.float(), labels[wanted], reduction="sum")
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
+    """Summed cross entropy of a frozen output layer; its gradient is made with it, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """`hidden` (positions, hidden), `weight` (vocabulary, hidden), `labels` (positions,)."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(labels), CHUNK):
+            part, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK].unsqueeze(1)
+            logits = torch.nn.functional.linear(part, weight, bias).float()  # (chunk, vocabulary)
+            normal = logits.logsumexp(1, keepdim=True)
+            total += (normal - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                share = logits.sub_(normal).exp_()  # softmax, in the memory of the logits
+                share.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=share.dtype))
+                gradient[start : start + CHUNK] = share.to(weight.dtype) @ weight
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient that is there already, scaled."""
+        return (ctx.gradient * upstream.to(ctx.gradient.dtype), None, None, None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def mean_loss(model: Any, rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float | None:
+def mean_loss(model: Any, rows: Rows, pad: int, batch_size: int) -> float | None:
     """Mean loss a supervised token over all rows; None where there are none.
 
     Raises:
@@ -49,7 +97,7 @@ def mean_loss(model: Any, rows: Rows, tokenizer: PreTrainedTokenizerBase, batch_
     if not len(rows):
         return None
     model.eval()
-    collate = Collate(padding(tokenizer))
+    collate = Collate(pad)
     order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):

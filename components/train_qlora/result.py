@@ -23,21 +23,42 @@ def optimizer_used(config: TrainConfig, optimizer: Any) -> str:
     return f"{config.optimizer}, {paged} of {len(tensors)} state tensors paged (the small ones never are)"
 
 
-def report_page(settings: Mapping[str, Any], numbers: Mapping[str, Number], steps: Sequence[Mapping[str, Any]]) -> str:
-    """Settings, numbers and the loss curve as one self-contained page."""
+def report_page(
+    config: TrainConfig,
+    numbers: Mapping[str, Number],
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[tuple[int, float]],
+    timings: Sequence[Mapping[str, Any]],
+    layers: Sequence[tuple[str, int, int]],
+    halvings: Sequence[str],
+) -> str:
+    """Curves, numbers, settings and what was trained, as one self-contained page."""
     eval_loss = numbers["eval_loss"]
     measured = f", {eval_loss:.4g} on the evaluation rows" if isinstance(eval_loss, float) else ""
     sentence = f"{numbers['steps']} steps; the loss ended at {numbers['train_loss']:.4g} nats a token{measured}."
+    if numbers["best_step"] is not None:
+        sentence += f" The adapter is that of step {numbers['best_step']}, the best measured."
+    losses = {"training": _curve(steps, "loss"), "evaluation": [(float(step), loss) for step, loss in evaluations]}
+    fields = TrainConfig.model_fields
+    settings = [(name, str(value), fields[name].description or "") for name, value in config.model_dump().items()]
     return report.page(
         "Training",
         sentence,
+        *halvings,
         report.section(
             "Loss",
-            report.line_chart({"loss": _curve(steps, "loss")}, "step", "nats a supervised token"),
+            report.line_chart({k: v for k, v in losses.items() if v}, "step", "nats a supervised token"),
             report.line_chart({"gradient norm": _curve(steps, "grad_norm")}, "step", "gradient norm before clipping"),
+            report.line_chart({"learning rate": _curve(steps, "learning_rate")}, "step", "learning rate"),
+        ),
+        report.section(
+            "Machine",
+            report.line_chart({"tokens/s": _curve(timings, "tokens_per_second")}, "step", "tokens a second"),
+            report.line_chart({"memory": _curve(timings, "memory_mib")}, "step", "memory in MiB"),
         ),
         report.section("Numbers", report.numbers(numbers)),
-        report.section("Settings", report.numbers({name: str(value) for name, value in settings.items()})),
+        report.section("Trained", report.table(("layer", "how many", "parameters"), layers)),
+        report.section("Settings", report.table(("setting", "value", "what it does"), settings)),
     )
 
 

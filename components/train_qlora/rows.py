@@ -25,17 +25,22 @@ Batch = dict[str, torch.Tensor]
 
 
 class Rows(Dataset[Item]):  # type: ignore[misc]
-    """Encoded chats: `input_ids`, and `labels` that are `IGNORED` where the model is not to learn."""
+    """Encoded chats: `input_ids`, and `labels` that are `IGNORED` where the model is not to learn.
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    Attributes:
+        ids: What names a row in an error; never its text.
+    """
+
+    def __init__(self, items: Sequence[Item], ids: Sequence[str] | None = None) -> None:
         self.items = items
+        self.ids = ids if ids is not None else [f"row {i}" for i in range(len(items))]
         self.lengths = [len(item["input_ids"]) for item in items]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
-        return self.items[index]
+        return {**self.items[index], "row": [index]}
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -46,11 +51,14 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
         UsageError: If a row has no token to learn: the mask, the template or the tokenizer would be wrong.
     """
     items: list[Item] = []
+    ids: list[str] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"dataset/{path.name}:{number}"
             try:
-                encoded = chat.encode(tokenizer, json.loads(line)["messages"])
+                messages = json.loads(line)["messages"]
+                encoded = chat.encode(tokenizer, messages)
+                ids.append(chat.row_id(messages) if encoded.input_ids else "")
             except (ValueError, KeyError, TypeError) as error:
                 raise IntegrityError(f"{where}: not a row of a dataset: {error!r}") from error
             labels = [
@@ -61,7 +69,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
             items.append({"input_ids": encoded.input_ids, "labels": labels})
             if number % UPDATE_EVERY == 0:
                 progress.say(f"{path.name}: {number} rows encoded")
-    return Rows(items)
+    return Rows(items, ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +83,16 @@ class Collate:
     pad: int
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        """`input_ids`, `attention_mask` and `labels`, each (rows, longest row)."""
+        """`input_ids`, `attention_mask` and `labels`, each (rows, longest row); `rows`, their numbers."""
         longest = max(len(item["input_ids"]) for item in items)
 
         def filled(name: str, filler: int) -> torch.Tensor:
             return torch.tensor([item[name] + [filler] * (longest - len(item[name])) for item in items])
 
         mask = torch.tensor([[1] * len(item["input_ids"]) + [0] * (longest - len(item["input_ids"])) for item in items])
-        return {"input_ids": filled("input_ids", self.pad), "attention_mask": mask, "labels": filled("labels", IGNORED)}
+        rows = torch.tensor([number for item in items for number in item.get("row", [-1])])
+        labels = filled("labels", IGNORED)
+        return {"input_ids": filled("input_ids", self.pad), "attention_mask": mask, "labels": labels, "rows": rows}
 
 
 class Order(Sampler[int]):  # type: ignore[misc]

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import errno
 import math
+import os
 import shutil
 import time
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from components.train_qlora import lora
-from components.train_qlora.loss import summed_loss, supervised
+from components.train_qlora import history, lora
+from components.train_qlora.loss import mean_loss, summed_loss, supervised
+from components.train_qlora.preflight import overfit
 from components.train_qlora.rows import Batch, Collate, Order, Rows
+from components.train_qlora.watch import Watch
 from qlora_retrain import checkpoints, preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import Diverged, TryAgain
 
 KEPT_CHECKPOINTS = 2
-TELL_SECONDS = 10.0
+FULL_BYTES = 2**20  # a save that failed with less space than this left has failed for it
+ADAPTER = "adapter"  # in a checkpoint: a folder that can be attached as it is
+BEST = "best.safetensors"  # in a checkpoint: the weights of the lowest evaluation loss so far
 HOPELESS_STEPS = 20  # a mean loss over this many steps ...
 HOPELESS = 1.5  # ... that is this many times worse than guessing, and worse than the first step's
-LOGGED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -56,58 +61,11 @@ def arguments(config: TrainConfig, steps: int, scratch: Path) -> TrainingArgumen
         logging_nan_inf_filter=False,  # it would hide a NaN behind a running mean
         save_strategy="no",  # `Watch` decides by time
         eval_strategy="no",
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=config.device == "cuda",
     )
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Decides after each step whether to save and whether to stop, and tells how far the work is."""
-
-    def __init__(self, config: TrainConfig, steps: int) -> None:
-        self.config, self.steps = config, steps
-        self.stopped: str | None = None
-        self.tokens = 0  # of this process
-        self.begun = self.saved = self.told = time.monotonic()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of this process, padding not counted, over the time since it began to train."""
-        return self.tokens / max(time.monotonic() - self.begun, 1e-9)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clocks."""
-        self.begun = self.saved = self.told = time.monotonic()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save when it is time to, when asked to stop, and at the end."""
-        now = time.monotonic()
-        limit = self.config.max_hours
-        if state.global_step < self.steps:
-            if preempt.requested():
-                self.stopped = "asked to stop"
-            elif limit is not None and now - self.begun >= limit * 3600:
-                self.stopped = "time budget used up; raise train.max_hours or run again"
-        due = now - self.saved >= self.config.checkpoint_minutes * 60
-        if due or self.stopped or state.global_step >= self.steps:
-            control.should_save = True
-            self.saved = now
-        control.should_training_stop = control.should_training_stop or self.stopped is not None
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        """Tell now and then."""
-        if "loss" not in logs:
-            return
-        self.tokens += logs["tokens"]
-        step = state.global_step
-        late = time.monotonic() - self.told >= TELL_SECONDS  # a slow machine tells by time
-        if step % self.config.log_every_steps == 0 or step >= self.steps or late:
-            self.told = time.monotonic()
-            progress.update("training", step, self.steps, loss=logs["loss"], tokens_per_second=self.tokens_per_second)
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -115,8 +73,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the supervised tokens of the whole optimizer step
 
-    def __init__(self, model: PeftModel, config: TrainConfig, rows: Rows, pad: int, scratch: Path) -> None:
-        self.scratch = scratch
+    def __init__(
+        self, model: PeftModel, config: TrainConfig, rows: Rows, held_out: Rows, pad: int, scratch: Path
+    ) -> None:
+        self.config, self.held_out, self.pad, self.scratch = config, held_out, pad, scratch
         self.watch = Watch(config, total_steps(config, len(rows)))
         self.order = Order(rows.lengths, config.batch_size * config.gradient_accumulation, config.seed)
         args = arguments(config, self.watch.steps, scratch)
@@ -124,6 +84,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collate(pad), callbacks=[self.watch])
         self.remove_callback(PrinterCallback)
         self.counts: dict[str, int] = {}
+        self.step_rows: list[int] = []  # of the optimizer step that is being computed
+        self.step_losses: list[torch.Tensor] = []
+        self.best: dict[str, torch.Tensor] | None = None  # weights of the lowest evaluation loss
 
     def train_or_go_on(self) -> None:
         """Train to the last step, from the newest valid checkpoint if there is one.
@@ -139,24 +102,69 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(folder)
         if newest:
             progress.say(f"going on from {newest.name} of {self.watch.steps} steps")
-        if newest and begin >= self.watch.steps:
             self._load_from_checkpoint(str(newest))
             self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-            return
-        if preempt.requested():
-            raise TryAgain("asked to stop before the first step; run it again")
-        self.train(resume_from_checkpoint=str(newest) if newest else None)
-        if self.watch.stopped:
-            raise TryAgain(
-                f"step {self.state.global_step} of {self.watch.steps}, saved as "
-                f"checkpoint-{self.state.global_step}: {self.watch.stopped}"
-            )
+            self._measure_what_was_cut_off(newest, begin)
+        if not newest or not (begin >= self.watch.steps or self._no_better()):
+            if preempt.requested():
+                raise TryAgain("asked to stop before the first step; run it again")
+            if not newest:
+                overfit(self.model, self.config, self.train_dataset, self.pad, self.watch.steps)
+            self.train(resume_from_checkpoint=str(newest) if newest else None)
+            if self.watch.stopped:
+                raise TryAgain(
+                    f"step {self.state.global_step} of {self.watch.steps}, saved as "
+                    f"checkpoint-{self.state.global_step}: {self.watch.stopped}. Its {ADAPTER}/ can be used as it is"
+                )
+        if self.best is not None:
+            lora.put(self.model, self.best)
 
-    def steps_log(self) -> list[dict[str, Any]]:
-        """Loss, gradient norm, learning rate and tokens of every step, those before a resume included."""
-        return [{name: entry[name] for name in LOGGED} for entry in self.state.log_history if "loss" in entry]
+    def _measure_what_was_cut_off(self, newest: Path, step: int) -> None:
+        """A run that was asked to stop while it measured had saved the step without the measurement."""
+        if step in self.watch.measure_at and step not in dict(history.evaluations(self.state.log_history)):
+            self._evaluate()
+            if self.watch.stopped:
+                raise TryAgain(f"step {step} of {self.watch.steps}, saved before: {self.watch.stopped}")
+            self.state.save_to_json(str(newest / "trainer_state.json"))
+            self._seal(newest, step)
+
+    def _seal(self, folder: Path, step: int) -> None:
+        if self.best is not None:
+            save_file(self.best, folder / BEST)
+        checkpoints.complete(folder, step)
+
+    def _no_better(self) -> bool:
+        return history.no_better(self.state.log_history, self.config.early_stopping)
 
     # What follows replaces single methods of the Trainer.
+
+    def _evaluate(self, trial: Any = None, ignore_keys_for_eval: Any = None, skip_scheduler: bool = False) -> Any:
+        """Measure the evaluation loss; keep the best weights, end early, or end a run that gets worse and worse."""
+        self.control.should_evaluate = False
+        try:
+            loss = mean_loss(self.model, self.held_out, self.pad, 2 * self.config.batch_size)
+        except TryAgain:  # the step itself is done: save it, and measure when the run goes on
+            self.watch.stopped = "asked to stop"
+            self.control.should_training_stop = self.control.should_save = True
+            return {}
+        finally:
+            self.model.train()
+        assert loss is not None
+        before = [found for _, found in history.evaluations(self.state.log_history)]
+        self.log({"eval_loss": loss, "time": time.time()})
+        if not before or loss < min(before):
+            self.best = lora.weights(self.model)
+        recent = [*before, loss][-self.config.worse_times :]
+        limit = self.config.worse_factor * min(before, default=math.inf)
+        if not math.isfinite(loss) or (len(recent) == self.config.worse_times and min(recent) > limit):
+            what = f"the evaluation loss is {loss:.3f}, {len(recent)} times in a row above {limit:.3f}"
+            raise self._diverged(self.state.global_step, what, batch=True)
+        if self._no_better():
+            progress.say(
+                f"step {self.state.global_step}: no better for {self.config.early_stopping} measurements: done"
+            )
+            self.control.should_training_stop = self.control.should_save = True
+        return {"eval_loss": loss}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.order
@@ -165,6 +173,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
         items = sum(int(supervised(batch).sum()) for batch in batch_samples)
         self.counts = {"tokens": tokens, "supervised_tokens": items}
+        self.step_rows = [row for batch in batch_samples for row in batch.pop("rows").tolist()]
+        self.step_losses = []
         return torch.tensor(items, device=device)
 
     def compute_loss(
@@ -175,37 +185,43 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return summed_loss(model, inputs) / num_items_in_batch
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward; a loss that is not finite ends the run."""
+        """Forward and backward."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._refuse_nonfinite("loss", float(loss))
+        self.step_losses.append(loss)
         return loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Nobody asked: the Trainer would count every parameter of the model for each batch."""
+        return 0
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        self._refuse_nonfinite("gradient norm", float(norm))  # before the optimizer spoils the weights with it
+        # Once a step, since a GPU has to wait for it, and before the optimizer spoils the weights with it.
+        loss, size = torch.stack([torch.stack(self.step_losses).sum(), norm.detach().to(self.args.device)]).tolist()
+        for what, value in (("loss", loss), ("gradient norm", size)):
+            if not math.isfinite(value):
+                raise self._diverged(self.state.global_step + 1, f"the {what} is {value}", batch=True)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the step consumed, and end a run that cannot be saved."""
         if "loss" in logs:
-            logs = {**logs, **self.counts}
+            logs = {**logs, **self.counts, **self.watch.measured(self.counts["tokens"])}
         super().log(logs, start_time)
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        recent = sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS
-        limit = max(HOPELESS * math.log(self.model.config.vocab_size), *losses[:1])
-        if len(losses) >= HOPELESS_STEPS and recent > limit:
+        last = [e["loss"] for e in self.state.log_history[-2 * HOPELESS_STEPS :] if "loss" in e][-HOPELESS_STEPS:]
+        first = next((entry["loss"] for entry in self.state.log_history if "loss" in entry), 0.0)
+        recent = sum(last) / HOPELESS_STEPS
+        limit = max(HOPELESS * math.log(self.model.config.vocab_size), first)
+        if len(last) >= HOPELESS_STEPS and recent > limit:
             what = f"the mean loss of the last {HOPELESS_STEPS} steps is {recent:.1f}, worse than guessing"
             raise self._diverged(self.state.global_step, what)
 
-    def _refuse_nonfinite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise self._diverged(self.state.global_step + 1, f"the {what} is {value}")
-
-    def _diverged(self, step: int, what: str) -> Diverged:
+    def _diverged(self, step: int, what: str, *, batch: bool = False) -> Diverged:
         good = checkpoints.found(self.scratch)
         last = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+        rows = f"; its rows are {', '.join(self.train_dataset.ids[i] for i in self.step_rows)}" if batch else ""
         return Diverged(
-            f"step {step} of {self.watch.steps}: {what}; {last}. "
+            f"step {step} of {self.watch.steps}: {what}; {last}{rows}. "
             "Lower train.learning_rate or train.max_grad_norm, or look at the rows"
         )
 
@@ -215,10 +231,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         shutil.rmtree(folder, ignore_errors=True)
         try:
             super()._save_checkpoint(model, trial)
-            checkpoints.complete(folder, step)
-        except OSError as error:
+            self._seal(folder, step)
+        except Exception as error:
+            # safetensors says it in the text of an error of its own, and torch does not say it at all.
+            full = os.strerror(ENOSPC) in str(error) or shutil.disk_usage(self.scratch).free < FULL_BYTES
             shutil.rmtree(folder, ignore_errors=True)
-            if error.errno == errno.ENOSPC:
+            if full:
                 raise TryAgain(
                     f"step {step}: no space for a checkpoint in scratch; free some and run it again"
                 ) from error
@@ -228,7 +246,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
-        lora.save(self.model, Path(output_dir))  # the adapter alone: no model card, no pickled arguments
+        lora.save(self.model, Path(output_dir) / ADAPTER)  # the adapter alone: no model card, no pickled arguments
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        lora.load(self.model, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        lora.put(self.model, lora.load(folder / ADAPTER))
+        self.best = load_file(folder / BEST) if (folder / BEST).is_file() else None

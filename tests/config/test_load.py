@@ -162,7 +162,8 @@ def test_every_field_says_what_it_does() -> None:
 
 def test_operational_fields_stay_out_of_the_identity() -> None:
     train = sections.TrainConfig()
-    assert sections.TrainConfig.operational_fields() == {"max_hours", "checkpoint_minutes", "log_every_steps"}
+    operational = {"max_hours", "checkpoint_minutes", "log_every_steps", "report_to"}
+    assert sections.TrainConfig.operational_fields() == operational
     assert set(train.identity()) == set(sections.TrainConfig.model_fields) - sections.TrainConfig.operational_fields()
 
 

@@ -79,9 +79,26 @@ class TrainConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = identity(
         "auto", "auto: eager on a CPU (faster on short rows), sdpa on cuda"
     )
+    evaluations: int | None = identity(
+        None, "times the evaluation loss is measured; the best adapter is kept. null: the last one", ge=1, le=1000
+    )
+    early_stopping: int | None = identity(
+        None, "end when so many measurements in a row are no better than the best; needs evaluations", ge=1
+    )
+    worse_factor: float = identity(1.5, "an evaluation loss above this times the best one is a bad sign", gt=1.0)
+    worse_times: int = identity(3, "so many bad signs in a row end the run (14)", ge=1)
     max_hours: float | None = operational(None, "stop after this and exit 75; the next try goes on", gt=0.0)
     checkpoint_minutes: float = operational(5.0, "at most this much work is lost in a crash", gt=0.0)
     log_every_steps: int = operational(10, "how often the loss is printed", ge=1)
+    report_to: list[Literal["mlflow", "wandb"]] = operational(
+        [], "trackers that also get the losses, if installed; their own environment variables say where they are"
+    )
+
+    @model_validator(mode="after")
+    def _stopping_needs_measurements(self) -> TrainConfig:
+        if self.early_stopping is not None and self.evaluations is None:
+            raise ValueError("early_stopping needs evaluations: how often the evaluation loss is measured")
+        return self
 
 
 class EvaluateConfig(Section):

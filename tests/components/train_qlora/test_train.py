@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.publish import step as publish
 from components.quantize_model.step import run as quantize
 from components.train_qlora import trainer as trainer_module
 from components.train_qlora.loss import summed_loss
@@ -240,7 +241,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_last_good_checkp
         return summed_loss(model, batch) * (float("nan") if next(calls) >= 6 else 1.0)
 
     monkeypatch.setattr(trainer_module, "summed_loss", poisoned)
-    with pytest.raises(Diverged, match=r"step 4 of 14: the loss is nan; the last good checkpoint is checkpoint-3"):
+    what = r"step 4 of 14: the loss is nan; the last good checkpoint is checkpoint-3"
+    with pytest.raises(Diverged, match=what + r"; its rows are ([0-9a-f]{16}, ){7}[0-9a-f]{16}\."):
         train(checkpoint_minutes=1e-9)
 
 
@@ -284,8 +286,15 @@ def test_the_adapter_folder_holds_what_it_promises_and_no_path_of_this_machine(t
     train = training()
     numbers = train()
     assert sorted(path.name for path in train.adapter.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "loss.jsonl", "report.html", "training.json",
+        "adapter_config.json", "adapter_model.safetensors", "events.out.tfevents.0.train", "loss.jsonl", "report.html",
+        "training.json",
     ]  # fmt: skip
+    # Whatever holds times and speeds is published beside the adapter: the same adapter is then the same version.
+    beside = set(publish._APART["adapter"])
+    assert {path.name for path in train.adapter.iterdir()} - beside == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     for path in train.adapter.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes()
     assert json.loads((train.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "base_nf4"

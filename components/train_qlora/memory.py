@@ -1,0 +1,54 @@
+"""When memory runs out: the same optimizer step in smaller passes, as long as there is anything left to halve."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from components.train_qlora.watch import memory_mib
+from qlora_retrain import progress
+from qlora_retrain.config.sections import TrainConfig
+
+Trained = TypeVar("Trained")
+
+
+def shrinking(
+    config: TrainConfig, longest: int, train: Callable[[TrainConfig], Trained]
+) -> tuple[Trained, TrainConfig, list[str]]:
+    """Call `train` with the config, with half the rows a pass each time that memory runs out.
+
+    Returns:
+        What `train` returned, the config that it succeeded with, and a sentence for each time that it did not.
+
+    Raises:
+        MemoryError: With the numbers, if a single row a pass is too much.
+    """
+    a_step, told = config.batch_size * config.gradient_accumulation, list[str]()
+    while True:
+        try:
+            return train(config), config, told
+        except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
+            if not is_out_of_memory(error):
+                raise
+            told.append(
+                f"out of memory with {config.batch_size} rows a pass, the longest row having {longest} tokens, "
+                f"{memory_mib()} MiB held; {str(error).splitlines()[0]}"
+            )
+        smaller = [rows for rows in range(1, config.batch_size // 2 + 1) if a_step % rows == 0]
+        if not smaller:
+            raise MemoryError(f"{told[-1]}. Nothing is left to halve: take a smaller rank, shorter rows or more memory")
+        changed = {"batch_size": smaller[-1], "gradient_accumulation": a_step // smaller[-1]}
+        progress.say(f"{told[-1]}: going on with {smaller[-1]} x {changed['gradient_accumulation']}")
+        config = config.model_copy(update=changed)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's, the GPU's, and the host's as torch says it."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

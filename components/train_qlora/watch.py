@@ -1,0 +1,97 @@
+"""What is decided between two steps: whether to measure, to save, to stop; and what is told about the work."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_retrain import preempt, progress
+from qlora_retrain.config.sections import TrainConfig
+
+TELL_SECONDS = 10.0
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Decides after each step whether to measure, save and stop, and tells how far the work is.
+
+    Attributes:
+        stopped: Why the run ends before its last step and goes on another time; None while it does not.
+        tokens: Tokens of this process, padding not counted.
+    """
+
+    def __init__(self, config: TrainConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        times = config.evaluations or 0
+        self.measure_at = {max(1, round(steps * (i + 1) / times)) for i in range(times)}
+        self.stopped: str | None = None
+        self.tokens = 0
+        self.begun = self.saved = self.told = self.last_step = time.monotonic()
+        self.first = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of this process over the time since it began to train."""
+        return self.tokens / max(time.monotonic() - self.begun, 1e-9)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clocks."""
+        self.begun = self.saved = self.told = self.last_step = time.monotonic()
+        self.first = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure when it is due; save when it is time to, when asked to stop, and at the end."""
+        now = time.monotonic()
+        limit = self.config.max_hours
+        control.should_evaluate = state.global_step in self.measure_at
+        if state.global_step < self.steps:
+            if preempt.requested():
+                self.stopped = "asked to stop"
+            elif limit is not None and now - self.begun >= limit * 3600:
+                self.stopped = "time budget used up; raise train.max_hours or run again"
+        due = now - self.saved >= self.config.checkpoint_minutes * 60
+        if due or self.stopped or state.global_step >= self.steps:
+            control.should_save = True
+            self.saved = now
+        control.should_training_stop = control.should_training_stop or self.stopped is not None
+
+    def measured(self, tokens: int) -> dict[str, float]:
+        """The speed of the step that just ended, the memory and the time now."""
+        now = time.monotonic()
+        seconds, self.last_step = now - self.last_step, now
+        self.tokens += tokens
+        return {"tokens_per_second": tokens / max(seconds, 1e-9), "memory_mib": memory_mib(), "time": time.time()}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Tell now and then."""
+        if "loss" not in logs:
+            return
+        now, step = time.monotonic(), state.global_step
+        late = now - self.told >= TELL_SECONDS  # a slow machine tells by time
+        if step % self.config.log_every_steps == 0 or step >= self.steps or late:
+            self.told = now
+            left = (now - self.begun) / max(step - self.first, 1) * (self.steps - step)
+            progress.update(
+                "training",
+                step,
+                self.steps,
+                loss=logs["loss"],
+                learning_rate=logs["learning_rate"],
+                tokens_per_second=self.tokens_per_second,
+                eta_seconds=round(left),
+                memory_mib=logs["memory_mib"],
+            )
+
+
+def memory_mib() -> int:
+    """What the run holds now: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated()) // 2**20
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 (not a path of a person)
+        pages = int(file.read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20

@@ -1,0 +1,86 @@
+"""The tiny model in 4 bits, quantized by the step that quantizes, and rows of different lengths over three intents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.quantize_model.step import run as quantize
+from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
+
+SMALL: dict[str, Any] = {
+    "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 4, "gradient_accumulation": 2,
+    "max_steps": 14, "device": "cpu", "attention": "eager", "precision": "float32",
+}  # fmt: skip
+PHRASES = {
+    "refund": "I want my money back for order",
+    "delivery": "where is the parcel of order",
+    "login": "I cannot sign in to see order",
+}
+
+
+@pytest.fixture(scope="session")
+def nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base_nf4")
+    quantize(QuantizeConfig(), tiny_model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats():
+    """So many chats of different lengths."""
+
+    def made(count: int) -> list[list[dict[str, Any]]]:
+        found = []
+        for i in range(count):
+            intent, phrase = list(PHRASES.items())[i % 3]
+            text = f"{phrase} number {1000 + i}" + " and please hurry" * (i % 5)
+            found.append([{"role": "user", "content": text}, {"role": "assistant", "content": intent}])
+        return found
+
+    return made
+
+
+class Step:
+    """The step in a folder of its own, run as often as one likes; scratch stays."""
+
+    def __init__(self, folder: Path, dataset: Path, base_nf4: Path) -> None:
+        self.dataset, self.base_nf4 = dataset, base_nf4
+        self.scratch, self.adapter = folder / "scratch", folder / "adapter"
+        self.scratch.mkdir(parents=True)
+
+    def __call__(self, **settings: Any) -> dict[str, Any]:
+        from components.train_qlora.step import run
+
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        self.adapter.mkdir()
+        config = TrainConfig(**(SMALL | settings))
+        return dict(run(config, self.dataset, self.base_nf4, self.adapter, scratch=self.scratch).numbers)
+
+    @property
+    def weights(self) -> bytes:
+        return (self.adapter / "adapter_model.safetensors").read_bytes()
+
+    @property
+    def papers(self) -> dict[str, Any]:
+        return dict(json.loads((self.adapter / "training.json").read_text()))
+
+
+@pytest.fixture
+def step(tmp_path: Path, nf4: Path, chats):
+    """Make a step over so many rows, in a folder of that name."""
+
+    def made(name: str = "run", *, train: int = 44, held_out: int = 10, mark=lambda text: text) -> Step:
+        folder = tmp_path / name
+        (folder / "dataset").mkdir(parents=True)
+        found = chats(train + held_out)
+        for part, some in (("train", found[:train]), ("eval", found[train:])):
+            lines = "".join(json.dumps({"messages": turns}) + "\n" for turns in some)
+            (folder / "dataset" / f"{part}.jsonl").write_text(mark(lines) if part == "train" else lines)
+        return Step(folder, folder / "dataset", nf4)
+
+    return made

@@ -1,0 +1,175 @@
+"""Before and between the steps: the first check, measurements on the way, the best adapter, ends that come early."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.train_qlora import preflight, watch
+from components.train_qlora import trainer as trainer_module
+from qlora_retrain import checkpoints, modeling
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import Diverged, TryAgain, UsageError
+
+
+@pytest.fixture
+def evaluation_losses(monkeypatch: pytest.MonkeyPatch):
+    """Have the measurements on the way find these losses."""
+
+    def arrange(*losses: float) -> None:
+        found = iter(losses)
+        monkeypatch.setattr(trainer_module, "mean_loss", lambda *_: next(found))
+
+    return arrange
+
+
+def test_a_short_run_says_that_the_first_check_is_skipped(step, capsys):
+    step()(max_steps=1)
+    assert "preflight: skipped: its " in capsys.readouterr().out
+
+
+@pytest.fixture
+def long_run(monkeypatch: pytest.MonkeyPatch):
+    """The first check may cost any share of a run, so that a short one has it too."""
+    monkeypatch.setattr(preflight, "SHARE", 1e9)
+
+
+def test_the_first_check_learns_a_few_rows_and_changes_nothing_of_the_run(step, monkeypatch, capsys):
+    plain, checked = step("plain"), step("checked")
+    plain(max_steps=2)
+    monkeypatch.setattr(preflight, "SHARE", 1e9)
+    checked(max_steps=2)
+    said = capsys.readouterr().out
+    assert "preflight: 8 rows, loss " in said
+    assert checked.weights == plain.weights
+
+
+def test_the_first_check_ends_early_when_the_rows_are_learnt(step, long_run, capsys):
+    step()(max_steps=1, learning_rate=2e-2, rank=16, alpha=32)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight: 8 rows"))
+    first, last, steps = float(line.split()[4]), float(line.split()[6]), int(line.split()[8])
+    assert last < 0.1 * first
+    assert steps < 40
+
+
+def test_a_run_that_would_learn_nothing_is_refused_before_it_begins(step, long_run):
+    run = step()
+    with pytest.raises(UsageError, match=r"shown 40 times.*learning_rate \(1e-09\).*mask.*template.*tokenizer"):
+        run(learning_rate=1e-9)
+    assert not checkpoints.found(run.scratch)
+
+
+def test_the_first_check_spends_at_most_a_twentieth_of_the_run(step, capsys):
+    run = step()
+    run(max_steps=1)
+    spent = int(capsys.readouterr().out.split("skipped: its ")[1].split()[0])
+    lengths = sorted(len(line) for line in (run.dataset / "train.jsonl").read_text().splitlines())
+    assert spent % preflight.STEPS == 0
+    assert len(lengths) == 44
+    assert (preflight.ROWS, preflight.STEPS, preflight.SHARE, preflight.LEARNT) == (8, 40, 0.05, 0.1)
+
+
+def test_the_adapter_that_is_kept_is_the_best_one_measured(step, evaluation_losses):
+    best, whole = step("best"), step("whole")
+    evaluation_losses(3.0, 1.0, 2.0)
+    numbers = best(max_steps=6, evaluations=3, schedule="constant", warmup=0.0)
+    assert numbers["best_step"] == 4
+    assert best.papers["evaluation_losses"] == [[2, 3.0], [4, 1.0], [6, 2.0]]
+    whole(max_steps=4, schedule="constant", warmup=0.0)
+    assert best.weights == whole.weights
+
+
+def test_the_measured_losses_are_those_of_the_adapter_at_that_step(step):
+    run = step()
+    numbers = run(evaluations=2)
+    losses = dict(run.papers["evaluation_losses"])
+    assert list(losses) == [7, 14]
+    assert numbers["best_step"] == min(losses, key=losses.get)
+    assert numbers["eval_loss"] == pytest.approx(losses[numbers["best_step"]], rel=1e-6)
+
+
+def test_a_run_that_gets_no_better_ends_early_and_stays_ended(step, evaluation_losses, capsys, monkeypatch):
+    run = step()
+    evaluation_losses(3.0, 1.0, 1.2, 1.1, *[9.9] * 9)
+    numbers = run(max_steps=12, evaluations=6, early_stopping=2)
+    assert numbers["steps"] == 8
+    assert numbers["best_step"] == 4
+    assert "step 8: no better for 2 measurements: done" in capsys.readouterr().out
+    first = run.weights
+    run(max_steps=12, evaluations=6, early_stopping=2)  # as after a crash behind the last step
+    assert '"training"' not in capsys.readouterr().out
+    assert run.weights == first
+
+
+def test_an_evaluation_loss_that_stays_far_above_the_best_ends_the_run(step, evaluation_losses):
+    run = step()
+    evaluation_losses(1.0, 1.6, 1.4, 1.6, 1.7)
+    with pytest.raises(Diverged, match=r"step 10 of 12: the evaluation loss is 1\.700, 2 times in a row above 1\.500"):
+        run(max_steps=12, evaluations=6, worse_times=2, checkpoint_minutes=1e-9)
+    assert checkpoints.newest_valid(run.scratch).name == "checkpoint-9"
+
+
+def test_an_evaluation_loss_that_is_not_a_number_ends_the_run(step, evaluation_losses):
+    evaluation_losses(math.nan)
+    with pytest.raises(Diverged, match=r"the evaluation loss is nan.*its rows are [0-9a-f]{16}"):
+        step()(max_steps=4, evaluations=2)
+
+
+def test_a_resumed_run_keeps_the_best_adapter_of_before(step, monkeypatch):
+    whole, parts = step("whole"), step("parts")
+    numbers = whole(evaluations=7)
+    asked = iter(range(10_000))
+    monkeypatch.setattr(watch.preempt, "requested", lambda: next(asked) >= 40)
+    for _ in range(30):
+        try:
+            again = parts(evaluations=7)
+        except TryAgain:
+            asked = iter(range(10_000))
+        else:
+            break
+    assert parts.weights == whole.weights
+    assert parts.papers["evaluation_losses"] == whole.papers["evaluation_losses"]
+    assert again["best_step"] == numbers["best_step"]
+
+
+def test_a_used_up_time_budget_leaves_an_adapter_that_can_be_used_and_a_larger_one_goes_on(step, nf4):
+    whole, cut = step("whole"), step("cut")
+    whole()
+    with pytest.raises(TryAgain, match=r"time budget used up.*Its adapter/ can be used as it is"):
+        cut(max_hours=1e-9)
+    saved = checkpoints.newest_valid(cut.scratch) / "adapter"
+    model = modeling.attach(modeling.load_nf4(nf4), saved)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(saved / "adapter_model.safetensors").values())
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
+    cut(max_hours=1.0)
+    assert cut.weights == whole.weights
+
+
+def test_early_stopping_without_measurements_is_refused():
+    with pytest.raises(ValueError, match="early_stopping needs evaluations"):
+        TrainConfig(early_stopping=2)
+
+
+def test_measurements_without_evaluation_rows_are_refused(step):
+    with pytest.raises(UsageError, match=r"train\.evaluations: dataset/eval\.jsonl has no rows"):
+        step(held_out=0)(evaluations=2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "falls"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_as_the_schedule_says(step, schedule, falls):
+    run = step()
+    run(max_steps=9, schedule=schedule, warmup=0.55, learning_rate=1e-3, batch_size=2, gradient_accumulation=1)
+    steps: list[dict[str, Any]] = [json.loads(s) for s in (run.adapter / "loss.jsonl").read_text().splitlines()]
+    expected = [0.0, 0.2, 0.4, 0.6, 0.8, *falls]  # of the learning rate; 0.55 * 9 steps of rising, rounded up
+    assert [entry["learning_rate"] for entry in steps] == pytest.approx([1e-3 * share for share in expected])

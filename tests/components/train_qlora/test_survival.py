@@ -1,0 +1,237 @@
+"""What happens to pods: killed at any moment, memory and disks that are full, checkpoints that are harmed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from components.train_qlora import memory
+from qlora_retrain import checkpoints
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import TryAgain
+
+# A process of its own that says when it is ready and then runs the step; `limit` is bytes of memory beyond its own.
+PROGRAM = """
+import json, resource, sys, warnings
+from pathlib import Path
+from components.train_qlora.step import run
+from qlora_retrain.config.sections import TrainConfig
+given = json.loads(sys.argv[1])
+if given.get("limit"):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + given["limit"], resource.RLIM_INFINITY))
+if given.get("preempt"):
+    from qlora_retrain import preempt
+    preempt.install(polite=True)
+print("ready", flush=True)
+paths = [Path(given[name]) for name in ("dataset", "base_nf4", "adapter")]
+run(TrainConfig(**given["config"]), *paths, scratch=Path(given["scratch"]))
+"""
+
+
+@pytest.fixture
+def start(nf4):
+    """Start the step in a process of its own."""
+
+    def begin(step, **given) -> subprocess.Popen[str]:
+        shutil.rmtree(step.adapter, ignore_errors=True)
+        step.adapter.mkdir()
+        places = {name: str(getattr(step, name)) for name in ("dataset", "base_nf4", "adapter", "scratch")}
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps({**places, **given})],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return begin
+
+
+def killed_again_and_again(step, start, kills: int, optimizer: str) -> None:
+    """Kill the step at random moments, most of them inside saves, so often; then it ends bit-equal."""
+    settings = {
+        "rank": 64, "alpha": 64, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 4, "gradient_accumulation": 2,
+        "max_steps": 8 * kills + 8, "optimizer": optimizer, "evaluations": 5, "device": "cpu", "precision": "float32",
+        "attention": "eager", "checkpoint_minutes": 1e-9,
+    }  # fmt: skip
+    whole, parts, moments = step("whole"), step("parts"), random.Random(0)
+    whole(**settings)
+    reached = 0
+    for number in range(kills):
+        process = start(parts, config=settings)
+        process.stdout.readline()  # ready
+        goal = parts.scratch / f"checkpoint-{reached + moments.randint(1, 4)}"
+        until = time.monotonic() + (moments.uniform(0, 1) if number % 5 == 4 else 60)  # now and then while it starts
+        while not goal.exists() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.06))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        newest = checkpoints.newest_valid(parts.scratch)
+        before, reached = reached, checkpoints.step_of(newest) if newest else 0
+        assert reached >= before, "a kill lost a step that had been saved"
+    assert reached > 0
+    ended = start(parts, config=settings)
+    _, errors = ended.communicate()
+    assert ended.returncode == 0, errors
+    assert parts.weights == whole.weights
+    assert (parts.adapter / "loss.jsonl").read_text() == (whole.adapter / "loss.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_was_not(step, start):
+    killed_again_and_again(step, start, kills=3, optimizer="paged_adamw_32bit")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_a_run_that_is_killed_twenty_times_ends_with_the_bytes_of_one_that_was_not(step, start, optimizer):
+    killed_again_and_again(step, start, kills=20, optimizer=optimizer)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path) -> None:
+    spoilt = bytearray(file.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1
+    file.write_bytes(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: cut_off(folder / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors has"),
+        (lambda folder: flip_a_bit(folder / "optimizer.pt"), "optimizer.pt has another sha256"),
+        (lambda folder: [(folder / name).unlink() for name in ("scheduler.pt", "rng_state.pth")], " is missing"),
+    ],
+    ids=["truncated", "bit-flipped", "half-deleted"],
+)
+def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monkeypatch, capsys, harm, reason):
+    whole, parts = step("whole"), step("parts")
+    whole(max_steps=5)
+    asked = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_retrain.preempt.requested", lambda: next(asked) >= 4)
+        with pytest.raises(TryAgain):
+            parts(max_steps=5, checkpoint_minutes=1e-9)
+    newest = checkpoints.found(parts.scratch)[-1]
+    harm(newest)
+    parts(max_steps=5)
+    said = capsys.readouterr().out
+    assert f"passed over {newest.name}: " in said
+    assert reason in said
+    assert parts.weights == whole.weights
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_middle_is_saved_within_seconds(step, start):
+    run = step()
+    config = {"batch_size": 4, "max_steps": 5000, "device": "cpu", "precision": "float32", "attention": "eager"}
+    process = start(run, config=config, preempt=True)
+    process.stdout.readline()
+    time.sleep(3)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert time.monotonic() - asked < 10  # a pod has 120 s
+    assert "TryAgain" in errors
+    assert "asked to stop" in errors
+    assert checkpoints.newest_valid(run.scratch)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_short_of_memory_goes_on_with_smaller_passes_and_says_so(step, start):
+    run = step(train=64, mark=lambda text: text.replace("order", "order " * 300))
+    config = {"batch_size": 32, "max_steps": 2, "device": "cpu", "precision": "float32", "attention": "eager"}
+    process = start(run, config=config, limit=350 * 2**20)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    papers = run.papers
+    assert papers["rows_a_pass"] < 32
+    assert len(papers["out_of_memory"]) >= 1
+    assert "out of memory with 32 rows a pass, the longest row having" in papers["out_of_memory"][0]
+    assert f"going on with {papers['rows_a_pass']} x {32 // papers['rows_a_pass']}" in output
+    assert "out of memory with 32 rows a pass" in (run.adapter / "report.html").read_text()
+
+
+def test_passes_are_halved_as_long_as_the_step_stays_the_same():
+    tried: list[tuple[int, int]] = []
+
+    def train(config: TrainConfig) -> str:
+        tried.append((config.batch_size, config.gradient_accumulation))
+        if config.batch_size > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return "trained"
+
+    config = TrainConfig(batch_size=10, gradient_accumulation=3)
+    result, used, told = memory.shrinking(config, 77, train)
+    assert result == "trained"
+    assert tried == [(10, 3), (5, 6), (2, 15)]
+    assert (used.batch_size, used.gradient_accumulation, len(told)) == (2, 15, 2)
+
+
+def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers():
+    def train(_: TrainConfig) -> None:
+        raise MemoryError("no more")
+
+    with pytest.raises(
+        MemoryError, match=r"with 1 rows a pass, the longest row having 77 tokens, \d+ MiB held; no more"
+    ):
+        memory.shrinking(TrainConfig(batch_size=2), 77, train)
+
+
+def test_an_error_that_is_not_about_memory_is_left_alone():
+    def train(_: TrainConfig) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.shrinking(TrainConfig(batch_size=2), 77, train)
+
+
+def test_a_full_disk_ends_the_try_and_harms_nothing(step, monkeypatch):
+    """The scratch folder is a real file system with no room for a second checkpoint."""
+    run = step()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "none", str(run.scratch)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(TryAgain, match="no space for a checkpoint in scratch; free some and run it again"):
+            run(checkpoint_minutes=1e-9, rank=16)
+        left = checkpoints.found(run.scratch)
+        assert all(checkpoints.verify(folder) is None for folder in left)
+    finally:
+        subprocess.run(["umount", "-l", str(run.scratch)], check=True)
+
+
+def test_old_checkpoints_go(step):
+    run = step()
+    run(checkpoint_minutes=1e-9, max_steps=6)
+    assert [folder.name for folder in checkpoints.found(run.scratch)] == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_losses_of_a_cpu(step):
+    on_cpu, on_gpu = step("cpu"), step("gpu")
+    one = on_cpu(dropout=0.0)
+    other = on_gpu(dropout=0.0, device="cuda", attention="sdpa")
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=0.01)
+    assert "state tensors paged" in other["optimizer"]
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_uses_dropout_and_comes_back_from_a_checkpoint(step):
+    run = step()
+    with pytest.raises(TryAgain):
+        run(device="cuda", attention="sdpa", precision="bfloat16", max_hours=1e-9)
+    assert run(device="cuda", attention="sdpa", precision="bfloat16")["steps"] == 14
