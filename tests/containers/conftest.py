@@ -63,7 +63,9 @@ class Engine:
         return f"unix://{self.socket}"
 
     def start(self) -> None:
-        self.service = subprocess.Popen(["podman", "system", "service", "--time=0", self.url])
+        # In a folder of its own: a container that is killed for memory leaves a file called `oom` there.
+        command = ["podman", "system", "service", "--time=0", self.url]
+        self.service = subprocess.Popen(command, cwd=self.socket.parent)
         until(self.socket.exists, 30)
 
     def stop(self) -> None:
