@@ -12,6 +12,7 @@ import yaml
 
 from qlora_retrain import cli, graph
 from qlora_retrain.errors import Exit
+from qlora_retrain.runtimes import containers
 
 if TYPE_CHECKING:
     from tests.dags.conftest import Compiled
@@ -92,8 +93,6 @@ def test_kubeflow_and_airflow_run_the_same_tasks_in_the_same_order_with_the_same
     assert between_steps(kubeflow) == between_steps(airflow)
     # Every KFP step names the plan, whose output it takes; Airflow's name it where nothing else comes before.
     assert closure(kubeflow) == closure(airflow)
-    from qlora_retrain.runtimes import containers
-
     for task in dag.tasks:
         mine = compiled.tasks[kfp_name(task.task_id)]
         assert mine["retryPolicy"]["maxRetryCount"] == task.retries, task.task_id
@@ -144,7 +143,7 @@ def test_a_pod_is_what_the_profile_says(compiled: Compiled, name: str) -> None:
         "AWS_REGION": "eu-west-1",
         "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws/credentials",
         "QLORA_RETRAIN_IMAGE": TRAIN if kind != "light" else LIGHT,
-        "QLORA_RETRAIN_CACHE": "/work/cache",
+        "QLORA_RETRAIN_CACHE": f"{containers.WORK}/cache",
     }
     assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
     assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [("/work", "50Gi")]

@@ -24,7 +24,7 @@ def test_settings_are_passed_on_and_secrets_are_not(monkeypatch: pytest.MonkeyPa
     for name in SECRETS:
         monkeypatch.setenv(name, "canary")
     told = containers.environment(RuntimeConfig(), [])
-    assert told == {"AWS_REGION": "eu-west-1", "QLORA_RETRAIN_CACHE": "/work/cache"}
+    assert told == {"AWS_REGION": "eu-west-1", "QLORA_RETRAIN_CACHE": f"{containers.WORK}/cache"}
 
 
 @pytest.mark.parametrize("name", containers.FILES)

@@ -166,7 +166,7 @@ def _visible(config_path: Path, root: str, overrides: Sequence[str]) -> LineConf
     config = load(config_path, overrides)
     here = {f"sources.{name}": uri for name, uri in config.sources.given().items()}
     faults = [
-        f"{what}: {uri}: is a folder of this machine, which a pod does not see; wanted s3://..."
+        f"{what}: {uri}: is on this machine, which a pod does not see; wanted s3://..."
         for what, uri in {"--root": uris.absolute(root), **here}.items()
         if uri.startswith("file:")
     ]
