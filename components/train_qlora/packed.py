@@ -2,8 +2,9 @@
 
     [what all rows begin with] [rest of row 1] [rest of row 2] ...        (1, tokens)
 
-Every layer but attention treats tokens one by one, so none of them sees padding, and the beginning that a chat template
-gives all rows (the system turn) costs as much as one row's. In attention each row sees the beginning and itself, at the
+Every layer but attention treats tokens one by one, so none of them sees padding; the beginning that a chat template
+gives all rows (the system turn) costs as much as one row's, and what follows the last position that predicts a
+supervised token costs nothing. In attention each row sees the beginning and itself, at the
 positions that it has alone. The loss and the gradients are those of the padded batch; it is exact, not approximate.
 """
 
@@ -65,8 +66,9 @@ def can_pack(model: Any) -> bool:
 
 def pack(batch: Batch, dtype: torch.dtype, *, fused: bool) -> Line:
     """One line of a padded batch, in which rows are padded on the right."""
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
+    ids, labels = batch["input_ids"], batch["labels"]
     after = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # what each position is to predict
+    mask = batch["attention_mask"].bool() & before_the_last(after != IGNORED)
     shared = shared_tokens(ids, mask, after)
     rest = mask[:, shared:]
     rows, longest = rest.shape
@@ -80,6 +82,13 @@ def pack(batch: Batch, dtype: torch.dtype, *, fused: bool) -> Line:
     sees = torch.cat([causal.new_ones(rows, longest, shared), causal & rest.unsqueeze(1)], dim=2)
     bias = torch.zeros(sees.shape, dtype=dtype, device=ids.device).masked_fill_(~sees, torch.finfo(dtype).min)
     return Line(line(ids), line(positions), line(after), shared, rows, longest, places, bias, fused)
+
+
+def before_the_last(supervised: Tensor) -> Tensor:
+    """(rows, seq) bool: up to a row's last supervised position, with it; nothing after it has a part in the loss."""
+    needed = supervised.flip(1).cumsum(1).flip(1) > 0
+    needed[:, 0] = True  # a row is never empty
+    return needed
 
 
 def shared_tokens(ids: Tensor, mask: Tensor, after: Tensor) -> int:

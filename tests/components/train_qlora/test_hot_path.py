@@ -1,5 +1,6 @@
 """What training computes, against the same computed plainly: adapters, dropout, rows in one line, the loss in parts."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_what_all_rows_begin_with_is_computed_once(items, fused):
     line = packed.pack(Collate(0)(rows), torch.float32, fused=fused)
     beginning = next(i for i in range(99) if len({row["input_ids"][i] for row in rows}) > 1)
     assert line.shared == beginning > 5
-    assert line.input_ids.shape[1] == sum(len(row["input_ids"]) for row in rows) - 4 * beginning
+    needed = [max(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
+    assert line.input_ids.shape[1] == sum(needed) - 4 * beginning
     assert int((line.labels != IGNORED).sum()) == sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
@@ -131,7 +133,7 @@ def test_a_token_that_is_to_predict_something_is_never_shared():
     line = packed.pack(Collate(0)(rows), torch.float32, fused=False)
     assert line.shared == 1  # 8 predicts the supervised 9, in each row
     same = [{"input_ids": [7, 8], "labels": [IGNORED, IGNORED]}] * 2
-    assert packed.pack(Collate(0)(same), torch.float32, fused=False).shared == 1  # never a whole row
+    assert packed.pack(Collate(0)(same), torch.float32, fused=False).shared == 0  # never a whole row
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -173,10 +175,19 @@ def test_the_loss_in_parts_is_the_loss_and_the_gradient_of_the_whole(monkeypatch
 @pytest.mark.parametrize("probability", [0.05, 0.5])
 def test_dropout_leaves_out_the_share_that_was_asked_for(probability):
     torch.manual_seed(0)
-    kept = joined.kept_by_dropout(torch.Size([1000, 1001]), probability, torch.device("cpu"))
-    assert float(kept.float().mean()) == pytest.approx(1 - probability, abs=0.002)
-    by_column = kept.float().mean(0)  # each of the 16-bit parts of a word is as random as the others
-    assert float(by_column.std()) == pytest.approx((probability * (1 - probability) / 1000) ** 0.5, rel=0.1)
+    kept = torch.ones(1000, 1001)
+    kept.view(-1)[joined.drawn(kept.numel(), probability, kept.device)] = 0
+    assert float(kept.mean()) == pytest.approx(1 - probability, abs=0.002)
+    for by in (kept.mean(0), kept.mean(1)):  # no column and no row is favoured
+        assert float(by.std()) == pytest.approx((probability * (1 - probability) / 1000) ** 0.5, rel=0.1)
+
+
+def test_dropout_of_a_handful_of_numbers_has_the_probability_that_was_asked_for():
+    torch.manual_seed(0)
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        counts[joined.drawn(5, 0.4, counts.device).unique()] += 1
+    assert counts.div(4000).tolist() == pytest.approx([1 - 0.8 ** round(math.log(0.6) / math.log(0.8))] * 5, abs=0.03)
 
 
 def test_dropout_touches_the_adapter_alone_and_keeps_its_mean(nf4):
@@ -197,10 +208,11 @@ def test_the_gradient_of_dropped_inputs_is_that_of_the_mask_that_was_drawn():
     torch.manual_seed(0)
     frozen = torch.nn.Linear(6, 5, bias=False).requires_grad_(False)
     x, a, b = torch.randn(4, 6), torch.randn(2, 6), torch.randn(5, 2)
-    kept = torch.rand(4, 6) > 0.4
+    dropped = torch.tensor([1, 8, 8, 21])
+    kept = torch.ones(24).index_fill(0, dropped, 0).view(4, 6)
     mine = [t.clone().requires_grad_() for t in (x, a, b)]
     plain = [t.clone().requires_grad_() for t in (x, a, b)]
-    joined.Joined.apply(mine[0], kept, 2.0, [frozen], mine[1], mine[2])[0].square().sum().backward()
+    joined.Joined.apply(mine[0], dropped, 2.0, [frozen], mine[1], mine[2])[0].square().sum().backward()
     (frozen(plain[0]) + 2.0 * (plain[0] * kept) @ plain[1].T @ plain[2].T).square().sum().backward()
     for one, other in zip(mine, plain, strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-4)
