@@ -4,6 +4,7 @@ Contestants, all over the same rows in the same order (ours: rows of like length
 layers, dropout, learning rate, batch and number of steps:
 
     ours           the step as it ships, over the 4-bit base
+    ours, lean     the same with gradient checkpointing, as TRL has it by default
     ours, 16 bits  the same trainer over the original 16-bit base (plain LoRA)
     trainer        transformers' Trainer with PEFT and full logits
     trl            TRL's SFTTrainer as it comes
@@ -38,7 +39,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 PEERS = PROJECT / ".state" / "bench"
 BASE = PROJECT / ".state" / "base" / "smollm2-135m-instruct"
-CONTESTANTS = ("ours", "ours, 16 bits", "trainer", "trl", "trl, tuned")
+CONTESTANTS = ("ours", "ours, lean", "ours, 16 bits", "trainer", "trl", "trl, tuned")
 UNCOUNTED_STEPS = 2
 SWEEPS = {"length": (128, 256, 512, 1024, 2048), "rank": (4, 8, 16, 32, 64), "batch": (1, 2, 4, 8, 16)}
 SYSTEM = "Name the intent of the customer's message."
@@ -245,7 +246,7 @@ def profile(options: argparse.Namespace) -> None:
         known += share
         print(f"{kind:<40}{share / whole:6.1%}")
     print(f"{'all else (elementwise, copies, Python)':<40}{1 - known / whole:6.1%}")
-    line = packed.pack(batch, model.dtype, fused=False)
+    line = packed.pack(batch, model.dtype)
     given, computed = int(batch["attention_mask"].sum()), line.input_ids.shape[1]
     frozen = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "lora_A"))
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -267,7 +268,7 @@ def profile(options: argparse.Namespace) -> None:
 # --- the contestants ---
 
 
-def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4) -> Any:
+def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, checkpointing: int | None = None) -> Any:
     """The trainer of the step, over the 4-bit or the 16-bit base."""
     from transformers import set_seed
 
@@ -281,6 +282,7 @@ def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4) ->
         rank=options.rank, alpha=2 * options.rank, dropout=options.dropout, learning_rate=2e-4, schedule="constant",
         warmup=0.0, batch_size=options.batch, gradient_accumulation=options.accumulation, max_steps=options.steps,
         device="cpu", precision="bfloat16", attention="eager", checkpoint_minutes=1e6,
+        gradient_checkpointing=checkpointing,
     )  # fmt: skip
     if bits == 4:
         base = modeling.load_nf4(options.work / "base_nf4", attention="eager", dtype="bfloat16")
@@ -355,6 +357,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Any]) -> Any:
 
 MAKERS: dict[str, Any] = {
     "ours": make_ours,
+    "ours, lean": lambda options, rows: make_ours(options, rows, checkpointing=1),
     "ours, 16 bits": lambda options, rows: make_ours(options, rows, bits=16),
     "trainer": make_trainer,
     "trl": make_trl,

@@ -4,7 +4,8 @@
 
 Written by hand because autograd, over PEFT's modules, keeps x and a dropped copy of it for every layer and walks the
 result of a layer five times. Here x is kept once for all layers that share it, W is unpacked when it is needed and
-forgotten at once, and what dropout leaves out is drawn once for all. The weights stay in PEFT's modules: only `forward` is replaced.
+forgotten at once, and what dropout leaves out is drawn once for all. The weights stay in PEFT's modules: only
+`forward` is replaced.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 ADAPTER = "default"  # PEFT's name for the only adapter
+AGAIN = "made_again_by"  # a tensor's attribute
 
 
 def join(model: PeftModel) -> int:
@@ -63,8 +65,8 @@ class Group:
 
         def forward(x: Tensor) -> Tensor:
             if number == 0 or x is not self.given or number not in self.outputs:
-                self.given = x
                 self.outputs = dict(enumerate(self.compute(x)))
+                self.given = x  # not before: a layer that is computed twice may be left in the middle
             found = self.outputs.pop(number)
             if not self.outputs:
                 self.given = None
@@ -79,7 +81,8 @@ class Group:
         scale = self.layers[0].scaling[ADAPTER] / (1.0 - probability)
         frozen = [layer.base_layer for layer in self.layers]
         matrices = [m for layer in self.layers for m in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)]
-        outputs: tuple[Tensor, ...] = Joined.apply(x, dropped, scale, frozen, *matrices)
+        how, of = getattr(x, AGAIN, (Tensor.detach, (x,)))
+        outputs: tuple[Tensor, ...] = Joined.apply(x, how, of, dropped, scale, frozen, *matrices)
         return outputs
 
 
@@ -88,9 +91,19 @@ class Joined(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, scale: float, frozen: Sequence[Any], *matrices: Tensor
+        ctx: Any,
+        x: Tensor,
+        how: Callable[..., Tensor],
+        of: Sequence[Tensor],
+        dropped: Tensor | None,
+        scale: float,
+        frozen: Sequence[Any],
+        *matrices: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`matrices` are A (rank, in) and B (out, rank) of each layer in turn; `dropped`, where x is 0 for them."""
+        """`matrices` are A (rank, in) and B (out, rank) of each layer in turn; `dropped`, where x is 0 for them.
+
+        `how(*of)` makes x once more in the backward pass: what is kept is `of`.
+        """
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         down = torch.cat(matrices[::2]).to(x.dtype)  # (layers * rank, in): one product for all the A
         low = (thinned(flat, dropped) @ down.T) * scale  # (tokens, layers * rank)
@@ -99,14 +112,16 @@ class Joined(torch.autograd.Function):  # type: ignore[misc]
         for layer, up, part in zip(frozen, ups, low.split([b.shape[1] for b in ups], dim=1), strict=True):
             y = torch.nn.functional.linear(flat, weight(layer, x.dtype), layer.bias)
             outputs.append(y.addmm_(part, up.T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(flat, dropped, low, down, *ups)
-        ctx.scale, ctx.frozen, ctx.shape = scale, frozen, x.shape
+        ctx.save_for_backward(dropped, low, down, *ups, *of)
+        ctx.how, ctx.scale, ctx.frozen, ctx.shape = how, scale, frozen, x.shape
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The same, the other way."""
-        flat, dropped, low, down, *ups = ctx.saved_tensors
+        dropped, low, down, *rest = ctx.saved_tensors
+        ups, of = rest[: len(ctx.frozen)], rest[len(ctx.frozen) :]
+        flat = ctx.how(*of).reshape(low.shape[0], -1)
         gradients = [g.reshape(flat.shape[0], -1) for g in upstream]
         parts = low.split([b.shape[1] for b in ups], dim=1)
         of_ups = [g.T @ part for g, part in zip(gradients, parts, strict=True)]
@@ -121,7 +136,13 @@ class Joined(torch.autograd.Function):  # type: ignore[misc]
                 of_x.addmm_(g, weight(layer, g.dtype))
             of_x = of_x.view(ctx.shape)
         pairs = (grad for pair in zip(of_downs, of_ups, strict=True) for grad in pair)
-        return (of_x, None, None, None, *(grad.float() for grad in pairs))
+        return (of_x, None, None, None, None, None, *(grad.float() for grad in pairs))
+
+
+def made_again_by(how: Callable[..., Tensor], of: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The tensor, with a note that `how(*of)` makes it again, bit for bit, from what is kept anyway."""
+    setattr(x, AGAIN, (how, [tensor.detach() for tensor in of]))
+    return x
 
 
 def weight(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -79,6 +79,9 @@ class TrainConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = identity(
         "auto", "auto: eager on a CPU (faster on short rows), sdpa on cuda"
     )
+    gradient_checkpointing: int | None = identity(
+        None, "compute every n-th layer twice instead of keeping it; 1: a third slower, far less memory", ge=1
+    )
     evaluations: int | None = identity(
         None, "times the evaluation loss is measured; the best adapter is kept. null: the last one", ge=1, le=1000
     )
