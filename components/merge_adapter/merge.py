@@ -74,8 +74,7 @@ def merge(
             if name in rounded:
                 tensor = _fitting(packed.dequantized(name), tensor, name)
             if name in adapted:
-                # A copy, since fp32 weights would be the file's own bytes.
-                tensor = trained.merged(adapted[name], tensor.to(torch.float32, copy=True))
+                tensor = trained.merged(adapted[name], tensor)
             tensor = tensor.to(dtypes[name])
             if tensor.is_floating_point() and not finite(tensor):
                 raise _not_finite(name, base)

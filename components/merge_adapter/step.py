@@ -1,6 +1,7 @@
 """Merge the adapter into a 16-bit model, and judge that form, the one that ships, by the same rules.
 
-Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, and the rivals' scores of `evaluation`.
+Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and where there is
+any `reference_data`.
 Makes `model/`: a plain transformers folder in bf16, with `certificate.json` and `report.html`.
 Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_nats` against the live model.
 Command: `python -m components.merge_adapter --plan URI`.
@@ -8,17 +9,22 @@ Command: `python -m components.merge_adapter --plan URI`.
 
 from __future__ import annotations
 
+import gc
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from components.merge_adapter.merge import Merged, merge
-from qlora_retrain import chat, modeling, progress, report, scoring, verdict
+from components.merge_adapter import candidates, certificate
+from components.merge_adapter.candidates import Bench, Measured
+from components.merge_adapter.certificate import Certificate, Numbers
+from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.errors import IntegrityError
 from qlora_retrain.outcome import Number, Report
-from qlora_retrain.scoring import RowScore
-from qlora_retrain.verdict import Rule, Verdict
+from qlora_retrain.scoring import Row, RowScore
+
+_SUITES = ("eval", "golden", "reference")
 
 
 def run(
@@ -28,33 +34,56 @@ def run(
     base_nf4: Path,
     adapter: Path,
     evaluation: Path,
+    reference_data: Path | None,
     model: Path,
 ) -> Report:
-    """Merge, score the result on the same rows, and certify or refuse it."""
-    built = merge(
-        base_model,
-        base_nf4,
-        adapter,
-        model,
-        dequantized=config.base == "dequantized",
-        max_shard_gib=config.max_shard_gib,
-    )
-    progress.say(f"merged {built.modules} modules, {built.weights_bytes / 2**30:.2f} GiB")
-    settings = _settings(evaluation)
-    rows = [row for suite in ("eval", "golden") for row in scoring.read_rows(dataset / f"{suite}.jsonl", suite)]
-    merged = _score(config, settings, dataset, rows, model)
-    live = scoring.read_scores(evaluation / "scores.jsonl")
-    if {(s.suite, s.id) for s in merged} != {(s.suite, s.id) for s in live["challenger"] if s.suite != "reference"}:
+    """Merge, choose the base, score what ships on the rows that were evaluated, and certify or refuse it."""
+    data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    rows = {suite: scoring.read_rows(dataset / f"{suite}.jsonl", suite) for suite in ("eval", "golden")}
+    texts = reference.read(reference_data) if reference_data else []
+    scores = scoring.read_scores(evaluation / "scores.jsonl")
+    live = {suite: [s for s in scores["challenger"] if s.suite == suite] for suite in _SUITES}
+    if any([row.id for row in found] != [s.id for s in live[suite]] for suite, found in rows.items()):
         raise IntegrityError("evaluation: its rows are not the data set's; it was made from another one")
-    judged, cost = _judge(config, settings, live, merged)
-    answers = {row.id: chat.answer_of(row.messages) for row in rows if row.suite == "eval"}
-    measured = verdict.measure_suite({"live": live["challenger"], "merged": merged}, "eval", settings, answers)
-    _certify(model, config, judged, cost, built, measured)
+    settings = _settings(evaluation)
+
+    built = candidates.build(config, base_model, base_nf4, adapter, model)
+    bench = Bench.of(config, settings, rows["eval"], data["labels"], base_nf4, adapter)
+    measured = candidates.measure(bench, built, model)
+    chosen_on, certified_on = _sides(config, rows["eval"])
+    winner = candidates.better(measured, chosen_on)
+    candidates.keep(winner, model)
+    progress.say(f"{winner}: {_why(config, measured, chosen_on, winner)}")
+
+    shipped = {"eval": measured[winner].scores} | _rest(bench, settings, rows["golden"], texts, data, model)
+    if [s.id for s in shipped["reference"]] != [s.id for s in live["reference"]]:
+        raise IntegrityError("evaluation: its passages are not those of reference_data; it was made from other ones")
+    sides = {"selection": chosen_on, "certification": certified_on}
+    count = {side: len(ids) for side, ids in sides.items()}
+    extra = certificate.enough(config, count)
+    extra += certificate.rules(config, settings, _of(live["eval"], certified_on), measured[winner].on(certified_on))
+    judged = verdict.judge({**scores, "challenger": [s for suite in _SUITES for s in shipped[suite]]}, settings, extra)
+    answers = {row.id: chat.answer_of(row.messages) for found in rows.values() for row in found}
+    every = {"live": Measured(live["eval"], [])} | measured
+    certified = Certificate(
+        base=winner,
+        why=_why(config, measured, chosen_on, winner),
+        judged=judged,
+        cost=next(rule for rule in extra if rule.name == "merge_cost"),
+        rows=count,
+        forms={
+            side: {name: certificate.numbers(form.on(ids), settings, answers) for name, form in every.items()}
+            for side, ids in sides.items()
+        },
+        suites={
+            suite: verdict.measure_suite({"live": live[suite], "merged": shipped[suite]}, suite, settings, answers)
+            for suite in ("golden", "reference")
+        },
+        built=built[winner],
+    )
+    _write(model, certified)
     progress.say(judged.sentence)
-    numbers: dict[str, Number] = {"rows": len(answers), "merge_loss_nats": cost.value}
-    for metric in ("accuracy", "loss"):
-        numbers |= {f"{metric}_{name}": n[metric] for name, n in measured.items() if metric in n}
-    return judged.report(numbers | {"modules": built.modules, "weights_bytes": built.weights_bytes})
+    return judged.report(_numbers(certified))
 
 
 def _settings(evaluation: Path) -> EvaluateConfig:
@@ -62,64 +91,56 @@ def _settings(evaluation: Path) -> EvaluateConfig:
     return EvaluateConfig.model_validate(document["settings"])
 
 
-def _score(
-    config: MergeConfig, settings: EvaluateConfig, dataset: Path, rows: list[scoring.Row], model: Path
-) -> list[RowScore]:
-    labels = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["labels"]
-    loaded = modeling.load_base(
-        model,
-        device=config.device,
-        attention=scoring.attention(config.device),
-        dtype=config.precision,
-    )
-    return scoring.score_rows(
-        loaded,
-        chat.load_tokenizer(model),
-        rows,
-        labels=labels,
-        batch_tokens=settings.batch_tokens,
-        what="scoring",
-    )
+def _sides(config: MergeConfig, rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
+    """The rows that choose and the rows that certify; where nothing is chosen, all certify."""
+    return candidates.halves(rows) if config.base == "measured" else (frozenset(), frozenset(row.id for row in rows))
 
 
-def _judge(
-    config: MergeConfig, settings: EvaluateConfig, live: dict[str, list[RowScore]], merged: list[RowScore]
-) -> tuple[Verdict, Rule]:
-    """The rules applied to the merged form, and what merging cost.
-
-    This step reads no reference text, so what the live model forgot stands in for what the merged form did.
-    """
-    reference = [score for score in live["challenger"] if score.suite == "reference"]
-    scores: dict[str, list[RowScore]] = {name: live[name] for name in ("base", "champion") if name in live}
-    scores["challenger"] = [*merged, *reference]
-    cost = verdict.merge_cost(live["challenger"], merged, config.max_loss_nats, settings)
-    return verdict.judge(scores, settings, extra=[cost]), cost
+def _why(config: MergeConfig, measured: Mapping[str, Measured], chosen_on: frozenset[str], winner: str) -> str:
+    if config.base != "measured":
+        return f"merge.base says {winner}; nothing was chosen"
+    losses = ", ".join(f"{name} {found.on(chosen_on).loss:.4f}" for name, found in measured.items())
+    return f"the lower loss on the {len(chosen_on)} rows to choose on, in nats a token: {losses}"
 
 
-def _certify(
-    model: Path,
-    config: MergeConfig,
-    judged: Verdict,
-    cost: Rule,
-    built: Merged,
-    measured: dict[str, dict[str, float | None]],
-) -> None:
-    document = {
-        "verdict": judged.verdict,
-        "sentence": judged.sentence,
-        "base": config.base,
-        "merge_loss_nats": {"value": cost.value, "low": cost.low, "high": cost.high},
-        "forms": measured,
-        "rules": judged.rules_as_json(),
-        "built": asdict(built),
-    }
-    text = json.dumps(document, indent=2, allow_nan=False)
+def _rest(
+    bench: Bench, settings: EvaluateConfig, golden: Sequence[Row], texts: Sequence[str], data: Any, model: Path
+) -> dict[str, list[RowScore]]:
+    """What ships, on the suites that chose nothing."""
+    found: dict[str, list[RowScore]] = {"golden": [], "reference": []}
+    if golden or texts:
+        loaded, tokenizer = modeling.load_base(model, **bench.where), chat.load_tokenizer(model)
+        how: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "what": "scoring what ships"}
+        how["total"] = len(golden) + len(texts)
+        found["golden"] = scoring.score_rows(loaded, tokenizer, golden, labels=data["labels"], **how)
+        most = data["max_length_tokens"]
+        found["reference"] = scoring.score_texts(loaded, tokenizer, texts, max_tokens=most, done=len(golden), **how)
+        del loaded
+        gc.collect()
+    return found
+
+
+def _of(scores: Sequence[RowScore], ids: frozenset[str]) -> list[RowScore]:
+    return [score for score in scores if score.id in ids]
+
+
+def _write(model: Path, certified: Certificate) -> None:
+    text = json.dumps(certified.as_json(), indent=2, allow_nan=False)
     (model / "certificate.json").write_text(text + "\n", encoding="utf-8")
-    html = report.page(
-        f"Merged model: {judged.verdict}",
-        judged.sentence,
-        report.section("Rules", report.table(*verdict.rules_table(judged.rules))),
-        report.section("The live model and its merged form", report.table(*verdict.numbers_table(measured))),
-        report.section("What was built", report.numbers({"base": config.base, **asdict(built)})),
-    )
-    (model / "report.html").write_text(html, encoding="utf-8")
+    (model / "report.html").write_text(certified.page(), encoding="utf-8")
+
+
+def _numbers(certified: Certificate) -> dict[str, Number]:
+    """What the log's last line says, of the rows that certify."""
+    forms: dict[str, Numbers] = certified.forms["certification"]
+    merged = forms[certified.base]
+    numbers: dict[str, Number] = {
+        "base": certified.base,
+        "rows": certified.rows["certification"],
+        "merge_loss_nats": certified.cost.value,
+        "kl_nats": merged.get("kl"),
+        "agreement": merged.get("agreement"),
+    }
+    for metric in ("accuracy", "loss"):
+        numbers |= {f"{metric}_{name}": found[metric] for name, found in forms.items() if metric in found}
+    return numbers | {"modules": certified.built.modules, "weights_bytes": certified.built.weights_bytes}

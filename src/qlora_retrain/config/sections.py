@@ -123,12 +123,20 @@ class EvaluateConfig(Section):
 
 
 class MergeConfig(Section):
-    """How the adapter becomes part of a 16-bit model."""
+    """How the adapter becomes part of a 16-bit model, and in which forms that model ships."""
 
-    base: Literal["dequantized", "original"] = identity(
-        "dequantized", "dequantized: what was judged is what ships; original: the 16-bit weights"
+    base: Literal["measured", "original", "dequantized"] = identity(
+        "measured", "measured: build both, choose on half the evaluation rows, certify on the other half"
     )
+    min_rows: int = identity(15, "measured: fewer rows than this in a half are insufficient evidence", ge=1)
     max_loss_nats: float = identity(0.05, "refuse when merging costs more loss a token than this", gt=0.0)
+    max_kl_nats: float | None = identity(
+        None, "refuse when KL(live || merged) a token may be above this; null: reported alone", gt=0.0
+    )
+    min_agreement: float | None = identity(
+        None, "refuse when the likeliest token may be the live model's less often than this; null: reported alone",
+        gt=0.0, le=1.0,
+    )  # fmt: skip
     max_shard_gib: float = identity(5.0, "size of a safetensors file at most", gt=0.0, le=64.0)
     device: Device = identity("auto", "as in train; for the scoring, the merge itself runs on the CPU")
     precision: Precision = identity("auto", "as in evaluate; for the scoring, the merge itself computes in float32")
