@@ -162,9 +162,16 @@ def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_ste
     passing = small_steps["merge_adapter"]
 
     def merge_adapter(
-        config: Any, dataset: Path, base_model: Path, base_nf4: Path, adapter: Path, evaluation: Path, model: Path
+        config: Any,
+        dataset: Path,
+        base_model: Path,
+        base_nf4: Path,
+        adapter: Path,
+        evaluation: Path,
+        reference_data: Path | None,
+        model: Path,
     ) -> Report:
-        passing(config, dataset, base_model, base_nf4, adapter, evaluation, model)
+        passing(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
         return Report(refused=QualityRefused("merging costs too much"))
 
     made = new_plan()
