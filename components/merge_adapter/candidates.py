@@ -50,7 +50,8 @@ class Bench:
 
     Attributes:
         live: The 4-bit base with the adapter over it, in memory.
-        rows: The evaluation rows.
+        rows: The evaluation rows; all are scored.
+        compared: The ids of those on which a form is compared with the live model, which costs two passes a row.
         labels: The closed set of answers, or None.
         where: How models are loaded: device, attention, precision.
         batch_tokens: Tokens of a forward pass.
@@ -58,6 +59,7 @@ class Bench:
 
     live: Any
     rows: Sequence[Row]
+    compared: frozenset[str]
     labels: Sequence[str] | None
     where: Mapping[str, Any]
     batch_tokens: int
@@ -68,6 +70,7 @@ class Bench:
         config: MergeConfig,
         settings: EvaluateConfig,
         rows: Sequence[Row],
+        compared: frozenset[str],
         labels: Sequence[str] | None,
         base_nf4: Path,
         adapter: Path,
@@ -76,7 +79,7 @@ class Bench:
         device = config.device
         where = {"device": device, "attention": scoring.attention(device), "dtype": config.precision}
         live = modeling.attach(modeling.load_nf4(base_nf4, **where), adapter)
-        return cls(live, rows, labels, where, settings.batch_tokens)
+        return cls(live, rows, compared, labels, where, settings.batch_tokens)
 
     def measure(self, name: str, model: Any, folder: Path) -> Measured:
         """Score a loaded form, and compare it with the live model."""
@@ -84,9 +87,9 @@ class Bench:
         scores = scoring.score_rows(
             model, tokenizer, self.rows, labels=self.labels, batch_tokens=self.batch_tokens, what=f"scoring {name}"
         )
-        compared = agreement.compare(
-            self.live, model, tokenizer, self.rows, self.batch_tokens, f"comparing {name} with the live model"
-        )
+        rows = [row for row in self.rows if row.id in self.compared]
+        what = f"comparing {name} with the live model"
+        compared = agreement.compare(self.live, model, tokenizer, rows, self.batch_tokens, what)
         return Measured(scores, compared)
 
 

@@ -31,6 +31,7 @@ class Certificate:
         forms: The live model and every candidate: numbers on either half.
         suites: The live model and the one that ships on golden rows and reference text.
         built: What was written.
+        serving: What is known against serving the adapter as it is.
     """
 
     base: str
@@ -41,6 +42,7 @@ class Certificate:
     forms: dict[str, dict[str, Numbers]]
     suites: dict[str, dict[str, Numbers]]
     built: Merged
+    serving: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """`certificate.json`."""
@@ -55,6 +57,7 @@ class Certificate:
             **{suite: found for suite, found in self.suites.items() if found},
             "rules": self.judged.rules_as_json(),
             "built": asdict(self.built),
+            "serving_warnings": self.serving,
         }
 
     def page(self) -> str:
@@ -69,6 +72,10 @@ class Certificate:
                 report.section(titles[suite], report.table(*verdict.numbers_table(found)))
                 for suite, found in self.suites.items()
                 if found
+            ),
+            report.section(
+                "Serving the adapter without merging",
+                *(self.serving or ["Nothing is known against it for vLLM, TGI and llama.cpp."]),
             ),
             report.section("What was built", report.numbers({"base": self.base, **asdict(self.built)})),
         )

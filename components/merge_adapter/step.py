@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.merge_adapter import candidates, certificate
+from components.merge_adapter import candidates, certificate, preflight
 from components.merge_adapter.candidates import Bench, Measured
 from components.merge_adapter.certificate import Certificate, Numbers
 from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
@@ -48,9 +48,9 @@ def run(
     settings = _settings(evaluation)
 
     built = candidates.build(config, base_model, base_nf4, adapter, model)
-    bench = Bench.of(config, settings, rows["eval"], data["labels"], base_nf4, adapter)
-    measured = candidates.measure(bench, built, model)
     chosen_on, certified_on = _sides(config, rows["eval"])
+    bench = Bench.of(config, settings, rows["eval"], certified_on, data["labels"], base_nf4, adapter)
+    measured = candidates.measure(bench, built, model)
     winner = candidates.better(measured, chosen_on)
     candidates.keep(winner, model)
     progress.say(f"{winner}: {_why(config, measured, chosen_on, winner)}")
@@ -80,6 +80,7 @@ def run(
             for suite in ("golden", "reference")
         },
         built=built[winner],
+        serving=preflight.read(adapter),
     )
     _write(model, certified)
     progress.say(judged.sentence)
