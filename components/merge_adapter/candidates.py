@@ -81,16 +81,15 @@ class Bench:
         live = modeling.attach(modeling.load_nf4(base_nf4, **where), adapter)
         return cls(live, rows, compared, labels, where, settings.batch_tokens)
 
-    def measure(self, name: str, model: Any, folder: Path) -> Measured:
-        """Score a loaded form, and compare it with the live model."""
-        tokenizer = chat.load_tokenizer(folder)
+    def measure(self, name: str, model: Any, tokenizer: Path, rows: Sequence[Row] | None = None) -> Measured:
+        """Score a loaded form on these rows (all), and compare it with the live model where that is wanted."""
+        found, rows = chat.load_tokenizer(tokenizer), self.rows if rows is None else rows
         scores = scoring.score_rows(
-            model, tokenizer, self.rows, labels=self.labels, batch_tokens=self.batch_tokens, what=f"scoring {name}"
+            model, found, rows, labels=self.labels, batch_tokens=self.batch_tokens, what=f"scoring {name}"
         )
-        rows = [row for row in self.rows if row.id in self.compared]
+        rows = [row for row in rows if row.id in self.compared]
         what = f"comparing {name} with the live model"
-        compared = agreement.compare(self.live, model, tokenizer, rows, self.batch_tokens, what)
-        return Measured(scores, compared)
+        return Measured(scores, agreement.compare(self.live, model, found, rows, self.batch_tokens, what))
 
 
 def build(config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, model: Path) -> dict[str, Merged]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from components.merge_adapter import agreement
@@ -31,6 +32,7 @@ class Certificate:
         forms: The live model and every candidate: numbers on either half.
         suites: The live model and the one that ships on golden rows and reference text.
         built: What was written.
+        exports: Every form that ships: where it lies below `model/`, its size and its numbers.
         serving: What is known against serving the adapter as it is.
     """
 
@@ -42,6 +44,7 @@ class Certificate:
     forms: dict[str, dict[str, Numbers]]
     suites: dict[str, dict[str, Numbers]]
     built: Merged
+    exports: dict[str, dict[str, Any]]
     serving: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -57,6 +60,7 @@ class Certificate:
             **{suite: found for suite, found in self.suites.items() if found},
             "rules": self.judged.rules_as_json(),
             "built": asdict(self.built),
+            "exports": self.exports,
             "serving_warnings": self.serving,
         }
 
@@ -73,6 +77,7 @@ class Certificate:
                 for suite, found in self.suites.items()
                 if found
             ),
+            report.section("What ships", self._exports()),
             report.section(
                 "Serving the adapter without merging",
                 *(self.serving or ["Nothing is known against it for vLLM, TGI and llama.cpp."]),
@@ -88,6 +93,15 @@ class Certificate:
         }
         return [table_of(self.forms[half], title) for half, title in titles.items() if self.rows[half]]
 
+    def _exports(self) -> report.Html:
+        rows = []
+        for name, found in self.exports.items():
+            cost = _with_ends(found, "cost")
+            numbers = [_with_ends(found, key) for key in ("loss", "agreement")]
+            rows.append([name, found["path"], found["size_bytes"] / 2**20, cost, *numbers])
+        headers = ["form", "below model/", "MiB", "nats a token lost against live", "loss", "tokens chosen as live"]
+        return report.table(headers, rows, caption=f"on the {self.rows['certification']} rows that certify")
+
 
 def rules(config: MergeConfig, settings: EvaluateConfig, live: Sequence[RowScore], merged: Measured) -> list[Rule]:
     """The merge's own rules, on the rows that certify."""
@@ -101,6 +115,27 @@ def rules(config: MergeConfig, settings: EvaluateConfig, live: Sequence[RowScore
         text = f"tokens chosen as by the live model: {_said(value)}; its lower end must not lie below {limit:g}"
         found.append(_rule("agreement", text, value, limit, value is not None and value.low >= limit))
     return found
+
+
+def exported(
+    config: MergeConfig,
+    settings: EvaluateConfig,
+    live: Sequence[RowScore],
+    name: str,
+    found: Measured,
+    answers: Mapping[str, str],
+) -> tuple[Numbers, list[Rule]]:
+    """An export's numbers with what it costs against the live model, and its rule where it has one.
+
+    A form whose loss is not finite is always refused.
+    """
+    limit = config.max_export_loss_nats
+    rule = verdict.merge_cost(live, found.scores, limit or math.inf, settings)
+    cost: Numbers = {"cost": rule.value, "cost_low": rule.low, "cost_high": rule.high}
+    judged = limit is not None or rule.passed is False
+    label = f"export_{name}"
+    rules = [replace(rule, name=label, text=f"{name}: {rule.text}", limit=limit)] if judged else []
+    return numbers(found, settings, answers) | cost, rules
 
 
 def _rule(name: str, text: str, found: Interval | None, limit: float, passed: bool) -> Rule:
@@ -144,7 +179,7 @@ def table_of(forms: Mapping[str, Numbers], caption: str) -> report.Html:
     return report.table(["form", *shown.values()], rows, caption=caption)
 
 
-def _with_ends(form: Numbers, key: str) -> str:
+def _with_ends(form: Mapping[str, Any], key: str) -> str:
     value, low, high = (form.get(name) for name in (key, f"{key}_low", f"{key}_high"))
     if value is None:
         return ""

@@ -13,6 +13,7 @@ from qlora_retrain.graph import Image
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bfloat16", "float32"]
+Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
@@ -138,8 +139,21 @@ class MergeConfig(Section):
         gt=0.0, le=1.0,
     )  # fmt: skip
     max_shard_gib: float = identity(5.0, "size of a safetensors file at most", gt=0.0, le=64.0)
+    exports: list[Export] = identity(
+        ["bf16"], "forms that ship; bf16, the one that is judged, always does. Each further one is scored too"
+    )
+    max_export_loss_nats: float | None = identity(
+        0.1, "refuse when another export costs more loss a token than this; null: reported alone", gt=0.0
+    )
     device: Device = identity("auto", "as in train; for the scoring, the merge itself runs on the CPU")
     precision: Precision = identity("auto", "as in evaluate; for the scoring, the merge itself computes in float32")
+
+    @field_validator("exports")
+    @classmethod
+    def _has_bf16(cls, value: list[Export]) -> list[Export]:
+        if "bf16" not in value or len(set(value)) != len(value):
+            raise ValueError("each form once, and bf16 among them: it is what is judged and compared later")
+        return value
 
 
 class PublishConfig(Section):
