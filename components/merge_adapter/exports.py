@@ -1,8 +1,8 @@
 """The further forms in which the merged model ships: 4-bit for bitsandbytes, GGUF for llama.cpp.
 
 Each lies below `model/exports/` and is scored as it stands on disk: the 4-bit form as transformers loads it, a GGUF
-file with its weights unpacked into a transformers model. llama.cpp is not asked: what a certificate says must not depend
-on whether it is installed.
+file with its weights unpacked into a transformers model. llama.cpp is not asked: what a certificate says must not
+depend on whether it is installed.
 
 GGUF is made from the merged model that ships. The 4-bit form is made from the adapter merged into the original base,
 whichever base ships: a dequantized weight lies on a level of the 4-bit code, so quantizing it again after a small
