@@ -18,6 +18,8 @@ from qlora_retrain.verdict import Rule, Verdict
 
 Numbers = dict[str, float | None]
 
+_SHARES = ("accuracy", "agreement")
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -98,7 +100,9 @@ class Certificate:
         for name, found in self.exports.items():
             cost = _with_ends(found, "cost")
             numbers = [_with_ends(found, key) for key in ("loss", "agreement")]
-            rows.append([name, found["path"], found["size_bytes"] / 2**20, cost, *numbers])
+            rows.append(
+                [name, "itself" if found["path"] == "." else found["path"], found["size_bytes"] / 2**20, cost, *numbers]
+            )
         headers = ["form", "below model/", "MiB", "nats a token lost against live", "loss", "tokens chosen as live"]
         return report.table(headers, rows, caption=f"on the {self.rows['certification']} rows that certify")
 
@@ -134,7 +138,8 @@ def exported(
     cost: Numbers = {"cost": rule.value, "cost_low": rule.low, "cost_high": rule.high}
     judged = limit is not None or rule.passed is False
     label = f"export_{name}"
-    rules = [replace(rule, name=label, text=f"{name}: {rule.text}", limit=limit)] if judged else []
+    text = rule.text.replace("lost by merging", f"lost by {name} against the live model")
+    rules = [replace(rule, name=label, text=text, limit=limit)] if judged else []
     return numbers(found, settings, answers) | cost, rules
 
 
@@ -183,7 +188,12 @@ def _with_ends(form: Mapping[str, Any], key: str) -> str:
     value, low, high = (form.get(name) for name in (key, f"{key}_low", f"{key}_high"))
     if value is None:
         return ""
-    return f"{value:.4g}" if low is None or high is None else f"{value:.4g} ({low:.4g} to {high:.4g})"
+    if key in _SHARES:
+        return f"{value:.1%}" if low is None or high is None else f"{value:.1%} ({low:.1%} to {high:.1%})"
+    # Fixed decimals, so that forms can be compared down a column.
+    digits = 5 if key == "kl" else 4
+    shown = f"{value:.{digits}f}"
+    return shown if low is None or high is None else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _said(found: Interval | None) -> str:

@@ -98,7 +98,7 @@ def run(
     measured = candidates.measure(bench, built, model)
     winner = candidates.better(measured, sides["selection"])
     candidates.keep(winner, model)
-    progress.say(f"{winner}: {_why(config, measured, sides['selection'], winner)}")
+    progress.say(_why(config, measured, sides["selection"], winner))
     rest = _rest(bench, given, model)
     more = exports.make(config, bench, base_model, base_nf4, adapter, model)
     certified = _certify(config, given, sides, measured, winner, built[winner], rest, more, preflight.read(adapter))
@@ -119,9 +119,9 @@ def _sides(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]
 
 def _why(config: MergeConfig, measured: Mapping[str, Measured], chosen_on: frozenset[str], winner: str) -> str:
     if config.base != "measured":
-        return f"merge.base says {winner}; nothing was chosen"
+        return f"{winner}, as merge.base says; nothing was chosen"
     losses = ", ".join(f"{name} {found.on(chosen_on).loss:.4f}" for name, found in measured.items())
-    return f"the lower loss on the {len(chosen_on)} rows to choose on, in nats a token: {losses}"
+    return f"{winner}: the lower loss on the {len(chosen_on)} rows to choose on, in nats a token: {losses}"
 
 
 def _rest(bench: Bench, given: _Evaluated, model: Path) -> dict[str, list[RowScore]]:
