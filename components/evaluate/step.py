@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import page, reference
-from qlora_retrain import chat, modeling, progress, scoring, verdict
+from components.evaluate import page
+from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
 from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.outcome import Number, Report
 from qlora_retrain.scoring import RowScore

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_LSE_ROWS = 256  # logits widened to fp32 at a time: 50 MB with a vocabulary of 49,152
+LSE_ROWS = 256  # logits widened to fp32 at a time: 50 MB with a vocabulary of 49,152
 _FIRST_NODES = 8  # about two answers of a few tokens
 
 
@@ -138,15 +138,23 @@ def logprobs(
     """
     import torch
 
+    logits = logits_at(model, inputs, at)
+    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(LSE_ROWS)])
+    index, token = torch.tensor(targets, device=logits.device).unbind(1)
+    values: list[float] = (logits[index, token].float() - total[index]).tolist()
+    return values
+
+
+def logits_at(model: PreTrainedModel, inputs: dict[str, Any], at: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The logits at these (row, position) of the inputs, and at no others: (len(at), vocab), on the model's device."""
+    import torch
+
     device = model.get_input_embeddings().weight.device
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     rows, positions = torch.tensor(at, device=device).unbind(1)
     with _logits_only_at(model, rows, positions):
-        logits = model(**inputs).logits[0]  # (len(at), vocab)
-    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(_LSE_ROWS)])
-    index, token = torch.tensor(targets, device=device).unbind(1)
-    values: list[float] = (logits[index, token].float() - total[index]).tolist()
-    return values
+        logits: torch.Tensor = model(**inputs).logits[0]
+    return logits
 
 
 def _read(model: PreTrainedModel, trie: Trie, rows: list[_Row]) -> None:

@@ -29,11 +29,13 @@ table{border-collapse:collapse;margin:.8rem 0;width:100%}caption{text-align:left
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
 overflow-wrap:break-word}
 th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide{overflow-x:auto}@media(max-width:40rem){.wide table{min-width:38rem}}
 .bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
 svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}.grid{stroke:var(--line)}
 .key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:1.4rem;border-top:3px solid}
 """
 _COLOURS = 6
+_NARROW = 3  # columns that fit a telephone; more of them scroll
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 280, 64, 16, 12, 44
 
 
@@ -59,7 +61,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
     head = "".join(f"<th>{_text(h)}</th>" for h in headers)
     body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in rows)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
-    return Html(f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>")
+    found = f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return Html(f'<div class="wide">{found}</div>' if len(headers) > _NARROW else found)
 
 
 def numbers(mapping: Mapping[str, object]) -> Html:

@@ -281,7 +281,8 @@ def _fetched_champion(plan: Plan, store: Store) -> Path:
     champion = plan.champion
     assert champion is not None
     release = registry.read_release(store, plan.line, champion.version, sha256=champion.manifest_sha256)
-    files = release.under("model")
+    # The form that is judged; a version's further exports are never run here, and may be as large.
+    files = tuple(file for file in release.under("model") if not file.path.startswith("exports/"))
     prefix = f"{registry.version_folder(plan.line, champion.version)}/model"
     try:
         return cache.fetch(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.evaluate import reference
+from qlora_retrain import reference
 from qlora_retrain.errors import UsageError
 
 
