@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from components.merge_adapter import gguf_file
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
 from qlora_retrain import chat, modeling, scoring
+from qlora_retrain.code import project_root
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.errors import Exit, UsageError
 
+LLAMA_CPP = project_root() / ".state" / "llama-cpp" / "llama_cpp"
 ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 
 
@@ -147,11 +152,19 @@ def family(name: str, like: Path, folder: Path) -> Path:
     return folder
 
 
+def installed_llama_cpp() -> Any:
+    if not LLAMA_CPP.is_dir():
+        missing = "llama-cpp-python is not installed: make gguf-setup"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    sys.path.append(str(LLAMA_CPP.parent))
+    return import_module("llama_cpp")
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_llama_cpp_computes_what_transformers_computes(
     tiny_model: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (`make gguf-setup`)")
+    llama_cpp = installed_llama_cpp()
     folder = family(name, tiny_model, tmp_path / name)
     gguf_file.check(folder)
     gguf_file.write(folder, tmp_path / "model.gguf", "gguf-f16")
@@ -171,7 +184,7 @@ def test_llama_cpp_computes_what_transformers_computes(
 
 
 def test_llama_cpp_answers_a_question(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (`make gguf-setup`)")
+    llama_cpp = installed_llama_cpp()
     for kind in ("gguf-f16", "gguf-q8_0"):
         gguf_file.write(folder, tmp_path / "model.gguf", kind)
         llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, n_threads=1, verbose=False)
