@@ -2,8 +2,7 @@
 
 Every file below MODEL/exports is loaded by llama-cpp-python and read row by row with its logits kept: the loss a
 supervised token, how often the likeliest token is that of the 16-bit model in transformers, and an answer to the first
-row's question. The loss that the certificate gives the file, found with its weights unpacked into transformers, stands
-beside.
+row's question.
 
 Command: `python benchmarks/gguf.py --model MODEL --rows eval.jsonl [--first N]`
 MODEL is a pulled version's `model/`, or the artifact; `make gguf-setup` compiles llama.cpp.
@@ -12,7 +11,6 @@ MODEL is a pulled version's `model/`, or the artifact; `make gguf-setup` compile
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,22 +36,21 @@ def main() -> None:
     rows = scoring.read_rows(options.rows, "eval")[: options.first]
     encoded = [chat.encode(tokenizer, row.messages) for row in rows]
     places = [[i for i, judged in enumerate(row.supervised) if judged and i] for row in encoded]
+    wanted, loss, tokens = [], 0.0, sum(map(len, places))
     with torch.inference_mode():
-        wanted = [model(torch.tensor([row.input_ids])).logits[0].argmax(-1) for row in encoded]
+        for row, at in zip(encoded, places, strict=True):
+            logits = model(torch.tensor([row.input_ids])).logits[0]
+            wanted.append(logits.argmax(-1))
+            before, targets = [i - 1 for i in at], torch.tensor([row.input_ids[i] for i in at])
+            loss += float(torch.nn.functional.cross_entropy(logits[before], targets, reduction="sum"))
     asked = chat.prompt_of(rows[0].messages)
-    certificate = next(p for p in certificates(options.model) if p.is_file())
-    certified = {e["path"]: e["loss"] for e in json.loads(certificate.read_text())["exports"].values()}
-    print(f"{len(rows)} rows, {sum(map(len, places))} supervised tokens; asked: {asked[-1]['content']!r}")
-    print("file                          loss in llama.cpp   certified   chosen as in 16 bits   answer")
+    print(f"{len(rows)} rows, {tokens} supervised tokens; asked: {asked[-1]['content']!r}")
+    print("form                                loss   chosen as in 16 bits   answer")
+    print(f"{'16 bits in transformers':32}  {loss / tokens:6.4f}")
     for path in sorted((options.model / "exports").rglob("*.gguf")):
-        loss, alike, answer = by_llama_cpp(path, encoded, places, wanted, asked)
+        found, alike, answer = by_llama_cpp(path, encoded, places, wanted, asked)
         name = path.relative_to(options.model).as_posix()
-        print(f"{name:32}  {loss:13.4f}  {certified[name]:10.4f}  {alike:21.2%}   {answer!r}", flush=True)
-
-
-def certificates(model: Path) -> list[Path]:
-    """Where a certificate is: in the artifact, or beside the model in a version."""
-    return [model / "certificate.json", model.parent / "evaluation" / "certificate.json"]
+        print(f"{name:32}  {found:6.4f}  {alike:21.2%}   {answer!r}", flush=True)
 
 
 def by_llama_cpp(
