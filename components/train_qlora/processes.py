@@ -1,9 +1,9 @@
 """Several processes that train together: started, listened to and ended by the one that runs the step.
 
 Each gets the environment that torchrun would give it, so torch and accelerate work as they would there; ADR 15 says why
-the launcher is not torchrun's. The first one talks for all. Where one fails the others are killed, and what it failed of
-is raised here: an ending with a code of its own before a signal that ended one, and that before any other error, which
-is most often only the loss of a neighbour.
+the launcher is not torchrun's. The first one talks for all. Where one fails the others are killed, and what it failed
+of is raised here: an ending with a code of its own before a signal that ended one, and that before any other error,
+which is most often only the loss of a neighbour.
 """
 
 from __future__ import annotations

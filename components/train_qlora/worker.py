@@ -54,8 +54,9 @@ class Voice(io.TextIOBase):
     def write(self, text: str) -> int:
         """Send what has become a whole line."""
         *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines if self.mouth else ():
-            self.mouth.send(line)
+        if self.mouth is not None:
+            for line in lines:
+                self.mouth.send(line)
         return len(text)
 
 

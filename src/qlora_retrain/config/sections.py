@@ -77,8 +77,7 @@ class TrainConfig(Section):
         1, "processes that share the examples of a step, each with a GPU of its own on cuda; faster", ge=1, le=64
     )
     parallel: Literal["ddp", "fsdp"] = identity(
-        "ddp",
-        "ddp: each process holds the whole 4-bit base; fsdp: a part of it, the rest fetched layer by layer: less memory",
+        "ddp", "ddp: each process holds the whole base; fsdp: a part, the rest fetched layer by layer: less memory"
     )
     epochs: float = identity(3.0, "passes over the training rows; unused where max_steps is set", gt=0.0, le=1000)
     max_steps: int | None = identity(None, "exactly this many optimizer steps", ge=1)
