@@ -277,7 +277,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
-        lora.save(self.model, Path(output_dir) / ADAPTER)  # the adapter alone: no model card, no pickled arguments
+        if ranks.first():  # the Trainer leaves it to each process
+            lora.save(self.model, Path(output_dir) / ADAPTER)  # the adapter alone: no model card, no pickled arguments
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
