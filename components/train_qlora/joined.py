@@ -147,7 +147,8 @@ def made_again_by(how: Callable[..., Tensor], of: Sequence[Tensor], x: Tensor) -
 
 def weight(layer: Any, dtype: torch.dtype) -> Tensor:
     """A frozen layer's weight (out, in), unpacked if it is held in 4 bits."""
-    state = getattr(layer.weight, "quant_state", None)
+    # A weight that was fetched from the other processes is a plain tensor; its layer still knows how it is packed.
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
     found: Tensor = layer.weight if state is None else dequantize_4bit(layer.weight, state)
     return found.to(dtype)
 

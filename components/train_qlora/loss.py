@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from components.train_qlora import packed
+from components.train_qlora import packed, ranks
 from components.train_qlora.rows import IGNORED, Batch, Collate, Rows
 from qlora_retrain import preempt, progress
 from qlora_retrain.errors import TryAgain
@@ -88,7 +88,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def mean_loss(model: Any, rows: Rows, pad: int, batch_size: int) -> float | None:
-    """Mean loss a supervised token over all rows; None where there are none.
+    """Mean loss a supervised token over all rows, which the processes share; None where there are none.
 
     Raises:
         TryAgain: If asked to stop; the training before it is in a checkpoint.
@@ -99,16 +99,18 @@ def mean_loss(model: Any, rows: Rows, pad: int, batch_size: int) -> float | None
     collate = Collate(pad)
     order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
     total, tokens = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        if preempt.requested():
+    for turn in range(0, len(order), batch_size * ranks.count()):
+        if ranks.any_of(preempt.requested())[0]:
             raise TryAgain("stopped while measuring the evaluation loss; the training is saved, run it again to go on")
-        batch = {
-            k: v.to(model.device) for k, v in collate([rows[i] for i in order[start : start + batch_size]]).items()
-        }
+        start = turn + batch_size * ranks.number()
+        some = order[start : start + batch_size] or [~order[0]]  # every process makes the same number of passes
+        batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in some]).items()}
         total += summed_loss(model, batch).item()
         tokens += int(supervised(batch).sum())
-        progress.update("eval loss", min(start + batch_size, len(order)), len(order), eval_loss=total / tokens)
-    return total / tokens
+        done = min(turn + batch_size * ranks.count(), len(order))
+        progress.update("eval loss", done, len(order), eval_loss=total / max(tokens, 1))
+    loss, count = ranks.summed(total, tokens)
+    return loss / count
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:

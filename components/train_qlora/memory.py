@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -15,9 +16,26 @@ from qlora_retrain.config.sections import TrainConfig
 Trained = TypeVar("Trained")
 
 
-def shrinking(
-    config: TrainConfig, longest: int, train: Callable[[TrainConfig], Trained]
-) -> tuple[Trained, TrainConfig, list[str]]:
+def rows_a_pass(config: TrainConfig) -> int:
+    """The most rows that are in a forward pass of a process."""
+    return min(config.batch_size, -(-config.rows_a_step // config.processes))
+
+
+@contextlib.contextmanager
+def noted(config: TrainConfig, longest: int) -> Iterator[None]:
+    """Have memory that runs out in the block be a `MemoryError` with the numbers, of the process that it happens to."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory with {rows_a_pass(config)} rows a pass, the longest row having {longest} tokens, "
+            f"{memory_mib()} MiB held; {str(error).splitlines()[0]}"
+        ) from error
+
+
+def shrinking(config: TrainConfig, train: Callable[[TrainConfig], Trained]) -> tuple[Trained, TrainConfig, list[str]]:
     """Call `train` with the config, with half the rows a pass each time that memory runs out.
 
     Returns:
@@ -26,18 +44,14 @@ def shrinking(
     Raises:
         MemoryError: With the numbers, if a single row a pass is too much.
     """
-    a_step, told = config.batch_size * config.gradient_accumulation, list[str]()
+    told = list[str]()
     while True:
         try:
             return train(config), config, told
-        except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
-            if not is_out_of_memory(error):
-                raise
-            told.append(
-                f"out of memory with {config.batch_size} rows a pass, the longest row having {longest} tokens, "
-                f"{memory_mib()} MiB held; {str(error).splitlines()[0]}"
-            )
-        smaller = [rows for rows in range(1, config.batch_size // 2 + 1) if a_step % rows == 0]
+        except MemoryError as error:
+            told.append(str(error))
+        a_step = config.rows_a_step
+        smaller = [rows for rows in range(1, rows_a_pass(config) // 2 + 1) if a_step % rows == 0]
         if not smaller:
             raise MemoryError(f"{told[-1]}. Nothing is left to halve: take a smaller rank, shorter rows or more memory")
         changed = {"batch_size": smaller[-1], "gradient_accumulation": a_step // smaller[-1]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from components.train_qlora import lora
+from components.train_qlora import lora, ranks
 from components.train_qlora.loss import summed_loss, supervised
 from components.train_qlora.rows import Collate, Rows
 from qlora_retrain import preempt, progress
@@ -66,7 +66,7 @@ def _losses(model: Any, config: TrainConfig, batch: dict[str, torch.Tensor]) -> 
         if preempt.requested():
             raise TryAgain("asked to stop before the first step; run it again")
         loss = summed_loss(model, batch) / tokens
-        losses.append(loss.item())
+        losses.append(ranks.summed(loss.item())[0] / ranks.count())  # all do the same, and end with the same step
         if step == STEPS or losses[-1] < LEARNT * losses[0]:
             break
         loss.backward()

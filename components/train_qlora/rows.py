@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ class Rows(Dataset[Item]):  # type: ignore[misc]
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
+        if index < 0:  # a pass with nothing to learn, for a process for which no row is left
+            return {"input_ids": self.items[~index]["input_ids"][:1], "labels": [IGNORED], "row": [-1]}
         return {**self.items[index], "row": [index]}
 
 
@@ -107,7 +110,7 @@ class Order(Sampler[int]):  # type: ignore[misc]
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader before each epoch."""
+        """Called before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -124,3 +127,39 @@ class Order(Sampler[int]):  # type: ignore[misc]
         partial = steps.pop() if steps and len(steps[-1]) < self.rows_per_step else []
         rng.shuffle(steps)
         return chain(*steps, partial)
+
+
+class Passes(Sampler[list[int]]):  # type: ignore[misc]
+    """The rows of each forward pass of one process; the optimizer steps are those of the order, whoever shares them.
+
+    The rows of a step, which are of like length, are dealt out to and fro, so that the processes get equally many
+    tokens. All make equally many passes; where there are fewer rows than processes, some see a row (`~index`) from
+    which nothing is learnt.
+
+    Attributes:
+        a_step: Passes of a whole optimizer step.
+    """
+
+    def __init__(self, order: Order, rows_a_pass: int, process: int = 0, processes: int = 1) -> None:
+        self.order, self.rows_a_pass, self.process, self.processes = order, rows_a_pass, process, processes
+        self.a_step = self._passes(order.rows_per_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.order.set_epoch(epoch)
+
+    def _passes(self, rows: int) -> int:
+        return math.ceil(math.ceil(rows / self.processes) / self.rows_a_pass)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.order), self.order.rows_per_step)
+        return whole * self.a_step + self._passes(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, n = iter(self.order), self.processes
+        while step := list(islice(rows, self.order.rows_per_step)):
+            # 0 1 2 2 1 0 0 1 2 ...
+            mine = [row for i, row in enumerate(step) if self.process == min(i % (2 * n), 2 * n - 1 - i % (2 * n))]
+            passes = self._passes(len(step))
+            for i in range(passes):
+                yield mine[i * len(mine) // passes : (i + 1) * len(mine) // passes] or [~step[0]]

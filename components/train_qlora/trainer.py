@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from components.train_qlora import history, lora
+from components.train_qlora import history, lora, ranks
 from components.train_qlora.loss import mean_loss, summed_loss, supervised
 from components.train_qlora.packed import attention_by_rows
 from components.train_qlora.preflight import overfit
-from components.train_qlora.rows import Batch, Collate, Order, Rows
+from components.train_qlora.rows import Batch, Collate, Order, Passes, Rows
 from components.train_qlora.watch import Watch
 from qlora_retrain import checkpoints, preempt, progress
 from qlora_retrain.config.sections import TrainConfig
@@ -37,16 +38,15 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 def total_steps(config: TrainConfig, rows: int) -> int:
     """Optimizer steps in all."""
-    a_pass = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
-    return config.max_steps or math.ceil(config.epochs * a_pass)
+    return config.max_steps or math.ceil(config.epochs * math.ceil(rows / config.rows_a_step))
 
 
-def arguments(config: TrainConfig, steps: int, scratch: Path) -> TrainingArguments:
-    """Our settings in the Trainer's words."""
+def arguments(config: TrainConfig, steps: int, passes: int, scratch: Path) -> TrainingArguments:
+    """Our settings in the Trainer's words; `passes` are those of an optimizer step in each process."""
     return TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=passes,
         max_steps=steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULES[config.schedule],
@@ -65,12 +65,12 @@ def arguments(config: TrainConfig, steps: int, scratch: Path) -> TrainingArgumen
         report_to=list(config.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=config.device == "cuda",
+        ddp_find_unused_parameters=False,  # every pass reaches every adapter
     )
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """Trains the adapter of a `PeftModel` on encoded rows; one process, one device."""
+    """Trains the adapter of a `PeftModel` on encoded rows; one device a process, alone or with others (`ranks`)."""
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the supervised tokens of the whole optimizer step
 
@@ -79,9 +79,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self.config, self.held_out, self.pad, self.scratch = config, held_out, pad, scratch
         self.watch = Watch(config, total_steps(config, len(rows)))
-        self.order = Order(rows.lengths, config.batch_size * config.gradient_accumulation, config.seed)
-        args = arguments(config, self.watch.steps, scratch)
+        self.order = Order(rows.lengths, config.rows_a_step, config.seed)
+        self.passes = Passes(self.order, config.batch_size, ranks.number(), ranks.count())
+        args = arguments(config, self.watch.steps, self.passes.a_step, scratch)
         args._n_gpu = min(args.n_gpu, 1)  # a step gets one GPU; DataParallel does not know 4-bit weights
+        # DDP has the adapter alone to look after: all processes read the same frozen base.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        model._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in model.named_buffers()]
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=Collate(pad), callbacks=[self.watch])
         self.remove_callback(PrinterCallback)
         self.counts: dict[str, int] = {}
@@ -96,11 +100,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
             TryAgain: If asked to stop, after saving.
         """
-        newest = checkpoints.newest_valid(self.scratch)
+        newest = ranks.from_first(self._newest)
         begin = checkpoints.step_of(newest) if newest else 0
-        for folder in checkpoints.found(self.scratch):
-            if checkpoints.step_of(folder) > begin:  # it did not verify, and will be made again
-                shutil.rmtree(folder)
         if newest:
             progress.say(f"going on from {newest.name} of {self.watch.steps} steps")
             self._load_from_checkpoint(str(newest))
@@ -120,19 +121,31 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.best is not None:
             lora.put(self.model, self.best)
 
+    def _newest(self) -> Path | None:
+        newest = checkpoints.newest_valid(self.scratch)
+        for folder in checkpoints.found(self.scratch):
+            if newest is None or checkpoints.step_of(folder) > checkpoints.step_of(newest):
+                shutil.rmtree(folder)  # it did not verify, and will be made again
+        return newest
+
     def _measure_what_was_cut_off(self, newest: Path, step: int) -> None:
         """A run that was asked to stop while it measured had saved the step without the measurement."""
         if step in self.watch.measure_at and step not in dict(history.evaluations(self.state.log_history)):
             self._evaluate()
             if self.watch.stopped:
                 raise TryAgain(f"step {step} of {self.watch.steps}, saved before: {self.watch.stopped}")
-            self.state.save_to_json(str(newest / "trainer_state.json"))
+            if ranks.first():
+                self.state.save_to_json(str(newest / "trainer_state.json"))
             self._seal(newest, step)
 
     def _seal(self, folder: Path, step: int) -> None:
-        if self.best is not None:
-            save_file(self.best, folder / BEST)
-        checkpoints.complete(folder, step)
+        """Complete a checkpoint to which every process has written its part."""
+        ranks.together()
+        if ranks.first():
+            if self.best is not None:
+                save_file(self.best, folder / BEST)
+            checkpoints.complete(folder, step)
+        ranks.together()
 
     def _no_better(self) -> bool:
         return history.no_better(self.state.log_history, self.config.early_stopping)
@@ -167,12 +180,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.control.should_training_stop = self.control.should_save = True
         return {"eval_loss": loss}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        return self.order
+    def get_train_dataloader(self) -> Any:
+        """This process's passes; accelerate would deal out whole batches, and repeat rows where they are too few."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.passes,
+            collate_fn=self.data_collator,
+            pin_memory=self.config.device == "cuda",
+        )
+        loader.set_epoch = self.passes.set_epoch
+        return loader
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
+        tokens = sum(int(batch["attention_mask"][batch["rows"] >= 0].sum()) for batch in batch_samples)
         items = sum(int(supervised(batch).sum()) for batch in batch_samples)
+        tokens, items = map(round, ranks.summed(tokens, items))
         self.counts = {"tokens": tokens, "supervised_tokens": items}
         self.step_rows = [row for batch in batch_samples for row in batch.pop("rows").tolist()]
         self.step_losses = []
@@ -181,9 +203,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """This forward pass's part of the mean over the whole optimizer step."""
+        """This forward pass's part of the mean over the whole optimizer step.
+
+        Times the number of processes, since DDP takes the mean of their gradients.
+        """
         assert num_items_in_batch is not None
-        return summed_loss(model, inputs) / num_items_in_batch
+        if model is not self.model:
+            model = ranks.Wrapped(model, self.model)
+        return summed_loss(model, inputs) * ranks.count() / num_items_in_batch
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward."""
@@ -199,8 +226,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
         # Once a step, since a GPU has to wait for it, and before the optimizer spoils the weights with it.
-        loss, size = torch.stack([torch.stack(self.step_losses).sum(), norm.detach().to(self.args.device)]).tolist()
-        for what, value in (("loss", loss), ("gradient norm", size)):
+        here = torch.stack([torch.stack(self.step_losses).sum(), norm.detach().to(self.args.device)]).tolist()
+        for what, value in zip(("loss", "gradient norm"), ranks.summed(*here), strict=True):
+            value /= ranks.count()  # noqa: PLW2901
             if not math.isfinite(value):
                 raise self._diverged(self.state.global_step + 1, f"the {what} is {value}", batch=True)
         return norm
@@ -219,9 +247,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             raise self._diverged(self.state.global_step, what)
 
     def _diverged(self, step: int, what: str, *, batch: bool = False) -> Diverged:
+        step_rows = [row for rows in ranks.gathered(self.step_rows) for row in rows if row >= 0]
         good = checkpoints.found(self.scratch)
         last = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
-        rows = f"; its rows are {', '.join(self.train_dataset.ids[i] for i in self.step_rows)}" if batch else ""
+        rows = f"; its rows are {', '.join(self.train_dataset.ids[i] for i in step_rows)}" if batch else ""
         return Diverged(
             f"step {step} of {self.watch.steps}: {what}; {last}{rows}. "
             "Lower train.learning_rate or train.max_grad_norm, or look at the rows"
@@ -230,7 +259,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         folder = self.scratch / f"checkpoint-{step}"
-        shutil.rmtree(folder, ignore_errors=True)
+        if ranks.first():
+            shutil.rmtree(folder, ignore_errors=True)
+        ranks.together()
         try:
             super()._save_checkpoint(model, trial)
             self._seal(folder, step)
@@ -243,12 +274,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                     f"step {step}: no space for a checkpoint in scratch; free some and run it again"
                 ) from error
             raise
-        for old in checkpoints.found(self.scratch)[:-KEPT_CHECKPOINTS]:
+        for old in checkpoints.found(self.scratch)[:-KEPT_CHECKPOINTS] if ranks.first() else ():
             shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
-        lora.save(self.model, Path(output_dir) / ADAPTER)  # the adapter alone: no model card, no pickled arguments
+        if ranks.first():  # the Trainer leaves it to each process
+            lora.save(self.model, Path(output_dir) / ADAPTER)  # the adapter alone: no model card, no pickled arguments
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

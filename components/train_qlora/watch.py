@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from components.train_qlora import ranks
 from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 
@@ -20,7 +21,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         stopped: Why the run ends before its last step and goes on another time; None while it does not.
-        tokens: Tokens of this process, padding not counted.
+        tokens: Since this process began, of all that train together, padding not counted.
     """
 
     def __init__(self, config: TrainConfig, steps: int) -> None:
@@ -34,7 +35,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of this process over the time since it began to train."""
+        """Of all processes, over the time since they began to train."""
         return self.tokens / max(time.monotonic() - self.begun, 1e-9)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -47,12 +48,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         now = time.monotonic()
         limit = self.config.max_hours
         control.should_evaluate = state.global_step in self.measure_at
+        asked, late, due = ranks.any_of(
+            preempt.requested(),
+            limit is not None and now - self.begun >= limit * 3600,
+            now - self.saved >= self.config.checkpoint_minutes * 60,
+        )
         if state.global_step < self.steps:
-            if preempt.requested():
+            if asked:
                 self.stopped = "asked to stop"
-            elif limit is not None and now - self.begun >= limit * 3600:
+            elif late:
                 self.stopped = "time budget used up; raise train.max_hours or run again"
-        due = now - self.saved >= self.config.checkpoint_minutes * 60
         if due or self.stopped or state.global_step >= self.steps:
             control.should_save = True
             self.saved = now
@@ -63,7 +68,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         now = time.monotonic()
         seconds, self.last_step = now - self.last_step, now
         self.tokens += tokens
-        return {"tokens_per_second": tokens / max(seconds, 1e-9), "memory_mib": memory_mib(), "time": time.time()}
+        memory = round(ranks.summed(memory_mib())[0])
+        return {"tokens_per_second": tokens / max(seconds, 1e-9), "memory_mib": memory, "time": time.time()}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

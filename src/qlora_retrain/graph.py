@@ -57,7 +57,7 @@ class Step:
         reads: In the order of `run`'s parameters.
         makes: The artifact.
         image: `light` has no torch, `train` has the training stack.
-        gpus: GPUs wanted on a GPU runtime.
+        gpus: GPUs wanted on a GPU runtime; training takes one for each of its processes.
         retries: Tries after the first, used for exit codes that say "try again".
         scratch: The step gets a folder that the runner restores, mirrors to the store and removes after success.
         store: The step gets its inputs' manifests, the plan and the store instead of fetched folders.

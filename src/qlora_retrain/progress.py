@@ -51,6 +51,31 @@ def update(what: str, done: float, total: float, **numbers: Number) -> None:
         print(json.dumps({"time": round(time.time(), 1), **record}), flush=True)
 
 
+def parsed(line: str) -> Update | None:
+    """An update as another process printed it, or None for any other line."""
+    if not line.startswith('{"time"'):
+        return None
+    try:
+        found: Update = json.loads(line)
+    except ValueError:
+        return None
+    return found if {"what", "done", "total"} <= found.keys() else None
+
+
+def numbers_of(found: Update) -> dict[str, Number]:
+    """What an update tells beside how far the work is."""
+    return {name: value for name, value in found.items() if name not in ("time", "what", "done", "total")}
+
+
+def repeat(line: str) -> None:
+    """Tell what another process of this step told, as if this one had."""
+    found = parsed(line)
+    if found is None:
+        say(line)
+    else:
+        update(str(found["what"]), float(found["done"]), float(found["total"]), **numbers_of(found))  # type: ignore[arg-type]
+
+
 def _joined(numbers: Update) -> str:
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
 

@@ -29,6 +29,14 @@ def test_the_profile_to_start_from_is_valid_and_asks_for_gpus_where_the_graph_do
     assert asks["publish"] == (0, 8)
 
 
+def test_the_training_pod_alone_gets_a_gpu_for_each_process() -> None:
+    profile = load(EXAMPLE).model_copy(update={"train_gpus": 4})
+    assert {step.name: profile.gpus(step) for step in graph.STEPS if profile.gpus(step)} == {
+        "train_qlora": 4,
+        "evaluate": 1,
+    }
+
+
 def test_a_cluster_without_gpus_asks_for_none() -> None:
     profile = load(EXAMPLE).model_copy(update={"gpu_resource": None})
     train = graph.step("train_qlora")

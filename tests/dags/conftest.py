@@ -27,6 +27,7 @@ PROFILE = {
     "work_gib": 50,
     "light": {"cpus": 0.5, "memory_gib": 2},
     "train": {"cpus": 4, "memory_gib": 32},
+    "train_gpus": 2,
     "gpu": {
         "cpus": 8,
         "memory_gib": 64,

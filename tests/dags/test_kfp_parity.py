@@ -133,7 +133,8 @@ def test_a_pod_is_what_the_profile_says(compiled: Compiled, name: str) -> None:
     cpus, memory = {"light": ("0.5", "2Gi"), "train": ("4", "32Gi"), "gpu": ("8", "64Gi")}[kind]
     asked: dict[str, Any] = {"resourceCpuRequest": cpus, "resourceMemoryRequest": memory, "resourceMemoryLimit": memory}
     if kind == "gpu":
-        asked["accelerator"] = {"resourceType": "nvidia.com/gpu", "resourceCount": "1"}
+        gpus = "2" if name == "train_qlora" else "1"
+        asked["accelerator"] = {"resourceType": "nvidia.com/gpu", "resourceCount": gpus}
     found = {k: v for k, v in runs["resources"].items() if k.startswith("resource")}
     if "accelerator" in runs["resources"]:
         accelerator = runs["resources"]["accelerator"]
@@ -146,7 +147,8 @@ def test_a_pod_is_what_the_profile_says(compiled: Compiled, name: str) -> None:
         "QLORA_RETRAIN_CACHE": f"{containers.WORK}/cache",
     }
     assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
-    assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [("/work", "50Gi")]
+    shared = [("/dev/shm", "1024Mi")] if name == "train_qlora" else []  # NCCL's, between the GPUs of a pod
+    assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [("/work", "50Gi"), *shared]
     assert [(s["secretName"], s["mountPath"]) for s in pod["secretAsVolume"]] == [
         ("store-credentials", "/run/secrets/aws")
     ]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain import graph
+from qlora_retrain.config.sections import RuntimeConfig, TrainConfig
 from qlora_retrain.errors import UsageError
 from qlora_retrain.runtimes import containers
 
@@ -60,6 +61,14 @@ def test_a_store_on_loopback_needs_the_hosts_network(url: str, monkeypatch: pyte
 def test_one_users_work_is_not_on_anothers_volume() -> None:
     assert containers.volume(None) == "qlora-retrain-work"
     assert containers.volume("1000:100") == "qlora-retrain-work-1000"
+
+
+def test_a_container_gets_a_gpu_for_each_process_where_the_plan_says_cuda() -> None:
+    train, evaluate, merge = (graph.step(name) for name in ("train_qlora", "evaluate", "merge_adapter"))
+    assert containers.gpus(train, TrainConfig(device="cuda", processes=4).model_dump()) == 4
+    assert containers.gpus(train, TrainConfig(device="cpu", processes=4).model_dump()) == 0
+    assert containers.gpus(evaluate, {"device": "cuda"}) == 1
+    assert containers.gpus(merge, {"device": "cuda"}) == 0
 
 
 def test_every_container_is_confined() -> None:

@@ -55,6 +55,7 @@ class Profile(Images):
     image_pull_secrets: tuple[Name, ...] = operational((), "secrets that the images are pulled with")
     service_account: Name | None = operational(None, "whom the pods run as; null: the namespace's default")
     gpu_resource: str | None = operational("nvidia.com/gpu", "what a GPU is called here; null: there are none")
+    train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.processes", ge=1, le=64)
     env: dict[Variable, str] = operational({}, "settings, e.g. AWS_REGION; secrets are refused")
     secrets: tuple[Secret, ...] = operational((), "folders of files that every step sees")
     work_gib: float = operational(100.0, "disk for the node cache and checkpoints of a pod", gt=0.0, le=65_536)
@@ -73,7 +74,9 @@ class Profile(Images):
 
     def gpus(self, step: Step) -> int:
         """How many GPUs a step asks for on this cluster."""
-        return step.gpus if self.gpu_resource else 0
+        if not self.gpu_resource:
+            return 0
+        return self.train_gpus if step.section == "train" else step.gpus
 
     def pod(self, step: Step) -> Pod:
         """What a step's pod asks for."""

@@ -68,8 +68,18 @@ class TrainConfig(Section):
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = identity(
         "paged_adamw_32bit", "8bit: a quarter of the state's memory, a little noise"
     )
-    batch_size: int = identity(16, "examples a forward pass; higher: faster until memory ends", ge=1, le=4096)
-    gradient_accumulation: int = identity(1, "forward passes an optimizer step", ge=1, le=4096)
+    batch_size: int = identity(
+        16, "examples a forward pass of a process, at most; higher: faster until memory ends", ge=1, le=4096
+    )
+    gradient_accumulation: int = identity(
+        1, "times batch_size: the examples of an optimizer step, however many processes share it", ge=1, le=4096
+    )
+    processes: int = identity(
+        1, "processes that share the examples of a step, each with a GPU of its own on cuda; faster", ge=1, le=64
+    )
+    parallel: Literal["ddp", "fsdp"] = identity(
+        "ddp", "ddp: each process holds the whole base; fsdp: a part, the rest fetched layer by layer: less memory"
+    )
     epochs: float = identity(3.0, "passes over the training rows; unused where max_steps is set", gt=0.0, le=1000)
     max_steps: int | None = identity(None, "exactly this many optimizer steps", ge=1)
     seed: int = identity(0, "of the adapter's start, the data order and dropout", ge=0, le=2**31 - 1)
@@ -97,6 +107,22 @@ class TrainConfig(Section):
     report_to: list[Literal["mlflow", "wandb"]] = operational(
         [], "trackers that also get the losses, if installed; their own environment variables say where they are"
     )
+
+    @property
+    def rows_a_step(self) -> int:
+        """Examples of an optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @model_validator(mode="after")
+    def _processes_have_something_to_share(self) -> TrainConfig:
+        if self.processes > self.rows_a_step:
+            raise ValueError(
+                f"processes: {self.processes} cannot share a step of {self.rows_a_step} examples "
+                "(batch_size * gradient_accumulation); set fewer, or a larger step"
+            )
+        if self.parallel == "fsdp" and self.processes == 1:
+            raise ValueError("parallel: fsdp shares the base among processes, and processes is 1; set 2 or more")
+        return self
 
     @model_validator(mode="after")
     def _stopping_needs_measurements(self) -> TrainConfig:

@@ -138,7 +138,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
 
     def _created(self, plan: Plan) -> str:
         step = graph.step(self.step)
-        gpus = step.gpus if plan.step(self.step).config.get("device") == "cuda" else 0
+        gpus = containers.gpus(step, plan.step(self.step).config)
         sources = [source.uri for source in plan.sources.values() if source is not None]
         user = containers.user(plan.root)
         host = self.cli.create_host_config(
@@ -151,6 +151,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 ),
             ],
             device_requests=[DeviceRequest(count=gpus, capabilities=[["gpu"]])] if gpus else None,
+            shm_size=containers.SHARED_MEMORY_BYTES if gpus > 1 else None,
         )
         made = self.cli.create_container(
             self.image,

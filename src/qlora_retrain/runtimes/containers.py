@@ -20,7 +20,9 @@ from qlora_retrain.errors import UsageError
 
 if TYPE_CHECKING:
     from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.graph import Step
 
+SHARED_MEMORY_BYTES = 2**30  # of a container with several GPUs: NCCL's, engines allow 64 MiB by themselves
 WORK = "/work"  # the node cache and the step's own files
 SECRETS = "/run/secrets"
 LABEL = "qlora-retrain.step"
@@ -53,6 +55,11 @@ def confinement(runtime: RuntimeConfig) -> dict[str, Any]:
         "tmpfs": {"/tmp": "rw,nosuid,nodev,size=1g"},  # noqa: S108 - the container's own
         "network_mode": runtime.network,
     }
+
+
+def gpus(step: Step, config: Mapping[str, Any]) -> int:
+    """How many GPUs a step's container gets: one for each of its processes, none where the plan says `cpu`."""
+    return int(config.get("processes", step.gpus)) if step.gpus and config.get("device") == "cuda" else 0
 
 
 def environment(runtime: RuntimeConfig, places: Iterable[str]) -> dict[str, str]:

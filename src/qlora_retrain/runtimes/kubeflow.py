@@ -77,6 +77,9 @@ def step_task(step: Step, profile: Profile, plan: Any) -> Any:
     _settled(task, step.name, image, step.retries, profile, profile.pod(step))
     if profile.gpus(step):
         task.set_accelerator_type(profile.gpu_resource).set_accelerator_limit(profile.gpus(step))
+    if profile.gpus(step) > 1:
+        size = f"{containers.SHARED_MEMORY_BYTES // 2**20}Mi"
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=size)  # noqa: S108
     return task
 
 

@@ -5,7 +5,6 @@ Command: `qlora-retrain run CONFIG --root URI`
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -58,7 +57,7 @@ class _Child:
         with self.process.stdout as lines:
             for line in lines:
                 text = line.rstrip()
-                update = _update(text)
+                update = progress.parsed(text)
                 if update is None:
                     progress.say(text if text.startswith(f"{self.step.name}:") else f"{self.step.name} | {text}")
                 else:
@@ -148,20 +147,8 @@ def _made(plan: Plan, step_name: str) -> bool:
         return False
 
 
-def _update(text: str) -> Mapping[str, Any] | None:
-    """A progress update as `progress` prints it, or None for any other line."""
-    if not text.startswith('{"time"'):
-        return None
-    try:
-        found: Mapping[str, Any] = json.loads(text)
-    except ValueError:
-        return None
-    return found if {"what", "done", "total"} <= found.keys() else None
-
-
 def _show(step_name: str, update: Mapping[str, Any]) -> None:
-    numbers = {k: v for k, v in update.items() if k not in ("time", "what", "done", "total")}
-    line = progress.one_line(numbers)
+    line = progress.one_line(progress.numbers_of(update))
     progress.say(f"{step_name} | {update['what']} {update['done']:g}/{update['total']:g}  {line}")
 
 

@@ -168,33 +168,36 @@ def test_passes_are_halved_as_long_as_the_step_stays_the_same():
 
     def train(config: TrainConfig) -> str:
         tried.append((config.batch_size, config.gradient_accumulation))
-        if config.batch_size > 2:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        with memory.noted(config, 77):
+            if config.batch_size > 2:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return "trained"
 
     config = TrainConfig(batch_size=10, gradient_accumulation=3)
-    result, used, told = memory.shrinking(config, 77, train)
+    result, used, told = memory.shrinking(config, train)
     assert result == "trained"
     assert tried == [(10, 3), (5, 6), (2, 15)]
     assert (used.batch_size, used.gradient_accumulation, len(told)) == (2, 15, 2)
 
 
 def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers():
-    def train(_: TrainConfig) -> None:
-        raise MemoryError("no more")
+    def train(config: TrainConfig) -> None:
+        with memory.noted(config, 77):
+            raise MemoryError("no more")
 
     with pytest.raises(
         MemoryError, match=r"with 1 rows a pass, the longest row having 77 tokens, \d+ MiB held; no more"
     ):
-        memory.shrinking(TrainConfig(batch_size=2), 77, train)
+        memory.shrinking(TrainConfig(batch_size=2), train)
 
 
 def test_an_error_that_is_not_about_memory_is_left_alone():
-    def train(_: TrainConfig) -> None:
-        raise RuntimeError("shapes do not fit")
+    def train(config: TrainConfig) -> None:
+        with memory.noted(config, 77):
+            raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.shrinking(TrainConfig(batch_size=2), 77, train)
+        memory.shrinking(TrainConfig(batch_size=2), train)
 
 
 def test_a_full_disk_ends_the_try_and_harms_nothing(step, monkeypatch):

@@ -213,7 +213,7 @@ def test_a_crash_after_the_last_step_trains_nothing_again(training, monkeypatch,
         raise OSError("the machine goes away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("components.train_qlora.step.mean_loss", crash)
+        patch.setattr("components.train_qlora.training.mean_loss", crash)
         with pytest.raises(OSError, match="goes away"):
             parts()
     capsys.readouterr()

@@ -1,0 +1,146 @@
+"""Several processes that train together: started, listened to and ended by the one that runs the step.
+
+Each gets the environment that torchrun would give it, so torch and accelerate work as they would there; ADR 15 says why
+the launcher is not torchrun's. The first one talks for all. Where one fails the others are killed, and what it failed
+of is raised here: an ending with a code of its own before a signal that ended one, and that before any other error,
+which is most often only the loss of a neighbour.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from torch.distributed import TCPStore
+
+from components.train_qlora import worker
+from components.train_qlora.training import Trained
+from qlora_retrain import preempt, progress
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import Problem, TryAgain
+
+TICK_SECONDS = 0.2  # how soon a request to stop is passed on
+GRACE_SECONDS = 5.0  # what the others get to say once one has failed
+
+
+@dataclass
+class Member:
+    """A process and what it has said."""
+
+    rank: int
+    process: BaseProcess
+    ear: Connection
+    said: Trained | Exception | None = None
+    said_at: float = 0.0
+    exit_code: int | None = None  # only where it ended before anybody ended it
+
+    @property
+    def failed(self) -> bool:
+        """Whether it cannot go on."""
+        return isinstance(self.said, Exception) or bool(self.exit_code)
+
+    def hear(self) -> None:
+        """Take what it says; note its end."""
+        try:
+            heard = self.ear.recv()
+        except (EOFError, OSError):
+            self.ear.close()
+            self.process.join()
+            self.exit_code = self.process.exitcode
+            return
+        if isinstance(heard, str):
+            progress.repeat(heard)
+        else:
+            self.said, self.said_at = heard, time.monotonic()
+
+
+def train_together(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> Trained:
+    """`training.train` in `config.processes` processes; the first one writes.
+
+    Raises:
+        Problem: What the processes raise.
+        MemoryError: If memory runs out in one of them.
+        TryAgain: If one was killed, or all were asked to stop.
+        RuntimeError: For any other fault of theirs, with its traceback as a note.
+    """
+    store, port = _store()
+    threads = max(1, torch.get_num_threads() // config.processes)
+    job = worker.Job(config, dataset, base_nf4, adapter, scratch, port, os.getpid(), threads)
+    progress.say(f"{config.processes} processes share {config.rows_a_step} rows a step ({config.parallel})")
+    members: list[Member] = []
+    try:
+        for rank in range(config.processes):
+            members.append(_started(rank, job))
+        _follow(members)
+    finally:
+        for member in members:
+            member.process.kill()
+            member.process.join()
+        del store
+    for member in members:
+        if member.failed:
+            raise _cause(members)
+    found = members[0].said
+    assert isinstance(found, Trained)
+    return found
+
+
+def _store() -> tuple[TCPStore, int]:
+    """Where the processes meet: on loopback alone, at a port that is ours from the moment it is chosen."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listening.detach()), port
+
+
+def _started(rank: int, job: worker.Job) -> Member:
+    context = multiprocessing.get_context("spawn")
+    ear, mouth = context.Pipe(duplex=False)
+    process = context.Process(target=worker.main, args=(rank, job, mouth), name=f"rank-{rank}", daemon=True)
+    process.start()
+    mouth.close()
+    return Member(rank, process, ear)
+
+
+def _follow(members: list[Member]) -> None:
+    """Listen until all have ended, or one has failed and the others have had their say; pass on a request to stop."""
+    asked, over = False, float("inf")
+    while (open_ones := [m for m in members if not m.ear.closed]) and time.monotonic() < over:
+        if preempt.requested() and not asked:
+            asked = True
+            for member in open_ones:
+                if member.process.is_alive():
+                    os.kill(member.process.pid or 0, signal.SIGTERM)
+        ready = wait([member.ear for member in open_ones], timeout=TICK_SECONDS)
+        for member in open_ones:
+            if member.ear in ready:
+                member.hear()
+        if any(member.failed for member in members):
+            over = min(over, time.monotonic() + GRACE_SECONDS)
+
+
+def _cause(members: list[Member]) -> Exception:
+    """What ended the run: the error that the others followed from."""
+    errors = [m.said for m in sorted(members, key=lambda m: m.said_at) if isinstance(m.said, Exception)]
+    for error in errors:
+        if isinstance(error, Problem | MemoryError):
+            return error
+    for member in members:
+        if member.exit_code and member.exit_code < 0:
+            name = signal.Signals(-member.exit_code).name
+            return TryAgain(
+                f"process {member.rank} of {len(members)} was ended by {name}"
+                + (", as when memory runs out" if name == "SIGKILL" else "")
+                + "; the others were stopped. Run the same command again: it goes on from the newest checkpoint"
+            )
+    if errors:
+        return errors[0]
+    silent = next(member for member in members if member.failed)
+    return RuntimeError(f"process {silent.rank} ended with exit code {silent.exit_code} and said nothing")

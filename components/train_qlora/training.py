@@ -1,0 +1,109 @@
+"""Train the adapter and write it: the whole of it in one process, or what each of several processes does."""
+
+from __future__ import annotations
+
+import resource
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from components.train_qlora import lora, ranks, sharded
+from components.train_qlora.loss import mean_loss, padding
+from components.train_qlora.memory import noted
+from components.train_qlora.result import optimizer_used
+from components.train_qlora.rows import Rows, read
+from components.train_qlora.trainer import AdapterTrainer
+from qlora_retrain import modeling, progress
+from qlora_retrain.chat import load_tokenizer
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run learned, beside the adapter that it wrote.
+
+    Attributes:
+        log: The Trainer's, see `history`.
+        optimizer: As it ran.
+        eval_loss: Nats a supervised token of the evaluation rows; None where there are none.
+        tokens_per_second: Of all processes together; None where every step was done before.
+        peak_rss_mib: The peaks of all processes, added up.
+        layers: See `lora.trainable_by_layer`.
+        train_rows: Rows of the data set.
+        eval_rows: Likewise.
+    """
+
+    log: list[dict[str, Any]]
+    optimizer: str
+    eval_loss: float | None
+    tokens_per_second: float | None
+    peak_rss_mib: int
+    layers: list[tuple[str, int, int]]
+    train_rows: int
+    eval_rows: int
+
+
+def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> Trained:
+    """Train from the newest checkpoint or the start, write the adapter, measure the evaluation loss.
+
+    Raises:
+        UsageError: If there is nothing to learn, or the settings do not fit the model.
+        IntegrityError: If an input is unsafe or damaged.
+        Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
+        TryAgain: If stopped before the end, after saving a checkpoint.
+        MemoryError: If memory runs out, with the numbers.
+    """
+    tokenizer = load_tokenizer(base_nf4)
+    rows, held_out = read(dataset / "train.jsonl", tokenizer), read(dataset / "eval.jsonl", tokenizer)
+    if config.evaluations and not len(held_out):
+        raise UsageError("train.evaluations: dataset/eval.jsonl has no rows to measure; leave it out")
+    if not len(rows):
+        raise UsageError("dataset/train.jsonl: has no rows; there is nothing to train on")
+    with noted(config, max(rows.lengths)):
+        trainer = _trainer(config, rows, held_out, base_nf4, padding(tokenizer), scratch)
+        with warnings.catch_warnings():
+            # bitsandbytes has no paged memory on a CPU; what was really used is found out and said.
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+            trainer.train_or_go_on()
+        model = trainer.model
+        if ranks.first():
+            lora.save(model, adapter)
+        optimizer = optimizer_used(config, trainer.optimizer)
+        progress.say(f"optimizer: {optimizer}")
+        eval_loss = mean_loss(model, held_out, padding(tokenizer), 2 * config.batch_size)
+    return Trained(
+        log=trainer.state.log_history,
+        optimizer=optimizer,
+        eval_loss=eval_loss,
+        tokens_per_second=round(trainer.watch.tokens_per_second, 1) if trainer.watch.tokens else None,
+        peak_rss_mib=round(ranks.summed(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)[0]),
+        layers=lora.trainable_by_layer(model),
+        train_rows=len(rows),
+        eval_rows=len(held_out),
+    )
+
+
+def _trainer(
+    config: TrainConfig, rows: Rows, held_out: Rows, base_nf4: Path, pad: int, scratch: Path
+) -> AdapterTrainer:
+    """A trainer over the base with a fresh adapter."""
+    several = config.device == "cuda" and ranks.count() > 1
+    device = f"cuda:{ranks.number()}" if several else config.device
+    base = modeling.load_nf4(base_nf4, device=device, attention=config.attention, dtype=config.precision)
+    if base.dtype == torch.float16:
+        raise UsageError("quantize.dtype: float16 gradients underflow without loss scaling; train over bfloat16")
+    longest, limit = max(rows.lengths), getattr(base.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise UsageError(f"dataset/train.jsonl: a row has {longest} tokens and the model takes {limit}")
+    set_seed(config.seed)
+    model = lora.attach_new(base, config)
+    if config.parallel == "fsdp":
+        sharded.shard(model, config.device)
+    trainer = AdapterTrainer(model, config, rows, held_out, pad, scratch)
+    set_seed(config.seed + ranks.number())  # the adapter starts the same in every process, dropout does not
+    return trainer

@@ -1,0 +1,101 @@
+"""One of several processes that train together: started by `processes`, heard over a pipe, gone when it is."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from components.train_qlora import ranks
+from components.train_qlora.training import train
+from qlora_retrain import preempt
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.errors import Problem
+from qlora_retrain.runtimes import leash
+
+PATIENCE = timedelta(hours=2)  # of one process for another; a dead one is noticed by whoever started them
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the processes are to do, and where they meet.
+
+    Attributes:
+        port: Of the store on loopback, which whoever started them holds.
+        parent: Whoever started them.
+        threads: That each may use on a CPU.
+    """
+
+    config: TrainConfig
+    dataset: Path
+    base_nf4: Path
+    adapter: Path
+    scratch: Path
+    port: int
+    parent: int
+    threads: int
+
+
+class Voice(io.TextIOBase):
+    """A stream whose lines go to whoever started this process, or nowhere."""
+
+    def __init__(self, mouth: Connection | None) -> None:
+        self.mouth, self.rest = mouth, ""
+
+    def write(self, text: str) -> int:
+        """Send what has become a whole line."""
+        *lines, self.rest = (self.rest + text).split("\n")
+        if self.mouth is not None:
+            for line in lines:
+                self.mouth.send(line)
+        return len(text)
+
+
+def main(rank: int, job: Job, mouth: Connection) -> None:
+    """Train; send lines of text, and last what was learned or the exception that ended it."""
+    os.setpgid(0, 0)  # a signal to the whole group is for whoever started us, who passes it on, once
+    leash.die_with(job.parent, signal.SIGKILL)
+    preempt.install(polite=True)
+    sys.stdout = sys.stderr = Voice(mouth if rank == 0 else None)
+    try:
+        _meet(rank, job)
+        found = train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
+        ranks.together()
+        mouth.send(found)
+        distributed.destroy_process_group()
+    except Exception as error:  # noqa: BLE001 - it is raised again where the step runs
+        mouth.send(_told(rank, error))
+        os._exit(1)  # at once: a library that waits for the other processes would wait for ever
+
+
+def _meet(rank: int, job: Job) -> None:
+    """Join the others: flags and counts by gloo, gradients by NCCL where there are GPUs; all of it on loopback."""
+    n, cuda = str(job.config.processes), job.config.device == "cuda"
+    os.environ.update(  # what torchrun would set, and accelerate reads
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port), TORCHELASTIC_USE_AGENT_STORE="True",
+        GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(job.threads)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+
+
+def _told(rank: int, error: Exception) -> Exception:
+    """What can be sent: a problem as it is, anything else in words, with its traceback as a note."""
+    if isinstance(error, Problem | MemoryError):
+        return type(error)(str(error))
+    told = RuntimeError(f"process {rank}: {type(error).__name__}: {error}")
+    told.add_note(traceback.format_exc())
+    return told
