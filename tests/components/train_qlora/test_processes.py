@@ -34,14 +34,15 @@ plain, passes = trainer.summed_loss, iter(range(10**6))
 
 def spoilt(model, batch):
     loss = plain(model, batch)
-    if fault and os.environ.get("RANK") == "1" and next(passes) >= int(at):
+    number = next(passes) - int(at or 0)
+    if fault and os.environ.get("RANK") == "1" and number >= 0:
         if fault == "nan":
             return loss * float("nan")
         if fault == "memory" and len(batch["input_ids"]) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if fault == "bug":
             raise ValueError("a fault of ours")
-        if fault.startswith("SIG"):
+        if fault.startswith("SIG") and number == 0:
             os.kill(os.getpid(), getattr(signal, fault))
     return loss
 
