@@ -72,14 +72,8 @@ def _score(
         attention=scoring.attention(config.device),
         dtype=config.precision,
     )
-    return scoring.score_rows(
-        loaded,
-        chat.load_tokenizer(model),
-        rows,
-        labels=labels,
-        batch_tokens=settings.batch_tokens,
-        what="scoring",
-    )
+    scores, _ = scoring.score_by(settings, loaded, chat.load_tokenizer(model), rows, labels, what="scoring")
+    return scores
 
 
 def _judge(
@@ -90,7 +84,7 @@ def _judge(
     This step reads no reference text, so what the live model forgot stands in for what the merged form did.
     """
     reference = [score for score in live["challenger"] if score.suite == "reference"]
-    scores: dict[str, list[RowScore]] = {name: live[name] for name in ("base", "champion") if name in live}
+    scores: dict[str, list[RowScore]] = {name: live[name] for name in ("base", "champion", "anchor") if name in live}
     scores["challenger"] = [*merged, *reference]
     cost = verdict.merge_cost(live["challenger"], merged, config.max_loss_nats, settings)
     return verdict.judge(scores, settings, extra=[cost]), cost

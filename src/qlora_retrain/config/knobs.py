@@ -5,9 +5,12 @@ A field is *identity* (it changes the result, so it enters the step's key) unles
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def identity(default: Any, consequence: str, **bounds: Any) -> Any:

@@ -41,7 +41,7 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     reference.mkdir()
     (reference / "general.txt").write_text("The sun rises\nin the east.\n\nWater is wet.\n\n\nBirds can fly.\n")
     (reference / "more.jsonl").write_text('{"text": "Snow is cold."}\n')
-    report = run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=reference,
+    report = run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert report.numbers["verdict"] == "pass"
@@ -52,7 +52,8 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert set(found["golden"]) == set(found["reference"]) == set(found["contestants"])
     assert EvaluateConfig.model_validate(found["settings"]) == CONFIG
     assert [rule["passed"] for rule in found["rules"]] == [True] * len(found["rules"])
-    assert [rule["name"] for rule in found["rules"]] == ["enough_rows", "gain_over_base", "loss_to_champion", "golden"]
+    names = ["enough_rows", "gain_over_base", "loss_to_champion", "golden", "slices"]
+    assert [rule["name"] for rule in found["rules"]] == names
     scores = read_scores(evaluation / "scores.jsonl")
     rows = [s for s in scores["challenger"] if s.suite == "eval"]
     assert found["contestants"]["challenger"]["accuracy"] == pytest.approx(sum(bool(s.correct) for s in rows) / 36)
@@ -68,7 +69,16 @@ def test_the_4_bit_base_is_scored_with_the_adapter_off(
     from qlora_retrain import chat, modeling, scoring
 
     dataset = write_dataset(tmp_path / "dataset")
-    run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=None, evaluation=evaluation)
+    run(
+        CONFIG,
+        dataset,
+        **inputs,
+        champion=None,
+        anchor=None,
+        golden_data=None,
+        reference_data=None,
+        evaluation=evaluation,
+    )
     rows = scoring.read_rows(dataset / "eval.jsonl", "eval")
     alone = scoring.score_rows(
         modeling.load_nf4(inputs["base_nf4"], dtype="float32"),
@@ -108,7 +118,7 @@ def test_a_text_task_is_judged_by_loss_and_has_no_accuracy(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", task="text")
-    report = run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=None,
+    report = run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert document(evaluation)["metric"] == "loss"
@@ -121,15 +131,18 @@ def test_a_champion_is_scored_too_and_its_absence_is_insufficient_evidence(
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", task="text")
     later = CONFIG.model_copy(update={"first_release": False})
-    report = run(later, dataset, **inputs, champion=None, golden_data=None, reference_data=None,
+    report = run(later, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert "set evaluate.first_release: true" in str(report.refused)
     assert (evaluation / "report.html").is_file()
-    # The base model itself is the weakest champion that there can be.
-    report = run(later, dataset, **inputs, champion=inputs["base_model"], golden_data=None, reference_data=None,
-                 evaluation=evaluation)  # fmt: skip
+    # The base model itself is the weakest champion that there can be. Its data was never profiled: no drift to judge.
+    (tmp_path / "version").mkdir()
+    (tmp_path / "version" / "model").symlink_to(inputs["base_model"])
+    later = later.model_copy(update={"max_drift": None})
+    report = run(later, dataset, **inputs, champion=tmp_path / "version", anchor=None, golden_data=None,
+                 reference_data=None, evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert report.numbers["loss_champion"] == pytest.approx(report.numbers["loss_base"])
 
@@ -139,7 +152,7 @@ def test_the_page_names_labels_but_shows_no_row(
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset")
     strict = CONFIG.model_copy(update={"min_gain_over_base": 2.0})
-    report = run(strict, dataset, **inputs, champion=None, golden_data=None, reference_data=None,
+    report = run(strict, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is not None
     html = (evaluation / "report.html").read_text()
@@ -156,5 +169,5 @@ def test_reference_data_without_a_passage_is_an_error_that_says_so(
     (reference / "LICENSE").write_text("nothing")
     dataset = write_dataset(tmp_path / "dataset")
     with pytest.raises(UsageError, match="no passage found"):
-        run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=reference,
+        run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
             evaluation=evaluation)  # fmt: skip

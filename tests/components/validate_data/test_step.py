@@ -49,7 +49,9 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
             (folder / name / f"{'tickets' if name == 'raw' else name}.jsonl").write_text(text, encoding="utf-8")
         (folder / "dataset").mkdir()
         config = DataConfig(**{"task": "labels", "salt": "line", "min_eval_rows": 10, **settings})
-        report = run(config, folder / "raw", tiny_model, folder / "golden" if golden else None, folder / "dataset")
+        report = run(
+            config, folder / "raw", tiny_model, folder / "golden" if golden else None, None, folder / "dataset"
+        )
         return report, folder / "dataset"
 
     return call
