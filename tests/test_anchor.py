@@ -10,6 +10,7 @@ import pytest
 
 from qlora_retrain import graph, plan, registry, runner, verdict
 from qlora_retrain.config.judging import EvaluateConfig
+from qlora_retrain.errors import UsageError
 from qlora_retrain.outcome import Report
 from qlora_retrain.plan import Plan
 from qlora_retrain.rows import RowScore
@@ -176,3 +177,32 @@ def test_too_few_rows_to_rule_out_the_margin_are_insufficient_evidence() -> None
     judged = verdict.judge(scores, EvaluateConfig(max_loss_to_champion=0.02))
     assert judged.verdict == "insufficient evidence"
     assert "60 rows can rule out no loss below 0.060" in judged.sentence
+
+
+def test_the_plan_pins_the_version_whose_data_is_the_reference(
+    publish_next: Callable[[str | None], Plan], store: Store, line: Path, root_uri: str, small_steps: dict[str, Any]
+) -> None:
+    before = publish_next("challenger")
+    version = production(store)
+    made = plan.make(line, root_uri, overrides=[f"data.reference={version}"])
+    assert made.reference is not None
+    assert made.step("validate_data").inputs["reference_profile"] == made.reference.manifest_sha256
+    assert made.step("validate_data").key != before.step("validate_data").key
+    seen: list[str] = []
+
+    def run(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
+        assert reference_profile is not None
+        seen.extend(p.relative_to(reference_profile).as_posix() for p in reference_profile.rglob("*") if p.is_file())
+        return Report()
+
+    assert runner.execute(made, "validate_data", lambda: run) == 0
+    assert seen == [graph.PROFILE]
+    with pytest.raises(UsageError, match="has no version 20200101T000000Z-000000000000"):
+        plan.make(line, root_uri, overrides=["data.reference=20200101T000000Z-000000000000"])
