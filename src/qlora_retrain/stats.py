@@ -28,7 +28,7 @@ class Interval:
     @property
     def negative(self) -> Interval:
         """The same interval seen from the other side."""
-        return Interval(-self.value, -self.high, -self.low)
+        return Interval(0.0 - self.value, 0.0 - self.high, 0.0 - self.low)  # 0.0 - x: never the zero that prints as -0
 
 
 def ratio_interval(

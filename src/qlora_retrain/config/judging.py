@@ -54,7 +54,9 @@ class EvaluateConfig(Section):
     min_accuracy: float | None = identity(None, "floor for label accuracy; null: none", ge=0.0, le=1.0)
     floors: dict[Floored, Share] = identity({}, "least mean of other metrics, e.g. {json_validity: 0.99}")
     max_slice_loss: float | None = identity(
-        0.1, "refuse when a slice (label, length, language) is surely worse by more than this; null: no such rule", ge=0
+        0.1,
+        "refuse when a slice (label, length, language) is surely worse, and by more than this; null: no such rule",
+        ge=0,
     )
     slice_floor: Share | None = identity(None, "least value of the primary metric in every slice; null: none")
     slice_floors: dict[str, Share] = identity(
