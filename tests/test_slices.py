@@ -6,7 +6,7 @@ import pytest
 
 from qlora_retrain import slices, verdict
 from qlora_retrain.config.judging import EvaluateConfig
-from qlora_retrain.rows import Row, RowScore
+from qlora_retrain.rows import RowScore
 from qlora_retrain.rules import sliced
 from qlora_retrain.rules.rule import Rule
 from qlora_retrain.verdict import Verdict
@@ -41,8 +41,8 @@ def test_a_row_belongs_to_its_label_its_length_and_its_language() -> None:
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "greeting"},
     ]
-    assert slices.of(Row("1", "eval", messages), labelled=True) == ("label=greeting", "length=0-31", "language=latin")
-    assert slices.of(Row("1", "eval", messages, "de"), labelled=False) == ("length=0-31", "language=de")
+    assert slices.of(messages, labelled=True) == ("label=greeting", "length=0-31", "language=latin")
+    assert slices.of(messages, "de", labelled=False) == ("length=0-31", "language=de")
 
 
 def scored(right: dict[str, list[bool]]) -> list[RowScore]:

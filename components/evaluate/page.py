@@ -106,6 +106,7 @@ def _labels(found: Found) -> list[Html]:
     labels, answers = by_label(rows, found.answers["eval"]), found.answers["eval"]
     table = [(label, n, hits / n) for label, n, hits in labels[:_MOST]]
     pairs = confusions(rows, suite(found.scores[found.rival], "eval"), answers)
+    pairs = [pair for pair in pairs if pair[2] != pair[3]]
     changed = [(answer, said, ours, theirs, f"{ours - theirs:+d}") for answer, said, ours, theirs in pairs[:_MOST]]
     headers = ["answer", "predicted", "challenger, rows", f"{found.rival}, rows", "change"]
     return [
@@ -117,7 +118,7 @@ def _labels(found: Found) -> list[Html]:
             f"Confusions that changed since the {found.rival}",
             report.table(headers, changed, caption=_caption("pairs", len(pairs)))
             if pairs
-            else "Nothing: both answered every row rightly.",
+            else "None: both confuse the same labels, as often.",
         ),
     ]
 

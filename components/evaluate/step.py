@@ -15,11 +15,11 @@ from typing import Any
 from components.evaluate import contestants, intruders, page
 from components.evaluate.contestants import Folders
 from components.evaluate.found import SUITES, Found, gap
-from qlora_retrain import chat, graph, progress, reference, scoring, verdict
+from qlora_retrain import chat, drift, graph, progress, reference, scoring, verdict
 from qlora_retrain.config.judging import EvaluateConfig
 from qlora_retrain.outcome import Number, Report
 from qlora_retrain.rows import Row
-from qlora_retrain.rules import drift, overall
+from qlora_retrain.rules import overall
 from qlora_retrain.rules.rule import Rule
 
 
@@ -103,7 +103,12 @@ def _drift(config: EvaluateConfig, champion: Path, dataset: Path) -> list[drift.
 
 
 def _drift_rule(config: EvaluateConfig, champion: Path | None, found: Found) -> Rule | None:
-    return drift.rule(found.drift, config.max_drift, "the champion's data") if champion else None
+    if champion is None or config.max_drift is None:
+        return None
+    text, passed = drift.judge(found.drift, config.max_drift, "the champion's data")
+    if not found.drift:
+        return Rule("data_drift", text, limit=config.max_drift, passed=passed)
+    return Rule("data_drift", text, found.drift[0].psi, found.drift[0].low, None, config.max_drift, passed)
 
 
 def _numbers(measured: dict[str, dict[str, float | None]]) -> dict[str, Number]:

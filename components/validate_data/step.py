@@ -20,11 +20,10 @@ from components.validate_data.expectations import Finding, judge
 from components.validate_data.profiling import page, profile
 from components.validate_data.reading import read
 from components.validate_data.splitting import prompt_text, quarantine_repeats, split
-from qlora_retrain import chat, graph
+from qlora_retrain import chat, drift, graph
 from qlora_retrain.config.sections import DataConfig
 from qlora_retrain.errors import DataRefused, UsageError
 from qlora_retrain.outcome import Report
-from qlora_retrain.rules import drift
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,8 +118,8 @@ def _drifted(numbers: dict[str, Any], reference: Path, config: DataConfig) -> st
         return f"data refused: version {config.reference} has no data profile to compare with"
     before = drift.distributions(reference)
     found = None if before is None else drift.measure(before, numbers["distributions"], _CONFIDENCE)
-    rule = drift.rule(found, config.max_drift, f"the data of {config.reference}")
-    return "" if rule is None or rule.passed else f"data refused: {rule.text} (data.max_drift)"
+    text, passed = drift.judge(found, config.max_drift, f"the data of {config.reference}")
+    return "" if passed else f"data refused: {text} (data.max_drift)"
 
 
 def _failure(finding: Finding) -> str:

@@ -74,8 +74,13 @@ def section(heading: str, *blocks: str) -> Html:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
     """A table; numbers are aligned right and rounded to four digits."""
-    head = "".join(f"<th>{_text(h)}</th>" for h in headers)
-    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in rows)
+    listed = list(rows)
+    first = listed[0] if listed else ()
+    right = [i < len(first) and _is_number(first[i]) for i in range(len(headers))]
+    head = "".join(
+        f'<th class="n">{_text(h)}</th>' if n else f"<th>{_text(h)}</th>" for h, n in zip(headers, right, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in listed)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(
         f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
@@ -188,6 +193,10 @@ def _cell(value: object) -> str:
     if isinstance(value, (int, float)):
         return f'<td class="n">{_number(value)}</td>'
     return f"<td>{_text(value)}</td>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(value: float) -> str:

@@ -112,7 +112,7 @@ def score_rows(
             row.suite,
             found.loss_nats,
             len(item.targets),
-            slices=slices.of(row, labelled=last_answer_only),
+            slices=slices.of(row.messages, row.language, labelled=last_answer_only),
         )
         for row, found, item in zip(rows, judged, items, strict=True)
     ]
@@ -203,7 +203,7 @@ def _ranked(
                 loss, tokens = alone[n][1].loss_nats, len(alone[n][0].targets)
             else:
                 loss, tokens = -likelihood, int(trie.uses[want].sum())
-            of = slices.of(rows[i], labelled=True)
+            of = slices.of(rows[i].messages, rows[i].language, labelled=True)
             scores[i] = RowScore(rows[i].id, rows[i].suite, loss, tokens, labels[best], best == want, slices=of)
     return [scores[i] for i in range(len(rows))]
 

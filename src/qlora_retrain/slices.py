@@ -11,17 +11,16 @@ import unicodedata
 from collections import Counter
 
 from qlora_retrain import chat
-from qlora_retrain.rows import Row
 
 _SHORTEST = 32  # characters; whatever is shorter is one slice
 _LETTERS_LOOKED_AT = 500
 
 
-def of(row: Row, *, labelled: bool) -> tuple[str, ...]:
+def of(messages: chat.Chat, language: str | None = None, *, labelled: bool) -> tuple[str, ...]:
     """The names of a row's slices; a label only where the answers are a closed set."""
-    text = prompt(row.messages)
-    found = [f"length={length(text)}", f"language={row.language or script(text)}"]
-    return tuple([f"label={chat.answer_of(row.messages)}", *found] if labelled else found)
+    text = prompt(messages)
+    found = [f"length={length(text)}", f"language={language or script(text)}"]
+    return tuple([f"label={chat.answer_of(messages)}", *found] if labelled else found)
 
 
 def prompt(messages: chat.Chat) -> str:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 from qlora_retrain.errors import IntegrityError
-from qlora_retrain.rules.rule import Rule
 
 _UNSEEN = 0.5  # rows added to each kind, so that one which is new has a finite index
 _NAMED = 3  # kinds told by name in a sentence
@@ -61,28 +60,24 @@ def measure(before: Mapping[str, Counts], now: Mapping[str, Counts], confidence:
     return sorted(found, key=lambda d: (-d.low, -d.psi))
 
 
-def rule(found: list[Drift] | None, limit: float | None, whose: str) -> Rule | None:
-    """The rule that no distribution surely drifted beyond the limit; None where the line has no such rule.
+def judge(found: Sequence[Drift] | None, limit: float, whose: str) -> tuple[str, bool | None]:
+    """What there is to say of the furthest drift, and whether it is allowed; None where nothing could be compared.
 
     Args:
         found: `measure`'s; None: the version's profile counts nothing.
-        limit: The largest index allowed.
+        limit: The largest index allowed, beyond what chance explains.
         whose: The version, for the sentence, e.g. `the champion's data`.
     """
-    if limit is None:
-        return None
     if found is None:
-        text = f"{whose} was profiled by a release that counted no distributions; set max_drift: null for one run"
-        return Rule("data_drift", text, limit=limit)
+        return f"{whose} was profiled by a release that counted no distributions; set max_drift: null for one run", None
     if not found:
-        return Rule("data_drift", f"nothing of {whose} can be compared", limit=limit)
+        return f"nothing of {whose} can be compared", None
     worst = found[0]
     moved = ", ".join(f"{kind} {was:.1%} to {now:.1%}" for kind, was, now in worst.moved[:_NAMED])
     text = (
         f"drift from {whose}: {worst.what} moved most, PSI {worst.psi:.3f}, {worst.low:.3f} beyond chance ({moved}); "
     )
-    text += f"the limit is {limit:g}"
-    return Rule("data_drift", text, worst.psi, worst.low, None, limit, worst.low <= limit)
+    return f"{text}the limit is {limit:g}", worst.low <= limit
 
 
 def as_json(found: list[Drift]) -> list[dict[str, Any]]:
