@@ -154,3 +154,16 @@ def test_bounded_differences_that_are_all_0_still_have_a_width() -> None:
     found = stats.difference_interval([0.0] * 98, None, **HOW, bounded=True)
     assert found.value == 0
     assert 0.015 < found.high == pytest.approx(-found.low, rel=0.1)
+
+
+@pytest.mark.parametrize(("hits", "rows"), [(0, 12), (12, 12), (31, 59), (59, 59)])
+def test_the_interval_of_a_share_is_wilsons(hits: int, rows: int) -> None:
+    from scipy.stats import binomtest
+
+    found, expected = (
+        stats.proportion(hits, rows, confidence=0.95),
+        binomtest(hits, rows).proportion_ci(method="wilson"),
+    )
+    assert found.value == hits / rows
+    assert found.low == pytest.approx(expected.low, abs=1e-9)
+    assert found.high == pytest.approx(expected.high, abs=1e-9)

@@ -134,6 +134,20 @@ def paired_proportions(first: Sequence[bool], second: Sequence[bool], *, confide
     return Interval(value, min(value, end(z)), max(value, end(-z)))
 
 
+def proportion(hits: int, rows: int, *, confidence: float) -> Interval:
+    """A share with its score interval (Wilson 1927), which has a width also where all rows or none are hits.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not rows:
+        raise ValueError("an interval needs at least one row")
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), hits / rows
+    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    reach = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return Interval(share, min(share, centre - reach), max(share, centre + reach))
+
+
 def smallest_excluded(rows: int, confidence: float) -> float:
     """The smallest loss of accuracy that `rows` rows can rule out, which they do when all are answered alike."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)

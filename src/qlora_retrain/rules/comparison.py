@@ -117,6 +117,8 @@ def level(rows: Sequence[RowScore], metric: Metric, settings: EvaluateConfig) ->
         ValueError: If the metric is known of no row.
     """
     values = [value(row, metric) for row in rows if known(row, metric)]
+    if metric in YES_OR_NO:
+        return stats.proportion(sum(x > 0 for x in values), len(values), confidence=settings.confidence)
     return stats.ratio_interval(
         values, None, confidence=settings.confidence, samples=settings.bootstrap_samples, seed=settings.seed
     )
