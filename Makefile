@@ -7,6 +7,7 @@
 #   make test-fast   the fast tier: no scheduler, no network
 #   make soak        long loops: kills, races, large data
 #   make bench-setup   the peers that benchmarks/training.py measures against, in a folder of their own
+#   make gguf-setup  llama.cpp, compiled in minutes into a folder of its own: tests then load our GGUF files in it
 #   make check       formatting, lint, types, layers
 #   make images      the container images, from wheels checked by hash (ENGINE, BASE_IMAGE and TORCH can be given)
 #   make lock        resolve what the images install again, after a change of versions
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak bench-setup check format images wheels pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup check format images wheels pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +70,11 @@ soak: setup
 # A peer, never a dependency: without what it asks for, all of which is here already.
 bench-setup: setup
 	@test -d .state/bench/trl || $(BIN)/pip install -q --no-deps --target .state/bench trl==1.16.0
+
+# A peer as well, and never a dependency: what is certified must not depend on whether it is there.
+gguf-setup: setup
+	@test -d .state/llama-cpp/llama_cpp || $(BIN)/pip install -q --no-deps --target .state/llama-cpp \
+		llama-cpp-python==0.3.36 diskcache==5.6.3
 
 check: .venv/.made
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ Contestants, all over the same rows in the same order (ours: rows of like length
 layers, dropout, learning rate, batch and number of steps:
 
     ours           the step as it ships, over the 4-bit base
+    ours, lean     the same with gradient checkpointing, as TRL has it by default
     ours, 16 bits  the same trainer over the original 16-bit base (plain LoRA)
     trainer        transformers' Trainer with PEFT and full logits
     trl            TRL's SFTTrainer as it comes
@@ -14,15 +15,20 @@ of tokens a second (padding not counted), of supervised tokens a second, of peak
 round by round, by the clock and by CPU seconds, which a machine that others use changes less. With
 `--dropout 0` it also compares the losses of every step.
 
-Command: `python benchmarks/training.py --data FOLDER [--dropout 0.05] [--sweep length|rank|batch] [--profile]`
-FOLDER holds BANKING77's train.csv; `make bench-setup` fetches TRL. `--profile` says where the time of our step goes,
-and what the matrix products alone would take at the speed that a large one has here.
+Commands, where FOLDER holds BANKING77's train.csv and test.csv, and `make bench-setup` has fetched TRL:
+
+    python benchmarks/training.py --data FOLDER [--dropout 0.05] [--sweep length|rank|batch]
+    python benchmarks/training.py --data FOLDER --seeds 3     what was learnt: the loss of 200 held-out rows after the
+                                                              same rows; order, start and dropout differ by seed
+    python benchmarks/training.py --data FOLDER --profile     where the time of our step goes, and what its products
+                                                              alone would take at the speed that large ones have here
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import random
@@ -35,12 +41,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import training_contestants as contestants
+
 PROJECT = Path(__file__).resolve().parents[1]
 PEERS = PROJECT / ".state" / "bench"
 BASE = PROJECT / ".state" / "base" / "smollm2-135m-instruct"
-CONTESTANTS = ("ours", "ours, 16 bits", "trainer", "trl", "trl, tuned")
+CONTESTANTS = ("ours", "ours, lean", "ours, 16 bits", "trainer", "trl", "trl, tuned")
 UNCOUNTED_STEPS = 2
 SWEEPS = {"length": (128, 256, 512, 1024, 2048), "rank": (4, 8, 16, 32, 64), "batch": (1, 2, 4, 8, 16)}
+HELD_OUT, HELD_OUT_ROWS = "held_out.json", 200
 SYSTEM = "Name the intent of the customer's message."
 
 
@@ -58,6 +67,8 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--length", type=int, help="tokens of every row; chats are strung together")
     parser.add_argument("--sweep", choices=sorted(SWEEPS))
+    parser.add_argument("--seeds", type=int, help="compare the loss of held-out rows over so many seeds")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=PROJECT / ".state" / "bench-work")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
@@ -69,6 +80,9 @@ def main() -> None:
     if options.profile:
         prepare_rows(options)
         profile(options)
+        return
+    if options.seeds:
+        learnt(options)
         return
     for value in SWEEPS[options.sweep] if options.sweep else (None,):
         if value is not None:
@@ -86,7 +100,7 @@ def play(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     for _ in range(options.rounds):
         for name in options.only:
             command = [sys.executable, __file__, "--contestant", name]
-            for key in ("data", "base", "steps", "dropout", "rank", "batch", "accumulation", "work"):
+            for key in ("data", "base", "steps", "dropout", "rank", "batch", "accumulation", "work", "seed"):
                 command += [f"--{key}", str(getattr(options, key))]
             environment = {
                 **os.environ,
@@ -99,6 +113,26 @@ def play(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
                 sys.exit(f"{name}: ended with {done.returncode}\n{done.stderr[-4000:]}")
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     return runs
+
+
+def learnt(options: argparse.Namespace) -> None:
+    """The loss of held-out rows after training, by contestant and seed."""
+    options.rounds = 1
+    with (options.data / "test.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    random.Random(0).shuffle(lines)
+    (options.work / HELD_OUT).write_text(json.dumps([encoded(options, line) for line in lines[:HELD_OUT_ROWS]]))
+    losses: dict[str, list[float]] = {name: [] for name in options.only}
+    for seed in range(options.seeds):
+        options.seed = seed
+        prepare_rows(options)
+        for name, found in play(options).items():
+            losses[name].append(found[0]["held_out_loss"])
+            print(f"seed {seed}  {name:<15}{losses[name][-1]:.4f}", flush=True)
+    (options.work / HELD_OUT).unlink()
+    print(f"loss of {HELD_OUT_ROWS} held-out rows after {options.steps} steps, dropout {options.dropout}")
+    for name, found in losses.items():
+        print(f"{name:<15}mean {statistics.mean(found):.4f}  from {min(found):.4f} to {max(found):.4f}")
 
 
 def table(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -148,29 +182,41 @@ def prepare_base(options: argparse.Namespace) -> None:
 
 def prepare_rows(options: argparse.Namespace) -> None:
     """Rows as tokens and labels, in the order in which every contestant sees them."""
-    from components.train_qlora.rows import IGNORED, Order
-    from qlora_retrain import chat
+    from components.train_qlora.rows import Order
 
-    tokenizer = chat.load_tokenizer(options.base)
     with (options.data / "train.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    random.Random(0).shuffle(lines)
+    random.Random(options.seed).shuffle(lines)
     rows: list[dict[str, list[int]]] = []
     wanted = options.steps * options.batch * options.accumulation
     texts = iter(lines * 20)
     while len(rows) < wanted:
         row: dict[str, list[int]] = {"input_ids": [], "labels": []}
         while not row["input_ids"] or (options.length and len(row["input_ids"]) < options.length):
-            line = next(texts)
-            said = [("system", SYSTEM), ("user", line["text"]), ("assistant", line["category"])]
-            encoded = chat.encode(tokenizer, [{"role": role, "content": text} for role, text in said])
-            row["input_ids"] += encoded.input_ids
-            row["labels"] += [
-                token if learn else IGNORED for token, learn in zip(encoded.input_ids, encoded.supervised, strict=True)
-            ]
+            for name, values in encoded(options, next(texts)).items():
+                row[name] += values
         rows.append({name: values[: options.length] for name, values in row.items()})
-    order = Order([len(row["input_ids"]) for row in rows], options.batch * options.accumulation, seed=0)
+    order = Order([len(row["input_ids"]) for row in rows], options.batch * options.accumulation, options.seed)
     (options.work / "rows.json").write_text(json.dumps([rows[i] for i in order]))
+
+
+def encoded(options: argparse.Namespace, line: dict[str, str]) -> dict[str, list[int]]:
+    """A line of BANKING77 as a chat's tokens and labels."""
+    from components.train_qlora.rows import IGNORED
+    from qlora_retrain import chat
+
+    said = [("system", SYSTEM), ("user", line["text"]), ("assistant", line["category"])]
+    found = chat.encode(tokenizer_of(options.base), [{"role": role, "content": text} for role, text in said])
+    pairs = zip(found.input_ids, found.supervised, strict=True)
+    return {"input_ids": found.input_ids, "labels": [token if learn else IGNORED for token, learn in pairs]}
+
+
+@functools.cache
+def tokenizer_of(base: Path) -> Any:
+    """The model's tokenizer, loaded once."""
+    from qlora_retrain import chat
+
+    return chat.load_tokenizer(base)
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +224,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     sys.path[:0] = [str(PROJECT), str(PROJECT / "src")]
     warnings.filterwarnings("ignore")
     rows = json.loads((options.work / "rows.json").read_text())
-    trainer = MAKERS[options.contestant](options, rows)
+    trainer = contestants.MAKERS[options.contestant](options, rows)
     clock = clock_callback()
     trainer.add_callback(clock)
     trainer.train()
@@ -194,7 +240,17 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "supervised_s": supervised / seconds,
         "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "held_out_loss": held_out_loss(options, trainer.model),
     }
+
+
+def held_out_loss(options: argparse.Namespace, model: Any) -> float | None:
+    """Mean loss of the rows that `learnt` set aside, by one function for all contestants."""
+    from components.train_qlora.loss import mean_loss
+    from components.train_qlora.rows import Rows
+
+    path = options.work / HELD_OUT
+    return mean_loss(model, Rows(json.loads(path.read_text())), 2, 16) if path.is_file() else None
 
 
 def clock_callback() -> Any:
@@ -229,7 +285,7 @@ def profile(options: argparse.Namespace) -> None:
     from components.train_qlora.rows import Collate
 
     rows = json.loads((options.work / "rows.json").read_text())
-    trainer = make_ours(options, rows)
+    trainer = contestants.make_ours(options, rows)
     model = trainer.model.train()
     batch = Collate(2)(rows[: options.batch])
     for _ in range(3):
@@ -245,7 +301,7 @@ def profile(options: argparse.Namespace) -> None:
         known += share
         print(f"{kind:<40}{share / whole:6.1%}")
     print(f"{'all else (elementwise, copies, Python)':<40}{1 - known / whole:6.1%}")
-    line = packed.pack(batch, model.dtype, fused=False)
+    line = packed.pack(batch, model.dtype)
     given, computed = int(batch["attention_mask"].sum()), line.input_ids.shape[1]
     frozen = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "lora_A"))
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -263,103 +319,6 @@ def profile(options: argparse.Namespace) -> None:
     )
     print(f"{work / 1e9:.0f} GFLOP at {max(speeds) / 1e9:.0f} GFLOP/s: {limit:.2f} s, {given / limit:.0f} tokens/s")
 
-
-# --- the contestants ---
-
-
-def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4) -> Any:
-    """The trainer of the step, over the 4-bit or the 16-bit base."""
-    from transformers import set_seed
-
-    from components.train_qlora import lora
-    from components.train_qlora.rows import Rows
-    from components.train_qlora.trainer import AdapterTrainer
-    from qlora_retrain import modeling
-    from qlora_retrain.config.sections import TrainConfig
-
-    config = TrainConfig(
-        rank=options.rank, alpha=2 * options.rank, dropout=options.dropout, learning_rate=2e-4, schedule="constant",
-        warmup=0.0, batch_size=options.batch, gradient_accumulation=options.accumulation, max_steps=options.steps,
-        device="cpu", precision="bfloat16", attention="eager", checkpoint_minutes=1e6,
-    )  # fmt: skip
-    if bits == 4:
-        base = modeling.load_nf4(options.work / "base_nf4", attention="eager", dtype="bfloat16")
-    else:
-        base = modeling.load_base(options.base, attention="eager", dtype="bfloat16")
-    set_seed(0)
-    trainer = AdapterTrainer(lora.attach_new(base, config), config, Rows(rows), Rows([]), 2, options.work / "scratch")
-    trainer.order = range(len(rows))
-    trainer._save_checkpoint = lambda *_: None
-    return trainer
-
-
-def peer_model(options: argparse.Namespace, attention: str) -> Any:
-    """The 4-bit base as the peers load it."""
-    from transformers import AutoModelForCausalLM, set_seed
-
-    folder = options.work / "base_nf4"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention)
-    model.config.use_cache = False
-    set_seed(0)
-    return model
-
-
-def peer_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """What must be equal for a comparison, and nothing else."""
-    from peft import LoraConfig
-
-    arguments = {
-        "output_dir": str(options.work / "peer"), "per_device_train_batch_size": options.batch,
-        "gradient_accumulation_steps": options.accumulation, "max_steps": options.steps, "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "use_cpu": True, "train_sampling_strategy": "sequential", "seed": 0,
-    }  # fmt: skip
-    adapter = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return arguments, adapter
-
-
-def make_trl(options: argparse.Namespace, rows: list[Any], *, tuned: bool = False) -> Any:
-    """TRL's SFTTrainer; `tuned` for short rows on a CPU."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    arguments, adapter = peer_settings(options)
-    best = {"gradient_checkpointing": False} if tuned else {}
-    return SFTTrainer(
-        model=peer_model(options, "eager" if tuned else "sdpa"),
-        args=SFTConfig(**arguments, **best, max_length=None),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(options.base),
-        peft_config=adapter,
-    )
-
-
-def make_trainer(options: argparse.Namespace, rows: list[Any]) -> Any:
-    """The Trainer of transformers with PEFT, as its documentation has it."""
-    from datasets import Dataset
-    from peft import get_peft_model
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-    arguments, adapter = peer_settings(options)
-    return Trainer(
-        model=get_peft_model(peer_model(options, "sdpa"), adapter),
-        args=TrainingArguments(**arguments),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(options.base)),
-    )
-
-
-MAKERS: dict[str, Any] = {
-    "ours": make_ours,
-    "ours, 16 bits": lambda options, rows: make_ours(options, rows, bits=16),
-    "trainer": make_trainer,
-    "trl": make_trl,
-    "trl, tuned": lambda options, rows: make_trl(options, rows, tuned=True),
-}
 
 if __name__ == "__main__":
     main()

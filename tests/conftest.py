@@ -198,6 +198,7 @@ def small_steps() -> dict[str, Callable[..., Report]]:
         base_nf4: Path,
         adapter: Path,
         evaluation: Path,
+        reference_data: Path | None,
         model: Path,
     ) -> Report:
         weights = digest(base_model, adapter)

@@ -81,6 +81,19 @@ def test_the_manifest_says_what_was_made_from_what(made_plan: Plan, run_all: Run
     assert adapter.numbers["steps"] == 3
 
 
+def test_a_step_knows_why_its_automatic_settings_are_what_they_are(made_plan: Plan, small_steps: Steps) -> None:
+    told: dict[str, str] = {}
+
+    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
+        told.update(config.reasons)
+        return small_steps["train_qlora"](config, dataset, base_nf4, adapter, scratch=scratch)
+
+    execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
+    assert runner.execute(made_plan, "train_qlora", lambda: run) == 0
+    assert told == {c.field.removeprefix("train."): c.reason for c in made_plan.choices if c.field.startswith("train.")}
+    assert set(told) == {"device", "precision", "attention"}
+
+
 @pytest.mark.parametrize("refusal", [DataRefused("half of the rows are bad"), QualityRefused("worse than before")])
 def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
     made_plan: Plan, small_steps: Steps, store: Store, capsys: pytest.CaptureFixture[str], refusal: DataRefused

@@ -1,24 +1,81 @@
 """Merge the adapter into a 16-bit model, and judge that form, the one that ships, by the same rules.
 
-Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, and the rivals' scores of `evaluation`.
-Makes `model/`: a plain transformers folder in bf16, with `certificate.json` and `report.html`.
+Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and where there is
+any `reference_data`. Makes `model/`: a plain transformers folder in bf16, with `certificate.json`, `report.html` and,
+where the config asks for more forms, `exports/`.
 Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_nats` against the live model.
 Command: `python -m components.merge_adapter --plan URI`.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from components.merge_adapter.merge import Merged, merge
-from qlora_retrain import chat, modeling, progress, report, scoring, verdict
+from components.merge_adapter import candidates, certificate, exports, preflight
+from components.merge_adapter.candidates import Bench, Measured
+from components.merge_adapter.certificate import Certificate
+from components.merge_adapter.exports import Export
+from components.merge_adapter.merge import Merged
+from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.errors import IntegrityError
 from qlora_retrain.outcome import Number, Report
-from qlora_retrain.scoring import RowScore
-from qlora_retrain.verdict import Rule, Verdict
+from qlora_retrain.scoring import Row, RowScore
+
+_SUITES = ("eval", "golden", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """What the live model was judged on, and how it did.
+
+    Attributes:
+        settings: Of the rules.
+        labels: The closed set of answers, or None.
+        rows: By suite: `eval` and `golden`.
+        texts: The passages of the suite `reference`.
+        max_tokens: Of a piece of a passage.
+        scores: By contestant, as `evaluation` holds them.
+    """
+
+    settings: EvaluateConfig
+    labels: list[str] | None
+    rows: dict[str, list[Row]]
+    texts: list[reference.Passage]
+    max_tokens: int
+    scores: dict[str, list[RowScore]]
+
+    @classmethod
+    def read(cls, dataset: Path, evaluation: Path, reference_data: Path | None) -> _Evaluated:
+        """Read the three, which must belong together."""
+        data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+        document = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+        found = cls(
+            settings=EvaluateConfig.model_validate(document["settings"]),
+            labels=data["labels"],
+            rows={suite: scoring.read_rows(dataset / f"{suite}.jsonl", suite) for suite in ("eval", "golden")},
+            texts=reference.read(reference_data) if reference_data else [],
+            max_tokens=data["max_length_tokens"],
+            scores=scoring.read_scores(evaluation / "scores.jsonl"),
+        )
+        for suite, rows in found.rows.items():
+            if [row.id for row in rows] != [score.id for score in found.live(suite)]:
+                raise IntegrityError("evaluation: its rows are not the data set's; it was made from another one")
+        return found
+
+    def live(self, suite: str) -> list[RowScore]:
+        """The live model's scores on a suite."""
+        return [score for score in self.scores["challenger"] if score.suite == suite]
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """The true answer of each row id."""
+        return {row.id: chat.answer_of(row.messages) for rows in self.rows.values() for row in rows}
 
 
 def run(
@@ -28,92 +85,120 @@ def run(
     base_nf4: Path,
     adapter: Path,
     evaluation: Path,
+    reference_data: Path | None,
     model: Path,
 ) -> Report:
-    """Merge, score the result on the same rows, and certify or refuse it."""
-    built = merge(
-        base_model,
-        base_nf4,
-        adapter,
-        model,
-        dequantized=config.base == "dequantized",
-        max_shard_gib=config.max_shard_gib,
-    )
-    progress.say(f"merged {built.modules} modules, {built.weights_bytes / 2**30:.2f} GiB")
-    settings = _settings(evaluation)
-    rows = [row for suite in ("eval", "golden") for row in scoring.read_rows(dataset / f"{suite}.jsonl", suite)]
-    merged = _score(config, settings, dataset, rows, model)
-    live = scoring.read_scores(evaluation / "scores.jsonl")
-    if {(s.suite, s.id) for s in merged} != {(s.suite, s.id) for s in live["challenger"] if s.suite != "reference"}:
-        raise IntegrityError("evaluation: its rows are not the data set's; it was made from another one")
-    judged, cost = _judge(config, settings, live, merged)
-    answers = {row.id: chat.answer_of(row.messages) for row in rows if row.suite == "eval"}
-    measured = verdict.measure_suite({"live": live["challenger"], "merged": merged}, "eval", settings, answers)
-    _certify(model, config, judged, cost, built, measured)
-    progress.say(judged.sentence)
-    numbers: dict[str, Number] = {"rows": len(answers), "merge_loss_nats": cost.value}
-    for metric in ("accuracy", "loss"):
-        numbers |= {f"{metric}_{name}": n[metric] for name, n in measured.items() if metric in n}
-    return judged.report(numbers | {"modules": built.modules, "weights_bytes": built.weights_bytes})
+    """Merge, choose the base, score what ships on the rows that were evaluated, and certify or refuse it."""
+    exports.check(config, base_model)
+    given = _Evaluated.read(dataset, evaluation, reference_data)
+    built = candidates.build(config, base_model, base_nf4, adapter, model)
+    sides = _sides(config, given.rows["eval"])
+    rows = given.rows["eval"], sides["certification"]
+    bench = Bench.of(config, given.settings, *rows, given.labels, base_nf4, adapter)
+    measured = candidates.measure(bench, built, model)
+    winner = candidates.better(measured, sides["selection"])
+    candidates.keep(winner, model)
+    progress.say(_why(config, measured, sides["selection"], winner))
+    rest = _rest(bench, given, model)
+    more = exports.make(config, bench, base_model, base_nf4, adapter, model)
+    certified = _certify(config, given, sides, measured, winner, built[winner], rest, more, preflight.read(adapter))
+    text = json.dumps(certified.as_json(), indent=2, allow_nan=False)
+    (model / "certificate.json").write_text(text + "\n", encoding="utf-8")
+    (model / "report.html").write_text(certified.page(), encoding="utf-8")
+    progress.say(certified.judged.sentence)
+    return certified.judged.report(_numbers(certified))
 
 
-def _settings(evaluation: Path) -> EvaluateConfig:
-    document = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
-    return EvaluateConfig.model_validate(document["settings"])
+def _sides(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:
+    """The rows that choose and the rows that certify; where nothing is chosen, all certify."""
+    if config.base != "measured":
+        return {"selection": frozenset(), "certification": frozenset(row.id for row in rows)}
+    chosen_on, certified_on = candidates.halves(rows)
+    return {"selection": chosen_on, "certification": certified_on}
 
 
-def _score(
-    config: MergeConfig, settings: EvaluateConfig, dataset: Path, rows: list[scoring.Row], model: Path
-) -> list[RowScore]:
-    labels = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["labels"]
-    loaded = modeling.load_base(
-        model,
-        device=config.device,
-        attention=scoring.attention(config.device),
-        dtype=config.precision,
-    )
-    scores, _ = scoring.score_by(settings, loaded, chat.load_tokenizer(model), rows, labels, what="scoring")
-    return scores
+def _why(config: MergeConfig, measured: Mapping[str, Measured], chosen_on: frozenset[str], winner: str) -> str:
+    if config.base != "measured":
+        return f"{winner}, as merge.base says; nothing was chosen"
+    losses = ", ".join(f"{name} {found.on(chosen_on).loss:.4f}" for name, found in measured.items())
+    return f"{winner}: the lower loss on the {len(chosen_on)} rows to choose on, in nats a token: {losses}"
 
 
-def _judge(
-    config: MergeConfig, settings: EvaluateConfig, live: dict[str, list[RowScore]], merged: list[RowScore]
-) -> tuple[Verdict, Rule]:
-    """The rules applied to the merged form, and what merging cost.
-
-    This step reads no reference text, so what the live model forgot stands in for what the merged form did.
-    """
-    reference = [score for score in live["challenger"] if score.suite == "reference"]
-    scores: dict[str, list[RowScore]] = {name: live[name] for name in ("base", "champion", "anchor") if name in live}
-    scores["challenger"] = [*merged, *reference]
-    cost = verdict.merge_cost(live["challenger"], merged, config.max_loss_nats, settings)
-    return verdict.judge(scores, settings, extra=[cost]), cost
+def _rest(bench: Bench, given: _Evaluated, model: Path) -> dict[str, list[RowScore]]:
+    """What ships, on the suites that chose nothing."""
+    golden, texts = given.rows["golden"], given.texts
+    found: dict[str, list[RowScore]] = {"golden": [], "reference": []}
+    if golden or texts:
+        loaded, tokenizer = modeling.load_base(model, **bench.where), chat.load_tokenizer(model)
+        how: dict[str, Any] = {"what": "scoring what ships", "total": len(golden) + len(texts)}
+        found["golden"], _ = scoring.score_by(given.settings, loaded, tokenizer, golden, given.labels, **how)
+        how |= {"done": len(golden), "max_tokens": given.max_tokens, "batch_tokens": given.settings.batch_tokens}
+        found["reference"] = scoring.score_texts(loaded, tokenizer, texts, **how)
+        del loaded
+        gc.collect()
+    if [score.id for score in found["reference"]] != [score.id for score in given.live("reference")]:
+        raise IntegrityError("evaluation: its passages are not those of reference_data; it was made from other ones")
+    return found
 
 
 def _certify(
-    model: Path,
     config: MergeConfig,
-    judged: Verdict,
-    cost: Rule,
+    given: _Evaluated,
+    sides: Mapping[str, frozenset[str]],
+    measured: Mapping[str, Measured],
+    winner: str,
     built: Merged,
-    measured: dict[str, dict[str, float | None]],
-) -> None:
-    document = {
-        "verdict": judged.verdict,
-        "sentence": judged.sentence,
-        "base": config.base,
-        "merge_loss_nats": {"value": cost.value, "low": cost.low, "high": cost.high},
-        "forms": measured,
-        "rules": judged.rules_as_json(),
-        "built": asdict(built),
-    }
-    text = json.dumps(document, indent=2, allow_nan=False)
-    (model / "certificate.json").write_text(text + "\n", encoding="utf-8")
-    html = report.page(
-        f"Merged model: {judged.verdict}",
-        judged.sentence,
-        report.section("Rules", report.table(*verdict.rules_table(judged.rules))),
-        report.section("The live model and its merged form", report.table(*verdict.numbers_table(measured))),
-        report.section("What was built", report.numbers({"base": config.base, **asdict(built)})),
+    rest: Mapping[str, list[RowScore]],
+    more: Mapping[str, Export],
+    serving: list[str],
+) -> Certificate:
+    """Apply the rules of the evaluation to what ships, and the merge's own to what merging cost."""
+    settings, answers = given.settings, given.answers
+    count = {side: len(ids) for side, ids in sides.items()}
+    live = [score for score in given.live("eval") if score.id in sides["certification"]]
+    own = certificate.rules(config, settings, live, measured[winner].on(sides["certification"]))
+    rules = [*certificate.enough(config, count), *own]
+    ships = {"bf16": Export(".", built.weights_bytes, measured[winner].on(sides["certification"])), **more}
+    listed: dict[str, dict[str, Any]] = {}
+    for name, export in ships.items():
+        numbers, limits = certificate.exported(config, settings, live, name, export.measured, answers)
+        listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers}
+        rules += limits if name != "bf16" else []  # whose rule is merge_cost
+    shipped = {"eval": measured[winner].scores, **rest}
+    scores = {**given.scores, "challenger": [score for suite in _SUITES for score in shipped[suite]]}
+    forms = {"live": Measured(given.live("eval"), [])} | dict(measured)
+    return Certificate(
+        base=winner,
+        why=_why(config, measured, sides["selection"], winner),
+        judged=verdict.judge(scores, settings, rules),
+        cost=own[0],
+        rows=count,
+        forms={
+            side: {name: certificate.numbers(form.on(ids), settings, answers) for name, form in forms.items()}
+            for side, ids in sides.items()
+        },
+        suites={
+            suite: verdict.measure_suite({"live": given.live(suite), "merged": rest[suite]}, suite, settings, answers)
+            for suite in ("golden", "reference")
+        },
+        built=built,
+        exports=listed,
+        serving=serving,
     )
-    (model / "report.html").write_text(html, encoding="utf-8")
+
+
+def _numbers(certified: Certificate) -> dict[str, Number]:
+    """What the log's last line says, of the rows that certify."""
+    forms = certified.forms["certification"]
+    merged = forms[certified.base]
+    numbers: dict[str, Number] = {
+        "base": certified.base,
+        "rows": certified.rows["certification"],
+        "merge_loss_nats": certified.cost.value,
+        "kl_nats": merged.get("kl"),
+        "agreement": merged.get("agreement"),
+    }
+    for metric in ("accuracy", "loss"):
+        numbers |= {f"{metric}_{name}": found[metric] for name, found in forms.items() if metric in found}
+    numbers |= {f"loss_{name}": found.get("loss") for name, found in certified.exports.items() if name != "bf16"}
+    return numbers | {"modules": certified.built.modules, "weights_bytes": certified.built.weights_bytes}

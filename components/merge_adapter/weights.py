@@ -1,26 +1,55 @@
 """Folders of safetensors, tensor by tensor: reading sharded, single-file and 4-bit ones, writing shards of a size.
 
-A model is never whole in memory: reading yields one tensor at a time, writing holds one shard.
+A model is never in memory: reading yields one tensor at a time, from a map of the file; a file is written as its
+tensors are made, since its header needs their sizes and not their values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from qlora_retrain.errors import IntegrityError
 
 _GIB = 1024**3
 _INDEX = "model.safetensors.index.json"
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_FORMS = ("nf4", "fp4")  # of bitsandbytes
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # of a 4-bit weight, with double quantization
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What is known of a tensor before it is made."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """What its values take in a file."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class Weights:
@@ -30,9 +59,10 @@ class Weights:
         names: In the order of the files and of the tensors in them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = "model.safetensors") -> None:
         self.folder = folder
         self.names: list[str] = []
+        self._single = single
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -61,7 +91,7 @@ class Weights:
         return listed
 
     def _paths(self) -> list[Path]:
-        return [self.folder / name for name in sorted(set(self._index().values()) or {"model.safetensors"})]
+        return [self.folder / name for name in sorted(set(self._index().values()) or {self._single})]
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -71,68 +101,99 @@ class Weights:
         found: torch.Tensor = self._files[name].get_tensor(name)
         return found
 
-    def bytes_as_bf16(self, name: str) -> int:
-        """What the tensor takes when floats are stored as bf16, read from the header alone."""
+    def spec(self, name: str) -> Spec:
+        """A tensor's type and shape, from its file's header alone.
+
+        Raises:
+            IntegrityError: If it is of a type that no model of ours holds, such as one of 8-bit floats.
+        """
         piece = self._files[name].get_slice(name)
-        count = 1
-        for size in piece.get_shape():
-            count *= size
-        kind = piece.get_dtype()
-        return count * (2 if kind in _FLOATS else _DTYPE_BYTES.get(kind, 8))
+        if piece.get_dtype() not in _DTYPES:
+            raise IntegrityError(f"{self.folder.name}: {name} is {piece.get_dtype()}; a 16-bit model is wanted")
+        return Spec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
 
     def quantized(self, name: str) -> bool:
         """Whether bitsandbytes stored this weight in 4 bits."""
-        return any(f"{name}.quant_state.bitsandbytes__{kind}" in self._files for kind in ("nf4", "fp4"))
+        return any(f"{name}.quant_state.bitsandbytes__{form}" in self._files for form in _FORMS)
 
     def dequantized(self, name: str) -> torch.Tensor:
         """A 4-bit weight as the live model multiplies with it."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        parts = {n: self.tensor(n) for n in self.names if n.startswith(f"{name}.")}
+        keys = [f"{name}.{part}" for part in (*_PARTS, *(f"quant_state.bitsandbytes__{form}" for form in _FORMS))]
+        parts = {key: self.tensor(key) for key in keys if key in self._files}
         state = QuantState.from_dict(parts, device=torch.device("cpu"))
         found: torch.Tensor = dequantize_4bit(self.tensor(name), state)
         return found
 
 
-def shards(sizes: Sequence[tuple[str, int]], max_bytes: float) -> list[list[str]]:
-    """Names in order, cut so that no shard exceeds `max_bytes`; a larger tensor stands alone."""
-    found: list[list[str]] = [[]]
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether every number is finite. The extremes of a tensor with a NaN are NaN; they need no second tensor."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def shards(specs: Sequence[Spec], max_bytes: float) -> list[list[Spec]]:
+    """Tensors in order, cut so that no shard exceeds `max_bytes`; a larger tensor stands alone."""
+    found: list[list[Spec]] = [[]]
     used = 0
-    for name, size in sizes:
-        if found[-1] and used + size > max_bytes:
+    for spec in specs:
+        if found[-1] and used + spec.size_bytes > max_bytes:
             found.append([])
             used = 0
-        found[-1].append(name)
-        used += size
+        found[-1].append(spec)
+        used += spec.size_bytes
     return found
 
 
 def write(
-    folder: Path, base: Weights, make: Callable[[str], torch.Tensor], max_gib: float, tick: Callable[[int], None]
+    folder: Path,
+    specs: Sequence[Spec],
+    make: Callable[[str], torch.Tensor],
+    max_gib: float,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Write every tensor of `base` as `make` returns it; return the bytes of all tensors.
+    """Write every tensor as `make` returns it, one in memory at a time; return the bytes of all tensors.
 
-    The same tensors give the same bytes: names in the base's order, no time and no version in the headers.
+    The same tensors give the same bytes: names in the order given, no time and no version in the headers.
     """
-    parts = shards([(name, base.bytes_as_bf16(name)) for name in base.names], max_gib * _GIB)
-    total = done = 0
+    parts = shards(specs, max_gib * _GIB)
     index: dict[str, str] = {}
-    for number, names in enumerate(parts, 1):
+    for number, part in enumerate(parts, 1):
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            tensors[name] = make(name).contiguous()
-            done += 1
-            tick(done)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
+        _write_file(folder / file, part, make, lambda: tick(len(index)), index)
+    total = sum(spec.size_bytes for spec in specs)
     if len(parts) > 1:
         document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         (folder / _INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return total
 
 
-def unused(modules: Iterable[str], base: Weights) -> list[str]:
-    """Modules that the base has no weight for."""
-    return sorted(module for module in modules if f"{module}.weight" not in base)
+def _write_file(
+    path: Path,
+    specs: Sequence[Spec],
+    make: Callable[[str], torch.Tensor],
+    tick: Callable[[], None],
+    index: dict[str, str],
+) -> None:
+    """One file: the length of the header, the header (JSON), the values, end to end (the format's own page)."""
+    # Readers make tensors of the mapped file, so a value must start at a multiple of its size: wide types go first.
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in ordered:
+        offsets = [end, end := end + spec.size_bytes]
+        header[spec.name] = {"dtype": _WORDS[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in ordered:
+            tensor = make(spec.name)
+            if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+                raise IntegrityError(
+                    f"{spec.name}: {spec} was announced, {tensor.dtype} {tuple(tensor.shape)} was made"
+                )
+            if tensor.numel():
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            index[spec.name] = path.name
+            tick()

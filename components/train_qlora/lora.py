@@ -26,7 +26,7 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     """A fresh adapter over the frozen base; A is random (seed it before), B is zero, both fp32.
 
     Raises:
-        UsageError: If `target_modules` names no layer of this model.
+        UsageError: If `target_modules` names no layer of this model, or it cannot do what is asked.
     """
     alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     settings = LoraConfig(
@@ -43,6 +43,10 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
     slim(adapted.eval())
     join(adapted)
+    if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(f"train.gradient_checkpointing: {type(model).__name__} cannot do it; leave it out")
+        model.activation_checkpointing_enable(every_n_layers=config.gradient_checkpointing)
     return adapted
 
 

@@ -34,8 +34,7 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     if not packed.can_pack(model):
         labels, inputs = batch["labels"][:, 1:], {k: batch[k] for k in ("input_ids", "attention_mask")}
         return _loss(model, labels, inputs, cut=slice(None, -1))
-    fused = model.config.get_text_config()._attn_implementation == "sdpa"
-    line = packed.pack(batch, model.dtype, fused=fused)
+    line = packed.pack(batch, model.dtype)
     with packed.attention_by_rows(model):
         return _loss(model, line.labels, {"input_ids": line.input_ids, "position_ids": line.position_ids, "line": line})
 

@@ -2,8 +2,9 @@
 
     [what all rows begin with] [rest of row 1] [rest of row 2] ...        (1, tokens)
 
-Every layer but attention treats tokens one by one, so none of them sees padding, and the beginning that a chat template
-gives all rows (the system turn) costs as much as one row's. In attention each row sees the beginning and itself, at the
+Every layer but attention treats tokens one by one, so none of them sees padding; the beginning that a chat template
+gives all rows (the system turn) costs as much as one row's, and what follows the last position that predicts a
+supervised token costs nothing. In attention each row sees the beginning and itself, at the
 positions that it has alone. The loss and the gradients are those of the padded batch; it is exact, not approximate.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from components.train_qlora.rows import IGNORED, Batch
 
-NAME = "rows_of_one_line"
+WAYS = {"eager": "rows_eager", "sdpa": "rows_sdpa"}  # transformers' names for attention, and ours for it by rows
 OWN_WAYS = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")  # attention that is not plain causal
 
 
@@ -38,7 +40,6 @@ class Line:
         longest: tokens of the longest row, the shared ones not counted
         places: (tokens - shared,) where a token is in (rows * longest)
         bias: (rows, longest, shared + longest) to add to the scores: 0 where a row may look, else the lowest number
-        fused: whether attention is torch's fused kernel or written out; the latter is faster for short rows on a CPU
     """
 
     input_ids: Tensor
@@ -49,7 +50,6 @@ class Line:
     longest: int
     places: Tensor
     bias: Tensor
-    fused: bool
 
 
 def can_pack(model: Any) -> bool:
@@ -57,16 +57,17 @@ def can_pack(model: Any) -> bool:
     config = model.config.get_text_config()
     plain = not any(getattr(config, name, None) for name in OWN_WAYS)
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    ours = config._attn_implementation in ("eager", "sdpa") and bool(
+    ours = config._attn_implementation in (*WAYS, *WAYS.values()) and bool(
         getattr(model, "_supports_attention_backend", False)
     )
     return plain and full and ours
 
 
-def pack(batch: Batch, dtype: torch.dtype, *, fused: bool) -> Line:
+def pack(batch: Batch, dtype: torch.dtype) -> Line:
     """One line of a padded batch, in which rows are padded on the right."""
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
+    ids, labels = batch["input_ids"], batch["labels"]
     after = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # what each position is to predict
+    mask = batch["attention_mask"].bool() & before_the_last(after != IGNORED)
     shared = shared_tokens(ids, mask, after)
     rest = mask[:, shared:]
     rows, longest = rest.shape
@@ -79,7 +80,14 @@ def pack(batch: Batch, dtype: torch.dtype, *, fused: bool) -> Line:
     causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
     sees = torch.cat([causal.new_ones(rows, longest, shared), causal & rest.unsqueeze(1)], dim=2)
     bias = torch.zeros(sees.shape, dtype=dtype, device=ids.device).masked_fill_(~sees, torch.finfo(dtype).min)
-    return Line(line(ids), line(positions), line(after), shared, rows, longest, places, bias, fused)
+    return Line(line(ids), line(positions), line(after), shared, rows, longest, places, bias)
+
+
+def before_the_last(supervised: Tensor) -> Tensor:
+    """(rows, seq) bool: up to a row's last supervised position, with it; nothing after it has a part in the loss."""
+    needed = supervised.flip(1).cumsum(1).flip(1) > 0
+    needed[:, 0] = True  # a row is never empty
+    return needed
 
 
 def shared_tokens(ids: Tensor, mask: Tensor, after: Tensor) -> int:
@@ -92,10 +100,11 @@ def shared_tokens(ids: Tensor, mask: Tensor, after: Tensor) -> int:
 
 @contextlib.contextmanager
 def attention_by_rows(model: Any) -> Iterator[None]:
-    """Have the model's attention take a `Line`; as before afterwards."""
+    """Have the model's attention take a `Line`, if it can; as before afterwards. Can be opened twice."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    if can_pack(model):
+        config._attn_implementation = WAYS.get(before, before)
     try:
         yield
     finally:
@@ -103,9 +112,21 @@ def attention_by_rows(model: Any) -> Iterator[None]:
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, scaling: float, line: Line, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    *,
+    scaling: float,
+    line: Line,
+    fused: bool,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention in each row of a line; (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
+    """Causal attention in each row of a line; (1, heads, tokens, width) in, (1, tokens, heads, width) out.
+
+    `fused` is torch's kernel; written out, it is faster for short rows on a CPU.
+    """
     s = line.shared
 
     def as_rows(x: Tensor) -> Tensor:  # (1, heads, tokens, width) -> (heads, rows, longest, width), padded with zeros
@@ -115,12 +136,12 @@ def attend(
     def with_shared(x: Tensor) -> Tensor:  # -> (heads, rows, shared + longest, width)
         return torch.cat([x[0, :, None, :s].expand(-1, line.rows, -1, -1), as_rows(x)], dim=2)
 
-    of_rows = _attention(as_rows(query), with_shared(key), with_shared(value), line.bias, scaling, fused=line.fused)
+    of_rows = _attention(as_rows(query), with_shared(key), with_shared(value), line.bias, scaling, fused=fused)
     out = of_rows.flatten(1, 2).index_select(1, line.places)
     if s:
         q, k, v = (x[0, :, None, :s] for x in (query, key, value))  # as one row
         causal = torch.full((s, s), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device).triu(1)
-        of_shared = _attention(q, k, v, causal.unsqueeze(0), scaling, fused=line.fused)
+        of_shared = _attention(q, k, v, causal.unsqueeze(0), scaling, fused=fused)
         out = torch.cat([of_shared.squeeze(1), out], dim=1)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 
@@ -143,5 +164,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling:
     return out.view(groups, rows, each, length, width).transpose(1, 2).reshape(heads, rows, length, width)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+for plain, ours in WAYS.items():
+    AttentionInterface.register(ours, partial(attend, fused=plain == "sdpa"))
+    AttentionMaskInterface.register(ours, lambda *_, **__: None)

@@ -40,7 +40,15 @@ def report_page(
         sentence += f" The adapter is that of step {numbers['best_step']}, the best measured."
     losses = {"training": _curve(steps, "loss"), "evaluation": [(float(step), loss) for step, loss in evaluations]}
     fields = TrainConfig.model_fields
-    settings = [(name, str(value), fields[name].description or "") for name, value in config.model_dump().items()]
+    settings = [
+        (
+            name,
+            str(value),
+            f"chosen: {config.reasons[name]}" if name in config.reasons else "",
+            fields[name].description,
+        )
+        for name, value in config.model_dump().items()
+    ]
     return report.page(
         "Training",
         sentence,
@@ -58,7 +66,7 @@ def report_page(
         ),
         report.section("Numbers", report.numbers(numbers)),
         report.section("Trained", report.table(("layer", "how many", "parameters"), layers)),
-        report.section("Settings", report.table(("setting", "value", "what it does"), settings)),
+        report.section("Settings", report.table(("setting", "value", "why", "what it does"), settings)),
     )
 
 

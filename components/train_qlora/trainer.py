@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from components.train_qlora import history, lora
 from components.train_qlora.loss import mean_loss, summed_loss, supervised
+from components.train_qlora.packed import attention_by_rows
 from components.train_qlora.preflight import overfit
 from components.train_qlora.rows import Batch, Collate, Order, Rows
 from components.train_qlora.watch import Watch
@@ -186,7 +187,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward."""
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with attention_by_rows(self.model):  # a layer that is computed twice is so in the backward pass
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.step_losses.append(loss)
         return loss
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_LSE_ROWS = 256  # logits widened to fp32 at a time: 50 MB with a vocabulary of 49,152
+LSE_ROWS = 256  # logits widened to fp32 at a time: 50 MB with a vocabulary of 49,152
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def logprobs(
 
     Logits are computed at those positions alone.
     """
-    values: list[float] = _logprobs(_logits(model, inputs, at), targets).tolist()
+    values: list[float] = _logprobs(logits_at(model, inputs, at), targets).tolist()
     return values
 
 
@@ -90,7 +90,7 @@ def judge(
         tokens = [token for i in batch for token in items[i].targets]
         if at:
             with torch.inference_mode():
-                logits = _logits(model, {"input_ids": ids, "use_cache": False}, at)
+                logits = logits_at(model, {"input_ids": ids, "use_cache": False}, at)
                 values = iter(_logprobs(logits, list(enumerate(tokens))).tolist())
                 hits = iter((logits.argmax(-1) == torch.tensor(tokens, device=logits.device)).tolist())
             for i in batch:
@@ -102,8 +102,8 @@ def judge(
     return found
 
 
-def _logits(model: PreTrainedModel, inputs: dict[str, Any], at: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """(len(at), vocab)."""
+def logits_at(model: PreTrainedModel, inputs: dict[str, Any], at: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The logits at these (row, position) of the inputs, and at no others: (len(at), vocab), on the model's device."""
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -118,7 +118,7 @@ def _logprobs(logits: torch.Tensor, targets: Sequence[tuple[int, int]]) -> torch
     """(len(targets),), each target being (row of the logits, token)."""
     import torch
 
-    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(_LSE_ROWS)])
+    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(LSE_ROWS)])
     index, token = torch.tensor(targets, device=logits.device).unbind(1)
     return logits[index, token].float() - total[index]
 

@@ -144,7 +144,14 @@ STEPS = (
     Step(
         "merge_adapter",
         section="merge",
-        reads=(Input("dataset"), Input("base_model"), Input("base_nf4"), Input("adapter"), Input("evaluation")),
+        reads=(
+            Input("dataset"),
+            Input("base_model"),
+            Input("base_nf4"),
+            Input("adapter"),
+            Input("evaluation"),
+            Input("reference_data"),
+        ),
         makes="model",
         image="train",
         summary="Merge the adapter into a 16-bit model and judge that form by the same rules.",

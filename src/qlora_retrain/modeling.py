@@ -1,4 +1,4 @@
-"""Models from folders: the 16-bit base, its 4-bit form, and an adapter over either; offline and without remote code.
+"""Models from folders: the 16-bit base, its 4-bit form, an adapter over either, GGUF; offline, without remote code.
 
 Reads folders in the Hugging Face layout with safetensors weights. Refuses (13) a folder that could run code when it is
 loaded, weights that are damaged and weights that do not fill the model; refuses (12) what is not a model of that kind.
@@ -6,6 +6,8 @@ loaded, weights that are damaged and weights that do not fill the model; refuses
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import warnings
 from pathlib import Path
@@ -62,6 +64,21 @@ def load_nf4(folder: Path, *, device: str = "cpu", attention: str = "eager", dty
         unpacked: PreTrainedModel = model.dequantize().float().eval()
         return unpacked
     return model
+
+
+def load_gguf(path: Path, *, device: str = "cpu", attention: str = "eager", dtype: str = "float32") -> PreTrainedModel:
+    """The weights of a GGUF file, unpacked into a transformers model in evaluation mode.
+
+    Raises:
+        UsageError: If it holds no causal language model that transformers reads.
+        IntegrityError: If weights are missing.
+    """
+    from transformers import GgufConfig
+
+    unpack = GgufConfig(dequantize=True)
+    how = {"device": device, "attention": attention, "dtype": _precision(dtype, device)}
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+        return _load(path.parent, **how, quantization=unpack, gguf_file=path.name)
 
 
 def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -123,7 +140,7 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _load(
-    folder: Path, *, device: str, attention: str, dtype: str, quantization: BitsAndBytesConfig | None = None
+    folder: Path, *, device: str, attention: str, dtype: str, quantization: Any = None, **more: Any
 ) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
@@ -142,6 +159,7 @@ def _load(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **more,
         )
     except SafetensorError as error:
         raise IntegrityError(f"{folder.name}: its weights are damaged: {error}") from error

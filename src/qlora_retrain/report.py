@@ -42,8 +42,9 @@ table{border-collapse:collapse;margin:.8rem 0;width:100%}caption{text-align:left
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
 overflow-wrap:break-word}
 th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide{overflow-x:auto}@media(max-width:40rem){.wide table{min-width:38rem}}
 .bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
-.wide{overflow-x:auto}.marks td:last-child{width:58%}.told{color:var(--soft);font-size:.85rem}
+.marks td:last-child{width:58%}.told{color:var(--soft);font-size:.85rem}
 .forest{position:relative;height:1.1rem;margin-top:.25rem}.forest i{position:absolute;top:0;bottom:0}
 .forest .zero{border-left:1px solid var(--soft)}.forest .range{top:.5rem;bottom:auto;height:2px;background:var(--s0)}
 .forest .point{top:.3rem;width:.5rem;height:.5rem;margin-left:-.25rem;border-radius:50%;background:var(--s0)}
@@ -52,6 +53,7 @@ svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-se
 .key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:1.4rem;border-top:3px solid}
 """
 _COLOURS = 6
+_NARROW = 3  # columns that fit a telephone; more of them scroll
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 280, 64, 16, 12, 44
 
 
@@ -82,9 +84,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
     )
     body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in listed)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
-    return Html(
-        f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
-    )
+    found = f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return Html(f'<div class="wide">{found}</div>' if len(headers) > _NARROW else found)
 
 
 def numbers(mapping: Mapping[str, object]) -> Html:

@@ -151,7 +151,7 @@ def _attempt(
     """Run the step in a folder of its own and complete its artifact."""
     attempt, started = artifact.new_attempt(), datetime.now(UTC)
     run = load()
-    config = CONFIGS[step.section].model_validate(planned.config)
+    config = CONFIGS[step.section].model_validate(planned.config).with_reasons(_reasons(plan, step.section))
     with cache.work_folder() as work:
         output = work / step.makes
         output.mkdir()
@@ -282,7 +282,8 @@ def _fetched_version(plan: Plan, store: Store, name: str) -> Path:
     pinned = plan.pinned_version(name)
     assert pinned is not None
     release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
-    files = release.parts(*graph.VERSIONS[name])
+    # The form that is judged; a version's further exports are never run here, and may be as large.
+    files = tuple(f for f in release.parts(*graph.VERSIONS[name]) if not f.path.startswith("model/exports/"))
     prefix = registry.version_folder(plan.line, pinned.version)
     try:
         return cache.fetch(
@@ -295,13 +296,18 @@ def _fetched_version(plan: Plan, store: Store, name: str) -> Path:
         ) from error
 
 
+def _reasons(plan: Plan, section: str) -> dict[str, str]:
+    """Why the automatic choices of a section were made, by field."""
+    return {c.field.partition(".")[2]: c.reason for c in plan.choices if c.field.partition(".")[0] == section}
+
+
 def _print_settings(plan: Plan, planned: PlannedStep) -> None:
     """The resolved settings, each automatic choice with its reason."""
     section = graph.step(planned.name).section
-    reasons = {c.field: c.reason for c in plan.choices}
+    reasons = _reasons(plan, section)
     progress.say(f"{planned.name}: {graph.step(planned.name).makes} {planned.key[:12]} of run {plan.run_id}")
     for name, value in planned.config.items():
-        reason = reasons.get(f"{section}.{name}")
+        reason = reasons.get(name)
         kind = "" if name in planned.identity else "  (operational)"
         progress.say(f"  {section}.{name} = {value!r}{kind}" + (f"  auto: {reason}" if reason else ""))
 

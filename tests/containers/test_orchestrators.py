@@ -4,6 +4,7 @@ finished by either: one store, the same keys, success by the manifests' word alo
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -165,6 +166,21 @@ class Watcher:
                 self.inspected.append(done.stdout)
 
 
+@contextlib.contextmanager
+def frozen(setting: Setting, name: str) -> Iterator[None]:
+    """While open, a container does nothing: however fast the machine, it is not done before others have noticed."""
+    first = psutil.Process(int(setting.engine("inspect", "--format", "{{.State.Pid}}", name)))
+    processes = [first, *first.children(recursive=True)]
+    assert len(processes) >= 2, "the entrypoint and the step"
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def kill_worker(setting: Setting, run_id: str, task: str) -> None:
     """SIGKILL the executor's process that works on a task, and the task's own below it."""
     found = setting.airflow.api.call("GET", f"dags/boxed/dagRuns/{run_id}/taskInstances/{task}")
@@ -198,8 +214,10 @@ def test_a_run_whose_container_is_stopped_and_whose_worker_is_killed_ends_with_t
         setting.engine("kill", "--signal", "TERM", setting.training(made))
         setting.until(lambda: "try again (75)" in setting.log(run_id, "train_qlora", 1))
         setting.until(lambda: "going on from" in setting.log(run_id, "train_qlora", 2), 120)
-        kill_worker(setting, run_id, "train_qlora")
-        setting.until(lambda: "runs already: following it" in setting.log(run_id, "train_qlora", 3), 120)
+        (second,) = setting.engine.names(made.step("train_qlora").key[:12])
+        with frozen(setting, second):
+            kill_worker(setting, run_id, "train_qlora")
+            setting.until(lambda: "runs already: following it" in setting.log(run_id, "train_qlora", 3), 120)
         state = setting.airflow.api.wait("boxed", run_id, seconds=600)
     assert state == "success", [
         setting.log(run_id, t.name, t.tries) for t in setting.airflow.api.tasks("boxed", run_id)

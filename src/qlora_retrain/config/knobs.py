@@ -5,9 +5,10 @@ A field is *identity* (it changes the result, so it enters the step's key) unles
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -27,6 +28,18 @@ class Section(BaseModel):
     """A frozen part of the config that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    _reasons: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why fields that were `auto` have their values, for whoever reads a report; no part of the config."""
+        return self._reasons
+
+    def with_reasons(self, reasons: Mapping[str, str]) -> Self:
+        """The same section, with the reasons of automatic choices by field."""
+        told = self.model_copy()
+        told._reasons = dict(reasons)
+        return told
 
     @classmethod
     def operational_fields(cls) -> frozenset[str]:

@@ -13,6 +13,7 @@ from qlora_retrain.errors import UsageError
 from qlora_retrain.graph import Image
 
 Version = Annotated[str, Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{12}$")]
+Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
@@ -84,6 +85,9 @@ class TrainConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = identity(
         "auto", "auto: eager on a CPU (faster on short rows), sdpa on cuda"
     )
+    gradient_checkpointing: int | None = identity(
+        None, "compute every n-th layer twice instead of keeping it; 1: a third slower, far less memory", ge=1
+    )
     evaluations: int | None = identity(
         None, "times the evaluation loss is measured; the best adapter is kept. null: the last one", ge=1, le=1000
     )
@@ -107,15 +111,36 @@ class TrainConfig(Section):
 
 
 class MergeConfig(Section):
-    """How the adapter becomes part of a 16-bit model."""
+    """How the adapter becomes part of a 16-bit model, and in which forms that model ships."""
 
-    base: Literal["dequantized", "original"] = identity(
-        "dequantized", "dequantized: what was judged is what ships; original: the 16-bit weights"
+    base: Literal["measured", "original", "dequantized"] = identity(
+        "measured", "measured: build both, choose on half the evaluation rows, certify on the other half"
     )
+    min_rows: int = identity(15, "measured: fewer rows than this in a half are insufficient evidence", ge=1)
     max_loss_nats: float = identity(0.05, "refuse when merging costs more loss a token than this", gt=0.0)
+    max_kl_nats: float | None = identity(
+        None, "refuse when KL(live || merged) a token may be above this; null: reported alone", gt=0.0
+    )
+    min_agreement: float | None = identity(
+        None, "refuse when the likeliest token may be the live model's less often than this; null: reported alone",
+        gt=0.0, le=1.0,
+    )  # fmt: skip
     max_shard_gib: float = identity(5.0, "size of a safetensors file at most", gt=0.0, le=64.0)
+    exports: list[Export] = identity(
+        ["bf16"], "forms that ship; bf16, the one that is judged, always does. Each further one is scored too"
+    )
+    max_export_loss_nats: float | None = identity(
+        0.1, "refuse when another export costs more loss a token than this; null: reported alone", gt=0.0
+    )
     device: Device = identity("auto", "as in train; for the scoring, the merge itself runs on the CPU")
     precision: Precision = identity("auto", "as in evaluate; for the scoring, the merge itself computes in float32")
+
+    @field_validator("exports")
+    @classmethod
+    def _has_bf16(cls, value: list[Export]) -> list[Export]:
+        if "bf16" not in value or len(set(value)) != len(value):
+            raise ValueError("each form once, and bf16 among them: it is what is judged and compared later")
+        return value
 
 
 class PublishConfig(Section):

@@ -2,51 +2,133 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from components.evaluate.step import run as evaluate
+from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
-from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain import chat, modeling, scoring
+from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.errors import Exit, IntegrityError
 from qlora_retrain.scoring import read_scores, write_scores
 
 CONFIG = MergeConfig(device="cpu")
-RULES = EvaluateConfig(first_release=True, bootstrap_samples=200, device="cpu", max_forgetting_nats=100.0)
 
 
-@pytest.fixture
-def inputs(
-    tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, write_dataset: Callable[..., Path], tmp_path: Path
-) -> dict[str, Path]:
-    folders = {"base_model": tiny_model, "base_nf4": tiny_nf4, "adapter": tiny_adapter}
-    dataset, evaluation, reference = write_dataset(tmp_path / "dataset", golden=12), tmp_path / "eva", tmp_path / "ref"
-    evaluation.mkdir()
-    reference.mkdir()
-    (reference / "general.txt").write_text("The sun rises in the east.\n\nBirds can fly.\n")
-    evaluate(RULES, dataset, **folders, champion=None, anchor=None, golden_data=None, reference_data=reference,
-             evaluation=evaluation)  # fmt: skip
-    (tmp_path / "model").mkdir()
-    return {"dataset": dataset, **folders, "evaluation": evaluation, "model": tmp_path / "model"}
+def certificate(inputs: dict[str, Path]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((inputs["model"] / "certificate.json").read_text())
+    return found
 
 
 def test_the_merged_form_is_certified_by_the_rules_of_the_evaluation(inputs: dict[str, Path]) -> None:
     report = run(CONFIG, **inputs)
     assert report.refused is None
-    certificate = json.loads((inputs["model"] / "certificate.json").read_text())
-    names = [rule["name"] for rule in certificate["rules"]]
-    assert names[:5] == ["enough_rows", "gain_over_base", "loss_to_champion", "golden", "forgetting"]
-    assert names[5:] == ["slices", "merge_cost"]
-    assert certificate["verdict"] == "pass"
-    forms = certificate["forms"]
-    assert certificate["merge_loss_nats"]["value"] == pytest.approx(forms["merged"]["loss"] - forms["live"]["loss"])
-    assert abs(certificate["merge_loss_nats"]["value"]) < 0.02  # only the rounding of the sum to bf16
-    assert report.numbers["merge_loss_nats"] == certificate["merge_loss_nats"]["value"]
+    found = certificate(inputs)
+    names = [rule["name"] for rule in found["rules"]]
+    rules = [
+        "enough_rows",
+        "gain_over_base",
+        "loss_to_champion",
+        "golden",
+        "forgetting",
+        "slices",
+        "merge_rows",
+        "merge_cost",
+    ]
+    assert names == rules
+    assert found["verdict"] == "pass"
+    forms = found["forms"]["certification"]
+    cost = found["merge_loss_nats"]["value"]
+    assert cost == pytest.approx(forms[found["base"]]["loss"] - forms["live"]["loss"])
+    assert abs(forms["dequantized"]["loss"] - forms["live"]["loss"]) < 0.02  # only the rounding of the sum to bf16
+    assert report.numbers["merge_loss_nats"] == cost
     assert "order number" not in (inputs["model"] / "report.html").read_text()
+
+
+def test_the_better_candidate_on_one_half_is_what_ships_and_the_other_half_certifies_it(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    run(CONFIG, **inputs)
+    found = certificate(inputs)
+    assert found["rows"] == {"selection": 18, "certification": 18}
+    losses: dict[str, dict[bool, float]] = {}
+    rows = scoring.read_rows(inputs["dataset"] / "eval.jsonl", "eval")
+    sides = {row.id: row for row in rows}
+    for name in ("original", "dequantized"):
+        folder = tmp_path / name
+        folder.mkdir()
+        merge(inputs["base_model"], inputs["base_nf4"], inputs["adapter"], folder,
+              dequantized=name == "dequantized", max_shard_gib=5.0)  # fmt: skip
+        model, tokenizer = modeling.load_base(folder, dtype="float32"), chat.load_tokenizer(folder)
+        labels = json.loads((inputs["dataset"] / "dataset.json").read_text())["labels"]
+        scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=4096, what="x")
+        chosen = set(sorted(sides, key=lambda i: hashlib.sha256(f"merge:{i}".encode()).digest())[:18])
+        losses[name] = {
+            half: sum(s.loss_nats for s in scores if (s.id in chosen) == half)
+            / sum(s.tokens for s in scores if (s.id in chosen) == half)
+            for half in (True, False)
+        }
+        assert found["forms"]["selection"][name]["loss"] == pytest.approx(losses[name][True], rel=1e-5)
+        assert found["forms"]["certification"][name]["loss"] == pytest.approx(losses[name][False], rel=1e-5)
+    assert found["base"] == min(losses, key=lambda name: losses[name][True])
+    shipped = (inputs["model"] / "model.safetensors").read_bytes()
+    assert shipped == (tmp_path / found["base"] / "model.safetensors").read_bytes()
+    assert not [path for path in inputs["model"].iterdir() if path.is_dir()]  # nothing is left of the other one
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_base_that_is_named_is_certified_on_every_row(inputs: dict[str, Path], base: str) -> None:
+    run(MergeConfig(device="cpu", base=base), **inputs)  # type: ignore[arg-type]
+    found = certificate(inputs)
+    assert found["base"] == base
+    assert found["rows"] == {"selection": 0, "certification": 36}
+    assert set(found["forms"]["certification"]) == {"live", base}
+    assert found["forms"]["certification"][base]["rows"] == 36
+
+
+def test_halves_that_are_too_small_are_insufficient_evidence(inputs: dict[str, Path]) -> None:
+    report = run(MergeConfig(device="cpu", min_rows=19), **inputs)
+    assert report.refused is not None
+    assert report.refused.exit_code == Exit.QUALITY_REFUSED
+    assert "18 rows to choose the base on, 18 to certify it on; 19 of each are needed" in str(report.refused)
+    assert certificate(inputs)["verdict"] == "insufficient evidence"
+
+
+def test_kl_and_agreement_are_gates_only_where_a_limit_is_set(inputs: dict[str, Path]) -> None:
+    report = run(MergeConfig(device="cpu", base="original", max_kl_nats=1e-9, min_agreement=0.5), **inputs)
+    rules = {rule["name"]: rule for rule in certificate(inputs)["rules"]}
+    form = certificate(inputs)["forms"]["certification"]["original"]
+    assert rules["kl_to_live"]["passed"] is False
+    assert rules["kl_to_live"]["value"] == form["kl"] > 1e-9
+    assert rules["agreement"]["passed"] is True
+    assert rules["agreement"]["value"] == form["agreement"] >= 0.5
+    assert "KL from the live model" in str(report.refused)
+
+
+def test_what_the_merged_form_forgot_is_measured_on_the_merged_form(inputs: dict[str, Path]) -> None:
+    run(MergeConfig(device="cpu", base="original"), **inputs)
+    found = certificate(inputs)
+    model, tokenizer = modeling.load_base(inputs["model"], dtype="float32"), chat.load_tokenizer(inputs["model"])
+    texts = ["The sun rises in the east.", "Birds can fly."]
+    ours = scoring.score_texts(model, tokenizer, texts, batch_tokens=4096, max_tokens=64, what="x")
+    base = [s for s in read_scores(inputs["evaluation"] / "scores.jsonl")["base"] if s.suite == "reference"]
+    lost = sum(a.loss_nats - b.loss_nats for a, b in zip(ours, base, strict=True)) / sum(s.tokens for s in ours)
+    rule = next(rule for rule in found["rules"] if rule["name"] == "forgetting")
+    assert rule["value"] == pytest.approx(lost, rel=1e-4)
+    assert found["reference"]["merged"]["loss"] != found["reference"]["live"]["loss"]
+
+
+def test_reference_text_other_than_the_evaluations_is_refused(inputs: dict[str, Path]) -> None:
+    with pytest.raises(IntegrityError, match="passages are not those of reference_data"):
+        run(MergeConfig(device="cpu", base="original"), **{**inputs, "reference_data": None})  # type: ignore[arg-type]
 
 
 def test_a_merge_that_costs_too_much_is_refused_with_its_certificate(inputs: dict[str, Path]) -> None:
@@ -59,9 +141,9 @@ def test_a_merge_that_costs_too_much_is_refused_with_its_certificate(inputs: dic
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert "lost by merging" in str(report.refused)
-    certificate = json.loads((inputs["model"] / "certificate.json").read_text())
-    assert certificate["verdict"] == "refuse"
-    assert certificate["merge_loss_nats"]["high"] > CONFIG.max_loss_nats
+    found = certificate(inputs)
+    assert found["verdict"] == "refuse"
+    assert found["merge_loss_nats"]["high"] > CONFIG.max_loss_nats
     assert (inputs["model"] / "report.html").is_file()
 
 
@@ -71,3 +153,33 @@ def test_an_evaluation_of_another_data_set_is_refused(
     other = write_dataset(tmp_path / "other", rows=33, golden=12)
     with pytest.raises(IntegrityError, match="made from another one"):
         run(CONFIG, **{**inputs, "dataset": other})
+
+
+@pytest.mark.slow
+def test_plain_transformers_in_a_fresh_process_finds_the_certified_loss(inputs: dict[str, Path]) -> None:
+    run(MergeConfig(device="cpu", base="dequantized"), **inputs)
+    program = """
+import json, sys
+sys.modules["peft"] = sys.modules["bitsandbytes"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, rows = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+loss = tokens = 0
+for line in open(rows):
+    messages = json.loads(line)["messages"]
+    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(messages[-1]["content"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    loss += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+    tokens += len(answer)
+print(loss / tokens)
+"""
+    command = [sys.executable, "-c", program, str(inputs["model"]), str(inputs["dataset"] / "eval.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    certified = certificate(inputs)["forms"]["certification"]["dequantized"]["loss"]
+    assert float(done.stdout) == pytest.approx(certified, abs=1e-5)

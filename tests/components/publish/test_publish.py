@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain import artifact, keys, plan, registry, runner
+from qlora_retrain import artifact, consumer, keys, plan, registry, runner
 from qlora_retrain.errors import QualityRefused
 from qlora_retrain.outcome import Report
 from qlora_retrain.plan import Plan
@@ -85,6 +85,36 @@ def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
         assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size_bytes, file.sha256)
     assert release.keys == {s.name: s.key for s in made.steps}
     assert (release.adapter_key, release.judgement) == (made.step("train_qlora").key, made.judgement)
+
+
+def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
+    new_plan: Callable[..., Plan], small_steps: Steps, store: Store, tmp_path: Path
+) -> None:
+    plain = small_steps["merge_adapter"]
+
+    def merge_adapter(
+        config: Any,
+        dataset: Path,
+        base_model: Path,
+        base_nf4: Path,
+        adapter: Path,
+        evaluation: Path,
+        reference_data: Path | None,
+        model: Path,
+    ) -> Report:
+        (model / "exports/gguf-q8_0").mkdir(parents=True)
+        (model / "exports/gguf-q8_0/model-q8_0.gguf").write_bytes(b"GGUF")
+        return plain(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
+
+    made = new_plan()
+    until_publish(made, {**small_steps, "merge_adapter": merge_adapter})
+    assert publish(made, small_steps) == 0
+    pulled = tmp_path / "pulled"
+    release = consumer.pull(store, "intents@production", pulled)
+    assert (pulled / "model/exports/gguf-q8_0/model-q8_0.gguf").read_bytes() == b"GGUF"
+    content = sorted((f.path, f.sha256) for f in release.files if f.path.startswith(("adapter/", "model/")))
+    assert "model/exports/gguf-q8_0/model-q8_0.gguf" in dict(content)
+    assert release.content_hash == hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 def test_a_version_is_named_by_the_plans_time_and_its_content(
@@ -163,9 +193,16 @@ def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_ste
     passing = small_steps["merge_adapter"]
 
     def merge_adapter(
-        config: Any, dataset: Path, base_model: Path, base_nf4: Path, adapter: Path, evaluation: Path, model: Path
+        config: Any,
+        dataset: Path,
+        base_model: Path,
+        base_nf4: Path,
+        adapter: Path,
+        evaluation: Path,
+        reference_data: Path | None,
+        model: Path,
     ) -> Report:
-        passing(config, dataset, base_model, base_nf4, adapter, evaluation, model)
+        passing(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
         return Report(refused=QualityRefused("merging costs too much"))
 
     made = new_plan()

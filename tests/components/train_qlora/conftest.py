@@ -58,7 +58,7 @@ class Step:
 
         shutil.rmtree(self.adapter, ignore_errors=True)
         self.adapter.mkdir()
-        config = TrainConfig(**(SMALL | settings))
+        config = TrainConfig(**(SMALL | settings)).with_reasons({"attention": "faster on <short> rows"})
         return dict(run(config, self.dataset, self.base_nf4, self.adapter, scratch=self.scratch).numbers)
 
     @property

@@ -1,5 +1,6 @@
 """What training computes, against the same computed plainly: adapters, dropout, rows in one line, the loss in parts."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,22 @@ def test_one_line_of_rows_gives_the_loss_and_the_gradients_of_each_row_alone(nf4
         assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_what_all_rows_begin_with_is_computed_once(items, fused):
+def test_what_all_rows_begin_with_is_computed_once(items):
     rows = items(5)
-    line = packed.pack(Collate(0)(rows), torch.float32, fused=fused)
+    line = packed.pack(Collate(0)(rows), torch.float32)
     beginning = next(i for i in range(99) if len({row["input_ids"][i] for row in rows}) > 1)
     assert line.shared == beginning > 5
-    assert line.input_ids.shape[1] == sum(len(row["input_ids"]) for row in rows) - 4 * beginning
+    needed = [max(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
+    assert line.input_ids.shape[1] == sum(needed) - 4 * beginning
     assert int((line.labels != IGNORED).sum()) == sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def test_a_token_that_is_to_predict_something_is_never_shared():
     rows = [{"input_ids": [7, 8, 9, end], "labels": [IGNORED, IGNORED, 9, end]} for end in (1, 2)]
-    line = packed.pack(Collate(0)(rows), torch.float32, fused=False)
+    line = packed.pack(Collate(0)(rows), torch.float32)
     assert line.shared == 1  # 8 predicts the supervised 9, in each row
     same = [{"input_ids": [7, 8], "labels": [IGNORED, IGNORED]}] * 2
-    assert packed.pack(Collate(0)(same), torch.float32, fused=False).shared == 1  # never a whole row
+    assert packed.pack(Collate(0)(same), torch.float32).shared == 0  # never a whole row
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -150,8 +151,13 @@ def test_a_model_whose_attention_has_a_window_is_given_padded_batches():
     window = MistralForCausalLM(MistralConfig(vocab_size=50, num_key_value_heads=1, sliding_window=4, **sizes))
     window.set_attn_implementation("eager")
     assert not packed.can_pack(window)
+    with packed.attention_by_rows(window):
+        assert window.config._attn_implementation == "eager"
     window.config.sliding_window = None
     assert packed.can_pack(window)
+    with packed.attention_by_rows(window), packed.attention_by_rows(window):
+        assert packed.can_pack(window)
+    assert window.config._attn_implementation == "eager"
     plain = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
     plain.set_attn_implementation("eager")
     assert packed.can_pack(plain)
@@ -173,10 +179,19 @@ def test_the_loss_in_parts_is_the_loss_and_the_gradient_of_the_whole(monkeypatch
 @pytest.mark.parametrize("probability", [0.05, 0.5])
 def test_dropout_leaves_out_the_share_that_was_asked_for(probability):
     torch.manual_seed(0)
-    kept = joined.kept_by_dropout(torch.Size([1000, 1001]), probability, torch.device("cpu"))
-    assert float(kept.float().mean()) == pytest.approx(1 - probability, abs=0.002)
-    by_column = kept.float().mean(0)  # each of the 16-bit parts of a word is as random as the others
-    assert float(by_column.std()) == pytest.approx((probability * (1 - probability) / 1000) ** 0.5, rel=0.1)
+    kept = torch.ones(1000, 1001)
+    kept.view(-1)[joined.drawn(kept.numel(), probability, kept.device)] = 0
+    assert float(kept.mean()) == pytest.approx(1 - probability, abs=0.002)
+    for by in (kept.mean(0), kept.mean(1)):  # no column and no row is favoured
+        assert float(by.std()) == pytest.approx((probability * (1 - probability) / 1000) ** 0.5, rel=0.1)
+
+
+def test_dropout_of_a_handful_of_numbers_has_the_probability_that_was_asked_for():
+    torch.manual_seed(0)
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        counts[joined.drawn(5, 0.4, counts.device).unique()] += 1
+    assert counts.div(4000).tolist() == pytest.approx([1 - 0.8 ** round(math.log(0.6) / math.log(0.8))] * 5, abs=0.03)
 
 
 def test_dropout_touches_the_adapter_alone_and_keeps_its_mean(nf4):
@@ -197,10 +212,13 @@ def test_the_gradient_of_dropped_inputs_is_that_of_the_mask_that_was_drawn():
     torch.manual_seed(0)
     frozen = torch.nn.Linear(6, 5, bias=False).requires_grad_(False)
     x, a, b = torch.randn(4, 6), torch.randn(2, 6), torch.randn(5, 2)
-    kept = torch.rand(4, 6) > 0.4
+    dropped = torch.tensor([1, 8, 8, 21])
+    kept = torch.ones(24).index_fill(0, dropped, 0).view(4, 6)
     mine = [t.clone().requires_grad_() for t in (x, a, b)]
     plain = [t.clone().requires_grad_() for t in (x, a, b)]
-    joined.Joined.apply(mine[0], kept, 2.0, [frozen], mine[1], mine[2])[0].square().sum().backward()
+    joined.Joined.apply(mine[0], torch.Tensor.detach, [mine[0]], dropped, 2.0, [frozen], *mine[1:])[
+        0
+    ].square().sum().backward()
     (frozen(plain[0]) + 2.0 * (plain[0] * kept) @ plain[1].T @ plain[2].T).square().sum().backward()
     for one, other in zip(mine, plain, strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-4)
@@ -232,6 +250,44 @@ def test_lean_norms_and_gates_compute_what_the_modules_do_and_the_same_gradients
     assert torch.equal(found[0][0], found[1][0])
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     assert torch.allclose(found[0][1], found[1][1], rtol=tolerance, atol=tolerance * float(found[0][1].abs().max()))
+
+
+def kept_and_gradients(model: Any, batch: Any) -> tuple[int, dict[str, torch.Tensor]]:
+    """How many bytes a forward pass keeps for the backward pass, and what the latter gives; always the same dropout."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with packed.attention_by_rows(model):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            computed = loss.summed_loss(model, batch)
+        computed.backward()
+    return sum(kept.values()), gradients(model)
+
+
+def test_what_norms_and_gates_give_is_not_kept_and_the_gradients_are_the_same_bits(nf4, items, monkeypatch):
+    model, batch = adapted(nf4, dropout=0.1), Collate(0)(items(6))
+    lean_kept, found = kept_and_gradients(model, batch)
+    monkeypatch.setattr(joined, "made_again_by", lambda how, of, x: x)
+    kept, expected = kept_and_gradients(model, batch)
+    tokens = packed.pack(batch, torch.float32).input_ids.shape[1]
+    widths = 2 * (64 + 64 + 128)  # in each of two layers: two norms and a gate
+    instead = 64 * tokens + 64  # the embeddings and the first norm's weight, which nothing else needs
+    assert kept - lean_kept == 4 * (tokens * widths - instead)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_bits(nf4, items):
+    batch = Collate(0)(items(6))
+    kept, expected = kept_and_gradients(adapted(nf4, dropout=0.1), batch)
+    for every, share in ((1, 5), (2, 1.5)):
+        less, found = kept_and_gradients(adapted(nf4, dropout=0.1, gradient_checkpointing=every), batch)
+        assert less < kept / share
+        assert len(found) == len(expected) > 0
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
 def test_a_module_that_computes_something_else_is_left_alone():

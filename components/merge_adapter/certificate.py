@@ -1,0 +1,200 @@
+"""What the certificate says of the form that ships, as rules, as JSON and as a page; counts and names, never a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from components.merge_adapter import agreement
+from components.merge_adapter.candidates import Measured
+from components.merge_adapter.merge import Merged
+from qlora_retrain import report, verdict
+from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain.scoring import RowScore
+from qlora_retrain.stats import Interval
+from qlora_retrain.verdict import Rule, Verdict
+
+Numbers = dict[str, float | None]
+
+_SHARES = ("accuracy", "agreement")
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Everything that is certified.
+
+    Attributes:
+        base: What the adapter was added to, and why that.
+        why: How it was chosen, in a sentence.
+        judged: The rules of the evaluation and those of the merge.
+        cost: The loss against the live model, on the rows that certify.
+        rows: How many rows chose and how many certify.
+        forms: The live model and every candidate: numbers on either half.
+        suites: The live model and the one that ships on golden rows and reference text.
+        built: What was written.
+        exports: Every form that ships: where it lies below `model/`, its size and its numbers.
+        serving: What is known against serving the adapter as it is.
+    """
+
+    base: str
+    why: str
+    judged: Verdict
+    cost: Rule
+    rows: dict[str, int]
+    forms: dict[str, dict[str, Numbers]]
+    suites: dict[str, dict[str, Numbers]]
+    built: Merged
+    exports: dict[str, dict[str, Any]]
+    serving: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """`certificate.json`."""
+        return {
+            "verdict": self.judged.verdict,
+            "sentence": self.judged.sentence,
+            "base": self.base,
+            "why": self.why,
+            "rows": self.rows,
+            "merge_loss_nats": {"value": self.cost.value, "low": self.cost.low, "high": self.cost.high},
+            "forms": self.forms,
+            **{suite: found for suite, found in self.suites.items() if found},
+            "rules": self.judged.rules_as_json(),
+            "built": asdict(self.built),
+            "exports": self.exports,
+            "serving_warnings": self.serving,
+        }
+
+    def page(self) -> str:
+        """The same for a person."""
+        titles = {"golden": "Golden rows", "reference": "Reference text"}
+        return report.page(
+            f"Merged model: {self.judged.verdict}",
+            self.judged.sentence,
+            report.section("Rules", report.table(*verdict.rules_table(self.judged.rules))),
+            report.section("What the adapter was added to", self.why, *self._candidates()),
+            *(
+                report.section(titles[suite], report.table(*verdict.numbers_table(found)))
+                for suite, found in self.suites.items()
+                if found
+            ),
+            report.section("What ships", self._exports()),
+            report.section(
+                "Serving the adapter without merging",
+                *(self.serving or ["Nothing is known against it for vLLM, TGI and llama.cpp."]),
+            ),
+            report.section("What was built", report.numbers({"base": self.base, **asdict(self.built)})),
+        )
+
+    def _candidates(self) -> list[report.Html]:
+        """A table for each half."""
+        titles = {
+            "selection": f"{self.rows['selection']} rows to choose on",
+            "certification": f"{self.rows['certification']} rows to certify on",
+        }
+        return [table_of(self.forms[half], title) for half, title in titles.items() if self.rows[half]]
+
+    def _exports(self) -> report.Html:
+        rows = []
+        for name, found in self.exports.items():
+            cost = _with_ends(found, "cost")
+            numbers = [_with_ends(found, key) for key in ("loss", "agreement")]
+            rows.append(
+                [name, "itself" if found["path"] == "." else found["path"], found["size_bytes"] / 2**20, cost, *numbers]
+            )
+        headers = ["form", "below model/", "MiB", "nats a token lost against live", "loss", "tokens chosen as live"]
+        return report.table(headers, rows, caption=f"on the {self.rows['certification']} rows that certify")
+
+
+def rules(config: MergeConfig, settings: EvaluateConfig, live: Sequence[RowScore], merged: Measured) -> list[Rule]:
+    """The merge's own rules, on the rows that certify."""
+    found = [verdict.merge_cost(live, merged.scores, config.max_loss_nats, settings)]
+    if config.max_kl_nats is not None:
+        value, limit = agreement.kl(merged.agreement, settings), config.max_kl_nats
+        text = f"KL from the live model, nats a token: {_said(value)}; its upper end must not lie above {limit:g}"
+        found.append(_rule("kl_to_live", text, value, limit, value is not None and value.high <= limit))
+    if config.min_agreement is not None:
+        value, limit = agreement.greedy(merged.agreement, settings), config.min_agreement
+        text = f"tokens chosen as by the live model: {_said(value)}; its lower end must not lie below {limit:g}"
+        found.append(_rule("agreement", text, value, limit, value is not None and value.low >= limit))
+    return found
+
+
+def exported(
+    config: MergeConfig,
+    settings: EvaluateConfig,
+    live: Sequence[RowScore],
+    name: str,
+    found: Measured,
+    answers: Mapping[str, str],
+) -> tuple[Numbers, list[Rule]]:
+    """An export's numbers with what it costs against the live model, and its rule where it has one.
+
+    A form whose loss is not finite is always refused.
+    """
+    limit = config.max_export_loss_nats
+    rule = verdict.merge_cost(live, found.scores, limit or math.inf, settings)
+    cost: Numbers = {"cost": rule.value, "cost_low": rule.low, "cost_high": rule.high}
+    judged = limit is not None or rule.passed is False
+    label = f"export_{name}"
+    text = rule.text.replace("lost by merging", f"lost by {name} against the live model")
+    rules = [replace(rule, name=label, text=text, limit=limit)] if judged else []
+    return numbers(found, settings, answers) | cost, rules
+
+
+def _rule(name: str, text: str, found: Interval | None, limit: float, passed: bool) -> Rule:
+    if found is None:
+        return Rule(name, text, limit=limit, passed=False)
+    return Rule(name, text, found.value, found.low, found.high, limit, passed)
+
+
+def enough(config: MergeConfig, rows: Mapping[str, int]) -> list[Rule]:
+    """The rule that both halves have rows enough, where halves are used; too few cannot be judged."""
+    if config.base != "measured":
+        return []
+    fewest = min(rows.values())
+    text = f"{rows['selection']} rows to choose the base on, {rows['certification']} to certify it on"
+    if fewest >= config.min_rows:
+        return [Rule("merge_rows", text, fewest, limit=config.min_rows, passed=True)]
+    text += f"; {config.min_rows} of each are needed: keep more evaluation rows, or name the base in merge.base"
+    return [Rule("merge_rows", text, fewest, limit=config.min_rows)]
+
+
+def numbers(found: Measured, settings: EvaluateConfig, answers: Mapping[str, str]) -> Numbers:
+    """A form's numbers on some rows; none where there are no rows."""
+    known = verdict.measure(found.scores, settings, answers)
+    for name, value in (("kl", agreement.kl), ("agreement", agreement.greedy)):
+        if interval := value(found.agreement, settings):
+            known |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return known
+
+
+def table_of(forms: Mapping[str, Numbers], caption: str) -> report.Html:
+    """Forms against metrics; what no form has gets no column."""
+    columns = {
+        "loss": "loss, nats a token",
+        "accuracy": "accuracy",
+        "macro_f1": "macro-F1",
+        "kl": "KL from live, nats a token",
+        "agreement": "tokens chosen as live",
+    }
+    shown = {key: title for key, title in columns.items() if any(form.get(key) is not None for form in forms.values())}
+    rows = [[name, *(_with_ends(form, key) for key in shown)] for name, form in forms.items()]
+    return report.table(["form", *shown.values()], rows, caption=caption)
+
+
+def _with_ends(form: Mapping[str, Any], key: str) -> str:
+    value, low, high = (form.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return ""
+    if key in _SHARES:
+        return f"{value:.1%}" if low is None or high is None else f"{value:.1%} ({low:.1%} to {high:.1%})"
+    # Fixed decimals, so that forms can be compared down a column.
+    digits = 5 if key == "kl" else 4
+    shown = f"{value:.{digits}f}"
+    return shown if low is None or high is None else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _said(found: Interval | None) -> str:
+    return "none that is finite" if found is None else f"{found.value:.4f} ({found.low:.4f} to {found.high:.4f})"

@@ -1,0 +1,70 @@
+"""KL and greedy agreement against a plain computation, row by row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.merge_adapter import agreement, candidates
+from components.merge_adapter.agreement import Agreement
+from qlora_retrain import chat, modeling
+from qlora_retrain.config.sections import EvaluateConfig
+from qlora_retrain.scoring import Row
+
+TALK = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hello there"},
+    {"role": "user", "content": "where is the parcel of order number 4?"},
+    {"role": "assistant", "content": "on its way"},
+]
+
+
+def rows() -> list[Row]:
+    short = [Row(f"short-{i}", "eval", [{"role": "user", "content": "x" * i}, TALK[1]]) for i in range(1, 8)]
+    return [Row("talk", "eval", TALK), *short]
+
+
+def test_batches_give_what_one_row_at_a_time_gives(tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path) -> None:
+    live = modeling.attach(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    other, tokenizer = modeling.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
+    found = agreement.compare(live, other, tokenizer, rows(), 256, "comparing")
+    for row, ours in zip(rows(), found, strict=True):
+        encoded = chat.encode(tokenizer, row.messages)
+        ids, judged = torch.tensor([encoded.input_ids]), torch.tensor(encoded.supervised)[1:]
+        with torch.no_grad():
+            p, q = (model(ids).logits[0, :-1][judged].double().softmax(-1) for model in (live, other))
+        assert (ours.id, ours.tokens) == (row.id, int(judged.sum()))
+        assert ours.kl_nats == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3)
+        assert ours.agreed == int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert any(ours.agreed < ours.tokens for ours in found)
+
+
+def test_a_model_agrees_with_itself(tiny_model: Path) -> None:
+    model, tokenizer = modeling.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
+    found = agreement.compare(model, model, tokenizer, rows(), 256, "comparing")
+    settings = EvaluateConfig(bootstrap_samples=200)
+    for value, expected in ((agreement.kl, 0.0), (agreement.greedy, 1.0)):
+        interval = value(found, settings)
+        assert interval is not None
+        assert (interval.value, interval.low, interval.high) == pytest.approx((expected,) * 3, abs=1e-6)
+
+
+def test_long_rows_weigh_by_their_tokens_and_nan_is_no_number() -> None:
+    found = [Agreement("a", 1, 1.0, 1), Agreement("b", 3, 1.0, 0)]
+    settings = EvaluateConfig(bootstrap_samples=200)
+    interval = agreement.kl(found, settings)
+    assert interval is not None
+    assert interval.value == 0.5
+    assert agreement.kl([*found, Agreement("c", 1, float("nan"), 0)], settings) is None
+    assert agreement.kl([], settings) is None
+
+
+def test_halves_depend_on_the_ids_alone_and_cover_them() -> None:
+    many = [Row(f"{i:016x}", "eval", TALK) for i in range(101)]
+    chosen, certified = candidates.halves(many)
+    assert (len(chosen), len(certified)) == (50, 51)
+    assert chosen | certified == {row.id for row in many}
+    assert candidates.halves(many[::-1]) == (chosen, certified)
+    assert 10 < len(chosen & {row.id for row in many[:50]}) < 40  # not the file's order

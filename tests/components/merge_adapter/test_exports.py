@@ -1,0 +1,183 @@
+"""The forms beside bf16: what they hold, what they lose, and that llama.cpp reads them as we do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.merge_adapter import gguf_file
+from components.merge_adapter.merge import merge
+from components.merge_adapter.step import run
+from qlora_retrain import chat, modeling, scoring
+from qlora_retrain.config.sections import MergeConfig
+from qlora_retrain.errors import Exit, UsageError
+
+ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path) -> Path:
+    """The merged tiny model."""
+    made = tmp_path / "merged"
+    made.mkdir()
+    merge(tiny_model, tiny_nf4, tiny_adapter, made, dequantized=True, max_shard_gib=5.0)
+    return made
+
+
+@pytest.mark.slow
+def test_every_export_ships_with_a_loss_of_its_own(inputs: dict[str, Path]) -> None:
+    config = MergeConfig(device="cpu", base="dequantized", exports=ALL, max_export_loss_nats=None)  # type: ignore[arg-type]
+    report = run(config, **inputs)
+    assert report.refused is None
+    model = inputs["model"]
+    found = json.loads((model / "certificate.json").read_text())["exports"]
+    assert list(found) == ALL
+    assert found["gguf-f16"]["loss"] == pytest.approx(found["bf16"]["loss"], abs=1e-4)  # bf16 fits into f16 here
+    assert found["gguf-q8_0"]["loss"] != found["bf16"]["loss"]
+    for name in ALL[1:]:
+        path = model / found[name]["path"]
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+        assert sum(file.stat().st_size for file in files) == found[name]["size_bytes"]
+        assert all(stat.S_IMODE(file.stat().st_mode) == 0o644 for file in files)
+        assert report.numbers[f"loss_{name}"] == found[name]["loss"]
+        assert name in (model / "report.html").read_text()
+    assert str(model) not in (model / "exports/nf4/config.json").read_text()
+    # The 4-bit form is loaded once more, as anybody would, and its loss found in another way.
+    quantized = modeling.load_nf4(model / "exports/nf4", dtype="float32")
+    rows = scoring.read_rows(inputs["dataset"] / "eval.jsonl", "eval")
+    tokenizer, loss, tokens = chat.load_tokenizer(model), 0.0, 0
+    for row in rows:
+        encoded = chat.encode(tokenizer, row.messages)
+        ids, judged = torch.tensor(encoded.input_ids), torch.tensor(encoded.supervised)[1:]
+        with torch.no_grad():
+            logits = quantized(ids[None]).logits[0, :-1]
+        loss += float(torch.nn.functional.cross_entropy(logits[judged], ids[1:][judged], reduction="sum"))
+        tokens += int(judged.sum())
+    assert found["nf4"]["loss"] == pytest.approx(loss / tokens, rel=1e-4)
+
+
+def test_an_export_that_costs_too_much_refuses_the_version(inputs: dict[str, Path]) -> None:
+    config = MergeConfig(
+        device="cpu", base="dequantized", exports=["bf16", "gguf-q4_0"], max_export_loss_nats=1e-9
+    )  # fmt: skip
+    report = run(config, **inputs)
+    assert report.refused is not None
+    assert report.refused.exit_code == Exit.QUALITY_REFUSED
+    assert "lost by gguf-q4_0 against the live model" in str(report.refused)
+
+
+@pytest.mark.parametrize("kind", sorted(gguf_file.TYPES))
+def test_a_gguf_file_holds_the_weights_of_the_merged_model(folder: Path, tmp_path: Path, kind: str) -> None:
+    gguf_file.write(folder, tmp_path / "model.gguf", kind)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    merged = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert len(stored) == len(merged)
+    allowed = {"gguf-f16": 1e-3, "gguf-q8_0": 1e-2, "gguf-q4_0": 0.15}[kind]
+    for layer in range(2):
+        for name, ours in (
+            ("self_attn.q_proj", "attn_q"),
+            ("self_attn.k_proj", "attn_k"),
+            ("mlp.down_proj", "ffn_down"),
+        ):
+            wanted = merged[f"model.layers.{layer}.{name}.weight"]
+            found = stored[f"blk.{layer}.{ours}.weight"].reshape(wanted.shape)
+            if name != "mlp.down_proj":
+                # By hand: row 2i of a head is its row i, row 2i + 1 is its row i + 8 (16 rows a head).
+                order = [h * 16 + i + half * 8 for h in range(len(wanted) // 16) for i in range(8) for half in (0, 1)]
+                wanted = wanted[order]
+            assert np.linalg.norm(found - wanted) < allowed * np.linalg.norm(wanted), (name, kind)
+    norm = stored["output_norm.weight"]
+    assert np.array_equal(norm.reshape(-1), merged["model.norm.weight"])
+
+
+def test_writing_a_gguf_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        gguf_file.write(folder, tmp_path / name, "gguf-q8_0")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "said"),
+    [
+        ("config.json", {"architectures": ["GPTNeoXForCausalLM"]}, "the base is GPTNeoXForCausalLM"),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+            "the base has linear",
+        ),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "cut as gpt-2, smollm"),
+    ],
+)
+def test_what_gguf_has_no_name_for_is_refused_before_anything_is_built(
+    inputs: dict[str, Path], tmp_path: Path, file: str, edit: dict[str, Any], said: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(inputs["base_model"], base)
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | edit))
+    config = MergeConfig(device="cpu", exports=["bf16", "gguf-f16"])
+    with pytest.raises(UsageError, match=said):
+        run(config, **{**inputs, "base_model": base})
+    assert list(inputs["model"].iterdir()) == []
+
+
+def family(name: str, like: Path, folder: Path) -> Path:
+    """A tiny random model of another family, with the tiny model's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 2, "vocab_size": 512, "initializer_range": 0.2, "head_dim": 16}
+    config = AutoConfig.for_model(name, **settings, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    shutil.copytree(like, folder)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms of 1 and biases of 0 would hide a wrong place
+            parameter.data.add_(torch.empty_like(parameter).normal_(std=0.2))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_llama_cpp_computes_what_transformers_computes(
+    tiny_model: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (`make gguf-setup`)")
+    folder = family(name, tiny_model, tmp_path / name)
+    gguf_file.check(folder)
+    gguf_file.write(folder, tmp_path / "model.gguf", "gguf-f16")
+    tokenizer, model = chat.load_tokenizer(folder), modeling.load_base(folder, dtype="float32")
+    text = "<|im_start|>user\nwhere is the parcel of order number 1003?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, n_threads=1, logits_all=True, verbose=False)
+    try:
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+        llama.eval(ids)
+        theirs = torch.tensor(np.array(llama.scores[: len(ids)]))
+    finally:
+        llama.close()
+    ours = model(torch.tensor([ids])).logits[0].detach()
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    assert (ours - theirs).abs().mean() < 0.02 * ours.std()
+
+
+def test_llama_cpp_answers_a_question(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (`make gguf-setup`)")
+    for kind in ("gguf-f16", "gguf-q8_0"):
+        gguf_file.write(folder, tmp_path / "model.gguf", kind)
+        llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, n_threads=1, verbose=False)
+        try:
+            asked = [{"role": "user", "content": "my money back of order number 1003"}]
+            answer = llama.create_chat_completion(asked, temperature=0.0, max_tokens=8)
+        finally:
+            llama.close()
+        assert answer["choices"][0]["message"]["content"].strip() == "refund"
