@@ -152,7 +152,12 @@ def small_steps() -> dict[str, Callable[..., Report]]:
             (folder / name).write_text(json.dumps(content) + "\n")
 
     def validate_data(
-        config: Section, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path
+        config: Section,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
     ) -> Report:
         document = {"from": digest(raw_data, base_model, golden_data)}
         made(dataset, {"dataset.json": document, "profile.json": {"rows": 30}, "report.html": "data"})
@@ -174,6 +179,7 @@ def small_steps() -> dict[str, Callable[..., Report]]:
         base_nf4: Path,
         adapter: Path,
         champion: Path | None,
+        anchor: Path | None,
         golden_data: Path | None,
         reference_data: Path | None,
         evaluation: Path,

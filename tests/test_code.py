@@ -177,3 +177,10 @@ def test_the_library_imports_nothing_heavy_when_it_is_loaded() -> None:
             tops = {n.partition(".")[0] for n in names}
             assert not tops & heavy, path
             assert tops <= {*sys.stdlib_module_names, "qlora_retrain", "pydantic", "yaml"}, path
+
+
+@pytest.mark.parametrize("name", ["stats.py", "rows.py", "verdict.py", "rules/overall.py", "rules/rule.py"])
+def test_a_change_of_a_rule_makes_no_data_set_and_no_adapter_again(edit: Edit, name: str) -> None:
+    changed = edit(f"src/qlora_retrain/{name}", lambda text: f"{text}\nCHANGED = True\n")
+    assert "evaluate" in changed
+    assert not changed & {"validate_data", "quantize_model", "train_qlora"}

@@ -63,7 +63,14 @@ def test_a_run_that_published_says_what(made_plan: Plan, run_all: RunAll) -> Non
 def test_a_refused_run_says_why_and_its_report_is_the_refusals(
     made_plan: Plan, small_steps: dict[str, Callable[..., Report]], store: Store
 ) -> None:
-    def refuses(config: object, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def refuses(
+        config: object,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         (dataset / "report.html").write_text("too many <bad> rows")
         return Report({"rows": 3}, refused=DataRefused("half of the rows are <bad>"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -124,3 +125,20 @@ def test_ticks_enclose_the_values_and_are_few(values: list[float]) -> None:
     assert ticks[-1] >= max(values)
     assert 3 <= len(ticks) <= 8
     assert ticks == sorted(set(ticks))
+
+
+def test_a_forest_plot_puts_every_interval_under_one_scale_and_escapes_its_names() -> None:
+    marks = [report.Mark("<b>over</b>", 0.2, 0.1, 0.3, 0.0), report.Mark("under", -0.1, -0.2, 0.0)]
+    html = report.forest_plot(marks, "gain & loss")
+    assert "&lt;b&gt;over&lt;/b&gt;" in html
+    assert "gain &amp; loss" in html
+    # The scale is -0.2 to 0.3 with 4 % of 0.5 to either side: 0 stands at (0 + 0.22) / 0.54.
+    assert html.count(f"left:{0.22 / 0.54 * 100:.2f}%") == 3  # each line's zero, and the first one's limit
+    assert f"left:{(0.1 + 0.22) / 0.54 * 100:.2f}%;right:{(0.32 - 0.3) / 0.54 * 100:.2f}%" in html
+    assert html.count('class="limit"') == 1
+    assert "+0.200 (+0.100 to +0.300), limit 0" in html
+
+
+def test_a_forest_plot_of_nothing_says_so() -> None:
+    assert "nothing was measured" in report.forest_plot([], "gain")
+    assert "nothing was measured" in report.forest_plot([report.Mark("x", math.nan, math.nan, math.nan)], "gain")

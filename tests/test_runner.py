@@ -37,7 +37,14 @@ def never() -> Callable[..., Report]:
 def failing(error: BaseException) -> Callable[[], Callable[..., Report]]:
     """A `validate_data` that leaves half a file and ends in this error."""
 
-    def run(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def run(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         (dataset / "half").write_text("half")
         raise error
 
@@ -91,7 +98,14 @@ def test_a_step_knows_why_its_automatic_settings_are_what_they_are(made_plan: Pl
 def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
     made_plan: Plan, small_steps: Steps, store: Store, capsys: pytest.CaptureFixture[str], refusal: DataRefused
 ) -> None:
-    def run(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def run(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         (dataset / "report.html").write_text("why")
         return Report({"rows": 1}, refused=refusal)
 
@@ -143,7 +157,14 @@ def test_of_two_attempts_at_once_both_end_as_the_first_and_the_other_leaves_noth
 ) -> None:
     inner: list[int] = []
 
-    def slow(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def slow(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         inner.append(runner.execute(made_plan, "validate_data", lambda: small_steps["validate_data"]))
         (dataset / "other.json").write_text("{}")
         return Report({"rows_train": 1}, refused=DataRefused("this attempt alone says no"))
@@ -219,7 +240,14 @@ def test_inputs_that_were_not_made_from_each_other_are_refused(
     key = made_plan.step("validate_data").key
     store.delete(stored(store, artifact.folder("dataset", key)))  # by hand, so that the adapter stays
 
-    def other(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def other(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         (dataset / "dataset.json").write_text('"the same key in other bytes"')
         return Report()
 
@@ -241,12 +269,19 @@ def test_a_run_whose_parameters_are_not_the_graphs_is_refused_with_both(
 
     assert runner.execute(made_plan, "validate_data", lambda: run) == 1
     said = capsys.readouterr().err
-    assert "the graph wants (base_model, config, dataset, golden_data, raw_data)" in said
+    assert "the graph wants (base_model, config, dataset, golden_data, raw_data, reference_profile)" in said
     assert "it takes (config, data, dataset)" in said
 
 
 def test_what_is_no_report_is_our_bug(made_plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Any:
+    def run(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Any:
         return {"rows": 1}
 
     assert runner.execute(made_plan, "validate_data", lambda: run) == 1
@@ -276,7 +311,14 @@ def test_an_unchanged_plan_is_done_at_once(line: Path, root_uri: str, run_all: R
 def test_a_step_sees_only_read_only_copies_of_its_inputs(made_plan: Plan, line: Path) -> None:
     seen: dict[str, Any] = {}
 
-    def run(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def run(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         seen["files"] = sorted(p.name for p in base_model.iterdir())
         seen["modes"] = {p.stat().st_mode & 0o777 for p in [*raw_data.iterdir(), *base_model.iterdir()]}
         seen["golden"] = golden_data
@@ -308,7 +350,14 @@ def test_a_source_that_changed_since_the_plan_is_refused(made_plan: Plan, line: 
 
 
 def test_the_log_and_the_last_progress_of_a_step_are_in_the_runs_folder(made_plan: Plan, store: Store) -> None:
-    def run(config: Any, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+    def run(
+        config: Any,
+        raw_data: Path,
+        base_model: Path,
+        golden_data: Path | None,
+        reference_profile: Path | None,
+        dataset: Path,
+    ) -> Report:
         progress.say("halfway")
         progress.update("reading", 5, 10)
         progress.update("reading", 10, 10, rows=30)

@@ -124,7 +124,7 @@ from qlora_retrain.errors import TryAgain
 from qlora_retrain.outcome import Report
 from qlora_retrain.plan import Plan
 
-def validate_data(config, raw_data, base_model, golden_data, dataset):
+def validate_data(config, raw_data, base_model, golden_data, reference_profile, dataset):
     (dataset / "half").write_text("half")
     print("working", flush=True)
     time.sleep(60)

@@ -76,3 +76,94 @@ def test_macro_f1_is_the_mean_of_the_labels_harmonic_means() -> None:
     recall = {"a": 2 / 3, "b": 1 / 2}
     expected = [statistics.harmonic_mean([precision[x], recall[x]]) for x in "ab"] + [0.0, 0.0]  # c and d: no hits
     assert stats.macro_f1(answers, predicted) == pytest.approx(statistics.fmean(expected))
+
+
+def share_of(bits: int, count: int) -> list[bool]:
+    return [i < bits for i in range(count)]
+
+
+def plain_tango(b: int, c: int, n: int, difference: float) -> float:
+    """The score statistic with its nuisance parameter found by maximising the likelihood, not by Tango's formula."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(q: float) -> float:
+        p = q + difference
+        rest = 1 - p - q
+        terms = [(b, p), (c, q), (n - b - c, rest)]
+        return -sum(k * math.log(max(x, 1e-300)) for k, x in terms if k)
+
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    q = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (b - c - n * difference) / math.sqrt(n * (2 * q + difference * (1 - difference)))
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(14, 5, 100), (0, 6, 40), (30, 31, 80), (3, 0, 200)])
+def test_the_interval_of_paired_shares_ends_where_the_score_test_says(b: int, c: int, n: int) -> None:
+    first = [True] * b + [False] * c + [True] * (n - b - c)
+    second = [False] * b + [True] * c + [True] * (n - b - c)
+    found = stats.paired_proportions(first, second, confidence=0.95)
+    assert found.value == pytest.approx((b - c) / n)
+    assert plain_tango(b, c, n, found.low) == pytest.approx(1.95996, abs=2e-3)
+    assert plain_tango(b, c, n, found.high) == pytest.approx(-1.95996, abs=2e-3)
+
+
+def test_rows_answered_all_alike_rule_out_only_what_so_many_rows_can() -> None:
+    found = stats.paired_proportions([True] * 190, [True] * 190, confidence=0.95)
+    assert (found.value, found.low) == (0.0, pytest.approx(-found.high))
+    assert found.high == pytest.approx(1.95996**2 / (190 + 1.95996**2), rel=1e-4)
+    assert stats.smallest_excluded(190, 0.95) == pytest.approx(found.high)
+
+
+def test_the_interval_of_paired_shares_holds_the_truth_as_often_as_it_says() -> None:
+    """Every outcome of 60 rows, weighed by its probability."""
+    from scipy.stats import multinomial
+
+    n, p, q = 60, 0.08, 0.03
+    missed_low = missed_high = 0.0
+    for b in range(n + 1):
+        for c in range(n + 1 - b):
+            weight = float(multinomial.pmf([b, c, n - b - c], n, [p, q, 1 - p - q]))
+            if weight > 1e-9:
+                found = stats.paired_proportions(share_of(b, b + c) + [True] * (n - b - c),
+                                                 [not x for x in share_of(b, b + c)] + [True] * (n - b - c),
+                                                 confidence=0.95)  # fmt: skip
+                missed_low += weight * (found.low > p - q)
+                missed_high += weight * (found.high < p - q)
+    assert missed_low < 0.03
+    assert missed_high < 0.03
+
+
+def test_a_difference_that_few_rows_make_gets_the_wider_interval() -> None:
+    draw = random.Random(1)
+    values = [draw.lognormvariate(0, 1) for _ in range(60)]
+    plain, wide = stats.ratio_interval(values, None, **HOW), stats.difference_interval(values, None, **HOW)
+    assert wide.value == plain.value
+    assert wide.low <= plain.low
+    assert wide.high > plain.high + 0.1 * (plain.high - plain.value)
+
+
+def test_an_even_difference_gets_about_the_same_interval_from_both() -> None:
+    draw = random.Random(2)
+    values, weights = [draw.gauss(1, 2) for _ in range(400)], [draw.randint(3, 30) for _ in range(400)]
+    plain, wide = stats.ratio_interval(values, weights, **HOW), stats.difference_interval(values, weights, **HOW)
+    assert wide.low == pytest.approx(plain.low, abs=0.1 * (plain.high - plain.low))
+    assert wide.high == pytest.approx(plain.high, abs=0.1 * (plain.high - plain.low))
+
+
+def test_bounded_differences_that_are_all_0_still_have_a_width() -> None:
+    found = stats.difference_interval([0.0] * 98, None, **HOW, bounded=True)
+    assert found.value == 0
+    assert 0.015 < found.high == pytest.approx(-found.low, rel=0.1)
+
+
+@pytest.mark.parametrize(("hits", "rows"), [(0, 12), (12, 12), (31, 59), (59, 59)])
+def test_the_interval_of_a_share_is_wilsons(hits: int, rows: int) -> None:
+    from scipy.stats import binomtest
+
+    found, expected = (
+        stats.proportion(hits, rows, confidence=0.95),
+        binomtest(hits, rows).proportion_ci(method="wilson"),
+    )
+    assert found.value == hits / rows
+    assert found.low == pytest.approx(expected.low, abs=1e-9)
+    assert found.high == pytest.approx(expected.high, abs=1e-9)

@@ -147,14 +147,15 @@ def test_golden_rows_refuse_a_challenger_that_is_surely_worse_on_them() -> None:
     assert rule(judged, "golden").value == pytest.approx(0.6)
 
 
-def test_few_golden_rows_are_reported_but_decide_nothing() -> None:
+def test_few_golden_rows_are_insufficient_evidence_until_the_line_says_how_few_will_do() -> None:
     scores = {
         "base": labelled(share(10)) + labelled([True] * 9, "golden"),
-        "challenger": labelled(share(90)) + labelled([False] * 9, "golden"),
+        "challenger": labelled(share(90)) + labelled([True] * 9, "golden"),
     }
     judged = verdict.judge(scores, FIRST)
-    assert judged.verdict == "pass"
-    assert all(r.name != "golden" for r in judged.rules)
+    assert judged.verdict == "insufficient evidence"
+    assert "9 golden rows; at least 10 are needed (evaluate.min_golden_rows)" in judged.sentence
+    assert verdict.judge(scores, FIRST.model_copy(update={"min_golden_rows": 9})).verdict == "pass"
 
 
 def test_forgetting_more_than_allowed_refuses_and_no_reference_text_lacks_evidence() -> None:

@@ -1,40 +1,49 @@
-"""The evaluation's page: the verdict in a sentence, then every number behind it; labels' names, never a row's text."""
+"""The evaluation's page: the verdict in a sentence, then every number behind it.
+
+Labels' names are shown, and no row's text but what contestants wrote for the golden rows, where the line allows that.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from qlora_retrain import report, verdict
-from qlora_retrain.scoring import RowScore
+from components.evaluate import intruders
+from components.evaluate.found import Found
+from qlora_retrain import chat, report, verdict
+from qlora_retrain.config.judging import EvaluateConfig
+from qlora_retrain.metrics.texts import rouge_l
+from qlora_retrain.report import Html, Mark
+from qlora_retrain.rows import Row, RowScore
+from qlora_retrain.rules.comparison import suite, unit
+from qlora_retrain.verdict import Verdict
 
 _MOST = 50  # rows of a table; with 77 labels the worst 50 are enough to see what is wrong
+_SHOWN = 20  # golden rows side by side
 
-Measured = Mapping[str, Mapping[str, float | None]]
 
-
-def write(
-    judged: verdict.Verdict, suites: Mapping[str, Measured], rows: Sequence[RowScore], answers: Mapping[str, str]
-) -> str:
+def write(judged: Verdict, found: Found, config: EvaluateConfig, golden: Sequence[Row]) -> str:
     """The page.
 
     Args:
         judged: The verdict.
-        suites: Contestants' numbers by suite.
-        rows: The challenger's scores on the evaluation rows.
-        answers: The true answer of each row id.
+        found: All that was measured.
+        config: The line's settings.
+        golden: The golden rows, where the line allows their text on the page; else none.
     """
-    blocks = [report.section("Rules", report.table(*verdict.rules_table(judged.rules)))]
-    titles = {"eval": "Evaluation rows", "golden": "Golden rows", "reference": "Reference text"}
-    blocks += [
-        report.section(titles[suite], report.table(*verdict.numbers_table(measured)))
-        for suite, measured in suites.items()
-        if measured
+    blocks = [
+        _section("Against the others", _forest(found), "Right of 0 the challenger is better; a tick marks a limit."),
+        report.section("Rules", report.table(*verdict.rules_table(judged.rules))),
+        *(_numbers(title, found.measured[name]) for name, title in _SUITES.items()),
+        _section("Slices, the worst first", _slices(found)),
+        *_labels(found),
+        _section("What contestants wrote for the golden rows, the most changed first", *_side_by_side(found, golden)),
+        *_broken(found, config),
     ]
-    if any(score.predicted is not None for score in rows):
-        blocks.append(report.section("The challenger by label", _by_label(rows, answers)))
-        blocks.append(report.section("What the challenger confuses", _confusions(rows, answers)))
-    return report.page(f"Evaluation: {judged.verdict}", judged.sentence, *blocks)
+    return report.page(f"Evaluation: {judged.verdict}", judged.sentence, *(b for b in blocks if b is not None))
+
+
+_SUITES = {"eval": "Evaluation rows", "golden": "Golden rows", "reference": "Reference text: forgetting"}
 
 
 def by_label(rows: Sequence[RowScore], answers: Mapping[str, str]) -> list[tuple[str, int, int]]:
@@ -44,23 +53,125 @@ def by_label(rows: Sequence[RowScore], answers: Mapping[str, str]) -> list[tuple
     return sorted(((label, n, hits[label]) for label, n in rows_of.items()), key=lambda x: (x[2] / x[1], x[0]))
 
 
-def confusions(rows: Sequence[RowScore], answers: Mapping[str, str]) -> list[tuple[str, str, int]]:
-    """(answer, what was predicted instead, rows), the most frequent first."""
-    pairs = Counter((answers[score.id], str(score.predicted)) for score in rows if not score.correct)
-    return [(answer, predicted, n) for (answer, predicted), n in sorted(pairs.items(), key=lambda x: (-x[1], x[0]))]
+def confusions(
+    rows: Sequence[RowScore], before: Sequence[RowScore], answers: Mapping[str, str]
+) -> list[tuple[str, str, int, int]]:
+    """(answer, what was predicted instead, rows, rows of the other contestant), the most changed first."""
+    ours, theirs = (
+        Counter((answers[score.id], str(score.predicted)) for score in scores if not score.correct)
+        for scores in (rows, before)
+    )
+    pairs = sorted(ours.keys() | theirs.keys(), key=lambda p: (-abs(ours[p] - theirs[p]), -ours[p], p))
+    return [(answer, predicted, ours[answer, predicted], theirs[answer, predicted]) for answer, predicted in pairs]
 
 
-def _by_label(rows: Sequence[RowScore], answers: Mapping[str, str]) -> str:
-    found = by_label(rows, answers)
-    table = [(label, n, hits / n) for label, n, hits in found[:_MOST]]
-    return report.table(["label", "rows", "accuracy"], table, caption=_caption("labels", len(found)))
+def _section(heading: str, *blocks: str | None) -> Html | None:
+    """A section of the blocks that have something to say, if its first one has."""
+    kept = [block for block in blocks if block]
+    return report.section(heading, *kept) if blocks and blocks[0] else None
 
 
-def _confusions(rows: Sequence[RowScore], answers: Mapping[str, str]) -> str:
-    found = confusions(rows, answers)
-    if not found:
-        return "Nothing: every row was answered rightly."
-    return report.table(["answer", "predicted", "rows"], found[:_MOST], caption=_caption("pairs", len(found)))
+def _numbers(title: str, measured: Mapping[str, Mapping[str, float | None]]) -> Html | None:
+    return report.section(title, report.table(*verdict.numbers_table(measured))) if measured else None
+
+
+def _forest(found: Found) -> Html | None:
+    marks = [
+        Mark(f"{d['suite']} rows, against {d['against']}", d["value"], d["low"], d["high"], d["limit"])
+        for d in found.differences
+    ]
+    return report.forest_plot(marks, f"gain in {unit(found.differences[0]['metric'])}") if marks else None
+
+
+def _slices(found: Found) -> Html | None:
+    judged = [s for s in found.slices if s.gain]
+    if not found.slices:
+        return None
+    few = len(found.slices) - len(judged)
+    note = f"; {few} with too few rows are not shown" if few else ""
+    return report.forest_plot(
+        [
+            Mark(f"{s.name} ({s.rows} rows)", s.gain.value, s.gain.low, s.gain.high, None)
+            for s in judged[:_MOST]
+            if s.gain
+        ],
+        f"gain over the {found.slices[0].against}, {_caption('slices', len(judged))}{note}",
+    )
+
+
+def _labels(found: Found) -> list[Html]:
+    rows = suite(found.scores["challenger"], "eval")
+    if not any(score.predicted is not None for score in rows):
+        return []
+    labels, answers = by_label(rows, found.answers["eval"]), found.answers["eval"]
+    table = [(label, n, hits / n) for label, n, hits in labels[:_MOST]]
+    pairs = confusions(rows, suite(found.scores[found.rival], "eval"), answers)
+    pairs = [pair for pair in pairs if pair[2] != pair[3]]
+    changed = [(answer, said, ours, theirs, f"{ours - theirs:+d}") for answer, said, ours, theirs in pairs[:_MOST]]
+    headers = ["answer", "predicted", "challenger, rows", f"{found.rival}, rows", "change"]
+    return [
+        report.section(
+            "The challenger by label, the worst first",
+            report.table(["label", "rows", "accuracy"], table, caption=_caption("labels", len(labels))),
+        ),
+        report.section(
+            f"Confusions that changed since the {found.rival}",
+            report.table(headers, changed, caption=_caption("pairs", len(pairs)))
+            if pairs
+            else "None: both confuse the same labels, as often.",
+        ),
+    ]
+
+
+def _side_by_side(found: Found, golden: Sequence[Row]) -> list[Html | None]:
+    """Answers of base, champion and challenger to each golden row, those least alike first."""
+    names = [name for name in ("base", "champion", "challenger") if found.written.get(name)]
+    if not golden or "challenger" not in names:
+        return [None]
+    rival = found.written[found.rival]
+    ours = found.written["challenger"]
+    ordered = sorted(golden, key=lambda row: (rouge_l(rival[row.id], ours[row.id]), row.id))
+    return [
+        report.numbers(
+            {
+                "asked": "\n".join(turn["content"] for turn in row.messages if turn["role"] == "user"),
+                "wanted": chat.answer_of(row.messages),
+                **{name: found.written[name][row.id] for name in names},
+            }
+        )
+        for row in ordered[:_SHOWN]
+    ]
+
+
+def _broken(found: Found, config: EvaluateConfig) -> list[Html | None]:
+    """What fine-tuning breaks: overfitting, intruder dimensions; and how far the data moved."""
+    blocks: list[Html | None] = []
+    if found.gap:
+        numbers = {
+            "nats a token on evaluation rows": found.gap["eval_loss"],
+            f"nats a token on {found.gap['train_rows']:.0f} training rows": found.gap["train_loss"],
+            "gap": found.gap["gap"],
+        }
+        blocks.append(report.section("Overfitting: evaluation rows against training rows", report.numbers(numbers)))
+    if found.layers:
+        total, seen = sum(s.intruders for s in found.layers), sum(s.looked_at for s in found.layers)
+        caption = (
+            f"{total} of the {seen} strongest directions have a cosine below {config.intruder_epsilon:g} "
+            f"to all that the base had, in {len(found.layers)} matrices"
+        )
+        blocks.append(
+            report.section(
+                "Intruder dimensions by layer", report.bar_chart(intruders.by_block(found.layers), caption=caption)
+            )
+        )
+    if found.drift:
+        table = [
+            (d.what, d.psi, d.low, ", ".join(f"{kind} {was:.1%} to {now:.1%}" for kind, was, now in d.moved[:3]))
+            for d in found.drift
+        ]
+        headers = ["rows by", "PSI", "beyond chance", "what moved most"]
+        blocks.append(report.section("Data drift since the champion's", report.table(headers, table)))
+    return blocks
 
 
 def _caption(what: str, count: int) -> str:

@@ -1,27 +1,26 @@
-"""Score base, its 4-bit form, challenger and champion on the same frozen rows, and decide by the rules.
+"""Score base, its 4-bit form, challenger, champion and anchor on the same frozen rows, and decide by the rules.
 
-Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, and where there are any `champion` and
-`reference_data`. Makes `evaluation/`: `evaluation.json`, `scores.jsonl`, `report.html`.
+Reads `dataset/{train,eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, and where there are any `champion`,
+`anchor` and `reference_data`. Makes `evaluation/`: `evaluation.json`, `scores.jsonl`, `report.html`.
 Refuses (11) a challenger that a rule fails, or that there is not enough evidence for.
 Command: `python -m components.evaluate --plan URI`.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import page
-from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
-from qlora_retrain.config.sections import EvaluateConfig
+from components.evaluate import contestants, intruders, page
+from components.evaluate.contestants import Folders
+from components.evaluate.found import SUITES, Found, gap
+from qlora_retrain import chat, drift, graph, progress, reference, scoring, verdict
+from qlora_retrain.config.judging import EvaluateConfig
 from qlora_retrain.outcome import Number, Report
-from qlora_retrain.scoring import RowScore
-
-_SUITES = ("eval", "golden", "reference")
+from qlora_retrain.rows import Row
+from qlora_retrain.rules import overall
+from qlora_retrain.rules.rule import Rule
 
 
 def run(
@@ -31,75 +30,85 @@ def run(
     base_nf4: Path,
     adapter: Path,
     champion: Path | None,
+    anchor: Path | None,
     golden_data: Path | None,
     reference_data: Path | None,
     evaluation: Path,
 ) -> Report:
     """Evaluate; `golden_data` itself is not parsed, `dataset` holds its checked rows."""
-    data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     rows = [row for suite in ("eval", "golden") for row in scoring.read_rows(dataset / f"{suite}.jsonl", suite)]
-    texts = reference.read(reference_data) if reference_data else []
-    total = (4 if champion else 3) * (len(rows) + len(texts))
-    scores: dict[str, list[RowScore]] = {}
-    for name, folder, model, without_adapter in _contestants(config, base_model, base_nf4, adapter, champion):
-        tokenizer = chat.load_tokenizer(folder)
-        done = sum(len(found) for found in scores.values())
-        how: dict[str, Any] = {"batch_tokens": config.batch_tokens, "what": "evaluating", "total": total}
-        with without_adapter():
-            found = scoring.score_rows(model, tokenizer, rows, labels=data["labels"], done=done, **how)
-            found += scoring.score_texts(
-                model, tokenizer, texts, done=done + len(rows), max_tokens=data["max_length_tokens"], **how
-            )
-        scores[name] = found
-        progress.say(f"{name}: {len(found)} rows scored")
-        del model
-    judged = verdict.judge(scores, config)
-    answers = {suite: {r.id: chat.answer_of(r.messages) for r in rows if r.suite == suite} for suite in _SUITES}
-    measured = {suite: verdict.measure_suite(scores, suite, config, answers[suite]) for suite in _SUITES}
-    scoring.write_scores(evaluation / "scores.jsonl", scores)
-    _write(evaluation, config, judged, measured, verdict.metric_of(scores))
-    challenger = [score for score in scores["challenger"] if score.suite == "eval"]
-    html = page.write(judged, measured, challenger, answers["eval"])
-    (evaluation / "report.html").write_text(html, encoding="utf-8")
-    progress.say(judged.sentence)
-    return judged.report(_numbers(measured["eval"]))
-
-
-def _contestants(
-    config: EvaluateConfig, base_model: Path, base_nf4: Path, adapter: Path, champion: Path | None
-) -> Iterator[tuple[str, Path, Any, Callable[[], AbstractContextManager[Any]]]]:
-    """(name, folder of its tokenizer, model, what to score it under), one in memory at a time.
-
-    The 4-bit base and the challenger share one loaded model, with the adapter switched off and on.
-    """
-    where: dict[str, Any] = {"device": config.device, "attention": scoring.attention(config.device)}
-    dtype = config.precision
-    yield "base", base_model, modeling.load_base(base_model, dtype=dtype, **where), nullcontext
-    gc.collect()
-    packed = modeling.load_nf4(base_nf4, dtype=dtype, **where)
-    shared = modeling.attach(packed, adapter)
-    yield "base_nf4", base_nf4, shared, shared.disable_adapter
-    yield "challenger", base_nf4, shared, nullcontext
-    if champion:
-        del packed, shared
-        gc.collect()
-        yield "champion", champion, modeling.load_base(champion, dtype=dtype, **where), nullcontext
-
-
-def _write(
-    evaluation: Path, config: EvaluateConfig, judged: verdict.Verdict, measured: dict[str, Any], metric: str
-) -> None:
-    document = {
-        "verdict": judged.verdict,
-        "sentence": judged.sentence,
-        "metric": metric,
-        "contestants": measured["eval"],
-        **{suite: measured[suite] for suite in ("golden", "reference") if measured[suite]},
-        "rules": judged.rules_as_json(),
-        "settings": config.model_dump(mode="json"),
-    }
-    text = json.dumps(document, indent=2, allow_nan=False)
+    found = Found({suite: {r.id: chat.answer_of(r.messages) for r in rows if r.suite == suite} for suite in SUITES})
+    _score(config, Folders(base_model, base_nf4, adapter, champion, anchor), dataset, rows, reference_data, found)
+    found.drift = _drift(config, champion, dataset) if champion else None
+    extra = [rule for rule in (_drift_rule(config, champion, found), found.gap_rule(config)) if rule]
+    judged = verdict.judge(found.scores, config, extra)
+    found.measure(config)
+    scoring.write_scores(evaluation / "scores.jsonl", found.scores)
+    text = json.dumps(found.document(config, judged), indent=2, allow_nan=False)
     (evaluation / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    golden = [row for row in rows if row.suite == "golden"] if config.text_in_reports else []
+    (evaluation / "report.html").write_text(page.write(judged, found, config, golden), encoding="utf-8")
+    progress.say(judged.sentence)
+    numbers = _numbers(found.measured["eval"])
+    if judged.verdict == "pass":
+        numbers["best"] = overall.best(found.scores, config)
+    return judged.report(numbers)
+
+
+def _score(
+    config: EvaluateConfig, folders: Folders, dataset: Path, rows: list[Row], reference_data: Path | None, found: Found
+) -> None:
+    """Fill in what every contestant makes of the rows, and what only the challenger is asked."""
+    data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    passages = reference.read(reference_data) if reference_data else []
+    how: dict[str, Any] = {"what": "evaluating", "total": len(folders.names) * (len(rows) + len(passages))}
+    for one in contestants.load(config, folders):
+        tokenizer = chat.load_tokenizer(one.folder)
+        done = sum(map(len, found.scores.values()))
+        with one.under():
+            scores, texts = scoring.score_by(
+                config, one.model, tokenizer, rows, data["labels"], config.text_in_reports, done=done, **how
+            )
+            scores += scoring.score_texts(
+                one.model, tokenizer, passages, done=done + len(rows), max_tokens=data["max_length_tokens"],
+                batch_tokens=config.batch_tokens, **how,
+            )  # fmt: skip
+        found.scores[one.name], found.written[one.name] = scores, texts
+        progress.say(f"{one.name}: {len(scores)} rows scored")
+        if one.name == "challenger":
+            found.layers = intruders.count(one.model, top=config.intruder_top, epsilon=config.intruder_epsilon)
+            trained = _training_rows(dataset, config.train_rows)
+            if trained:
+                seen = scoring.score_rows(
+                    one.model, tokenizer, trained, labels=None, last_answer_only=data["labels"] is not None,
+                    batch_tokens=config.batch_tokens, what="training rows",
+                )  # fmt: skip
+                found.gap = gap([s for s in scores if s.suite == "eval"], seen, config)
+        del one  # before the next one is loaded
+
+
+def _training_rows(dataset: Path, most: int) -> list[Row]:
+    """Some rows that the challenger was trained on, chosen by their hash."""
+    path = dataset / "train.jsonl"
+    return sorted(scoring.read_rows(path, "train"), key=lambda row: row.id)[:most] if most else []
+
+
+def _drift(config: EvaluateConfig, champion: Path, dataset: Path) -> list[drift.Drift] | None:
+    """How far the data is from what the champion learned; None where one of the two was not profiled for it."""
+    before, now = champion / graph.PROFILE, dataset / "profile.json"
+    if not before.is_file() or not now.is_file():
+        return None
+    old, new = drift.distributions(before), drift.distributions(now)
+    return None if old is None or new is None else drift.measure(old, new, config.confidence)
+
+
+def _drift_rule(config: EvaluateConfig, champion: Path | None, found: Found) -> Rule | None:
+    if champion is None or config.max_drift is None:
+        return None
+    text, passed = drift.judge(found.drift, config.max_drift, "the champion's data")
+    if not found.drift:
+        return Rule("data_drift", text, limit=config.max_drift, passed=passed)
+    return Rule("data_drift", text, found.drift[0].psi, found.drift[0].low, None, config.max_drift, passed)
 
 
 def _numbers(measured: dict[str, dict[str, float | None]]) -> dict[str, Number]:

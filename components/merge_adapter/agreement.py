@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_retrain import chat, progress, ranking, stats
+from qlora_retrain import chat, forward, progress, stats
 from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.scoring import Row
 from qlora_retrain.stats import Interval
@@ -57,7 +57,7 @@ def compare(
     """
     encoded = [chat.encode(tokenizer, row.messages) for row in rows]
     found: dict[int, Agreement] = {}
-    for batch in ranking.batches([len(item.input_ids) for item in encoded], batch_tokens // 2):
+    for batch in forward.batches([len(item.input_ids) for item in encoded], batch_tokens // 2):
         # Padding stands on the right, where a causal model's judged tokens cannot see it: no mask is needed.
         ids = torch.zeros(len(batch), len(encoded[batch[0]].input_ids), dtype=torch.long)
         for line, i in enumerate(batch):
@@ -102,9 +102,9 @@ def _at(
     """KL(live || other) and whether both choose alike, at each place."""
     inputs = {"input_ids": ids, "use_cache": False}
     with torch.inference_mode():
-        pair = [ranking.logits_at(model, inputs, at) for model in (live, other)]
+        pair = [forward.logits_at(model, inputs, at) for model in (live, other)]
     divergence, agreed = [], []
-    for ours, theirs in zip(*(logits.split(ranking.LSE_ROWS) for logits in pair), strict=True):
+    for ours, theirs in zip(*(logits.split(forward.LSE_ROWS) for logits in pair), strict=True):
         p, q = log_softmax(ours.float(), -1), log_softmax(theirs.float(), -1)
         # Rounding can bring two all but equal distributions a hair below 0.
         divergence.append((p.exp() * (p - q)).sum(-1).clamp(min=0.0).cpu())

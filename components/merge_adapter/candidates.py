@@ -54,7 +54,7 @@ class Bench:
         compared: The ids of those on which a form is compared with the live model, which costs two passes a row.
         labels: The closed set of answers, or None.
         where: How models are loaded: device, attention, precision.
-        batch_tokens: Tokens of a forward pass.
+        settings: Of the evaluation: what is measured, and the tokens of a forward pass.
     """
 
     live: Any
@@ -62,7 +62,7 @@ class Bench:
     compared: frozenset[str]
     labels: Sequence[str] | None
     where: Mapping[str, Any]
-    batch_tokens: int
+    settings: EvaluateConfig
 
     @classmethod
     def of(
@@ -79,17 +79,15 @@ class Bench:
         device = config.device
         where = {"device": device, "attention": scoring.attention(device), "dtype": config.precision}
         live = modeling.attach(modeling.load_nf4(base_nf4, **where), adapter)
-        return cls(live, rows, compared, labels, where, settings.batch_tokens)
+        return cls(live, rows, compared, labels, where, settings)
 
     def measure(self, name: str, model: Any, tokenizer: Path, rows: Sequence[Row] | None = None) -> Measured:
         """Score a loaded form on these rows (all), and compare it with the live model where that is wanted."""
         found, rows = chat.load_tokenizer(tokenizer), self.rows if rows is None else rows
-        scores = scoring.score_rows(
-            model, found, rows, labels=self.labels, batch_tokens=self.batch_tokens, what=f"scoring {name}"
-        )
+        scores, _ = scoring.score_by(self.settings, model, found, rows, self.labels, what=f"scoring {name}")
         rows = [row for row in rows if row.id in self.compared]
         what = f"comparing {name} with the live model"
-        return Measured(scores, agreement.compare(self.live, model, found, rows, self.batch_tokens, what))
+        return Measured(scores, agreement.compare(self.live, model, found, rows, self.settings.batch_tokens, what))
 
 
 def build(config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, model: Path) -> dict[str, Merged]:

@@ -46,7 +46,7 @@ class _Evaluated:
     settings: EvaluateConfig
     labels: list[str] | None
     rows: dict[str, list[Row]]
-    texts: list[str]
+    texts: list[reference.Passage]
     max_tokens: int
     scores: dict[str, list[RowScore]]
 
@@ -130,10 +130,9 @@ def _rest(bench: Bench, given: _Evaluated, model: Path) -> dict[str, list[RowSco
     found: dict[str, list[RowScore]] = {"golden": [], "reference": []}
     if golden or texts:
         loaded, tokenizer = modeling.load_base(model, **bench.where), chat.load_tokenizer(model)
-        how: dict[str, Any] = {"batch_tokens": bench.batch_tokens, "what": "scoring what ships"}
-        how["total"] = len(golden) + len(texts)
-        found["golden"] = scoring.score_rows(loaded, tokenizer, golden, labels=given.labels, **how)
-        how |= {"done": len(golden), "max_tokens": given.max_tokens}
+        how: dict[str, Any] = {"what": "scoring what ships", "total": len(golden) + len(texts)}
+        found["golden"], _ = scoring.score_by(given.settings, loaded, tokenizer, golden, given.labels, **how)
+        how |= {"done": len(golden), "max_tokens": given.max_tokens, "batch_tokens": given.settings.batch_tokens}
         found["reference"] = scoring.score_texts(loaded, tokenizer, texts, **how)
         del loaded
         gc.collect()

@@ -20,6 +20,7 @@ def recipe(plan: Plan) -> dict[str, Any]:
         "code": {s.name: s.code for s in plan.steps},
         "sources": {n: {f.path: f.pin for f in p.files} if p else None for n, p in plan.sources.items()},
         "champion": plan.champion.version if plan.champion else None,
+        "anchor": plan.anchor.version if plan.anchor else None,
     }
 
 

@@ -128,12 +128,20 @@ def _publish(
             files=files,
             adapter_key=inputs["adapter"].key,
             judgement=plan.judgement,
+            anchor=_anchor(plan, name, inputs["evaluation"]),
             keys={s.name: s.key for s in plan.steps},
             base={"files": {f.path: f.pin for f in base.files}},
             numbers=numbers,
             provenance={"run_id": plan.run_id, "steps": {n: m.provenance for n, m in inputs.items()}},
         ),
     )
+
+
+def _anchor(plan: Plan, version: str, evaluation: Manifest) -> str:
+    """The line's best version from now on: this one, where the evaluation found it surely better than the best."""
+    if evaluation.numbers.get("best") == "anchor" and plan.anchor:
+        return plan.anchor.version
+    return plan.champion.version if evaluation.numbers.get("best") == "champion" and plan.champion else version
 
 
 def _verdict(store: Store, evaluation: Manifest) -> dict[str, Any]:

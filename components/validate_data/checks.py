@@ -57,6 +57,7 @@ class Row:
         hash: 12 hex of what was found, to recognise a row without showing it.
         reason: Why it was quarantined.
         split: Where it went; `dropped` is evaluation beyond `max_eval_rows`.
+        language: What the data says of it, if it does.
     """
 
     file: str
@@ -67,6 +68,7 @@ class Row:
     supervised_tokens: int = 0
     reason: str | None = None
     split: Split | None = None
+    language: str | None = None
 
     @property
     def place(self) -> str:
@@ -76,7 +78,7 @@ class Row:
 
 def check(raw: RawRow, config: DataConfig, specials: Sequence[str]) -> Row:
     """The row with its chat, or with the reason why there is none."""
-    row = Row(raw.file, raw.number, [], _hash(raw.messages))
+    row = Row(raw.file, raw.number, [], _hash(raw.messages), language=raw.language)
     turns, row.reason = ([], raw.fault) if raw.fault else _chat_of(raw.messages, specials)
     if row.reason:
         return row

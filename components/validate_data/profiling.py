@@ -13,7 +13,7 @@ from typing import Any
 
 from components.validate_data.checks import NOT_BAD, REASONS, Row
 from components.validate_data.expectations import Finding
-from qlora_retrain import chat, report
+from qlora_retrain import chat, report, slices
 from qlora_retrain.config.sections import DataConfig
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -49,6 +49,7 @@ def profile(
         "golden": _lengths(golden),
         "length_histogram": _histogram([row.tokens for row in kept]),
         "labels": _labels(train, evaluation, golden) if closed else None,
+        "distributions": _distributions(kept, closed),
         "expectations": [asdict(finding) for finding in findings],
     }
 
@@ -111,6 +112,21 @@ def _labels(train: Sequence[Row], evaluation: Sequence[Row], golden: Sequence[Ro
     total = sum(counts.values(), Counter[str]())
     shown = {label: {side: counts[side][label] for side in sides} for label in sorted(total) if total[label] > 1}
     return {"different": len(total), "once": len(total) - len(shown), "rows": shown}
+
+
+def _distributions(kept: Sequence[Row], closed: bool) -> dict[str, dict[str, int]]:
+    """How the kept rows fall into slices, to tell the drift of later data by; labels that occur once are one kind."""
+    prompts = [slices.prompt(row.messages) for row in kept]
+    found = {
+        "length": Counter(map(slices.length, prompts)),
+        "language": Counter(row.language or slices.script(text) for row, text in zip(kept, prompts, strict=True)),
+    }
+    if closed:
+        counts = Counter(chat.answer_of(row.messages) for row in kept)
+        repeated = Counter({label: count for label, count in counts.items() if count > 1})
+        once = len(counts) - len(repeated)
+        found["label"] = repeated + Counter({"(once)": once} if once else {})
+    return {what: dict(sorted(counts.items())) for what, counts in found.items()}
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -10,6 +10,7 @@ import codecs
 import csv
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ FORMATS = {
     ".parquet": "parquet",
 }
 LONGEST_CSV_FIELD = 16 * 1024 * 1024  # the csv module's own limit, 128 Ki characters, is less than a long chat
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8}){0,3}")  # e.g. de, pt-BR, english
 Record = Mapping[str, object] | str  # a row's fields, or the reason why it has none
 
 
@@ -40,12 +42,14 @@ class RawRow:
         number: 1-based; the line on which the row begins, in Parquet the row.
         messages: What should be a chat; anything.
         fault: The reason code, where there is not even something to look at.
+        language: What `data.language_field` says, if it is a language tag.
     """
 
     file: str
     number: int
     messages: object
     fault: str | None = None
+    language: str | None = None
 
 
 def read(folder: Path, config: DataConfig, source: str) -> Iterator[RawRow]:
@@ -69,6 +73,11 @@ def wanted_fields(config: DataConfig) -> tuple[str, ...]:
     return (config.messages_field,)
 
 
+def read_fields(config: DataConfig) -> tuple[str, ...]:
+    """The fields that are looked at: those that a row must have, and the language's."""
+    return wanted_fields(config) + ((config.language_field,) if config.language_field else ())
+
+
 def _format(name: str, config: DataConfig, source: str) -> str:
     if config.format != "auto":
         return config.format
@@ -83,8 +92,8 @@ def _format(name: str, config: DataConfig, source: str) -> str:
 
 def _records(name: str, path: Path, format_: str, config: DataConfig) -> Iterator[tuple[int, Record]]:
     if format_ == "parquet":
-        return _parquet(name, path, wanted_fields(config))
-    return _csv(name, path, wanted_fields(config)) if format_ == "csv" else _jsonl(name, path)
+        return _parquet(name, path, read_fields(config))
+    return _csv(name, path, read_fields(config)) if format_ == "csv" else _jsonl(name, path)
 
 
 def _rows(name: str, records: Iterable[tuple[int, Record]], config: DataConfig, format_: str) -> Iterator[RawRow]:
@@ -104,18 +113,25 @@ def _rows(name: str, records: Iterable[tuple[int, Record]], config: DataConfig, 
             yield RawRow(name, number, values, "missing_field")
         elif len(wanted) == 2:
             prompt, answer = values
-            yield RawRow(name, number, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            yield RawRow(name, number, turns, language=_language(record, config))
         elif format_ == "jsonl" or not isinstance(values[0], str):
-            yield RawRow(name, number, values[0])
+            yield RawRow(name, number, values[0], language=_language(record, config))
         else:  # a column of text that holds JSON
             try:
-                yield RawRow(name, number, json.loads(values[0]))
+                yield RawRow(name, number, json.loads(values[0]), language=_language(record, config))
             except (ValueError, RecursionError):
                 yield RawRow(name, number, values[0], "bad_json")
     if not read_rows:
         raise UsageError(f"{name}: no rows; leave the file out, or find out why it is empty")
     if missing and found:
         raise _missing(name, next(field for field in wanted if field in missing), list(found), "no row has a value for")
+
+
+def _language(record: Mapping[str, object], config: DataConfig) -> str | None:
+    """The row's language tag; whatever else the field holds could be anything, and is not kept."""
+    said = record.get(config.language_field) if config.language_field else None
+    return said.lower() if isinstance(said, str) and _LANGUAGE.fullmatch(said) else None
 
 
 def _lines(name: str, path: Path) -> Iterator[str]:

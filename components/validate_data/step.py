@@ -1,8 +1,9 @@
 """Read, check, quarantine, de-duplicate and split the examples.
 
-Reads `raw_data` (a folder of .jsonl, .csv or .parquet files), `base_model` (its tokenizer) and, where there is one,
-`golden_data`. Makes `dataset`: train.jsonl, eval.jsonl, golden.jsonl, dataset.json, profile.json, quarantine.jsonl and
-report.html, the same bytes for the same input. Refuses (10) too many bad or repeated rows and too few good ones.
+Reads `raw_data` (a folder of .jsonl, .csv or .parquet files), `base_model` (its tokenizer) and, where there are any,
+`golden_data` and `reference_profile`, the data profile of the version that `data.reference` names. Makes `dataset`:
+train.jsonl, eval.jsonl, golden.jsonl, dataset.json, profile.json, quarantine.jsonl and report.html, the same bytes for
+the same input. Refuses (10) too many bad or repeated rows, too few good ones, and drift from that version's data.
 Command: `python -m components.validate_data --plan URI`.
 """
 
@@ -19,7 +20,7 @@ from components.validate_data.expectations import Finding, judge
 from components.validate_data.profiling import page, profile
 from components.validate_data.reading import read
 from components.validate_data.splitting import prompt_text, quarantine_repeats, split
-from qlora_retrain import chat
+from qlora_retrain import chat, drift, graph
 from qlora_retrain.config.sections import DataConfig
 from qlora_retrain.errors import DataRefused, UsageError
 from qlora_retrain.outcome import Report
@@ -27,8 +28,17 @@ from qlora_retrain.outcome import Report
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CONFIDENCE = 0.95  # that drift is more than chance
 
-def run(config: DataConfig, raw_data: Path, base_model: Path, golden_data: Path | None, dataset: Path) -> Report:
+
+def run(
+    config: DataConfig,
+    raw_data: Path,
+    base_model: Path,
+    golden_data: Path | None,
+    reference_profile: Path | None,
+    dataset: Path,
+) -> Report:
     """Fill `dataset`; see the module.
 
     Raises:
@@ -40,8 +50,10 @@ def run(config: DataConfig, raw_data: Path, base_model: Path, golden_data: Path 
     quarantine_repeats(rows, config, {prompt_text(row) for row in golden})
     split(rows, config)
     findings = judge(rows, config)
-    refusal = _refusal(rows, findings, config)
     numbers = profile(rows, golden, config, findings)
+    refusal = _refusal(rows, findings, config)
+    if reference_profile and not refusal:
+        refusal = _drifted(numbers, reference_profile / graph.PROFILE, config)
     sentence = refusal or _good_news(numbers, findings)
     sides = {side: [row for row in rows if row.split == side] for side in ("train", "eval")} | {"golden": golden}
     _write(dataset, rows, sides, config)
@@ -100,6 +112,16 @@ def _refusal(rows: Sequence[Row], findings: Sequence[Finding], config: DataConfi
     return "data refused: " + "; ".join(parts)
 
 
+def _drifted(numbers: dict[str, Any], reference: Path, config: DataConfig) -> str:
+    """Why the data is too unlike that of `data.reference`; empty where it is not."""
+    if not reference.is_file():
+        return f"data refused: version {config.reference} has no data profile to compare with"
+    before = drift.distributions(reference)
+    found = None if before is None else drift.measure(before, numbers["distributions"], _CONFIDENCE)
+    text, passed = drift.judge(found, config.max_drift, f"the data of {config.reference}")
+    return "" if passed else f"data refused: {text} (data.max_drift)"
+
+
 def _failure(finding: Finding) -> str:
     observed = finding.observed or 0
     too_few = finding.low is not None and observed < finding.low
@@ -118,7 +140,7 @@ def _good_news(numbers: dict[str, Any], findings: Sequence[Finding]) -> str:
 
 def _write(dataset: Path, rows: Sequence[Row], sides: dict[str, list[Row]], config: DataConfig) -> None:
     for side, kept in sides.items():
-        _write_lines(dataset / f"{side}.jsonl", ({"id": chat.row_id(r.messages), "messages": r.messages} for r in kept))
+        _write_lines(dataset / f"{side}.jsonl", map(_record, kept))
     _write_lines(
         dataset / "quarantine.jsonl",
         ({"file": r.file, "row": r.number, "reason": r.reason, "hash": r.hash} for r in rows if r.reason),
@@ -135,6 +157,11 @@ def _write(dataset: Path, rows: Sequence[Row], sides: dict[str, list[Row]], conf
             "supervised_tokens": {side: sum(row.supervised_tokens for row in kept) for side, kept in sides.items()},
         },
     )
+
+
+def _record(row: Row) -> dict[str, Any]:
+    language = {"language": row.language} if row.language else {}
+    return {"id": chat.row_id(row.messages), "messages": row.messages, **language}
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -241,8 +241,9 @@ def measure(rows: list[Row], golden: list[Row], reference: list[Row]) -> dict[st
         "golden rows an intent": Counter(r["messages"][-1]["content"] for r in golden),
         "golden prompts in the tickets": len({prompt_of(r) for r in golden} & answers.keys()),
         "closest golden prompt": max(likeness(shingles(r["messages"][0]["content"]), m) for r in golden for m in marks),
-        "reference passages": len(reference),
-        "reference words": sorted(len(r["text"].split()) for r in reference),
+        "reference passages": sum("text" in r for r in reference),
+        "reference chats": sum("messages" in r for r in reference),
+        "reference words": sorted(len(r["text"].split()) for r in reference if "text" in r),
     }
 
 
@@ -263,6 +264,7 @@ def promises(n: dict[str, Any], book: Book) -> dict[str, bool]:
         "no golden prompt in the tickets": n["golden prompts in the tickets"] == 0 and n["closest golden prompt"] < 0.2,
         "24 reference passages of 40 to 90 words": n["reference passages"] == 24
         and 40 <= n["reference words"][0] <= n["reference words"][-1] <= 90,
+        "12 reference chats": n["reference chats"] == 12,
     }
 
 

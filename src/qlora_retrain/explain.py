@@ -18,6 +18,10 @@ def as_text(plan: Plan) -> str:
     lines = [f"run {plan.run_id} of line {plan.line}", f"plan {plan.uri}"]
     champion = plan.champion.version if plan.champion else "none yet"
     lines.append(f"champion {champion}")
+    if plan.anchor:
+        lines.append(f"anchor {plan.anchor.version}: the best version so far")
+    if plan.reference:
+        lines.append(f"data reference {plan.reference.version}")
     lines += [f"{c.field} = {c.value}: {c.reason}" for c in plan.choices]
     if plan.unchanged:
         lines.append(f"unchanged: production is already {plan.unchanged}, made by this recipe; nothing will run")

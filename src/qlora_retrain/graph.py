@@ -80,7 +80,11 @@ class Step:
 SOURCES = (
     Source("raw_data", optional=False, meaning="the line's examples, as files"),
     Source("base_model", optional=False, meaning="the original 16-bit model, safetensors"),
-    Source("champion", optional=True, meaning="the version that `production` names, its 16-bit model"),
+    Source(
+        "champion", optional=True, meaning="the version that `production` names: its 16-bit model, its data profile"
+    ),
+    Source("anchor", optional=True, meaning="the line's best version so far, its 16-bit model, where that is another"),
+    Source("reference_profile", optional=True, meaning="the data profile of the version that `data.reference` names"),
     Source("golden_data", optional=True, meaning="hand-kept examples that are never trained on"),
     Source("reference_data", optional=True, meaning="general text that shows what was forgotten"),
 )
@@ -89,7 +93,12 @@ STEPS = (
     Step(
         "validate_data",
         section="data",
-        reads=(Input("raw_data"), Input("base_model", only=TOKENIZER_FILES), Input("golden_data")),
+        reads=(
+            Input("raw_data"),
+            Input("base_model", only=TOKENIZER_FILES),
+            Input("golden_data"),
+            Input("reference_profile"),
+        ),
         makes="dataset",
         image="light",
         summary="Read, check, quarantine, de-duplicate and split the examples.",
@@ -123,13 +132,14 @@ STEPS = (
             Input("base_nf4"),
             Input("adapter"),
             Input("champion"),
+            Input("anchor"),
             Input("golden_data"),
             Input("reference_data"),
         ),
         makes="evaluation",
         image="train",
         gpus=1,
-        summary="Score base, champion and challenger on the same rows; pass or refuse.",
+        summary="Score base, challenger, champion and anchor on the same rows; pass or refuse.",
     ),
     Step(
         "merge_adapter",
@@ -157,6 +167,10 @@ STEPS = (
         summary="Publish an immutable version and move its aliases.",
     ),
 )
+
+# Sources that are published versions of the line, and which of a version's folders and files a step gets.
+PROFILE = "data/profile.json"
+VERSIONS = {"champion": ("model", PROFILE), "anchor": ("model",), "reference_profile": (PROFILE,)}
 
 PLAN_TASK = "plan"  # task 0 of every orchestrator; not a step
 

@@ -27,7 +27,7 @@ from qlora_retrain.store import Exists, NotFound, Store, open_store
 
 
 class Champion(BaseModel):
-    """The version that `production` named when the plan was made."""
+    """A published version that the plan pins: what `production` named, the line's best, or `data.reference`."""
 
     model_config = ConfigDict(frozen=True)
     version: str
@@ -51,6 +51,9 @@ class Plan(BaseModel):
     """A run's lock file.
 
     Attributes:
+        champion: What `production` named when the plan was made.
+        anchor: The line's best version so far; None where that is the champion, or there is none.
+        reference: What `data.reference` names.
         target: What `publish.promote_to` named when the plan was made; it moves only if it still does.
         judgement: Hash of how evaluate, merge and publish judge, without whom they compare with.
         unchanged: The version in production that this very recipe made; then there is nothing to do.
@@ -65,6 +68,8 @@ class Plan(BaseModel):
     line: str
     sources: dict[str, Pinned | None]
     champion: Champion | None
+    anchor: Champion | None = None
+    reference: Champion | None = None
     target: str | None
     judgement: str
     unchanged: str | None
@@ -75,6 +80,10 @@ class Plan(BaseModel):
     def uri(self) -> str:
         """Where this plan is kept."""
         return plan_uri(self.root, self.run_id)
+
+    def pinned_version(self, source: str) -> Champion | None:
+        """The version that a source of `graph.VERSIONS` is."""
+        return {"champion": self.champion, "anchor": self.anchor, "reference_profile": self.reference}[source]
 
     @property
     def stamp(self) -> str:
@@ -190,17 +199,24 @@ def _build(config: LineConfig, store: Store, name: str, at: datetime) -> Plan:
     }
     champion_alias, _ = registry.alias(store, config.line, registry.PRODUCTION)
     release = None
-    champion = None
+    versions: dict[str, Champion | None] = dict.fromkeys(graph.VERSIONS)
     if champion_alias is not None:
         release = registry.read_release(
             store, config.line, champion_alias.version, sha256=champion_alias.manifest_sha256
         )
-        champion = Champion(
+        versions["champion"] = Champion(
             version=release.version, manifest_sha256=champion_alias.manifest_sha256, content_hash=release.content_hash
         )
+        # The champion's own manifest names it, so a rollback brings back the anchor of that time. A best version that
+        # was rejected since holds nobody to its mark.
+        if release.anchor not in (None, release.version):
+            best = _version(store, config.line, release.anchor)
+            versions["anchor"] = None if best.content_hash in champion_alias.rejected else best
+    if config.data.reference is not None:
+        versions["reference_profile"] = _version(store, config.line, config.data.reference)
     target, _ = registry.alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)
     settings, choices = resolved(config)
-    steps = _planned(settings, pinned, champion, target)
+    steps = _planned(settings, pinned, versions, target)
     judgement = _judgement(steps)
     adapter_key = next(s.key for s in steps if s.name == "train_qlora")
     unchanged = release is not None and (release.adapter_key, release.judgement) == (adapter_key, judgement)
@@ -210,12 +226,23 @@ def _build(config: LineConfig, store: Store, name: str, at: datetime) -> Plan:
         root=store.uri,
         line=config.line,
         sources=pinned,
-        champion=champion,
+        champion=versions["champion"],
+        anchor=versions["anchor"],
+        reference=versions["reference_profile"],
         target=target.version if target else None,
         judgement=judgement,
         unchanged=release.version if release and unchanged else None,
         choices=choices,
         steps=steps,
+    )
+
+
+def _version(store: Store, line: str, version: str) -> Champion:
+    release = registry.read_release(store, line, version)
+    return Champion(
+        version=version,
+        manifest_sha256=registry.manifest_sha256(store, line, version),
+        content_hash=release.content_hash,
     )
 
 
@@ -227,7 +254,7 @@ def _pin(name: str, config: LineConfig) -> Pinned | None:
 def _planned(
     settings: Mapping[str, Section],
     pinned: Mapping[str, Pinned | None],
-    champion: Champion | None,
+    versions: Mapping[str, Champion | None],
     target: registry.Alias | None,
 ) -> tuple[PlannedStep, ...]:
     made: dict[str, str] = {}
@@ -236,8 +263,9 @@ def _planned(
         inputs: dict[str, str | None] = {}
         for item in step.reads:
             source = pinned.get(item.name)
-            if item.name == "champion":
-                inputs[item.name] = champion.content_hash if champion else None
+            if item.name in versions:  # its manifest's hash covers its model and its data profile
+                version = versions[item.name]
+                inputs[item.name] = version.manifest_sha256 if version else None
             elif graph.maker(item.name):
                 inputs[item.name] = made[item.name]
             else:

@@ -8,65 +8,19 @@ bound: labels that can no longer win are left alone. The result is exactly that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from qlora_retrain.forward import batches, logprobs
+from qlora_retrain.trie import Trie
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedModel
 
-LSE_ROWS = 256  # logits widened to fp32 at a time: 50 MB with a vocabulary of 49,152
 _FIRST_NODES = 8  # about two answers of a few tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Trie:
-    """Answers with their common beginnings shared. Node 0 is the prompt's end; an answer's last token is no node.
-
-    Attributes:
-        tokens: The token of each node (of node 0: unused); a parent comes before its children.
-        parents: Of each node.
-        edges: Every judged token as (the node that it follows, the token).
-        out: The edges that leave each node.
-        paths: The nodes of each answer, node 0 first.
-        uses: (answers, edges): 1.0 where an answer has that edge.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-    edges: list[tuple[int, int]]
-    out: list[list[int]]
-    paths: list[list[int]]
-    uses: np.ndarray[Any, Any]
-
-    @classmethod
-    def of(cls, answers: Sequence[Sequence[int]]) -> Trie:
-        """The trie of these answers, each a list of tokens with its end token."""
-        import numpy as np
-
-        nodes: dict[tuple[int, ...], int] = {(): 0}
-        tokens, parents, paths = [-1], [-1], []
-        edges: dict[tuple[int, int], int] = {}
-        for ids in answers:
-            for depth in range(1, len(ids)):
-                here = tuple(ids[:depth])
-                if here not in nodes:
-                    nodes[here] = len(nodes)
-                    tokens.append(ids[depth - 1])
-                    parents.append(nodes[here[:-1]])
-            paths.append([nodes[tuple(ids[:depth])] for depth in range(len(ids))])
-            for node, token in zip(paths[-1], ids, strict=True):
-                edges.setdefault((node, token), len(edges))
-        out: list[list[int]] = [[] for _ in nodes]
-        for (node, _), edge in edges.items():
-            out[node].append(edge)
-        uses = np.zeros((len(answers), len(edges)))
-        for answer, ids in enumerate(answers):
-            uses[answer, [edges[pair] for pair in zip(paths[answer], ids, strict=True)]] = 1.0
-        return cls(tokens, parents, list(edges), out, paths, uses)
 
 
 @dataclass(slots=True)
@@ -112,49 +66,6 @@ def rank(
             found[row.index] = best, None if row.wanted is None else float(sums[row.wanted])
         tick(len(batch))
     return found
-
-
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of items of like length together, the longest first, so that memory ends at once or never."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def logprobs(
-    model: PreTrainedModel,
-    inputs: dict[str, Any],
-    at: Sequence[tuple[int, int]],
-    targets: Sequence[tuple[int, int]],
-) -> list[float]:
-    """The log-probabilities of targets, each (index into `at`, token), `at` being (row, position) of the inputs.
-
-    Logits are computed at those positions alone.
-    """
-    import torch
-
-    logits = logits_at(model, inputs, at)
-    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(LSE_ROWS)])
-    index, token = torch.tensor(targets, device=logits.device).unbind(1)
-    values: list[float] = (logits[index, token].float() - total[index]).tolist()
-    return values
-
-
-def logits_at(model: PreTrainedModel, inputs: dict[str, Any], at: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The logits at these (row, position) of the inputs, and at no others: (len(at), vocab), on the model's device."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device
-    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    rows, positions = torch.tensor(at, device=device).unbind(1)
-    with _logits_only_at(model, rows, positions):
-        logits: torch.Tensor = model(**inputs).logits[0]
-    return logits
 
 
 def _read(model: PreTrainedModel, trie: Trie, rows: list[_Row]) -> None:
@@ -290,21 +201,3 @@ def _line(trie: Trie, node: int) -> list[int]:
     while (node := trie.parents[node]) > 0:
         line.append(node)
     return line
-
-
-@contextmanager
-def _logits_only_at(model: PreTrainedModel, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[None]:
-    """While open, the output layer sees these positions alone, as one row.
-
-    A hook, and not a call of backbone and head, because what some families do to logits afterwards (a soft cap, a
-    scale) must still be done.
-    """
-
-    def pick(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][rows, positions].unsqueeze(0), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()

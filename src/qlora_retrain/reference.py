@@ -6,19 +6,23 @@ other files, such as a licence without an ending, are left alone. Refuses (12) a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+from qlora_retrain import chat
 from qlora_retrain.errors import UsageError
 
+Passage = str | list[chat.Message]
 
-def read(folder: Path) -> list[str]:
-    """Every passage, by file and position; a chat becomes its turns' contents, one a paragraph.
+
+def read(folder: Path) -> list[Passage]:
+    """Every passage, by file and position: text, or a chat of which the assistant's turns will be judged.
 
     Raises:
         UsageError: If a line is neither form, or there is no passage at all.
     """
-    passages: list[str] = []
+    passages: list[Passage] = []
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".jsonl", ".txt"):
             continue
@@ -32,10 +36,16 @@ def read(folder: Path) -> list[str]:
             lines = enumerate(text.splitlines(), 1)
             passages += [_passage(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
     # A passage twice would count twice and narrow the interval for nothing.
-    unique = list(dict.fromkeys(p for p in passages if p.strip()))
+    unique = {passage_id(p): p for p in passages if p and (not isinstance(p, str) or p.strip())}
     if not unique:
         raise UsageError('reference_data: no passage found; wanted .jsonl with {"text": ...} or .txt files')
-    return unique
+    return list(unique.values())
+
+
+def passage_id(passage: Passage) -> str:
+    """16 hex of its content."""
+    text = passage if isinstance(passage, str) else json.dumps(passage, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -48,12 +58,17 @@ def _paragraphs(text: str) -> list[str]:
     return ["\n".join(lines) for lines in found if lines]
 
 
-def _passage(line: str, where: str) -> str:
+def _passage(line: str, where: str) -> Passage:
+    wrong = UsageError(f'reference_data: {where}: wanted {{"text": ...}} or {{"messages": [...]}}')
     try:
         row = json.loads(line)
-        passage = row["text"] if "text" in row else "\n\n".join(turn["content"] for turn in row["messages"])
+        if "text" not in row:
+            turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+            if not any(turn["role"] == "assistant" for turn in turns):
+                raise UsageError(f"reference_data: {where}: a chat without an assistant turn; nothing to judge")
+            return turns
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'reference_data: {where}: wanted {{"text": ...}} or {{"messages": [...]}}') from error
-    if not isinstance(passage, str):
-        raise UsageError(f'reference_data: {where}: "text" is {type(passage).__name__}; wanted a string')
-    return passage
+        raise wrong from error
+    if not isinstance(row["text"], str):
+        raise UsageError(f'reference_data: {where}: "text" is {type(row["text"]).__name__}; wanted a string')
+    return row["text"]

@@ -31,7 +31,11 @@ _ALIAS = r"[a-z][a-z0-9-]{0,31}"
 
 
 class Release(BaseModel):
-    """A version's manifest: its files by hash, and what it was made of."""
+    """A version's manifest: its files by hash, and what it was made of.
+
+    Attributes:
+        anchor: The line's best version from this one on, as its evaluation found; None in older ones: itself.
+    """
 
     model_config = ConfigDict(frozen=True)
     schema_version: Literal[1] = 1
@@ -42,17 +46,15 @@ class Release(BaseModel):
     files: tuple[File, ...]
     adapter_key: str
     judgement: str
+    anchor: str | None = None
     keys: dict[str, str | None]
     base: dict[str, Any]
     numbers: dict[str, Any]
     provenance: dict[str, Any]
 
-    def under(self, folder: str) -> tuple[File, ...]:
-        """The files below `folder`, with paths relative to it."""
-        start = f"{folder}/"
-        return tuple(
-            f.model_copy(update={"path": f.path.removeprefix(start)}) for f in self.files if f.path.startswith(start)
-        )
+    def parts(self, *names: str) -> tuple[File, ...]:
+        """The files that have these names or lie in folders of these names."""
+        return tuple(f for f in self.files if f.path in names or f.path.partition("/")[0] in names)
 
 
 class Move(BaseModel):

@@ -1,7 +1,8 @@
 """Self-contained HTML pages for a person: a sentence, tables and charts, readable in dark and in light.
 
 Whatever is not `Html` (made by a function of this module) is text and gets escaped. A page loads nothing: no script, no
-font, no image, no link; its own policy forbids them too. Callers pass counts, names and hash prefixes, never row text.
+font, no image, no link; its own policy forbids them too. Callers pass counts, names and hash prefixes; row text only
+where a line allows it in so many words.
 """
 
 from __future__ import annotations
@@ -9,6 +10,18 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One line of a forest plot: a value with its interval, and the limit that it is held against, if any."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    limit: float | None = None
 
 
 class Html(str):
@@ -31,6 +44,11 @@ overflow-wrap:break-word}
 th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .wide{overflow-x:auto}@media(max-width:40rem){.wide table{min-width:38rem}}
 .bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
+.marks td:last-child{width:58%}.told{color:var(--soft);font-size:.85rem}
+.forest{position:relative;height:1.1rem;margin-top:.25rem}.forest i{position:absolute;top:0;bottom:0}
+.forest .zero{border-left:1px solid var(--soft)}.forest .range{top:.5rem;bottom:auto;height:2px;background:var(--s0)}
+.forest .point{top:.3rem;width:.5rem;height:.5rem;margin-left:-.25rem;border-radius:50%;background:var(--s0)}
+.forest .limit{border-left:2px dashed var(--s1)}.scale{display:flex;justify-content:space-between}
 svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}.grid{stroke:var(--line)}
 .key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:1.4rem;border-top:3px solid}
 """
@@ -58,8 +76,13 @@ def section(heading: str, *blocks: str) -> Html:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
     """A table; numbers are aligned right and rounded to four digits."""
-    head = "".join(f"<th>{_text(h)}</th>" for h in headers)
-    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in rows)
+    listed = list(rows)
+    first = listed[0] if listed else ()
+    right = [i < len(first) and _is_number(first[i]) for i in range(len(headers))]
+    head = "".join(
+        f'<th class="n">{_text(h)}</th>' if n else f"<th>{_text(h)}</th>" for h, n in zip(headers, right, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in listed)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     found = f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
     return Html(f'<div class="wide">{found}</div>' if len(headers) > _NARROW else found)
@@ -81,6 +104,39 @@ def bar_chart(values: Mapping[str, float], caption: str = "") -> Html:
         body += f"<tr><td>{_text(name)}</td>{_cell(value)}<td>{bar}</td></tr>\n"
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(f'<table class="bars">{title}<tbody>\n{body}</tbody></table>')
+
+
+def forest_plot(marks: Sequence[Mark], caption: str = "") -> Html:
+    """Values with their intervals under one scale, 0 marked by a line and a limit by a tick; no more than names fit."""
+    seen = [x for m in marks for x in (m.low, m.high, m.limit) if x is not None and math.isfinite(x)]
+    if not seen:
+        return Html(f"<p>{_text(caption)}: nothing was measured.</p>")
+    low, high = min(0.0, *seen), max(0.0, *seen)
+    margin = (high - low or 1.0) * 0.04
+    low, high = low - margin, high + margin
+
+    def place(x: float) -> str:
+        return f"{(x - low) / (high - low) * 100:.2f}%"
+
+    body = ""
+    for m in marks:
+        parts = f'<i class="zero" style="left:{place(0.0)}"></i>'
+        if math.isfinite(m.low + m.high):
+            parts += (
+                f'<i class="range" style="left:{place(m.low)};right:{(high - m.high) / (high - low) * 100:.2f}%"></i>'
+            )
+        if math.isfinite(m.value):
+            parts += f'<i class="point" style="left:{place(m.value)}"></i>'
+        if m.limit is not None:
+            parts += f'<i class="limit" style="left:{place(m.limit)}"></i>'
+        limit = "" if m.limit is None else f", limit {_number(m.limit)}"
+        told = f"{m.value:+.3f} ({m.low:+.3f} to {m.high:+.3f}){limit}"
+        body += f'<tr><td>{_text(m.name)}<br><span class="told">{_text(told)}</span></td>'
+        body += f'<td><div class="forest" role="img" aria-label="{_text(told)}">{parts}</div></td></tr>\n'
+    ends = f'<span class="told">{_number(low)}</span><span class="told">{_number(high)}</span>'
+    foot = f'<tr><td></td><td><div class="scale">{ends}</div></td></tr>'
+    title = f"<caption>{_text(caption)}</caption>" if caption else ""
+    return Html(f'<table class="marks">{title}<tbody>\n{body}{foot}</tbody></table>')
 
 
 def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Html:
@@ -138,6 +194,10 @@ def _cell(value: object) -> str:
     if isinstance(value, (int, float)):
         return f'<td class="n">{_number(value)}</td>'
     return f"<td>{_text(value)}</td>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(value: float) -> str:

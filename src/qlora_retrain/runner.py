@@ -267,30 +267,32 @@ def _fetched(
             if artifact.find(store, item.name, key) != made:
                 raise TryAgain(f"{item.name} was dropped while it was fetched; run again") from error
             raise artifact.corrupt(store, made, f"{error}: missing") from error
-    if item.name == "champion":
-        return _fetched_champion(plan, store)
+    if item.name in graph.VERSIONS:
+        return _fetched_version(plan, store, item.name)
     source = plan.sources[item.name]
     assert source is not None
     chosen = source.subset(item.only)
     return cache.fetch(item.name, key, lambda folder: sources.fetch(chosen, folder), None)
 
 
-def _fetched_champion(plan: Plan, store: Store) -> Path:
+def _fetched_version(plan: Plan, store: Store, name: str) -> Path:
+    """A folder with the parts of a published version that a step reads."""
     from qlora_retrain import registry
 
-    champion = plan.champion
-    assert champion is not None
-    release = registry.read_release(store, plan.line, champion.version, sha256=champion.manifest_sha256)
+    pinned = plan.pinned_version(name)
+    assert pinned is not None
+    release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
     # The form that is judged; a version's further exports are never run here, and may be as large.
-    files = tuple(file for file in release.under("model") if not file.path.startswith("exports/"))
-    prefix = f"{registry.version_folder(plan.line, champion.version)}/model"
+    files = tuple(f for f in release.parts(*graph.VERSIONS[name]) if not f.path.startswith("model/exports/"))
+    prefix = registry.version_folder(plan.line, pinned.version)
     try:
         return cache.fetch(
-            "champion", champion.content_hash, lambda f: store.download(prefix, [x.path for x in files], f), files
+            name, pinned.manifest_sha256, lambda f: store.download(prefix, [x.path for x in files], f), files
         )
     except (IntegrityError, NotFound) as error:
+        which = {"champion": "the version in production", "anchor": "the line's best version"}.get(name, pinned.version)
         raise IntegrityError(
-            f"{store.uri}/{prefix}: {error}: the version in production is broken; promote or roll back to another"
+            f"{store.uri}/{prefix}: {error}: {which} is broken; promote or roll back to another"
         ) from error
 
 

@@ -7,18 +7,23 @@ Refuses (13) rows and scores that are damaged. Command: none; `evaluate` and `me
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain import chat, progress, ranking
-from qlora_retrain.errors import IntegrityError
-from qlora_retrain.ranking import Trie
+from qlora_retrain import chat, forward, generation, progress, ranking, reference, slices
+from qlora_retrain.config.sections import EvaluateConfig
+from qlora_retrain.forward import Item
+from qlora_retrain.metrics import texts as written_texts
+from qlora_retrain.reference import Passage
+from qlora_retrain.rows import UNPARSABLE as UNPARSABLE
+from qlora_retrain.rows import Row as Row
+from qlora_retrain.rows import RowScore as RowScore
+from qlora_retrain.rows import read_rows as read_rows
+from qlora_retrain.rows import read_scores as read_scores
+from qlora_retrain.rows import write_scores as write_scores
+from qlora_retrain.trie import Trie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,95 +31,44 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_UPDATES = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A chat to be scored."""
-
-    id: str
-    suite: str
-    messages: chat.Chat
-
-
-@dataclass(frozen=True, slots=True)
-class RowScore:
-    """What a model makes of one row.
-
-    Attributes:
-        id: The row's id.
-        suite: `eval`, `golden` or `reference`.
-        loss_nats: Negative log-likelihood, summed over the answer's tokens.
-        tokens: How many tokens that sum has.
-        predicted: The likeliest label, where there are labels.
-        correct: Whether that is the row's answer.
-    """
-
-    id: str
-    suite: str
-    loss_nats: float
-    tokens: int
-    predicted: str | None = None
-    correct: bool | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields that are known, fit for JSON: a loss that is not finite becomes null."""
-        known = {name: value for name, value in asdict(self).items() if value is not None}
-        return known | {"loss_nats": self.loss_nats if math.isfinite(self.loss_nats) else None}
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A sequence of a batch; `at` is where logits are needed, `targets` are the tokens judged there."""
-
-    ids: list[int]
-    at: list[int]
-    targets: list[int]
-
-
-def read_rows(path: Path, suite: str) -> list[Row]:
-    """The rows of `eval.jsonl` or `golden.jsonl`.
-
-    Raises:
-        IntegrityError: If a line is not a row.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append(Row(str(row["id"]), suite, row["messages"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f'{path.name}:{number}: wanted {{"id", "messages"}}: {error!r}') from error
-    return rows
-
-
-def write_scores(path: Path, scores: Mapping[str, Sequence[RowScore]]) -> None:
-    """Write `scores.jsonl`: one line a contestant and row."""
-    with path.open("w", encoding="utf-8") as file:
-        for contestant, found in scores.items():
-            for score in found:
-                file.write(json.dumps({"contestant": contestant, **score.as_json()}) + "\n")
-
-
-def read_scores(path: Path) -> dict[str, list[RowScore]]:
-    """The scores of each contestant, in the order written.
-
-    Raises:
-        IntegrityError: If a line is not a score.
-    """
-    scores: dict[str, list[RowScore]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            loss = math.nan if record["loss_nats"] is None else float(record["loss_nats"])
-            score = RowScore(**{k: v for k, v in record.items() if k != "contestant"} | {"loss_nats": loss})
-            scores.setdefault(record["contestant"], []).append(score)
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path.name}:{number}: not a row's score: {error!r}") from error
-    return scores
-
-
 def attention(device: str) -> str:
     """The attention to score with; it must take a trie's mask, which flash attention does not."""
     return "sdpa" if device == "cuda" else "eager"
+
+
+def score_by(
+    settings: EvaluateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    labels: Sequence[str] | None,
+    show_golden: bool = False,
+    **how: Any,
+) -> tuple[list[RowScore], dict[str, str]]:
+    """Score every row as a line's settings want it: `score_rows`, and what the model writes where that is measured.
+
+    Returns:
+        The scores, and the texts by row id: of all rows where a metric is of what is written; else of the golden rows
+        where `show_golden` is set; else none.
+    """
+    wanted = [row for row in rows if settings.writes or (show_golden and row.suite == "golden")]
+    prompts = [chat.prompt_ids(tokenizer, chat.prompt_of(row.messages)) for row in wanted]
+    found = generation.write(model, tokenizer, prompts, settings.max_new_tokens, settings.batch_tokens)
+    written = {row.id: text for row, text in zip(wanted, found, strict=True)}
+    how["batch_tokens"] = settings.batch_tokens
+    if labels is not None and settings.labels_by == "generation":
+        scores = score_rows(model, tokenizer, rows, labels=None, last_answer_only=True, **how)
+        scores = [_as_written(row, score, labels, written) for row, score in zip(rows, scores, strict=True)]
+    else:
+        scores = score_rows(model, tokenizer, rows, labels=labels, **how)
+    if settings.writes:
+        scores = [
+            replace(
+                s, values=written_texts.measure(settings.written_metrics, chat.answer_of(r.messages), written[r.id])
+            )
+            for r, s in zip(rows, scores, strict=True)
+        ]
+    return scores, written
 
 
 def score_rows(
@@ -127,6 +81,7 @@ def score_rows(
     what: str,
     done: int = 0,
     total: int | None = None,
+    last_answer_only: bool = False,
 ) -> list[RowScore]:
     """Score every row, in the order given.
 
@@ -140,43 +95,33 @@ def score_rows(
         what: The work's name for the progress line.
         done: Rows finished before these, for the progress line.
         total: Rows in all, for the progress line; None: just these.
+        last_answer_only: Without labels: score only the last assistant turn.
     """
     tick = _Ticker(what, done, done + len(rows) if total is None else total)
-    if labels is None:
+    if labels is not None:
+        return _ranked(model, tokenizer, rows, labels, batch_tokens, tick)
+    if last_answer_only:
+        items = [_answer(tokenizer, r, chat.prompt_ids(tokenizer, chat.prompt_of(r.messages))) for r in rows]
+    else:
         encoded = [chat.encode(tokenizer, row.messages) for row in rows]
-        items = [_sequence(found.input_ids, found.supervised) for found in encoded]
-        losses = _losses(model, items, batch_tokens, tick)
-        return [
-            RowScore(row.id, row.suite, loss, len(item.targets))
-            for row, loss, item in zip(rows, losses, items, strict=True)
-        ]
-    index = {label: i for i, label in enumerate(labels)}
-    scores: dict[int, RowScore] = {}
-    for trie, members in _by_trie(tokenizer, rows, labels):
-        prompts = [chat.prompt_ids(tokenizer, chat.prompt_of(rows[i].messages)) for i in members]
-        answers = [chat.answer_of(rows[i].messages) for i in members]
-        wanted = [index.get(answer) for answer in answers]
-        ranked = ranking.rank(model, trie, prompts, wanted, batch_tokens, tick)
-        # An answer that is no label can never be chosen; its loss takes a pass of its own.
-        lengths = [int(trie.uses[w].sum()) if w is not None else 0 for w in wanted]
-        strangers = [n for n, w in enumerate(wanted) if w is None]
-        items = [_answer(tokenizer, rows[members[n]], prompts[n]) for n in strangers]
-        alone = dict(zip(strangers, zip(items, _losses(model, items, batch_tokens), strict=True), strict=True))
-        for n, (i, (best, likelihood)) in enumerate(zip(members, ranked, strict=True)):
-            if likelihood is None:
-                item, loss = alone[n]
-                score = RowScore(rows[i].id, rows[i].suite, loss, len(item.targets), labels[best], False)
-            else:
-                right = best == wanted[n]
-                score = RowScore(rows[i].id, rows[i].suite, -likelihood, lengths[n], labels[best], right)
-            scores[i] = score
-    return [scores[i] for i in range(len(rows))]
+        items = [Item.of(found.input_ids, found.supervised) for found in encoded]
+    judged = forward.judge(model, items, batch_tokens, tick)
+    return [
+        RowScore(
+            row.id,
+            row.suite,
+            found.loss_nats,
+            len(item.targets),
+            slices=slices.of(row.messages, row.language, labelled=last_answer_only),
+        )
+        for row, found, item in zip(rows, judged, items, strict=True)
+    ]
 
 
 def score_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Passage],
     *,
     batch_tokens: int,
     what: str,
@@ -184,26 +129,39 @@ def score_texts(
     done: int = 0,
     total: int | None = None,
 ) -> list[RowScore]:
-    """Score general text: every token but the first of each piece of at most `max_tokens`, one `RowScore` a text."""
-    pieces: list[_Item] = []
+    """Score general passages, one `RowScore` each, with how many tokens the model would have chosen itself.
+
+    Of a text every token is judged but the first of each piece of at most `max_tokens`; of a chat the assistant's.
+    """
+    pieces: list[Item] = []
     owners: list[int] = []
-    for i, text in enumerate(texts):
-        ids = [int(t) for t in tokenizer(text)["input_ids"]]
-        for start in range(0, len(ids), max_tokens):
-            part = ids[start : start + max_tokens]
-            if len(part) > 1:
-                pieces.append(_sequence(part, [True] * len(part)))
-                owners.append(i)
+    for i, passage in enumerate(texts):
+        found = list(_pieces(tokenizer, passage, max_tokens))
+        pieces += found
+        owners += [i] * len(found)
     tick = _Ticker(what, done, done + len(texts) if total is None else total)
-    losses, tokens = [0.0] * len(texts), [0] * len(texts)
-    for owner, item, loss in zip(owners, pieces, _losses(model, pieces, batch_tokens), strict=True):
-        losses[owner] += loss
+    losses, tokens, hits = [0.0] * len(texts), [0] * len(texts), [0] * len(texts)
+    for owner, item, judged in zip(owners, pieces, forward.judge(model, pieces, batch_tokens), strict=True):
+        losses[owner] += judged.loss_nats
         tokens[owner] += len(item.targets)
+        hits[owner] += judged.hits
     tick(len(texts))
     return [
-        RowScore(hashlib.sha256(text.encode()).hexdigest()[:16], "reference", loss, count)
-        for text, loss, count in zip(texts, losses, tokens, strict=True)
+        RowScore(reference.passage_id(passage), "reference", loss, count, hits=hit)
+        for passage, loss, count, hit in zip(texts, losses, tokens, hits, strict=True)
     ]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, passage: Passage, max_tokens: int) -> Iterator[Item]:
+    if not isinstance(passage, str):
+        encoded = chat.encode(tokenizer, passage)
+        yield Item.of(encoded.input_ids, encoded.supervised)
+        return
+    ids = [int(t) for t in tokenizer(passage)["input_ids"]]
+    for start in range(0, len(ids), max_tokens):
+        part = ids[start : start + max_tokens]
+        if len(part) > 1:
+            yield Item.of(part, [True] * len(part))
 
 
 class _Ticker:
@@ -218,6 +176,43 @@ class _Ticker:
         if self.done == self.total or time.monotonic() - self.said > _SECONDS_BETWEEN_UPDATES:
             self.said = time.monotonic()
             progress.update(self.what, self.done, self.total)
+
+
+def _ranked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    batch_tokens: int,
+    tick: _Ticker,
+) -> list[RowScore]:
+    """The rows with the likeliest of the labels."""
+    index = {label: i for i, label in enumerate(labels)}
+    scores: dict[int, RowScore] = {}
+    for trie, members in _by_trie(tokenizer, rows, labels):
+        prompts = [chat.prompt_ids(tokenizer, chat.prompt_of(rows[i].messages)) for i in members]
+        wanted = [index.get(chat.answer_of(rows[i].messages)) for i in members]
+        ranked = ranking.rank(model, trie, prompts, wanted, batch_tokens, tick)
+        # An answer that is no label can never be chosen; its loss takes a pass of its own.
+        strangers = [n for n, w in enumerate(wanted) if w is None]
+        items = [_answer(tokenizer, rows[members[n]], prompts[n]) for n in strangers]
+        alone = dict(zip(strangers, zip(items, forward.judge(model, items, batch_tokens), strict=True), strict=True))
+        for n, (i, (best, likelihood)) in enumerate(zip(members, ranked, strict=True)):
+            want = wanted[n]
+            if want is None or likelihood is None:
+                loss, tokens = alone[n][1].loss_nats, len(alone[n][0].targets)
+            else:
+                loss, tokens = -likelihood, int(trie.uses[want].sum())
+            of = slices.of(rows[i].messages, rows[i].language, labelled=True)
+            scores[i] = RowScore(rows[i].id, rows[i].suite, loss, tokens, labels[best], best == want, slices=of)
+    return [scores[i] for i in range(len(rows))]
+
+
+def _as_written(row: Row, score: RowScore, labels: Sequence[str], written: Mapping[str, str]) -> RowScore:
+    """The score with the label that the model wrote; what is no label is never right, and never shown."""
+    text = written[row.id].strip()
+    predicted = text if text in labels else UNPARSABLE
+    return replace(score, predicted=predicted, correct=predicted == chat.answer_of(row.messages))
 
 
 def _by_trie(
@@ -245,37 +240,7 @@ def _by_trie(
             yield Trie.of(ids), members
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> _Item:
+def _answer(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: list[int]) -> Item:
     """A row of which the last answer alone is judged."""
     ids = chat.answer_ids(tokenizer, chat.prompt_of(row.messages), chat.answer_of(row.messages))
-    return _sequence(prompt + ids, [False] * len(prompt) + [True] * len(ids))
-
-
-def _sequence(ids: list[int], judged: Sequence[bool]) -> _Item:
-    """A plain sequence; the token at 0 follows nothing, so it is never judged."""
-    at = [i - 1 for i in range(1, len(ids)) if judged[i]]
-    return _Item(ids[: at[-1] + 1] if at else ids[:1], at, [ids[i + 1] for i in at])
-
-
-def _losses(
-    model: PreTrainedModel, items: Sequence[_Item], batch_tokens: int, tick: _Ticker | None = None
-) -> list[float]:
-    """The summed loss of every item, in nats."""
-    import torch
-
-    losses = [0.0] * len(items)
-    for batch in ranking.batches([len(item.ids) for item in items], batch_tokens):
-        # Padding stands on the right, where a causal model's judged tokens cannot see it: no mask is needed.
-        ids = torch.zeros(len(batch), len(items[batch[0]].ids), dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, : len(items[i].ids)] = torch.tensor(items[i].ids)
-        at = [(row, position) for row, i in enumerate(batch) for position in items[i].at]
-        targets = [(n, token) for n, token in enumerate(token for i in batch for token in items[i].targets)]
-        if at:
-            with torch.inference_mode():
-                values = iter(ranking.logprobs(model, {"input_ids": ids, "use_cache": False}, at, targets))
-            for i in batch:
-                losses[i] = -math.fsum(next(values) for _ in items[i].targets)
-        if tick:
-            tick(len(batch))
-    return losses
+    return Item.of(prompt + ids, [False] * len(prompt) + [True] * len(ids))

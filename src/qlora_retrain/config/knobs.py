@@ -6,9 +6,12 @@ A field is *identity* (it changes the result, so it enters the step's key) unles
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def identity(default: Any, consequence: str, **bounds: Any) -> Any:

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain import images
-from qlora_retrain.config.knobs import Section, identity, operational
+from qlora_retrain.config.judging import EvaluateConfig as EvaluateConfig
+from qlora_retrain.config.knobs import Device, Precision, Section, identity, operational
 from qlora_retrain.errors import UsageError
 from qlora_retrain.graph import Image
 
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "bfloat16", "float32"]
+Version = Annotated[str, Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{12}$")]
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
@@ -26,6 +26,11 @@ class DataConfig(Section):
     response_field: str | None = identity(None, "field that holds the answer; needed with prompt_field")
     system: str | None = identity(None, "system turn for rows that have none; it is part of every prompt")
     task: Literal["text", "labels"] = identity("text", "labels: the answers are a closed set, scored by accuracy")
+    language_field: str | None = identity(None, "field that names a row's language, for slices; null: by its script")
+    reference: Version | None = identity(
+        None, "a version whose data this must be like: refuse drift before training; null: `evaluate` alone judges it"
+    )
+    max_drift: float = identity(0.25, "with reference: refuse when the data surely drifted further (PSI)", gt=0.0)
     salt: str | None = identity(None, "seeds the split; null: the line's name. A new salt moves rows across it")
     eval_fraction: float = identity(0.1, "share of prompts kept for evaluation, by hash", gt=0.0, lt=1.0)
     max_eval_rows: int = identity(2000, "higher: narrower intervals, slower evaluation", ge=1, le=1_000_000)
@@ -129,27 +134,6 @@ class TrainConfig(Section):
         if self.early_stopping is not None and self.evaluations is None:
             raise ValueError("early_stopping needs evaluations: how often the evaluation loss is measured")
         return self
-
-
-class EvaluateConfig(Section):
-    """What is measured, and the rules that decide whether the challenger may ship."""
-
-    min_rows: int = identity(30, "fewer evaluation rows than this are insufficient evidence", ge=1)
-    min_gain_over_base: float = identity(
-        0.0, "the gain's lower bound must lie above this (accuracy points/100, or nats)", ge=0.0
-    )
-    max_loss_to_champion: float = identity(0.02, "refuse when the champion may be better by more than this", ge=0.0)
-    min_accuracy: float | None = identity(None, "floor for label accuracy; null: none", ge=0.0, le=1.0)
-    max_forgetting_nats: float | None = identity(
-        None, "refuse when reference text costs this much more loss a token than with the base", gt=0.0
-    )
-    first_release: bool = identity(False, "allow a first version where no champion exists to compare with")
-    confidence: float = identity(0.95, "of every interval", gt=0.5, lt=1.0)
-    bootstrap_samples: int = identity(2000, "resamples of the rows; higher: steadier intervals", ge=200, le=100_000)
-    seed: int = identity(0, "of the resampling", ge=0, le=2**31 - 1)
-    device: Device = identity("auto", "as in train")
-    precision: Precision = identity("auto", "what is computed in; auto: bfloat16 on cuda, float32 on a CPU")
-    batch_tokens: int = identity(4096, "tokens a forward pass; higher: faster until memory ends", ge=256)
 
 
 class MergeConfig(Section):

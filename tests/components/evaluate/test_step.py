@@ -41,7 +41,7 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     reference.mkdir()
     (reference / "general.txt").write_text("The sun rises\nin the east.\n\nWater is wet.\n\n\nBirds can fly.\n")
     (reference / "more.jsonl").write_text('{"text": "Snow is cold."}\n')
-    report = run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=reference,
+    report = run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert report.numbers["verdict"] == "pass"
@@ -52,7 +52,8 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert set(found["golden"]) == set(found["reference"]) == set(found["contestants"])
     assert EvaluateConfig.model_validate(found["settings"]) == CONFIG
     assert [rule["passed"] for rule in found["rules"]] == [True] * len(found["rules"])
-    assert [rule["name"] for rule in found["rules"]] == ["enough_rows", "gain_over_base", "loss_to_champion", "golden"]
+    names = ["enough_rows", "gain_over_base", "loss_to_champion", "golden", "slices"]
+    assert [rule["name"] for rule in found["rules"]] == names
     scores = read_scores(evaluation / "scores.jsonl")
     rows = [s for s in scores["challenger"] if s.suite == "eval"]
     assert found["contestants"]["challenger"]["accuracy"] == pytest.approx(sum(bool(s.correct) for s in rows) / 36)
@@ -68,7 +69,16 @@ def test_the_4_bit_base_is_scored_with_the_adapter_off(
     from qlora_retrain import chat, modeling, scoring
 
     dataset = write_dataset(tmp_path / "dataset")
-    run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=None, evaluation=evaluation)
+    run(
+        CONFIG,
+        dataset,
+        **inputs,
+        champion=None,
+        anchor=None,
+        golden_data=None,
+        reference_data=None,
+        evaluation=evaluation,
+    )
     rows = scoring.read_rows(dataset / "eval.jsonl", "eval")
     alone = scoring.score_rows(
         modeling.load_nf4(inputs["base_nf4"], dtype="float32"),
@@ -108,7 +118,7 @@ def test_a_text_task_is_judged_by_loss_and_has_no_accuracy(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", task="text")
-    report = run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=None,
+    report = run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert document(evaluation)["metric"] == "loss"
@@ -121,15 +131,18 @@ def test_a_champion_is_scored_too_and_its_absence_is_insufficient_evidence(
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", task="text")
     later = CONFIG.model_copy(update={"first_release": False})
-    report = run(later, dataset, **inputs, champion=None, golden_data=None, reference_data=None,
+    report = run(later, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert "set evaluate.first_release: true" in str(report.refused)
     assert (evaluation / "report.html").is_file()
-    # The base model itself is the weakest champion that there can be.
-    report = run(later, dataset, **inputs, champion=inputs["base_model"], golden_data=None, reference_data=None,
-                 evaluation=evaluation)  # fmt: skip
+    # The base model itself is the weakest champion that there can be. Its data was never profiled: no drift to judge.
+    (tmp_path / "version").mkdir()
+    (tmp_path / "version" / "model").symlink_to(inputs["base_model"])
+    later = later.model_copy(update={"max_drift": None})
+    report = run(later, dataset, **inputs, champion=tmp_path / "version", anchor=None, golden_data=None,
+                 reference_data=None, evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert report.numbers["loss_champion"] == pytest.approx(report.numbers["loss_base"])
 
@@ -139,7 +152,7 @@ def test_the_page_names_labels_but_shows_no_row(
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset")
     strict = CONFIG.model_copy(update={"min_gain_over_base": 2.0})
-    report = run(strict, dataset, **inputs, champion=None, golden_data=None, reference_data=None,
+    report = run(strict, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is not None
     html = (evaluation / "report.html").read_text()
@@ -156,5 +169,108 @@ def test_reference_data_without_a_passage_is_an_error_that_says_so(
     (reference / "LICENSE").write_text("nothing")
     dataset = write_dataset(tmp_path / "dataset")
     with pytest.raises(UsageError, match="no passage found"):
-        run(CONFIG, dataset, **inputs, champion=None, golden_data=None, reference_data=reference,
+        run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
             evaluation=evaluation)  # fmt: skip
+
+
+def test_an_empty_evaluation_set_is_insufficient_evidence(
+    inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
+) -> None:
+    dataset = write_dataset(tmp_path / "dataset", rows=0, golden=12)
+    report = run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
+                 evaluation=evaluation)  # fmt: skip
+    assert report.refused is not None
+    assert report.refused.exit_code == Exit.QUALITY_REFUSED
+    assert document(evaluation)["verdict"] == "insufficient evidence"
+    assert "0 evaluation rows; at least 30 are needed" in str(report.refused)
+    assert "best" not in report.numbers
+    assert (evaluation / "report.html").is_file()
+
+
+def profiled(folder: Path, labels: dict[str, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.json").write_text(json.dumps({"distributions": {"label": labels}}))
+
+
+@pytest.mark.parametrize(("before", "passed"), [((100, 100, 100), True), ((280, 10, 10), False), (None, None)])
+def test_data_unlike_the_champions_is_refused(
+    inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path,
+    before: tuple[int, ...] | None, passed: bool | None,
+) -> None:  # fmt: skip
+    dataset, version = write_dataset(tmp_path / "dataset"), tmp_path / "version"
+    profiled(dataset, {"delivery": 90, "login": 110, "refund": 100})
+    version.mkdir()
+    (version / "model").symlink_to(inputs["base_model"])
+    if before:
+        profiled(version / "data", dict(zip(["delivery", "login", "refund"], before, strict=True)))
+    run(CONFIG, dataset, **inputs, champion=version, anchor=None, golden_data=None, reference_data=None,
+        evaluation=evaluation)  # fmt: skip
+    rule = next(r for r in document(evaluation)["rules"] if r["name"] == "data_drift")
+    assert rule["passed"] is passed
+    assert document(evaluation)["verdict"] == {True: "pass", False: "refuse", None: "insufficient evidence"}[passed]
+
+
+def test_the_anchor_is_a_contestant_on_the_same_rows(
+    inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
+) -> None:
+    dataset, version = write_dataset(tmp_path / "dataset"), tmp_path / "version"
+    version.mkdir()
+    (version / "model").symlink_to(inputs["base_model"])
+    settings = CONFIG.model_copy(update={"max_drift": None})
+    report = run(settings, dataset, **inputs, champion=version, anchor=version, golden_data=None, reference_data=None,
+                 evaluation=evaluation)  # fmt: skip
+    assert report.refused is None
+    assert report.numbers["best"] == "challenger"
+    scores = read_scores(evaluation / "scores.jsonl")
+    assert list(scores) == ["base", "base_nf4", "challenger", "champion", "anchor"]
+    assert [s.id for s in scores["anchor"]] == [s.id for s in scores["challenger"]]
+    assert "loss_to_anchor" in [r["name"] for r in document(evaluation)["rules"]]
+
+
+def test_overfitting_forgetting_and_intruders_are_in_the_document(
+    inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
+) -> None:
+    dataset, reference = write_dataset(tmp_path / "dataset"), tmp_path / "reference"
+    rows = (dataset / "eval.jsonl").read_text().splitlines()
+    (dataset / "train.jsonl").write_text("\n".join(rows[:7]) + "\n")
+    reference.mkdir()
+    (reference / "general.txt").write_text("The sun rises in the east.\n\nWater is wet.\n\nBirds can fly.\n")
+    settings = CONFIG.model_copy(update={"train_rows": 5, "max_train_eval_gap": 1e-9, "max_forgetting_accuracy": 1.0})
+    run(settings, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
+        evaluation=evaluation)  # fmt: skip
+    found = document(evaluation)
+    by_id = {s.id: s for s in read_scores(evaluation / "scores.jsonl")["challenger"]}
+    trained = sorted(json.loads(row)["id"] for row in rows[:7])[:5]
+    loss = sum(by_id[i].loss_nats for i in trained) / sum(by_id[i].tokens for i in trained)
+    assert found["train_eval_gap"]["train_loss"] == pytest.approx(loss, rel=1e-3)
+    gap = found["contestants"]["challenger"]["loss"] - loss
+    assert found["train_eval_gap"]["gap"] == pytest.approx(gap, abs=1e-4)
+    rules = {rule["name"]: rule for rule in found["rules"]}
+    assert rules["train_eval_gap"]["passed"] is (found["train_eval_gap"]["gap"] <= 1e-9)
+    assert rules["forgetting_accuracy"]["passed"] is True
+    reference_numbers = found["reference"]
+    lost = reference_numbers["base"]["token_accuracy"] - reference_numbers["challenger"]["token_accuracy"]
+    assert rules["forgetting_accuracy"]["value"] == pytest.approx(lost)
+    assert len(found["intruder_dimensions"]) == 14
+    assert {s["name"] for s in found["slices"]} >= {"label=refund", "language=latin"}
+    assert {d["against"] for d in found["differences"]} == {"base", "base_nf4"}
+
+
+def test_golden_answers_are_side_by_side_only_where_the_line_allows_text(
+    inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
+) -> None:
+    dataset = write_dataset(tmp_path / "dataset", golden=12)
+    golden = [json.loads(line) for line in (dataset / "golden.jsonl").read_text().splitlines()]
+    golden[0]["messages"][0]["content"] = "<script>alert(1)</script> my money back"
+    (dataset / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in golden))
+    settings = CONFIG.model_copy(update={"max_new_tokens": 6})
+    for allowed in (False, True):
+        run(settings.model_copy(update={"text_in_reports": allowed}), dataset, **inputs, champion=None, anchor=None,
+            golden_data=None, reference_data=None, evaluation=evaluation)  # fmt: skip
+        html = (evaluation / "report.html").read_text()
+        assert ("What contestants wrote" in html) is allowed
+        assert (golden[1]["messages"][0]["content"] in html) is allowed
+        assert ("&lt;script&gt;alert(1)" in html) is allowed
+        assert "<script" not in html
+        everything = (evaluation / "scores.jsonl").read_text() + (evaluation / "evaluation.json").read_text()
+        assert "money back" not in everything

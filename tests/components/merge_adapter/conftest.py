@@ -22,7 +22,7 @@ def inputs(
     evaluation.mkdir()
     reference.mkdir()
     (reference / "general.txt").write_text("The sun rises in the east.\n\nBirds can fly.\n")
-    evaluate(RULES, dataset, **folders, champion=None, golden_data=None, reference_data=reference,
+    evaluate(RULES, dataset, **folders, champion=None, anchor=None, golden_data=None, reference_data=reference,
              evaluation=evaluation)  # fmt: skip
     (tmp_path / "model").mkdir()
     found = {"dataset": dataset, **folders, "evaluation": evaluation, "reference_data": reference}

@@ -33,7 +33,16 @@ def test_the_merged_form_is_certified_by_the_rules_of_the_evaluation(inputs: dic
     assert report.refused is None
     found = certificate(inputs)
     names = [rule["name"] for rule in found["rules"]]
-    rules = ["enough_rows", "gain_over_base", "loss_to_champion", "golden", "forgetting", "merge_rows", "merge_cost"]
+    rules = [
+        "enough_rows",
+        "gain_over_base",
+        "loss_to_champion",
+        "golden",
+        "forgetting",
+        "slices",
+        "merge_rows",
+        "merge_cost",
+    ]
     assert names == rules
     assert found["verdict"] == "pass"
     forms = found["forms"]["certification"]

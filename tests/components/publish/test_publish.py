@@ -195,11 +195,12 @@ def test_publish_refuses_a_failed_evaluation(
         base_nf4: Path,
         adapter: Path,
         champion: Path | None,
+        anchor: Path | None,
         golden_data: Path | None,
         reference_data: Path | None,
         evaluation: Path,
     ) -> Report:
-        inputs = (dataset, base_model, base_nf4, adapter, champion, golden_data, reference_data)
+        inputs = (dataset, base_model, base_nf4, adapter, champion, anchor, golden_data, reference_data)
         return Report(passing(config, *inputs, evaluation).numbers, refused=QualityRefused("it is worse"))
 
     made = new_plan()

@@ -41,7 +41,9 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
     """Runs the step on rows; settings suit 300 rows of labels."""
     runs = iter(range(100))
 
-    def call(rows: list[Any], golden: list[Any] | None = None, **settings: Any) -> tuple[Report, Path]:
+    def call(
+        rows: list[Any], golden: list[Any] | None = None, version: Path | None = None, **settings: Any
+    ) -> tuple[Report, Path]:
         folder = tmp_path / str(next(runs))
         for name, content in (("raw", rows), ("golden", golden or [])):
             (folder / name).mkdir(parents=True)
@@ -49,7 +51,9 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
             (folder / name / f"{'tickets' if name == 'raw' else name}.jsonl").write_text(text, encoding="utf-8")
         (folder / "dataset").mkdir()
         config = DataConfig(**{"task": "labels", "salt": "line", "min_eval_rows": 10, **settings})
-        report = run(config, folder / "raw", tiny_model, folder / "golden" if golden else None, folder / "dataset")
+        report = run(
+            config, folder / "raw", tiny_model, folder / "golden" if golden else None, version, folder / "dataset"
+        )
         return report, folder / "dataset"
 
     return call
@@ -247,3 +251,53 @@ def test_nothing_is_reported_over_the_network(gate: Gate, monkeypatch: pytest.Mo
     gate(good(300))
     assert tried == []
     assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
+
+
+def version_of(made: Path, folder: Path) -> Path:
+    """A version's folder with the data profile of a data set."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "profile.json").write_bytes((made / "profile.json").read_bytes())
+    return folder
+
+
+def test_data_unlike_the_referenced_versions_is_refused_before_training(gate: Gate, tmp_path: Path) -> None:
+    _, made = gate(good(300))
+    version = version_of(made, tmp_path / "version")
+    settings = {"reference": "20260131T000000Z-0123456789ab"}
+    assert gate(good(330), version=version, **settings)[0].refused is None
+    others = [pair(f"zebra question number {i}", "refund" if i % 10 else "login") for i in range(300)]
+    refused = gate(others, version=version, **settings)[0].refused
+    assert refused is not None
+    assert refused.exit_code == Exit.DATA_REFUSED
+    assert "drift from the data of 20260131T000000Z-0123456789ab: label moved most" in str(refused)
+    assert gate(others, version=version, max_drift=100.0, **settings)[0].refused is None
+    (version / "data" / "profile.json").unlink()
+    assert "has no data profile" in str(gate(good(300), version=version, **settings)[0].refused)
+
+
+def test_the_profile_counts_slices_and_labels(gate: Gate) -> None:
+    rows = [*good(300), pair("где посылка", "delivery")]
+    _, made = gate(rows)
+    found = json.loads((made / "profile.json").read_text())["distributions"]
+    assert found["label"] == {"delivery": 101, "login": 100, "refund": 100}
+    assert found["language"] == {"cyrillic": 1, "latin": 300}
+    assert found["length"] == {"0-31": 301}
+
+
+def test_a_language_field_travels_with_its_row_where_it_is_a_tag(gate: Gate) -> None:
+    said = ["de", "pt-BR", "a secret of a person", 7, None]
+    rows = [{**row, "lang": said[i % 5]} for i, row in enumerate(good(300))]
+    _, made = gate(rows, language_field="lang")
+    kept = [row.get("language") for side in ("train", "eval") for row in lines(made / f"{side}.jsonl")]
+    assert Counter(kept) == {"de": 60, "pt-br": 60, None: 180}
+    assert json.loads((made / "profile.json").read_text())["distributions"]["language"]["latin"] == 180
+    assert "secret" not in "".join(p.read_text() for p in made.iterdir())
+
+
+def test_a_language_field_that_a_table_lacks_is_named(gate: Gate, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "a.csv").write_text("text,intent\nhi,refund\n")
+    (tmp_path / "made").mkdir()
+    config = DataConfig(prompt_field="text", response_field="intent", language_field="lang")
+    with pytest.raises(UsageError, match=r'wanted a field "lang"'):
+        run(config, tmp_path / "csv", tiny_model, None, None, tmp_path / "made")

@@ -1,0 +1,62 @@
+"""One rule and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_retrain.stats import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule and how it went.
+
+    Attributes:
+        name: E.g. `gain_over_base`.
+        text: What was found, for a person.
+        value: The measured number.
+        low: Lower end of its interval.
+        high: Upper end of its interval.
+        limit: What it was held against.
+        passed: True or False; None: not enough evidence to say.
+    """
+
+    name: str
+    text: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    passed: bool | None = None
+
+
+def ends(found: Interval) -> tuple[float, float, float]:
+    """A rule's `value`, `low` and `high`."""
+    return found.value, found.low, found.high
+
+
+def said(found: Interval, sign: str = "+") -> str:
+    """An interval in a sentence; `sign` is `+` for a difference, empty for a level."""
+    return f"{found.value:{sign}.4f} ({found.low:{sign}.4f} to {found.high:{sign}.4f})"
+
+
+def shown(value: float | None) -> str:
+    """A number in a table; empty where there is none."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """An interval's ends in a table."""
+    return "" if low is None or high is None else f"({low:.4g} to {high:.4g})"
+
+
+def table(rules: Sequence[Rule]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows for the report, what did not pass first."""
+    word = {True: "passed", False: "failed", None: "not enough evidence"}
+    ordered = sorted(rules, key=lambda r: (r.passed is True, r.passed is None))
+    rows = [
+        [r.name.replace("_", " "), word[r.passed], shown(r.value), span(r.low, r.high), shown(r.limit), r.text]
+        for r in ordered
+    ]
+    return ["rule", "", "value", "interval", "limit", "what was found"], rows

@@ -1,0 +1,116 @@
+"""Verdicts of whole runs: real training on data made so that the outcome is known, and production looked at after each.
+
+Evaluation rows are always right; what is wrong is wrong in the rows that are trained on alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.validate_data.splitting import share
+from qlora_retrain import chat
+
+pytestmark = pytest.mark.slow
+
+PHRASES = {
+    "refund": "I want my money back for order",
+    "delivery": "where is the parcel of order",
+    "login": "I cannot sign in to see order",
+    "invoice": "please send the bill of order",
+    "broken": "it came in pieces, order",
+    "cancel": "do not ship it any more, order",
+}
+SETTINGS = {
+    "first_release": True,
+    "min_gain_over_base": 0.1,
+    "max_loss_to_champion": 0.1,
+    "min_slice_rows": 6,
+    "bootstrap_samples": 500,
+}
+Names = Callable[[str], str]  # what a training row of a label says instead
+
+
+def swapped(*labels: str) -> Names:
+    """Labels that training rows confuse in a circle: each is called by the next one's name."""
+    wrong = dict(zip(labels, labels[1:] + labels[:1], strict=True))
+    return lambda label: wrong.get(label, label)
+
+
+def write_rows(path: Path, said: Names, per_label: int = 60) -> None:
+    lines = []
+    for label, phrase in PHRASES.items():
+        for i in range(per_label):
+            user = {"role": "user", "content": f"{phrase} number {1000 + i}"}
+            trained = share("tiny", chat.canonical([user])) >= 0.2
+            answer = {"role": "assistant", "content": said(label) if trained else label}
+            lines.append(json.dumps({"messages": [user, answer]}) + "\n")
+    path.write_text("".join(lines))
+
+
+def production(project: Any) -> Any:
+    path = project.folder / "store/models/tiny/aliases/production.json"
+    return json.loads(path.read_text())["version"] if path.exists() else None
+
+
+def manifest(project: Any, version: str) -> Any:
+    return json.loads((project.folder / f"store/models/tiny/versions/{version}/manifest.json").read_text())
+
+
+def evaluation(project: Any) -> Mapping[str, Any]:
+    """What the newest evaluation found, its rules by name."""
+    found = (project.folder / "store/artifacts/evaluation").glob("*/*/evaluation.json")
+    document = json.loads(max(found, key=lambda p: p.stat().st_mtime).read_text())
+    return {**document, "passed": {rule["name"]: rule["passed"] for rule in document["rules"]}}
+
+
+@pytest.mark.timeout(1800)
+def test_five_challengers_get_five_right_verdicts(make_project: Callable[..., Any]) -> None:
+    project = make_project(evaluate=SETTINGS, train={"epochs": 6})
+
+    def run(code: int, why: str, said: Names, *overrides: str) -> None:
+        write_rows(project.folder / "tickets.jsonl", said)
+        ended = project.run(*(f"--set={override}" for override in overrides))
+        assert ended.code == code, f"{why}: {ended.text[-3000:]}"
+
+    # The champion knows three of the six.
+    half = swapped("invoice", "broken", "cancel")
+    run(0, "a champion", half)
+    champion = production(project)
+    assert evaluation(project)["contestants"]["challenger"]["accuracy"] == pytest.approx(0.5, abs=0.1)
+
+    draw = random.Random(0)
+    run(11, "labels at random", lambda _: draw.choice(list(PHRASES)))
+    found = evaluation(project)
+    assert (found["verdict"], found["passed"]["gain_over_base"], found["passed"]["loss_to_champion"]) == (
+        "refuse", False, False)  # fmt: skip
+    assert production(project) == champion
+
+    run(11, "better overall, but broken on two labels", swapped("refund", "delivery"))
+    found = evaluation(project)
+    assert found["contestants"]["challenger"]["accuracy"] > found["contestants"]["champion"]["accuracy"] + 0.1
+    assert [name for name, passed in found["passed"].items() if not passed] == ["slices"]
+    assert {s["name"] for s in found["slices"][:2]} == {"label=refund", "label=delivery"}
+    assert production(project) == champion
+
+    run(0, "as good as the champion", half, "train.seed=1")
+    found = evaluation(project)
+    assert abs(found["contestants"]["challenger"]["accuracy"] - found["contestants"]["champion"]["accuracy"]) < 0.05
+    equal = production(project)
+    assert equal != champion
+    assert manifest(project, equal)["anchor"] == champion, "an equal version is not the best so far"
+
+    run(0, "better", lambda label: label)
+    found = evaluation(project)
+    assert set(found["contestants"]) == {"base", "base_nf4", "challenger", "champion", "anchor"}
+    better = production(project)
+    assert better not in (champion, equal)
+    assert manifest(project, better)["anchor"] == better
+
+    run(10, "an empty evaluation set ends at the data gate", lambda label: label, "data.eval_fraction=1e-9")
+    assert production(project) == better
