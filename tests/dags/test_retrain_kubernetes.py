@@ -1,4 +1,4 @@
-"""A line on Kubernetes as a DAG: the cluster's profile, the pool that counts GPUs, and what is said where there is none."""
+"""A line on Kubernetes as a DAG: the cluster's profile, the pool that counts GPUs, and what is missing is said."""
 
 from __future__ import annotations
 

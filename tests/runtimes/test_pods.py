@@ -1,6 +1,6 @@
 """Every pod that the operator would submit: valid, confined, without a secret, and as it was when somebody reviewed it.
 
-After a change that is meant: `QLORA_RETRAIN_ACCEPT_PODS=1 pytest tests/runtimes/test_pods.py`, then read the difference.
+After a change that is meant: `QLORA_RETRAIN_ACCEPT_PODS=1 pytest tests/runtimes/test_pods.py`; read the difference.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pod(step: str, line: str, cluster: Profile, runtime: RuntimeConfig, **more: 
 
 
 def restricted(spec: dict[str, Any]) -> list[str]:
-    """What the restricted Pod Security Standard (v1.32) finds; computed from the standard's text, control by control."""
+    """What the restricted Pod Security Standard (v1.32) finds, control by control of its text."""
     found = [key for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
     allowed = {
         "configMap",
