@@ -104,9 +104,9 @@ class Cluster:
     def set(self, name: str, **status: Any) -> None:
         self.api.patch_namespaced_pod(name, NAMESPACE, {"status": status})
 
-    def ends(self, code: int, *, reason: str = "Error", said: str = "", **status: Any) -> None:
+    def ends(self, code: int, *, because: str = "Error", said: str = "", **status: Any) -> None:
         """The only pod's container ends."""
-        state = {"terminated": {"exitCode": code, "reason": reason if code else "Completed", "message": said or None}}
+        state = {"terminated": {"exitCode": code, "reason": because if code else "Completed", "message": said or None}}
         self._container(state, phase="Failed" if code else "Succeeded", **status)
 
     def waits(self, reason: str, message: str) -> None:

@@ -129,6 +129,7 @@ def ends(run: Callable[[], object]) -> tuple[str, bool]:
     return str(caught.value), not isinstance(caught.value, AirflowFailException)
 
 
+@pytest.mark.slow
 def test_a_pod_does_the_work_once_and_is_deleted_and_a_made_artifact_needs_no_pod(
     cluster: Cluster, made: Plan, step: Callable[..., Any]
 ) -> None:
@@ -235,7 +236,7 @@ def test_a_pod_that_is_killed_for_memory_gets_half_as_much_more_until_the_profil
     for tries in range(1, 6):
         left = begin(step(), context(made, tries))
         limits.append(cluster.pod()["spec"]["containers"][0]["resources"]["limits"]["memory"])
-        cluster.ends(137, reason="OOMKilled")
+        cluster.ends(137, because="OOMKilled")
         said, again = ends(lambda left=left, tries=tries: go_on(left, step(), context(made, tries)))  # type: ignore[misc]
         assert "killed for memory (137)" in said
         if not again:
@@ -342,22 +343,28 @@ def test_a_pod_that_the_api_does_not_take_is_explained(
 
 
 def test_no_credential_is_in_a_pod_a_trigger_a_log_or_a_rendered_template(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    cluster: Cluster,
+    made: Plan,
+    step: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Nor in an XCom: the task has no way to push one, and would fail if it tried."""
     caplog.set_level(logging.DEBUG)
     task = step()
     left = begin(task, context(made))
     cluster.ends(1, said="validate_data: our bug (1): boom")
     with caplog.at_level(logging.DEBUG):
         said, _ = ends(lambda: go_on(left, task, context(made)))
+    printed = capsys.readouterr()
     seen = {
         "pod": str(cluster.pods()),
         "trigger": str(left.trigger.serialize()),
-        "log": caplog.text,
+        "log": caplog.text + printed.out + printed.err,
         "failure": said,
         "templates": str([getattr(task, name, None) for name in task.template_fields]),
     }
-    assert caplog.text
+    assert "made in namespace" in seen["log"], "the operator's own log is looked at"
     assert {place for place, text in seen.items() if "canary" in text} == set()
 
 
@@ -365,9 +372,8 @@ def test_the_operator_uses_what_its_role_allows_and_nothing_else(
     cluster: Cluster, made: Plan, step: Callable[..., Any]
 ) -> None:
     left = begin(step(), context(made))
-    cluster.emulator.verbs.discard(("patch", "pods"))
-    cluster.ends(75)  # the test's own patch
-    cluster.emulator.verbs.discard(("patch", "pods"))
+    cluster.ends(75)
+    cluster.emulator.verbs.discard(("patch", "pods"))  # the test's own
     ends(lambda: go_on(left, step(), context(made)))
     cluster.emulator.verbs.discard(("list", "pods"))  # the test's own
     task = step()
