@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -174,6 +175,16 @@ def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() 
         assert f"airflow pools set --include-deferred {profile(name).gpu_pool} {gpus} " in command
         subjects = {(s["namespace"], s["name"]) for b in of(name, "RoleBinding") for s in b["subjects"]}
         assert subjects == {("airflow", "airflow-scheduler"), ("airflow", "airflow-triggerer")}
+
+
+def test_the_fault_drill_names_tests_that_exist() -> None:
+    page = (ROOT.parent / "docs" / "fault-drill.md").read_text()
+    files = {ROOT.parent / name for name in re.findall(r"`(tests/[\w/]+\.py)`", page)}
+    assert len(files) == 3
+    defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 10
+    assert named <= defined
 
 
 def policy(name: str) -> list[Document]:
