@@ -55,6 +55,15 @@ def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
         from qlora_retrain.runtimes.airflow_docker import DockerStepOperator
 
         return DockerStepOperator(runtime=config.runtime, **common)
+    if config.runtime.kind == "kubernetes":
+        from qlora_retrain.config import profile
+        from qlora_retrain.runtimes.airflow_kubernetes import KubernetesStepOperator
+
+        cluster = profile.of_environment()
+        pool = {"pool": cluster.gpu_pool, "pool_slots": cluster.gpus(step)} if cluster.gpu_pool else {}
+        return KubernetesStepOperator(
+            runtime=config.runtime, profile=cluster, **common, **(pool if cluster.gpus(step) else {})
+        )
     return LocalStepOperator(**common)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from qlora_retrain import __version__
 from qlora_retrain.errors import UsageError
 from qlora_retrain.graph import Image
@@ -22,3 +24,8 @@ def pinned(ref: str) -> str:
     if "@sha256:" not in ref and tag in ("", "latest"):
         raise UsageError(f"image {ref!r}: wanted a tag other than latest, or a digest: name:tag or name@sha256:...")
     return ref
+
+
+def by_digest(ref: str) -> bool:
+    """Whether the reference names bytes, and not a tag that somebody can move."""
+    return re.search(r"@sha256:[0-9a-f]{64}$", ref) is not None

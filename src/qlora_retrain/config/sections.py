@@ -199,8 +199,27 @@ class Images(Section):
 class RuntimeConfig(Images):
     """Where the steps of a DAG run; no step reads it, and nothing in it changes a result."""
 
-    kind: Literal["local", "docker"] = operational("local", "local: subprocesses of the worker; docker: containers")
-    memory_gib: float | None = operational(None, "docker: a step that takes more is killed (137)", gt=0.0, le=4096)
-    cpus: float | None = operational(None, "docker: CPU time a step may take, in cores", gt=0.0, le=1024)
+    kind: Literal["local", "docker", "kubernetes"] = operational(
+        "local",
+        "local: subprocesses of the worker; docker: containers; kubernetes: pods, as the cluster's profile says",
+    )
+    memory_gib: float | None = operational(
+        None, "a step that takes more is killed (137); null: no limit, kubernetes: the profile's", gt=0.0, le=4096
+    )
+    cpus: float | None = operational(
+        None,
+        "cores: docker: at most, kubernetes: asked for; null: no limit, kubernetes: the profile's",
+        gt=0.0,
+        le=1024,
+    )
+    disk_gib: float | None = operational(
+        None, "kubernetes: for the node cache and checkpoints; null: the profile's work_gib", gt=0.0, le=65_536
+    )
     pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
     network: str = operational("bridge", "docker: host where the store is on this machine's loopback")
+
+    @model_validator(mode="after")
+    def _the_profile_names_the_images(self) -> RuntimeConfig:
+        if self.kind == "kubernetes" and (named := sorted(self.model_fields_set & set(Images.model_fields))):
+            raise ValueError(f"{named[0]} has no effect with kind: kubernetes; the cluster's profile names the images")
+        return self

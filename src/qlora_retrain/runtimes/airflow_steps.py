@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -148,24 +148,38 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
             found = runner.found(plan, self.step)
             if found is None:
                 self.run_step(plan)
-                if runner.found(plan, self.step) != errors.Exit.DONE:  # the manifest's word, not the process's
-                    fail(errors.Exit.BUG, f"{self.step} ended well, but made no {graph.step(self.step).makes}")
+                self.judge(plan, context)
             elif errors.refusal(found):
                 fail(found, runner.refused_before(plan, self.step))
             else:
                 self.log.info("%s", f"unchanged: {plan.unchanged}" if plan.unchanged else "made already")
-            # A retry may follow a try that published and died before it could tell.
-            if self.outlets and not plan.unchanged and (found is None or context["ti"].try_number > 1):
-                self._tell(plan, context)
+                if context["ti"].try_number > 1:  # the first may have published, and died before it could tell
+                    self._tell(plan, context)
         except Problem as problem:
             fail(problem.exit_code, str(problem))
 
+    def judge(self, plan: Plan, context: Context) -> None:
+        """What a step that ended well really made: the manifest's word counts, not the process's."""
+        from qlora_retrain import runner
+
+        if runner.found(plan, self.step) != errors.Exit.DONE:
+            fail(errors.Exit.BUG, f"{self.step} ended well, but made no {graph.step(self.step).makes}")
+        self._tell(plan, context)
+
     def last_lines(self, lines: Iterable[str]) -> str:
         """Copy the step's output to the task's log; return what the person on call should read of it."""
+
+        def logged() -> Iterator[str]:
+            for line in lines:
+                self.log.info("%s", line.rstrip())
+                yield line
+
+        return self.reason_in(logged())
+
+    def reason_in(self, lines: Iterable[str]) -> str:
+        """What the person on call should read of a step's output: the line it ended with, else its last ones."""
         last: deque[str] = deque(maxlen=_REASON_LINES)
-        for line in lines:
-            text = line.rstrip()
-            self.log.info("%s", text)
+        for text in map(str.rstrip, lines):
             if text and not text.startswith('{"time"'):
                 last.append(text)
         ending = [text for text in last if text.startswith(f"{self.step}: ")]
@@ -175,6 +189,8 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         """Emit the asset's event if there is a new version, or an alias moved."""
         from qlora_retrain import runner
 
+        if not self.outlets or plan.unchanged:
+            return
         numbers = runner.summary(plan, self.step)
         if numbers.get("published") or numbers.get("moved"):
             asset = Asset(f"{plan.root}/models/{plan.line}", group="model")

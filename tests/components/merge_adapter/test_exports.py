@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import stat
-import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from components.merge_adapter import gguf_file
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
 from qlora_retrain import chat, modeling, scoring
-from qlora_retrain.code import project_root
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.errors import Exit, UsageError
 
-LLAMA_CPP = project_root() / ".state" / "llama-cpp" / "llama_cpp"
 ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 
 
@@ -153,10 +151,9 @@ def family(name: str, like: Path, folder: Path) -> Path:
 
 
 def installed_llama_cpp() -> Any:
-    if not LLAMA_CPP.is_dir():
+    if find_spec("llama_cpp") is None:
         missing = "llama-cpp-python is not installed: make gguf-setup"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    sys.path.append(str(LLAMA_CPP.parent))
     return import_module("llama_cpp")
 
 

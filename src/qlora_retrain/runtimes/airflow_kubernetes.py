@@ -1,0 +1,281 @@
+"""An Airflow task that runs a step as a pod on Kubernetes, and waits for it in the triggerer, without a worker.
+
+The pod is named from the step's key and the run, so the cluster refuses a second one: a task that is tried again
+follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged. What a pod
+gets is in `pods.py`, how its end is read in `pod_endings.py`. Where the artifact is made already, no pod is made.
+
+A failed pod is kept for `kubectl describe` until the next try; the memory of the next try is read from it.
+
+Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE`, for the DAG.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
+from airflow.sdk.exceptions import AirflowFailException
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
+
+from qlora_retrain import errors, graph
+from qlora_retrain.errors import Problem, TryAgain, UsageError
+from qlora_retrain.runtimes import containers, pod_endings, pods
+from qlora_retrain.runtimes.airflow_steps import StepOperator, fail, plan_uri
+from qlora_retrain.runtimes.pod_endings import Ending
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from qlora_retrain.config.profile import Profile
+    from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.plan import Plan
+
+_START_SECONDS = 1800  # a node pool may have to grow, and the image is gigabytes
+_LOG_SECONDS = 30
+_POLL_SECONDS = 5
+_GONE = Ending(errors.Exit.TRY_AGAIN, "the pod is gone: its node was lost, or somebody deleted it")
+
+
+class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: ignore[misc]
+    """One step of the graph in a pod.
+
+    Args:
+        step: The step's name.
+        line: The line.
+        runtime: The line's section of that name.
+        profile: The cluster's.
+    """
+
+    def __init__(self, *, step: str, line: str, runtime: RuntimeConfig, profile: Profile, **kwargs: Any) -> None:
+        super().__init__(
+            step=step,
+            line=line,
+            **pods.arguments(graph.step(step), line, profile, runtime),
+            random_name_suffix=False,
+            deferrable=True,
+            do_xcom_push=False,
+            get_logs=True,
+            logging_interval=_LOG_SECONDS,
+            poll_interval=_POLL_SECONDS,
+            startup_timeout_seconds=_START_SECONDS,
+            on_finish_action="delete_succeeded_pod",
+            on_kill_action="delete_pod",
+            log_pod_spec_on_failure=False,
+            **kwargs,
+        )
+        self.runtime, self.profile = runtime, profile
+
+    def prepare(self, plan_uri: str, key: str, run_id: str) -> None:
+        """Say which pod it is; before that, nothing depends on the run."""
+        self.name = pods.name(self.step, key, run_id)
+        self.arguments = containers.command(self.step, plan_uri)  # after Airflow's templating: no `{{` in it counts
+        self.labels = {**pods.labels(self.step, self.line), "qlora-retrain.run": run_id}
+        self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
+        self.pod = self.pod_request_obj  # what `on_kill` deletes
+
+    def run_step(self, plan: Plan) -> None:
+        """Make the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
+        self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
+        try:
+            pod = self._earlier() or self._created()
+        except ApiException as error:
+            refused(self.step, self.namespace, error)
+        except HTTPError as error:
+            raise TryAgain(f"{self.step}: the Kubernetes API does not answer: {error}") from error
+        ended = pod_endings.ending(pod)
+        if ended is None:
+            self._wait()
+        self._end(plan, pod, ended)
+
+    def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
+        """Where the task goes on when the triggerer has something to say of the pod."""
+        from qlora_retrain.plan import Plan
+
+        try:
+            plan = Plan.load(plan_uri(context))
+            self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
+            try:
+                self._go_on(plan, event)
+            except (ApiException, HTTPError) as error:
+                raise TryAgain(f"{self.step}: the Kubernetes API failed, the pod goes on: {error}") from error
+            self.judge(plan, context)
+        except Problem as problem:
+            fail(problem.exit_code, str(problem))
+
+    def _go_on(self, plan: Plan, event: dict[str, Any]) -> None:
+        """Return where the pod did its work; wait on, or end the task, where it did not."""
+        pod = self._read()
+        ended = _GONE if pod is None else pod_endings.ending(pod)
+        hindered = None if pod is None or ended else pod_endings.stuck(pod)
+        if hindered is None and ended is None and event["status"] == "timeout":
+            hindered = Ending(errors.Exit.TRY_AGAIN, pod_endings.unscheduled(pod) or str(event["message"]))
+        if hindered is not None:
+            self._delete()
+            self._fail(hindered, pod)
+        if ended is None:  # the triggerer lost sight of it, and it goes on
+            times = int(event.get("_redefer_count", 0))
+            if times >= self.MAX_REDEFER_ATTEMPTS:
+                raise TryAgain(f"{self.step}: the triggerer cannot follow the pod: {event.get('message')}")
+            self._wait(event.get("last_log_time"), _redefer_count=times + 1)
+        self._end(plan, pod, ended, event.get("last_log_time"))
+
+    def _wait(self, last_log_time: Any = None, **carried: Any) -> NoReturn:
+        """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it."""
+        trigger = KubernetesPodTrigger(
+            pod_name=self.name,
+            pod_namespace=self.namespace,
+            trigger_start_time=datetime.now(UTC),
+            base_container_name=pods.CONTAINER,
+            kubernetes_conn_id=self.kubernetes_conn_id,
+            poll_interval=self.poll_interval,
+            startup_timeout=self.startup_timeout_seconds,
+            schedule_timeout=self.startup_timeout_seconds,
+            on_finish_action="keep_pod",
+            termination_grace_period=self.termination_grace_period,
+            last_log_time=last_log_time,
+            logging_interval=self.logging_interval,
+            trigger_kwargs=carried,
+        )
+        self.defer(trigger=trigger, method_name="trigger_reentry")
+        raise AssertionError("unreachable")
+
+    def _end(self, plan: Plan, pod: Any, ended: Ending, last_log_time: Any = None) -> None:
+        """Copy the log; then delete the pod that did its work, or end the task."""
+        from qlora_retrain import runner
+
+        tail = self._log(last_log_time) if pod is not None else ""
+        made = runner.found(plan, self.step)
+        if made is not None and made != ended.code:  # it made its artifact, and was taken away before it could end
+            said = "" if made == errors.Exit.DONE else runner.refused_before(plan, self.step)
+            ended = Ending(made, said=said)
+        if ended.code == errors.Exit.DONE:
+            self._delete()
+            return
+        if pod is not None:
+            self.patch_already_checked(pod, reraise=False)
+        self._fail(ended, pod, self.reason_in(ended.said.splitlines()) or tail)
+
+    def _fail(self, ended: Ending, pod: Any, said: str = "") -> NoReturn:
+        reason = "; last: ".join(text for text in (ended.why, said) if text)
+        if ended.code != errors.Exit.OUT_OF_MEMORY:
+            fail(ended.code, reason)
+        had = pod_endings.memory_gib(pod)
+        most = self.profile.pod(graph.step(self.step)).max_memory_gib
+        more = pods.more_memory(had, graph.step(self.step), self.profile)
+        limit = f"its limit was {had:g} GiB" if had else "it had no limit of its own"
+        if more is None and most is not None and had is not None:
+            raise AirflowFailException(
+                f"{errors.describe(ended.code)} ({ended.code}): {limit}, the most that the profile's max_memory_gib "
+                f"({most:g}) allows: lower the batch, or raise it; {reason}"
+            )
+        after = f"the next try gets {more:g} GiB" if more else "the next try gets the same (no max_memory_gib)"
+        fail(ended.code, f"{limit}, {after}; {reason}")
+
+    def _earlier(self) -> Any:
+        """The pod of this name that runs, or that ended unseen; one that was judged is removed, and one that goes."""
+        pod = self._read()
+        if pod is None:
+            return None
+        judged = (pod.metadata.labels or {}).get(self.POD_CHECKED_KEY) == "True"
+        if not judged and not pod.metadata.deletion_timestamp:
+            self.log.info("pod %s is there already: following it", self.name)
+            return pod
+        if judged and (ended := pod_endings.ending(pod)) and ended.code == errors.Exit.OUT_OF_MEMORY:
+            step = graph.step(self.step)
+            had = pod_endings.memory_gib(pod)
+            memory = pods.more_memory(had, step, self.profile) or had
+            self.container_resources = pods.resources(step, self.profile, self.runtime, memory)
+            self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
+        if judged:
+            self._delete()
+        self._until_gone()
+        return None
+
+    def _created(self) -> Any:
+        assert self.pod_request_obj is not None
+        body = self.client.api_client.sanitize_for_serialization(self.pod_request_obj)
+        try:
+            made = self.client.create_namespaced_pod(self.namespace, body)
+        except ApiException as error:
+            found = self._read() if error.status == 409 else None  # a lost answer, or a twin of this task
+            if found is None:
+                raise
+            return found
+        self.log.info("pod %s made in namespace %s", self.name, self.namespace)
+        return made
+
+    def _read(self) -> Any:
+        """The pod as it is now; None where there is none."""
+        return _unless_absent(lambda: self.client.read_namespaced_pod(self.name, self.namespace))
+
+    def _delete(self) -> None:
+        _unless_absent(
+            lambda: self.client.delete_namespaced_pod(
+                self.name, self.namespace, grace_period_seconds=pods.GRACE_SECONDS
+            )
+        )
+
+    def _until_gone(self) -> None:
+        """Wait for a pod that is being removed: it may be saving its work, and there are never two."""
+        deadline = time.monotonic() + pods.GRACE_SECONDS + 30
+        while self._read() is not None:
+            if time.monotonic() > deadline:
+                raise TryAgain(f"{self.step}: pod {self.name} is still being removed; its node may be lost")
+            time.sleep(1)
+
+    def _log(self, since: Any) -> str:
+        """Copy what the step wrote since then to the task's log; return what to read; a lost log is no failure."""
+        seconds = math.ceil((datetime.now(UTC) - since).total_seconds()) if since else None
+        try:
+            answer = self.client.read_namespaced_pod_log(
+                self.name,
+                self.namespace,
+                container=pods.CONTAINER,
+                since_seconds=seconds,
+                _preload_content=False,
+            )
+            return self.last_lines(_lines(answer))
+        except (ApiException, HTTPError) as error:
+            self.log.warning("the pod's log cannot be read: %s", getattr(error, "reason", error))
+            return ""
+
+
+def refused(step: str, namespace: str, error: ApiException) -> NoReturn:
+    """End a task whose pod the API did not take: what may pass is tried again, what is wrong is said."""
+    said = _message(error)
+    if error.status == 403 and "exceeded quota" in said:
+        raise TryAgain(f"{step}: the namespace's quota is used up: {said}") from error
+    if error.status in (401, 403):
+        raise UsageError(f"{step}: Airflow may not manage pods in {namespace}: {said}; see manifests/base/rbac.yaml")
+    if error.status is not None and error.status not in (409, 429) and 400 <= error.status < 500:
+        raise UsageError(f"{step}: the cluster refuses the pod ({error.status}): {said}") from error
+    raise TryAgain(f"{step}: the Kubernetes API failed ({error.status}): {said}") from error
+
+
+def _message(error: ApiException) -> str:
+    """The API's own words, without headers."""
+    import json
+
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return str(error.reason)
+
+
+def _unless_absent(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except ApiException as error:
+        if error.status != 404:
+            raise
+        return None
+
+
+def _lines(raw: Any) -> Iterator[str]:
+    return (line.decode("utf-8", "replace") for line in raw)

@@ -1,0 +1,101 @@
+"""How a pod ended, as an exit code of `errors.py`: what the container says, and what the cluster did to it.
+
+    the container's own exit code             stands, unless the cluster ended it (below)
+    OOMKilled, or 137 without another cause   137: tried again, with more memory where the profile allows it
+    Evicted, Preempting, DisruptionTarget,    75: tried again, from the last checkpoint
+      a node that shuts down or is lost
+    a pod that is gone                        75: its node went, or somebody deleted it
+    an image that cannot be pulled            75: registries fail for minutes; the message names the image
+    a name or a secret that is wrong          12: nothing gets better by waiting
+
+Pure functions of a pod as the API shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kubernetes.utils.quantity import parse_quantity
+
+from qlora_retrain.errors import Exit
+from qlora_retrain.runtimes.pods import CONTAINER
+
+_UNPULLED = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable")
+_UNUSABLE = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
+_BY_THE_CLUSTER = (Exit.OUT_OF_MEMORY, Exit.TRY_AGAIN, 143)  # exit codes that a pod has when it is taken away
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a pod ended.
+
+    Attributes:
+        code: 0, or what `errors.describe` explains.
+        why: What the cluster says of it; empty where the step's own output says it.
+        said: The end of the step's output, where the kubelet kept it.
+    """
+
+    code: int
+    why: str = ""
+    said: str = ""
+
+
+def ending(pod: Any) -> Ending | None:
+    """How a pod ended; None while it may go on by itself.
+
+    Args:
+        pod: A V1Pod.
+    """
+    status = pod.status
+    done = _terminated(pod)
+    taken = _taken_away(pod)
+    if done is None:
+        if status.phase in ("Failed", "Succeeded"):
+            return Ending(Exit.TRY_AGAIN, taken or f"the pod {status.phase.lower()} before its container ran")
+        return None
+    said = done.message or ""
+    if done.reason == "OOMKilled":
+        return Ending(Exit.OUT_OF_MEMORY, "OOMKilled", said)
+    if taken and done.exit_code in _BY_THE_CLUSTER:
+        return Ending(Exit.TRY_AGAIN, taken, said)
+    return Ending(int(done.exit_code), said=said)
+
+
+def stuck(pod: Any) -> Ending | None:
+    """Why a pod does not begin; None where nothing hinders it, or it runs."""
+    waiting = next((s.state.waiting for s in pod.status.container_statuses or () if s.name == CONTAINER), None)
+    if waiting is not None and waiting.reason in (*_UNPULLED, *_UNUSABLE):
+        image = next(c.image for c in pod.spec.containers if c.name == CONTAINER)
+        code = Exit.TRY_AGAIN if waiting.reason in _UNPULLED else Exit.USAGE
+        return Ending(code, f"the pod did not start: {waiting.reason} ({image}): {waiting.message or ''}".rstrip(": "))
+    return None
+
+
+def unscheduled(pod: Any) -> str:
+    """What the scheduler says of a pod that waits for a node; empty where it has one."""
+    found = next((c for c in pod.status.conditions or () if c.type == "PodScheduled" and c.status == "False"), None)
+    return f"no node takes the pod: {found.message or found.reason}" if found else ""
+
+
+def memory_gib(pod: Any) -> float | None:
+    """The memory that the step was allowed; None without a limit."""
+    container = next(c for c in pod.spec.containers if c.name == CONTAINER)
+    limit = (container.resources.limits or {}).get("memory") if container.resources else None
+    return float(parse_quantity(limit)) / 2**30 if limit else None
+
+
+def _terminated(pod: Any) -> Any:
+    statuses = pod.status.container_statuses or ()
+    return next((s.state.terminated for s in statuses if s.name == CONTAINER and s.state), None)
+
+
+def _taken_away(pod: Any) -> str:
+    """What the cluster says of a pod that it ended; empty where it did not."""
+    status = pod.status
+    disruption = next((c for c in status.conditions or () if c.type == "DisruptionTarget" and c.status == "True"), None)
+    if status.reason:  # Evicted, Preempting, NodeLost, Shutdown, OutOfcpu, UnexpectedAdmissionError, ...
+        return f"{status.reason}: {status.message or 'the cluster ended the pod'}"
+    if disruption is not None:
+        return f"DisruptionTarget, {disruption.reason}: {disruption.message or 'the cluster ended the pod'}"
+    return "the pod was deleted while it ran" if pod.metadata.deletion_timestamp else ""

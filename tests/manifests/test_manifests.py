@@ -1,0 +1,215 @@
+"""The manifests: built by kustomize, valid, no more power than needed, and the same names as the profiles'."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from qlora_retrain import graph
+from qlora_retrain.config.profile import Profile
+
+ROOT = Path(__file__).resolve().parents[2] / "manifests"
+OVERLAYS = ["gpu", "production", "kfp"]
+PROFILES = ["gpu", "production"]  # each belongs to the overlay of its name
+BY_HAND = {"qlora-retrain-store"}  # a secret: never in a repository; docs/deploy.md makes it
+Document = dict[str, Any]
+
+
+@cache
+def built(overlay: str) -> tuple[Document, ...]:
+    if shutil.which("kubectl") is None:
+        missing = "kubectl is not installed; its kustomize builds the manifests without a cluster"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    done = subprocess.run(["kubectl", "kustomize", ROOT / "overlays" / overlay], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "a warning of kustomize"
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def of(overlay: str, kind: str) -> list[Document]:
+    return [document for document in built(overlay) if document["kind"] == kind]
+
+
+def names(overlay: str, kind: str) -> set[str]:
+    return {document["metadata"]["name"] for document in of(overlay, kind)}
+
+
+def profile(name: str) -> Profile:
+    document = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    return Profile.model_validate({**document, "require_digests": False})
+
+
+def gib(quantity: str) -> float:
+    return float(quantity[:-2]) * {"Gi": 1, "Ti": 1024}[quantity[-2:]]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_document_is_valid_and_none_holds_a_secret(overlay: str) -> None:
+    for document in built(overlay):
+        kubernetes_validate.validate(document, "1.32", strict=True)
+        assert document["kind"] not in ("Secret", "ClusterRole", "ClusterRoleBinding", "Pod", "Deployment")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_role_has_a_wildcard_or_more_than_pods_and_what_is_said_of_them(overlay: str) -> None:
+    allowed = {"pods", "pods/log", "events", "workflowtaskresults"}
+    for role in of(overlay, "Role"):
+        for rule in role["rules"]:
+            assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            assert set(rule["resources"]) <= allowed, "no secrets, no exec, no roles"
+            assert "deletecollection" not in rule["verbs"]
+    for account in of(overlay, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+    bound = {s["name"] for b in of(overlay, "RoleBinding") for s in b["subjects"]}
+    assert "default" not in bound
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "production"])
+def test_the_namespace_takes_restricted_pods_alone(overlay: str) -> None:
+    (namespace,) = of(overlay, "Namespace")
+    labels = namespace["metadata"]["labels"]
+    assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {"restricted"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_goes_in_and_nothing_out_but_names_and_https_to_the_world(overlay: str) -> None:
+    policies = {p["metadata"]["name"]: p["spec"] for p in of(overlay, "NetworkPolicy")}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert not any("ingress" in spec for spec in policies.values())
+    assert all(rule.get("to") for spec in policies.values() for rule in spec.get("egress", ())), "an open door"
+    (rule,) = policies["store"]["egress"]
+    block = rule["to"][0]["ipBlock"]
+    excepted = [ip_network(network) for network in block["except"]]
+
+    def reaches(address: str) -> bool:
+        return ip_address(address) in ip_network(block["cidr"]) and not any(ip_address(address) in n for n in excepted)
+
+    assert reaches("52.218.0.1"), "S3"
+    inside = ("169.254.169.254", "10.100.0.1", "172.20.0.1", "192.168.1.1", "100.64.0.1")
+    assert not any(reaches(address) for address in inside), "node metadata, the cluster, the network"
+    assert rule["ports"] == [{"protocol": "TCP", "port": 443}]
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "production"])
+def test_the_policies_speak_of_the_labels_that_pods_have(overlay: str) -> None:
+    from qlora_retrain.runtimes import pods
+
+    for policy in of(overlay, "NetworkPolicy"):
+        assert policy["spec"]["podSelector"].get("matchLabels", pods.LABELS) == pods.LABELS
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_a_profile_names_exists_and_what_exists_is_named(name: str) -> None:
+    from qlora_retrain.runtimes import pods
+
+    cluster = profile(name)
+    assert names(name, "Namespace") == {cluster.namespace}
+    assert {d["metadata"]["namespace"] for d in built(name) if "namespace" in d["metadata"]} == {cluster.namespace}
+    assert names(name, "ServiceAccount") == pods.service_accounts(cluster)
+    assert names(name, "PriorityClass") == {cluster.priority_class}
+    claims = of(name, "PersistentVolumeClaim")
+    assert {c["metadata"]["name"] for c in claims} == ({cluster.cache_claim} - {None})
+    classes = {cluster.storage_class, *(c["spec"]["storageClassName"] for c in claims)}
+    assert names(name, "StorageClass") == classes - {None}
+    assert {secret.name for secret in cluster.secrets} <= BY_HAND
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None:
+    cluster = profile(name)
+    (quota,) = of(name, "ResourceQuota")
+    hard = quota["spec"]["hard"]
+    (limits,) = of(name, "LimitRange")
+    most = gib(limits["spec"]["limits"][0]["max"]["memory"])
+    for step in graph.STEPS:
+        pod = cluster.pod(step)
+        wanted = max(pod.memory_gib or 0, pod.max_memory_gib or 0)
+        assert 0 < wanted <= most
+        assert wanted <= gib(hard["requests.memory"])
+        assert (pod.cpus or 0) <= float(hard["requests.cpu"])
+        assert cluster.gpus(step) <= int(hard[f"requests.{cluster.gpu_resource}"])
+    disk = hard["requests.storage" if cluster.storage_class else "requests.ephemeral-storage"]
+    assert cluster.work_gib * 2 <= gib(disk), "two steps run beside each other"
+
+
+def test_production_refuses_an_image_without_a_digest() -> None:
+    (policy,) = of("production", "ValidatingAdmissionPolicy")
+    (binding,) = of("production", "ValidatingAdmissionPolicyBinding")
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    assert binding["spec"]["validationActions"] == ["Deny"]
+    selected = binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"]
+    assert selected == {"kubernetes.io/metadata.name": profile("production").namespace}
+    assert policy["spec"]["failurePolicy"] == "Fail"
+
+
+def test_every_account_of_production_has_a_role_and_the_publisher_one_of_its_own() -> None:
+    roles = {
+        account["metadata"]["name"]: account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+        for account in of("production", "ServiceAccount")
+    }
+    assert len(set(roles.values())) == len(roles) == 2
+
+
+def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() -> None:
+    values = yaml.safe_load((ROOT / "airflow" / "values.yaml").read_text())
+    environment = {variable["name"]: variable["value"] for variable in values["env"]}
+    checkout = Path("/opt/airflow/dags/repo")
+    assert (ROOT.parent / values["dags"]["gitSync"]["subPath"] / "retrain.py").is_file()
+    assert (ROOT.parent / Path(environment["QLORA_RETRAIN_PROFILE"]).relative_to(checkout)).is_file()
+    assert (ROOT.parent / Path(environment["PYTHONPATH"]).relative_to(checkout) / "qlora_retrain").is_dir()
+    command = values["migrateDatabaseJob"]["args"][-1]
+    for name in PROFILES:
+        (quota,) = of(name, "ResourceQuota")
+        gpus = quota["spec"]["hard"]["requests.nvidia.com/gpu"]
+        assert f"airflow pools set --include-deferred {profile(name).gpu_pool} {gpus} " in command
+        subjects = {(s["namespace"], s["name"]) for b in of(name, "RoleBinding") for s in b["subjects"]}
+        assert subjects == {("airflow", "airflow-scheduler"), ("airflow", "airflow-triggerer")}
+
+
+def test_the_fault_drill_names_tests_that_exist() -> None:
+    page = (ROOT.parent / "docs" / "fault-drill.md").read_text()
+    files = {ROOT.parent / name for name in re.findall(r"`(tests/[\w/]+\.py)`", page)}
+    assert len(files) == 3
+    defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 10
+    assert named <= defined
+
+
+def policy(name: str) -> list[Document]:
+    statements: list[Document] = json.loads((ROOT / "bucket" / f"{name}-policy.json").read_text())["Statement"]
+    return statements
+
+
+def test_only_the_publisher_may_write_versions() -> None:
+    for name in ("airflow", "step", "publish"):
+        written = [r for s in policy(name) if "s3:PutObject" in s["Action"] for r in s["Resource"]]
+        assert any("/models/" in resource for resource in written) is (name == "publish")
+        assert not any("*" in action for s in policy(name) for action in s["Action"])
+
+
+def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version() -> None:
+    import boto3
+    from moto import mock_aws
+
+    rules = json.loads((ROOT / "bucket" / "lifecycle.json").read_text())
+    with mock_aws():
+        s3 = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
+        s3.create_bucket(Bucket="models")
+        s3.put_bucket_lifecycle_configuration(Bucket="models", LifecycleConfiguration=rules)
+        kept = s3.get_bucket_lifecycle_configuration(Bucket="models")["Rules"]
+    assert len(kept) == len(rules["Rules"])
+    expiring = [rule["Filter"]["Prefix"] for rule in kept if "Expiration" in rule]
+    assert expiring == ["qlora/scratch/"]
+    assert any("AbortIncompleteMultipartUpload" in rule for rule in kept)
