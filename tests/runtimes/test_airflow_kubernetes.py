@@ -323,6 +323,36 @@ def test_an_image_that_cannot_be_pulled_is_named_and_its_pod_removed(
     assert cluster.pods() == []
 
 
+@pytest.mark.parametrize("reason", ["InvalidImageName", "CreateContainerConfigError"])
+def test_a_name_or_a_secret_that_is_wrong_fails_now(
+    cluster: Cluster, made: Plan, step: Callable[..., Any], reason: str
+) -> None:
+    left = begin(step(), context(made))
+    cluster.waits(reason, 'secret "qlora-retrain-store" not found')
+    event = {"status": "timeout", "name": left.trigger.pod_name, "namespace": "qlora-retrain", "message": "too long"}
+    said, again = ends(lambda: step().resume_execution(left.method_name, {"event": event}, context(made)))
+    assert said.startswith(f"config or usage (12): the pod did not start: {reason}")
+    assert not again
+    assert cluster.pods() == []
+
+
+def test_a_pod_that_no_node_takes_is_removed_with_the_schedulers_words(
+    cluster: Cluster, made: Plan, step: Callable[..., Any]
+) -> None:
+    left = begin(step(), context(made))
+    words = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+    cluster.set(left.trigger.pod_name, conditions=[condition])
+    trigger = trigger_of(left)
+    trigger.schedule_timeout = 0  # half an hour, for a test
+    events = trigger.run()
+    event = asyncio.run(anext(events)).payload
+    said, again = ends(lambda: step().resume_execution(left.method_name, {"event": event}, context(made)))
+    assert said == f"try again (75): no node takes the pod: {words}"
+    assert again
+    assert cluster.pods() == []
+
+
 @pytest.mark.parametrize(
     ("status", "message", "said", "again"),
     [

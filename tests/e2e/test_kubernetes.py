@@ -1,0 +1,193 @@
+"""The whole pipeline as pods, by a real Airflow: scheduler, triggerer, and Kubernetes' API over HTTP.
+
+The test is the kubelet: it runs every pod's command line. In the middle the triggerer is killed, and the pod evicted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from qlora_retrain.code import project_root
+from qlora_retrain.store import open_store
+
+if TYPE_CHECKING:
+    from qlora_retrain.runtimes.embedded import EmbeddedAirflow
+    from tests.runtimes.cluster import Cluster
+
+pytestmark = [
+    pytest.mark.airflow,
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
+]
+LINE = {
+    "line": "pods",
+    "data": {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256},
+    "train": {"learning_rate": 1e-2, "epochs": 4, "batch_size": 16, "dropout": 0.0, "rank": 8},
+    "evaluate": {"first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500, "max_loss_to_champion": 1},
+    "merge": {"max_loss_nats": 0.5},
+    "runtime": {"kind": "kubernetes"},
+}
+
+
+class Kubelet:
+    """Runs the command line of every pod, one after the other; keeps the first one that trains from beginning."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.ran: list[str] = []
+        self.held = threading.Event()
+        self.evict = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self) -> Kubelet:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.evict.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stop.wait(0.3):
+            for pod in self.cluster.pods():
+                if "containerStatuses" not in pod["status"]:
+                    self._run(pod)
+
+    def _run(self, pod: dict[str, Any]) -> None:
+        name, step = pod["metadata"]["name"], pod["metadata"]["labels"]["qlora-retrain.step"]
+        self.ran.append(step)
+        self._is(name, {"running": {"startedAt": "2026-01-31T03:00:00Z"}}, phase="Running")
+        if step == "train_qlora" and not self.held.is_set():
+            self.held.set()
+            self.evict.wait()
+            gone = {"terminated": {"exitCode": 137, "reason": "Error"}}
+            self._is(name, gone, phase="Failed", reason="Evicted", message="The node was low on resource: memory.")
+            return
+        container = pod["spec"]["containers"][0]
+        variables = {v["name"]: v["value"] for v in container["env"] if not v["value"].startswith(("/work", "/tmp"))}
+        done = subprocess.run(
+            [sys.executable, *container["args"][1:]],
+            env={**os.environ, **variables},
+            cwd=project_root(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.cluster.emulator.logs[name] = done.stdout
+        ended = {"exitCode": done.returncode, "reason": "Error" if done.returncode else "Completed"}
+        self._is(name, {"terminated": ended}, phase="Failed" if done.returncode else "Succeeded")
+
+    def _is(self, name: str, state: dict[str, Any], **status: Any) -> None:
+        image = {"image": "i", "imageID": "i", "ready": False, "restartCount": 0}
+        scheduled = [{"type": "PodScheduled", "status": "True"}]
+        statuses = [{"name": "base", "state": state, **image}]
+        self.cluster.set(name, containerStatuses=statuses, conditions=scheduled, **status)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    from tests.runtimes.cluster import running
+
+    yield from running(tmp_path)
+
+
+@pytest.fixture
+def airflow(
+    cluster: Cluster, tmp_path: Path, tiny_model: Path, write_tickets: Callable[[Path, int], Path]
+) -> Iterator[EmbeddedAirflow]:
+    from qlora_retrain.runtimes.embedded import EmbeddedAirflow
+
+    tickets = write_tickets(tmp_path / "tickets.jsonl", 300)
+    document = {**LINE, "sources": {"raw_data": str(tickets), "base_model": str(tiny_model)}}
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "pods.yaml").write_text(yaml.safe_dump(document))
+    environment = {
+        "QLORA_RETRAIN_ROOT": (tmp_path / "store").as_uri(),
+        "QLORA_RETRAIN_PIPELINES": str(tmp_path / "pipelines"),
+        "QLORA_RETRAIN_PROFILE": str(project_root() / "manifests" / "profiles" / "gpu.yaml"),
+        "KUBECONFIG": str(cluster.kubeconfig),
+        "AWS_SECRET_ACCESS_KEY": "canary-environment-04b7",
+        "AIRFLOW_CONN_AWS_DEFAULT": json.dumps({"conn_type": "aws", "password": "canary-connection-8a60"}),
+        # A triggerer that was killed is found out in seconds, not in half a minute.
+        "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "5",
+        "OMP_NUM_THREADS": "1",
+    }
+    with EmbeddedAirflow(tmp_path / "home", environment=environment) as made:
+        made.wait_for_dag("pods")
+        made.api.unpause("pods")
+        yield made
+
+
+def triggerer(airflow: EmbeddedAirflow) -> subprocess.Popen[bytes]:
+    """Start one; the embedded Airflow needs none, since nothing else of ours waits."""
+    with (airflow.home / f"triggerer-{time.monotonic_ns()}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "airflow", "triggerer", "--skip-serve-logs"],
+            env=airflow._environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_survives_a_killed_triggerer_and_an_evicted_pod_and_runs_nothing_twice(
+    cluster: Cluster, airflow: EmbeddedAirflow, tmp_path: Path
+) -> None:
+    pools = yaml.safe_load((project_root() / "manifests" / "airflow" / "values.yaml").read_text())
+    command = pools["migrateDatabaseJob"]["args"][-1].partition("&& exec ")[2].split('"')[0].split()
+    made = subprocess.run([sys.executable, "-m", *command, "GPUs"], env=airflow._environment, capture_output=True)
+    assert made.returncode == 0, made.stderr
+    waiting = triggerer(airflow)
+    try:
+        with Kubelet(cluster) as kubelet:
+            run = airflow.api.trigger("pods", {})
+            until(kubelet.held.is_set, 400)
+            until(lambda: state(airflow, run, "train_qlora") == "deferred", 60)
+            kill(waiting)
+            waiting = triggerer(airflow)
+            kubelet.evict.set()
+            until(lambda: airflow.api.run("pods", run)["state"] in ("success", "failed"), 500)
+        told = {t.name: t.state for t in airflow.api.tasks("pods", run)}
+        assert set(told.values()) == {"success"}, told
+    finally:
+        kill(waiting)
+    steps = ["validate_data", "quantize_model", "train_qlora", "train_qlora", "evaluate", "merge_adapter", "publish"]
+    assert sorted(kubelet.ran) == sorted(steps), "the evicted one again, and no other"
+    assert cluster.pods() == [], "those that did their work are gone, and the evicted one was replaced"
+    store = open_store((tmp_path / "store").as_uri())
+    assert any(entry.path.endswith("manifest.json") for entry in store.list("models/pods/versions"))
+    first = airflow.log_file("pods", run, "train_qlora", 1).read_text()
+    assert "try again (75): Evicted: The node was low on resource: memory." in first
+    logs = "".join(path.read_text(errors="replace") for path in (airflow.home / "logs").rglob("*.log"))
+    assert "canary" not in logs
+
+
+def state(airflow: EmbeddedAirflow, run: str, task: str) -> str | None:
+    return next(t.state for t in airflow.api.tasks("pods", run) if t.name == task)
+
+
+def until(true: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds} s"
+        time.sleep(0.5)
