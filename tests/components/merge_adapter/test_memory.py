@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 SIDE = 2048
 LAYERS = 32
-MIB = 2**20
 
 PROGRAM = """
 import sys
