@@ -88,7 +88,7 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
 ) -> None:
     (tmp_path / "pipelines").mkdir()
     golden = tmp_path / "golden.jsonl"
-    golden.write_text("".join(tickets.read_text().splitlines(keepends=True)[:9]))
+    golden.write_text("".join(tickets.read_text().splitlines(keepends=True)[:12]))
     (tmp_path / "pipelines" / "tickets.yaml").write_text(
         "line: tickets\n"
         f"sources: {{raw_data: {tickets}, base_model: {tiny_model}, golden_data: {golden}}}\n"

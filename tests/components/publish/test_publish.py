@@ -125,19 +125,20 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
         base_nf4: Path,
         adapter: Path,
         champion: Path | None,
+        anchor: Path | None,
         golden_data: Path | None,
         reference_data: Path | None,
         evaluation: Path,
     ) -> Report:
         assert champion is not None
-        seen.extend(sorted(path.name for path in champion.iterdir()))
+        seen.extend(sorted(path.relative_to(champion).as_posix() for path in champion.rglob("*") if path.is_file()))
         return Report()
 
     later = new_plan("train.learning_rate=1e-3")
     for name in ("validate_data", "quantize_model", "train_qlora"):
         assert runner.execute(later, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
     assert runner.execute(later, "evaluate", lambda: evaluate) == 0
-    assert seen == ["config.json", "model.safetensors"]
+    assert [path for path in seen if path.startswith("model/")] == ["model/config.json", "model/model.safetensors"]
 
 
 def test_a_version_is_named_by_the_plans_time_and_its_content(
