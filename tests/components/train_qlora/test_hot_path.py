@@ -29,7 +29,7 @@ def adapted(nf4: Path, **settings: Any):
     """The 4-bit tiny model with an adapter whose B is not zero, ready to train, in fp32."""
     torch.manual_seed(0)
     plain: dict[str, Any] = {"rank": 4, "alpha": 12, "dropout": 0.0, "device": "cpu"}
-    base = modeling.load_nf4(nf4, dtype=settings.pop("dtype", "float32"))
+    base = modeling.load_nf4(nf4, dtype=settings.pop("dtype", "float32"), attention=settings.pop("attention", "eager"))
     model = lora.attach_new(base, TrainConfig(**(plain | settings))).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -46,9 +46,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def items(nf4, chats):
     tokenizer = chat.load_tokenizer(nf4)
-    system = {"role": "system", "content": "Name the intent."}
 
-    def made(count: int, *, shared: bool = True) -> list[dict[str, list[int]]]:
+    def made(count: int, *, shared: bool = True, times: int = 1) -> list[dict[str, list[int]]]:
+        system = {"role": "system", "content": " ".join(["Name the intent."] * times)}
         encoded = [chat.encode(tokenizer, [system, *turns] if shared else turns) for turns in chats(count)]
         return [
             {
@@ -104,9 +104,13 @@ def test_layers_that_are_given_the_same_tensor_are_computed_together(nf4):
     assert joined.join(model) == 2 * 4  # in each of two layers: q k v, o, gate up, down
 
 
-def test_one_line_of_rows_gives_the_loss_and_the_gradients_of_each_row_alone(nf4, items):
-    model = adapted(nf4)
-    rows = items(5)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("beginning", [0, 1, 9])  # times a sentence: nothing, less and more than a row's own tokens
+def test_one_line_of_rows_gives_the_loss_and_the_gradients_of_each_row_alone(nf4, items, attention, beginning):
+    model = adapted(nf4, attention=attention)
+    rows = items(5, shared=beginning > 0, times=beginning)
+    grid = packed.pack(Collate(0)(rows), torch.float32).grid
+    assert (grid.shared > grid.ask.shape[1]) == (beginning == 9)
     for row in rows:  # unpadded, full logits, torch's own loss
         labels = torch.tensor(row["labels"][1:])
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
@@ -123,7 +127,7 @@ def test_what_all_rows_begin_with_is_computed_once(items):
     beginning = next(i for i in range(99) if len({row["input_ids"][i] for row in rows}) > 1)
     assert line.shared == beginning > 5
     needed = [max(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
-    assert line.input_ids.shape[1] == sum(needed) - 4 * beginning
+    assert line.input_ids.shape[1] == packed.TOKENS * math.ceil((sum(needed) - 4 * beginning) / packed.TOKENS)
     assert int((line.labels != IGNORED).sum()) == sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
@@ -283,7 +287,7 @@ def test_what_norms_and_gates_give_is_not_kept_and_the_gradients_are_the_same_bi
 def test_gradient_checkpointing_keeps_less_and_gives_the_same_bits(nf4, items):
     batch = Collate(0)(items(6))
     kept, expected = kept_and_gradients(adapted(nf4, dropout=0.1), batch)
-    for every, share in ((1, 5), (2, 1.5)):
+    for every, share in ((1, 4.5), (2, 1.5)):
         less, found = kept_and_gradients(adapted(nf4, dropout=0.1, gradient_checkpointing=every), batch)
         assert less < kept / share
         assert len(found) == len(expected) > 0

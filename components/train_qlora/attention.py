@@ -1,0 +1,175 @@
+"""Causal attention in the rows of a line (`packed`), forwards and backwards in a few operations over all rows at once.
+
+Written by hand because autograd, over the dozen operations that find rows in a line, keeps padded copies of queries,
+keys, values and scores for every layer. Here the line's own are kept, and the rest is made again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Where things are, for so many heads: indices into what is flattened to (..., width).
+
+    Attributes:
+        asked: (rows * heads * length,) of queries, in the line's (tokens * heads)
+        seen: (rows * groups * (shared + length),) of keys and values, in the line's (tokens * groups)
+        asking: (tokens * heads,) of the line's queries, among those asked
+        own: ((tokens - shared) * groups,) of the line's keys after the shared ones, among those seen
+        bias: (rows * groups, heads a group * length, shared + length), to add to the scores
+    """
+
+    asked: Tensor
+    seen: Tensor
+    asking: Tensor
+    own: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The rows of a line, all of one length, filled up; the shared tokens, cut to that length, are rows of their own.
+
+    Attributes:
+        ask: (rows, length) the token of the line that asks at each place; any where none does
+        see: (rows, shared + length) likewise of those that are looked at
+        place: (tokens,) where in (rows * length) a token of the line is
+        bias: (rows, length, shared + length) to add to the scores: 0 where a row may look, else the lowest number
+        shared: tokens that all rows begin with
+    """
+
+    ask: Tensor
+    see: Tensor
+    place: Tensor
+    bias: Tensor
+    shared: int
+    made: dict[tuple[int, int], Heads] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rest: Tensor, shared: int, dtype: torch.dtype) -> Grid:
+        """`rest` (rows, length) bool: where there are tokens, after the shared ones."""
+        length, device = rest.shape[1], rest.device
+        cuts = -(-shared // length)  # rows for the shared tokens
+        of_shared = torch.arange(cuts * length, device=device).view(cuts, length)
+        numbers = (shared - 1 + rest.reshape(-1).cumsum(0)).view(rest.shape)
+        ask = torch.cat([of_shared.clamp(max=max(shared - 1, 0)), numbers.clamp(min=0)])
+        see = torch.cat([torch.arange(shared, device=device).expand(len(ask), -1), ask], dim=1)
+        earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        own = torch.cat([rest.new_zeros(cuts, length, length), earlier & rest.unsqueeze(1)])
+        before = of_shared.unsqueeze(2) >= torch.arange(shared, device=device)
+        beginning = torch.cat([before, rest.new_ones(len(rest), length, shared)])
+        may = torch.cat([beginning, own], dim=2)
+        bias = torch.zeros(may.shape, dtype=dtype, device=device).masked_fill_(~may, torch.finfo(dtype).min)
+        place = torch.cat([of_shared.view(-1)[:shared], cuts * length + rest.reshape(-1).nonzero().squeeze(1)])
+        return cls(ask, see, place, bias, shared)
+
+    def heads(self, heads: int, groups: int) -> Heads:
+        """For so many heads, in groups that share keys and values; made once for all layers."""
+        found = self.made.get((heads, groups))
+        if found is None:
+            length, seen = self.bias.shape[1:]
+            head, group = (torch.arange(n, device=self.ask.device) for n in (heads, groups))
+            row, column = self.place // length, self.place % length
+            own_row, own_column = row[self.shared :, None], column[self.shared :, None]
+            each = self.bias[:, None, None].expand(-1, groups, heads // groups, -1, -1)
+            found = self.made[heads, groups] = Heads(
+                asked=(self.ask.unsqueeze(1) * heads + head[:, None]).view(-1),
+                seen=(self.see.unsqueeze(1) * groups + group[:, None]).view(-1),
+                asking=((row[:, None] * heads + head) * length + column[:, None]).view(-1),
+                own=((own_row * groups + group) * seen + self.shared + own_column).view(-1),
+                bias=each.reshape(-1, heads // groups * length, seen),
+            )
+        return found
+
+
+class ByRows(torch.autograd.Function):  # type: ignore[misc]
+    """softmax(s · q kᵀ + bias) v in each row; keys and values may have fewer heads, each for a group of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float, fused: bool) -> Tensor:
+        """`query` (tokens, heads, width), `key` and `value` (tokens, groups, width); (tokens, heads, width)."""
+        at = grid.heads(query.shape[1], key.shape[1])
+        rows = in_rows(query, key, value, at)
+        ctx.grid, ctx.scaling, ctx.fused = grid, scaling, None
+        if not fused:
+            ctx.save_for_backward(query, key, value)
+            mixed = torch.bmm(shares(*rows[:2], at, scaling), rows[2])
+        elif not any(ctx.needs_input_grad):
+            mixed = by_kernel(*rows, grid, scaling)
+        else:
+            with torch.enable_grad():
+                rows = tuple(x.detach().requires_grad_() for x in rows)
+                mixed = by_kernel(*rows, grid, scaling)
+            ctx.fused, ctx.shapes = (rows, mixed), (query.shape, key.shape)
+            mixed = mixed.detach()
+        return flat(mixed).index_select(0, at.asking).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Of queries, keys and values."""
+        heads = upstream.shape[1]
+        if ctx.fused:
+            (rows, mixed), (of_queries, of_keys) = ctx.fused, ctx.shapes
+            at = ctx.grid.heads(heads, of_keys[1])
+            found = torch.autograd.grad(mixed, rows, spread(upstream, at).view(mixed.shape))
+        else:
+            query, key, value = ctx.saved_tensors
+            of_queries, of_keys = query.shape, key.shape
+            at = ctx.grid.heads(heads, key.shape[1])
+            q, k, v = in_rows(query, key, value, at)
+            share = shares(q, k, at, ctx.scaling)
+            of_mixed = spread(upstream, at).view(q.shape)
+            of_value = torch.bmm(share.transpose(1, 2), of_mixed)
+            of_scores = torch._softmax_backward_data(torch.bmm(of_mixed, v.transpose(1, 2)), share, -1, share.dtype)
+            of_scores.mul_(ctx.scaling)
+            found = torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_value
+        of_query = flat(found[0]).index_select(0, at.asking).view(of_queries)
+        return of_query, *(gathered(x, at, ctx.grid, of_keys) for x in found[1:]), None, None, None
+
+
+def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tensor, ...]:
+    """(rows * groups, heads a group * length, width) of queries, (rows * groups, shared + length, width) of others."""
+    batch, asked, seen = at.bias.shape
+    of_queries = flat(query).index_select(0, at.asked).view(batch, asked, -1)
+    return of_queries, *(flat(x).index_select(0, at.seen).view(batch, seen, -1) for x in (key, value))
+
+
+def shares(query: Tensor, key: Tensor, at: Heads, scaling: float) -> Tensor:
+    """How much each place looks at each other, (rows * groups, heads a group * length, shared + length)."""
+    return torch.baddbmm(at.bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float) -> Tensor:
+    """The same and what is looked at, by torch's kernel; (rows, heads, length, width)."""
+    rows, length, _ = grid.bias.shape
+    groups, width = len(query) // rows, query.shape[-1]
+    q = query.view(rows, -1, length, width)
+    k, v = (x.view(rows, groups, -1, width) for x in (key, value))
+    return scaled_dot_product_attention(q, k, v, grid.bias.unsqueeze(1), scale=scaling, enable_gqa=q.shape[1] != groups)
+
+
+def spread(upstream: Tensor, at: Heads) -> Tensor:
+    """The gradient of the line at the places of its rows, 0 elsewhere; (rows * heads * length, width)."""
+    of_rows = upstream.new_zeros(len(at.asked), upstream.shape[-1])
+    return of_rows.index_copy_(0, at.asking, flat(upstream))
+
+
+def gathered(of_rows: Tensor, at: Heads, grid: Grid, shape: torch.Size) -> Tensor:
+    """The gradient of the line's keys or values: for the shared ones what all rows give them."""
+    own = flat(of_rows).index_select(0, at.own).view(-1, *shape[1:])
+    if not grid.shared:
+        return own
+    by_row = of_rows.view(-1, shape[1], of_rows.shape[1], shape[2])  # (rows, groups, shared + length, width)
+    return torch.cat([by_row[:, :, : grid.shared].sum(0).transpose(0, 1), own])
+
+
+def flat(x: Tensor) -> Tensor:
+    """(..., width) as (all, width)."""
+    return x.reshape(-1, x.shape[-1])
