@@ -28,7 +28,7 @@ def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, ch
         base = modeling.load_base(options.base, attention="eager", dtype="bfloat16")
     set_seed(options.seed)
     trainer = AdapterTrainer(lora.attach_new(base, config), config, Rows(rows), Rows([]), 2, options.work / "scratch")
-    trainer.passes.order = as_given(trainer.order)
+    trainer.steps.order = as_given(trainer.order)
     trainer._save_checkpoint = lambda *_: None
     return trainer
 

@@ -1,7 +1,8 @@
 """Causal attention in the rows of a line (`packed`), forwards and backwards in a few operations over all rows at once.
 
 Written by hand because autograd, over the dozen operations that find rows in a line, keeps padded copies of queries,
-keys, values and scores for every layer. Here the line's own are kept, and the rest is made again.
+keys, values and scores for every layer. Here the line's own are kept, and the rest is made again: a beginning that
+many short rows share costs no memory in each of them.
 """
 
 from __future__ import annotations
@@ -96,49 +97,31 @@ class ByRows(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float, fused: bool) -> Tensor:
         """`query` (tokens, heads, width), `key` and `value` (tokens, groups, width); (tokens, heads, width)."""
         at = grid.heads(query.shape[1], key.shape[1])
-        rows = in_rows(query, key, value, at)
-        ctx.grid, ctx.scaling, ctx.fused = grid, scaling, None
-        if not fused:
-            ctx.save_for_backward(query, key, value)
-            mixed = torch.bmm(shares(*rows[:2], at, scaling), rows[2])
-        elif not any(ctx.needs_input_grad):
-            mixed = by_kernel(*rows, grid, scaling)
-        else:
-            with torch.enable_grad():
-                rows = tuple(x.detach().requires_grad_() for x in rows)
-                mixed = by_kernel(*rows, grid, scaling)
-            ctx.fused, ctx.shapes = (rows, mixed), (query.shape, key.shape)
-            mixed = mixed.detach()
+        q, k, v = in_rows(query, key, value, at)
+        ctx.save_for_backward(query, key, value)
+        ctx.grid, ctx.scaling, ctx.fused = grid, scaling, fused
+        mixed = by_kernel(q, k, v, grid, scaling) if fused else torch.bmm(shares(q, k, at, scaling), v)
         return flat(mixed).index_select(0, at.asking).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Of queries, keys and values."""
-        heads = upstream.shape[1]
-        if ctx.fused:
-            (rows, mixed), (of_queries, of_keys) = ctx.fused, ctx.shapes
-            at = ctx.grid.heads(heads, of_keys[1])
-            found = torch.autograd.grad(mixed, rows, spread(upstream, at).view(mixed.shape))
-        else:
-            query, key, value = ctx.saved_tensors
-            of_queries, of_keys = query.shape, key.shape
-            at = ctx.grid.heads(heads, key.shape[1])
-            q, k, v = in_rows(query, key, value, at)
-            share = shares(q, k, at, ctx.scaling)
-            of_mixed = spread(upstream, at).view(q.shape)
-            of_value = torch.bmm(share.transpose(1, 2), of_mixed)
-            of_scores = torch._softmax_backward_data(torch.bmm(of_mixed, v.transpose(1, 2)), share, -1, share.dtype)
-            of_scores.mul_(ctx.scaling)
-            found = torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_value
-        of_query = flat(found[0]).index_select(0, at.asking).view(of_queries)
-        return of_query, *(gathered(x, at, ctx.grid, of_keys) for x in found[1:]), None, None, None
+        query, key, value = ctx.saved_tensors
+        at = ctx.grid.heads(query.shape[1], key.shape[1])
+        rows = in_rows(query, key, value, at)
+        of_mixed = spread(upstream, at).view(rows[0].shape)
+        by = of_kernel if ctx.fused else of_shares
+        of_query, *others = by(of_mixed, *rows, at, ctx.grid, ctx.scaling)
+        of_query = flat(of_query).index_select(0, at.asking).view(query.shape)
+        return of_query, *(gathered(x, at, ctx.grid, key.shape) for x in others), None, None, None
 
 
-def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tensor, ...]:
+def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """(rows * groups, heads a group * length, width) of queries, (rows * groups, shared + length, width) of others."""
     batch, asked, seen = at.bias.shape
-    of_queries = flat(query).index_select(0, at.asked).view(batch, asked, -1)
-    return of_queries, *(flat(x).index_select(0, at.seen).view(batch, seen, -1) for x in (key, value))
+    q = flat(query).index_select(0, at.asked).view(batch, asked, -1)
+    k, v = (flat(x).index_select(0, at.seen).view(batch, seen, -1) for x in (key, value))
+    return q, k, v
 
 
 def shares(query: Tensor, key: Tensor, at: Heads, scaling: float) -> Tensor:
@@ -146,13 +129,36 @@ def shares(query: Tensor, key: Tensor, at: Heads, scaling: float) -> Tensor:
     return torch.baddbmm(at.bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
 
 
+def of_shares(
+    of_mixed: Tensor, query: Tensor, key: Tensor, value: Tensor, at: Heads, grid: Grid, scaling: float
+) -> tuple[Tensor, ...]:
+    """The gradients of the three in rows, written out."""
+    share = shares(query, key, at, scaling)
+    of_share = torch.bmm(of_mixed, value.transpose(1, 2))
+    of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype).mul_(scaling)
+    of_key = torch.bmm(of_scores.transpose(1, 2), query)
+    return torch.bmm(of_scores, key), of_key, torch.bmm(share.transpose(1, 2), of_mixed)
+
+
+def of_kernel(
+    of_mixed: Tensor, query: Tensor, key: Tensor, value: Tensor, at: Heads, grid: Grid, scaling: float
+) -> tuple[Tensor, ...]:
+    """The same by torch's kernel."""
+    with torch.enable_grad():
+        q, k, v = (x.requires_grad_() for x in (query, key, value))
+        mixed = by_kernel(q, k, v, grid, scaling)
+    found: tuple[Tensor, ...] = torch.autograd.grad(mixed, (q, k, v), of_mixed.view(mixed.shape))
+    return found
+
+
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float) -> Tensor:
-    """The same and what is looked at, by torch's kernel; (rows, heads, length, width)."""
+    """What is looked at, by torch's kernel; (rows, heads, length, width)."""
     rows, length, _ = grid.bias.shape
     groups, width = len(query) // rows, query.shape[-1]
     q = query.view(rows, -1, length, width)
     k, v = (x.view(rows, groups, -1, width) for x in (key, value))
-    return scaled_dot_product_attention(q, k, v, grid.bias.unsqueeze(1), scale=scaling, enable_gqa=q.shape[1] != groups)
+    bias = grid.bias.unsqueeze(1)
+    return scaled_dot_product_attention(q, k, v, bias, scale=scaling, enable_gqa=q.shape[1] != groups)
 
 
 def spread(upstream: Tensor, at: Heads) -> Tensor:

@@ -79,6 +79,31 @@ def pack(batch: Batch, dtype: torch.dtype) -> Line:
     return Line(line(ids).clamp(min=0), line(positions), line(after), shared, Grid.of(rest, shared, dtype))
 
 
+def passes(batch: Batch, rows: int, *, packs: bool) -> int:
+    """How many passes a batch is cut into, so that none computes more tokens than `rows` rows of it with padding."""
+    ids, n = batch["input_ids"], len(batch["input_ids"])
+    if not packs:
+        return -(-n // rows)
+    after = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    mask = batch["attention_mask"].bool() & before_the_last(after != IGNORED)
+    shared, tokens = shared_tokens(ids, mask, after), mask.sum(1)
+    until = [0, *(tokens - shared).cumsum(0).tolist()]
+    limit = rows * int(tokens.max()) - shared
+    return next(
+        count
+        for count in range(max(1, until[-1] // max(limit, 1)), n + 1)
+        if all(until[(i + 1) * n // count] - until[i * n // count] <= limit for i in range(count))
+    )
+
+
+def cut(batch: Batch, count: int) -> list[Batch]:
+    """The batch in so many parts; where it has fewer rows, some are of a row from which nothing is learnt."""
+    n = len(batch["input_ids"])
+    parts = [{k: v[i * n // count : (i + 1) * n // count] for k, v in batch.items()} for i in range(count)]
+    nothing = {k: v[:1] for k, v in batch.items()} | {"labels": torch.full_like(batch["labels"][:1], IGNORED)}
+    return [part if len(part["input_ids"]) else nothing for part in parts]
+
+
 def before_the_last(supervised: Tensor) -> Tensor:
     """(rows, seq) bool: up to a row's last supervised position, with it; nothing after it has a part in the loss."""
     needed = supervised.flip(1).cumsum(1).flip(1) > 0

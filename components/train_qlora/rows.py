@@ -129,37 +129,26 @@ class Order(Sampler[int]):  # type: ignore[misc]
         return chain(*steps, partial)
 
 
-class Passes(Sampler[list[int]]):  # type: ignore[misc]
-    """The rows of each forward pass of one process; the optimizer steps are those of the order, whoever shares them.
+class Steps(Sampler[list[int]]):  # type: ignore[misc]
+    """The rows of one process in each optimizer step; the steps are those of the order, whoever shares them.
 
     The rows of a step, which are of like length, are dealt out to and fro, so that the processes get equally many
-    tokens. All make equally many passes; where there are fewer rows than processes, some see a row (`~index`) from
-    which nothing is learnt.
-
-    Attributes:
-        a_step: Passes of a whole optimizer step.
+    tokens. Where there are fewer rows than processes, some see a row (`~index`) from which nothing is learnt.
     """
 
-    def __init__(self, order: Order, rows_a_pass: int, process: int = 0, processes: int = 1) -> None:
-        self.order, self.rows_a_pass, self.process, self.processes = order, rows_a_pass, process, processes
-        self.a_step = self._passes(order.rows_per_step)
+    def __init__(self, order: Order, process: int = 0, processes: int = 1) -> None:
+        self.order, self.process, self.processes = order, process, processes
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.order.set_epoch(epoch)
 
-    def _passes(self, rows: int) -> int:
-        return math.ceil(math.ceil(rows / self.processes) / self.rows_a_pass)
-
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.order), self.order.rows_per_step)
-        return whole * self.a_step + self._passes(rest)
+        return math.ceil(len(self.order) / self.order.rows_per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         rows, n = iter(self.order), self.processes
         while step := list(islice(rows, self.order.rows_per_step)):
             # 0 1 2 2 1 0 0 1 2 ...
             mine = [row for i, row in enumerate(step) if self.process == min(i % (2 * n), 2 * n - 1 - i % (2 * n))]
-            passes = self._passes(len(step))
-            for i in range(passes):
-                yield mine[i * len(mine) // passes : (i + 1) * len(mine) // passes] or [~step[0]]
+            yield mine or [~step[0]]

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from components.train_qlora import history, lora, ranks
+from components.train_qlora import history, lora, packed, ranks
 from components.train_qlora.loss import mean_loss, summed_loss, supervised
-from components.train_qlora.packed import attention_by_rows
 from components.train_qlora.preflight import overfit
-from components.train_qlora.rows import Batch, Collate, Order, Passes, Rows
+from components.train_qlora.rows import Batch, Collate, Order, Rows, Steps
 from components.train_qlora.watch import Watch
 from qlora_retrain import checkpoints, preempt, progress
 from qlora_retrain.config.sections import TrainConfig
@@ -41,12 +41,11 @@ def total_steps(config: TrainConfig, rows: int) -> int:
     return config.max_steps or math.ceil(config.epochs * math.ceil(rows / config.rows_a_step))
 
 
-def arguments(config: TrainConfig, steps: int, passes: int, scratch: Path) -> TrainingArguments:
-    """Our settings in the Trainer's words; `passes` are those of an optimizer step in each process."""
+def arguments(config: TrainConfig, steps: int, scratch: Path) -> TrainingArguments:
+    """Our settings in the Trainer's words; it is given whole optimizer steps, which `training_step` cuts."""
     return TrainingArguments(
         output_dir=str(scratch),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=passes,
+        per_device_train_batch_size=config.rows_a_step,
         max_steps=steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULES[config.schedule],
@@ -80,8 +79,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.config, self.held_out, self.pad, self.scratch = config, held_out, pad, scratch
         self.watch = Watch(config, total_steps(config, len(rows)))
         self.order = Order(rows.lengths, config.rows_a_step, config.seed)
-        self.passes = Passes(self.order, config.batch_size, ranks.number(), ranks.count())
-        args = arguments(config, self.watch.steps, self.passes.a_step, scratch)
+        self.steps = Steps(self.order, ranks.number(), ranks.count())
+        args = arguments(config, self.watch.steps, scratch)
         args._n_gpu = min(args.n_gpu, 1)  # a step gets one GPU; DataParallel does not know 4-bit weights
         # DDP has the adapter alone to look after: all processes read the same frozen base.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -90,7 +89,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.counts: dict[str, int] = {}
         self.step_rows: list[int] = []  # of the optimizer step that is being computed
-        self.step_losses: list[torch.Tensor] = []
+        self.step_loss = torch.zeros(())
         self.best: dict[str, torch.Tensor] | None = None  # weights of the lowest evaluation loss
 
     def train_or_go_on(self) -> None:
@@ -181,14 +180,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return {"eval_loss": loss}
 
     def get_train_dataloader(self) -> Any:
-        """This process's passes; accelerate would deal out whole batches, and repeat rows where they are too few."""
+        """This process's rows of each step; accelerate would repeat some where they are too few."""
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=self.passes,
+            batch_sampler=self.steps,
             collate_fn=self.data_collator,
             pin_memory=self.config.device == "cuda",
         )
-        loader.set_epoch = self.passes.set_epoch
+        loader.set_epoch = self.steps.set_epoch
         return loader
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
@@ -197,7 +196,6 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         tokens, items = map(round, ranks.summed(tokens, items))
         self.counts = {"tokens": tokens, "supervised_tokens": items}
         self.step_rows = [row for batch in batch_samples for row in batch.pop("rows").tolist()]
-        self.step_losses = []
         return torch.tensor(items, device=device)
 
     def compute_loss(
@@ -213,11 +211,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return summed_loss(model, inputs) * ranks.count() / num_items_in_batch
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward."""
-        with attention_by_rows(self.model):  # a layer that is computed twice is so in the backward pass
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.step_losses.append(loss)
-        return loss
+        """Forward and backward over all rows of an optimizer step, in as few passes as `batch_size` allows."""
+        here = packed.passes(inputs, self.config.batch_size, packs=packed.can_pack(self.model))
+        count = max(ranks.gathered(here))  # where each holds a part of the base, all go through it equally often
+        losses = []
+        with packed.attention_by_rows(self.model):  # a layer that is computed twice is so in the backward pass
+            for left, part in zip(reversed(range(count)), packed.cut(inputs, count), strict=True):
+                with model.no_sync() if left and model is not self.model else nullcontext():
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+        self.step_loss = torch.stack(losses).sum()
+        return self.step_loss
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Nobody asked: the Trainer would count every parameter of the model for each batch."""
@@ -226,7 +229,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
         # Once a step, since a GPU has to wait for it, and before the optimizer spoils the weights with it.
-        here = torch.stack([torch.stack(self.step_losses).sum(), norm.detach().to(self.args.device)]).tolist()
+        here = torch.stack([self.step_loss, norm.detach().to(self.args.device)]).tolist()
         for what, value in zip(("loss", "gradient norm"), ranks.summed(*here), strict=True):
             value /= ranks.count()  # noqa: PLW2901
             if not math.isfinite(value):

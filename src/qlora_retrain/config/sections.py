@@ -74,7 +74,10 @@ class TrainConfig(Section):
         "paged_adamw_32bit", "8bit: a quarter of the state's memory, a little noise"
     )
     batch_size: int = identity(
-        16, "examples a forward pass of a process, at most; higher: faster until memory ends", ge=1, le=4096
+        16,
+        "a forward pass has no more tokens than so many padded examples; higher: faster until memory ends",
+        ge=1,
+        le=4096,
     )
     gradient_accumulation: int = identity(
         1, "times batch_size: the examples of an optimizer step, however many processes share it", ge=1, le=4096

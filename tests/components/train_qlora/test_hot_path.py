@@ -139,6 +139,37 @@ def test_a_token_that_is_to_predict_something_is_never_shared():
     assert packed.pack(Collate(0)(same), torch.float32).shared == 0  # never a whole row
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 20])
+@pytest.mark.parametrize("beginning", [0, 1, 9])
+def test_a_pass_has_no_more_tokens_than_its_rows_would_have_with_padding_and_no_fewer_passes_would_do(
+    items, rows, beginning
+):
+    made = items(20, shared=beginning > 0, times=beginning)
+    batch = Collate(0)(sorted(made, key=lambda row: -len(row["input_ids"])))
+    longest = max(packed.passes(batch, rows, packs=True), 1)
+
+    def most(count: int) -> int:  # tokens of the longest pass, before they are rounded
+        lines = [packed.pack(part, torch.float32) for part in packed.cut(batch, count)]
+        return max(line.input_ids.shape[1] for line in lines)
+
+    after = batch["labels"][:, 1:] != IGNORED
+    limit = rows * max(int(row.nonzero().max()) + 1 for row in after)
+    assert most(longest) < limit + packed.TOKENS
+    assert longest == 1 or most(longest - 1) > limit
+    assert packed.passes(batch, rows, packs=False) == math.ceil(20 / rows) >= longest
+
+
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(nf4, items):
+    model, batch = adapted(nf4), Collate(0)(items(5))
+    loss.summed_loss(model, batch).backward()
+    expected = gradients(model)
+    for count in (2, 5, 7):  # more parts than rows: from some nothing is learnt
+        for part in packed.cut(batch, count):
+            loss.summed_loss(model, part).backward()
+        for name, gradient in gradients(model).items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_line_and_a_padded_batch_have_the_same_loss(nf4, items, attention, shared, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.train_qlora.rows import IGNORED, Collate, Order, Passes, Rows
+from components.train_qlora.rows import IGNORED, Collate, Order, Rows, Steps
 from qlora_retrain import checkpoints
 from qlora_retrain.config.sections import TrainConfig
 
@@ -244,27 +244,25 @@ def test_a_fault_of_ours_in_one_process_is_told_with_its_traceback(step, program
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-@pytest.mark.parametrize(("rows_a_step", "rows_a_pass"), [(8, 8), (8, 2), (6, 5), (7, 1)])
-def test_the_processes_share_every_step_and_repeat_no_row(processes, rows_a_step, rows_a_pass):
+@pytest.mark.parametrize("rows_a_step", [8, 6, 7, 2])
+def test_the_processes_share_every_step_and_repeat_no_row(processes, rows_a_step):
     lengths = [10 + 7 * i % 31 for i in range(101)]  # whole steps, and one that is not
     order = Order(lengths, rows_a_step, seed=3)
     whole = list(order)
     steps = [whole[i : i + rows_a_step] for i in range(0, len(whole), rows_a_step)]
-    each = [list(Passes(order, rows_a_pass, process, processes)) for process in range(processes)]
-    passes = Passes(order, rows_a_pass, 0, processes)
-    assert {len(found) for found in each} == {len(passes)}
-    assert all(1 <= len(rows) <= rows_a_pass for found in each for rows in found)
+    each = [list(Steps(order, process, processes)) for process in range(processes)]
+    assert {len(found) for found in each} == {len(Steps(order, 0, processes))} == {len(steps)}
     for number, step in enumerate(steps):
-        part = [found[number * passes.a_step : (number + 1) * passes.a_step] for found in each]
-        assert sorted(row for found in part for rows in found for row in rows if row >= 0) == sorted(step)
-        shares = [[row for row in chain(*found) if row >= 0] for found in part]
+        shares = [[row for row in found[number] if row >= 0] for found in each]
+        assert all(found[number] for found in each)
+        assert sorted(chain(*shares)) == sorted(step)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_the_processes_get_equally_many_tokens():
     lengths = [10 + 7 * i % 97 for i in range(960)]
     order = Order(lengths, rows_per_step=32, seed=0)
-    tokens = [[sum(lengths[row] for row in rows) for rows in Passes(order, 8, process, 4)] for process in range(4)]
+    tokens = [[sum(lengths[row] for row in rows) for rows in Steps(order, process, 4)] for process in range(4)]
     assert max(max(now) / min(now) for now in zip(*tokens, strict=True)) < 1.03
 
 
