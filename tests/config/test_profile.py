@@ -71,6 +71,7 @@ def test_files_with_credentials_and_a_store_of_ones_own_may_be_named() -> None:
     env = {
         "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws",
         "AWS_WEB_IDENTITY_TOKEN_FILE": "/run/secrets/token",
+        "HF_TOKEN_PATH": "/run/secrets/hf/token",
         "AWS_ENDPOINT_URL": "http://minio.storage:9000",
     }
     assert Profile(env=env).env == env
