@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.containers.conftest import Engine
 
 LEFT_OUT = {
+    "metadata.namespace": "podman has none",
     "nodeSelector": "there is one node",
     "tolerations": "there is one node, and it has no taint",
     "priorityClassName": "nobody else wants the node",
@@ -109,8 +110,9 @@ class Node:
         message.touch()
         message.chmod(0o666)
         rest = copy.deepcopy(pod["spec"])
+        rest["metadata"] = {**pod["metadata"]}
         (box,) = rest["containers"]
-        whole, own, name = rest["securityContext"], box["securityContext"], pod["metadata"]["name"]
+        whole, own, name = rest["securityContext"], box["securityContext"], rest["metadata"].pop("name")
         assert rest.pop("restartPolicy") == "Never"
         assert rest.pop("automountServiceAccountToken") is False, "podman mounts none"
         assert own.pop("privileged") is False, "podman gives no privileges by itself"
@@ -126,7 +128,8 @@ class Node:
         options = {
             "name": [name],
             "hostname": [name],
-            "label": [f"{key}={value}" for key, value in pod["metadata"]["labels"].items()],
+            "label": [f"{key}={value}" for key, value in rest["metadata"].pop("labels").items()],
+            "annotation": [f"{key}={value}" for key, value in rest["metadata"].pop("annotations").items()],
             "pull": ["never"],
             "restart": ["no"],
             "user": [f"{whole.pop('runAsUser')}:{whole.pop('runAsGroup')}"],
