@@ -1,7 +1,7 @@
 """A node's part in a pod's life, played by podman: its spec as options of `podman run`, its end as a status.
 
 What the spec says is translated as a kubelet would do it, or is in `LEFT_OUT` with the reason. A field that is neither
-is an error, so that nothing is skipped in silence.
+is an error, so that nothing is skipped in silence, as `podman play kube` does with what it does not know.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Node:
         claims: The namespace's, as folders that outlive a pod.
         roles: A service account's role and the token that says so, as EKS hands them to its pods.
         logs: Of the pods that ended.
+        statuses: Of the same, as JSON.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Node:
     claims: dict[str, Path] = field(default_factory=dict)
     roles: dict[str, tuple[str, str]] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)
 
     def start(self, pod: dict[str, Any]) -> None:
         """Make its volumes, and run its container."""
@@ -84,7 +86,8 @@ class Node:
             "phase": "Failed" if code else "Succeeded",
             "containerStatuses": [{"name": container["name"], **shown}],
         }
-        return ApiClient().deserialize(SimpleNamespace(data=json.dumps({**pod, "status": status})), "V1Pod")
+        self.statuses.append(json.dumps({**pod, "status": status}))
+        return ApiClient().deserialize(SimpleNamespace(data=self.statuses[-1]), "V1Pod")
 
     def sweep(self) -> None:
         """Remove what is left."""
@@ -112,19 +115,11 @@ class Node:
         rest = copy.deepcopy(pod["spec"])
         rest["metadata"] = {**pod["metadata"]}
         (box,) = rest["containers"]
-        whole, own, name = rest["securityContext"], box["securityContext"], rest["metadata"].pop("name")
+        name, group = rest["metadata"].pop("name"), rest["securityContext"].pop("fsGroup")
         assert rest.pop("restartPolicy") == "Never"
         assert rest.pop("automountServiceAccountToken") is False, "podman mounts none"
-        assert own.pop("privileged") is False, "podman gives no privileges by itself"
-        assert whole.pop("runAsNonRoot") is own.pop("runAsNonRoot") is True
-        assert whole["runAsUser"] > 0
-        assert whole.pop("seccompProfile") == own.pop("seccompProfile") == {"type": "RuntimeDefault"}, "podman's own"
-        assert own.pop("allowPrivilegeEscalation") is False
-        assert own.pop("readOnlyRootFilesystem") is True
-        assert own["capabilities"].pop("drop") == ["ALL"]
-        assert box.pop("terminationMessagePolicy") == "FallbackToLogsOnError"
-        group, box_name = whole.pop("fsGroup"), box.pop("name")
-        assert box_name == "base"
+        assert box.pop("terminationMessagePolicy") == "FallbackToLogsOnError", "see _message"
+        assert box.pop("name") == "base"
         options = {
             "name": [name],
             "hostname": [name],
@@ -132,12 +127,8 @@ class Node:
             "annotation": [f"{key}={value}" for key, value in rest["metadata"].pop("annotations").items()],
             "pull": ["never"],
             "restart": ["no"],
-            "user": [f"{whole.pop('runAsUser')}:{whole.pop('runAsGroup')}"],
             "group-add": [str(group)],
-            "security-opt": ["no-new-privileges"],
-            "cap-drop": ["ALL"],
-            "read-only": ["true"],
-            "read-only-tmpfs": ["false"],  # a kubelet mounts what the spec names, and no more
+            **_confined(rest["securityContext"], box["securityContext"]),
             "stop-timeout": [str(rest.pop("terminationGracePeriodSeconds"))],
             "env": [f"{item['name']}={item['value']}" for item in box.pop("env")],
             "volume": [f"{self._home(pod)}/termination-log:/dev/termination-log"],
@@ -224,6 +215,21 @@ class Node:
             ["podman", "logs", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
         )
         return done.stdout
+
+
+def _confined(whole: dict[str, Any], own: dict[str, Any]) -> dict[str, list[str]]:
+    """The security contexts of a pod and of its container, as options; what podman does by itself is asserted alone."""
+    assert whole.pop("runAsNonRoot") is own.pop("runAsNonRoot") is True
+    assert whole["runAsUser"] > 0
+    assert whole.pop("seccompProfile") == own.pop("seccompProfile") == {"type": "RuntimeDefault"}
+    assert own.pop("privileged") is False
+    return {
+        "user": [f"{whole.pop('runAsUser')}:{whole.pop('runAsGroup')}"],
+        "security-opt": [] if own.pop("allowPrivilegeEscalation") else ["no-new-privileges"],
+        "cap-drop": own["capabilities"].pop("drop"),
+        "read-only": [str(own.pop("readOnlyRootFilesystem")).lower()],
+        "read-only-tmpfs": ["false"],  # a kubelet mounts what the spec names, and no more
+    }
 
 
 def _paths(rest: Any, at: str = "") -> set[str]:

@@ -127,6 +127,13 @@ def program(pod: dict[str, Any], text: str) -> dict[str, Any]:
     return pod
 
 
+def everything_said(node: Node, root: str) -> dict[str, str]:
+    """All that pods have said: in their logs, in their statuses, and into the store."""
+    store = open_store(root)
+    stored = {e.path: store.read(e.path).data.decode(errors="replace") for e in store.list("")}
+    return {**stored, "logs": "".join(node.logs), "statuses": "".join(node.statuses)}
+
+
 def test_the_pods_that_would_be_submitted_run_the_whole_pipeline_though_the_training_is_evicted(
     node: Node, s3: str, profile: Callable[[str], Profile], config: Path, tmp_path: Path, until: Callable[..., None]
 ) -> None:
@@ -158,6 +165,7 @@ def test_the_pods_that_would_be_submitted_run_the_whole_pipeline_though_the_trai
     assert alias is not None
     release = registry.read_release(open_store(made.root), made.line, alias.version, sha256=alias.manifest_sha256)
     assert release.provenance["run_id"] == made.run_id
+    assert [place for place, text in everything_said(node, made.root).items() if "canary" in text] == []
 
 
 LOOK = """
@@ -219,6 +227,7 @@ def test_a_step_that_refuses_ends_its_pod_with_its_code_and_its_reason_in_the_st
     assert ended.said.splitlines()[-1].startswith("validate_data: data refused (10): ")
     assert "min_train_rows" in ended.said.splitlines()[-1]
     assert len(ended.said) <= 2048
+    assert [place for place, text in everything_said(node, made.root).items() if "canary" in text] == []
 
 
 def test_a_pod_that_takes_too_much_memory_is_read_as_killed_for_it(
