@@ -144,6 +144,9 @@ def test_a_pod_that_the_api_does_not_take_is_explained(
     assert said in told
     assert may_retry is again
     assert cluster.pods() == []
+    cluster.emulator.refuses.clear()
+    begin(step(), context(made, tries=2))
+    assert len(cluster.pods()) == 1, "the next try, or whoever clears the task, finds nothing in the way"
 
 
 class Bucket:
