@@ -11,14 +11,17 @@ from components.merge_adapter import agreement
 from components.merge_adapter.candidates import Measured
 from components.merge_adapter.merge import Merged
 from qlora_retrain import report, verdict
+from qlora_retrain.config.judging import WRITTEN
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain.metrics.measures import title
 from qlora_retrain.scoring import RowScore
 from qlora_retrain.stats import Interval
 from qlora_retrain.verdict import Rule, Verdict
 
 Numbers = dict[str, float | None]
 
-_SHARES = ("accuracy", "agreement")
+_SHARES = ("accuracy", "exact_match", "json_validity", "field_accuracy", "agreement")
+_COLUMNS = ("loss", "accuracy", "macro_f1", *WRITTEN, "kl", "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +99,17 @@ class Certificate:
         return [table_of(self.forms[half], title) for half, title in titles.items() if self.rows[half]]
 
     def _exports(self) -> report.Html:
-        rows = []
-        for name, found in self.exports.items():
-            cost = _with_ends(found, "cost")
-            numbers = [_with_ends(found, key) for key in ("loss", "agreement")]
-            rows.append(
-                [name, "itself" if found["path"] == "." else found["path"], found["size_bytes"] / 2**20, cost, *numbers]
-            )
-        headers = ["form", "below model/", "MiB", "nats a token lost against live", "loss", "tokens chosen as live"]
+        keys = [key for key in _measured(self.exports) if key != "kl"]
+        rows = [
+            [
+                name,
+                "itself" if found["path"] == "." else found["path"],
+                found["size_bytes"] / 2**20,
+                *(_with_ends(found, key) for key in ("cost", *keys)),
+            ]
+            for name, found in self.exports.items()
+        ]
+        headers = ["form", "below model/", "MiB", "nats a token lost against live", *map(title, keys)]
         return report.table(headers, rows, caption=f"on the {self.rows['certification']} rows that certify")
 
 
@@ -172,16 +178,13 @@ def numbers(found: Measured, settings: EvaluateConfig, answers: Mapping[str, str
 
 def table_of(forms: Mapping[str, Numbers], caption: str) -> report.Html:
     """Forms against metrics; what no form has gets no column."""
-    columns = {
-        "loss": "loss, nats a token",
-        "accuracy": "accuracy",
-        "macro_f1": "macro-F1",
-        "kl": "KL from live, nats a token",
-        "agreement": "tokens chosen as live",
-    }
-    shown = {key: title for key, title in columns.items() if any(form.get(key) is not None for form in forms.values())}
-    rows = [[name, *(_with_ends(form, key) for key in shown)] for name, form in forms.items()]
-    return report.table(["form", *shown.values()], rows, caption=caption)
+    keys = _measured(forms)
+    rows = [[name, *(_with_ends(form, key) for key in keys)] for name, form in forms.items()]
+    return report.table(["form", *map(title, keys)], rows, caption=caption)
+
+
+def _measured(forms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [key for key in _COLUMNS if any(form.get(key) is not None for form in forms.values())]
 
 
 def _with_ends(form: Mapping[str, Any], key: str) -> str:

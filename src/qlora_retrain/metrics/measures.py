@@ -19,6 +19,8 @@ _TITLES = {
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
     "json_validity": "JSON validity",
+    "kl": "KL from live, nats a token",
+    "agreement": "tokens chosen as live",
 }
 
 
@@ -70,7 +72,12 @@ def table(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str]
         [contestant, *(f"{shown(n.get(c))} {span(n.get(f'{c}_low'), n.get(f'{c}_high'))}".strip() for c in columns)]
         for contestant, n in measured.items()
     ]
-    return ["contestant", *(_TITLES.get(name, name.replace("_", " ")) for name in columns)], rows
+    return ["contestant", *map(title, columns)], rows
+
+
+def title(metric: str) -> str:
+    """A metric's name over its column."""
+    return _TITLES.get(metric, metric.replace("_", " "))
 
 
 def _level(rows: Sequence[RowScore], metric: str, settings: EvaluateConfig) -> Numbers:
