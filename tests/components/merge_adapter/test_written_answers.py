@@ -154,4 +154,4 @@ def test_a_merged_form_that_writes_no_json_is_refused_though_the_live_model_pass
     rules = {rule["name"]: rule for rule in certificate(written)["rules"]}
     assert rules["json_validity_floor"]["passed"] is False
     assert rules["json_validity_floor"]["value"] < 0.1
-    assert "json validity 0.0000" in str(report.refused)
+    assert "JSON validity 0.0000" in str(report.refused)
