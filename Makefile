@@ -1,6 +1,6 @@
 # Everything a person does here is one of these. Each sets up what it needs, once.
 #
-#   make run         the main job: Airflow runs the demo line, a version is published, pulled and asked a question
+#   make run         the main job: Airflow runs the demo line, a version is published, pulled and asked
 #   make ui          Airflow's UI on loopback, with the history of `make run`
 #   make test        every test that needs no GPU
 #   make test-containers   those of them that run containers: the images, both orchestrators (podman, runc, debootstrap)

@@ -1,7 +1,9 @@
 """How often chance lets a challenger through that should be refused: synthetic challengers exactly at the margin.
 
-`make soak` looks at 1,000 of each kind (the figures of docs/verdict.md: pytest -m soak -s tests/test_false_passes.py);
-the fast tier at fewer, where only a gross mistake shows.
+`make soak` looks at 1,000 of each kind and more (the figures of docs/verdict.md: pytest -m soak -s
+tests/test_false_passes.py); the fast tier at fewer, where only a gross mistake shows. A share of 1,000 is itself known
+only to a point or so: a kind is held to the bound with the upper end of its rate's interval, so that the true rate lies
+below it, whatever the seed.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from qlora_retrain import verdict
 from qlora_retrain.config.judging import EvaluateConfig
 from qlora_retrain.rows import RowScore
+from qlora_retrain.rules import overall
+from qlora_retrain.rules.comparison import metric_of
 
 MARGIN = 0.05
 Draw = Any  # numpy's generator
 Pair = tuple[list[RowScore], list[RowScore]]  # champion, challenger
+Kind = Callable[[Draw, int], Pair]
 
 
 def answers(right: Any, slices: tuple[str, ...] = ()) -> list[RowScore]:
@@ -32,6 +38,10 @@ def losses(nats_a_token: Any, tokens: Any) -> list[RowScore]:
         RowScore(str(i), "eval", float(x * t), int(t))
         for i, (x, t) in enumerate(zip(nats_a_token, tokens, strict=True))
     ]
+
+
+def written(values: Any) -> list[RowScore]:
+    return [RowScore(str(i), "eval", 1.0, 2, values={"rouge_l": float(x)}) for i, x in enumerate(values)]
 
 
 def both_change(draw: Draw, rows: int) -> Pair:
@@ -59,53 +69,87 @@ def skewed_losses(draw: Draw, rows: int) -> Pair:
     return losses(before, tokens), losses(before + MARGIN + draw.gamma(2.0, 0.3, rows) - 0.6, tokens)
 
 
-def heavy_losses(draw: Draw, rows: int) -> Pair:
-    """Rows' differences are lognormal (skewness 6.2): a few rows make the loss, and a sample often has none of them."""
+def lognormal_losses(sigma: float) -> Kind:
+    """Rows' differences are lognormal: a few rows make the loss, and a sample often has none of them."""
+
+    def kind(draw: Draw, rows: int) -> Pair:
+        tokens = draw.integers(3, 40, rows)
+        before = draw.gamma(2.0, 1.0, rows)
+        after = before + MARGIN + 0.3 * (draw.lognormal(0, sigma, rows) - np.exp(sigma**2 / 2))
+        return losses(before, tokens), losses(after, tokens)
+
+    kind.__name__ = f"lognormal_losses({sigma})"
+    return kind
+
+
+def heavy_on_both_sides(draw: Draw, rows: int) -> Pair:
+    """Rows' differences are Student's t with 3 degrees of freedom: no skewness, and rows far out on either side."""
     tokens = draw.integers(3, 40, rows)
     before = draw.gamma(2.0, 1.0, rows)
-    after = before + MARGIN + 0.3 * (draw.lognormal(0, 1, rows) - np.exp(0.5))
-    return losses(before, tokens), losses(after, tokens)
+    return losses(before, tokens), losses(before + MARGIN + 0.3 * draw.standard_t(3, rows), tokens)
 
 
-def false_passes(kind: Callable[[Draw, int], Pair], rows: int, challengers: int) -> float:
-    """The share of challengers, truly worse by just the margin, that the rule against the champion lets through."""
+def all_or_nothing(draw: Draw, rows: int) -> Pair:
+    """Written answers: the challenger scores 0 where the champion scores 1 on 5 % of the rows, else they are alike."""
+    lost = draw.random(rows) < MARGIN
+    level = np.where(lost, 1.0, draw.random(rows))
+    return written(level), written(np.where(lost, 0.0, level))
+
+
+def false_passes(kind: Kind, rows: int, challengers: int) -> int:
+    """How many challengers, truly worse by just the margin, the rule against the champion lets through."""
     draw = np.random.default_rng(5)
-    settings = EvaluateConfig(max_loss_to_champion=MARGIN, bootstrap_samples=1000, max_slice_loss=None)
+    settings = EvaluateConfig(max_loss_to_champion=MARGIN, bootstrap_samples=1000)
     passed = 0
     for _ in range(challengers):
         champion, challenger = kind(draw, rows)
-        judged = verdict.judge({"base": champion, "champion": champion, "challenger": challenger}, settings)
-        passed += next(r for r in judged.rules if r.name == "loss_to_champion").passed is True
-    return passed / challengers
+        scores = {"base": champion, "champion": champion, "challenger": challenger}
+        metric = "rouge_l" if champion[0].values else metric_of(scores)
+        passed += next(overall.losses(scores, metric, settings)).passed is True
+    return passed
 
 
-KINDS = [(both_change, 100), (both_change, 400), (only_worse, 100), (only_worse, 400),
-         (even_losses, 40), (even_losses, 200), (skewed_losses, 40), (skewed_losses, 200)]  # fmt: skip
+def surely_below(passed: int, challengers: int) -> float:
+    """What the true rate lies below with a confidence of 95 %: Clopper and Pearson's upper end (1934)."""
+    return float(beta.ppf(0.95, passed + 1, challengers - passed))
+
+
+KINDS = [(both_change, 100), (both_change, 400), (only_worse, 100), (only_worse, 400), (even_losses, 40),
+         (even_losses, 200), (skewed_losses, 40), (skewed_losses, 200), (heavy_on_both_sides, 40)]  # fmt: skip
+# Nearer to the bound, so more of them are looked at.
+SKEWED = [(lognormal_losses(1.0), 40), (lognormal_losses(1.0), 100), (lognormal_losses(1.25), 100),
+          (lognormal_losses(1.5), 400), (all_or_nothing, 40), (all_or_nothing, 100)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "rows"), [(both_change, 100), (only_worse, 100), (skewed_losses, 60)])
-def test_few_challengers_at_the_margin_pass_by_chance(kind: Callable[[Draw, int], Pair], rows: int) -> None:
+def test_few_challengers_at_the_margin_pass_by_chance(kind: Kind, rows: int) -> None:
     # Of 100 at a true rate of 5 %, more than 12 are seen once in 700 runs.
-    assert false_passes(kind, rows, 100) <= 0.12
+    assert false_passes(kind, rows, 100) <= 12
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("kind", "rows"), KINDS)
-def test_of_a_thousand_challengers_at_the_margin_at_most_one_in_twenty_passes(
-    kind: Callable[[Draw, int], Pair], rows: int
-) -> None:
-    rate = false_passes(kind, rows, 1000)
-    print(f"\n{kind.__name__}, {rows} rows: {rate:.1%} of 1,000 passed")
-    assert rate <= 0.05
+def test_of_a_thousand_challengers_at_the_margin_at_most_one_in_twenty_passes(kind: Kind, rows: int) -> None:
+    passed = false_passes(kind, rows, 1000)
+    print(f"\n{kind.__name__}, {rows} rows: {passed / 1000:.1%} of 1,000 passed")
+    assert surely_below(passed, 1000) <= 0.05
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("rows", "most"), [(40, 0.12), (100, 0.08), (400, 0.05)])
-def test_what_a_few_rows_decide_needs_many_rows(rows: int, most: float) -> None:
-    """The limit of what any resampling can do: with few rows the ones that matter are not among them."""
-    rate = false_passes(heavy_losses, rows, 1000)
-    print(f"\nheavy_losses, {rows} rows: {rate:.1%} of 1,000 passed")
-    assert rate <= most
+@pytest.mark.parametrize(("kind", "rows"), SKEWED)
+def test_what_few_rows_decide_passes_at_most_one_in_twenty(kind: Kind, rows: int) -> None:
+    passed = false_passes(kind, rows, 6000)
+    print(f"\n{kind.__name__}, {rows} rows: {passed / 6000:.1%} of 6,000 passed")
+    assert surely_below(passed, 6000) <= 0.05
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("sigma", "rows"), [(1.0, 30), (1.25, 40), (1.5, 40)])
+def test_the_fewest_rows_let_few_more_through(sigma: float, rows: int) -> None:
+    """The limit of what any statistics can do: with few rows the ones that matter are not among them."""
+    passed = false_passes(lognormal_losses(sigma), rows, 2000)
+    print(f"\nlognormal_losses({sigma}), {rows} rows: {passed / 2000:.1%} of 2,000 passed")
+    assert passed / 2000 <= 0.09
 
 
 @pytest.mark.soak

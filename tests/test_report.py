@@ -11,7 +11,7 @@ import pytest
 from qlora_retrain import report
 
 EVIL = "<script>alert('x')</script>\"'><img src=https://evil.example/x onerror=alert(1)>"
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 
 
 class Outline(HTMLParser):
@@ -78,7 +78,8 @@ def test_a_page_loads_nothing() -> None:
 
 
 def test_a_page_is_the_same_document_apart_from_its_text() -> None:
-    assert outline(everything(EVIL)).tags == outline(everything("plain")).tags
+    tags = [tag for tag in outline(everything(EVIL)).tags if tag != "wbr"]  # where a long word may be broken
+    assert tags == outline(everything("plain")).tags
 
 
 def test_only_what_the_module_made_is_markup() -> None:
@@ -99,6 +100,14 @@ def test_characters_that_cannot_be_written_or_that_deceive_are_shown_as_codes() 
 )
 def test_values_are_shown_as_a_person_reads_them(value: object, shown: str) -> None:
     assert f">{shown}</td>" in report.numbers({"n": value})
+
+
+def test_a_long_word_may_be_broken_and_loses_no_letter() -> None:
+    label, text = "label=declined_cash_withdrawal", "x" * 45 + " short_words stay whole <b>"
+    shown = report.numbers({"a": label, "b": text})
+    assert "<td>label=<wbr>declined_<wbr>cash_<wbr>withdrawal</td>" in shown
+    assert f"<td>{'x' * 20}<wbr>{'x' * 20}<wbr>xxxxx short_words stay whole &lt;b&gt;</td>" in shown
+    assert outline(shown).text.split("\n")[1:3] == [f"a{label}", f"b{text}"]
 
 
 def test_bars_are_as_long_as_their_values() -> None:

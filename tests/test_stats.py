@@ -142,6 +142,42 @@ def test_a_difference_that_few_rows_make_gets_the_wider_interval() -> None:
     assert wide.high > plain.high + 0.1 * (plain.high - plain.value)
 
 
+def test_on_the_side_of_the_long_tail_the_studentized_interval_is_taken_further_out() -> None:
+    """The same ends from a bootstrap of this test's own, with plain sums."""
+    draw, n = random.Random(4), 50
+    values, weights = [draw.lognormvariate(0, 1) for _ in range(n)], [draw.randint(3, 20) for _ in range(n)]
+
+    def mean_and_error(rows: list[int]) -> tuple[float, float]:
+        tokens = sum(weights[i] for i in rows)
+        mean = sum(values[i] * weights[i] for i in rows) / tokens
+        squares = sum((values[i] * weights[i] - mean * weights[i]) ** 2 for i in rows)
+        return mean, math.sqrt(squares * n / (n - 1)) / tokens
+
+    value, error = mean_and_error(list(range(n)))
+    parts = [(x - value) * w for x, w in zip(values, weights, strict=True)]
+    spread = math.sqrt(statistics.fmean(p * p for p in parts))
+    skewness = statistics.fmean(p**3 for p in parts) / spread**3
+    again = [mean_and_error(draw.choices(range(n), k=n)) for _ in range(20_000)]
+    pivots = sorted((mean - value) / e for mean, e in again)
+    low = value - pivots[round(0.975 * 20_000)] * error
+    high = value - pivots[round(0.025 / (1 + 6 * skewness / math.sqrt(n)) * 20_000)] * error
+    sums = [x * w for x, w in zip(values, weights, strict=True)]
+    found = stats.difference_interval(sums, weights, confidence=0.95, samples=20_000, seed=0)
+    assert skewness > 1
+    assert found.high == pytest.approx(high, abs=0.1 * error)
+    plain = value - pivots[round(0.025 * 20_000)] * error
+    assert high > plain + 0.3 * error
+    assert found.low == pytest.approx(min(low, sorted(mean for mean, _ in again)[500]), abs=0.1 * error)
+
+
+def test_a_difference_seen_from_the_other_side_has_the_same_interval() -> None:
+    draw = random.Random(5)
+    values = [draw.lognormvariate(0, 1) - 1 for _ in range(40)]
+    found = stats.difference_interval([-x for x in values], None, **HOW)
+    seen = stats.difference_interval(values, None, **HOW).negative
+    assert (found.value, found.low, found.high) == pytest.approx((seen.value, seen.low, seen.high))
+
+
 def test_an_even_difference_gets_about_the_same_interval_from_both() -> None:
     draw = random.Random(2)
     values, weights = [draw.gauss(1, 2) for _ in range(400)], [draw.randint(3, 30) for _ in range(400)]

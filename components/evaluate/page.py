@@ -136,7 +136,7 @@ def _side_by_side(found: Found, golden: Sequence[Row]) -> list[Html | None]:
             {
                 "asked": "\n".join(turn["content"] for turn in row.messages if turn["role"] == "user"),
                 "wanted": chat.answer_of(row.messages),
-                **{name: found.written[name][row.id] for name in names},
+                **{name: found.written[name][row.id] or "(nothing)" for name in names},
             }
         )
         for row in ordered[:_SHOWN]

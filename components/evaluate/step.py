@@ -49,7 +49,7 @@ def run(
     golden = [row for row in rows if row.suite == "golden"] if config.text_in_reports else []
     (evaluation / "report.html").write_text(page.write(judged, found, config, golden), encoding="utf-8")
     progress.say(judged.sentence)
-    numbers = _numbers(found.measured["eval"])
+    numbers = _numbers(found.measured["eval"], config)
     if judged.verdict == "pass":
         numbers["best"] = overall.best(found.scores, config)
     return judged.report(numbers)
@@ -111,8 +111,8 @@ def _drift_rule(config: EvaluateConfig, champion: Path | None, found: Found) -> 
     return Rule("data_drift", text, found.drift[0].psi, found.drift[0].low, None, config.max_drift, passed)
 
 
-def _numbers(measured: dict[str, dict[str, float | None]]) -> dict[str, Number]:
+def _numbers(measured: dict[str, dict[str, float | None]], config: EvaluateConfig) -> dict[str, Number]:
     numbers: dict[str, Number] = {"rows": max((int(n["rows"] or 0) for n in measured.values()), default=0)}
-    for metric in ("accuracy", "loss"):
+    for metric in dict.fromkeys(("accuracy", "loss", config.primary or "loss")):
         numbers |= {f"{metric}_{name}": n[metric] for name, n in measured.items() if metric in n}
     return numbers

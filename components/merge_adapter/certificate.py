@@ -11,6 +11,7 @@ from components.merge_adapter import agreement
 from components.merge_adapter.candidates import Measured
 from components.merge_adapter.merge import Merged
 from qlora_retrain import report, verdict
+from qlora_retrain.config.judging import WRITTEN
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.scoring import RowScore
 from qlora_retrain.stats import Interval
@@ -18,7 +19,8 @@ from qlora_retrain.verdict import Rule, Verdict
 
 Numbers = dict[str, float | None]
 
-_SHARES = ("accuracy", "agreement")
+_COLUMNS = ("loss", "accuracy", "macro_f1", *WRITTEN, "kl", "agreement")
+_EXPORTED = ("cost", "loss", "accuracy", *WRITTEN, "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +95,23 @@ class Certificate:
             "selection": f"{self.rows['selection']} rows to choose on",
             "certification": f"{self.rows['certification']} rows to certify on",
         }
-        return [table_of(self.forms[half], title) for half, title in titles.items() if self.rows[half]]
+        return [
+            report.table(*verdict.numbers_table(self.forms[half], "form", _COLUMNS), caption=title)
+            for half, title in titles.items()
+            if self.rows[half]
+        ]
 
     def _exports(self) -> report.Html:
-        rows = []
-        for name, found in self.exports.items():
-            cost = _with_ends(found, "cost")
-            numbers = [_with_ends(found, key) for key in ("loss", "agreement")]
-            rows.append(
-                [name, "itself" if found["path"] == "." else found["path"], found["size_bytes"] / 2**20, cost, *numbers]
-            )
-        headers = ["form", "below model/", "MiB", "nats a token lost against live", "loss", "tokens chosen as live"]
-        return report.table(headers, rows, caption=f"on the {self.rows['certification']} rows that certify")
+        headers, rows = verdict.numbers_table(self.exports, "form", _EXPORTED)
+        places = {
+            name: ["itself" if e["path"] == "." else e["path"], e["size_bytes"] / 2**20]
+            for name, e in self.exports.items()
+        }
+        return report.table(
+            [headers[0], "below model/", "MiB", *headers[1:]],
+            [[name, *places[name], *cells] for name, *cells in rows],
+            caption=f"on the {self.rows['certification']} rows that certify",
+        )
 
 
 def rules(config: MergeConfig, settings: EvaluateConfig, live: Sequence[RowScore], merged: Measured) -> list[Rule]:
@@ -168,32 +175,6 @@ def numbers(found: Measured, settings: EvaluateConfig, answers: Mapping[str, str
         if interval := value(found.agreement, settings):
             known |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return known
-
-
-def table_of(forms: Mapping[str, Numbers], caption: str) -> report.Html:
-    """Forms against metrics; what no form has gets no column."""
-    columns = {
-        "loss": "loss, nats a token",
-        "accuracy": "accuracy",
-        "macro_f1": "macro-F1",
-        "kl": "KL from live, nats a token",
-        "agreement": "tokens chosen as live",
-    }
-    shown = {key: title for key, title in columns.items() if any(form.get(key) is not None for form in forms.values())}
-    rows = [[name, *(_with_ends(form, key) for key in shown)] for name, form in forms.items()]
-    return report.table(["form", *shown.values()], rows, caption=caption)
-
-
-def _with_ends(form: Mapping[str, Any], key: str) -> str:
-    value, low, high = (form.get(name) for name in (key, f"{key}_low", f"{key}_high"))
-    if value is None:
-        return ""
-    if key in _SHARES:
-        return f"{value:.1%}" if low is None or high is None else f"{value:.1%} ({low:.1%} to {high:.1%})"
-    # Fixed decimals, so that forms can be compared down a column.
-    digits = 5 if key == "kl" else 4
-    shown = f"{value:.{digits}f}"
-    return shown if low is None or high is None else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _said(found: Interval | None) -> str:

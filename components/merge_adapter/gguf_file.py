@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from components.merge_adapter.weights import Weights
-from qlora_retrain import chat
+from qlora_retrain import chat, gguf_names
 from qlora_retrain.errors import IntegrityError, UsageError
 
 TYPES = {
@@ -45,21 +45,17 @@ _FAMILIES = {
     "Qwen2ForCausalLM": _Family(gguf.MODEL_ARCH.QWEN2, interleaved=False),
     "Qwen3ForCausalLM": _Family(gguf.MODEL_ARCH.QWEN3, interleaved=False),
 }
-# How a tokenizer cuts text before its merges, and llama.cpp's name for that cut.
-_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CUTS = {
-    (("ByteLevel", True),): "gpt-2",
-    (("Digits", True), ("ByteLevel", True)): "smollm",
-    (("Split", _ENGLISH + r"\p{N}{1,3}" + _REST), ("ByteLevel", False)): "llama-bpe",
-    (("Split", _ENGLISH + r"\p{N}" + _REST), ("ByteLevel", False)): "qwen2",
-}
 
 
 def check(base_model: Path) -> None:
-    """Raise `UsageError` where the model cannot be written as GGUF; reads config and tokenizer alone."""
-    _family(_config(base_model))
-    _cut(_tokenizer(base_model))
+    """Raise `UsageError` where the model cannot be written as GGUF; no weight is read but its name."""
+    config = _config(base_model)
+    family = _FAMILIES[gguf_names.family(config)]
+    gguf_names.cut(_tokenizer(base_model))
+    names = _names(family, config)
+    with Weights(base_model) as weights:
+        for name in weights.names:
+            _target(names, name)
 
 
 def write(model: Path, path: Path, kind: str) -> None:
@@ -72,12 +68,12 @@ def write(model: Path, path: Path, kind: str) -> None:
             layer are stored as q8_0, as llama.cpp's own quantizer gives them more bits than the rest.
 
     Raises:
-        UsageError: If the family or the tokenizer has no name in GGUF.
+        UsageError: If the family, the tokenizer or a tensor has no name in GGUF.
         IntegrityError: If a number is too large for f16.
     """
     config = _config(model)
-    family = _family(config)
-    names = gguf.get_tensor_name_map(family.arch, config["num_hidden_layers"])
+    family = _FAMILIES[gguf_names.family(config)]
+    names = _names(family, config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     _describe(writer, config, kind)
     _add_tokenizer(writer, model, config["vocab_size"])
@@ -85,9 +81,7 @@ def write(model: Path, path: Path, kind: str) -> None:
         plan = []
         for name in weights.names:
             spec = weights.spec(name)
-            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if target is None:
-                raise UsageError(f"merge.exports: {kind}: GGUF has no name for {name}; take {kind} out of the list")
+            target = _target(names, name)
             stored = _type(target, spec.shape, kind)
             shape = gguf.quant_shape_to_byte_shape(spec.shape, stored)
             size = int(np.prod(shape))
@@ -106,6 +100,17 @@ def write(model: Path, path: Path, kind: str) -> None:
     writer.close()
 
 
+def _names(family: _Family, config: dict[str, Any]) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(family.arch, config["num_hidden_layers"])
+
+
+def _target(names: gguf.TensorNameMap, name: str) -> str:
+    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise UsageError(f"merge.exports: GGUF has no name for {name}; take the gguf forms out of the list")
+    return found
+
+
 def _config(model: Path) -> dict[str, Any]:
     """config.json as this version of transformers understands it: older names are renamed, defaults filled in."""
     from transformers import AutoConfig
@@ -116,16 +121,6 @@ def _config(model: Path) -> dict[str, Any]:
     found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
     found["num_key_value_heads"] = getattr(config, "num_key_value_heads", None) or heads
     return found
-
-
-def _family(config: dict[str, Any]) -> _Family:
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in _FAMILIES:
-        raise UsageError(f"merge.exports: GGUF is written for {', '.join(_FAMILIES)}; the base is {name}")
-    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope != "default":
-        raise UsageError(f"merge.exports: GGUF is written for rotary embeddings without scaling; the base has {rope}")
-    return _FAMILIES[name]
 
 
 def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> None:
@@ -173,26 +168,6 @@ def _tokenizer(model: Path) -> dict[str, Any]:
     return found
 
 
-def _cut(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for how the tokenizer cuts text."""
-    model, node = tokenizer["model"]["type"], tokenizer.get("pre_tokenizer") or {}
-    parts = node.get("pretokenizers", [node])
-    said = tuple((part.get("type"), _setting(part)) for part in parts)
-    if model != "BPE" or said not in _CUTS:
-        known = ", ".join(_CUTS.values())
-        raise UsageError(f"merge.exports: GGUF is written for byte-level BPE cut as {known}; the base's is another one")
-    return _CUTS[said]
-
-
-def _setting(part: dict[str, Any]) -> Any:
-    """What tells two cuts of one type apart."""
-    if part.get("type") == "Split":
-        return part["pattern"].get("Regex") if part.get("behavior") == "Isolated" and not part.get("invert") else None
-    if part.get("type") == "Digits":
-        return part.get("individual_digits")
-    return part.get("use_regex", True) if not part.get("add_prefix_space") else None
-
-
 def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocabulary: int) -> None:
     document, tokenizer = _tokenizer(model), chat.load_tokenizer(model)
     tokens = [f"[PAD{i}]" for i in range(vocabulary)]
@@ -204,7 +179,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocabulary: int) -> Non
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in document["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")  # GGUF's word for byte-level BPE
-    writer.add_tokenizer_pre(_cut(document))
+    writer.add_tokenizer_pre(gguf_names.cut(document))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

@@ -106,7 +106,7 @@ def run(
     (model / "certificate.json").write_text(text + "\n", encoding="utf-8")
     (model / "report.html").write_text(certified.page(), encoding="utf-8")
     progress.say(certified.judged.sentence)
-    return certified.judged.report(_numbers(certified))
+    return certified.judged.report(_numbers(certified, given.settings))
 
 
 def _sides(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:
@@ -187,7 +187,7 @@ def _certify(
     )
 
 
-def _numbers(certified: Certificate) -> dict[str, Number]:
+def _numbers(certified: Certificate, settings: EvaluateConfig) -> dict[str, Number]:
     """What the log's last line says, of the rows that certify."""
     forms = certified.forms["certification"]
     merged = forms[certified.base]
@@ -198,7 +198,7 @@ def _numbers(certified: Certificate) -> dict[str, Number]:
         "kl_nats": merged.get("kl"),
         "agreement": merged.get("agreement"),
     }
-    for metric in ("accuracy", "loss"):
+    for metric in dict.fromkeys(("accuracy", "loss", settings.primary or "loss")):
         numbers |= {f"{metric}_{name}": found[metric] for name, found in forms.items() if metric in found}
     numbers |= {f"loss_{name}": found.get("loss") for name, found in certified.exports.items() if name != "bf16"}
     return numbers | {"modules": certified.built.modules, "weights_bytes": certified.built.weights_bytes}

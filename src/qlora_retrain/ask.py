@@ -1,11 +1,12 @@
-"""Ask a model folder one question, with plain transformers: what a consumer of a published version does.
+"""Ask a model folder questions, with plain transformers: what a consumer of a published version does.
 
-Command: `qlora-retrain ask FOLDER QUESTION [--system TEXT]`
+Command: `qlora-retrain ask FOLDER QUESTION... [--system TEXT]`
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_retrain import chat
@@ -25,8 +26,8 @@ def model_folder(folder: Path) -> tuple[Path, str | None]:
     return folder, None
 
 
-def answer(folder: Path, question: str, system: str | None) -> str:
-    """The model's greedy answer, without special tokens."""
+def answers(folder: Path, questions: Sequence[str], system: str | None) -> list[str]:
+    """The model's greedy answer to each question, without special tokens."""
     import torch
 
     from qlora_retrain.modeling import load_base
@@ -34,15 +35,17 @@ def answer(folder: Path, question: str, system: str | None) -> str:
     tokenizer = chat.load_tokenizer(folder)
     model = load_base(folder, dtype="auto")
     turns = [{"role": "system", "content": system}] if system else []
-    ids = torch.tensor([chat.prompt_ids(tokenizer, [*turns, {"role": "user", "content": question}])])
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_MAX_NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return str(text).strip()
+    found = []
+    for question in questions:
+        ids = torch.tensor([chat.prompt_ids(tokenizer, [*turns, {"role": "user", "content": question}])])
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_MAX_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        found.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+    return found

@@ -173,7 +173,9 @@ def _ask(args: argparse.Namespace) -> int:
     from qlora_retrain import ask
 
     folder, system = ask.model_folder(args.folder)
-    print(ask.answer(folder, args.question, args.system or system))
+    found = ask.answers(folder, args.question, args.system or system)
+    for answer in found:
+        print(answer if len(found) == 1 else " ".join(answer.split()))  # of several, a line each
     return 0
 
 
@@ -279,9 +281,9 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_kfp.add_verbs(verbs.add_parser("kfp", help="the pipeline on Kubeflow Pipelines"), common, stored, settings)
 
-    verb = verbs.add_parser("ask", help="ask a pulled version, or any model folder, a question", parents=[common])
+    verb = verbs.add_parser("ask", help="ask a pulled version, or any model folder, questions", parents=[common])
     verb.add_argument("folder", type=Path)
-    verb.add_argument("question")
+    verb.add_argument("question", nargs="+", help="each is asked by itself; of several, each answer is a line")
     verb.add_argument("--system", help="system turn; default: the one that the version was trained with")
     verb.set_defaults(run=_ask)
     return parser

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qlora_retrain import code, graph, keys, registry, sources, uris
+from qlora_retrain import code, gguf_names, graph, keys, registry, sources, uris
 from qlora_retrain.config.knobs import Section
 from qlora_retrain.config.load import LineConfig, load
 from qlora_retrain.errors import IntegrityError, UsageError
@@ -197,6 +197,7 @@ def _build(config: LineConfig, store: Store, name: str, at: datetime) -> Plan:
         "golden_data": _pin("golden_data", config),
         "reference_data": _pin("reference_data", config),
     }
+    _refuse_exports(config, pinned["base_model"])
     champion_alias, _ = registry.alias(store, config.line, registry.PRODUCTION)
     release = None
     versions: dict[str, Champion | None] = dict.fromkeys(graph.VERSIONS)
@@ -249,6 +250,12 @@ def _version(store: Store, line: str, version: str) -> Champion:
 def _pin(name: str, config: LineConfig) -> Pinned | None:
     source = getattr(config.sources, name)
     return None if source is None else sources.pin(name, source.uri, source.files)
+
+
+def _refuse_exports(config: LineConfig, base: Pinned | None) -> None:
+    """Refuse forms that the base has no name for: the step that makes them comes after hours of training."""
+    if base is not None and any(name.startswith("gguf") for name in config.merge.exports):
+        gguf_names.refuse(sources.documents(base, gguf_names.FILES))
 
 
 def _planned(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,14 +36,17 @@ _STYLE = """
 --s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b5578f;--s4:#a87400;--s5:#3f8fc0}
 @media(prefers-color-scheme:dark){:root{--text:#e6edf3;--soft:#9198a1;--line:#3d444d;--back:#0d1117;
 --s0:#56b4e9;--s1:#ff8c42;--s2:#2cc79a;--s3:#e49bc4;--s4:#e6b422;--s5:#8fc7ff}}
-body{max-width:60rem;margin:2rem auto;padding:0 1rem;background:var(--back);color:var(--text);
+body{max-width:76rem;margin:2rem auto;padding:0 1rem;background:var(--back);color:var(--text);
 font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.sentence{font-size:1.1rem;font-weight:600}
 table{border-collapse:collapse;margin:.8rem 0;width:100%}caption{text-align:left;color:var(--soft)}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
-overflow-wrap:break-word}
-th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.wide{overflow-x:auto}@media(max-width:40rem){.wide table{min-width:38rem}}
+overflow-wrap:break-word}th{color:var(--soft);font-weight:600}.bad{color:var(--s1);font-weight:600}
+.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+p,table,figure{max-width:60rem}.wide table{max-width:none}.wide{overflow-x:auto}
+.wide .told{white-space:nowrap}@media(max-width:40rem){.wide table{min-width:38rem}}
+.wide tr>:first-child{position:sticky;left:0;background:var(--back)}
+.facts{width:auto}.facts th{min-width:6rem}.facts td{white-space:pre-line}
 .bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
 .marks td:last-child{width:58%}.told{color:var(--soft);font-size:.85rem}
 .forest{position:relative;height:1.1rem;margin-top:.25rem}.forest i{position:absolute;top:0;bottom:0}
@@ -53,6 +57,8 @@ svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-se
 .key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:1.4rem;border-top:3px solid}
 """
 _COLOURS = 6
+_WORD = 20  # letters of a word that a telephone's column holds
+_PIECE = re.compile(rf"[^_/.=&?:-]{{0,{_WORD}}}[_/.=&?:-]|[^_/.=&?:-]{{1,{_WORD}}}")
 _NARROW = 3  # columns that fit a telephone; more of them scroll
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 280, 64, 16, 12, 44
 
@@ -91,7 +97,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
 def numbers(mapping: Mapping[str, object]) -> Html:
     """Names and their values, one a line; units belong in the names."""
     body = "".join(f"<tr><th>{_text(name)}</th>{_cell(value)}</tr>\n" for name, value in mapping.items())
-    return Html(f"<table><tbody>\n{body}</tbody></table>")
+    return Html(f'<table class="facts"><tbody>\n{body}</tbody></table>')
+
+
+def bad(text: str) -> Html:
+    """A word of a table that must catch the eye."""
+    return Html(f'<span class="bad">{_text(text)}</span>')
+
+
+def with_ends(value: str, ends: str) -> Html:
+    """A number of a table with its interval below it, which is never broken."""
+    return Html(f'{_text(value)}<br><span class="told">{_text(ends)}</span>')
 
 
 def bar_chart(values: Mapping[str, float], caption: str = "") -> Html:
@@ -101,7 +117,7 @@ def bar_chart(values: Mapping[str, float], caption: str = "") -> Html:
     for name, value in values.items():
         share = value / most * 100 if most > 0 and math.isfinite(value) and value > 0 else 0.0
         bar = f'<div class="bar" style="width:{share:.2f}%"></div>' if share else ""
-        body += f"<tr><td>{_text(name)}</td>{_cell(value)}<td>{bar}</td></tr>\n"
+        body += f"<tr><td>{_breakable(name)}</td>{_cell(value)}<td>{bar}</td></tr>\n"
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(f'<table class="bars">{title}<tbody>\n{body}</tbody></table>')
 
@@ -131,7 +147,7 @@ def forest_plot(marks: Sequence[Mark], caption: str = "") -> Html:
             parts += f'<i class="limit" style="left:{place(m.limit)}"></i>'
         limit = "" if m.limit is None else f", limit {_number(m.limit)}"
         told = f"{m.value:+.3f} ({m.low:+.3f} to {m.high:+.3f}){limit}"
-        body += f'<tr><td>{_text(m.name)}<br><span class="told">{_text(told)}</span></td>'
+        body += f'<tr><td>{_breakable(m.name)}<br><span class="told">{_text(told)}</span></td>'
         body += f'<td><div class="forest" role="img" aria-label="{_text(told)}">{parts}</div></td></tr>\n'
     ends = f'<span class="told">{_number(low)}</span><span class="told">{_number(high)}</span>'
     foot = f'<tr><td></td><td><div class="scale">{ends}</div></td></tr>'
@@ -182,6 +198,12 @@ def _text(value: object) -> str:
     return html.escape(shown, quote=True)
 
 
+def _breakable(value: object) -> str:
+    """Text for a narrow column: a long word (a label, a path) may be broken after its marks, or where it must."""
+    words = re.split(rf"(\S{{{_WORD + 1},}})", str(value))  # every second one is long
+    return "".join("<wbr>".join(map(_text, _PIECE.findall(w))) if i % 2 else _text(w) for i, w in enumerate(words))
+
+
 def _joined(blocks: Iterable[str]) -> str:
     return "\n".join(b if isinstance(b, Html) else f"<p>{_text(b)}</p>" for b in blocks)
 
@@ -193,7 +215,7 @@ def _cell(value: object) -> str:
         return f"<td>{'-' if value is None else 'yes' if value else 'no'}</td>"
     if isinstance(value, (int, float)):
         return f'<td class="n">{_number(value)}</td>'
-    return f"<td>{_text(value)}</td>"
+    return f"<td>{_breakable(value)}</td>"
 
 
 def _is_number(value: object) -> bool:

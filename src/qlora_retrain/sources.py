@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
@@ -82,6 +84,23 @@ def pin(name: str, uri: str, patterns: Sequence[str]) -> Pinned:
     if name == "base_model":
         _refuse_unsafe(pinned)
     return pinned
+
+
+def documents(source: Pinned, names: Sequence[str]) -> dict[str, Any]:
+    """The JSON objects in the files of these names that the source is known to have; a commit's files are not known.
+
+    Raises:
+        IntegrityError: If a file holds something else.
+    """
+    found: dict[str, Any] = {}
+    for path in (file.path for file in source.files if file.path in names):
+        try:
+            found[path] = json.loads(open_store(source.uri).read(path).data)
+        except ValueError as error:
+            raise IntegrityError(f"{uris.masked(source.uri)}: {path} is not valid JSON: {error}") from error
+        if not isinstance(found[path], dict):
+            raise IntegrityError(f"{uris.masked(source.uri)}: {path} is not a JSON object")
+    return found
 
 
 def fetch(source: Pinned, folder: Path) -> None:

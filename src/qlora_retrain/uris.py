@@ -11,6 +11,7 @@ from qlora_retrain.errors import UsageError
 # User info (a password may hold a /, so up to the last @; an hf:// commit follows an @ of its own), or what could be
 # one, and a query or a fragment.
 _USER = re.compile(r"""(?<!hf)://[^\s/'"][^\s'"]*@|://[^\s/'"]*@|://[^\s/'"]*:[^\s'"]*""")
+_ENDPOINT = re.compile(r"https?://[^\s/@:?#]+:\d{1,5}(/[^@]*)?")  # a server with its port, and no user
 _QUERY = re.compile(r"""(://[^\s?#'"]*[?#])[^\s'"]*""")
 
 
@@ -24,7 +25,7 @@ def refuse_secrets(uri: str) -> None:
     parts = urlsplit(uri)
     # hf://owner/name@commit has its @ in the path; only the part before the first / is a host. A colon there ends a
     # user's name too: a password may hold a /, and neither a bucket nor an owner has one.
-    if parts.scheme and ("@" in parts.netloc or ":" in parts.netloc):
+    if parts.scheme and ("@" in parts.netloc or ":" in parts.netloc) and not _ENDPOINT.fullmatch(uri):
         raise ValueError(
             f"{masked(uri)}: a URI must not hold a user or password; credentials come from the environment"
         )

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_retrain import chat, modeling
 
+JSON = '["{}",1]'
 LABELS = ["delivery", "login", "refund"]
 PHRASES = {"refund": "my money back", "delivery": "where is the parcel", "login": "I cannot sign in"}
 
 
-def example(label: str, number: int) -> dict[str, object]:
-    """A row of a data set: one turn of each side."""
+def example(label: str, number: int, form: str = "{}") -> dict[str, Any]:
+    """A row of a data set: one turn of each side, the label in the form of the answer."""
     text = f"{PHRASES[label]} of order number {1000 + number}"
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+    answer = form.replace("{}", label)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return {"id": chat.row_id(messages), "messages": messages}
 
 
@@ -43,17 +46,27 @@ def tiny_nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rank-8 adapter over the tiny 4-bit model, trained by a loop of this file until it knows the tickets."""
+    return train(tiny_nf4, tmp_path_factory.mktemp("tiny-adapter"), "{}")
+
+
+@pytest.fixture(scope="session")
+def json_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but it answers in JSON."""
+    return train(tiny_nf4, tmp_path_factory.mktemp("json-adapter"), JSON)
+
+
+def train(nf4: Path, folder: Path, form: str) -> Path:
+    """Train an adapter to answer tickets in a form."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("tiny-adapter")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small are slower on more
     torch.manual_seed(0)
-    base = modeling.load_nf4(tiny_nf4, dtype="float32")
+    base = modeling.load_nf4(nf4, dtype="float32")
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    tokenizer = chat.load_tokenizer(tiny_nf4)
-    rows = [chat.encode(tokenizer, example(label, i)["messages"]) for i in range(500, 510) for label in LABELS]
+    tokenizer = chat.load_tokenizer(nf4)
+    rows = [chat.encode(tokenizer, example(label, i, form)["messages"]) for i in range(500, 510) for label in LABELS]
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
     judged = torch.tensor([row.supervised + [False] * (width - len(row.supervised)) for row in rows])
@@ -71,9 +84,9 @@ def tiny_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def write_dataset() -> Callable[..., Path]:
     """Write a data set: so many evaluation rows, and golden ones, of a task."""
 
-    def write(folder: Path, rows: int = 36, golden: int = 0, task: str = "labels") -> Path:
+    def write(folder: Path, rows: int = 36, golden: int = 0, task: str = "labels", form: str = "{}") -> Path:
         folder.mkdir()
-        made = [example(LABELS[i % 3], i) for i in range(rows + golden)]
+        made = [example(LABELS[i % 3], i, form) for i in range(rows + golden)]
         for name, part in {"train": [], "eval": made[:rows], "golden": made[rows:]}.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         document = {

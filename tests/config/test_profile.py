@@ -54,7 +54,12 @@ def test_every_error_comes_at_once_with_its_line_and_the_near_match(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "variable",
-    ["AWS_SECRET_ACCESS_KEY: canary-1", "AWS_SESSION_TOKEN: canary-1", "AWS_ENDPOINT_URL: http://a:canary-1@b"],
+    [
+        "AWS_SECRET_ACCESS_KEY: canary-1",
+        "AWS_SESSION_TOKEN: canary-1",
+        "AWS_ENDPOINT_URL: http://a:canary-1@b",
+        "AWS_ENDPOINT_URL: http://a:90/canary-1@b",
+    ],
 )
 def test_a_secret_in_a_variable_is_refused_and_not_repeated(tmp_path: Path, variable: str) -> None:
     said = refusal(tmp_path, f"env: {{'{variable.replace(': ', chr(39) + ': ' + chr(39), 1)}'}}\n")
@@ -62,6 +67,11 @@ def test_a_secret_in_a_variable_is_refused_and_not_repeated(tmp_path: Path, vari
     assert "canary-1" not in said
 
 
-def test_files_with_credentials_may_be_named() -> None:
-    env = {"AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws", "AWS_WEB_IDENTITY_TOKEN_FILE": "/run/secrets/token"}
+def test_files_with_credentials_and_a_store_of_ones_own_may_be_named() -> None:
+    env = {
+        "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/run/secrets/token",
+        "HF_TOKEN_PATH": "/run/secrets/hf/token",
+        "AWS_ENDPOINT_URL": "http://minio.storage:9000",
+    }
     assert Profile(env=env).env == env

@@ -53,7 +53,10 @@ CANARIES = {
 
 @dataclass
 class Engine:
-    """Podman behind Docker's API, on a socket of its own; it can be stopped and started while containers run."""
+    """Podman behind Docker's API, on a socket of its own; it can be stopped and started while containers run.
+
+    It works in the socket's folder: a container that is killed for memory leaves a file called `oom` there.
+    """
 
     socket: Path
     service: subprocess.Popen[bytes] | None = None
@@ -63,7 +66,6 @@ class Engine:
         return f"unix://{self.socket}"
 
     def start(self) -> None:
-        # In a folder of its own: a container that is killed for memory leaves a file called `oom` there.
         command = ["podman", "system", "service", "--time=0", self.url]
         self.service = subprocess.Popen(command, cwd=self.socket.parent)
         until(self.socket.exists, 30)
@@ -81,7 +83,7 @@ class Engine:
 
     def __call__(self, *arguments: str) -> str:
         """Podman's own command, which needs no service."""
-        done = subprocess.run(["podman", *arguments], capture_output=True, text=True)
+        done = subprocess.run(["podman", *arguments], cwd=self.socket.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -22,7 +22,7 @@ PROFILE = {
     "light_image": "registry.example:5000/light:7",
     "train_image": "train@sha256:" + "0" * 64,
     "image_pull_secrets": ["registry"],
-    "env": {"AWS_REGION": "eu-west-1", "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws/credentials"},
+    "env": {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws/credentials"},
     "secrets": [{"name": "store-credentials", "mount": "/run/secrets/aws"}],
     "work_gib": 50,
     "light": {"cpus": 0.5, "memory_gib": 2},

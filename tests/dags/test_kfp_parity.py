@@ -141,7 +141,7 @@ def test_a_pod_is_what_the_profile_says(compiled: Compiled, name: str) -> None:
         found["accelerator"] = {k: v for k, v in accelerator.items() if k.startswith("resource")}
     assert found == asked
     assert {item["name"]: item["value"] for item in runs["env"]} == {
-        "AWS_REGION": "eu-west-1",
+        "AWS_DEFAULT_REGION": "eu-west-1",
         "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws/credentials",
         "QLORA_RETRAIN_IMAGE": TRAIN if kind != "light" else LIGHT,
         "QLORA_RETRAIN_CACHE": f"{containers.WORK}/cache",

@@ -1,11 +1,12 @@
 """The whole pipeline as pods, by a real Airflow: scheduler, triggerer, and Kubernetes' API over HTTP.
 
-The test is the kubelet: it runs every pod's command line. In the middle the triggerer is killed, and the pod evicted.
+The test is the kubelet: it runs every pod's command line. In the middle scheduler and triggerer are killed, and the pod
+is evicted while neither runs.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,15 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import yaml
 
 from qlora_retrain.code import project_root
 from qlora_retrain.store import open_store
+from tests.runtimes.kubernetes import canaries
 
 if TYPE_CHECKING:
     from qlora_retrain.runtimes.embedded import EmbeddedAirflow
-    from tests.runtimes.cluster import Cluster
+    from tests.runtimes.kubernetes.cluster import Cluster
 
 pytestmark = [
     pytest.mark.airflow,
@@ -101,7 +104,7 @@ class Kubelet:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    from tests.runtimes.cluster import running
+    from tests.runtimes.kubernetes.cluster import running
 
     yield from running(tmp_path)
 
@@ -121,8 +124,7 @@ def airflow(
         "QLORA_RETRAIN_PIPELINES": str(tmp_path / "pipelines"),
         "QLORA_RETRAIN_PROFILE": str(project_root() / "manifests" / "profiles" / "gpu.yaml"),
         "KUBECONFIG": str(cluster.kubeconfig),
-        "AWS_SECRET_ACCESS_KEY": "canary-environment-04b7",
-        "AIRFLOW_CONN_AWS_DEFAULT": json.dumps({"conn_type": "aws", "password": "canary-connection-8a60"}),
+        **canaries.environment(tmp_path),
         # A triggerer that was killed is found out in seconds, not in half a minute.
         "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "5",
         "OMP_NUM_THREADS": "1",
@@ -150,7 +152,22 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def test_a_run_survives_a_killed_triggerer_and_an_evicted_pod_and_runs_nothing_twice(
+def kill_scheduler(airflow: EmbeddedAirflow) -> None:
+    """SIGKILL it, its executor's processes, and what of ours would have ended them in order."""
+    leash = airflow._parts.pop("scheduler")
+    parent = psutil.Process(leash.pid)
+    for process in [*parent.children(recursive=True), parent]:
+        process.kill()
+    leash.wait()
+
+
+def everything_written(airflow: EmbeddedAirflow, cluster: Cluster) -> dict[str, str]:
+    """Airflow's database, with rendered templates, XComs and triggers in it; its logs; all that the API was sent."""
+    files = {str(p): p.read_bytes().decode(errors="replace") for p in airflow.home.rglob("*") if p.is_file()}
+    return {**files, "sent": str([request.data for request in cluster.emulator if request.data])}
+
+
+def test_a_run_survives_a_killed_scheduler_and_triggerer_and_an_evicted_pod_and_runs_nothing_twice(
     cluster: Cluster, airflow: EmbeddedAirflow, tmp_path: Path
 ) -> None:
     pools = yaml.safe_load((project_root() / "manifests" / "airflow" / "values.yaml").read_text())
@@ -163,10 +180,13 @@ def test_a_run_survives_a_killed_triggerer_and_an_evicted_pod_and_runs_nothing_t
             run = airflow.api.trigger("pods", {})
             until(kubelet.held.is_set, 400)
             until(lambda: state(airflow, run, "train_qlora") == "deferred", 60)
+            kill_scheduler(airflow)
             kill(waiting)
-            waiting = triggerer(airflow)
             kubelet.evict.set()
-            until(lambda: airflow.api.run("pods", run)["state"] in ("success", "failed"), 500)
+            until(lambda: "Evicted" in str(cluster.pods()), 60)
+            airflow._start("scheduler")
+            waiting = triggerer(airflow)
+            until(lambda: is_over(airflow, run), 500)
         told = {t.name: t.state for t in airflow.api.tasks("pods", run)}
         assert set(told.values()) == {"success"}, told
     finally:
@@ -178,12 +198,22 @@ def test_a_run_survives_a_killed_triggerer_and_an_evicted_pod_and_runs_nothing_t
     assert any(entry.path.endswith("manifest.json") for entry in store.list("models/pods/versions"))
     first = airflow.log_file("pods", run, "train_qlora", 1).read_text()
     assert "try again (75): Evicted: The node was low on resource: memory." in first
-    logs = "".join(path.read_text(errors="replace") for path in (airflow.home / "logs").rglob("*.log"))
-    assert "canary" not in logs
+    written = everything_written(airflow, cluster)
+    assert [place for place, text in written.items() if "canary" in text] == []
+    database = next(text for place, text in written.items() if place.endswith("airflow.db"))
+    assert all(word in database for word in ("rendered_task_instance_fields", "components.train_qlora", "xcom"))
+    assert "components.train_qlora" in written["sent"]
 
 
 def state(airflow: EmbeddedAirflow, run: str, task: str) -> str | None:
     return next(t.state for t in airflow.api.tasks("pods", run) if t.name == task)
+
+
+def is_over(airflow: EmbeddedAirflow, run: str) -> bool:
+    """Whether the run has ended; an API server that is slow is asked again."""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        return airflow.api.run("pods", run)["state"] in ("success", "failed")
+    return False
 
 
 def until(true: Callable[[], object], seconds: float) -> None:

@@ -124,6 +124,32 @@ def test_what_a_profile_names_exists_and_what_exists_is_named(name: str) -> None
 
 
 @pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_and_airflows_values_name_a_region_that_boto3_reads(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3.session
+
+    for variable in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE", "AWS_CONFIG_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/none")
+    values = yaml.safe_load((ROOT / "airflow" / "values.yaml").read_text())
+    for environment in (profile(name).env, {variable["name"]: variable["value"] for variable in values["env"]}):
+        with monkeypatch.context() as patch:
+            for variable, text in environment.items():
+                if variable.startswith("AWS_"):
+                    patch.setenv(variable, text)
+            assert boto3.session.Session().region_name == "eu-west-1"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_pods_give_way_to_services_and_still_get_nodes_made_for_them(name: str) -> None:
+    (priority,) = of(name, "PriorityClass")
+    assert -10 <= priority["value"] < 0, "below -10 Cluster Autoscaler makes no node"
+    assert priority["preemptionPolicy"] == "Never"
+    assert priority["globalDefault"] is False
+
+
+@pytest.mark.parametrize("name", PROFILES)
 def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None:
     cluster = profile(name)
     (quota,) = of(name, "ResourceQuota")
@@ -178,11 +204,24 @@ def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() 
 def test_the_fault_drill_names_tests_that_exist() -> None:
     page = (ROOT.parent / "docs" / "fault-drill.md").read_text()
     files = {ROOT.parent / name for name in re.findall(r"`(tests/[\w/]+\.py)`", page)}
-    assert len(files) == 4
+    assert len(files) == 6
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 10
     assert named <= defined
+
+
+def test_the_page_on_deploying_names_files_overlays_and_names_that_exist() -> None:
+    page = (ROOT.parent / "docs" / "deploy.md").read_text()
+    files = set(re.findall(r"(?:manifests|tests|docs)/[\w./-]*\w", page))
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT.parent / name).exists()] == []
+    assert set(re.findall(r"\w+-policy\.json", page)) == {p.name for p in (ROOT / "bucket").glob("*-policy.json")}
+    assert set(re.findall(r"apply -k manifests/overlays/(\w+)", page)) | {"gpu"} == set(OVERLAYS)
+    assert set(re.findall(r"create secret generic (\S+)", page)) == BY_HAND
+    assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(profile(name).namespace for name in PROFILES)}
+    for values in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        assert isinstance(yaml.safe_load(values), dict)
 
 
 def policy(name: str) -> list[Document]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qlora_retrain import plan
 from qlora_retrain.config.load import load
 from qlora_retrain.runtimes import demo
 from qlora_retrain.runtimes.board import Board
@@ -94,7 +95,7 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
         f"sources: {{raw_data: {tickets}, base_model: {tiny_model}, golden_data: {golden}}}\n"
         "data: {task: labels, system: Name the intent., eval_fraction: 0.2, max_length_tokens: 256}\n"
         "train: {learning_rate: 1e-2, epochs: 4, batch_size: 16, dropout: 0.0, rank: 8}\n"
-        "evaluate: {first_release: true, min_gain_over_base: 0.1, bootstrap_samples: 500}\n"
+        "evaluate: {first_release: true, min_gain_over_base: 0.1, bootstrap_samples: 500, text_in_reports: true}\n"
         "merge: {max_loss_nats: 0.5}\n"
     )
     with start(tmp_path) as process:
@@ -111,8 +112,19 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
     reports = re.findall(r"report    (.*)", output)
     assert len(reports) == 4
     assert all(Path(r).is_file() for r in reports)
-    assert 'question  "I want my money back for order number 1000"  (wanted: refund)' in output
-    assert re.search(r"^production refund$", output, flags=re.MULTILINE)
+    told = re.findall(
+        r'^(right|wrong)     (eval|golden): "(.*)"\n          (\w+)(?:  \(wanted: (\w+)\))?$', output, re.M
+    )
+    assert [kind for _, kind, _, _, _ in told] == ["eval"] * 4 + ["golden"] * 2
+    rows = [json.loads(line)["messages"] for line in tickets.read_text().splitlines()]
+    wanted = {turns[0]["content"]: turns[1]["content"] for turns in rows}
+    for word, _, question, answer, said in told:
+        assert (word == "right") is (answer == wanted[question])
+        assert said in ("", wanted[question])
+    right = sum(word == "right" for word, *_ in told)
+    measured = f"{evaluation['contestants']['challenger']['accuracy']:.1%} of "
+    assert f"in all    {right} of 6 right; by the evaluation {measured}" in output
+    assert re.search(r"^base      to the first: ", output, flags=re.MULTILINE)
 
     assert asset_events(tmp_path) == [version]
 
@@ -136,10 +148,11 @@ def test_away_from_a_terminal_a_line_is_printed_when_a_state_changes(capsys: pyt
     assert capsys.readouterr().out == "  plan            running         1 s\n  plan            done (try 2)      3 s\n"
 
 
-def test_the_sample_question_is_the_first_hand_kept_example(tmp_path: Path, tickets: Path) -> None:
+def test_no_row_is_shown_where_the_line_does_not_allow_text(
+    tmp_path: Path, tickets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = tmp_path / "line.yaml"
-    sources = f"raw_data: {tickets}, base_model: {tmp_path}"
-    line.write_text(f"line: tickets\nsources: {{{sources}, golden_data: {tickets}}}\n")
-    assert demo.sample(load(line)) == ("I want my money back for order number 1000", "refund")
-    line.write_text(f"line: tickets\nsources: {{{sources}}}\n")
-    assert demo.sample(load(line)) is None
+    line.write_text(f"line: tickets\nsources: {{raw_data: {tickets}, base_model: {tmp_path}}}\n")
+    made = plan.make(line, (tmp_path / "store").as_uri())
+    demo.tell_answers(made, load(line), tmp_path, {})
+    assert capsys.readouterr().out == ""

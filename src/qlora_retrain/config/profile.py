@@ -77,7 +77,7 @@ class Profile(Images):
     gpu_pool: Name | None = operational(None, "Airflow: the pool that counts GPUs in use; null: no pool")
     gpu_resource: str | None = operational("nvidia.com/gpu", "what a GPU is called here; null: there are none")
     train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.processes", ge=1, le=64)
-    env: dict[Variable, str] = operational({}, "settings, e.g. AWS_REGION; secrets are refused")
+    env: dict[Variable, str] = operational({}, "settings, e.g. AWS_DEFAULT_REGION; secrets are refused")
     secrets: tuple[Secret, ...] = operational((), "folders of files that every step sees")
     work_gib: float = operational(100.0, "disk for the node cache and checkpoints of a pod", gt=0.0, le=65_536)
     storage_class: Name | None = operational(
@@ -94,7 +94,7 @@ class Profile(Images):
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
-            if _SECRET.search(name) and not name.endswith("_FILE"):
+            if _SECRET.search(name) and not name.endswith(("_FILE", "_PATH")):
                 raise ValueError(f"{name} looks like a secret, and whoever sees a pod can read it; use `secrets`")
             uris.refuse_secrets(text)
         return value

@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_retrain import stats
+from qlora_retrain import report, stats
 from qlora_retrain.config.judging import EvaluateConfig
 from qlora_retrain.rows import RowScore
-from qlora_retrain.rules.comparison import Scores, known, level, suite
-from qlora_retrain.rules.rule import shown, span
+from qlora_retrain.rules.comparison import Scores, known, level, suite, unit
 
 Numbers = dict[str, float | None]
 _TITLES = {
     "loss": "loss, nats a token",
-    "macro_f1": "macro-F1",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-    "json_validity": "JSON validity",
+    "cost": "nats a token lost against live",
+    "kl": "KL from live, nats a token",
+    "agreement": "tokens chosen as live",
 }
+_SHARES = ("accuracy", "exact_match", "json_validity", "field_accuracy", "token_accuracy", "agreement")
+_DECIMALS = {"perplexity": 1, "kl": 5, "rows": 0}  # of others 4; fixed, to compare down a column
 
 
 def measure(rows: Sequence[RowScore], settings: EvaluateConfig, answers: Mapping[str, str]) -> Numbers:
@@ -62,15 +62,39 @@ def measure_suite(
     return {contestant: numbers for contestant, numbers in found.items() if numbers}
 
 
-def table(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of contestants against metrics for the report: what any of them has."""
+def table(
+    measured: Mapping[str, Mapping[str, float | None]], who: str = "contestant", columns: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of contestants against metrics for the report.
+
+    Args:
+        measured: The numbers of each.
+        who: What they are called.
+        columns: The metrics wanted, of which those are shown that any has; None: all, the number of rows last.
+    """
     names = [key for numbers in measured.values() for key in numbers if not key.endswith(("_low", "_high"))]
-    columns = [name for name in dict.fromkeys(names) if name != "rows"] + ["rows"]
-    rows = [
-        [contestant, *(f"{shown(n.get(c))} {span(n.get(f'{c}_low'), n.get(f'{c}_high'))}".strip() for c in columns)]
-        for contestant, n in measured.items()
-    ]
-    return ["contestant", *(_TITLES.get(name, name.replace("_", " ")) for name in columns)], rows
+    wanted = [*(name for name in names if name != "rows"), "rows"] if columns is None else columns
+    shown = [c for c in dict.fromkeys(wanted) if any(numbers.get(c) is not None for numbers in measured.values())]
+    rows = [[name, *(cell(numbers, column) for column in shown)] for name, numbers in measured.items()]
+    return [who, *map(title, shown)], rows
+
+
+def title(metric: str) -> str:
+    """A metric's name over its column."""
+    return _TITLES.get(metric, unit(metric))
+
+
+def cell(numbers: Mapping[str, Any], metric: str) -> str:
+    """A metric in a table, with its interval where it has one."""
+    value, low, high = (numbers.get(name) for name in (metric, f"{metric}_low", f"{metric}_high"))
+    if value is None:
+        return ""
+    form = ".1%" if metric in _SHARES else f",.{_DECIMALS.get(metric, 4)}f"
+    return (
+        format(value, form)
+        if low is None or high is None
+        else report.with_ends(format(value, form), f"{low:{form}} to {high:{form}}")
+    )
 
 
 def _level(rows: Sequence[RowScore], metric: str, settings: EvaluateConfig) -> Numbers:

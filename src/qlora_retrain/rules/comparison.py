@@ -15,6 +15,8 @@ from qlora_retrain.stats import Interval
 
 Metric = str  # `accuracy`, `loss`, `token_accuracy`, or a name of `RowScore.values`
 Scores = Mapping[str, Sequence[RowScore]]  # by contestant: the same rows in the same order
+_UNITS = {"loss": "nats a token", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "chrf": "chrF",
+          "json_validity": "JSON validity"}  # fmt: skip
 YES_OR_NO = ("accuracy", "exact_match", "json_validity")  # of one row: right or wrong
 
 
@@ -27,7 +29,7 @@ def metric_of(scores: Scores, settings: EvaluateConfig | None = None) -> Metric:
 
 def unit(metric: Metric) -> str:
     """The metric's name in a sentence."""
-    return "nats a token" if metric == "loss" else metric.replace("_", " ")
+    return _UNITS.get(metric, metric.replace("_", " "))
 
 
 def suite(rows: Sequence[RowScore], name: str) -> list[RowScore]:

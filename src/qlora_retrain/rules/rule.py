@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_retrain import report
 from qlora_retrain.stats import Interval
 
 
@@ -41,22 +42,8 @@ def said(found: Interval, sign: str = "+") -> str:
     return f"{found.value:{sign}.4f} ({found.low:{sign}.4f} to {found.high:{sign}.4f})"
 
 
-def shown(value: float | None) -> str:
-    """A number in a table; empty where there is none."""
-    return "" if value is None else f"{value:.4g}"
-
-
-def span(low: float | None, high: float | None) -> str:
-    """An interval's ends in a table."""
-    return "" if low is None or high is None else f"({low:.4g} to {high:.4g})"
-
-
 def table(rules: Sequence[Rule]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows for the report, what did not pass first."""
-    word = {True: "passed", False: "failed", None: "not enough evidence"}
+    """Headers and rows for the report, what did not pass first; the texts have the numbers."""
+    word = {True: "passed", False: report.bad("failed"), None: report.bad("not enough evidence")}
     ordered = sorted(rules, key=lambda r: (r.passed is True, r.passed is None))
-    rows = [
-        [r.name.replace("_", " "), word[r.passed], shown(r.value), span(r.low, r.high), shown(r.limit), r.text]
-        for r in ordered
-    ]
-    return ["rule", "", "value", "interval", "limit", "what was found"], rows
+    return ["rule", "", "what was found"], [[r.name.replace("_", " "), word[r.passed], r.text] for r in ordered]

@@ -2,7 +2,8 @@
 
 The pod is named from the step's key and the run, so the cluster refuses a second one: a task that is tried again
 follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged. What a pod
-gets is in `pods.py`, how its end is read in `pod_endings.py`. Where the artifact is made already, no pod is made.
+gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is read in `pod_endings.py`. Where the
+artifact is made already, no pod is made.
 
 A failed pod is kept for `kubectl describe` until the next try; the memory of the next try is read from it.
 
@@ -11,9 +12,6 @@ Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,9 +22,10 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from qlora_retrain import errors, graph
-from qlora_retrain.errors import Problem, TryAgain, UsageError
-from qlora_retrain.runtimes import containers, pod_endings, pods
+from qlora_retrain.errors import Problem, TryAgain
+from qlora_retrain.runtimes import containers, pod_api, pod_endings, pods
 from qlora_retrain.runtimes.airflow_steps import StepOperator, fail, plan_uri
+from qlora_retrain.runtimes.pod_api import PodApi
 from qlora_retrain.runtimes.pod_endings import Ending
 
 if TYPE_CHECKING:
@@ -83,9 +82,12 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         """Make the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
         self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
         try:
-            pod = self._earlier() or self._created()
+            pod = self._earlier()
+            if pod is None:
+                pod = self._api.create(self.pod_request_obj)
+                self.log.info("pod %s made in namespace %s", self.name, self.namespace)
         except ApiException as error:
-            refused(self.step, self.namespace, error)
+            pod_api.refused(self.step, self.namespace, error)
         except HTTPError as error:
             raise TryAgain(f"{self.step}: the Kubernetes API does not answer: {error}") from error
         ended = pod_endings.ending(pod)
@@ -110,13 +112,13 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     def _go_on(self, plan: Plan, event: dict[str, Any]) -> None:
         """Return where the pod did its work; wait on, or end the task, where it did not."""
-        pod = self._read()
+        pod = self._api.read()
         ended = _GONE if pod is None else pod_endings.ending(pod)
         hindered = None if pod is None or ended else pod_endings.stuck(pod)
         if hindered is None and ended is None and event["status"] == "timeout":
             hindered = Ending(errors.Exit.TRY_AGAIN, pod_endings.unscheduled(pod) or str(event["message"]))
         if hindered is not None:
-            self._delete()
+            self._api.delete()
             self._fail(hindered, pod)
         if ended is None:  # the triggerer lost sight of it, and it goes on
             times = int(event.get("_redefer_count", 0))
@@ -155,7 +157,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             said = "" if made == errors.Exit.DONE else runner.refused_before(plan, self.step)
             ended = Ending(made, said=said)
         if ended.code == errors.Exit.DONE:
-            self._delete()
+            self._api.delete()
             return
         if pod is not None:
             self.patch_already_checked(pod, reraise=False)
@@ -179,7 +181,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     def _earlier(self) -> Any:
         """The pod of this name that runs, or that ended unseen; one that was judged is removed, and one that goes."""
-        pod = self._read()
+        pod = self._api.read()
         if pod is None:
             return None
         judged = (pod.metadata.labels or {}).get(self.POD_CHECKED_KEY) == "True"
@@ -193,89 +195,18 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             self.container_resources = pods.resources(step, self.profile, self.runtime, memory)
             self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
         if judged:
-            self._delete()
-        self._until_gone()
+            self._api.delete()
+        self._api.wait_until_gone()
         return None
 
-    def _created(self) -> Any:
-        assert self.pod_request_obj is not None
-        body = self.client.api_client.sanitize_for_serialization(self.pod_request_obj)
-        try:
-            made = self.client.create_namespaced_pod(self.namespace, body)
-        except ApiException as error:
-            found = self._read() if error.status == 409 else None  # a lost answer, or a twin of this task
-            if found is None:
-                raise
-            return found
-        self.log.info("pod %s made in namespace %s", self.name, self.namespace)
-        return made
-
-    def _read(self) -> Any:
-        """The pod as it is now; None where there is none."""
-        return _unless_absent(lambda: self.client.read_namespaced_pod(self.name, self.namespace))
-
-    def _delete(self) -> None:
-        _unless_absent(
-            lambda: self.client.delete_namespaced_pod(
-                self.name, self.namespace, grace_period_seconds=pods.GRACE_SECONDS
-            )
-        )
-
-    def _until_gone(self) -> None:
-        """Wait for a pod that is being removed: it may be saving its work, and there are never two."""
-        deadline = time.monotonic() + pods.GRACE_SECONDS + 30
-        while self._read() is not None:
-            if time.monotonic() > deadline:
-                raise TryAgain(f"{self.step}: pod {self.name} is still being removed; its node may be lost")
-            time.sleep(1)
+    @property
+    def _api(self) -> PodApi:
+        return PodApi(self.client, self.namespace, self.name)
 
     def _log(self, since: Any) -> str:
         """Copy what the step wrote since then to the task's log; return what to read; a lost log is no failure."""
-        seconds = math.ceil((datetime.now(UTC) - since).total_seconds()) if since else None
         try:
-            answer = self.client.read_namespaced_pod_log(
-                self.name,
-                self.namespace,
-                container=pods.CONTAINER,
-                since_seconds=seconds,
-                _preload_content=False,
-            )
-            return self.last_lines(_lines(answer))
+            return self.last_lines(self._api.log(since))
         except (ApiException, HTTPError) as error:
             self.log.warning("the pod's log cannot be read: %s", getattr(error, "reason", error))
             return ""
-
-
-def refused(step: str, namespace: str, error: ApiException) -> NoReturn:
-    """End a task whose pod the API did not take: what may pass is tried again, what is wrong is said."""
-    said = _message(error)
-    if error.status == 403 and "exceeded quota" in said:
-        raise TryAgain(f"{step}: the namespace's quota is used up: {said}") from error
-    if error.status in (401, 403):
-        raise UsageError(f"{step}: Airflow may not manage pods in {namespace}: {said}; see manifests/base/rbac.yaml")
-    if error.status is not None and error.status not in (409, 429) and 400 <= error.status < 500:
-        raise UsageError(f"{step}: the cluster refuses the pod ({error.status}): {said}") from error
-    raise TryAgain(f"{step}: the Kubernetes API failed ({error.status}): {said}") from error
-
-
-def _message(error: ApiException) -> str:
-    """The API's own words, without headers."""
-    import json
-
-    try:
-        return str(json.loads(error.body)["message"])
-    except (TypeError, ValueError, KeyError):
-        return str(error.reason)
-
-
-def _unless_absent(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except ApiException as error:
-        if error.status != 404:
-            raise
-        return None
-
-
-def _lines(raw: Any) -> Iterator[str]:
-    return (line.decode("utf-8", "replace") for line in raw)

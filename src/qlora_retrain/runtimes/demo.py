@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -33,6 +34,8 @@ from qlora_retrain.runtimes.rest import RUN_ENDED, TaskState
 from qlora_retrain.store import open_store
 
 INTERRUPTED = 130
+_ASKED = {"eval": 4, "golden": 2}  # rows of each suite that the pulled model is asked
+_SHOWN = 90  # characters of what the base writes, which goes on and on
 _POLL_SECONDS = 2.0  # each look costs the API server a tenth of a second of CPU, which training could use
 # How `airflow_steps` words the end of a task: "data refused (10): validate_data: ..."
 _ENDING = re.compile(r"\((\d+)\)")
@@ -133,35 +136,62 @@ def tell_success(made: Plan, config: LineConfig, pulled: Path) -> None:
         print(f"report    {_shown(made, version)}/reports/{report}")
     release = consumer.pull(store, f"{made.line}@{alias}", pulled)
     print(f"pulled    {len(release.files)} files, each verified, to {pulled}", flush=True)
-    asked = sample(config)
-    if asked is not None:
-        question, wanted = asked
-        print(f'\nquestion  "{question}"  (wanted: {wanted})', flush=True)
+    tell_answers(made, config, pulled, verdict)
+
+
+def tell_answers(made: Plan, config: LineConfig, pulled: Path, verdict: Mapping[str, Any]) -> None:
+    """Ask the pulled model a few rows that it was not trained on, whatever it makes of them.
+
+    Only where the line allows rows' text to be shown.
+    """
+    asked = held_out(made) if config.evaluate.text_in_reports else []
+    if not asked:
+        return
+    judged = config.data.task == "labels"
+    told = ask(pulled, [question for _, question, _ in asked])
+    print(f"\nasked     {len(asked)} rows that were never trained on, the first of each kind")
+    right = 0
+    for (kind, question, wanted), answer in zip(asked, told, strict=True):
+        right += answer == wanted
+        word = ("right" if answer == wanted else "wrong") if judged else "wrote"
+        print(f'{word:<9} {kind}: "{question}"\n          {answer}' + (answer != wanted) * f"  (wanted: {wanted})")
+    if judged:
+        print(f"in all    {right} of {len(asked)} right; by the evaluation {_shares(verdict)}")
+    if config.sources.base_model.uri.startswith("file:"):
         system = ["--system", config.data.system] if config.data.system else []
-        print(f"base      {ask(uris.local_path(config.sources.base_model.uri), question, *system)}", flush=True)
-        print(f"{alias:<9} {ask(pulled, question)}\n", flush=True)
+        answer = ask(uris.local_path(config.sources.base_model.uri), [asked[0][1]], *system)[0]
+        print(f"base      to the first: {textwrap.shorten(answer, _SHOWN, placeholder=' ...')}")
+    print(flush=True)
 
 
-def sample(config: LineConfig) -> tuple[str, str] | None:
-    """The first hand-kept example of the line and its answer, where there is one on this machine."""
-    source = config.sources.golden_data
-    if source is None or not all(s.uri.startswith("file:") for s in (source, config.sources.base_model)):
-        return None
-    path = uris.local_path(source.uri)
-    if not path.is_file() or path.suffix != ".jsonl":
-        return None
-    with path.open(encoding="utf-8") as rows:
-        turns = json.loads(next(rows))[config.data.messages_field]
-    return turns[-2]["content"], turns[-1]["content"]
+def held_out(made: Plan) -> list[tuple[str, str, str]]:
+    """(suite, question, answer) of the first evaluation rows and the first golden ones, in the order of the data."""
+    dataset = runner.manifest(made, "validate_data")
+    assert dataset is not None
+    found = []
+    for suite, most in _ASKED.items():
+        text = open_store(made.root).read(f"{dataset.prefix}/{suite}.jsonl").data.decode()
+        for line in text.splitlines()[:most]:
+            turns = json.loads(line)["messages"]
+            found.append((suite, " ".join(turns[-2]["content"].split()), turns[-1]["content"]))
+    return found
 
 
-def ask(folder: Path, question: str, *options: str) -> str:
-    """The answer of a model folder; in a process of its own, which gives its memory back."""
-    command = [sys.executable, "-m", "qlora_retrain.cli", "ask", str(folder), question, *options]
+def _shares(verdict: Mapping[str, Any]) -> str:
+    """How often the live model was right, on each suite."""
+    suites = {"evaluation": verdict["contestants"], "golden": verdict.get("golden") or {}}
+    found = {name: numbers["challenger"] for name, numbers in suites.items() if "challenger" in numbers}
+    return ", ".join(f"{n['accuracy']:.1%} of {n['rows']} {name} rows" for name, n in found.items())
+
+
+def ask(folder: Path, questions: Sequence[str], *options: str) -> list[str]:
+    """The answers of a model folder, each on one line; in a process of its own, which gives its memory back."""
+    command = [sys.executable, "-m", "qlora_retrain.cli", "ask", str(folder), *options, "--", *questions]
     found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=code.project_root())
     if found.returncode:
         raise UsageError(f"{folder}: cannot be asked: {found.stderr.strip().splitlines()[-1:]}")
-    return found.stdout.strip()
+    answers = found.stdout.splitlines()
+    return answers if len(questions) > 1 else [" ".join(found.stdout.split())]
 
 
 def _shown(made: Plan, version: str) -> str:

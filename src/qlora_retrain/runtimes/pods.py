@@ -23,6 +23,8 @@ CONTAINER = "base"  # as the operator calls it
 USER = 10001  # the images' own
 GRACE_SECONDS = 120  # the images' first process allows a step 60 to save; the rest is for the upload's last parts
 CACHE = "/cache"
+# An autoscaler that tidies up takes no node from under a step: each time would cost a try, and there are few.
+ANNOTATIONS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 LABELS = {"app.kubernetes.io/name": "qlora-retrain"}  # of whom the network policies speak
 _TMP_GIB = 1
 _POD_SECURITY = {
@@ -59,6 +61,7 @@ def arguments(step: Step, line: str, profile: Profile, runtime: RuntimeConfig) -
         "namespace": profile.namespace,
         "image": image,
         "labels": labels(step.name, line),
+        "annotations": ANNOTATIONS,
         "env_vars": [k8s.V1EnvVar(name=name, value=value) for name, value in variables.items()],
         "container_resources": resources(step, profile, runtime),
         "volumes": [volume for volume, _ in volumes],

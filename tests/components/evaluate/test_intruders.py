@@ -56,6 +56,52 @@ def test_a_direction_outside_of_the_base_is_found_where_it_is_strong_enough() ->
     assert (intruders.similarity(base, base * 1.5, 8) > 0.999).all()
 
 
+def trained_like(rows: int, columns: int) -> Any:
+    """A random matrix whose singular values fall from 3 to 0.02, as those of a trained one."""
+    import torch
+
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns, dtype=torch.float64), full_matrices=False)
+    return (u * torch.linspace(3, 0.02, len(v), dtype=torch.float64)) @ v
+
+
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536)])  # SmolLM2's
+@pytest.mark.parametrize("strength", [0.1, 8.0])
+def test_what_is_not_computed_changes_no_cosine(
+    shape: tuple[int, int], strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the definition, two full decompositions in fp64; a weak change needs none of them, intruders one."""
+    import torch
+
+    torch.manual_seed(0)
+    base = trained_like(*shape)
+    change = torch.randn(shape[0], 3, dtype=torch.float64) @ torch.randn(3, shape[1], dtype=torch.float64)
+    tuned = base + change * strength / torch.linalg.matrix_norm(change, 2)
+    old, _, _ = torch.linalg.svd(base.float().double(), full_matrices=False)
+    new, _, _ = torch.linalg.svd(tuned.float().double(), full_matrices=False)
+    expected = (new[:, :10].T @ old).abs().amax(dim=1)
+    full, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **how: full.append(args) or svd(*args, **how))
+    found = intruders.similarity(base.float(), tuned.float(), 10)
+    assert len(full) == (strength > 1)
+    assert (int((expected < 0.5).sum()) > 0) is (strength > 1)
+    assert torch.allclose(found, expected, atol=1e-9 if not full else 2e-4)
+    assert torch.equal(found < 0.5, expected < 0.5)
+
+
+def test_a_matrix_without_full_rank_is_decomposed_as_a_whole() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    base = trained_like(64, 48)
+    base[:, 5:] = 0  # five columns: ten strongest directions do not exist
+    new = torch.zeros(64, 48, dtype=torch.float64)
+    new[:, 20] = torch.linalg.svd(base)[0][:, 40] * 50  # a direction that the base has not
+    similar = intruders.similarity(base.float(), (base + new).float(), 6)
+    assert similar.shape == (6,)
+    assert torch.isfinite(similar).all()
+    assert (similar[1:] > 0.999).all()
+
+
 def test_none_are_looked_at_where_the_line_wants_none(tiny_nf4: Path, tiny_adapter: Path) -> None:
     model = modeling.attach(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
     assert intruders.count(model, top=0, epsilon=0.5) == []

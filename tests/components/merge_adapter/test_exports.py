@@ -15,12 +15,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from components.merge_adapter import gguf_file
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
-from qlora_retrain import chat, modeling, scoring
+from qlora_retrain import chat, gguf_names, modeling, plan, scoring
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.errors import Exit, UsageError
 
@@ -118,19 +118,44 @@ def test_writing_a_gguf_twice_gives_the_same_bytes(folder: Path, tmp_path: Path)
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
             "the base has linear",
         ),
+        ("config.json", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "has dynamic"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "cut as gpt-2, smollm"),
     ],
 )
-def test_what_gguf_has_no_name_for_is_refused_before_anything_is_built(
-    inputs: dict[str, Path], tmp_path: Path, file: str, edit: dict[str, Any], said: str
+def test_what_gguf_has_no_name_for_is_refused_by_the_plan_and_by_the_step_in_the_same_words(
+    inputs: dict[str, Path], tmp_path: Path, tickets: Path, file: str, edit: dict[str, Any], said: str
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(inputs["base_model"], base)
     (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | edit))
     config = MergeConfig(device="cpu", exports=["bf16", "gguf-f16"])
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as by_step:
         run(config, **{**inputs, "base_model": base})
     assert list(inputs["model"].iterdir()) == []
+    line = tmp_path / "line.yaml"
+    line.write_text(f"line: tickets\nsources: {{raw_data: {tickets}, base_model: {base}}}\n")
+    root = (tmp_path / "store").as_uri()
+    with pytest.raises(UsageError) as by_plan:
+        plan.make(line, root, overrides=["merge.exports=[bf16, nf4, gguf-q8_0]"])
+    assert str(by_plan.value) == str(by_step.value)
+    plan.make(line, root, overrides=["merge.exports=[bf16, nf4]"])
+
+
+def test_a_tensor_that_gguf_has_no_name_for_is_refused_before_anything_is_built(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(inputs["base_model"], base)
+    save_file(
+        {**load_file(base / "model.safetensors"), "model.extra.weight": torch.zeros(2)}, base / "model.safetensors"
+    )
+    with pytest.raises(UsageError, match=r"no name for model\.extra\.weight"):
+        run(MergeConfig(device="cpu", exports=["bf16", "gguf-f16"]), **{**inputs, "base_model": base})
+    assert list(inputs["model"].iterdir()) == []
+
+
+def test_the_plan_and_the_step_know_the_same_families() -> None:
+    assert tuple(gguf_file._FAMILIES) == gguf_names.FAMILIES
 
 
 def family(name: str, like: Path, folder: Path) -> Path:
