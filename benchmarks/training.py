@@ -184,9 +184,7 @@ def prepare_rows(options: argparse.Namespace) -> None:
     """Rows as tokens and labels, in the order in which every contestant sees them."""
     from components.train_qlora.rows import Order
 
-    with (options.data / "train.csv").open(encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    random.Random(options.seed).shuffle(lines)
+    lines = shuffled(options)
     rows: list[dict[str, list[int]]] = []
     wanted = options.steps * options.batch * options.accumulation
     texts = iter(lines * 20)
@@ -200,13 +198,26 @@ def prepare_rows(options: argparse.Namespace) -> None:
     (options.work / "rows.json").write_text(json.dumps([rows[i] for i in order]))
 
 
+def shuffled(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The lines of BANKING77's train.csv in the seed's order."""
+    with (options.data / "train.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    random.Random(options.seed).shuffle(lines)
+    return lines
+
+
+def as_chat(line: dict[str, str]) -> list[dict[str, str]]:
+    """A line of BANKING77 as a chat."""
+    said = [("system", SYSTEM), ("user", line["text"]), ("assistant", line["category"])]
+    return [{"role": role, "content": text} for role, text in said]
+
+
 def encoded(options: argparse.Namespace, line: dict[str, str]) -> dict[str, list[int]]:
     """A line of BANKING77 as a chat's tokens and labels."""
     from components.train_qlora.rows import IGNORED
     from qlora_retrain import chat
 
-    said = [("system", SYSTEM), ("user", line["text"]), ("assistant", line["category"])]
-    found = chat.encode(tokenizer_of(options.base), [{"role": role, "content": text} for role, text in said])
+    found = chat.encode(tokenizer_of(options.base), as_chat(line))
     pairs = zip(found.input_ids, found.supervised, strict=True)
     return {"input_ids": found.input_ids, "labels": [token if learn else IGNORED for token, learn in pairs]}
 
@@ -225,6 +236,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     rows = json.loads((options.work / "rows.json").read_text())
     trainer = contestants.MAKERS[options.contestant](options, rows)
+    return {**timed(options, trainer, rows), "held_out_loss": held_out_loss(options, trainer.model)}
+
+
+def timed(options: argparse.Namespace, trainer: Any, rows: list[Any]) -> dict[str, Any]:
+    """Train; speed after the first steps, peak memory of the process until now, the loss of each step."""
     clock = clock_callback()
     trainer.add_callback(clock)
     trainer.train()
@@ -240,7 +256,6 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "supervised_s": supervised / seconds,
         "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "held_out_loss": held_out_loss(options, trainer.model),
     }
 
 

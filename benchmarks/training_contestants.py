@@ -6,22 +6,16 @@ import argparse
 from typing import Any
 
 
-def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, checkpointing: int | None = None) -> Any:
-    """The trainer of the step, over the 4-bit or the 16-bit base."""
+def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, **recipe: Any) -> Any:
+    """The trainer of the step, over the 4-bit or the 16-bit base; `recipe` changes its settings."""
     from transformers import set_seed
 
     from components.train_qlora import lora
     from components.train_qlora.rows import Rows
     from components.train_qlora.trainer import AdapterTrainer
     from qlora_retrain import modeling
-    from qlora_retrain.config.sections import TrainConfig
 
-    config = TrainConfig(
-        rank=options.rank, alpha=2 * options.rank, dropout=options.dropout, learning_rate=2e-4, schedule="constant",
-        warmup=0.0, batch_size=options.batch, gradient_accumulation=options.accumulation, max_steps=options.steps,
-        device="cpu", precision="bfloat16", attention="eager", checkpoint_minutes=1e6,
-        gradient_checkpointing=checkpointing, seed=options.seed,
-    )  # fmt: skip
+    config = our_settings(options, **recipe)
     if bits == 4:
         base = modeling.load_nf4(options.work / "base_nf4", attention="eager", dtype="bfloat16")
     else:
@@ -31,6 +25,19 @@ def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, ch
     trainer.steps.order = as_given(trainer.order)
     trainer._save_checkpoint = lambda *_: None
     return trainer
+
+
+def our_settings(options: argparse.Namespace, **recipe: Any) -> Any:
+    """The step's settings for this work."""
+    from qlora_retrain.config.sections import TrainConfig
+
+    plain: dict[str, Any] = {
+        "rank": options.rank, "alpha": 2 * options.rank, "dropout": options.dropout, "learning_rate": 2e-4,
+        "schedule": "constant", "warmup": 0.0, "batch_size": options.batch,
+        "gradient_accumulation": options.accumulation, "max_steps": options.steps, "device": "cpu",
+        "precision": "bfloat16", "attention": "eager", "checkpoint_minutes": 1e6, "seed": options.seed,
+    }  # fmt: skip
+    return TrainConfig(**{**plain, **recipe})
 
 
 def as_given(order: Any) -> Any:
@@ -105,7 +112,7 @@ def make_trainer(options: argparse.Namespace, rows: list[Any]) -> Any:
 
 MAKERS: dict[str, Any] = {
     "ours": make_ours,
-    "ours, lean": lambda options, rows: make_ours(options, rows, checkpointing=1),
+    "ours, lean": lambda options, rows: make_ours(options, rows, gradient_checkpointing=1),
     "ours, 16 bits": lambda options, rows: make_ours(options, rows, bits=16),
     "trainer": make_trainer,
     "trl": make_trl,
