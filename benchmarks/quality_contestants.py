@@ -49,7 +49,7 @@ def make_full(options: argparse.Namespace, rows: list[Any], rate: float) -> Any:
     set_seed(options.seed)
     model = modeling.load_base(options.base, attention="eager", dtype="float32")
     trainer = FullTrainer(model, config, Rows(rows), Rows([]), 2, options.work / "scratch")
-    trainer.passes.order = training_contestants.as_given(trainer.order)
+    trainer.steps.order = training_contestants.as_given(trainer.order)
     trainer._save_checkpoint = lambda *_: None
     return trainer
 
