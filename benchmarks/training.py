@@ -284,7 +284,7 @@ def clock_callback() -> Any:
 
 KINDS = {
     "products of frozen layers and adapters": ("aten::mm", "aten::addmm_", "aten::addmm"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::index_select"),
     "unpacking 4 bits": ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise"),
     "random numbers for dropout": ("aten::random_", "aten::ge"),
     "optimizer": ("Optimizer.step#AdamW.step", "bitsandbytes::optimizer_update_32bit"),
