@@ -162,7 +162,9 @@ def attend(
 
     `fused` is torch's kernel; written out, it is faster for short rows on a CPU.
     """
-    found: Tensor = ByRows.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), line.grid, scaling, fused)
+    # Where weights are wider than what is computed in, rotated queries and keys may be wider than values.
+    three = (x[0].transpose(0, 1).to(line.grid.bias.dtype) for x in (query, key, value))
+    found: Tensor = ByRows.apply(*three, line.grid, scaling, fused)
     return found.unsqueeze(0), None
 
 
