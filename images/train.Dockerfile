@@ -21,13 +21,14 @@ COPY components /app/components
 COPY images/entrypoint /app/entrypoint
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app/src:/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 HOME=/tmp
+# Last, for they change with every commit; before a RUN, for Buildah does not see a changed argument in LABEL or ENV and
+# would take both from its cache, with the revision of an older build.
+ARG REVISION=unknown
+ARG VERSION=0
 # Where a volume goes: whoever the container runs as may write there, and a new volume takes these permissions.
 RUN install -d -m 1777 /work
 WORKDIR /app
 USER 10001:10001
-# Last, for they change with every commit.
-ARG REVISION=unknown
-ARG VERSION=0
 LABEL org.opencontainers.image.title="qlora-retrain train" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.version="${VERSION}"

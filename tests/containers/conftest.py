@@ -29,7 +29,7 @@ LINE = {
     "data": {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256},
     "train": {
         "learning_rate": 1e-2,
-        "epochs": 4,
+        "epochs": 8,
         "batch_size": 16,
         "dropout": 0.0,
         "rank": 8,
@@ -60,6 +60,7 @@ class Engine:
 
     socket: Path
     service: subprocess.Popen[bytes] | None = None
+    base: str = BASE
 
     @property
     def url(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qlora_retrain import code, graph
+from qlora_retrain.code import project_root
 from qlora_retrain.images import DEFAULT
 
 if TYPE_CHECKING:
@@ -34,6 +35,17 @@ def test_an_image_names_its_revision_and_runs_as_nobody_in_particular(kind: grap
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     assert f'"org.opencontainers.image.revision":"{head.stdout.strip()}"' in labels
     assert labels.split()[-1] == "10001:10001"
+
+
+def test_an_image_built_again_from_the_same_code_names_the_newer_revision(kind: graph.Image, engine: Engine) -> None:
+    """Buildah takes LABEL and ENV from its cache though an argument in them has changed, unless a RUN comes between."""
+    arguments = [f"--build-arg={name}" for name in (f"BASE={engine.base}", "TORCH=cpu", "REVISION=newer")]
+    file = project_root() / "images" / f"{kind}.Dockerfile"
+    built = engine("build", "-q", "--network=none", *arguments, "-f", str(file), str(project_root())).strip()
+    told = engine("image", "inspect", "--format", "{{.Config.Labels}} {{.Config.Env}}", built)
+    engine("rmi", built)
+    assert "image.revision:newer " in told
+    assert f"QLORA_RETRAIN_IMAGE={kind}:newer]" in told
 
 
 def test_an_image_holds_the_code_that_the_keys_are_of_and_no_more_than_it_needs(
