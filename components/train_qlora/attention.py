@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+PLACES = 32  # a row looks at a multiple of so many: softmax over 57 bf16 numbers takes a CPU three times that over 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,10 @@ class Heads:
 
     Attributes:
         asked: (rows * heads * length,) of queries, in the line's (tokens * heads)
-        seen: (rows * groups * (shared + length),) of keys and values, in the line's (tokens * groups)
+        seen: (rows * groups * places,) of keys and values, in the line's (tokens * groups)
         asking: (tokens * heads,) of the line's queries, among those asked
         own: ((tokens - shared) * groups,) of the line's keys after the shared ones, among those seen
-        bias: (rows * groups, heads a group * length, shared + length), to add to the scores
+        bias: (rows * groups, heads a group * length, places), to add to the scores
     """
 
     asked: Tensor
@@ -40,9 +42,9 @@ class Grid:
 
     Attributes:
         ask: (rows, length) the token of the line that asks at each place; any where none does
-        see: (rows, shared + length) likewise of those that are looked at
+        see: (rows, places) likewise of those that are looked at: the shared ones, the row's own, and filling
         place: (tokens,) where in (rows * length) a token of the line is
-        bias: (rows, length, shared + length) to add to the scores: 0 where a row may look, else the lowest number
+        bias: (rows, length, places) to add to the scores: 0 where a row may look, else the lowest number
         shared: tokens that all rows begin with
     """
 
@@ -61,12 +63,13 @@ class Grid:
         of_shared = torch.arange(cuts * length, device=device).view(cuts, length)
         numbers = (shared - 1 + rest.reshape(-1).cumsum(0)).view(rest.shape)
         ask = torch.cat([of_shared.clamp(max=max(shared - 1, 0)), numbers.clamp(min=0)])
-        see = torch.cat([torch.arange(shared, device=device).expand(len(ask), -1), ask], dim=1)
+        filling = -(shared + length) % PLACES
+        see = pad(torch.cat([torch.arange(shared, device=device).expand(len(ask), -1), ask], dim=1), (0, filling))
         earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         own = torch.cat([rest.new_zeros(cuts, length, length), earlier & rest.unsqueeze(1)])
         before = of_shared.unsqueeze(2) >= torch.arange(shared, device=device)
         beginning = torch.cat([before, rest.new_ones(len(rest), length, shared)])
-        may = torch.cat([beginning, own], dim=2)
+        may = pad(torch.cat([beginning, own], dim=2), (0, filling))
         bias = torch.zeros(may.shape, dtype=dtype, device=device).masked_fill_(~may, torch.finfo(dtype).min)
         place = torch.cat([of_shared.view(-1)[:shared], cuts * length + rest.reshape(-1).nonzero().squeeze(1)])
         return cls(ask, see, place, bias, shared)
@@ -117,7 +120,7 @@ class ByRows(torch.autograd.Function):  # type: ignore[misc]
 
 
 def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows * groups, heads a group * length, width) of queries, (rows * groups, shared + length, width) of others."""
+    """(rows * groups, heads a group * length, width) of queries, (rows * groups, places, width) of others."""
     batch, asked, seen = at.bias.shape
     q = flat(query).index_select(0, at.asked).view(batch, asked, -1)
     k, v = (flat(x).index_select(0, at.seen).view(batch, seen, -1) for x in (key, value))
@@ -125,7 +128,7 @@ def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tenso
 
 
 def shares(query: Tensor, key: Tensor, at: Heads, scaling: float) -> Tensor:
-    """How much each place looks at each other, (rows * groups, heads a group * length, shared + length)."""
+    """How much each place looks at each other, (rows * groups, heads a group * length, places)."""
     return torch.baddbmm(at.bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
 
 
@@ -172,7 +175,7 @@ def gathered(of_rows: Tensor, at: Heads, grid: Grid, shape: torch.Size) -> Tenso
     own = flat(of_rows).index_select(0, at.own).view(-1, *shape[1:])
     if not grid.shared:
         return own
-    by_row = of_rows.view(-1, shape[1], of_rows.shape[1], shape[2])  # (rows, groups, shared + length, width)
+    by_row = of_rows.view(-1, shape[1], of_rows.shape[1], shape[2])  # (rows, groups, places, width)
     return torch.cat([by_row[:, :, : grid.shared].sum(0).transpose(0, 1), own])
 
 

@@ -42,16 +42,30 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     """silu(gate) * up; keeps the two and not silu(gate), which is made again."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, again: Again) -> Tensor:
         """Elementwise."""
         ctx.save_for_backward(gate, up)
-        return gated(gate, up)
+        ctx.again = again
+        return silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         """Of both."""
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(upstream * up, gate), gated(gate, upstream)
+        half, ctx.again.half = ctx.again.half, None
+        half = silu(gate) if half is None else half
+        return torch.ops.aten.silu_backward(upstream * up, gate), half.mul_(upstream), None
+
+
+class Again:
+    """silu(gate) * up once more; leaves silu(gate) to `Gated.backward`, which is the next to run."""
+
+    half: Tensor | None = None
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Elementwise."""
+        self.half = silu(gate)
+        return self.half * up
 
 
 def inverse_size(wide: Tensor, epsilon: float) -> Tensor:
@@ -63,11 +77,6 @@ def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm over the last dimension, (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
     wide = x.float()
     return weight * (wide * inverse_size(wide, epsilon)).to(x.dtype)
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    return silu(gate).mul_(up)
 
 
 def slim(model: Any) -> int:
@@ -95,6 +104,6 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    of = module.gate_proj(x), module.up_proj(x)
-    found: Tensor = module.down_proj(joined.made_again_by(gated, of, Gated.apply(*of)))
+    of, again = (module.gate_proj(x), module.up_proj(x)), Again()
+    found: Tensor = module.down_proj(joined.made_again_by(again, of, Gated.apply(*of, again)))
     return found

@@ -71,11 +71,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         for start in range(0, len(labels), CHUNK):
             part, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK].unsqueeze(1)
             logits = torch.nn.functional.linear(part, weight, bias).float()  # (chunk, vocabulary)
-            normal = logits.logsumexp(1, keepdim=True)
-            total += (normal - logits.gather(1, wanted)).sum()
+            logits.sub_(logits.amax(1, keepdim=True))
+            of_wanted = logits.gather(1, wanted)
+            share = logits.exp_()  # all in the memory of the logits: to ask for more takes longer than to compute
+            normal = share.sum(1, keepdim=True)
+            total += (normal.log() - of_wanted).sum()
             if gradient is not None:
-                share = logits.sub_(normal).exp_()  # softmax, in the memory of the logits
-                share.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=share.dtype))
+                share.div_(normal).scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=share.dtype))
                 gradient[start : start + CHUNK] = share.to(weight.dtype) @ weight
         ctx.gradient = gradient
         return total
