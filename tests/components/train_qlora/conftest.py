@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,20 @@ def step(tmp_path: Path, nf4: Path, chats):
         return Step(folder, folder / "dataset", nf4)
 
     return made
+
+
+@pytest.fixture
+def small_disk() -> Callable[[Path, str], AbstractContextManager[None]]:
+    """Make a folder a real file system of a size, for as long as it lasts."""
+
+    @contextmanager
+    def mounted(folder: Path, size: str) -> Iterator[None]:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a small file system")
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+    return mounted

@@ -236,6 +236,26 @@ def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(step, progra
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_that_would_learn_nothing_is_refused_by_all_processes_before_it_begins(step, program, parallel):
+    run = step()
+    code, _, errors = program(run, max_steps=1000, learning_rate=1e-9, parallel=parallel).ended()
+    assert code == 12, errors
+    assert "preflight: 8 rows were shown 40 times" in errors
+    assert not checkpoints.found(run.scratch)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_try_of_all_processes_and_harms_nothing(step, program, small_disk):
+    run = step()
+    with small_disk(run.scratch, "700k"):
+        code, _, errors = program(run, checkpoint_minutes=1e-9, rank=16, max_steps=3).ended()
+        assert code == 75, errors
+        assert "no space for a checkpoint in scratch; free some and run it again" in errors
+        assert all(checkpoints.verify(folder) is None for folder in checkpoints.found(run.scratch))
+
+
+@pytest.mark.slow
 def test_a_fault_of_ours_in_one_process_is_told_with_its_traceback(step, program):
     code, _, errors = program(step(), "bug:1").ended()
     assert code == 1
