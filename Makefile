@@ -8,6 +8,7 @@
 #   make soak        long loops: kills, races, large data
 #   make bench-setup   the peers that benchmarks/training.py measures against, in a folder of their own
 #   make gguf-setup  llama.cpp, compiled in minutes into a folder of its own: tests then load our GGUF files in it
+#   make liger-setup liger-kernel and Triton, whose kernels a test then runs in Triton's interpreter
 #   make check       formatting, lint, types, layers
 #   make images      the container images, from wheels checked by hash (ENGINE, BASE_IMAGE and TORCH can be given)
 #   make lock        resolve what the images install again, after a change of versions
@@ -22,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup check format images wheels pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup liger-setup check format images wheels pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -76,6 +77,11 @@ gguf-setup: setup
 	@test -d .state/llama-cpp/llama_cpp || $(BIN)/pip install -q --no-deps --target .state/llama-cpp \
 		llama-cpp-python==0.3.36 diskcache==5.6.3
 
+# Never a dependency of what runs without a GPU.
+liger-setup: setup
+	@test -d .state/liger/liger_kernel || $(BIN)/pip install -q --no-deps --target .state/liger \
+		-c constraints.txt liger-kernel triton==3.7.1
+
 check: .venv/.made
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -119,7 +125,7 @@ lock: .venv/.made
 	$(BIN)/python images/lock.py images/train-cpu.lock train
 
 lock-cuda: .venv/.made
-	$(BIN)/python images/lock.py images/train-cuda.lock train \
+	$(BIN)/python images/lock.py images/train-cuda.lock train liger \
 	    --note "Not built here: resolved on a machine without a GPU, never installed."
 
 clean:

@@ -91,7 +91,7 @@ def test_a_step_knows_why_its_automatic_settings_are_what_they_are(made_plan: Pl
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
     assert runner.execute(made_plan, "train_qlora", lambda: run) == 0
     assert told == {c.field.removeprefix("train."): c.reason for c in made_plan.choices if c.field.startswith("train.")}
-    assert set(told) == {"device", "precision", "attention"}
+    assert set(told) == {"device", "precision", "attention", "kernels"}
 
 
 @pytest.mark.parametrize("refusal", [DataRefused("half of the rows are bad"), QualityRefused("worse than before")])

@@ -41,7 +41,7 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     model.config.use_cache = False
     adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
-    slim(adapted.eval())
+    slim(adapted.eval(), config.kernels)
     join(adapted)
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

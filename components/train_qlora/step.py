@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from components.train_qlora import events, history
+from components.train_qlora import events, fused, history
 from components.train_qlora.memory import rows_a_pass, shrinking
 from components.train_qlora.processes import train_together
 from components.train_qlora.result import report_page
@@ -73,6 +73,10 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
 
 
 def _refuse_what_is_not_here(config: TrainConfig) -> None:
+    if config.kernels == "liger" and config.device != "cuda":
+        raise UsageError("train.kernels: liger needs train.device: cuda; leave it out, or plan beside a GPU")
+    if config.kernels == "liger" and not fused.INSTALLED:
+        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it or leave it out")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: cuda, but torch sees no GPU here; plan on the machine class that trains")
     if config.device == "cuda" and torch.cuda.device_count() < config.processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -44,6 +45,8 @@ def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]
             choose(name, "precision", *_precision(name, device))
         if fields.get("attention") == "auto":
             choose(name, "attention", *_attention(device))
+        if fields.get("kernels") == "auto":
+            choose(name, "kernels", *_kernels(device))
     return sections, tuple(choices)
 
 
@@ -68,3 +71,11 @@ def _attention(device: str) -> tuple[str, str]:
     if device == "cpu":
         return "eager", "faster than sdpa on short rows on a CPU"
     return "sdpa", "always there on cuda"
+
+
+def _kernels(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        return "torch", "Triton's kernels are for GPUs"
+    if find_spec("liger_kernel") is None:
+        return "torch", "liger-kernel is not installed where the plan was made"
+    return "liger", "liger-kernel is installed where the plan was made"

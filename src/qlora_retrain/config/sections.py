@@ -98,6 +98,9 @@ class TrainConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = identity(
         "auto", "auto: eager on a CPU (faster on short rows), sdpa on cuda"
     )
+    kernels: Literal["auto", "torch", "liger"] = identity(
+        "auto", "of norms and gates; auto: liger on cuda where the plan is made beside liger-kernel, else torch"
+    )
     gradient_checkpointing: int | None = identity(
         None, "compute every n-th layer twice instead of keeping it; 1: a third slower, far less memory", ge=1
     )
