@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -119,6 +120,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     yield made
     made.stop()
     os.environ.pop("CONTAINERS_CONF")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    """What a test left open fails that test, and not whichever is next when garbage is collected."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ import textwrap
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from qlora_retrain import plan, runner
@@ -177,16 +177,11 @@ def test_killing_the_task_lets_the_step_save_and_leaves_no_container(
     assert engine.names() == []
 
 
-@pytest.fixture
-def lost_sockets() -> Iterator[None]:
-    """Where docker-py finds no engine it leaves a socket to the garbage: it goes here, not in whatever test is next."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+# Where docker-py finds no engine it leaves a socket to the garbage.
+loses_a_socket = pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning")
 
 
-@pytest.mark.usefixtures("lost_sockets")
+@loses_a_socket
 def test_an_engine_that_does_not_answer_is_named_and_tried_again(
     made: Plan, step: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -197,7 +192,7 @@ def test_an_engine_that_does_not_answer_is_named_and_tried_again(
     assert not isinstance(caught.value, AirflowFailException)
 
 
-@pytest.mark.usefixtures("lost_sockets")
+@loses_a_socket
 def test_an_engine_that_stops_under_a_running_step_is_named_and_the_next_try_follows_the_same_container(
     made: Plan, says: Callable[[str], None], step: Callable[..., Any], engine: Engine, until: Callable[..., None]
 ) -> None:
@@ -267,3 +262,30 @@ def test_a_container_that_is_there_no_more_is_not_waited_for(
     assert str(error).startswith("try again (75)") or "(137)" in str(error), (
         "stopped from outside: it may be tried again"
     )
+
+
+def test_a_task_that_is_interrupted_while_it_follows_a_log_leaves_no_connection(
+    made: Plan, says: Callable[[str], None], step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airflow.sdk.exceptions import AirflowTaskTimeout
+
+    def time_out(lines: Iterator[str]) -> str:
+        assert next(lines) == "ready"
+        raise AirflowTaskTimeout
+
+    says("import time; print('ready', flush=True); time.sleep(60)")
+    task = step()
+    monkeypatch.setattr(task, "last_lines", time_out)
+    before = connections()
+    gc.disable()  # what is open is seen, and not what garbage was collected in time
+    try:
+        with pytest.raises(AirflowTaskTimeout):
+            task.execute(context(made))
+        assert connections() == before
+    finally:
+        gc.enable()
+
+
+def connections() -> int:
+    """This process's sockets of an engine's kind."""
+    return len(psutil.Process().net_connections("unix"))

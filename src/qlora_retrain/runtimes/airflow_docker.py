@@ -74,7 +74,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             self.log.info("container %s runs already: following it", self.container_name)
         reason, since = "", 1  # the log from its beginning: the engine takes no 0
         while True:
-            with contextlib.closing(self.cli.logs(found, stream=True, follow=True, since=since)) as chunks:
+            with self._log(found, since) as chunks:
                 reason = self.last_lines(_lines(chunks)) or reason
             since = int(time.time())
             status = self._status(found)
@@ -82,6 +82,23 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 return reason, status
             self.log.warning("the engine ended the log of a container that still runs: following it again")
             time.sleep(_AGAIN_SECONDS)
+
+    @contextlib.contextmanager
+    def _log(self, container: str, since: int) -> Iterator[Iterator[bytes]]:
+        """The log from then on, as it is written. docker-py never closes the connection of one that is cut off."""
+        answers: list[Any] = []
+
+        def note(answer: Any, **_: Any) -> None:
+            answers.append(answer)
+
+        self.cli.hooks["response"].append(note)
+        try:
+            with contextlib.closing(self.cli.logs(container, stream=True, follow=True, since=since)) as chunks:
+                yield chunks
+        finally:
+            self.cli.hooks["response"].remove(note)
+            for answer in answers:
+                answer.close()
 
     def on_kill(self) -> None:
         """Have the container stopped and removed by a process that outlives this task's five seconds."""
