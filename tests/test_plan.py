@@ -159,6 +159,12 @@ def test_a_plan_leaves_nothing_automatic_and_says_why(with_settings: Callable[..
     assert all(c.reason for c in made.choices)
 
 
+def test_kernels_for_a_gpu_are_refused_where_the_plan_has_none(with_settings: Callable[..., Plan]) -> None:
+    with pytest.raises(UsageError, match=r"train\.kernels: liger needs train\.device: cuda, and it is cpu"):
+        with_settings("train.kernels=liger", "train.device=cpu")
+    assert with_settings("train.kernels=liger", "train.device=cuda").step("train_qlora").config["kernels"] == "liger"
+
+
 def test_a_plan_that_was_moved_or_spoiled_is_refused(with_settings: Callable[..., Plan], tmp_path: Path) -> None:
     made = with_settings()
     store = tmp_path / "store" / "runs" / made.run_id / "plan.json"

@@ -73,8 +73,6 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
 
 
 def _refuse_what_is_not_here(config: TrainConfig) -> None:
-    if config.kernels == "liger" and config.device != "cuda":
-        raise UsageError("train.kernels: liger needs train.device: cuda; leave it out, or plan beside a GPU")
     if config.kernels == "liger" and not fused.INSTALLED:
         raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it or leave it out")
     if config.device == "cuda" and not torch.cuda.is_available():

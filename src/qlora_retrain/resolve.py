@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from qlora_retrain import graph
 from qlora_retrain.config.knobs import Section
 from qlora_retrain.config.load import LineConfig
+from qlora_retrain.errors import UsageError
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
@@ -26,7 +27,11 @@ class Choice(BaseModel):
 
 
 def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]]:
-    """Every section with nothing left to choose, by its name, and the choices that were made."""
+    """Every section with nothing left to choose, by its name, and the choices that were made.
+
+    Raises:
+        UsageError: If what was set cannot be had together with what was chosen.
+    """
     sections = {step.section: config.section(step.section) for step in graph.STEPS}
     choices: list[Choice] = []
 
@@ -47,6 +52,8 @@ def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]
             choose(name, "attention", *_attention(device))
         if fields.get("kernels") == "auto":
             choose(name, "kernels", *_kernels(device))
+        if fields.get("kernels") == "liger" and device != "cuda":
+            raise UsageError(f"{name}.kernels: liger needs {name}.device: cuda, and it is {device}; leave it out")
     return sections, tuple(choices)
 
 

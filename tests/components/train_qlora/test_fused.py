@@ -38,11 +38,6 @@ def test_liger_kernels_give_the_loss_and_the_gradients_of_torch(nf4: Path) -> No
     assert checkpointed["ran"][1] == plain["ran"][1] + layers + 1, "layers twice; the first norm has a gradient"
 
 
-def test_liger_on_a_cpu_is_refused(step) -> None:
-    with pytest.raises(UsageError, match=r"train\.kernels: liger needs train\.device: cuda"):
-        step()(kernels="liger")
-
-
 def test_liger_that_is_not_installed_is_refused(step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "INSTALLED", False)
     with pytest.raises(UsageError, match="liger-kernel is not installed where the step runs"):
