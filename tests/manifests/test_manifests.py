@@ -163,6 +163,13 @@ def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None
         assert wanted <= gib(hard["requests.memory"])
         assert (pod.cpus or 0) <= float(hard["requests.cpu"])
         assert cluster.gpus(step) <= int(hard[f"requests.{cluster.gpu_resource}"])
+    full = int(hard[f"requests.{cluster.gpu_resource}"])  # a pool of so many tasks, each grown as far as it may
+    for step in graph.STEPS:
+        if not cluster.gpus(step):
+            others, gpus = cluster.pod(step), cluster.gpu
+            most_gib = full * (gpus.max_memory_gib or 0) + (others.max_memory_gib or 0)
+            assert most_gib <= gib(hard["limits.memory"]), f"no room for {step.name} beside a full pool"
+            assert full * (gpus.cpus or 0) + (others.cpus or 0) <= float(hard["requests.cpu"])
     disk = hard["requests.storage" if cluster.storage_class else "requests.ephemeral-storage"]
     assert cluster.work_gib * 2 <= gib(disk), "two steps run beside each other"
 

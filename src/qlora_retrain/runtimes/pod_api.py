@@ -89,7 +89,7 @@ def refused(step: str, namespace: str, error: ApiException) -> NoReturn:
     said = _message(error)
     if error.status == 403 and "exceeded quota" in said:
         raise TryAgain(f"{step}: the namespace's quota is used up: {said}") from error
-    if error.status in (401, 403):
+    if error.status == 401 or (error.status == 403 and 'User "' in said and " cannot " in said):
         raise UsageError(f"{step}: Airflow may not manage pods in {namespace}: {said}; see manifests/base/rbac.yaml")
     if error.status is not None and error.status not in (409, 429) and 400 <= error.status < 500:
         raise UsageError(f"{step}: the cluster refuses the pod ({error.status}): {said}") from error

@@ -3,7 +3,7 @@
     the container's own exit code             stands, unless the cluster ended it (below)
     OOMKilled, or 137 without another cause   137: tried again, with more memory where the profile allows it
     Evicted, Preempting, DisruptionTarget,    75: tried again, from the last checkpoint
-      a node that shuts down or is lost
+      a node that shuts down, restarts or is lost
     a pod that is gone                        75: its node went, or somebody deleted it
     an image that cannot be pulled            75: registries fail for minutes; the message names the image
     a name or a secret that is wrong          12: nothing gets better by waiting
@@ -57,6 +57,8 @@ def ending(pod: Any) -> Ending | None:
     said = done.message or ""
     if done.reason == "OOMKilled":
         return Ending(Exit.OUT_OF_MEMORY, "OOMKilled", said)
+    if done.reason == "ContainerStatusUnknown":  # 137 too, though nothing was killed for memory
+        return Ending(Exit.TRY_AGAIN, "ContainerStatusUnknown: the node lost its container, as when it restarts", said)
     if taken and done.exit_code in _BY_THE_CLUSTER:
         return Ending(Exit.TRY_AGAIN, taken, said)
     return Ending(int(done.exit_code), said=said)

@@ -42,6 +42,7 @@ pytestmark = [
             "DisruptionTarget, PreemptionByScheduler",
             True,
         ),
+        (137, {"because": "ContainerStatusUnknown"}, "the node lost its container", True),
         (75, {}, "try again (75)", True),
         (1, {}, "our bug (1)", False),
         (13, {}, "integrity or security (13)", False),
@@ -132,6 +133,7 @@ def test_a_pod_that_no_node_takes_is_removed_with_the_schedulers_words(
     [
         (403, 'pods "x" is forbidden: exceeded quota: qlora-retrain', "quota is used up", True),
         (403, 'pods is forbidden: User "airflow" cannot create resource', "may not manage pods", False),
+        (403, 'pods "x" is forbidden: violates PodSecurity "restricted:latest"', "refuses the pod (403)", False),
         (422, "Pod is invalid: spec.containers[0].resources", "refuses the pod (422)", False),
         (500, "etcdserver: request timed out", "Kubernetes API failed (500)", True),
     ],
