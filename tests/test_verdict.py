@@ -161,15 +161,38 @@ def test_few_golden_rows_are_insufficient_evidence_until_the_line_says_how_few_w
 def test_forgetting_more_than_allowed_refuses_and_no_reference_text_lacks_evidence() -> None:
     settings = EvaluateConfig(first_release=True, max_forgetting_nats=0.1)
     base, challenger = labelled(share(10)), labelled(share(90))
-    reference = texts([2.0, 2.1, 1.9], "reference")
-    kept, lost = texts([2.05, 2.15, 1.9], "reference"), texts([2.3, 2.4, 2.1], "reference")
+    reference = texts([2.0, 2.1, 1.9] * 2, "reference")
+    kept, lost = texts([2.05, 2.15, 1.9] * 2, "reference"), texts([2.3, 2.4, 2.1] * 2, "reference")
     assert verdict.judge({"base": base + reference, "challenger": challenger + kept}, settings).verdict == "pass"
     judged = verdict.judge({"base": base + reference, "challenger": challenger + lost}, settings)
     assert judged.verdict == "refuse"
     assert rule(judged, "forgetting").value == pytest.approx(0.8 / 3)
-    judged = verdict.judge({"base": base, "challenger": challenger}, settings)
+    for few in (0, 1, 5):
+        judged = verdict.judge({"base": base + reference[:few], "challenger": challenger + reference[:few]}, settings)
+        assert judged.verdict == "insufficient evidence", "the same text kept as well as can be, but too little of it"
+        assert f"there are {few} passages of reference text and at least 6 are needed" in judged.sentence
+
+
+def valid(right: Sequence[bool | None], suite: str = "eval") -> list[RowScore]:
+    """Rows whose JSON is valid or not; None where nothing of the kind was asked for."""
+    return [
+        RowScore(f"{suite}{i}", suite, 1.0, 2, values={} if hit is None else {"json_validity": float(hit)})
+        for i, hit in enumerate(right)
+    ]
+
+
+def test_rows_of_which_the_primary_metric_says_nothing_are_no_evidence() -> None:
+    settings = EvaluateConfig(first_release=True, metrics=["json_validity"], primary="json_validity")
+    nothing: list[bool | None] = [None] * 40
+    judged = verdict.judge({"base": valid([False] * 5 + nothing), "challenger": valid([True] * 5 + nothing)}, settings)
     assert judged.verdict == "insufficient evidence"
-    assert "reference text" in judged.sentence
+    assert "says something of 5 evaluation rows; at least 30 are needed" in judged.sentence
+    base, challenger = valid([False] * 30 + nothing), valid([True] * 30 + nothing)
+    assert verdict.judge({"base": base, "challenger": challenger}, settings).verdict == "pass"
+    golden = valid([None] * 12, "golden")
+    judged = verdict.judge({"base": base + golden, "challenger": challenger + golden}, settings)
+    assert judged.verdict == "insufficient evidence"
+    assert "0 golden rows beside 12 of which" in judged.sentence
 
 
 def test_merging_that_costs_more_than_allowed_fails_its_rule() -> None:

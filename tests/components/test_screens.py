@@ -58,7 +58,15 @@ def pages(
     profile(dataset, (100, 100, 100, 100))
     profile(version / "data", (250, 20, 100, 30))
     (version / "model").symlink_to(tiny_model)
-    (reference / "general.txt").write_text("The sun rises in the east.\n\nBirds can fly.\n\nWater is wet.\n")
+    passages = (
+        "The sun rises in the east.",
+        "Birds can fly.",
+        "Water is wet.",
+        "Ice is cold.",
+        "Grass is green.",
+        "Stones sink.",
+    )
+    (reference / "general.txt").write_text("\n\n".join(passages))
     inputs = {"base_model": tiny_model, "base_nf4": tiny_nf4, "adapter": tiny_adapter, "reference_data": reference}
     settings = EvaluateConfig(
         device="cpu", bootstrap_samples=200, text_in_reports=True, max_new_tokens=12, min_slice_rows=8,

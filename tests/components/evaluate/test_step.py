@@ -234,7 +234,15 @@ def test_overfitting_forgetting_and_intruders_are_in_the_document(
     rows = (dataset / "eval.jsonl").read_text().splitlines()
     (dataset / "train.jsonl").write_text("\n".join(rows[:7]) + "\n")
     reference.mkdir()
-    (reference / "general.txt").write_text("The sun rises in the east.\n\nWater is wet.\n\nBirds can fly.\n")
+    passages = (
+        "The sun rises in the east.",
+        "Water is wet.",
+        "Birds can fly.",
+        "Ice is cold.",
+        "Grass is green.",
+        "Stones sink.",
+    )
+    (reference / "general.txt").write_text("\n\n".join(passages))
     settings = CONFIG.model_copy(update={"train_rows": 5, "max_train_eval_gap": 1e-9, "max_forgetting_accuracy": 1.0})
     run(settings, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
         evaluation=evaluation)  # fmt: skip

@@ -21,7 +21,15 @@ def inputs(
     dataset, evaluation, reference = write_dataset(tmp_path / "dataset", golden=12), tmp_path / "eva", tmp_path / "ref"
     evaluation.mkdir()
     reference.mkdir()
-    (reference / "general.txt").write_text("The sun rises in the east.\n\nBirds can fly.\n")
+    passages = (
+        "The sun rises in the east.",
+        "Birds can fly.",
+        "Water is wet.",
+        "Ice is cold.",
+        "Grass is green.",
+        "Stones sink.",
+    )
+    (reference / "general.txt").write_text("\n\n".join(passages))
     evaluate(RULES, dataset, **folders, champion=None, anchor=None, golden_data=None, reference_data=reference,
              evaluation=evaluation)  # fmt: skip
     (tmp_path / "model").mkdir()

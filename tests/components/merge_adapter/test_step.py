@@ -117,7 +117,7 @@ def test_what_the_merged_form_forgot_is_measured_on_the_merged_form(inputs: dict
     run(MergeConfig(device="cpu", base="original"), **inputs)
     found = certificate(inputs)
     model, tokenizer = modeling.load_base(inputs["model"], dtype="float32"), chat.load_tokenizer(inputs["model"])
-    texts = ["The sun rises in the east.", "Birds can fly."]
+    texts = (inputs["reference_data"] / "general.txt").read_text().split("\n\n")
     ours = scoring.score_texts(model, tokenizer, texts, batch_tokens=4096, max_tokens=64, what="x")
     base = [s for s in read_scores(inputs["evaluation"] / "scores.jsonl")["base"] if s.suite == "reference"]
     lost = sum(a.loss_nats - b.loss_nats for a, b in zip(ours, base, strict=True)) / sum(s.tokens for s in ours)
