@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def run(
     sides = _sides(config, given.rows["eval"])
     rows = given.rows["eval"], sides["certification"]
     bench = Bench.of(config, given.settings, *rows, given.labels, base_nf4, adapter)
+    given = _computed_alike(config, given, bench, base_nf4)
     measured = candidates.measure(bench, built, model)
     winner = candidates.better(measured, sides["selection"])
     candidates.keep(winner, model)
@@ -107,6 +108,20 @@ def run(
     (model / "report.html").write_text(certified.page(), encoding="utf-8")
     progress.say(certified.judged.sentence)
     return certified.judged.report(_numbers(certified, given.settings))
+
+
+def _computed_alike(config: MergeConfig, given: _Evaluated, bench: Bench, base_nf4: Path) -> _Evaluated:
+    """The live model scored as the merged forms will be: again, where the evaluation computed in another precision.
+
+    Else a part of what merging costs would be the precision's, as where a GPU evaluates and a CPU merges.
+    """
+    settings, rows = given.settings, given.rows["eval"]
+    if (settings.device, settings.precision) == (config.device, config.precision):
+        return given
+    found = chat.load_tokenizer(base_nf4)
+    scores, _ = scoring.score_by(settings, bench.live, found, rows, given.labels, what="scoring the live model again")
+    others = [score for score in given.scores["challenger"] if score.suite != "eval"]
+    return replace(given, scores={**given.scores, "challenger": [*scores, *others]})
 
 
 def _sides(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,21 @@ def test_what_the_merged_form_forgot_is_measured_on_the_merged_form(inputs: dict
     rule = next(rule for rule in found["rules"] if rule["name"] == "forgetting")
     assert rule["value"] == pytest.approx(lost, rel=1e-4)
     assert found["reference"]["merged"]["loss"] != found["reference"]["live"]["loss"]
+
+
+def test_the_live_model_is_scored_again_where_the_evaluation_computed_in_another_precision(
+    inputs: dict[str, Path],
+) -> None:
+    evaluated = [s for s in read_scores(inputs["evaluation"] / "scores.jsonl")["challenger"] if s.suite == "eval"]
+    in_fp32 = sum(s.loss_nats for s in evaluated) / sum(s.tokens for s in evaluated)
+    run(MergeConfig(device="cpu", base="dequantized"), **inputs)
+    assert certificate(inputs)["forms"]["certification"]["live"]["loss"] == pytest.approx(in_fp32, rel=1e-9)
+    shutil.rmtree(inputs["model"])
+    inputs["model"].mkdir()
+    run(MergeConfig(device="cpu", base="dequantized", precision="bfloat16"), **inputs)
+    live = certificate(inputs)["forms"]["certification"]["live"]["loss"]
+    assert live == pytest.approx(in_fp32, rel=0.02)
+    assert abs(live - in_fp32) > 1e-6, "in bf16, as the merged form"
 
 
 def test_reference_text_other_than_the_evaluations_is_refused(inputs: dict[str, Path]) -> None:
