@@ -24,6 +24,11 @@ def timings(log: Log) -> list[dict[str, Any]]:
     return [{name: entry[name] for name in TIMING} for entry in log if "loss" in entry]
 
 
+def seconds(log: Log) -> float:
+    """What the steps took, with the measurements and saves between them; of work that was lost in a crash, nothing."""
+    return sum(float(entry["tokens"] / entry["tokens_per_second"]) for entry in log if "loss" in entry)
+
+
 def curves(log: Log) -> list[tuple[int, float, dict[str, float]]]:
     """(step, seconds since 1970, numbers by name) of every step and measurement, for TensorBoard."""
     return [

@@ -14,6 +14,7 @@ from qlora_retrain import progress
 from qlora_retrain.config.sections import TrainConfig
 
 Trained = TypeVar("Trained")
+SAYING_SO = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
 
 
 def rows_a_pass(config: TrainConfig) -> int:
@@ -63,6 +64,5 @@ def shrinking(config: TrainConfig, train: Callable[[TrainConfig], Trained]) -> t
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Python's, the GPU's, and the host's as torch says it."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    """Python's, the GPU's (its libraries' too), and the host's as torch says it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in SAYING_SO)

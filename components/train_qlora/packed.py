@@ -80,20 +80,24 @@ def pack(batch: Batch, dtype: torch.dtype) -> Line:
 
 
 def passes(batch: Batch, rows: int, *, packs: bool) -> int:
-    """How many passes a batch is cut into, so that none computes more tokens than `rows` rows of it with padding."""
+    """How many passes a batch is cut into, so that none computes more tokens than `rows` rows of it with padding.
+
+    Attention does pad, to the longest row of a pass: one that has many short rows beside a long one is cut further, so
+    that attention's places are at most twice those of the padded rows.
+    """
     ids, n = batch["input_ids"], len(batch["input_ids"])
     if not packs:
         return -(-n // rows)
     after = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     mask = batch["attention_mask"].bool() & before_the_last(after != IGNORED)
     shared, tokens = shared_tokens(ids, mask, after), mask.sum(1)
-    until = [0, *(tokens - shared).cumsum(0).tolist()]
-    limit = rows * int(tokens.max()) - shared
-    return next(
-        count
-        for count in range(max(1, until[-1] // max(limit, 1)), n + 1)
-        if all(until[(i + 1) * n // count] - until[i * n // count] <= limit for i in range(count))
-    )
+    own, padded = (tokens - shared).tolist(), rows * int(tokens.max())
+
+    def fits(some: list[int]) -> bool:
+        return sum(some) <= padded - shared and len(some) * max(some, default=0) <= 2 * padded
+
+    first = max(1, sum(own) // max(padded - shared, 1))
+    return next(c for c in range(first, n + 1) if all(fits(own[i * n // c : (i + 1) * n // c]) for i in range(c)))
 
 
 def cut(batch: Batch, count: int) -> list[Batch]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from components.train_qlora import lora, ranks
+from components.train_qlora import lora, packed, ranks
 from components.train_qlora.loss import summed_loss, supervised
-from components.train_qlora.rows import Collate, Rows
+from components.train_qlora.rows import Batch, Collate, Rows
 from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import TryAgain, UsageError
@@ -54,24 +55,37 @@ def overfit(model: Any, config: TrainConfig, rows: Rows, pad: int, steps: int) -
     progress.say(f"preflight: {len(shortest)} rows, loss {first:.3f} to {last:.3f} in {len(losses) - 1} steps")
 
 
-def _losses(model: Any, config: TrainConfig, batch: dict[str, torch.Tensor]) -> list[float]:
+def _losses(model: Any, config: TrainConfig, batch: Batch) -> list[float]:
     """The mean loss before the first step and after each."""
     model.eval()  # without dropout
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True  # or it would keep what the run itself does not
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    tokens = int(supervised(batch).sum())
+    parts = packed.cut(batch, packed.passes(batch, config.batch_size, packs=packed.can_pack(model)))
     losses: list[float] = []
     for step in range(STEPS + 1):
         if preempt.requested():
             raise TryAgain("asked to stop before the first step; run it again")
-        loss = summed_loss(model, batch) / tokens
-        losses.append(ranks.summed(loss.item())[0] / ranks.count())  # all do the same, and end with the same step
+        loss = _backward(model, parts, int(supervised(batch).sum()))
+        losses.append(ranks.summed(loss)[0] / ranks.count())  # all do the same, and end with the same step
         if step == STEPS or losses[-1] < LEARNT * losses[0]:
             break
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     model.zero_grad()
     return losses
+
+
+def _backward(model: Any, parts: list[Batch], tokens: int) -> float:
+    """The mean loss over all parts, in passes no larger than the run's; gradients are added up."""
+    total = 0.0
+    with packed.attention_by_rows(model):
+        for part in parts:
+            loss = summed_loss(model, part) / tokens
+            loss.backward()
+            total += loss.item()
+    return total

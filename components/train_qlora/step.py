@@ -74,7 +74,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
 
 def _refuse_what_is_not_here(config: TrainConfig) -> None:
     if config.kernels == "liger" and not fused.INSTALLED:
-        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it or leave it out")
+        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it, or set torch")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: cuda, but torch sees no GPU here; plan on the machine class that trains")
     if config.device == "cuda" and torch.cuda.device_count() < config.processes:

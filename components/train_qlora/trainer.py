@@ -22,7 +22,7 @@ from components.train_qlora import history, lora, packed, ranks
 from components.train_qlora.loss import mean_loss, summed_loss, supervised
 from components.train_qlora.preflight import overfit
 from components.train_qlora.rows import Batch, Collate, Order, Rows, Steps
-from components.train_qlora.watch import Watch
+from components.train_qlora.watch import USED_UP, Watch
 from qlora_retrain import checkpoints, preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import Diverged, TryAgain
@@ -111,7 +111,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 raise TryAgain("asked to stop before the first step; run it again")
             if not newest:
                 overfit(self.model, self.config, self.train_dataset, self.pad, self.watch.steps)
-            self.train(resume_from_checkpoint=str(newest) if newest else None)
+            if self.watch.used_up(history.seconds(self.state.log_history)):  # a retry buys no time
+                self.watch.stopped = USED_UP
+            else:
+                self.train(resume_from_checkpoint=str(newest) if newest else None)
             if self.watch.stopped:
                 raise TryAgain(
                     f"step {self.state.global_step} of {self.watch.steps}, saved as "

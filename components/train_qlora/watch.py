@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from components.train_qlora import ranks
+from components.train_qlora import history, ranks
 from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 
 TELL_SECONDS = 10.0
+USED_UP = "time budget used up; to go on raise train.max_hours"
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -32,6 +33,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.tokens = 0
         self.begun = self.saved = self.told = self.last_step = time.monotonic()
         self.first = 0
+        self.spent = 0.0  # seconds, by the tries before
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,22 +44,27 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Start the clocks."""
         self.begun = self.saved = self.told = self.last_step = time.monotonic()
         self.first = state.global_step
+        self.spent = history.seconds(state.log_history)
+
+    def used_up(self, seconds: float) -> bool:
+        """Whether so much work is all that the time budget allows."""
+        limit = self.config.max_hours
+        return limit is not None and seconds >= limit * 3600
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure when it is due; save when it is time to, when asked to stop, and at the end."""
         now = time.monotonic()
-        limit = self.config.max_hours
         control.should_evaluate = state.global_step in self.measure_at
         asked, late, due = ranks.any_of(
             preempt.requested(),
-            limit is not None and now - self.begun >= limit * 3600,
+            self.used_up(self.spent + now - self.begun),
             now - self.saved >= self.config.checkpoint_minutes * 60,
         )
         if state.global_step < self.steps:
             if asked:
                 self.stopped = "asked to stop"
             elif late:
-                self.stopped = "time budget used up; raise train.max_hours or run again"
+                self.stopped = USED_UP
         if due or self.stopped or state.global_step >= self.steps:
             control.should_save = True
             self.saved = now

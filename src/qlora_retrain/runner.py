@@ -196,8 +196,9 @@ def _scratch(store: Store, step: graph.Step, key: str, attempt: str, work: Path)
         return
     folder = work / "scratch"
     folder.mkdir()
-    restored = scratch.restore(store, f"scratch/{step.name}/{key}", folder)
-    mirror = scratch.Mirror(store, f"scratch/{step.name}/{key}/{attempt}", folder)
+    prefix = f"scratch/{step.name}/{key}"
+    restored = scratch.restore(store, prefix, folder)
+    mirror = scratch.Mirror(store, prefix, attempt, folder)
     mirror.start(restored)
     try:
         yield {"scratch": folder}

@@ -42,10 +42,17 @@ def remove(store: Store, prefix: str) -> None:
 
 
 class Mirror:
-    """Copies newly completed checkpoints to the store from a thread of its own, and once more at the end."""
+    """Copies newly completed checkpoints to the store from a thread of its own, and once more at the end.
 
-    def __init__(self, store: Store, prefix: str, folder: Path) -> None:
-        self._store, self._prefix, self._folder = store, prefix, folder
+    Args:
+        store: Where to.
+        prefix: Below which every attempt has its checkpoints.
+        attempt: This one.
+        folder: Where the step writes them.
+    """
+
+    def __init__(self, store: Store, prefix: str, attempt: str, folder: Path) -> None:
+        self._store, self._of_all, self._prefix, self._folder = store, prefix, f"{prefix}/{attempt}", folder
         self._sent: list[int] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -65,7 +72,7 @@ class Mirror:
             self._try_sync()
 
     def sync(self) -> None:
-        """Send every complete checkpoint that was not sent, oldest first; keep the last few."""
+        """Send every complete checkpoint that was not sent, oldest first; keep the last few, of whatever attempt."""
         with self._lock:
             for local in sorted(self._folder.glob("checkpoint-*"), key=_number):
                 step = _number(local)
@@ -79,10 +86,11 @@ class Mirror:
                 except FileNotFoundError:
                     continue  # the trainer rotated it away meanwhile; a newer one follows
                 self._sent.append(step)
-            while len(self._sent) > _KEPT:
-                old = f"{self._prefix}/checkpoint-{self._sent.pop(0)}"
-                self._store.delete([f"{old}/{checkpoints.MARKER}"])
-                self._store.delete([e.path for e in self._store.list(old)])
+                del self._sent[:-_KEPT]
+                for step, path in _candidates(self._store, self._of_all):
+                    if step < self._sent[0]:
+                        self._store.delete([f"{path}/{checkpoints.MARKER}"])
+                        self._store.delete([e.path for e in self._store.list(path)])
 
     def _loop(self) -> None:
         while not self._stop.wait(_LOOK_EVERY_SECONDS):

@@ -112,7 +112,9 @@ class TrainConfig(Section):
     )
     worse_factor: float = identity(1.5, "an evaluation loss above this times the best one is a bad sign", gt=1.0)
     worse_times: int = identity(3, "so many bad signs in a row end the run (14)", ge=1)
-    max_hours: float | None = operational(None, "stop after this and exit 75; the next try goes on", gt=0.0)
+    max_hours: float | None = operational(
+        None, "of training in all tries: then save and exit 75; a larger budget goes on", gt=0.0
+    )
     checkpoint_minutes: float = operational(5.0, "at most this much work is lost in a crash", gt=0.0)
     log_every_steps: int = operational(10, "how often the loss is printed", ge=1)
     report_to: list[Literal["mlflow", "wandb"]] = operational(

@@ -1,6 +1,7 @@
 """What training computes, against the same computed plainly: adapters, dropout, rows in one line, the loss in parts."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from components.train_qlora import joined, lean, lora, loss, packed
+from components.train_qlora import fused, joined, lean, lora, loss, packed
 from components.train_qlora.rows import IGNORED, Collate
 from qlora_retrain import chat, modeling
 from qlora_retrain.config.sections import TrainConfig
@@ -157,6 +158,17 @@ def test_a_pass_has_no_more_tokens_than_its_rows_would_have_with_padding_and_no_
     assert most(longest) < limit + packed.TOKENS
     assert longest == 1 or most(longest - 1) > limit
     assert packed.passes(batch, rows, packs=False) == math.ceil(20 / rows) >= longest
+
+
+def test_many_short_rows_beside_a_long_one_do_not_fill_attention_with_padding():
+    """64 short rows and a long one have few tokens; padded to the long one they would be four times sixteen rows."""
+    lengths = [1000, *[50] * 63]
+    batch = Collate(0)([{"input_ids": [*range(n)], "labels": [*range(n)]} for n in lengths])
+    count = packed.passes(batch, 16, packs=True)
+    assert count == 2
+    assert packed.passes(batch, 64, packs=True) == 1
+    places = [packed.pack(part, torch.float32).grid.bias.shape[:2].numel() for part in packed.cut(batch, count)]
+    assert max(places) <= 2 * 16 * 1000
 
 
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(nf4, items):
@@ -344,3 +356,30 @@ def test_a_module_that_computes_something_else_is_left_alone():
     model = Model()
     assert lean.slim(model) == 0
     assert "forward" not in vars(model.norm)
+
+
+class Gate(torch.nn.Module):
+    """An MLP as decoders have it, in bf16."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.activation = activation
+        for name in ("gate", "up", "down"):
+            setattr(self, f"{name}_proj", torch.nn.Linear(8, 8, bias=False).bfloat16())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("activation", [torch.nn.functional.silu, torch.nn.functional.gelu])
+def test_a_kernel_is_asked_for_silu_alone_and_left_out_where_it_rounds_otherwise(activation, monkeypatch, capsys):
+    model = torch.nn.Sequential(Gate(activation))
+    model.device, model.dtype = torch.device("cpu"), torch.bfloat16
+    gated = activation is torch.nn.functional.silu
+    monkeypatch.setattr(lean, "close", lambda *_: True)  # as a probe in bf16 might say
+    monkeypatch.setattr(fused, "mlp", lean._mlp)
+    assert lean.slim(model, "liger") == gated
+    monkeypatch.setattr(lean, "close", lambda *_: False)
+    assert lean.slim(model, "liger") == gated
+    assert ("liger computes 1 of 1 norms and gates otherwise" in capsys.readouterr().out) == gated

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
-from components.train_qlora import preflight, watch
+from components.train_qlora import lora, preflight, watch
 from components.train_qlora import trainer as trainer_module
-from qlora_retrain import checkpoints, modeling
+from components.train_qlora.loss import summed_loss
+from components.train_qlora.rows import Rows
+from qlora_retrain import chat, checkpoints, modeling
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import Diverged, TryAgain, UsageError
 
@@ -55,6 +58,41 @@ def test_the_first_check_ends_early_when_the_rows_are_learnt(step, long_run, cap
     assert steps < 40
 
 
+def test_the_first_check_keeps_no_more_than_the_run_would(step, long_run, monkeypatch, capsys):
+    """Passes of as many rows as fit, and layers computed twice where the run computes them twice."""
+    seen: list[tuple[int, int]] = []
+
+    def looked_at(model: Any, batch: Any) -> torch.Tensor:
+        kept = 0
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = summed_loss(model, batch)
+        seen.append((len(batch["input_ids"]), kept))
+        return loss
+
+    monkeypatch.setattr(preflight, "summed_loss", looked_at)
+    found = {}
+    for name, settings in {
+        "whole": {"batch_size": 8, "gradient_accumulation": 1},
+        "cut": {"batch_size": 2, "gradient_accumulation": 4},
+        "twice": {"batch_size": 8, "gradient_accumulation": 1, "gradient_checkpointing": 1},
+    }.items():
+        seen.clear()
+        step(name)(max_steps=1, **settings)
+        found[name] = max(rows for rows, _ in seen), max(kept for _, kept in seen)
+    assert (found["whole"][0], found["cut"][0], found["twice"][0]) == (8, 2, 8)
+    assert found["cut"][1] < found["whole"][1] / 2
+    assert found["twice"][1] < found["whole"][1] / 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight: 8 rows")]
+    assert len(lines) == 3
+    assert len(set(lines)) == 1, "the same loss, however it is cut"
+
+
 def test_a_run_that_would_learn_nothing_is_refused_before_it_begins(step, long_run):
     run = step()
     with pytest.raises(UsageError, match=r"shown 40 times.*learning_rate \(1e-09\).*mask.*template.*tokenizer"):
@@ -62,14 +100,18 @@ def test_a_run_that_would_learn_nothing_is_refused_before_it_begins(step, long_r
     assert not checkpoints.found(run.scratch)
 
 
-def test_the_first_check_spends_at_most_a_twentieth_of_the_run(step, capsys):
-    run = step()
-    run(max_steps=1)
-    spent = int(capsys.readouterr().out.split("skipped: its ")[1].split()[0])
-    lengths = sorted(len(line) for line in (run.dataset / "train.jsonl").read_text().splitlines())
-    assert spent % preflight.STEPS == 0
-    assert len(lengths) == 44
-    assert (preflight.ROWS, preflight.STEPS, preflight.SHARE, preflight.LEARNT) == (8, 40, 0.05, 0.1)
+def test_the_first_check_spends_at_most_a_twentieth_of_the_run(nf4, chats, capsys):
+    tokenizer = chat.load_tokenizer(nf4)
+    encoded = [chat.encode(tokenizer, turns) for turns in chats(44)]
+    rows = Rows([{"input_ids": e.input_ids, "labels": e.input_ids} for e in encoded])
+    config = TrainConfig(batch_size=4, gradient_accumulation=2, device="cpu")
+    model = lora.attach_new(modeling.load_nf4(nf4, dtype="float32"), config)
+    spent = 40 * sum(sorted(rows.lengths)[:8])
+    enough = math.ceil(spent / 0.05 / (8 * sum(rows.lengths) / 44))
+    preflight.overfit(model, config, rows, 0, enough - 1)
+    assert f"preflight: skipped: its {spent} tokens are more than 5% of the run's" in capsys.readouterr().out
+    preflight.overfit(model, config, rows, 0, enough)
+    assert "preflight: 8 rows, loss " in capsys.readouterr().out
 
 
 def test_the_adapter_that_is_kept_is_the_best_one_measured(step, evaluation_losses):
@@ -147,6 +189,47 @@ def test_a_used_up_time_budget_leaves_an_adapter_that_can_be_used_and_a_larger_o
         assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
     cut(max_hours=1.0)
     assert cut.weights == whole.weights
+
+
+def test_a_try_after_the_time_budget_was_used_up_trains_no_further(step, capsys):
+    run = step()
+    said = "step 1 of 14, saved as checkpoint-1: time budget used up; to go on raise train.max_hours"
+    for _ in range(3):
+        with pytest.raises(TryAgain, match=said):
+            run(max_hours=1e-9)
+    assert capsys.readouterr().out.count("going on from checkpoint-1 of 14 steps") == 2
+    assert [folder.name for folder in checkpoints.found(run.scratch)] == ["checkpoint-1"]
+
+
+def test_the_time_of_earlier_tries_counts(step, monkeypatch):
+    """Each step takes a minute, by a clock that is ours; a try is stopped after three."""
+    run, minutes, asked = step(), iter(range(10**6)), iter(range(100))
+    monkeypatch.setattr(watch.Watch, "measured", lambda _, tokens: {
+        "tokens_per_second": tokens / 60, "memory_mib": 1, "time": float(next(minutes))
+    })  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.preempt, "requested", lambda: next(asked) >= 3)
+        with pytest.raises(TryAgain, match="step 3 of 14, saved as checkpoint-3: asked to stop"):
+            run(max_hours=1.0)
+    with pytest.raises(TryAgain, match="step 3 of 14, saved as checkpoint-3: time budget used up"):
+        run(max_hours=2.999 / 60)
+    with pytest.raises(TryAgain, match="step 4 of 14, saved as checkpoint-4: time budget used up"):
+        run(max_hours=3.0000001 / 60)
+
+
+def test_a_checkpoint_is_saved_every_so_many_minutes(monkeypatch):
+    """Steps of 70 seconds: the first after 5 minutes is the fifth, and so on from the save."""
+    seconds = iter(range(0, 10**6, 70))
+    watching = watch.Watch(TrainConfig(checkpoint_minutes=5.0), steps=14)
+    saved = []
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.time, "monotonic", lambda: float(next(seconds)))
+        watching.on_train_begin(None, TrainerState(), TrainerControl())
+        for number in range(1, 14):
+            control = TrainerControl()
+            watching.on_step_end(None, TrainerState(global_step=number), control)
+            saved += [number] if control.should_save else []
+    assert saved == [5, 10]
 
 
 def test_early_stopping_without_measurements_is_refused():
