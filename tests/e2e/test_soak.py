@@ -17,6 +17,9 @@ KILLS = 25
 
 @pytest.mark.soak
 def test_a_run_killed_again_and_again_ends_whole(make_project: Callable, kill_tree: Callable[[int], None]) -> None:
+    whole = make_project(train={"checkpoint_minutes": 0.01})
+    assert whole.run().code == 0
+    expected = adapter(whole.folder / "store")
     project, moments = make_project(train={"checkpoint_minutes": 0.01}), random.Random(0)
     kills = 0
     while kills < KILLS:
@@ -30,9 +33,11 @@ def test_a_run_killed_again_and_again_ends_whole(make_project: Callable, kill_tr
             assert_nothing_false(project.folder / "store")
         else:
             assert_whole(project, process.returncode, output)
+            assert adapter(project.folder / "store") == expected
             project = make_project(train={"checkpoint_minutes": 0.01})  # and now kill another
     ended = project.run()
     assert_whole(project, ended.code, ended.text)
+    assert adapter(project.folder / "store") == expected
 
 
 def assert_whole(project: Any, code: int, output: str) -> None:
@@ -42,6 +47,13 @@ def assert_whole(project: Any, code: int, output: str) -> None:
     assert_nothing_false(store)
     assert len(list((store / "models/tiny/versions").glob("*/manifest.json"))) == 1
     assert not list(store.rglob("checkpoint-*"))
+
+
+def adapter(store: Path) -> str:
+    """The sha256 of the trained weights."""
+    (path,) = store.glob("artifacts/adapter/*/_manifest.json")
+    files = json.loads(path.read_text())["files"]
+    return str(next(file["sha256"] for file in files if file["path"] == "adapter_model.safetensors"))
 
 
 def assert_nothing_false(store: Path) -> None:

@@ -172,11 +172,13 @@ def test_a_base_in_parts_trains_as_a_whole_one(step, precision, capsys):
 
 
 @pytest.mark.slow
-def test_stopped_in_the_middle_and_killed_two_processes_end_with_the_bytes_of_an_uninterrupted_run(step, program):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_stopped_and_killed_two_processes_end_with_the_bytes_of_an_uninterrupted_run(step, program, parallel):
     whole, parts = step("whole"), step("parts")
-    whole(**SETTINGS)
+    settings = {**SETTINGS, "parallel": parallel}
+    whole(**settings)
     # A signal to the whole step, as a pod's end sends it.
-    running = program(parts, checkpoint_minutes=1e-9, max_steps=9)
+    running = program(parts, checkpoint_minutes=1e-9, parallel=parallel)
     until = time.monotonic() + 200
     while not (parts.scratch / "checkpoint-2" / checkpoints.MARKER).exists() and time.monotonic() < until:
         time.sleep(0.002)
@@ -187,16 +189,16 @@ def test_stopped_in_the_middle_and_killed_two_processes_end_with_the_bytes_of_an
     reached = checkpoints.step_of(checkpoints.newest_valid(parts.scratch))
     assert 2 <= reached < 9
     # One of the processes asked alone: all of them stop.
-    code, said, errors = program(parts, "SIGTERM:0").ended()
+    code, said, errors = program(parts, "SIGTERM:0", parallel=parallel).ended()
     assert code == 75, errors
     assert f"step {reached + 1} of 9, saved as checkpoint-{reached + 1}: asked to stop" in errors
     assert f"going on from checkpoint-{reached} of 9 steps" in said
     # One of them killed, as the kernel does where memory is short.
-    code, said, errors = program(parts, "SIGKILL:1", checkpoint_minutes=1e-9).ended()
+    code, said, errors = program(parts, "SIGKILL:1", checkpoint_minutes=1e-9, parallel=parallel).ended()
     assert code == 75
     assert "process 1 of 2 was ended by SIGKILL, as when memory runs out; the others were stopped" in errors
     assert "Traceback" not in errors
-    assert parts(**SETTINGS)["steps"] == 9
+    assert parts(**settings)["steps"] == 9
     assert parts.weights == whole.weights
     assert log(parts) == log(whole)
 
