@@ -29,8 +29,8 @@ LINE = {
     "line": "boxed",
     "data": {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256},
     "train": {
-        "learning_rate": 1e-2,
-        "epochs": 8,
+        "learning_rate": 5e-3,
+        "epochs": 10,
         "batch_size": 16,
         "dropout": 0.0,
         "rank": 8,

@@ -262,12 +262,12 @@ def test_kfps_own_runner_runs_the_whole_pipeline_with_the_same_keys_and_shows_it
     numbers = json.loads(shown["train-qlora", "executor_output.json"])["artifacts"]["numbers"]["artifacts"][0][
         "metadata"
     ]
-    assert numbers["steps"] == 8 * math.ceil(246 / 16)  # epochs, rows and batch of the line
+    assert numbers["steps"] == 10 * math.ceil(246 / 16)  # epochs, rows and batch of the line
     assert setting.of_kfp() == []
 
 
 def test_a_run_that_airflow_began_and_lost_in_training_is_finished_by_kubeflow(setting: Setting) -> None:
-    run_id = setting.start(**{"train.max_steps": STEPS_OF_A_LONG_RUN, "train.learning_rate": 5e-3})
+    run_id = setting.start(**{"train.max_steps": STEPS_OF_A_LONG_RUN, "train.learning_rate": 4e-3})
     made = setting.plan_of(run_id)
     setting.engine("kill", setting.training(made))  # as a machine that is gone: nothing is saved any more
     setting.airflow.api.end("boxed", run_id)
