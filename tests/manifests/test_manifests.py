@@ -143,7 +143,27 @@ def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None
     assert cluster.work_gib * 2 <= gib(disk), "two steps run beside each other"
 
 
-def test_production_refuses_an_image_without_a_digest() -> None:
+def test_production_refuses_an_image_without_a_digest_whichever_way_it_comes_into_a_pod() -> None:
+    import cel
+
+    (policy,) = of("production", "ValidatingAdmissionPolicy")
+
+    def admitted(**containers: str) -> bool:
+        pod = {"spec": {kind: [{"name": "c", "image": image}] for kind, image in containers.items()}}
+        variables = {v["name"]: cel.evaluate(v["expression"], {"object": pod}) for v in policy["spec"]["variables"]}
+        (rule,) = policy["spec"]["validations"]
+        return cel.evaluate(rule["expression"], {"object": pod, "variables": variables}) is True
+
+    pinned = "registry.example:5000/qlora-retrain-train@sha256:" + "7" * 64
+    assert admitted(containers=pinned)
+    assert admitted(containers=pinned, initContainers=pinned, ephemeralContainers=pinned)
+    for image in ("train", "registry.example/train:0.1.0", pinned[:-1], pinned + "0", pinned.replace("sha256:", "")):
+        assert not admitted(containers=image)
+        assert not admitted(containers=pinned, initContainers=image)
+        assert not admitted(containers=pinned, ephemeralContainers=image)
+
+
+def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_comes_into_one_later() -> None:
     (policy,) = of("production", "ValidatingAdmissionPolicy")
     (binding,) = of("production", "ValidatingAdmissionPolicyBinding")
     assert binding["spec"]["policyName"] == policy["metadata"]["name"]
@@ -151,6 +171,9 @@ def test_production_refuses_an_image_without_a_digest() -> None:
     selected = binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"]
     assert selected == {"kubernetes.io/metadata.name": profile("production").namespace}
     assert policy["spec"]["failurePolicy"] == "Fail"
+    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+    assert set(rule["resources"]) == {"pods", "pods/ephemeralcontainers"}
+    assert set(rule["operations"]) == {"CREATE", "UPDATE"}
 
 
 def test_every_account_of_production_has_a_role_and_the_publisher_one_of_its_own() -> None:
