@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -221,31 +220,3 @@ def test_the_page_on_deploying_names_files_overlays_and_names_that_exist() -> No
     assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(profile(name).namespace for name in PROFILES)}
     for values in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
         assert isinstance(yaml.safe_load(values), dict)
-
-
-def policy(name: str) -> list[Document]:
-    statements: list[Document] = json.loads((ROOT / "bucket" / f"{name}-policy.json").read_text())["Statement"]
-    return statements
-
-
-def test_only_the_publisher_may_write_versions() -> None:
-    for name in ("airflow", "step", "publish"):
-        written = [r for s in policy(name) if "s3:PutObject" in s["Action"] for r in s["Resource"]]
-        assert any("/models/" in resource for resource in written) is (name == "publish")
-        assert not any("*" in action for s in policy(name) for action in s["Action"])
-
-
-def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version() -> None:
-    import boto3
-    from moto import mock_aws
-
-    rules = json.loads((ROOT / "bucket" / "lifecycle.json").read_text())
-    with mock_aws():
-        s3 = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
-        s3.create_bucket(Bucket="models")
-        s3.put_bucket_lifecycle_configuration(Bucket="models", LifecycleConfiguration=rules)
-        kept = s3.get_bucket_lifecycle_configuration(Bucket="models")["Rules"]
-    assert len(kept) == len(rules["Rules"])
-    expiring = [rule["Filter"]["Prefix"] for rule in kept if "Expiration" in rule]
-    assert expiring == ["qlora/scratch/"]
-    assert any("AbortIncompleteMultipartUpload" in rule for rule in kept)
