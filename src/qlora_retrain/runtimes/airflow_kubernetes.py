@@ -1,8 +1,8 @@
 """An Airflow task that runs a step as a pod on Kubernetes, and waits for it in the triggerer, without a worker.
 
 The pod is named from the step's key and the run, so the cluster refuses a second one: a task that is tried again
-follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged.
-What a pod gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is
+follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged, or was
+given up with its node. What a pod gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is
 read in `pod_endings.py`. Where the artifact is made already, no pod is made.
 
 A failed pod is kept for `kubectl describe` until the next try, which learns from it (`pod_tries.py`).
@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.sdk.exceptions import AirflowFailException
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
@@ -27,6 +26,7 @@ from qlora_retrain.runtimes import containers, pod_api, pod_endings, pod_tries, 
 from qlora_retrain.runtimes.airflow_steps import StepOperator, fail, plan_uri
 from qlora_retrain.runtimes.pod_api import PodApi
 from qlora_retrain.runtimes.pod_endings import Ending
+from qlora_retrain.runtimes.pod_trigger import PodTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -123,6 +123,8 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         if hindered is not None:
             self._api.delete()
             self._fail(hindered, pod)
+        if ended is None and (lost := pod_endings.lost(pod)):
+            self._fail(lost, pod)  # the next try takes its place
         if ended is None:  # the triggerer lost sight of it, and it goes on
             times = int(event.get("_redefer_count", 0))
             if times >= self.MAX_REDEFER_ATTEMPTS:
@@ -132,7 +134,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     def _wait(self, last_log_time: Any = None, **carried: Any) -> NoReturn:
         """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it."""
-        trigger = KubernetesPodTrigger(
+        trigger = PodTrigger(
             pod_name=self.name,
             pod_namespace=self.namespace,
             trigger_start_time=datetime.now(UTC),
@@ -175,16 +177,20 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         fail(ended.code, reason)
 
     def _earlier(self) -> Any:
-        """The pod of this name that runs or ended unseen; one that was judged or goes is replaced."""
+        """The pod of this name that runs or ended unseen; one that was judged, goes or is given up is replaced."""
         pod = self._api.read()
         if pod is None:
             return None
         judged = (pod.metadata.labels or {}).get(self.POD_CHECKED_KEY) == "True"
-        if not (judged or pod.metadata.deletion_timestamp):
+        lost = pod_endings.lost(pod)
+        if not (judged or lost or pod.metadata.deletion_timestamp):
             self.log.info("pod %s is there already: following it", self.name)
             return pod
         self._learn_from(pod)
-        if judged:
+        if lost is not None:  # where its container still runs, the store sees to it that only one of the two counts
+            self.log.warning("pod %s is given up: %s", self.name, lost.why)
+            self._api.delete(grace_seconds=0)
+        elif judged:
             self._api.delete()
         self._api.wait_until_gone()
         return None
