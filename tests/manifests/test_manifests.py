@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-from functools import cache
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +11,10 @@ import pytest
 import yaml
 
 from qlora_retrain import graph
-from qlora_retrain.config.profile import Profile
+from tests.manifests.overlays import OVERLAYS, PROFILES, ROOT, built, grants, names, of, profile, reaches, tokens
 
-ROOT = Path(__file__).resolve().parents[2] / "manifests"
-OVERLAYS = ["gpu", "production", "kfp"]
-PROFILES = ["gpu", "production"]  # each belongs to the overlay of its name
 BY_HAND = {"qlora-retrain-store"}  # a secret: never in a repository; docs/deploy.md makes it
 Document = dict[str, Any]
-
-
-@cache
-def built(overlay: str) -> tuple[Document, ...]:
-    if shutil.which("kubectl") is None:  # no package of Debian's: its own, of 2020, knows no `patches`
-        pytest.skip("kubectl 1.24 or newer is not installed; its kustomize builds the manifests without a cluster")
-    done = subprocess.run(["kubectl", "kustomize", ROOT / "overlays" / overlay], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "a warning of kustomize"
-    return tuple(yaml.safe_load_all(done.stdout))
-
-
-def of(overlay: str, kind: str) -> list[Document]:
-    return [document for document in built(overlay) if document["kind"] == kind]
-
-
-def names(overlay: str, kind: str) -> set[str]:
-    return {document["metadata"]["name"] for document in of(overlay, kind)}
-
-
-def profile(name: str) -> Profile:
-    document = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
-    return Profile.model_validate({**document, "require_digests": False})
 
 
 def gib(quantity: str) -> float:
@@ -60,17 +29,20 @@ def test_every_document_is_valid_and_none_holds_a_secret(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_role_has_a_wildcard_or_more_than_pods_and_what_is_said_of_them(overlay: str) -> None:
-    allowed = {"pods", "pods/log", "events", "workflowtaskresults"}
+def test_no_role_has_a_wildcard_and_none_is_the_default_accounts(overlay: str) -> None:
     for role in of(overlay, "Role"):
         for rule in role["rules"]:
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
-            assert set(rule["resources"]) <= allowed, "no secrets, no exec, no roles"
             assert "deletecollection" not in rule["verbs"]
-    for account in of(overlay, "ServiceAccount"):
-        assert account["automountServiceAccountToken"] is False
-    bound = {s["name"] for b in of(overlay, "RoleBinding") for s in b["subjects"]}
-    assert "default" not in bound
+    assert "default" not in {name for _, name in grants(overlay)}
+
+
+@pytest.mark.parametrize("overlay", PROFILES)
+def test_a_step_under_airflow_has_no_token_and_airflow_no_more_than_pods_and_what_is_said_of_them(overlay: str) -> None:
+    assert set(tokens(overlay).values()) == {False}
+    assert {namespace for namespace, _ in grants(overlay)} == {"airflow"}, "no account of ours may do anything"
+    for granted in grants(overlay).values():
+        assert {resource for _, resource, _ in granted} == {"pods", "pods/log", "events"}, "no secrets, no exec"
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "production"])
@@ -86,16 +58,12 @@ def test_nothing_goes_in_and_nothing_out_but_names_and_https_to_the_world(overla
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert not any("ingress" in spec for spec in policies.values())
     assert all(rule.get("to") for spec in policies.values() for rule in spec.get("egress", ())), "an open door"
+    assert set(policies) - {"default-deny", "names", "store"} == ({"kfp", "api-server"} if overlay == "kfp" else set())
     (rule,) = policies["store"]["egress"]
-    block = rule["to"][0]["ipBlock"]
-    excepted = [ip_network(network) for network in block["except"]]
-
-    def reaches(address: str) -> bool:
-        return ip_address(address) in ip_network(block["cidr"]) and not any(ip_address(address) in n for n in excepted)
-
-    assert reaches("52.218.0.1"), "S3"
+    (world,) = rule["to"]
+    assert reaches(world, "52.218.0.1"), "S3"
     inside = ("169.254.169.254", "10.100.0.1", "172.20.0.1", "192.168.1.1", "100.64.0.1")
-    assert not any(reaches(address) for address in inside), "node metadata, the cluster, the network"
+    assert not any(reaches(world, address) for address in inside), "node metadata, the cluster, the network"
     assert rule["ports"] == [{"protocol": "TCP", "port": 443}]
 
 
@@ -174,7 +142,27 @@ def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None
     assert cluster.work_gib * 2 <= gib(disk), "two steps run beside each other"
 
 
-def test_production_refuses_an_image_without_a_digest() -> None:
+def test_production_refuses_an_image_without_a_digest_whichever_way_it_comes_into_a_pod() -> None:
+    import cel
+
+    (policy,) = of("production", "ValidatingAdmissionPolicy")
+
+    def admitted(**containers: str) -> bool:
+        pod = {"spec": {kind: [{"name": "c", "image": image}] for kind, image in containers.items()}}
+        variables = {v["name"]: cel.evaluate(v["expression"], {"object": pod}) for v in policy["spec"]["variables"]}
+        (rule,) = policy["spec"]["validations"]
+        return cel.evaluate(rule["expression"], {"object": pod, "variables": variables}) is True
+
+    pinned = "registry.example:5000/qlora-retrain-train@sha256:" + "7" * 64
+    assert admitted(containers=pinned)
+    assert admitted(containers=pinned, initContainers=pinned, ephemeralContainers=pinned)
+    for image in ("train", "registry.example/train:0.1.0", pinned[:-1], pinned + "0", pinned.replace("sha256:", "")):
+        assert not admitted(containers=image)
+        assert not admitted(containers=pinned, initContainers=image)
+        assert not admitted(containers=pinned, ephemeralContainers=image)
+
+
+def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_comes_into_one_later() -> None:
     (policy,) = of("production", "ValidatingAdmissionPolicy")
     (binding,) = of("production", "ValidatingAdmissionPolicyBinding")
     assert binding["spec"]["policyName"] == policy["metadata"]["name"]
@@ -182,6 +170,9 @@ def test_production_refuses_an_image_without_a_digest() -> None:
     selected = binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"]
     assert selected == {"kubernetes.io/metadata.name": profile("production").namespace}
     assert policy["spec"]["failurePolicy"] == "Fail"
+    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+    assert set(rule["resources"]) == {"pods", "pods/ephemeralcontainers"}
+    assert set(rule["operations"]) == {"CREATE", "UPDATE"}
 
 
 def test_every_account_of_production_has_a_role_and_the_publisher_one_of_its_own() -> None:
@@ -211,7 +202,7 @@ def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() 
 def test_the_fault_drill_names_tests_that_exist() -> None:
     page = (ROOT.parent / "docs" / "fault-drill.md").read_text()
     files = {ROOT.parent / name for name in re.findall(r"`(tests/[\w/]+\.py)`", page)}
-    assert len(files) == 6
+    assert len(files) == 9
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 10
@@ -229,31 +220,3 @@ def test_the_page_on_deploying_names_files_overlays_and_names_that_exist() -> No
     assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(profile(name).namespace for name in PROFILES)}
     for values in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
         assert isinstance(yaml.safe_load(values), dict)
-
-
-def policy(name: str) -> list[Document]:
-    statements: list[Document] = json.loads((ROOT / "bucket" / f"{name}-policy.json").read_text())["Statement"]
-    return statements
-
-
-def test_only_the_publisher_may_write_versions() -> None:
-    for name in ("airflow", "step", "publish"):
-        written = [r for s in policy(name) if "s3:PutObject" in s["Action"] for r in s["Resource"]]
-        assert any("/models/" in resource for resource in written) is (name == "publish")
-        assert not any("*" in action for s in policy(name) for action in s["Action"])
-
-
-def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version() -> None:
-    import boto3
-    from moto import mock_aws
-
-    rules = json.loads((ROOT / "bucket" / "lifecycle.json").read_text())
-    with mock_aws():
-        s3 = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
-        s3.create_bucket(Bucket="models")
-        s3.put_bucket_lifecycle_configuration(Bucket="models", LifecycleConfiguration=rules)
-        kept = s3.get_bucket_lifecycle_configuration(Bucket="models")["Rules"]
-    assert len(kept) == len(rules["Rules"])
-    expiring = [rule["Filter"]["Prefix"] for rule in kept if "Expiration" in rule]
-    assert expiring == ["qlora/scratch/"]
-    assert any("AbortIncompleteMultipartUpload" in rule for rule in kept)

@@ -19,6 +19,7 @@ from qlora_retrain.config.profile import Profile
 from qlora_retrain.config.profile import load as load_profile
 from qlora_retrain.config.sections import RuntimeConfig
 from qlora_retrain.errors import UsageError
+from tests.runtimes.pod_security import APPARMOR, restricted
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
 PROJECT = Path(__file__).resolve().parents[2]
@@ -55,40 +56,6 @@ def pod(step: str, line: str, cluster: Profile, runtime: RuntimeConfig, **more: 
     return made
 
 
-def restricted(spec: dict[str, Any]) -> list[str]:
-    """What the restricted Pod Security Standard (v1.32) finds, control by control of its text."""
-    found = [key for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
-    allowed = {
-        "configMap",
-        "csi",
-        "downwardAPI",
-        "emptyDir",
-        "ephemeral",
-        "persistentVolumeClaim",
-        "projected",
-        "secret",
-    }
-    found += [f"volume {v['name']}" for v in spec.get("volumes", ()) if set(v) - {"name"} - allowed]
-    whole = spec.get("securityContext", {})
-    for container in [*spec.get("initContainers", ()), *spec["containers"]]:
-        own = container.get("securityContext", {})
-        user = own.get("runAsUser", whole.get("runAsUser"))
-        seccomp = own.get("seccompProfile", whole.get("seccompProfile", {})).get("type")
-        capabilities = own.get("capabilities", {})
-        faults = {
-            "privileged": own.get("privileged"),
-            "escalation": own.get("allowPrivilegeEscalation") is not False,
-            "root": not own.get("runAsNonRoot", whole.get("runAsNonRoot")) or user == 0,
-            "seccomp": seccomp not in ("RuntimeDefault", "Localhost"),
-            "capabilities": "ALL" not in capabilities.get("drop", ()),
-            "added": set(capabilities.get("add", ())) - {"NET_BIND_SERVICE"},
-            "procMount": own.get("procMount", "Default") != "Default",
-            "hostPort": any(port.get("hostPort") for port in container.get("ports", ())),
-        }
-        found += [f"{container['name']}: {fault}" for fault, is_so in faults.items() if is_so]
-    return found
-
-
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("cluster", ["gpu", "production"])
 @pytest.mark.parametrize("line", LINES, ids=lambda path: path.stem)
@@ -96,7 +63,7 @@ def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, cluster: st
     config = load(line)
     made = pod(step, config.line, profile(cluster), config.runtime)
     kubernetes_validate.validate(made, KUBERNETES, strict=True)
-    assert restricted(made["spec"]) == []
+    assert restricted(made) == []
     (container,) = made["spec"]["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert made["spec"]["automountServiceAccountToken"] is False
@@ -104,22 +71,74 @@ def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, cluster: st
     assert len(made["metadata"]["name"]) <= 63
 
 
-def test_the_check_of_pod_security_finds_what_it_looks_for() -> None:
-    good = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())["spec"]
-    assert restricted(good) == []
-    (container,) = good["containers"]
-    for change in (
-        {"privileged": True},
-        {"allowPrivilegeEscalation": True},
-        {"capabilities": {"drop": ["NET_RAW"]}},
-        {"capabilities": {"drop": ["ALL"], "add": ["SYS_PTRACE"]}},
-        {"runAsUser": 0},
-        {"seccompProfile": {"type": "Unconfined"}},
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"privileged": True}, "privileged"),
+        ({"allowPrivilegeEscalation": True}, "escalation"),
+        ({"allowPrivilegeEscalation": None}, "escalation"),
+        ({"capabilities": {"drop": ["NET_RAW"]}}, "capabilities"),
+        ({"capabilities": {"drop": ["ALL"], "add": ["SYS_PTRACE"]}}, "added"),
+        ({"runAsUser": 0}, "root"),
+        ({"runAsNonRoot": False}, "runAsNonRoot"),
+        ({"seccompProfile": {"type": "Unconfined"}}, "seccomp"),
+        ({"appArmorProfile": {"type": "Unconfined"}}, "AppArmor"),
+        ({"seLinuxOptions": {"type": "spc_t"}}, "SELinux"),
+        ({"seLinuxOptions": {"user": "system_u"}}, "SELinux"),
+        ({"windowsOptions": {"hostProcess": True}}, "hostProcess"),
+        ({"procMount": "Unmasked"}, "procMount"),
+    ],
+)
+def test_the_check_of_pod_security_finds_what_a_container_may_not(change: dict[str, Any], found: str) -> None:
+    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
+    (container,) = made["spec"]["containers"]
+    bad = {**container, "name": "bad", "securityContext": {**container["securityContext"], **change}}
+    for spec in (
+        {"containers": [bad]},
+        {"initContainers": [bad]},
+        {"ephemeralContainers": [bad]},
     ):
-        bad = {**container, "securityContext": {**container["securityContext"], **change}}
-        assert restricted({**good, "containers": [bad]}), change
-    assert restricted({**good, "hostNetwork": True})
-    assert restricted({**good, "volumes": [{"name": "host", "hostPath": {"path": "/"}}]})
+        assert restricted({**made, "spec": {**made["spec"], **spec}}) == [f"bad: {found}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"hostNetwork": True}, "pod: hostNetwork"),
+        ({"hostPID": True}, "pod: hostPID"),
+        ({"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}, "volume host"),
+        ({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}, "pod: sysctl kernel.msgmax"),
+        ({"securityContext": {"runAsUser": 0}}, "pod: root"),
+        ({"securityContext": {"seccompProfile": {"type": "Unconfined"}}}, "pod: seccomp"),
+        ({"securityContext": {"appArmorProfile": {"type": "Unconfined"}}}, "pod: AppArmor"),
+        ({"securityContext": {"seLinuxOptions": {"role": "system_r"}}}, "pod: SELinux"),
+        ({"securityContext": {"windowsOptions": {"hostProcess": True}}}, "pod: hostProcess"),
+    ],
+)
+def test_the_check_of_pod_security_finds_what_a_pod_may_not(change: dict[str, Any], found: str) -> None:
+    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
+    assert restricted({**made, "spec": {**made["spec"], **change}}) == [found]
+    annotated = {**made["metadata"], "annotations": {f"{APPARMOR}base": "unconfined"}}
+    assert restricted({**made, "metadata": annotated}) == [f"pod: annotation {APPARMOR}base"]
+
+
+def test_the_check_of_pod_security_takes_what_the_standard_allows() -> None:
+    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
+    (container,) = made["spec"]["containers"]
+    allowed = {
+        **container["securityContext"],
+        "capabilities": {"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]},
+        "seLinuxOptions": {"type": "container_t", "level": "s0:c1,c2"},
+        "appArmorProfile": {"type": "RuntimeDefault"},
+    }
+    whole = {**made["spec"]["securityContext"], "sysctls": [{"name": "net.ipv4.tcp_syncookies", "value": "1"}]}
+    spec = {**made["spec"], "securityContext": whole, "containers": [{**container, "securityContext": allowed}]}
+    assert restricted({**made, "spec": spec}) == []
+    bare = {key: value for key, value in container["securityContext"].items() if key != "seccompProfile"}
+    spec = {"containers": [{**container, "securityContext": bare}]}
+    assert restricted({"metadata": {}, "spec": spec}) == ["base: no seccomp"], (
+        "neither the pod says it nor the container"
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -176,8 +195,8 @@ def test_a_sidecar_that_airflow_adds_is_as_confined_as_the_step(monkeypatch: pyt
     monkeypatch.setattr(
         KubernetesStepOperator, "do_xcom_push", property(lambda self: True, lambda self, value: None), raising=False
     )
-    made = pod("publish", "tickets", profile("gpu"), RuntimeConfig())["spec"]
-    assert [container["name"] for container in made["containers"]] == ["base", "airflow-xcom-sidecar"]
+    made = pod("publish", "tickets", profile("gpu"), RuntimeConfig())
+    assert [container["name"] for container in made["spec"]["containers"]] == ["base", "airflow-xcom-sidecar"]
     assert restricted(made) == []
 
 

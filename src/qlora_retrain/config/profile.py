@@ -46,7 +46,7 @@ class Pod(Section):
     memory_gib: float | None = operational(None, "asked for and allowed: above it the pod is killed", gt=0.0, le=4096)
     max_memory_gib: float | None = operational(
         None,
-        "Airflow: a step killed for memory is tried again with half as much more, up to this; null: with the same",
+        "Airflow: a step killed for memory is tried again with half as much more, up to this; null: once, as it was",
         gt=0.0,
         le=4096,
     )

@@ -1,32 +1,32 @@
 """An Airflow task that runs a step as a pod on Kubernetes, and waits for it in the triggerer, without a worker.
 
 The pod is named from the step's key and the run, so the cluster refuses a second one: a task that is tried again
-follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged. What a pod
-gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is read in `pod_endings.py`. Where the
-artifact is made already, no pod is made.
+follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged, or was
+given up with its node. What a pod gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is
+read in `pod_endings.py`. Where the artifact is made already, no pod is made.
 
-A failed pod is kept for `kubectl describe` until the next try; the memory of the next try is read from it.
+A failed pod is kept for `kubectl describe` until the next try, which learns from it (`pod_tries.py`).
 
 Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE`, for the DAG.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.sdk.exceptions import AirflowFailException
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from qlora_retrain import errors, graph
 from qlora_retrain.errors import Problem, TryAgain
-from qlora_retrain.runtimes import containers, pod_api, pod_endings, pods
+from qlora_retrain.runtimes import containers, pod_api, pod_endings, pod_tries, pods
 from qlora_retrain.runtimes.airflow_steps import StepOperator, fail, plan_uri
 from qlora_retrain.runtimes.pod_api import PodApi
 from qlora_retrain.runtimes.pod_endings import Ending
+from qlora_retrain.runtimes.pod_trigger import PodTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _START_SECONDS = 1800  # a node pool may have to grow, and the image is gigabytes
 _LOG_SECONDS = 30
 _POLL_SECONDS = 5
+# A full quota, a drain or a lost node lasts longer than a store's bad minute; at least half an hour in all.
+_RETRIES = 8
+_BACKOFF: dict[str, Any] = {"retry_delay": timedelta(seconds=15), "max_retry_delay": timedelta(minutes=10)}
 _GONE = Ending(errors.Exit.TRY_AGAIN, "the pod is gone: its node was lost, or somebody deleted it")
 
 
@@ -66,7 +69,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             on_finish_action="delete_succeeded_pod",
             on_kill_action="delete_pod",
             log_pod_spec_on_failure=False,
-            **kwargs,
+            **{"retries": _RETRIES, **_BACKOFF, **kwargs},
         )
         self.runtime, self.profile = runtime, profile
 
@@ -120,6 +123,8 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         if hindered is not None:
             self._api.delete()
             self._fail(hindered, pod)
+        if ended is None and (lost := pod_endings.lost(pod)):
+            self._fail(lost, pod)  # the next try takes its place
         if ended is None:  # the triggerer lost sight of it, and it goes on
             times = int(event.get("_redefer_count", 0))
             if times >= self.MAX_REDEFER_ATTEMPTS:
@@ -129,7 +134,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     def _wait(self, last_log_time: Any = None, **carried: Any) -> NoReturn:
         """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it."""
-        trigger = KubernetesPodTrigger(
+        trigger = PodTrigger(
             pod_name=self.name,
             pod_namespace=self.namespace,
             trigger_start_time=datetime.now(UTC),
@@ -165,39 +170,38 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     def _fail(self, ended: Ending, pod: Any, said: str = "") -> NoReturn:
         reason = "; last: ".join(text for text in (ended.why, said) if text)
-        if ended.code != errors.Exit.OUT_OF_MEMORY:
-            fail(ended.code, reason)
-        had = pod_endings.memory_gib(pod)
-        most = self.profile.pod(graph.step(self.step)).max_memory_gib
-        more = pods.more_memory(had, graph.step(self.step), self.profile)
-        limit = f"its limit was {had:g} GiB" if had else "it had no limit of its own"
-        if more is None and most is not None and had is not None:
-            raise AirflowFailException(
-                f"{errors.describe(ended.code)} ({ended.code}): {limit}, the most that the profile's max_memory_gib "
-                f"({most:g}) allows: lower the batch, or raise it; {reason}"
-            )
-        after = f"the next try gets {more:g} GiB" if more else "the next try gets the same (no max_memory_gib)"
-        fail(ended.code, f"{limit}, {after}; {reason}")
+        may, told = pod_tries.again(pod, ended.code, graph.step(self.step), self.profile)
+        reason = "; ".join(text for text in (told, reason) if text)
+        if errors.may_retry(ended.code) and not may:
+            raise AirflowFailException(f"{errors.describe(ended.code)} ({ended.code}): {reason}")
+        fail(ended.code, reason)
 
     def _earlier(self) -> Any:
-        """The pod of this name that runs, or that ended unseen; one that was judged is removed, and one that goes."""
+        """The pod of this name that runs or ended unseen; one that was judged, goes or is given up is replaced."""
         pod = self._api.read()
         if pod is None:
             return None
         judged = (pod.metadata.labels or {}).get(self.POD_CHECKED_KEY) == "True"
-        if not judged and not pod.metadata.deletion_timestamp:
+        lost = pod_endings.lost(pod)
+        if not (judged or lost or pod.metadata.deletion_timestamp):
             self.log.info("pod %s is there already: following it", self.name)
             return pod
-        if judged and (ended := pod_endings.ending(pod)) and ended.code == errors.Exit.OUT_OF_MEMORY:
-            step = graph.step(self.step)
-            had = pod_endings.memory_gib(pod)
-            memory = pods.more_memory(had, step, self.profile) or had
-            self.container_resources = pods.resources(step, self.profile, self.runtime, memory)
-            self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
-        if judged:
+        self._learn_from(pod)
+        if lost is not None:  # where its container still runs, the store sees to it that only one of the two counts
+            self.log.warning("pod %s is given up: %s", self.name, lost.why)
+            self._api.delete(grace_seconds=0)
+        elif judged:
             self._api.delete()
         self._api.wait_until_gone()
         return None
+
+    def _learn_from(self, pod: Any) -> None:
+        """Have the next pod made with what this one's end tells."""
+        step, ended = graph.step(self.step), pod_endings.ending(pod)
+        memory = pod_tries.memory_gib(pod, ended, step, self.profile, self.runtime)
+        self.container_resources = pods.resources(step, self.profile, self.runtime, memory)
+        self.annotations = {**pods.ANNOTATIONS, **pod_tries.counts(pod, ended, memory)}
+        self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
 
     @property
     def _api(self) -> PodApi:

@@ -55,10 +55,10 @@ class PodApi:
                 raise
             return found
 
-    def delete(self) -> None:
-        """Have it asked to stop, and removed once it has or the grace is over."""
+    def delete(self, grace_seconds: int = pods.GRACE_SECONDS) -> None:
+        """Have it asked to stop, and removed once it has or the grace is over; with no grace, have it forgotten now."""
         try:
-            self.client.delete_namespaced_pod(self.name, self.namespace, grace_period_seconds=pods.GRACE_SECONDS)
+            self.client.delete_namespaced_pod(self.name, self.namespace, grace_period_seconds=grace_seconds)
         except ApiException as error:
             if error.status != 404:
                 raise

@@ -5,6 +5,7 @@
     Evicted, Preempting, DisruptionTarget,    75: tried again, from the last checkpoint
       a node that shuts down, restarts or is lost
     a pod that is gone                        75: its node went, or somebody deleted it
+    a pod whose node is silent for long       75: given up, though the cluster still shows it as running
     an image that cannot be pulled            75: registries fail for minutes; the message names the image
     a name or a secret that is wrong          12: nothing gets better by waiting
 
@@ -14,6 +15,7 @@ Pure functions of a pod as the API shows it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from kubernetes.utils.quantity import parse_quantity
@@ -21,6 +23,8 @@ from kubernetes.utils.quantity import parse_quantity
 from qlora_retrain.errors import Exit
 from qlora_retrain.runtimes.pods import CONTAINER
 
+# A silent node is not ready within a minute, Kubernetes deletes its pods after five more, and they have two of grace.
+LOST_SECONDS = 600
 _UNPULLED = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable")
 _UNUSABLE = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
 _BY_THE_CLUSTER = (Exit.OUT_OF_MEMORY, Exit.TRY_AGAIN, 143)  # exit codes that a pod has when it is taken away
@@ -64,6 +68,23 @@ def ending(pod: Any) -> Ending | None:
     return Ending(int(done.exit_code), said=said)
 
 
+def lost(pod: Any) -> Ending | None:
+    """Why a pod is given up that the cluster still shows; None where its node may yet say how it ended.
+
+    A node that nobody reaches says nothing more: its container is shown as running, the pod as not ready, then as being
+    deleted, until somebody removes the node.
+    """
+    ready = next((c for c in pod.status.conditions or () if c.type == "Ready" and c.status != "True"), None)
+    silent = ready.last_transition_time if ready is not None and _running(pod) else None
+    if _is_long_ago(pod.metadata.deletion_timestamp):
+        return Ending(
+            Exit.TRY_AGAIN, f"the pod was to be gone by {pod.metadata.deletion_timestamp:%H:%M} UTC: node lost"
+        )
+    if _is_long_ago(silent):
+        return Ending(Exit.TRY_AGAIN, f"nothing was heard of the pod's node since {silent:%H:%M} UTC: node lost")
+    return None
+
+
 def stuck(pod: Any) -> Ending | None:
     """Why a pod does not begin; None where nothing hinders it, or it runs."""
     waiting = next((s.state.waiting for s in pod.status.container_statuses or () if s.name == CONTAINER), None)
@@ -90,6 +111,14 @@ def memory_gib(pod: Any) -> float | None:
 def _terminated(pod: Any) -> Any:
     statuses = pod.status.container_statuses or ()
     return next((s.state.terminated for s in statuses if s.name == CONTAINER and s.state), None)
+
+
+def _running(pod: Any) -> bool:
+    return any(s.state and s.state.running for s in pod.status.container_statuses or () if s.name == CONTAINER)
+
+
+def _is_long_ago(then: datetime | None) -> bool:
+    return then is not None and (datetime.now(UTC) - then).total_seconds() > LOST_SECONDS
 
 
 def _taken_away(pod: Any) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         super().__attrs_post_init__()
         self.verbs: set[tuple[str, str]] = set()
         self.logs: dict[str, str] = {}
+        self.forced: list[str] = []
         self.graceful = False
+        self.logs_fail = False
         self.refuses: dict[str, tuple[int, str]] = {}  # HTTP method -> (status, message)
 
     async def _handle(self, request: Any) -> Any:
@@ -41,6 +44,8 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         if method in self.refuses:
             status, message = self.refuses[method]
             return await self._render_error(kmock.KubernetesError(status=status, reason="Refused", message=message))
+        if resource == "pods/log" and self.logs_fail:
+            return await self._render_error(kmock.KubernetesError(status=500, reason="Refused", message="no route"))
         if resource == "pods/log":
             import aiohttp.web
 
@@ -51,6 +56,9 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
             request.data["status"] = {"phase": "Pending"}
             if self.graceful:
                 request.data["metadata"]["finalizers"] = ["kubelet"]
+        if method == "DELETE" and (request.params or {}).get("gracePeriodSeconds") == "0":  # the kubelet is not asked
+            self.forced.append(request.name)
+            self.objects[request.resource, request.namespace, request.name].patch({"metadata": {"finalizers": []}})
         return await super()._handle(request)
 
 
@@ -117,6 +125,19 @@ class Cluster:
         """The only pod's container begins."""
         self._container({"running": {"startedAt": "2026-01-31T03:00:00Z"}}, phase="Running")
 
+    def falls_silent(self, minutes: float) -> None:
+        """The only pod's node was last heard of so long ago, while the container ran."""
+        self.runs()
+        condition = {"type": "Ready", "status": "False", "lastTransitionTime": ago(minutes)}
+        self.set(self.pod()["metadata"]["name"], conditions=[condition])
+
+    def wants_gone(self, minutes: float) -> None:
+        """Somebody deleted the only pod, whose grace was over so long ago, and its kubelet does not say that it is."""
+        self.runs()
+        name = self.pod()["metadata"]["name"]
+        body = {"metadata": {"finalizers": ["kubelet"], "deletionTimestamp": ago(minutes)}}
+        self.api.patch_namespaced_pod(name, NAMESPACE, body)
+
     def _container(self, state: dict[str, Any], **status: Any) -> None:
         image = {"image": "i", "imageID": "i", "ready": False, "restartCount": 0}
         name = self.pod()["metadata"]["name"]
@@ -144,6 +165,10 @@ class Cluster:
             if pod["metadata"].get("deletionTimestamp"):
                 body = {"metadata": {"finalizers": []}}
                 self.api.patch_namespaced_pod(pod["metadata"]["name"], NAMESPACE, body)
+
+
+def ago(minutes: float) -> str:
+    return (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat()
 
 
 def running(folder: Path) -> Iterator[Cluster]:

@@ -1,0 +1,63 @@
+"""The namespace of Kubeflow's runs: one account with a token, what it may ask of the API, and where its pods may go.
+
+What KFP's pods need was read from its sources and Argo's, of releases whose drivers are pods; no cluster has run it.
+"""
+
+from __future__ import annotations
+
+from tests.manifests.overlays import Document, grants, names, of, profile, reaches, tokens
+
+NAMESPACE = "qlora-retrain-kfp"
+RUN = {"matchExpressions": [{"key": "workflows.argoproj.io/workflow", "operator": "Exists"}]}  # every pod of a run
+
+
+def egress(name: str) -> list[Document]:
+    (policy,) = [p for p in of("kfp", "NetworkPolicy") if p["metadata"]["name"] == name]
+    assert policy["spec"]["podSelector"] == RUN
+    assert policy["spec"]["policyTypes"] == ["Egress"]
+    rules: list[Document] = policy["spec"]["egress"]
+    return rules
+
+
+def test_the_account_of_a_run_has_a_token_and_no_other_account_is_there() -> None:
+    assert names("kfp", "Namespace") == {NAMESPACE}
+    assert tokens("kfp") == {profile("gpu").service_account: True}
+
+
+def test_a_run_may_report_its_steps_and_read_where_its_artifacts_go_and_nothing_else() -> None:
+    account = (NAMESPACE, profile("gpu").service_account)
+    assert grants("kfp") == {
+        account: {
+            ("create", "argoproj.io/workflowtaskresults", "any"),  # Argo's executor
+            ("patch", "argoproj.io/workflowtaskresults", "any"),
+            ("get", "configmaps", "kfp-launcher"),  # KFP's driver
+            ("get", "secrets", "mlpipeline-minio-artifact"),  # KFP's launcher
+        }
+    }
+
+
+def test_a_run_reaches_kubeflows_own_services_by_name_and_port() -> None:
+    reached = set()
+    for rule in egress("kfp"):
+        (peer,), (port,) = rule["to"], rule["ports"]
+        assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}
+        ((label, value),) = peer["podSelector"]["matchLabels"].items()
+        reached.add((label, value, port["protocol"], port["port"]))
+    assert reached == {
+        ("app", "ml-pipeline", "TCP", 8887),
+        ("component", "metadata-grpc-server", "TCP", 8080),
+        ("app", "minio", "TCP", 9000),
+        ("app", "seaweedfs", "TCP", 8333),  # behind the service's 9000
+    }
+
+
+def test_a_run_reaches_the_api_server_and_no_address_beside_it() -> None:
+    (rule,) = egress("api-server")
+    assert all(peer["ipBlock"]["cidr"].endswith("/32") for peer in rule["to"])
+    assert any(reaches(peer, "192.0.2.1") for peer in rule["to"]), "a placeholder: it is somebody's own in a cluster"
+    assert {(port["protocol"], port["port"]) for port in rule["ports"]} == {("TCP", 443), ("TCP", 6443)}
+
+
+def test_names_and_the_store_are_for_the_pods_of_runs() -> None:
+    assert egress("names")
+    assert egress("store")
