@@ -58,7 +58,7 @@ def test_a_new_learning_rate_reuses_data_and_base(published) -> None:
     plan = published.cli("plan", published.config, "--root", published.root, "--set", "train.learning_rate=2e-2")
     said = plan_lines(plan.out)
     assert said["validate_data"] == said["quantize_model"] == "made already: done"
-    assert "train.learning_rate was 0.01, is 0.02" in said["train_qlora"]
+    assert "train.learning_rate was 0.005, is 0.02" in said["train_qlora"]
     assert all(said[step].startswith("will run") for step in ("evaluate", "merge_adapter", "publish"))
 
 
