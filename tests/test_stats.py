@@ -203,3 +203,21 @@ def test_the_interval_of_a_share_is_wilsons(hits: int, rows: int) -> None:
     assert found.value == hits / rows
     assert found.low == pytest.approx(expected.low, abs=1e-9)
     assert found.high == pytest.approx(expected.high, abs=1e-9)
+
+
+def test_the_interval_of_macro_f1_is_that_of_the_rows_drawn_again() -> None:
+    draw = random.Random(9)
+    answers = [draw.choice("abcd") for _ in range(60)]
+    predicted = [a if draw.random() < 0.7 else draw.choice("abcd") for a in answers]
+    again = []
+    for _ in range(4000):
+        rows = draw.choices(range(60), k=60)
+        again.append(stats.macro_f1([answers[i] for i in rows], [predicted[i] for i in rows]))
+    again.sort()
+    found = stats.macro_f1_interval(answers, predicted, **HOW)
+    assert found.value == stats.macro_f1(answers, predicted)
+    assert found.low == pytest.approx(again[100], abs=0.015)
+    assert found.high == pytest.approx(again[3899], abs=0.015)
+    assert stats.macro_f1_interval(answers, answers, **HOW) == stats.Interval(1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="at least one row"):
+        stats.macro_f1_interval([], [], **HOW)
