@@ -221,3 +221,17 @@ def test_the_interval_of_macro_f1_is_that_of_the_rows_drawn_again() -> None:
     assert stats.macro_f1_interval(answers, answers, **HOW) == stats.Interval(1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="at least one row"):
         stats.macro_f1_interval([], [], **HOW)
+
+
+def test_an_end_beyond_what_the_draws_resolve_is_not_nearer_than_students_t() -> None:
+    """One of 80 slices: 2,000 draws have less than one at the probability that is asked for."""
+    from scipy.stats import t
+
+    draw, sure = random.Random(11), 1 - 0.05 / 80
+    values = [draw.gauss(0.0, 1.0) for _ in range(400)]
+    reach = t.ppf((1 + sure) / 2, 399) * statistics.stdev(values) / 20
+    for seed in range(8):
+        found = stats.difference_interval(values, None, confidence=sure, samples=2000, seed=seed)
+        assert found.low <= statistics.fmean(values) - 0.999 * reach
+        assert found.high >= statistics.fmean(values) + 0.999 * reach
+        assert found.high - found.low < 2.6 * reach
