@@ -24,12 +24,12 @@ RunAll = Callable[[Plan], dict[str, int]]
 def publish_next(
     line: Path, root_uri: str, run_all: RunAll, small_steps: dict[str, Any]
 ) -> Callable[[str | None], Plan]:
-    """Publish one more version; the evaluation says that the best one is this contestant."""
-    passing = small_steps["evaluate"]
+    """Publish one more version; the certificate says that the best one is this contestant."""
+    passing, merging = small_steps["evaluate"], small_steps["merge_adapter"]
     count = 0
 
     def publish(best: str | None) -> Plan:
-        nonlocal count
+        nonlocal count, small_steps
         count += 1
         made = plan.make(line, root_uri, overrides=[f"train.learning_rate={count / 1000}"])
 
@@ -65,9 +65,22 @@ def publish_next(
                 reference_data,
                 evaluation,
             )
+            return report
+
+        def merge_adapter(
+            config: Any,
+            dataset: Path,
+            base_model: Path,
+            base_nf4: Path,
+            adapter: Path,
+            evaluation: Path,
+            reference_data: Path | None,
+            model: Path,
+        ) -> Report:
+            report = merging(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
             return Report({**report.numbers, **({"best": best} if best else {})})
 
-        small_steps["evaluate"] = evaluate
+        small_steps |= {"evaluate": evaluate, "merge_adapter": merge_adapter}
         assert set(run_all(made).values()) == {0}
         return made
 

@@ -102,3 +102,20 @@ def test_answers_that_cannot_win_are_not_read(tiny_model: Path) -> None:
 def test_the_first_of_equal_answers_wins(model: Any) -> None:
     found = ranking.rank(model, Trie.of([[7, END], [5, 6, END], [7, END]]), [[1, 4]], [2], 100, lambda _: None)
     assert found[0][0] in (0, 1)
+
+
+def test_no_pass_makes_more_logits_than_the_budget_has_tokens(model: Any) -> None:
+    """Logits are as wide as the vocabulary: 200 short prompts at 8 nodes each would be gigabytes of them."""
+    answers = [[*ids, END] for ids in {tuple(a) for a in drawn(6, 60, 6, tokens=8)}]
+    prompts = drawn(7, 12, 4)
+    made: list[int] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, out: made.append(out.shape[:-1].numel()))
+    small = ranking.rank(model, Trie.of(answers), prompts, [0] * 12, 30, lambda _: None)
+    hook.remove()
+    assert 12 < max(made) <= 30
+    for (best, likelihood), (expected, alone) in zip(
+        small, ranking.rank(model, Trie.of(answers), prompts, [0] * 12, 4000, lambda _: None), strict=True
+    ):
+        assert best == expected
+        assert likelihood == pytest.approx(alone, rel=1e-5)

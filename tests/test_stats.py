@@ -203,3 +203,35 @@ def test_the_interval_of_a_share_is_wilsons(hits: int, rows: int) -> None:
     assert found.value == hits / rows
     assert found.low == pytest.approx(expected.low, abs=1e-9)
     assert found.high == pytest.approx(expected.high, abs=1e-9)
+
+
+def test_the_interval_of_macro_f1_is_that_of_the_rows_drawn_again() -> None:
+    draw = random.Random(9)
+    answers = [draw.choice("abcd") for _ in range(60)]
+    predicted = [a if draw.random() < 0.7 else draw.choice("abcd") for a in answers]
+    again = []
+    for _ in range(4000):
+        rows = draw.choices(range(60), k=60)
+        again.append(stats.macro_f1([answers[i] for i in rows], [predicted[i] for i in rows]))
+    again.sort()
+    found = stats.macro_f1_interval(answers, predicted, **HOW)
+    assert found.value == stats.macro_f1(answers, predicted)
+    assert found.low == pytest.approx(again[100], abs=0.015)
+    assert found.high == pytest.approx(again[3899], abs=0.015)
+    assert stats.macro_f1_interval(answers, answers, **HOW) == stats.Interval(1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="at least one row"):
+        stats.macro_f1_interval([], [], **HOW)
+
+
+def test_an_end_beyond_what_the_draws_resolve_is_not_nearer_than_students_t() -> None:
+    """One of 80 slices: 2,000 draws have less than one at the probability that is asked for."""
+    from scipy.stats import t
+
+    draw, sure = random.Random(11), 1 - 0.05 / 80
+    values = [draw.gauss(0.0, 1.0) for _ in range(400)]
+    reach = t.ppf((1 + sure) / 2, 399) * statistics.stdev(values) / 20
+    for seed in range(8):
+        found = stats.difference_interval(values, None, confidence=sure, samples=2000, seed=seed)
+        assert found.low <= statistics.fmean(values) - 0.999 * reach
+        assert found.high >= statistics.fmean(values) + 0.999 * reach
+        assert found.high - found.low < 2.6 * reach

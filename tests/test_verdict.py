@@ -220,3 +220,21 @@ def test_measures_hold_loss_perplexity_accuracy_and_macro_f1() -> None:
     assert found["macro_f1"] == pytest.approx(1 / 3)  # a: 1, c: 0, and b, which was predicted once: 0
     assert found["rows"] == 4
     assert verdict.measure([], FIRST, {}) == {}
+    for metric in ("loss", "perplexity", "accuracy", "macro_f1"):
+        assert found[f"{metric}_low"] <= found[metric] < found[f"{metric}_high"], metric
+    assert found["perplexity_high"] == pytest.approx(math.exp(found["loss_high"]))
+
+
+def test_a_floor_under_macro_f1_says_how_sure_the_value_is() -> None:
+    def said(right: int) -> list[RowScore]:
+        return [
+            RowScore(str(i), "eval", 1.0, 2, "ab"[(i + (not hit)) % 2], hit, slices=(f"label={'ab'[i % 2]}",))
+            for i, hit in enumerate(share(right))
+        ]
+
+    judged = verdict.judge(
+        {"base": said(10), "challenger": said(80)}, FIRST.model_copy(update={"floors": {"macro_f1": 0.7}})
+    )
+    found = rule(judged, "macro_f1_floor")
+    assert found.passed
+    assert (found.low, found.value, found.high) == pytest.approx((0.72, 0.8, 0.87), abs=0.02)

@@ -19,7 +19,6 @@ from qlora_retrain import chat, drift, graph, progress, reference, scoring, verd
 from qlora_retrain.config.judging import EvaluateConfig
 from qlora_retrain.outcome import Number, Report
 from qlora_retrain.rows import Row
-from qlora_retrain.rules import overall
 from qlora_retrain.rules.rule import Rule
 
 
@@ -49,10 +48,7 @@ def run(
     golden = [row for row in rows if row.suite == "golden"] if config.text_in_reports else []
     (evaluation / "report.html").write_text(page.write(judged, found, config, golden), encoding="utf-8")
     progress.say(judged.sentence)
-    numbers = _numbers(found.measured["eval"], config)
-    if judged.verdict == "pass":
-        numbers["best"] = overall.best(found.scores, config)
-    return judged.report(numbers)
+    return judged.report(_numbers(found.measured["eval"], config))
 
 
 def _score(

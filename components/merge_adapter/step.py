@@ -25,6 +25,7 @@ from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.errors import IntegrityError
 from qlora_retrain.outcome import Number, Report
+from qlora_retrain.rules import overall
 from qlora_retrain.scoring import Row, RowScore
 
 _SUITES = ("eval", "golden", "reference")
@@ -107,7 +108,17 @@ def run(
     (model / "certificate.json").write_text(text + "\n", encoding="utf-8")
     (model / "report.html").write_text(certified.page(), encoding="utf-8")
     progress.say(certified.judged.sentence)
-    return certified.judged.report(_numbers(certified, given.settings))
+    numbers = _numbers(certified, given.settings)
+    if certified.judged.verdict == "pass":
+        # Told of the form that ships, which is what later versions are compared with, and not of the live model.
+        numbers["best"] = overall.best(_shipped(given, measured[winner], rest), given.settings)
+    return certified.judged.report(numbers)
+
+
+def _shipped(given: _Evaluated, merged: Measured, rest: Mapping[str, list[RowScore]]) -> dict[str, list[RowScore]]:
+    """Every contestant's scores, with the form that ships as the challenger."""
+    suites = {"eval": merged.scores, **rest}
+    return {**given.scores, "challenger": [score for suite in _SUITES for score in suites[suite]]}
 
 
 def _computed_alike(config: MergeConfig, given: _Evaluated, bench: Bench, base_nf4: Path) -> _Evaluated:
@@ -179,13 +190,11 @@ def _certify(
         numbers, limits = certificate.exported(config, settings, live, name, export.measured, answers)
         listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers}
         rules += limits if name != "bf16" else []  # whose rule is merge_cost
-    shipped = {"eval": measured[winner].scores, **rest}
-    scores = {**given.scores, "challenger": [score for suite in _SUITES for score in shipped[suite]]}
     forms = {"live": Measured(given.live("eval"), [])} | dict(measured)
     return Certificate(
         base=winner,
         why=_why(config, measured, sides["selection"], winner),
-        judged=verdict.judge(scores, settings, rules),
+        judged=verdict.judge(_shipped(given, measured[winner], rest), settings, rules),
         cost=own[0],
         rows=count,
         forms={

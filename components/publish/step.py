@@ -128,7 +128,7 @@ def _publish(
             files=files,
             adapter_key=inputs["adapter"].key,
             judgement=plan.judgement,
-            anchor=_anchor(plan, name, inputs["evaluation"]),
+            anchor=_anchor(plan, name, inputs["model"]),
             keys={s.name: s.key for s in plan.steps},
             base={"files": {f.path: f.pin for f in base.files}},
             numbers=numbers,
@@ -137,11 +137,11 @@ def _publish(
     )
 
 
-def _anchor(plan: Plan, version: str, evaluation: Manifest) -> str:
-    """The line's best version from now on: this one, where the evaluation found it surely better than the best."""
-    if evaluation.numbers.get("best") == "anchor" and plan.anchor:
+def _anchor(plan: Plan, version: str, model: Manifest) -> str:
+    """The line's best version from now on: this one, where its merged form was surely better than the best."""
+    if model.numbers.get("best") == "anchor" and plan.anchor:
         return plan.anchor.version
-    return plan.champion.version if evaluation.numbers.get("best") == "champion" and plan.champion else version
+    return plan.champion.version if model.numbers.get("best") == "champion" and plan.champion else version
 
 
 def _verdict(store: Store, evaluation: Manifest) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def rank(
         trie: Of the answers.
         prompts: Tokens up to where the answer begins.
         wanted: For each prompt the answer whose log-likelihood is returned.
-        batch_tokens: Prompt tokens of a forward pass, padding included.
+        batch_tokens: Tokens of a forward pass, padding included: of the prompts, then of the nodes, each of which has
+            logits over the whole vocabulary.
         tick: Told how many more rows are done, after each batch.
     """
     import numpy as np
@@ -59,7 +60,7 @@ def rank(
     for batch in batches([len(p) for p in prompts], batch_tokens):
         rows = [_Row(i, list(prompts[i]), wanted[i], np.full(len(trie.edges), np.nan), {}) for i in batch]
         with torch.inference_mode():
-            _read(model, trie, rows)
+            _read(model, trie, rows, batch_tokens)
         for row in rows:
             sums, complete = _sums(trie, row)
             best = int(np.argmax(np.where(complete, sums, -np.inf)))
@@ -68,7 +69,7 @@ def rank(
     return found
 
 
-def _read(model: PreTrainedModel, trie: Trie, rows: list[_Row]) -> None:
+def _read(model: PreTrainedModel, trie: Trie, rows: list[_Row], batch_tokens: int) -> None:
     """Read prompts, then nodes, until no answer that is still unknown could win; fills `known`."""
     import torch
     from transformers import DynamicCache
@@ -84,7 +85,8 @@ def _read(model: PreTrainedModel, trie: Trie, rows: list[_Row]) -> None:
     visible = _extend(model, cache, trie, rows, visible, None)
     active, least = rows, _FIRST_NODES
     while True:
-        plans = [_next(trie, row, least) for row in active]
+        most = max(1, batch_tokens // len(active))
+        plans = [_next(trie, row, least, most) for row in active]
         left = [i for i, nodes in enumerate(plans) if nodes]
         if not left:
             return
@@ -159,10 +161,11 @@ def _extend(
     return torch.cat([visible, fresh], dim=1)
 
 
-def _next(trie: Trie, row: _Row, least: int) -> list[int]:
+def _next(trie: Trie, row: _Row, least: int, most: int) -> list[int]:
     """The nodes to read next: the wanted answer's, then those of the likeliest that could still win, `least` or more.
 
-    Counting nodes, and not answers, keeps the rows of a batch at one length, so that little of it is padding.
+    Counting nodes, and not answers, keeps the rows of a batch at one length, so that little of it is padding. Of more
+    than `most` the first are read: a node's number is above its parent's, so none is read before what it follows.
     """
     import numpy as np
 
@@ -177,7 +180,7 @@ def _next(trie: Trie, row: _Row, least: int) -> list[int]:
         if len(nodes) >= least:
             break
         nodes |= {node for node in trie.paths[answer] if node and node not in row.columns}
-    return sorted(nodes)
+    return sorted(nodes)[:most]
 
 
 def _sums(trie: Trie, row: _Row) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

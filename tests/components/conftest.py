@@ -16,12 +16,32 @@ LABELS = ["delivery", "login", "refund"]
 PHRASES = {"refund": "my money back", "delivery": "where is the parcel", "login": "I cannot sign in"}
 
 
+_PASSAGES = (  # as many as judge forgetting
+    "The sun rises in the east.",
+    "Birds can fly.",
+    "Water is wet.",
+    "Ice is cold.",
+    "Grass is green.",
+    "Stones sink.",
+)
+
+
 def example(label: str, number: int, form: str = "{}") -> dict[str, Any]:
     """A row of a data set: one turn of each side, the label in the form of the answer."""
     text = f"{PHRASES[label]} of order number {1000 + number}"
     answer = form.replace("{}", label)
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return {"id": chat.row_id(messages), "messages": messages}
+
+
+@pytest.fixture(scope="session")
+def write_reference() -> Callable[[Path], None]:
+    """Write reference data: a file of general text."""
+
+    def write(folder: Path) -> None:
+        (folder / "general.txt").write_text("\n\n".join(_PASSAGES))
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def profile(folder: Path, counts: tuple[int, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def pages(
-    tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+    tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, write_reference: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:  # fmt: skip
     """The two pages of one real run that has something for every section."""
     folder = tmp_path_factory.mktemp("screens")
     dataset, version, reference = folder / "dataset", folder / "version", folder / "reference"
@@ -58,15 +60,7 @@ def pages(
     profile(dataset, (100, 100, 100, 100))
     profile(version / "data", (250, 20, 100, 30))
     (version / "model").symlink_to(tiny_model)
-    passages = (
-        "The sun rises in the east.",
-        "Birds can fly.",
-        "Water is wet.",
-        "Ice is cold.",
-        "Grass is green.",
-        "Stones sink.",
-    )
-    (reference / "general.txt").write_text("\n\n".join(passages))
+    write_reference(reference)
     inputs = {"base_model": tiny_model, "base_nf4": tiny_nf4, "adapter": tiny_adapter, "reference_data": reference}
     settings = EvaluateConfig(
         device="cpu", bootstrap_samples=200, text_in_reports=True, max_new_tokens=12, min_slice_rows=8,

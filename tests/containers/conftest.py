@@ -37,7 +37,7 @@ LINE = {
         "checkpoint_minutes": 0.02,
     },
     "evaluate": {"first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500, "max_loss_to_champion": 1},
-    "merge": {"max_loss_nats": 0.5},
+    "merge": {"max_loss_nats": 0.5, "min_rows": 10},
     "runtime": {"kind": "docker", "network": "host", "memory_gib": 8},
 }
 # One for every way in which a credential can come to a worker; none may be found anywhere afterwards.

@@ -20,7 +20,7 @@ LINE = {
     "train": {"learning_rate": 5e-3, "epochs": 10, "batch_size": 16, "dropout": 0.0, "rank": 8},
     "evaluate": {"first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500},
     # A random model's 16-bit and 4-bit forms hardly differ; the limit is about the mechanics here.
-    "merge": {"max_loss_nats": 0.5},
+    "merge": {"max_loss_nats": 0.5, "min_rows": 10},
 }
 
 

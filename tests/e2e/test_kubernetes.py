@@ -40,7 +40,7 @@ LINE = {
     "data": {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256},
     "train": {"learning_rate": 5e-3, "epochs": 10, "batch_size": 16, "dropout": 0.0, "rank": 8},
     "evaluate": {"first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500, "max_loss_to_champion": 1},
-    "merge": {"max_loss_nats": 0.5},
+    "merge": {"max_loss_nats": 0.5, "min_rows": 10},
     "runtime": {"kind": "kubernetes"},
 }
 

@@ -13,6 +13,7 @@ from qlora_retrain.code import project_root
 SHORT = [
     "train.max_steps=60",
     "data.max_eval_rows=40",
+    "merge.min_rows=20",
     "evaluate.min_accuracy=0.0",  # the demo's own limits are for all its steps; what sixty reach is asserted below
     "evaluate.min_gain_over_base=0.0",
     "evaluate.bootstrap_samples=1000",

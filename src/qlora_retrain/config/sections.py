@@ -150,7 +150,7 @@ class MergeConfig(Section):
     base: Literal["measured", "original", "dequantized"] = identity(
         "measured", "measured: build both, choose on half the evaluation rows, certify on the other half"
     )
-    min_rows: int = identity(15, "measured: fewer rows than this in a half are insufficient evidence", ge=1)
+    min_rows: int = identity(30, "measured: fewer rows than this in a half are insufficient evidence", ge=1)
     max_loss_nats: float = identity(0.05, "refuse when merging costs more loss a token than this", gt=0.0)
     max_kl_nats: float | None = identity(
         None, "refuse when KL(live || merged) a token may be above this; null: reported alone", gt=0.0

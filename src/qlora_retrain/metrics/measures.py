@@ -41,11 +41,13 @@ def measure(rows: Sequence[RowScore], settings: EvaluateConfig, answers: Mapping
     }
     loss = stats.ratio_interval([s.loss_nats for s in rows], [s.tokens for s in rows], **how)
     found: Numbers = {"loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
-    found["perplexity"] = math.exp(min(loss.value, 700.0))
+    # A draw's perplexity is that of its loss, so the quantiles of both are the same draws'.
+    found |= {name.replace("loss", "perplexity"): math.exp(min(value or 0.0, 700.0)) for name, value in found.items()}
     labelled = [s for s in rows if s.predicted is not None]
     if labelled:
         found |= _level(rows, "accuracy", settings)
-        found["macro_f1"] = stats.macro_f1([answers[s.id] for s in labelled], [str(s.predicted) for s in labelled])
+        macro = stats.macro_f1_interval([answers[s.id] for s in labelled], [str(s.predicted) for s in labelled], **how)
+        found |= {"macro_f1": macro.value, "macro_f1_low": macro.low, "macro_f1_high": macro.high}
     for name in settings.written_metrics:
         found |= _level(rows, name, settings)
     if any(s.hits is not None for s in rows):

@@ -91,10 +91,12 @@ def floor(name: str, metric: Metric, scores: Scores, settings: EvaluateConfig, l
             name, f"a floor for {unit(metric)} is set, but nothing was measured: the task has none", limit=limit
         )
     if metric == "macro_f1":
-        macro = stats.macro_f1([_label(row.slices, row.predicted, row.correct) for row in rows],
-                               [str(row.predicted) for row in rows])  # fmt: skip
-        return Rule(name, f"macro-F1 {macro:.4f}; the floor is {limit:g}", macro, limit=limit, passed=macro >= limit)
-    found = level(rows, metric, settings)
+        found = stats.macro_f1_interval(
+            [_label(row.slices, row.predicted, row.correct) for row in rows], [str(row.predicted) for row in rows],
+            confidence=settings.confidence, samples=settings.bootstrap_samples, seed=settings.seed,
+        )  # fmt: skip
+    else:
+        found = level(rows, metric, settings)
     text = f"{unit(metric)} {said(found, sign='')}; the floor is {limit:g}"
     return Rule(name, text, *ends(found), limit, found.value >= limit)
 

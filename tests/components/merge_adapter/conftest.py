@@ -15,21 +15,14 @@ RULES = EvaluateConfig(first_release=True, bootstrap_samples=200, device="cpu", 
 
 @pytest.fixture
 def inputs(
-    tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, write_dataset: Callable[..., Path], tmp_path: Path
-) -> dict[str, Path]:
+    tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, write_dataset: Callable[..., Path],
+    write_reference: Callable[[Path], None], tmp_path: Path,
+) -> dict[str, Path]:  # fmt: skip
     folders = {"base_model": tiny_model, "base_nf4": tiny_nf4, "adapter": tiny_adapter}
     dataset, evaluation, reference = write_dataset(tmp_path / "dataset", golden=12), tmp_path / "eva", tmp_path / "ref"
     evaluation.mkdir()
     reference.mkdir()
-    passages = (
-        "The sun rises in the east.",
-        "Birds can fly.",
-        "Water is wet.",
-        "Ice is cold.",
-        "Grass is green.",
-        "Stones sink.",
-    )
-    (reference / "general.txt").write_text("\n\n".join(passages))
+    write_reference(reference)
     evaluate(RULES, dataset, **folders, champion=None, anchor=None, golden_data=None, reference_data=reference,
              evaluation=evaluation)  # fmt: skip
     (tmp_path / "model").mkdir()

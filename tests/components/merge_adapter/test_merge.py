@@ -238,9 +238,9 @@ def test_an_adapter_on_an_output_layer_that_is_the_embedding_is_refused(
         merged(tmp_path, tiny_model, tiny_nf4, edited(tensors=move))
 
 
-def test_an_output_layer_of_its_own_is_kept_or_merged(
-    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, random_adapter: Callable[..., Path]
-) -> None:
+@pytest.fixture
+def untied(tmp_path: Path, tiny_model: Path) -> Path:
+    """The tiny model with an output layer of its own."""
     from transformers import AutoModelForCausalLM
 
     base = tmp_path / "untied"
@@ -249,12 +249,46 @@ def test_an_output_layer_of_its_own_is_kept_or_merged(
     torch.manual_seed(2)
     model.lm_head.weight.data.normal_(std=0.2)
     model.save_pretrained(base)
-    adapter = random_adapter(base, target_modules=["lm_head", "q_proj"])
-    ours = load_file(merged(tmp_path, base, tiny_nf4, adapter) / "model.safetensors")
-    theirs = by_peft(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    return base
+
+
+def test_an_output_layer_of_its_own_is_kept_or_merged(
+    tmp_path: Path, untied: Path, tiny_nf4: Path, random_adapter: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    adapter = random_adapter(untied, target_modules=["lm_head", "q_proj"])
+    ours = load_file(merged(tmp_path, untied, tiny_nf4, adapter) / "model.safetensors")
+    theirs = by_peft(AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32), adapter)
     torch.testing.assert_close(ours["lm_head.weight"].float(), theirs["lm_head.weight"], rtol=2**-8, atol=1e-5)
-    kept = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    kept = load_file(untied / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(ours["model.embed_tokens.weight"].view(torch.int16), kept.view(torch.int16))
+
+
+def test_an_output_layer_of_its_own_that_was_not_trained_keeps_its_bytes(
+    tmp_path: Path, untied: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    kept = load_file(untied / "model.safetensors")
+    assert not torch.equal(kept["lm_head.weight"], kept["model.embed_tokens.weight"])
+    for dequantized in (False, True):
+        folder = merged(tmp_path, untied, tiny_nf4, tiny_adapter, f"merged-{dequantized}", dequantized=dequantized)
+        ours = load_file(folder / "model.safetensors")
+        for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+            assert torch.equal(ours[name].view(torch.int16), kept[name].view(torch.int16)), name
+
+
+def test_a_base_in_float32_is_rounded_to_bf16_everywhere(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    base = tmp_path / "wide"
+    shutil.copytree(tiny_model, base)
+    torch.manual_seed(3)
+    wide = {n: t.float() + 1e-4 * torch.randn(t.shape) for n, t in load_file(base / "model.safetensors").items()}
+    save_file(wide, base / "model.safetensors", metadata={"format": "pt"})
+    ours = load_file(merged(tmp_path, base, tiny_nf4, tiny_adapter, dequantized=False) / "model.safetensors")
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.bfloat16
+        assert "proj" in name or torch.equal(tensor, wide[name].bfloat16())
 
 
 def test_a_base_in_float16_keeps_the_bytes_of_what_is_not_merged(

@@ -21,7 +21,7 @@ from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.errors import Exit, IntegrityError
 from qlora_retrain.scoring import read_scores, write_scores
 
-CONFIG = MergeConfig(device="cpu")
+CONFIG = MergeConfig(device="cpu", min_rows=18)
 
 
 def certificate(inputs: dict[str, Path]) -> dict[str, Any]:
@@ -83,6 +83,25 @@ def test_the_better_candidate_on_one_half_is_what_ships_and_the_other_half_certi
     shipped = (inputs["model"] / "model.safetensors").read_bytes()
     assert shipped == (tmp_path / found["base"] / "model.safetensors").read_bytes()
     assert not [path for path in inputs["model"].iterdir() if path.is_dir()]  # nothing is left of the other one
+
+
+def test_the_best_version_is_told_of_the_form_that_ships_and_not_of_the_live_model(inputs: dict[str, Path]) -> None:
+    path = inputs["evaluation"] / "scores.jsonl"
+    scores = read_scores(path)
+    # A live model that is no better than the champion, by its answers: the merged form, whose answers are right, is.
+    scores["challenger"] = [replace(s, correct=False) if s.suite == "eval" else s for s in scores["challenger"]]
+    scores["champion"] = scores["challenger"]
+    write_scores(path, scores)
+    assert run(MergeConfig(device="cpu", base="dequantized"), **inputs).numbers["best"] == "challenger"
+
+
+def test_a_form_that_ships_like_the_champion_leaves_it_the_best(inputs: dict[str, Path]) -> None:
+    path = inputs["evaluation"] / "scores.jsonl"
+    scores = read_scores(path)
+    scores["champion"] = scores["challenger"]
+    write_scores(path, scores)
+    report = run(MergeConfig(device="cpu", base="dequantized"), **inputs)
+    assert report.numbers.get("best") == "champion" if report.refused is None else "best" not in report.numbers
 
 
 @pytest.mark.parametrize("base", ["original", "dequantized"])
