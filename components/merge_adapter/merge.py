@@ -70,9 +70,10 @@ def merge(
         dtypes = {spec.name: spec.dtype for spec in specs}
 
         def make(name: str) -> torch.Tensor:
-            tensor = base.tensor(name)
             if name in rounded:
-                tensor = _fitting(packed.dequantized(name), tensor, name)
+                tensor = _fitting(packed.dequantized(name), base.spec(name).shape, name)
+            else:
+                tensor = base.tensor(name)
             if name in adapted:
                 tensor = trained.merged(adapted[name], tensor)
             tensor = tensor.to(dtypes[name])
@@ -118,9 +119,9 @@ def _not_finite(name: str, base: Weights) -> Exception:
     return Diverged(f"adapter: merged into {name} it gives numbers that are not finite")
 
 
-def _fitting(tensor: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
-    if tensor.shape != like.shape:
-        raise IntegrityError(f"{name}: is {tuple(like.shape)} in the base, {tuple(tensor.shape)} in its 4-bit form")
+def _fitting(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise IntegrityError(f"{name}: is {shape} in the base, {tuple(tensor.shape)} in its 4-bit form")
     return tensor
 
 

@@ -195,5 +195,6 @@ def _write_file(
                 )
             if tensor.numel():
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # or it would be there while the next one is made
             index[spec.name] = path.name
             tick()
