@@ -25,7 +25,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app/src:/app PYTHONUNBUFFERED=1 PYTHOND
 ARG REVISION=unknown
 ARG VERSION=0
 # Where a volume goes: whoever the container runs as may write there, and a new volume takes these permissions.
-RUN install -d -m 1777 /work
+RUN install -d -m 1777 /workspace
 WORKDIR /app
 USER 10001:10001
 LABEL org.opencontainers.image.title="qlora-retrain light" \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,8 @@ def publish_next(
         count += 1
         made = plan.make(line, root_uri, overrides=[f"train.learning_rate={count / 1000}"])
 
-        def evaluate(
-            config: Any,
-            dataset: Path,
-            base_model: Path,
-            base_nf4: Path,
-            adapter: Path,
-            champion: Path | None,
-            anchor: Path | None,
-            golden_data: Path | None,
-            reference_data: Path | None,
-            evaluation: Path,
-        ) -> Report:
+        @functools.wraps(passing)
+        def evaluate(champion: Path | None, anchor: Path | None, **others: Any) -> Report:
             seen = {"champion": champion, "anchor": anchor}
             assert {name for name, folder in seen.items() if folder} == {
                 name for name in seen if made.pinned_version(name)
@@ -53,32 +44,12 @@ def publish_next(
                 assert (folder / "model" / "config.json").is_file()
             assert champion is None or (champion / graph.PROFILE).is_file()
             assert anchor is None or not (anchor / graph.PROFILE).exists()
-            report = passing(
-                config,
-                dataset,
-                base_model,
-                base_nf4,
-                adapter,
-                champion,
-                anchor,
-                golden_data,
-                reference_data,
-                evaluation,
-            )
+            report: Report = passing(champion=champion, anchor=anchor, **others)
             return report
 
-        def merge_adapter(
-            config: Any,
-            dataset: Path,
-            base_model: Path,
-            base_nf4: Path,
-            adapter: Path,
-            evaluation: Path,
-            reference_data: Path | None,
-            model: Path,
-        ) -> Report:
-            report = merging(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
-            return Report({**report.numbers, **({"best": best} if best else {})})
+        @functools.wraps(merging)
+        def merge_adapter(**given: Any) -> Report:
+            return Report({**merging(**given).numbers, **({"best": best} if best else {})})
 
         small_steps |= {"evaluate": evaluate, "merge_adapter": merge_adapter}
         assert set(run_all(made).values()) == {0}

@@ -99,27 +99,31 @@ def all_or_nothing(draw: Draw, rows: int) -> Pair:
 
 def false_passes(kind: Kind, rows: int, challengers: int) -> int:
     """How many challengers, truly worse by just the margin, the rule against the champion lets through."""
-    draw = np.random.default_rng(5)
     settings = EvaluateConfig(max_loss_to_champion=MARGIN, bootstrap_samples=1000)
-    passed = 0
-    for _ in range(challengers):
-        champion, challenger = kind(draw, rows)
+
+    def passes(champion: list[RowScore], challenger: list[RowScore]) -> bool:
         scores = {"base": champion, "champion": champion, "challenger": challenger}
         metric = "rouge_l" if champion[0].values else metric_of(scores)
-        passed += next(overall.losses(scores, metric, settings)).passed is True
-    return passed
+        return next(overall.losses(scores, metric, settings)).passed is True
+
+    return counted(passes, kind, rows, challengers, seed=5)
 
 
 def false_gains(kind: Kind, rows: int, challengers: int) -> int:
     """How many challengers, truly better than the base by just what is asked for, count as better than that."""
-    draw = np.random.default_rng(8)
     settings = EvaluateConfig(min_gain_over_base=MARGIN, bootstrap_samples=1000)
-    passed = 0
-    for _ in range(challengers):
-        better, worse = kind(draw, rows)
+
+    def passes(better: list[RowScore], worse: list[RowScore]) -> bool:
         scores = {"base": worse, "challenger": better}
-        passed += overall.gain_over_base(scores, metric_of(scores), settings).passed is True
-    return passed
+        return overall.gain_over_base(scores, metric_of(scores), settings).passed is True
+
+    return counted(passes, kind, rows, challengers, seed=8)
+
+
+def counted(passes: Callable[..., bool], kind: Kind, rows: int, challengers: int, seed: int) -> int:
+    """Of how many pairs that the kind draws it is true."""
+    draw = np.random.default_rng(seed)
+    return sum(passes(*kind(draw, rows)) for _ in range(challengers))
 
 
 def surely_below(passed: int, challengers: int) -> float:

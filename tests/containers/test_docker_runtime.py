@@ -37,7 +37,7 @@ CONFINED = {
     "CapBnd": "0" * 16,
     "NoNewPrivs": "1",
     "Seccomp": "2",
-    "writable": ["/tmp", "/work"],
+    "writable": ["/tmp", "/workspace"],
     "secrets": [],
 }
 
@@ -101,7 +101,7 @@ def test_a_step_sees_a_read_only_root_and_has_no_power(
         print(json.dumps({
             "uid": os.getuid(), "gid": os.getgid(),
             **{name: status[name].strip() for name in ("CapEff", "CapBnd", "NoNewPrivs", "Seccomp")},
-            "writable": [p for p in ("/", "/app", "/opt/venv", "/etc", "/tmp", "/work") if writable(p)],
+            "writable": [p for p in ("/", "/app", "/opt/venv", "/etc", "/tmp", "/workspace") if writable(p)],
             "secrets": [name for name, value in os.environ.items() if "canary" in value],
         }))
         sys.exit(12)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qlora_retrain.graph import Step
 
 SHARED_MEMORY_BYTES = 2**30  # of a container with several GPUs: NCCL's, engines allow 64 MiB by themselves
-WORK = "/work"  # the node cache and the step's own files
+WORK = "/workspace"  # the node cache and the step's own files
 SECRETS = "/run/secrets"
 LABEL = "qlora-retrain.step"
 PASSED_ON = (

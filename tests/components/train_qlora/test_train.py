@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from components.publish import step as publish
 from components.quantize_model.step import run as quantize
@@ -245,48 +244,6 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_last_good_checkp
     what = r"step 4 of 14: the loss is nan; the last good checkpoint is checkpoint-3"
     with pytest.raises(Diverged, match=what + r"; its rows are ([0-9a-f]{16}, ){7}[0-9a-f]{16}\."):
         train(checkpoint_minutes=1e-9)
-
-
-@pytest.fixture
-def before_each_update():
-    """Look at the trained numbers before each step of any optimizer."""
-    handles = []
-
-    def arrange(look) -> None:
-        def hook(optimizer: Any, *_: Any) -> None:
-            look([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
-
-        handles.append(register_optimizer_step_pre_hook(hook))
-
-    yield arrange
-    for handle in handles:
-        handle.remove()
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(training, monkeypatch, before_each_update):
-    calls, finite = iter(range(1000)), []
-
-    def steep(model: Any, batch: Any) -> torch.Tensor:
-        loss = summed_loss(model, batch)
-        return loss + (loss - loss.detach()) * 1e38 * 1e38 * (next(calls) >= 4)
-
-    before_each_update(lambda found: finite.append(all(bool(p.grad.isfinite().all()) for p in found)))
-    monkeypatch.setattr(trainer_module, "summed_loss", steep)
-    with pytest.raises(
-        Diverged, match=r"step 3 of 14: the (loss|gradient norm) is (inf|nan); there is no checkpoint yet"
-    ):
-        training()()
-    assert finite == [True, True]
-
-
-def test_gradients_are_clipped_to_the_norm_that_was_set(training, before_each_update):
-    norms: list[float] = []
-    before_each_update(lambda found: norms.append(float(torch.cat([p.grad.flatten() for p in found]).norm())))
-    train = training()
-    train(max_grad_norm=0.05, max_steps=3)
-    found = [json.loads(line)["grad_norm"] for line in train.log.splitlines()]
-    assert all(norm > 0.05 for norm in found), "else nothing was to be clipped"
-    assert norms == pytest.approx([0.05] * 3, rel=1e-3)
 
 
 def test_a_hopeless_loss_ends_the_run(training, monkeypatch):

@@ -146,7 +146,9 @@ class Cluster:
     def does_the_work(self) -> int:
         """Be the kubelet of the only pod: run its command line with its variables; report its end."""
         container = self.pod()["spec"]["containers"][0]
-        variables = {v["name"]: v["value"] for v in container["env"] if not v["value"].startswith(("/work", "/tmp"))}
+        variables = {
+            v["name"]: v["value"] for v in container["env"] if not v["value"].startswith(("/workspace", "/tmp"))
+        }
         self.runs()
         done = subprocess.run(
             [sys.executable, *container["args"][1:]],
