@@ -34,7 +34,7 @@ class Release(BaseModel):
     """A version's manifest: its files by hash, and what it was made of.
 
     Attributes:
-        anchor: The line's best version from this one on, as its evaluation found; None in older ones: itself.
+        anchor: The line's best version from this one on, as its merged form was judged; None in older ones: itself.
     """
 
     model_config = ConfigDict(frozen=True)
