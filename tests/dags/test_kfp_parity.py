@@ -148,7 +148,7 @@ def test_a_pod_is_what_the_profile_says(compiled: Compiled, name: str) -> None:
     }
     assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
     shared = [("/dev/shm", "1024Mi")] if name == "train_qlora" else []  # NCCL's, between the GPUs of a pod
-    assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [("/work", "50Gi"), *shared]
+    assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [(containers.WORK, "50Gi"), *shared]
     assert [(s["secretName"], s["mountPath"]) for s in pod["secretAsVolume"]] == [
         ("store-credentials", "/run/secrets/aws")
     ]
