@@ -64,14 +64,21 @@ def test_no_role_has_an_action_that_is_not_named() -> None:
 
 def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version() -> None:
     import boto3
-    from moto import mock_aws
+    from moto.server import ThreadedMotoServer  # not mock_aws: it empties every server of this process
 
     rules = json.loads((ROOT / "bucket" / "lifecycle.json").read_text())
-    with mock_aws():
-        s3 = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
-        s3.create_bucket(Bucket="models")
-        s3.put_bucket_lifecycle_configuration(Bucket="models", LifecycleConfiguration=rules)
-        kept = s3.get_bucket_lifecycle_configuration(Bucket="models")["Rules"]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        at = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+        account = {"region_name": "us-east-1", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
+        s3 = boto3.client("s3", endpoint_url=at, **account)
+        s3.create_bucket(Bucket="lifecycle")
+        s3.put_bucket_lifecycle_configuration(Bucket="lifecycle", LifecycleConfiguration=rules)
+        kept = s3.get_bucket_lifecycle_configuration(Bucket="lifecycle")["Rules"]
+        s3.close()
+    finally:
+        server.stop()
     assert len(kept) == len(rules["Rules"])
     expiring = [rule["Filter"]["Prefix"] for rule in kept if "Expiration" in rule]
     assert expiring == ["qlora/scratch/"]
