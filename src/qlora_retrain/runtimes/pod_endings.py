@@ -2,6 +2,7 @@
 
     the container's own exit code             stands, unless the cluster ended it (below)
     OOMKilled, or 137 without another cause   137: tried again, with more memory where the profile allows it
+    OOMKilled, and a code that a step chose   stands: the kernel killed one of its processes, and it went on
     Evicted, Preempting, DisruptionTarget,    75: tried again, from the last checkpoint
       a node that shuts down, restarts or is lost
     a pod that is gone                        75: its node went, or somebody deleted it
@@ -27,6 +28,7 @@ from qlora_retrain.runtimes.pods import CONTAINER
 LOST_SECONDS = 600
 _UNPULLED = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable")
 _UNUSABLE = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
+_CHOSEN = set(Exit) - {Exit.BUG, Exit.OUT_OF_MEMORY}
 _BY_THE_CLUSTER = (Exit.OUT_OF_MEMORY, Exit.TRY_AGAIN, 143)  # exit codes that a pod has when it is taken away
 
 
@@ -59,7 +61,7 @@ def ending(pod: Any) -> Ending | None:
             return Ending(Exit.TRY_AGAIN, taken or f"the pod {status.phase.lower()} before its container ran")
         return None
     said = done.message or ""
-    if done.reason == "OOMKilled":
+    if done.reason == "OOMKilled" and done.exit_code not in _CHOSEN:
         return Ending(Exit.OUT_OF_MEMORY, "OOMKilled", said)
     if done.reason == "ContainerStatusUnknown":  # 137 too, though nothing was killed for memory
         return Ending(Exit.TRY_AGAIN, "ContainerStatusUnknown: the node lost its container, as when it restarts", said)
