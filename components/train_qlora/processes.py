@@ -1,9 +1,10 @@
-"""Several processes that train together: started, listened to and ended by the one that runs the step.
+"""The processes that train: started, listened to and ended by the one that runs the step.
 
-Each gets the environment that torchrun would give it, so torch and accelerate work as they would there; ADR 15 says why
-the launcher is not torchrun's. The first one talks for all. Where one fails the others are killed, and what it failed
-of is raised here: an ending with a code of its own before a signal that ended one, and that before any other error,
-which is most often only the loss of a neighbour.
+A single one is a process of its own too, so that the step is there to see what the kernel did to it. Several get the
+environment that torchrun would give them, so torch and accelerate work as they would there; ADR 15 says why the
+launcher is not torchrun's. The first one talks for all. Where one fails the others are killed, and what it failed of is
+raised here: an ending with a code of its own before a signal that ended one, and that before any other error, which is
+most often only the loss of a neighbour.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.distributed import TCPStore
-
-from components.train_qlora import worker
-from components.train_qlora.training import Trained
+from components.train_qlora import cgroup, worker
+from components.train_qlora.result import Trained
 from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import Problem, TryAgain
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 TICK_SECONDS = 0.2  # how soon a request to stop is passed on
 GRACE_SECONDS = 5.0  # what the others get to say once one has failed
@@ -62,19 +64,20 @@ class Member:
             self.said, self.said_at = heard, time.monotonic()
 
 
-def train_together(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> Trained:
-    """`training.train` in `config.processes` processes; the first one writes.
+def train_apart(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> Trained:
+    """`training.train` in `config.processes` processes of their own; the first one writes.
 
     Raises:
         Problem: What the processes raise.
-        MemoryError: If memory runs out in one of them.
-        TryAgain: If one was killed, or all were asked to stop.
+        MemoryError: If memory runs out in one of them, also where the kernel killed it for that.
+        TryAgain: If one was killed otherwise, or all were asked to stop.
         RuntimeError: For any other fault of theirs, with its traceback as a note.
     """
-    store, port = _store()
-    threads = max(1, torch.get_num_threads() // config.processes)
-    job = worker.Job(config, dataset, base_nf4, adapter, scratch, port, os.getpid(), threads)
-    progress.say(f"{config.processes} processes share {config.rows_a_step} rows a step ({config.parallel})")
+    store, port = _store() if config.processes > 1 else (None, None)
+    job = worker.Job(config, dataset, base_nf4, adapter, scratch, port, os.getpid())
+    if config.processes > 1:
+        progress.say(f"{config.processes} processes share {config.rows_a_step} rows a step ({config.parallel})")
+    kills = cgroup.kills()
     members: list[Member] = []
     try:
         for rank in range(config.processes):
@@ -87,7 +90,7 @@ def train_together(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: 
         del store
     for member in members:
         if member.failed:
-            raise _cause(members)
+            raise _cause(members, config, for_memory=kills is not None and (cgroup.kills() or 0) > kills)
     found = members[0].said
     assert isinstance(found, Trained)
     return found
@@ -95,6 +98,8 @@ def train_together(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: 
 
 def _store() -> tuple[TCPStore, int]:
     """Where the processes meet: on loopback alone, at a port that is ours from the moment it is chosen."""
+    from torch.distributed import TCPStore  # here: a single process meets nobody, and torch takes memory
+
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listening.detach()), port
@@ -126,21 +131,33 @@ def _follow(members: list[Member]) -> None:
             over = min(over, time.monotonic() + GRACE_SECONDS)
 
 
-def _cause(members: list[Member]) -> Exception:
-    """What ended the run: the error that the others followed from."""
+def _cause(members: list[Member], config: TrainConfig, *, for_memory: bool) -> Exception:
+    """What ended the run: the error that the others followed from. The kernel ended one `for_memory`, or did not."""
     errors = [m.said for m in sorted(members, key=lambda m: m.said_at) if isinstance(m.said, Exception)]
     for error in errors:
         if isinstance(error, Problem | MemoryError):
             return error
     for member in members:
         if member.exit_code and member.exit_code < 0:
-            name = signal.Signals(-member.exit_code).name
-            return TryAgain(
-                f"process {member.rank} of {len(members)} was ended by {name}"
-                + (", as when memory runs out" if name == "SIGKILL" else "")
-                + "; the others were stopped. Run the same command again: it goes on from the newest checkpoint"
-            )
+            return _ended(member, config, signal.Signals(-member.exit_code), for_memory=for_memory)
     if errors:
         return errors[0]
     silent = next(member for member in members if member.failed)
     return RuntimeError(f"process {silent.rank} ended with exit code {silent.exit_code} and said nothing")
+
+
+def _ended(member: Member, config: TrainConfig, by: signal.Signals, *, for_memory: bool) -> Exception:
+    several = config.processes > 1
+    who = f"process {member.rank} of {config.processes}" if several else "the process that trains"
+    if by == signal.SIGKILL and for_memory:
+        limit = cgroup.limit_mib()
+        return MemoryError(
+            f"out of memory with {config.rows_a_pass} rows a pass: the kernel killed {who} for it"
+            + (f", the limit being {limit} MiB" if limit else "")
+        )
+    return TryAgain(
+        f"{who} was ended by {by.name}"
+        + (", as when memory runs out" if by == signal.SIGKILL else "")
+        + ("; the others were stopped" if several else "")
+        + ". Run the same command again: it goes on from the newest checkpoint"
+    )

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_retrain import report
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.outcome import Number
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run learned, beside the adapter that it wrote.
+
+    Attributes:
+        log: The Trainer's, see `history`.
+        optimizer: As it ran.
+        eval_loss: Nats a supervised token of the evaluation rows; None where there are none.
+        tokens_per_second: Of all processes together; None where every step was done before.
+        peak_rss_mib: The peaks of all processes, added up.
+        layers: See `lora.trainable_by_layer`.
+        train_rows: Rows of the data set.
+        eval_rows: Likewise.
+    """
+
+    log: list[dict[str, Any]]
+    optimizer: str
+    eval_loss: float | None
+    tokens_per_second: float | None
+    peak_rss_mib: int
+    layers: list[tuple[str, int, int]]
+    train_rows: int
+    eval_rows: int
+
 
 CURVE_POINTS = 400  # more cannot be seen on a page
 

@@ -12,19 +12,14 @@ Command: `python -m components.train_qlora --plan URI`
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from components.train_qlora import events, fused, history
-from components.train_qlora.memory import rows_a_pass, shrinking
-from components.train_qlora.processes import train_together
+from components.train_qlora import events, history
+from components.train_qlora.processes import train_apart
 from components.train_qlora.result import report_page
-from components.train_qlora.training import train
+from components.train_qlora.shrinking import shrinking
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import UsageError
 from qlora_retrain.outcome import Number, Report
 
 LAST_STEPS = 10  # the training loss that is reported is their mean
@@ -37,12 +32,10 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         UsageError: If there is nothing to learn, or the settings do not fit the model or the machine.
         IntegrityError: If an input is unsafe or damaged.
         Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
-        TryAgain: If stopped before the end, after saving a checkpoint, or one of several processes was killed.
+        TryAgain: If stopped before the end, after saving a checkpoint, or a process that trains was killed.
         MemoryError: If memory runs out with a single row a pass.
     """
-    _refuse_what_is_not_here(config)
-    how = train_together if config.processes > 1 else train
-    trained, used, halvings = shrinking(config, lambda now: how(now, dataset, base_nf4, adapter, scratch))
+    trained, used, halvings = shrinking(config, lambda now: train_apart(now, dataset, base_nf4, adapter, scratch))
     log = trained.log
     steps, evaluations = history.steps(log), history.evaluations(log)
     last = [entry["loss"] for entry in steps[-LAST_STEPS:]]
@@ -57,7 +50,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         "peak_rss_mib": trained.peak_rss_mib,
         "trainable_parameters": sum(size for _, _, size in trained.layers),
         "processes": config.processes,
-        "rows_a_pass": rows_a_pass(used),
+        "rows_a_pass": used.rows_a_pass,
         "out_of_memory": len(halvings),
         "optimizer": trained.optimizer,
     }
@@ -70,20 +63,3 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     page = report_page(config, numbers, steps, evaluations, history.timings(log), trained.layers, halvings)
     (adapter / "report.html").write_text(page, encoding="utf-8")
     return Report(numbers)
-
-
-def _refuse_what_is_not_here(config: TrainConfig) -> None:
-    if config.kernels == "liger" and not fused.INSTALLED:
-        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it, or set torch")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device: cuda, but torch sees no GPU here; plan on the machine class that trains")
-    if config.device == "cuda" and torch.cuda.device_count() < config.processes:
-        raise UsageError(
-            f"train.processes: {config.processes} processes take a GPU each, and torch sees "
-            f"{torch.cuda.device_count()} here; give the step more of them, or set fewer processes"
-        )
-    for name in config.report_to:
-        if find_spec(name) is None:
-            raise UsageError(
-                f"train.report_to: {name} is not installed where the step runs; install it or leave it out"
-            )

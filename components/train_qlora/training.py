@@ -4,48 +4,22 @@ from __future__ import annotations
 
 import resource
 import warnings
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed
 
-from components.train_qlora import lora, ranks, sharded
+from components.train_qlora import fused, lora, ranks, sharded
 from components.train_qlora.loss import mean_loss, padding
 from components.train_qlora.memory import noted
-from components.train_qlora.result import optimizer_used
+from components.train_qlora.result import Trained, optimizer_used
 from components.train_qlora.rows import Rows, read
 from components.train_qlora.trainer import AdapterTrainer
 from qlora_retrain import modeling, progress
 from qlora_retrain.chat import load_tokenizer
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a run learned, beside the adapter that it wrote.
-
-    Attributes:
-        log: The Trainer's, see `history`.
-        optimizer: As it ran.
-        eval_loss: Nats a supervised token of the evaluation rows; None where there are none.
-        tokens_per_second: Of all processes together; None where every step was done before.
-        peak_rss_mib: The peaks of all processes, added up.
-        layers: See `lora.trainable_by_layer`.
-        train_rows: Rows of the data set.
-        eval_rows: Likewise.
-    """
-
-    log: list[dict[str, Any]]
-    optimizer: str
-    eval_loss: float | None
-    tokens_per_second: float | None
-    peak_rss_mib: int
-    layers: list[tuple[str, int, int]]
-    train_rows: int
-    eval_rows: int
 
 
 def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> Trained:
@@ -107,3 +81,25 @@ def _trainer(
     trainer = AdapterTrainer(model, config, rows, held_out, pad, scratch)
     set_seed(config.seed + ranks.number())  # the adapter starts the same in every process, dropout does not
     return trainer
+
+
+def refuse_what_is_not_here(config: TrainConfig) -> None:
+    """Look whether the machine has what the settings want, before anything is read.
+
+    Raises:
+        UsageError: If it has not.
+    """
+    if config.kernels == "liger" and not fused.INSTALLED:
+        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it, or set torch")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device: cuda, but torch sees no GPU here; plan on the machine class that trains")
+    if config.device == "cuda" and torch.cuda.device_count() < config.processes:
+        raise UsageError(
+            f"train.processes: {config.processes} processes take a GPU each, and torch sees "
+            f"{torch.cuda.device_count()} here; give the step more of them, or set fewer processes"
+        )
+    for name in config.report_to:
+        if find_spec(name) is None:
+            raise UsageError(
+                f"train.report_to: {name} is not installed where the step runs; install it or leave it out"
+            )

@@ -1,4 +1,7 @@
-"""One of several processes that train together: started by `processes`, heard over a pipe, gone when it is."""
+"""A process that trains, alone or together with others: started by `processes`, heard over a pipe, gone when it is.
+
+Whoever starts it reads this module too, and is to stay small: what takes memory is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import distributed
-
-from components.train_qlora import ranks
-from components.train_qlora.training import train
 from qlora_retrain import preempt
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import Problem
 from qlora_retrain.runtimes import leash
+
+if TYPE_CHECKING:
+    from components.train_qlora.result import Trained
 
 PATIENCE = timedelta(hours=2)  # of one process for another; a dead one is noticed by whoever started them
 
@@ -30,9 +32,8 @@ class Job:
     """What the processes are to do, and where they meet.
 
     Attributes:
-        port: Of the store on loopback, which whoever started them holds.
+        port: Of the store on loopback, which whoever started them holds; None where there is one process.
         parent: Whoever started them.
-        threads: That each may use on a CPU.
     """
 
     config: TrainConfig
@@ -40,9 +41,8 @@ class Job:
     base_nf4: Path
     adapter: Path
     scratch: Path
-    port: int
+    port: int | None
     parent: int
-    threads: int
 
 
 class Voice(io.TextIOBase):
@@ -67,35 +67,50 @@ def main(rank: int, job: Job, mouth: Connection) -> None:
     preempt.install(polite=True)
     sys.stdout = sys.stderr = Voice(mouth if rank == 0 else None)
     try:
-        _meet(rank, job)
-        found = train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
-        ranks.together()
-        mouth.send(found)
-        distributed.destroy_process_group()
+        mouth.send(_trained(rank, job))
     except Exception as error:  # noqa: BLE001 - it is raised again where the step runs
-        mouth.send(_told(rank, error))
+        mouth.send(_told(rank, job, error))
         os._exit(1)  # at once: a library that waits for the other processes would wait for ever
 
 
-def _meet(rank: int, job: Job) -> None:
+def _trained(rank: int, job: Job) -> Trained:
+    from torch import distributed
+
+    from components.train_qlora import ranks, training
+
+    training.refuse_what_is_not_here(job.config)
+    if job.port is not None:
+        _meet(rank, job, job.port)
+    found = training.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
+    if job.port is not None:
+        ranks.together()
+        distributed.destroy_process_group()
+    return found
+
+
+def _meet(rank: int, job: Job, port: int) -> None:
     """Join the others: flags and counts by gloo, gradients by NCCL where there are GPUs; all of it on loopback."""
-    n, cuda = str(job.config.processes), job.config.device == "cuda"
+    import torch
+    from torch import distributed
+
+    n, cuda = job.config.processes, job.config.device == "cuda"
     os.environ.update(  # what torchrun would set, and accelerate reads
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port), TORCHELASTIC_USE_AGENT_STORE="True",
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo",
     )  # fmt: skip
     if cuda:
         torch.cuda.set_device(rank)
     else:
-        torch.set_num_threads(job.threads)
+        torch.set_num_threads(max(1, torch.get_num_threads() // n))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
 
 
-def _told(rank: int, error: Exception) -> Exception:
+def _told(rank: int, job: Job, error: Exception) -> Exception:
     """What can be sent: a problem as it is, anything else in words, with its traceback as a note."""
     if isinstance(error, Problem | MemoryError):
         return type(error)(str(error))
-    told = RuntimeError(f"process {rank}: {type(error).__name__}: {error}")
+    who = f"process {rank}: " if job.config.processes > 1 else ""
+    told = RuntimeError(f"{who}{type(error).__name__}: {error}")
     told.add_note(traceback.format_exc())
     return told

@@ -82,7 +82,9 @@ class Kubelet:
             self._is(name, gone, phase="Failed", reason="Evicted", message="The node was low on resource: memory.")
             return
         container = pod["spec"]["containers"][0]
-        variables = {v["name"]: v["value"] for v in container["env"] if not v["value"].startswith(("/workspace", "/tmp"))}
+        variables = {
+            v["name"]: v["value"] for v in container["env"] if not v["value"].startswith(("/workspace", "/tmp"))
+        }
         done = subprocess.run(
             [sys.executable, *container["args"][1:]],
             env={**os.environ, **variables},

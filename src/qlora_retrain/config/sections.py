@@ -126,6 +126,11 @@ class TrainConfig(Section):
         """Examples of an optimizer step."""
         return self.batch_size * self.gradient_accumulation
 
+    @property
+    def rows_a_pass(self) -> int:
+        """The most examples that are in a forward pass of a process."""
+        return min(self.batch_size, -(-self.rows_a_step // self.processes))
+
     @model_validator(mode="after")
     def _processes_have_something_to_share(self) -> TrainConfig:
         if self.processes > self.rows_a_step:

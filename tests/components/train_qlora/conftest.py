@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import components.train_qlora.step
 from components.quantize_model.step import run as quantize
+from components.train_qlora import processes, training
+from components.train_qlora.result import Trained
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
 
 SMALL: dict[str, Any] = {
@@ -24,6 +30,22 @@ PHRASES = {
     "delivery": "where is the parcel of order",
     "login": "I cannot sign in to see order",
 }
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one process trains in this one, where a test can look into it and put faults in.
+
+    What a process of its own adds is for the tests that start the step as a program.
+    """
+
+    def train(config: TrainConfig, *places: Path) -> Trained:
+        if config.processes > 1:
+            return processes.train_apart(config, *places)
+        training.refuse_what_is_not_here(config)
+        return training.train(config, *places)
+
+    monkeypatch.setattr(components.train_qlora.step, "train_apart", train)
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +109,64 @@ def step(tmp_path: Path, nf4: Path, chats):
         return Step(folder, folder / "dataset", nf4)
 
     return made
+
+
+class Program:
+    """The step as a program, in a session of its own."""
+
+    def __init__(self, step: Step, fault: str, settings: dict[str, Any], before: list[str]) -> None:
+        step.adapter.mkdir(exist_ok=True)
+        given: dict[str, Any] = {n: str(getattr(step, n)) for n in ("dataset", "base_nf4", "adapter", "scratch")}
+        given["config"] = SMALL | settings
+        self.process = subprocess.Popen(
+            [*before, sys.executable, str(Path(__file__).with_name("program.py")), json.dumps(given)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={
+                **os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            },
+        )  # fmt: skip
+
+    def ended(self) -> tuple[int, str, str]:
+        """Exit code and what it said; nothing of its session is left."""
+        said, errors = self.process.communicate(timeout=300)
+        assert not self.left()
+        return self.process.returncode, said, errors
+
+    def left(self) -> list[str]:
+        """The processes of its session that are there, zombies not counted, a moment after its end."""
+        until = time.monotonic() + 10
+        while (found := self.session()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return found
+
+    def session(self) -> list[str]:
+        """The names of the processes of its session."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                name, _, rest = stat.read_text().rpartition(")")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            state, _, _, session = rest.split()[:4]
+            if int(session) == self.process.pid and state != "Z":
+                found.append(name)
+        return found
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[..., Program]]:
+    """Start the step as a program of its own; `before` are the words before its command."""
+    started: list[Program] = []
+
+    def start(step: Step, fault: str = ":", *, before: Sequence[str] = (), **settings: Any) -> Program:
+        started.append(Program(step, fault, settings, list(before)))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
 
 
 @pytest.fixture

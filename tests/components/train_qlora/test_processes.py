@@ -1,13 +1,9 @@
 """Several processes that share an optimizer step: real ones, over gloo, on the tiny model."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,102 +18,11 @@ SETTINGS = {
     "max_steps": 9, "device": "cpu", "attention": "eager", "precision": "float32", "processes": 2,
 }  # fmt: skip
 
-# The step as its runner would end it. The processes that it starts read this file too, so a fault can be put into one:
-# at its n-th forward pass, of process 1 alone.
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-from components.train_qlora import trainer
-
-fault, at = os.environ.get("FAULT", ":").split(":")
-plain, passes = trainer.summed_loss, iter(range(10**6))
-
-def spoilt(model, batch):
-    loss = plain(model, batch)
-    number = next(passes) - int(at or 0)
-    if fault and os.environ.get("RANK") == "1" and number >= 0:
-        if fault == "nan":
-            return loss * float("nan")
-        if fault == "memory" and len(batch["input_ids"]) > 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        if fault == "bug":
-            raise ValueError("a fault of ours")
-        if fault.startswith("SIG") and number == 0:
-            os.kill(os.getpid(), getattr(signal, fault))
-    return loss
-
-trainer.summed_loss = spoilt
-
-if __name__ == "__main__":
-    from components.train_qlora.step import run
-    from qlora_retrain import preempt
-    from qlora_retrain.config.sections import TrainConfig
-    from qlora_retrain.errors import Problem
-
-    given = json.loads(sys.argv[1])
-    preempt.install(polite=True)
-    paths = [Path(given[name]) for name in ("dataset", "base_nf4", "adapter")]
-    try:
-        print(json.dumps(run(TrainConfig(**given["config"]), *paths, scratch=Path(given["scratch"])).numbers))
-    except Problem as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-"""
-
-
-class Program:
-    """The step in a session of its own."""
-
-    def __init__(self, file: Path, step, fault: str, settings: dict) -> None:
-        file.write_text(PROGRAM)
-        step.adapter.mkdir(exist_ok=True)
-        given = {name: str(getattr(step, name)) for name in ("dataset", "base_nf4", "adapter", "scratch")}
-        given["config"] = SETTINGS | settings
-        self.process = subprocess.Popen(
-            [sys.executable, str(file), json.dumps(given)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "FAULT": fault, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
-
-    def ended(self) -> tuple[int, str, str]:
-        """Exit code and what it said; nothing of its session is left."""
-        said, errors = self.process.communicate(timeout=300)
-        assert not self.left()
-        return self.process.returncode, said, errors
-
-    def left(self) -> list[str]:
-        """The processes of its session that are there, zombies not counted, a moment after its end."""
-        until = time.monotonic() + 10
-        while (found := self._session()) and time.monotonic() < until:
-            time.sleep(0.1)
-        return found
-
-    def _session(self) -> list[str]:
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                name, _, rest = stat.read_text().rpartition(")")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            state, _, _, session = rest.split()[:4]
-            if int(session) == self.process.pid and state != "Z":
-                found.append(name)
-        return found
-
 
 @pytest.fixture
-def program(tmp_path):
-    """Start the step as a program of its own."""
-    started = []
-
-    def start(step, fault: str = ":", **settings) -> Program:
-        started.append(Program(tmp_path / "program.py", step, fault, settings))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.process.communicate()
+def program(program):
+    """Start the step as a program of its own, in two processes."""
+    return lambda step, fault=":", **settings: program(step, fault, **SETTINGS | settings)
 
 
 def log(step) -> list[dict[str, float]]:
@@ -210,7 +115,7 @@ def test_the_death_of_the_step_is_the_death_of_its_processes(step, program):
     for line in running.process.stdout:
         if '"training"' in line:
             break
-    assert len([name for name in running._session() if "python" in name]) >= 3
+    assert len([name for name in running.session() if "python" in name]) >= 3
     running.process.kill()
     running.process.wait()
     assert not running.left()

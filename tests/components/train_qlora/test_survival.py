@@ -1,59 +1,20 @@
 """What happens to pods: killed at any moment, memory and disks that are full, checkpoints that are harmed."""
 
-import json
-import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
 from components.train_qlora import memory
+from components.train_qlora.shrinking import shrinking
 from qlora_retrain import checkpoints
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import TryAgain
 
-# A process of its own that says when it is ready and then runs the step; `limit` is bytes of memory beyond its own.
-PROGRAM = """
-import json, resource, sys, warnings
-from pathlib import Path
-from components.train_qlora.step import run
-from qlora_retrain.config.sections import TrainConfig
-given = json.loads(sys.argv[1])
-if given.get("limit"):
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + given["limit"], resource.RLIM_INFINITY))
-if given.get("preempt"):
-    from qlora_retrain import preempt
-    preempt.install(polite=True)
-print("ready", flush=True)
-paths = [Path(given[name]) for name in ("dataset", "base_nf4", "adapter")]
-run(TrainConfig(**given["config"]), *paths, scratch=Path(given["scratch"]))
-"""
 
-
-@pytest.fixture
-def start(nf4):
-    """Start the step in a process of its own."""
-
-    def begin(step, **given) -> subprocess.Popen[str]:
-        shutil.rmtree(step.adapter, ignore_errors=True)
-        step.adapter.mkdir()
-        places = {name: str(getattr(step, name)) for name in ("dataset", "base_nf4", "adapter", "scratch")}
-        return subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM), json.dumps({**places, **given})],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    return begin
-
-
-def killed_again_and_again(step, start, kills: int, optimizer: str) -> None:
+def killed_again_and_again(step, program, kills: int, optimizer: str) -> None:
     """Kill the step at random moments, most of them inside saves, so often; then it ends bit-equal."""
     settings = {
         "rank": 64, "alpha": 64, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 4, "gradient_accumulation": 2,
@@ -64,7 +25,8 @@ def killed_again_and_again(step, start, kills: int, optimizer: str) -> None:
     whole(**settings)
     reached, inside = 0, 0
     for number in range(kills):
-        process = start(parts, config=settings)
+        running = program(parts, **settings)
+        process = running.process
         process.stdout.readline()  # ready
         goal = parts.scratch / f"checkpoint-{reached + moments.randint(1, 4)}"
         until = time.monotonic() + (moments.uniform(0, 1) if number % 5 == 4 else 60)  # now and then while it starts
@@ -72,30 +34,29 @@ def killed_again_and_again(step, start, kills: int, optimizer: str) -> None:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.06))
         process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+        code, _, errors = running.ended()
+        assert code == -signal.SIGKILL, errors
         inside += any(not (folder / checkpoints.MARKER).exists() for folder in checkpoints.found(parts.scratch))
         newest = checkpoints.newest_valid(parts.scratch)
         before, reached = reached, checkpoints.step_of(newest) if newest else 0
         assert reached >= before, "a kill lost a step that had been saved"
     assert reached > 0
     assert inside > kills // 4, "few of the kills were inside a save"
-    ended = start(parts, config=settings)
-    _, errors = ended.communicate()
-    assert ended.returncode == 0, errors
+    code, _, errors = program(parts, **settings).ended()
+    assert code == 0, errors
     assert parts.weights == whole.weights
     assert (parts.adapter / "loss.jsonl").read_text() == (whole.adapter / "loss.jsonl").read_text()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_was_not(step, start):
-    killed_again_and_again(step, start, kills=3, optimizer="paged_adamw_32bit")
+def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_was_not(step, program):
+    killed_again_and_again(step, program, kills=3, optimizer="paged_adamw_32bit")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
-def test_a_run_that_is_killed_twenty_times_ends_with_the_bytes_of_one_that_was_not(step, start, optimizer):
-    killed_again_and_again(step, start, kills=20, optimizer=optimizer)
+def test_a_run_that_is_killed_twenty_times_ends_with_the_bytes_of_one_that_was_not(step, program, optimizer):
+    killed_again_and_again(step, program, kills=20, optimizer=optimizer)
 
 
 def cut_off(file: Path) -> None:
@@ -135,27 +96,24 @@ def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monk
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_middle_is_saved_within_seconds(step, start):
+def test_a_stop_in_the_middle_is_saved_within_seconds(step, program):
     run = step()
-    config = {"batch_size": 4, "max_steps": 5000, "device": "cpu", "precision": "float32", "attention": "eager"}
-    process = start(run, config=config, preempt=True)
-    assert any('"training"' in line for line in process.stdout), "it trains"
+    running = program(run, max_steps=5000)
+    assert any('"training"' in line for line in running.process.stdout), "it trains"
     asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
+    running.process.send_signal(signal.SIGTERM)
+    code, _, errors = running.ended()
     assert time.monotonic() - asked < 10  # a pod has 120 s
-    assert "TryAgain" in errors
+    assert code == 75
     assert "asked to stop" in errors
     assert checkpoints.newest_valid(run.scratch)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_short_of_memory_goes_on_with_smaller_passes_and_says_so(step, start):
+def test_a_run_that_is_short_of_memory_goes_on_with_smaller_passes_and_says_so(step, program):
     run = step(train=64, mark=lambda text: text.replace("order", "order " * 300))
-    config = {"batch_size": 32, "max_steps": 2, "device": "cpu", "precision": "float32", "attention": "eager"}
-    process = start(run, config=config, limit=350 * 2**20)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
+    code, output, errors = program(run, "limit:350", batch_size=32, gradient_accumulation=1, max_steps=2).ended()
+    assert code == 0, errors[-3000:]
     papers = run.papers
     assert papers["rows_a_pass"] < 32
     assert len(papers["out_of_memory"]) >= 1
@@ -175,7 +133,7 @@ def test_passes_are_halved_as_long_as_the_step_stays_the_same():
         return "trained"
 
     config = TrainConfig(batch_size=10, gradient_accumulation=3)
-    result, used, told = memory.shrinking(config, train)
+    result, used, told = shrinking(config, train)
     assert result == "trained"
     assert tried == [(10, 3), (5, 6), (2, 15)]
     assert (used.batch_size, used.gradient_accumulation, len(told)) == (2, 15, 2)
@@ -189,7 +147,7 @@ def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers():
     with pytest.raises(
         MemoryError, match=r"with 1 rows a pass, the longest row having 77 tokens, \d+ MiB held; no more"
     ):
-        memory.shrinking(TrainConfig(batch_size=2), train)
+        shrinking(TrainConfig(batch_size=2), train)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +169,7 @@ def test_an_error_that_is_not_about_memory_is_left_alone():
             raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.shrinking(TrainConfig(batch_size=2), train)
+        shrinking(TrainConfig(batch_size=2), train)
 
 
 def test_a_full_disk_ends_the_try_and_harms_nothing(step, small_disk):
