@@ -240,12 +240,11 @@ def test_a_pod_that_takes_too_much_memory_is_read_as_killed_for_it(
 def test_a_pod_that_loses_a_process_to_the_kernel_and_goes_on_ends_as_it_says(
     node: Node, made: Plan, profile: Callable[[str], Profile]
 ) -> None:
-    """Training does: it goes on with fewer rows a pass. The node says OOMKilled all the same."""
+    """Training does: it goes on with fewer rows a pass."""
     pod = rendered(made, "validate_data", profile("gpu"), RuntimeConfig(kind="kubernetes", memory_gib=0.1))
     child = "import subprocess, sys; held = 'held = [bytearray(2**20) for _ in range(1000)]'; "
     judged = child + "sys.exit(0 if subprocess.run([sys.executable, '-c', held]).returncode == -9 else 13)"
     assert run(node, program(pod, judged)).code == Exit.DONE
-    assert '"reason": "OOMKilled"' in node.statuses[-1]
 
 
 def test_a_volume_that_is_full_is_an_error_that_a_step_can_say(

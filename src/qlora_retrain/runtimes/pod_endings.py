@@ -61,12 +61,12 @@ def ending(pod: Any) -> Ending | None:
             return Ending(Exit.TRY_AGAIN, taken or f"the pod {status.phase.lower()} before its container ran")
         return None
     said = done.message or ""
-    if done.reason == "OOMKilled" and done.exit_code not in _CHOSEN:
-        return Ending(Exit.OUT_OF_MEMORY, "OOMKilled", said)
     if done.reason == "ContainerStatusUnknown":  # 137 too, though nothing was killed for memory
         return Ending(Exit.TRY_AGAIN, "ContainerStatusUnknown: the node lost its container, as when it restarts", said)
-    if taken and done.exit_code in _BY_THE_CLUSTER:
+    if taken and done.exit_code in _BY_THE_CLUSTER:  # before OOMKilled, which may be of a process that is long gone
         return Ending(Exit.TRY_AGAIN, taken, said)
+    if done.reason == "OOMKilled" and done.exit_code not in _CHOSEN:
+        return Ending(Exit.OUT_OF_MEMORY, "OOMKilled", said)
     return Ending(int(done.exit_code), said=said)
 
 

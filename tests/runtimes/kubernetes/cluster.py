@@ -112,9 +112,10 @@ class Cluster:
     def set(self, name: str, **status: Any) -> None:
         self.api.patch_namespaced_pod(name, NAMESPACE, {"status": status})
 
-    def ends(self, code: int, *, because: str = "Error", said: str = "", **status: Any) -> None:
+    def ends(self, code: int, *, because: str = "", said: str = "", **status: Any) -> None:
         """The only pod's container ends."""
-        state = {"terminated": {"exitCode": code, "reason": because if code else "Completed", "message": said or None}}
+        reason = because or ("Error" if code else "Completed")
+        state = {"terminated": {"exitCode": code, "reason": reason, "message": said or None}}
         self._container(state, phase="Failed" if code else "Succeeded", **status)
 
     def waits(self, reason: str, message: str) -> None:
@@ -143,8 +144,8 @@ class Cluster:
         name = self.pod()["metadata"]["name"]
         self.set(name, containerStatuses=[{"name": "base", "state": state, **image}], **status)
 
-    def does_the_work(self) -> int:
-        """Be the kubelet of the only pod: run its command line with its variables; report its end."""
+    def does_the_work(self, *, because: str = "") -> int:
+        """Be the kubelet of the only pod: run its command line with its variables; report its end and why."""
         container = self.pod()["spec"]["containers"][0]
         variables = {
             v["name"]: v["value"] for v in container["env"] if not v["value"].startswith(("/workspace", "/tmp"))
@@ -158,7 +159,7 @@ class Cluster:
         )
         self.emulator.logs[self.pod()["metadata"]["name"]] = done.stdout + done.stderr
         said = "\n".join((done.stdout + done.stderr).splitlines()[-5:]) if done.returncode else ""
-        self.ends(done.returncode, said=said)
+        self.ends(done.returncode, because=because, said=said)
         return done.returncode
 
     def removes(self) -> None:

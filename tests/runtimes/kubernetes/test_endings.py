@@ -45,6 +45,12 @@ pytestmark = [
         (137, {"because": "ContainerStatusUnknown"}, "the node lost its container", True),
         (75, {}, "try again (75)", True),
         (75, {"because": "OOMKilled"}, "try again (75)", True),
+        (
+            137,
+            {"because": "OOMKilled", "reason": "Evicted", "message": "DiskPressure"},
+            "try again (75): Evicted",
+            True,
+        ),
         (14, {"because": "OOMKilled"}, "training diverged (14)", False),
         (1, {}, "our bug (1)", False),
         (13, {}, "integrity or security (13)", False),

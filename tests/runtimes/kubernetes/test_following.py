@@ -23,11 +23,12 @@ pytestmark = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("because", ["Completed", "OOMKilled"], ids=["plainly", "after a kill of one of its processes"])
 def test_a_pod_does_the_work_once_and_is_deleted_and_a_made_artifact_needs_no_pod(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: Cluster, made: Plan, step: Callable[..., Any], because: str
 ) -> None:
     left = begin(step(), context(made))
-    assert cluster.does_the_work() == 0
+    assert cluster.does_the_work(because=because) == 0
     go_on(left, step(), context(made))
     assert cluster.pods() == []
     step().execute(context(made, tries=2))  # made already: nothing to do
