@@ -128,6 +128,7 @@ def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
         (TryAgain("throttled"), 75),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x"), 75),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/x"), 75),
+        (RuntimeError(f"OSError: [Errno 122] {os.strerror(errno.EDQUOT)}"), 75),
         (Exception("I/O error: No space left on device (os error 28)"), 75),  # as safetensors says it
         (MemoryError("no more"), 137),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 137),

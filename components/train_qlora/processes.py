@@ -46,18 +46,23 @@ class Member:
 
     @property
     def failed(self) -> bool:
-        """Whether it cannot go on."""
-        return isinstance(self.said, Exception) or bool(self.exit_code)
+        """Whether it cannot go on. What crashes once the result is told, as libraries may while they end, has not."""
+        return isinstance(self.said, Exception) or (self.said is None and bool(self.exit_code))
 
-    def hear(self) -> None:
-        """Take what it says; note its end."""
+    def listen(self) -> None:
+        """Take what it has said by now; note its end, even where something that it started keeps the pipe open."""
+        ended = not self.process.is_alive()  # looked at first: what it said last is then there to be taken
         try:
-            heard = self.ear.recv()
+            while self.ear.poll():
+                self._take(self.ear.recv())
         except (EOFError, OSError):
+            ended = True
+        if ended:
             self.ear.close()
             self.process.join()
             self.exit_code = self.process.exitcode
-            return
+
+    def _take(self, heard: str | Trained | Exception) -> None:
         if isinstance(heard, str):
             progress.repeat(heard)
         else:
@@ -77,6 +82,8 @@ def train_apart(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Pat
     job = worker.Job(config, dataset, base_nf4, adapter, scratch, port, os.getpid())
     if config.processes > 1:
         progress.say(f"{config.processes} processes share {config.rows_a_step} rows a step ({config.parallel})")
+    for left in adapter.iterdir():  # by a process that was killed while it saved
+        left.unlink()
     kills = cgroup.kills()
     members: list[Member] = []
     try:
@@ -115,7 +122,7 @@ def _started(rank: int, job: worker.Job) -> Member:
 
 
 def _follow(members: list[Member]) -> None:
-    """Listen until all have ended, or one has failed and the others have had their say; pass on a request to stop."""
+    """Listen until all have ended, or one of several has failed and the others have had their say; pass on a stop."""
     asked, over = False, float("inf")
     while (open_ones := [m for m in members if not m.ear.closed]) and time.monotonic() < over:
         if preempt.requested() and not asked:
@@ -123,11 +130,10 @@ def _follow(members: list[Member]) -> None:
             for member in open_ones:
                 if member.process.is_alive():
                     os.kill(member.process.pid or 0, signal.SIGTERM)
-        ready = wait([member.ear for member in open_ones], timeout=TICK_SECONDS)
+        wait([w for m in open_ones for w in (m.ear, m.process.sentinel)], timeout=TICK_SECONDS)
         for member in open_ones:
-            if member.ear in ready:
-                member.hear()
-        if any(member.failed for member in members):
+            member.listen()
+        if len(members) > 1 and any(member.failed for member in members):
             over = min(over, time.monotonic() + GRACE_SECONDS)
 
 

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,31 +47,41 @@ class Job:
 
 
 class Voice(io.TextIOBase):
-    """A stream whose lines go to whoever started this process, or nowhere."""
+    """A stream whose lines go to whoever started this process, if this one `talks`; any thread may write."""
 
-    def __init__(self, mouth: Connection | None) -> None:
-        self.mouth, self.rest = mouth, ""
+    def __init__(self, mouth: Connection, *, talks: bool) -> None:
+        self.mouth, self.talks, self.rest = mouth, talks, ""
+        self.one_at_a_time = threading.RLock()  # reentrant: a signal's handler writes too
 
     def write(self, text: str) -> int:
         """Send what has become a whole line."""
-        *lines, self.rest = (self.rest + text).split("\n")
-        if self.mouth is not None:
-            for line in lines:
-                self.mouth.send(line)
+        with self.one_at_a_time:
+            *lines, self.rest = (self.rest + text).split("\n")
+            if self.talks:
+                for line in lines:
+                    self.mouth.send(line)
         return len(text)
+
+    def end(self, found: Trained | Exception) -> None:
+        """Send what became of the work."""
+        with self.one_at_a_time:
+            self.mouth.send(found)
 
 
 def main(rank: int, job: Job, mouth: Connection) -> None:
     """Train; send lines of text, and last what was learned or the exception that ended it."""
-    os.setpgid(0, 0)  # a signal to the whole group is for whoever started us, who passes it on, once
+    os.setpgid(0, 0)  # a signal to the whole group is for whoever started us, who passes it on
     leash.die_with(job.parent, signal.SIGKILL)
-    preempt.install(polite=True)
-    sys.stdout = sys.stderr = Voice(mouth if rank == 0 else None)
+    preempt.install(polite=True, patient=True)
+    os.set_inheritable(mouth.fileno(), False)  # what a library starts is not to keep the pipe open
+    sys.stdout = sys.stderr = voice = Voice(mouth, talks=rank == 0)
     try:
-        mouth.send(_trained(rank, job))
+        voice.end(_trained(rank, job))
     except Exception as error:  # noqa: BLE001 - it is raised again where the step runs
-        mouth.send(_told(rank, job, error))
-        os._exit(1)  # at once: a library that waits for the other processes would wait for ever
+        voice.end(_told(rank, job, error))
+        if job.port is not None:
+            os._exit(1)  # at once: a library that waits for the other processes would wait for ever
+        sys.exit(1)
 
 
 def _trained(rank: int, job: Job) -> Trained:
@@ -108,7 +119,9 @@ def _meet(rank: int, job: Job, port: int) -> None:
 
 def _told(rank: int, job: Job, error: Exception) -> Exception:
     """What can be sent: a problem as it is, anything else in words, with its traceback as a note."""
-    if isinstance(error, Problem | MemoryError):
+    if isinstance(error, MemoryError):  # numpy's takes other arguments
+        return MemoryError(str(error))
+    if isinstance(error, Problem):
         return type(error)(str(error))
     who = f"process {rank}: " if job.config.processes > 1 else ""
     told = RuntimeError(f"{who}{type(error).__name__}: {error}")

@@ -23,12 +23,17 @@ def requested() -> bool:
     return _requested
 
 
-def install(*, polite: bool) -> None:
-    """Handle SIGTERM and SIGINT; `polite` leaves the step time to save, a second signal never does."""
+def install(*, polite: bool, patient: bool = False) -> None:
+    """Handle SIGTERM and SIGINT.
+
+    Args:
+        polite: Leave the step time to save.
+        patient: Also at a second signal: another process decides when the time is over.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         global _requested
-        if _requested or not polite:
+        if not polite or (_requested and not patient):
             _requested = True
             raise Stopped(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
         _requested = True

@@ -65,9 +65,9 @@ def execute(plan: Plan, step_name: str, load: Callable[[], Run]) -> int:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """Also as safetensors says it: in the text of an error of its own."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or os.strerror(errno.ENOSPC) in str(error)
+    """Also as safetensors and a process that trains say it: in the text of an error of their own."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(n) in str(error) for n in full)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,16 +1,19 @@
 """The step as its runner would start and end it, run as a file: `python program.py '{"config": …, "dataset": …, …}'`.
 
 The processes that train read this file too, so the environment can put a fault into one. `FAULT=what:n` is of the n-th
-forward pass and after it, in process 1 where there are several; `FAULT=limit:n` allows n MiB beyond what torch takes.
+forward pass and after it, in process 1 where there are several; `FAULT=limit:n` allows n MiB beyond what torch takes;
+`FAULT=late:0` crashes once the work is done.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,9 +40,20 @@ def put_the_fault_in() -> None:
             raise ValueError("a fault of ours")
         if FAULT.startswith("SIG") and number == 0:
             os.kill(os.getpid(), getattr(signal, FAULT))
+        if FAULT == "orphan":
+            leave_an_orphan()
         return loss
 
     trainer.summed_loss = spoilt
+
+
+def leave_an_orphan() -> None:
+    """Be killed, and leave a process behind that has all pipes of this one but what it would say."""
+    if os.fork() == 0:
+        os.closerange(0, 3)
+        time.sleep(8)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def limit_memory() -> None:
@@ -72,5 +86,7 @@ if __name__ == "__main__":
     main()
 elif FAULT == "limit":
     limit_memory()
+elif FAULT == "late":
+    atexit.register(os.abort)
 elif FAULT:
     put_the_fault_in()

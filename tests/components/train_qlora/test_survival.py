@@ -1,10 +1,12 @@
 """What happens to pods: killed at any moment, memory and disks that are full, checkpoints that are harmed."""
 
+import json
 import random
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from components.train_qlora import memory
@@ -96,17 +98,48 @@ def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monk
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_middle_is_saved_within_seconds(step, program):
+@pytest.mark.parametrize("everybody", [False, True], ids=["the step", "all its processes"])
+def test_a_stop_in_the_middle_is_saved_within_seconds(step, program, everybody):
     run = step()
     running = program(run, max_steps=5000)
     assert any('"training"' in line for line in running.process.stdout), "it trains"
     asked = time.monotonic()
-    running.process.send_signal(signal.SIGTERM)
+    process = psutil.Process(running.process.pid)
+    for one in [*(process.children(recursive=True) if everybody else []), process]:
+        one.terminate()
     code, _, errors = running.ended()
     assert time.monotonic() - asked < 10  # a pod has 120 s
     assert code == 75
+    assert "saved as checkpoint-" in errors
     assert "asked to stop" in errors
     assert checkpoints.newest_valid(run.scratch)
+
+
+@pytest.mark.slow
+def test_a_crash_once_the_result_is_told_costs_nothing(step, program):
+    """As of a driver or a library while the interpreter ends: the next try would crash just so."""
+    run = step()
+    code, said, errors = program(run, "late:0", max_steps=2).ended()
+    assert code == 0, errors
+    assert json.loads(said.splitlines()[-1])["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_death_is_noticed_though_something_holds_the_pipe_open(step, program):
+    running = program(step(), "orphan:3", checkpoint_minutes=1e-9)
+    assert running.process.wait(timeout=300) == 75
+    assert running.session(), "it is there still"
+    _, _, errors = running.ended()
+    assert "the process that trains was ended by SIGKILL" in errors
+
+
+def test_what_a_killed_process_left_half_written_is_not_part_of_the_adapter(step, program):
+    run = step()
+    run.adapter.mkdir()
+    (run.adapter / ".tmpzQixOn").write_bytes(b"half of it")
+    code, _, errors = program(run, max_steps=2).ended()
+    assert code == 0, errors
+    assert not (run.adapter / ".tmpzQixOn").exists()
 
 
 @pytest.mark.slow
