@@ -98,13 +98,16 @@ class ByRows(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float, fused: bool) -> Tensor:
-        """`query` (tokens, heads, width), `key` and `value` (tokens, groups, width); (tokens, heads, width)."""
+        """`query` (tokens, heads, width), `key` (tokens, groups, width), `value` (tokens, groups, width of its own).
+
+        Returns (tokens, heads, width of a value).
+        """
         at = grid.heads(query.shape[1], key.shape[1])
         q, k, v = in_rows(query, key, value, at)
         ctx.save_for_backward(query, key, value)
         ctx.grid, ctx.scaling, ctx.fused = grid, scaling, fused
         mixed = by_kernel(q, k, v, grid, scaling) if fused else torch.bmm(shares(q, k, at, scaling), v)
-        return flat(mixed).index_select(0, at.asking).view(query.shape)
+        return flat(mixed).index_select(0, at.asking).view(*query.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,11 +115,12 @@ class ByRows(torch.autograd.Function):  # type: ignore[misc]
         query, key, value = ctx.saved_tensors
         at = ctx.grid.heads(query.shape[1], key.shape[1])
         rows = in_rows(query, key, value, at)
-        of_mixed = spread(upstream, at).view(rows[0].shape)
+        of_mixed = spread(upstream, at).view(*rows[0].shape[:2], -1)
         by = of_kernel if ctx.fused else of_shares
-        of_query, *others = by(of_mixed, *rows, at, ctx.grid, ctx.scaling)
+        of_query, of_key, of_value = by(of_mixed, *rows, at, ctx.grid, ctx.scaling)
         of_query = flat(of_query).index_select(0, at.asking).view(query.shape)
-        return of_query, *(gathered(x, at, ctx.grid, key.shape) for x in others), None, None, None
+        of_key, of_value = gathered(of_key, at, ctx.grid, key.shape), gathered(of_value, at, ctx.grid, value.shape)
+        return of_query, of_key, of_value, None, None, None
 
 
 def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,11 +159,11 @@ def of_kernel(
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float) -> Tensor:
-    """What is looked at, by torch's kernel; (rows, heads, length, width)."""
+    """What is looked at, by torch's kernel; (rows, heads, length, width of a value)."""
     rows, length, _ = grid.bias.shape
-    groups, width = len(query) // rows, query.shape[-1]
-    q = query.view(rows, -1, length, width)
-    k, v = (x.view(rows, groups, -1, width) for x in (key, value))
+    groups = len(query) // rows
+    q = query.view(rows, -1, length, query.shape[-1])
+    k, v = (x.view(rows, groups, -1, x.shape[-1]) for x in (key, value))
     bias = grid.bias.unsqueeze(1)
     return scaled_dot_product_attention(q, k, v, bias, scale=scaling, enable_gqa=q.shape[1] != groups)
 

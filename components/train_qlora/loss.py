@@ -6,6 +6,7 @@ With a vocabulary of 49,152 and answers of a few tokens, full logits would be mo
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from qlora_retrain import preempt, progress
 from qlora_retrain.errors import TryAgain
 
 CHUNK = 512  # positions whose logits exist at a time: 100 MB for 49,152 words in fp32
-OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what some models do after their head
+PROBED = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: see `logits_are_the_heads`
 
 
 def supervised(batch: Batch) -> Tensor:
@@ -42,7 +43,7 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 def _loss(model: Any, labels: Tensor, inputs: dict[str, Any], cut: slice = slice(None)) -> Tensor:
     """`labels` (rows, positions) say what is to be predicted at the positions that `cut` leaves."""
     wanted = labels != IGNORED
-    head, plain = model.get_output_embeddings(), not any(getattr(model.config, name, None) for name in OWN_LOGITS)
+    head, plain = model.get_output_embeddings(), logits_are_the_heads(model, inputs)
     kept: list[Tensor] = []
 
     def keep(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -58,6 +59,27 @@ def _loss(model: Any, labels: Tensor, inputs: dict[str, Any], cut: slice = slice
         loss: Tensor = ChunkedCrossEntropy.apply(kept[0], head.weight, head.bias, labels[wanted])
         return loss
     return cross_entropy(logits.float(), labels[wanted], reduction="sum")
+
+
+def logits_are_the_heads(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a model's logits are what its output layer gives: some models scale them, or cap them, under many names.
+
+    Found out once for an output layer, by a forward pass over `inputs` with the logits of one position a row.
+    """
+    head, given = model.get_output_embeddings(), list[Tensor]()
+    if head not in PROBED:
+        hooks = (
+            head.register_forward_pre_hook(lambda _, args: (args[0][:, :1],)),
+            head.register_forward_hook(lambda _, args, out: given.append(out)),
+        )
+        try:
+            with torch.no_grad(), torch.random.fork_rng():  # dropout is to draw what it would have drawn
+                logits = model(**inputs, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        PROBED[head] = torch.equal(logits.float(), given[0].float())
+    return PROBED[head]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
