@@ -75,6 +75,7 @@ def main(rank: int, job: Job, mouth: Connection) -> None:
     preempt.install(polite=True, patient=True)
     os.set_inheritable(mouth.fileno(), False)  # what a library starts is not to keep the pipe open
     sys.stdout = sys.stderr = voice = Voice(mouth, talks=rank == 0)
+    stay_light()
     try:
         voice.end(_trained(rank, job))
     except Exception as error:  # noqa: BLE001 - it is raised again where the step runs
@@ -82,6 +83,14 @@ def main(rank: int, job: Job, mouth: Connection) -> None:
         if job.port is not None:
             os._exit(1)  # at once: a library that waits for the other processes would wait for ever
         sys.exit(1)
+
+
+def stay_light() -> None:
+    """Have transformers find no `datasets`: pandas and pyarrow come with it, 80 MiB for which training has no use.
+
+    To be called before anything imports the Trainer, in a process that does nothing else.
+    """
+    sys.modules["datasets"] = None  # type: ignore[assignment] # the import system's own word for: not to be had
 
 
 def _trained(rank: int, job: Job) -> Trained:
