@@ -9,6 +9,7 @@
 #   make bench-setup   the peers that benchmarks/training.py measures against, in a folder of their own
 #   make gguf-setup  llama.cpp, compiled in minutes into a folder of its own: tests then load our GGUF files in it
 #   make liger-setup liger-kernel and Triton, whose kernels a test then runs in Triton's interpreter
+#   make tracker-setup   MLflow, in a folder of its own: a test then has it get the losses
 #   make check       formatting, lint, types, layers
 #   make images      the container images, from wheels checked by hash (ENGINE, BASE_IMAGE and TORCH can be given)
 #   make lock        resolve what the images install again, after a change of versions
@@ -23,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup liger-setup check format images wheels pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup liger-setup tracker-setup check format images wheels pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +82,11 @@ gguf-setup: setup
 liger-setup: setup
 	@test -d .state/liger/liger_kernel || $(BIN)/pip install -q --no-deps --target .state/liger \
 		-c constraints.txt liger-kernel triton==3.7.1
+
+# Nor this: the trainer takes any MLflow that is installed, and what MLflow asks for does not agree with Airflow's.
+tracker-setup: setup
+	@test -d .state/trackers/mlflow || $(BIN)/pip install -q --no-deps --target .state/trackers \
+		mlflow-skinny==3.17.2 databricks-sdk==0.162.0
 
 check: .venv/.made
 	$(BIN)/ruff format --check .
