@@ -29,6 +29,16 @@ def seconds(log: Log) -> float:
     return sum(float(entry["tokens"] / entry["tokens_per_second"]) for entry in log if "loss" in entry)
 
 
+def batch_size(log: Log) -> int | None:
+    """That of the last step, None where there is none."""
+    return next((entry["batch_size"] for entry in reversed(log) if "batch_size" in entry), None)
+
+
+def peak_mib(log: Log) -> int:
+    """The most memory of any step."""
+    return max((int(entry["memory_mib"]) for entry in log if "loss" in entry), default=0)
+
+
 def curves(log: Log) -> list[tuple[int, float, dict[str, float]]]:
     """(step, seconds since 1970, numbers by name) of every step and measurement, for TensorBoard."""
     return [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Linear
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from qlora_retrain.errors import UsageError
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 ATTENTION = ("attn", "attention")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
@@ -83,12 +85,19 @@ def save(model: PeftModel, folder: Path) -> None:
     # The vocabulary is never changed here; "auto" would go and look for the base model by its name.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template; publishing writes a real one
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     document["target_modules"] = sorted(document["target_modules"])  # PEFT keeps a set, whose order changes
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+def save_other(found: dict[str, Tensor], like: Path, folder: Path) -> None:
+    """Write weights that the model does not have now, beside the config that `save` wrote to `like`."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(like / CONFIG, folder / CONFIG)
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def weights(model: PeftModel) -> dict[str, Tensor]:
@@ -106,7 +115,7 @@ def put(model: PeftModel, found: dict[str, Tensor]) -> None:
 
 def load(folder: Path) -> dict[str, Tensor]:
     """The weights that `save` wrote."""
-    found: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    found: dict[str, Tensor] = load_file(folder / WEIGHTS)
     return found
 
 

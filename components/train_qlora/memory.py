@@ -23,7 +23,7 @@ def noted(config: TrainConfig, longest: int) -> Iterator[None]:
             raise
         raise MemoryError(
             f"out of memory with {config.rows_a_pass} rows a pass, the longest row having {longest} tokens, "
-            f"{memory_mib()} MiB held; {str(error).splitlines()[0]}"
+            f"{memory_mib(config.device)} MiB held; {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -20,7 +20,7 @@ class Trained:
         optimizer: As it ran.
         eval_loss: Nats a supervised token of the evaluation rows; None where there are none.
         tokens_per_second: Of all processes together; None where every step was done before.
-        peak_rss_mib: The peaks of all processes, added up.
+        peak_rss_mib: The peaks of all processes that train, added up.
         layers: See `lora.trainable_by_layer`.
         train_rows: Rows of the data set.
         eval_rows: Likewise.

@@ -12,6 +12,7 @@ Command: `python -m components.train_qlora --plan URI`
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         TryAgain: If stopped before the end, after saving a checkpoint, or a process that trains was killed.
         MemoryError: If memory runs out with a single row a pass.
     """
-    trained, used, halvings = shrinking(config, lambda now: train_apart(now, dataset, base_nf4, adapter, scratch))
+    trained, used, halvings = shrinking(
+        config, scratch, lambda now: train_apart(now, dataset, base_nf4, adapter, scratch)
+    )
     log = trained.log
     steps, evaluations = history.steps(log), history.evaluations(log)
     last = [entry["loss"] for entry in steps[-LAST_STEPS:]]
@@ -47,7 +50,8 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         "tokens": sum(entry["tokens"] for entry in steps),
         "supervised_tokens": sum(entry["supervised_tokens"] for entry in steps),
         "tokens_per_second": trained.tokens_per_second,
-        "peak_rss_mib": trained.peak_rss_mib,
+        "peak_rss_mib": trained.peak_rss_mib + round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_gpu_mib": history.peak_mib(log) if config.device == "cuda" else None,
         "trainable_parameters": sum(size for _, _, size in trained.layers),
         "processes": config.processes,
         "rows_a_pass": used.rows_a_pass,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -30,7 +29,7 @@ from qlora_retrain.errors import Diverged, TryAgain
 KEPT_CHECKPOINTS = 2
 FULL_BYTES = 2**20  # a save that failed with less space than this left has failed for it
 ADAPTER = "adapter"  # in a checkpoint: a folder that can be attached as it is
-BEST = "best.safetensors"  # in a checkpoint: the weights of the lowest evaluation loss so far
+BEST = "best"  # in a checkpoint: likewise, of the lowest evaluation loss so far
 HOPELESS_STEPS = 20  # a mean loss over this many steps ...
 HOPELESS = 1.5  # ... that is this many times worse than guessing, and worse than the first step's
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -118,10 +117,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             if self.watch.stopped:
                 raise TryAgain(
                     f"step {self.state.global_step} of {self.watch.steps}, saved as "
-                    f"checkpoint-{self.state.global_step}: {self.watch.stopped}. Its {ADAPTER}/ can be used as it is"
+                    f"checkpoint-{self.state.global_step}: {self.watch.stopped}. "
+                    f"Its {ADAPTER}/ can be used as it is{self._with_the_best()}"
                 )
         if self.best is not None:
             lora.put(self.model, self.best)
+
+    def _with_the_best(self) -> str:
+        best = history.best_step(self.state.log_history)
+        return f"; its {BEST}/ is the adapter of step {best}, the best measured" if best is not None else ""
 
     def _newest(self) -> Path | None:
         newest = checkpoints.newest_valid(self.scratch)
@@ -145,7 +149,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         ranks.together()
         if ranks.first():
             if self.best is not None:
-                save_file(self.best, folder / BEST)
+                lora.save_other(self.best, folder / ADAPTER, folder / BEST)
             checkpoints.complete(folder, step)
         ranks.together()
 
@@ -170,6 +174,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.log({"eval_loss": loss, "time": time.time()})
         if not before or loss < min(before):
             self.best = lora.weights(self.model)
+            self.control.should_save = True  # whatever becomes of the run, it is there to be used
         recent = [*before, loss][-self.config.worse_times :]
         limit = self.config.worse_factor * min(before, default=math.inf)
         if not math.isfinite(loss) or (len(recent) == self.config.worse_times and min(recent) > limit):
@@ -247,7 +252,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         last = [e["loss"] for e in self.state.log_history[-2 * HOPELESS_STEPS :] if "loss" in e][-HOPELESS_STEPS:]
         first = next((entry["loss"] for entry in self.state.log_history if "loss" in entry), 0.0)
         recent = sum(last) / HOPELESS_STEPS
-        limit = max(HOPELESS * math.log(self.model.config.vocab_size), first)
+        limit = max(HOPELESS * math.log(self.model.config.get_text_config().vocab_size), first)
         if len(last) >= HOPELESS_STEPS and recent > limit:
             what = f"the mean loss of the last {HOPELESS_STEPS} steps is {recent:.1f}, worse than guessing"
             raise self._diverged(self.state.global_step, what)
@@ -255,7 +260,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _diverged(self, step: int, what: str, *, batch: bool = False) -> Diverged:
         step_rows = [row for rows in ranks.gathered(self.step_rows) for row in rows if row >= 0]
         good = checkpoints.found(self.scratch)
-        last = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+        last = (
+            f"the last good checkpoint is {good[-1].name}{self._with_the_best()}"
+            if good
+            else "there is no checkpoint yet"
+        )
         rows = f"; its rows are {', '.join(self.train_dataset.ids[i] for i in step_rows)}" if batch else ""
         return Diverged(
             f"step {step} of {self.watch.steps}: {what}; {last}{rows}. "
@@ -291,4 +300,4 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         lora.put(self.model, lora.load(folder / ADAPTER))
-        self.best = load_file(folder / BEST) if (folder / BEST).is_file() else None
+        self.best = lora.load(folder / BEST) if (folder / BEST).is_dir() else None

@@ -71,7 +71,7 @@ def _trainer(
     base = modeling.load_nf4(base_nf4, device=device, attention=config.attention, dtype=config.precision)
     if base.dtype == torch.float16:
         raise UsageError("quantize.dtype: float16 gradients underflow without loss scaling; train over bfloat16")
-    longest, limit = max(rows.lengths), getattr(base.config, "max_position_embeddings", None)
+    longest, limit = max(rows.lengths), getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
         raise UsageError(f"dataset/train.jsonl: a row has {longest} tokens and the model takes {limit}")
     set_seed(config.seed)

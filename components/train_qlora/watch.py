@@ -14,6 +14,7 @@ from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
 
 TELL_SECONDS = 10.0
+LONG_SECONDS = 30.0  # half of the grace that a step is given on one machine (`runtimes.leash`)
 USED_UP = "time budget used up; to go on raise train.max_hours"
 
 
@@ -31,9 +32,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.measure_at = {max(1, round(steps * (i + 1) / times)) for i in range(times)}
         self.stopped: str | None = None
         self.tokens = 0
-        self.begun = self.saved = self.told = self.last_step = time.monotonic()
+        self.begun = self.saved = self.told = self.last_step = self.step_begun = time.monotonic()
         self.first = 0
         self.spent = 0.0  # seconds, by the tries before
+        self.warned = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -51,9 +53,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         limit = self.config.max_hours
         return limit is not None and seconds >= limit * 3600
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the step's clock."""
+        self.step_begun = time.monotonic()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure when it is due; save when it is time to, when asked to stop, and at the end."""
         now = time.monotonic()
+        self._too_long_to_wait_for(now - self.step_begun)
         control.should_evaluate = state.global_step in self.measure_at
         asked, late, due = ranks.any_of(
             preempt.requested(),
@@ -75,8 +82,22 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         now = time.monotonic()
         seconds, self.last_step = now - self.last_step, now
         self.tokens += tokens
-        memory = round(ranks.summed(memory_mib())[0])
-        return {"tokens_per_second": tokens / max(seconds, 1e-9), "memory_mib": memory, "time": time.time()}
+        memory = round(ranks.summed(memory_mib(self.config.device))[0])
+        return {
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "memory_mib": memory,
+            "time": time.time(),
+            "batch_size": self.config.batch_size,  # less than was asked for where memory ran out
+        }
+
+    def _too_long_to_wait_for(self, seconds: float) -> None:
+        """Say once that a step takes longer than whoever stops the run may wait."""
+        if seconds > LONG_SECONDS and not self.warned:
+            self.warned = True
+            progress.say(
+                f"a step takes {seconds:.0f} s, and a stop waits for its end before it saves: give the pod or the "
+                "worker a longer grace than that, or a smaller batch_size * gradient_accumulation"
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -101,10 +122,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def memory_mib() -> int:
-    """What the run holds now: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_allocated()) // 2**20
+def memory_mib(device: str) -> int:
+    """What the run holds: on a GPU the most since this was last asked, on a CPU what this process holds now."""
+    if device == "cuda":
+        held = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return int(held) // 2**20
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 (not a path of a person)
         pages = int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") // 2**20

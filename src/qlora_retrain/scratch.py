@@ -69,7 +69,7 @@ class Mirror:
         self._stop.set()
         self._thread.join()
         if sync:
-            self._try_sync()
+            self._try_sync(last=True)
 
     def sync(self) -> None:
         """Send every complete checkpoint that was not sent, oldest first; keep the last few, of whatever attempt."""
@@ -96,9 +96,11 @@ class Mirror:
         while not self._stop.wait(_LOOK_EVERY_SECONDS):
             self._try_sync()
 
-    def _try_sync(self) -> None:
+    def _try_sync(self, *, last: bool = False) -> None:
         try:
             self.sync()
+            if last and (kept := _candidates(self._store, self._of_all)):
+                say(f"the newest checkpoint is {self._store.uri}/{kept[0][1]}")
         except preempt.Stopped:
             raise
         except (Problem, OSError) as error:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
-from components.train_qlora import lora, preflight, watch
+from components.train_qlora import history, lora, preflight, watch
 from components.train_qlora import trainer as trainer_module
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.rows import Rows
@@ -100,18 +100,37 @@ def test_a_run_that_would_learn_nothing_is_refused_before_it_begins(step, long_r
     assert not checkpoints.found(run.scratch)
 
 
-def test_the_first_check_spends_at_most_a_twentieth_of_the_run(nf4, chats, capsys):
+def test_the_first_check_spends_at_most_a_twentieth_of_the_run(nf4, chats, capsys, monkeypatch):
     tokenizer = chat.load_tokenizer(nf4)
     encoded = [chat.encode(tokenizer, turns) for turns in chats(44)]
     rows = Rows([{"input_ids": e.input_ids, "labels": e.input_ids} for e in encoded])
     config = TrainConfig(batch_size=4, gradient_accumulation=2, device="cpu")
     model = lora.attach_new(modeling.load_nf4(nf4, dtype="float32"), config)
-    spent = 40 * sum(sorted(rows.lengths)[:8])
+    spent = 41 * sum(sorted(rows.lengths)[:8])
     enough = math.ceil(spent / 0.05 / (8 * sum(rows.lengths) / 44))
     preflight.overfit(model, config, rows, 0, enough - 1)
     assert f"preflight: skipped: its {spent} tokens are more than 5% of the run's" in capsys.readouterr().out
+    shown = []
+    monkeypatch.setattr(preflight, "LEARNT", 0.0)  # so that all steps are made
+    monkeypatch.setattr(
+        preflight,
+        "summed_loss",
+        lambda model, batch: shown.append(batch["attention_mask"]) or summed_loss(model, batch),
+    )
     preflight.overfit(model, config, rows, 0, enough)
-    assert "preflight: 8 rows, loss " in capsys.readouterr().out
+    assert "in 40 steps" in capsys.readouterr().out
+    assert sum(int(mask.sum()) for mask in shown) == spent
+
+
+@pytest.mark.parametrize(("last", "learnt"), [(0.99, False), (0.97, True)])
+def test_a_fall_that_is_more_than_rounding_is_one(step, long_run, monkeypatch, last, learnt):
+    """As with a small learning rate: nobody says that the rows are to be known by heart after 40 steps."""
+    monkeypatch.setattr(preflight, "_losses", lambda *_: [1.0, *[last] * 40])
+    if learnt:
+        step()(max_steps=1)
+    else:
+        with pytest.raises(UsageError, match=r"went from 1\.000 to no less than 0\.990"):
+            step()(max_steps=1)
 
 
 def test_the_adapter_that_is_kept_is_the_best_one_measured(step, evaluation_losses):
@@ -149,9 +168,30 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(step, evaluation_l
 def test_an_evaluation_loss_that_stays_far_above_the_best_ends_the_run(step, evaluation_losses):
     run = step()
     evaluation_losses(1.0, 1.6, 1.4, 1.6, 1.7)
-    with pytest.raises(Diverged, match=r"step 10 of 12: the evaluation loss is 1\.700, 2 times in a row above 1\.500"):
+    with pytest.raises(Diverged) as ended:
         run(max_steps=12, evaluations=6, worse_times=2, checkpoint_minutes=1e-9)
-    assert checkpoints.newest_valid(run.scratch).name == "checkpoint-9"
+    said = "step 10 of 12: the evaluation loss is 1.700, 2 times in a row above 1.500; the last good checkpoint is "
+    assert f"{said}checkpoint-9; its best/ is the adapter of step 2, the best measured" in str(ended.value)
+    newest = checkpoints.newest_valid(run.scratch)
+    assert newest.name == "checkpoint-9"
+    short = step("short")
+    short(max_steps=2, schedule="constant", warmup=0.0)
+    assert lora.load(newest / "best").keys() == lora.load(short.adapter).keys()
+    assert (newest / "best" / "adapter_config.json").read_bytes() == (
+        short.adapter / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_the_best_adapter_is_saved_as_soon_as_it_is_measured(step, evaluation_losses, nf4):
+    """With no save due for an hour, since a run that gets worse from there ends without another."""
+    run, short = step(), step("short")
+    evaluation_losses(2.0, 1.0, math.nan)
+    with pytest.raises(Diverged, match=r"the last good checkpoint is checkpoint-4; its best/ is the adapter of step 4"):
+        run(max_steps=6, evaluations=3, checkpoint_minutes=60.0, schedule="constant", warmup=0.0)
+    short(max_steps=4, schedule="constant", warmup=0.0)
+    best = checkpoints.newest_valid(run.scratch) / "best"
+    assert (best / "adapter_model.safetensors").read_bytes() == short.weights
+    modeling.attach(modeling.load_nf4(nf4), best)
 
 
 def test_an_evaluation_loss_that_is_not_a_number_ends_the_run(step, evaluation_losses):
@@ -160,18 +200,24 @@ def test_an_evaluation_loss_that_is_not_a_number_ends_the_run(step, evaluation_l
         step()(max_steps=4, evaluations=2)
 
 
-def test_a_resumed_run_keeps_the_best_adapter_of_before(step, monkeypatch):
+@pytest.mark.parametrize("times", [4, 5, 6])  # a try asks so often: to the second turn of a measurement, or its end
+def test_a_run_that_is_stopped_while_it_measures_ends_with_the_same_best_adapter(step, monkeypatch, times):
     whole, parts = step("whole"), step("parts")
     numbers = whole(evaluations=7)
-    asked = iter(range(10_000))
-    monkeypatch.setattr(watch.preempt, "requested", lambda: next(asked) >= 40)
+    cut_off = 0
     for _ in range(30):
+        asked = iter(range(10_000))
+        monkeypatch.setattr(watch.preempt, "requested", lambda asked=asked: next(asked) >= times)
         try:
             again = parts(evaluations=7)
         except TryAgain:
-            asked = iter(range(10_000))
+            newest = checkpoints.newest_valid(parts.scratch)
+            log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+            done = checkpoints.step_of(newest)
+            cut_off += done % 2 == 0 and done not in dict(history.evaluations(log))
         else:
             break
+    assert cut_off > 1
     assert parts.weights == whole.weights
     assert parts.papers["evaluation_losses"] == whole.papers["evaluation_losses"]
     assert again["best_step"] == numbers["best_step"]
@@ -180,7 +226,7 @@ def test_a_resumed_run_keeps_the_best_adapter_of_before(step, monkeypatch):
 def test_a_used_up_time_budget_leaves_an_adapter_that_can_be_used_and_a_larger_one_goes_on(step, nf4):
     whole, cut = step("whole"), step("cut")
     whole()
-    with pytest.raises(TryAgain, match=r"time budget used up.*Its adapter/ can be used as it is"):
+    with pytest.raises(TryAgain, match=r"time budget used up.*Its adapter/ can be used as it is$"):
         cut(max_hours=1e-9)
     saved = checkpoints.newest_valid(cut.scratch) / "adapter"
     model = modeling.attach(modeling.load_nf4(nf4), saved)
@@ -230,6 +276,23 @@ def test_a_checkpoint_is_saved_every_so_many_minutes(monkeypatch):
             watching.on_step_end(None, TrainerState(global_step=number), control)
             saved += [number] if control.should_save else []
     assert saved == [5, 10]
+
+
+def test_a_used_up_time_budget_names_the_best_adapter_too(step):
+    run = step()
+    with pytest.raises(TryAgain, match=r"can be used as it is; its best/ is the adapter of step 1, the best measured$"):
+        run(max_hours=1e-9, evaluations=14)
+    assert (checkpoints.newest_valid(run.scratch) / "best" / "adapter_model.safetensors").is_file()
+
+
+def test_a_step_that_takes_longer_than_a_stop_may_wait_is_said_once(monkeypatch, capsys):
+    seconds = iter(range(0, 10**6, 31))
+    watching = watch.Watch(TrainConfig(), steps=14)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: float(next(seconds)))
+    for number in range(1, 4):
+        watching.on_step_begin(None, TrainerState(), TrainerControl())
+        watching.on_step_end(None, TrainerState(global_step=number), TrainerControl())
+    assert capsys.readouterr().out.count("a step takes 31 s, and a stop waits for its end") == 1
 
 
 def test_early_stopping_without_measurements_is_refused():

@@ -5,13 +5,15 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from components.train_qlora import memory
+from components.train_qlora import memory, packed
+from components.train_qlora import trainer as trainer_module
 from components.train_qlora.shrinking import shrinking
-from qlora_retrain import checkpoints
+from qlora_retrain import checkpoints, preempt
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.errors import TryAgain
 
@@ -155,7 +157,39 @@ def test_a_run_that_is_short_of_memory_goes_on_with_smaller_passes_and_says_so(s
     assert "out of memory with 32 rows a pass" in (run.adapter / "report.html").read_text()
 
 
-def test_passes_are_halved_as_long_as_the_step_stays_the_same():
+def test_a_try_after_memory_ran_out_begins_with_the_smaller_passes_and_the_papers_say_why(step, monkeypatch):
+    run, asked = step(), iter(range(100))
+    plain = trainer_module.summed_loss
+
+    def short_of_memory(model: Any, batch: Any) -> Any:
+        if len(batch["input_ids"]) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return plain(model, batch)
+
+    monkeypatch.setattr(trainer_module, "summed_loss", short_of_memory)
+    monkeypatch.setattr(packed, "can_pack", lambda _: False)  # so that rows a pass are what the config says
+    with monkeypatch.context() as patch:
+        patch.setattr(preempt, "requested", lambda: next(asked) >= 6)
+        with pytest.raises(TryAgain, match="saved as checkpoint-"):
+            run()
+    monkeypatch.setattr(trainer_module, "summed_loss", plain)  # this try would have memory enough
+    numbers = run()
+    assert (numbers["rows_a_pass"], numbers["out_of_memory"]) == (2, 1)
+    assert run.papers["out_of_memory"] == ["out of memory in an earlier try, which went on with 2 x 4"]
+    assert "out of memory in an earlier try, which went on with 2 x 4" in (run.adapter / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "state", ['{"log_history": [{"batch_size": 3}]}', '{"log_history": [{"loss": 1.0}]}', "{", "[]"]
+)
+def test_a_checkpoint_that_does_not_say_how_it_was_made_changes_nothing(tmp_path, state):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(state)
+    config = TrainConfig(batch_size=4, gradient_accumulation=2)
+    assert shrinking(config, tmp_path, lambda config: config.batch_size) == (4, config, [])
+
+
+def test_passes_are_halved_as_long_as_the_step_stays_the_same(tmp_path):
     tried: list[tuple[int, int]] = []
 
     def train(config: TrainConfig) -> str:
@@ -166,13 +200,13 @@ def test_passes_are_halved_as_long_as_the_step_stays_the_same():
         return "trained"
 
     config = TrainConfig(batch_size=10, gradient_accumulation=3)
-    result, used, told = shrinking(config, train)
+    result, used, told = shrinking(config, tmp_path, train)
     assert result == "trained"
     assert tried == [(10, 3), (5, 6), (2, 15)]
     assert (used.batch_size, used.gradient_accumulation, len(told)) == (2, 15, 2)
 
 
-def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers():
+def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers(tmp_path):
     def train(config: TrainConfig) -> None:
         with memory.noted(config, 77):
             raise MemoryError("no more")
@@ -180,7 +214,7 @@ def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers():
     with pytest.raises(
         MemoryError, match=r"with 1 rows a pass, the longest row having 77 tokens, \d+ MiB held; no more"
     ):
-        shrinking(TrainConfig(batch_size=2), train)
+        shrinking(TrainConfig(batch_size=2), tmp_path, train)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +230,13 @@ def test_what_libraries_say_of_memory_is_understood(words):
     assert memory.is_out_of_memory(RuntimeError(words))
 
 
-def test_an_error_that_is_not_about_memory_is_left_alone():
+def test_an_error_that_is_not_about_memory_is_left_alone(tmp_path):
     def train(config: TrainConfig) -> None:
         with memory.noted(config, 77):
             raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        shrinking(TrainConfig(batch_size=2), train)
+        shrinking(TrainConfig(batch_size=2), tmp_path, train)
 
 
 def test_a_full_disk_ends_the_try_and_harms_nothing(step, small_disk):
