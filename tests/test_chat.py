@@ -31,6 +31,11 @@ FORGETFUL = (
     "{{ m['content'] if m['role'] != 'assistant' or loop.last else '' }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Writes no end of sequence: a special token of its own ends a turn.
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 NUMBERED = "{{ messages|length }} turns\n{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
@@ -119,6 +124,18 @@ def test_a_template_that_refuses_a_chat_is_a_usage_error(tokenizer: Any) -> None
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tokenizer that can be loaded"):
         chat.load_tokenizer(tmp_path)
+
+
+def test_an_answer_ends_where_its_template_ends_one(tokenizer: Any) -> None:
+    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
+    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.chat_template = TURNS
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id, end]
+    for other in ("{{ m['content'] }}.\n", "<end_of_turn>{{ m['content'] }}"):  # none, and one that begins an answer
+        tokenizer.chat_template = TURNS.replace("{{ m['content'] }}<end_of_turn>\n", other)
+        assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_chats_count_as_equal_apart_from_case_white_space_width_and_system_turn() -> None:

@@ -97,9 +97,9 @@ def all_or_nothing(draw: Draw, rows: int) -> Pair:
     return written(level), written(np.where(lost, 0.0, level))
 
 
-def false_passes(kind: Kind, rows: int, challengers: int) -> int:
+def false_passes(kind: Kind, rows: int, challengers: int, *, samples: int = 1000) -> int:
     """How many challengers, truly worse by just the margin, the rule against the champion lets through."""
-    settings = EvaluateConfig(max_loss_to_champion=MARGIN, bootstrap_samples=1000)
+    settings = EvaluateConfig(max_loss_to_champion=MARGIN, bootstrap_samples=samples)
 
     def passes(champion: list[RowScore], challenger: list[RowScore]) -> bool:
         scores = {"base": champion, "champion": champion, "challenger": challenger}
@@ -118,6 +118,45 @@ def false_gains(kind: Kind, rows: int, challengers: int) -> int:
         return overall.gain_over_base(scores, metric_of(scores), settings).passed is True
 
     return counted(passes, kind, rows, challengers, seed=8)
+
+
+def passages(tokens: Any, nats: Any, hits: Any) -> list[RowScore]:
+    return [
+        RowScore(str(i), "reference", float(x), int(t), hits=int(h))
+        for i, (t, x, h) in enumerate(zip(tokens, nats, hits, strict=True))
+    ]
+
+
+def forgotten_nats(draw: Draw, rows: int) -> Pair:
+    """Passages lose exponentially distributed nats a token, the margin in the mean."""
+    tokens = draw.integers(20, 200, rows)
+    lost = draw.exponential(MARGIN, rows) * tokens
+    return passages(tokens, 3.0 * tokens, 0 * tokens), passages(tokens, 3.0 * tokens + lost, 0 * tokens)
+
+
+def forgotten_tokens(draw: Draw, rows: int) -> Pair:
+    """Of every passage a share of the tokens, another in each and the margin in the mean, is no longer right."""
+    tokens = draw.integers(20, 200, rows)
+    lost = draw.binomial(tokens, draw.beta(1.0, 1 / MARGIN - 1, rows))
+    return passages(tokens, tokens, tokens), passages(tokens, tokens, tokens - lost)
+
+
+def rarely_forgotten_tokens(draw: Draw, rows: int) -> Pair:
+    """One passage in five loses a quarter of its tokens, the others none: often no passage tells."""
+    tokens = draw.integers(20, 200, rows)
+    lost = np.where(draw.random(rows) < 0.2, draw.binomial(tokens, 0.25), 0)
+    return passages(tokens, tokens, tokens), passages(tokens, tokens, tokens - lost)
+
+
+def false_memories(kind: Kind, rows: int, challengers: int) -> int:
+    """How many challengers that forgot just as much as is allowed pass the rule on reference text."""
+    settings, metric = EvaluateConfig(bootstrap_samples=1000), "loss" if kind is forgotten_nats else "token_accuracy"
+
+    def passes(base: list[RowScore], challenger: list[RowScore]) -> bool:
+        scores = {"base": base, "challenger": challenger}
+        return overall.forgetting(scores, settings, metric, MARGIN).passed is True
+
+    return counted(passes, kind, rows, challengers, seed=12)
 
 
 def counted(passes: Callable[..., bool], kind: Kind, rows: int, challengers: int, seed: int) -> int:
@@ -177,6 +216,24 @@ def test_the_fewest_rows_let_few_more_through(sigma: float, rows: int) -> None:
     passed = false_passes(lognormal_losses(sigma), rows, 2000)
     print(f"\nlognormal_losses({sigma}), {rows} rows: {passed / 2000:.1%} of 2,000 passed")
     assert passed / 2000 <= 0.09
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rows", [16, 40])
+@pytest.mark.parametrize("kind", [forgotten_nats, forgotten_tokens, rarely_forgotten_tokens])
+def test_of_those_that_forgot_as_much_as_is_allowed_at_most_one_in_twenty_passes(kind: Kind, rows: int) -> None:
+    passed = false_memories(kind, rows, 2000)
+    print(f"\n{kind.__name__}, {rows} passages: {passed / 2000:.1%} of 2,000 passed")
+    assert surely_below(passed, 2000) <= 0.05
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", [skewed_losses, lognormal_losses(1.0)])
+def test_few_draws_let_no_more_through(kind: Kind) -> None:
+    """With 200 the far end of a long tail lies beyond what they resolve."""
+    passed = false_passes(kind, 40, 2000, samples=200)
+    print(f"\n{kind.__name__}, 40 rows, 200 draws: {passed / 2000:.1%} of 2,000 passed")
+    assert surely_below(passed, 2000) <= 0.05
 
 
 @pytest.mark.soak

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AddedToken
 
 from qlora_retrain import chat, generation, modeling, scoring, verdict
 from qlora_retrain.config.judging import EvaluateConfig
@@ -58,6 +59,19 @@ def test_a_models_own_wish_to_sample_does_not_count(tiny_model: Path, tokenizer:
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
     model.generation_config.repetition_penalty = 3.0
     assert generation.write(model, tokenizer, [prompt], 9, 1000) == before
+
+
+def test_an_answer_stops_at_the_token_that_the_template_ends_turns_with(model: Any, tiny_model: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_model)
+    prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": "where is order 7"}])
+    ids = tokenizer(generation.write(model, tokenizer, [prompt], 9, 1000)[0], add_special_tokens=False)["input_ids"]
+    end = next(i for i in ids[1:] if i != ids[0])
+    tokenizer.add_tokens([AddedToken(tokenizer.convert_ids_to_tokens(end), special=True)])
+    turn = "{{ m['content'] }}" + tokenizer.convert_ids_to_tokens(end)
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id, end]
+    before = ids[: ids.index(end)]
+    assert generation.write(model, tokenizer, [prompt], 9, 1000) == [tokenizer.decode(before).strip()]
 
 
 def test_metrics_of_written_answers_enter_scores_rules_and_numbers(model: Any, tokenizer: Any) -> None:

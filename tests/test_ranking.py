@@ -71,6 +71,16 @@ def test_the_winner_and_the_wanted_likelihood_are_those_of_reading_everything(mo
         assert likelihood is None if want is None else likelihood == pytest.approx(alone[want], rel=1e-4)
 
 
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["every logit", "those of one token"])
+def test_what_a_broken_model_says_is_no_likelihood(model: Any, all_of_it: bool) -> None:
+    """Weights can be finite and the logits not: nothing that is chosen by them may look like a score."""
+    answers = [[*ids, END] for ids in {tuple(a) for a in drawn(1, 12, 4, tokens=8)}]
+    weights = model.get_output_embeddings().weight.data
+    weights[slice(None) if all_of_it else answers[3][0]] = float("nan")
+    found = ranking.rank(model, Trie.of(answers), [[1, 9, 5], [1, 9, 9, 7]], [3, 3], 1000, lambda _: None)
+    assert all(likelihood != likelihood for _, likelihood in found)
+
+
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
     import torch
 

@@ -161,16 +161,49 @@ def test_few_golden_rows_are_insufficient_evidence_until_the_line_says_how_few_w
 def test_forgetting_more_than_allowed_refuses_and_no_reference_text_lacks_evidence() -> None:
     settings = EvaluateConfig(first_release=True, max_forgetting_nats=0.1)
     base, challenger = labelled(share(10)), labelled(share(90))
-    reference = texts([2.0, 2.1, 1.9] * 2, "reference")
-    kept, lost = texts([2.05, 2.15, 1.9] * 2, "reference"), texts([2.3, 2.4, 2.1] * 2, "reference")
+    reference = texts([2.0, 2.1, 1.9] * 6, "reference")
+    kept, lost = texts([2.05, 2.15, 1.9] * 6, "reference"), texts([2.3, 2.4, 2.1] * 6, "reference")
     assert verdict.judge({"base": base + reference, "challenger": challenger + kept}, settings).verdict == "pass"
     judged = verdict.judge({"base": base + reference, "challenger": challenger + lost}, settings)
     assert judged.verdict == "refuse"
     assert rule(judged, "forgetting").value == pytest.approx(0.8 / 3)
-    for few in (0, 1, 5):
+    for few in (0, 1, 15):
         judged = verdict.judge({"base": base + reference[:few], "challenger": challenger + reference[:few]}, settings)
         assert judged.verdict == "insufficient evidence", "the same text kept as well as can be, but too little of it"
-        assert f"there are {few} passages of reference text and at least 6 are needed" in judged.sentence
+        assert f"there are {few} passages of reference text and at least 16 are needed" in judged.sentence
+
+
+def passages(hits: Sequence[int], tokens: Sequence[int]) -> list[RowScore]:
+    return [
+        RowScore(f"reference{i}", "reference", 2.0 * t, t, hits=h)
+        for i, (h, t) in enumerate(zip(hits, tokens, strict=True))
+    ]
+
+
+def test_forgetting_in_right_tokens_is_refused_and_is_never_surer_than_the_tokens_are_many() -> None:
+    base, challenger = labelled(share(10)), labelled(share(90))
+
+    def judged(hits: int, limit: float, tokens: int = 50) -> verdict.Verdict:
+        settings = EvaluateConfig(first_release=True, max_forgetting_accuracy=limit)
+        ours, theirs = passages([hits] * 18, [tokens] * 18), passages([tokens // 2] * 18, [tokens] * 18)
+        return verdict.judge({"base": base + theirs, "challenger": challenger + ours}, settings)
+
+    assert judged(20, 0.02).verdict == "refuse"
+    assert rule(judged(20, 0.02), "forgetting_accuracy").value == pytest.approx(0.1)
+    assert judged(25, 0.02).verdict == "pass"
+    # Every passage alike: what so many tokens cannot rule out is not ruled out.
+    assert judged(25, 0.0005).verdict == "refuse"
+    assert judged(1, 0.02, tokens=3).verdict == "refuse"
+
+
+def test_passages_in_which_nothing_is_judged_are_no_evidence() -> None:
+    settings = EvaluateConfig(first_release=True, max_forgetting_nats=0.1)
+    for told in (0, 15):
+        reference = passages([0] * 40, [9] * told + [0] * (40 - told))
+        scores = {"base": labelled(share(10)) + reference, "challenger": labelled(share(90)) + reference}
+        judged = verdict.judge(scores, settings)
+        assert judged.verdict == "insufficient evidence"
+        assert f"there are {told} passages of reference text" in judged.sentence
 
 
 def valid(right: Sequence[bool | None], suite: str = "eval") -> list[RowScore]:

@@ -51,7 +51,9 @@ def check(base_model: Path) -> None:
     """Raise `UsageError` where the model cannot be written as GGUF; no weight is read but its name."""
     config = _config(base_model)
     family = _FAMILIES[gguf_names.family(config)]
-    gguf_names.cut(_tokenizer(base_model))
+    tokenizer = _tokenizer(base_model)
+    gguf_names.cut(tokenizer)
+    gguf_names.embedded(config, tokenizer)
     names = _names(family, config)
     with Weights(base_model) as weights:
         for name in weights.names:

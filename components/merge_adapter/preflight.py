@@ -2,6 +2,7 @@
 
 What each server does with `adapter_config.json` was read in its source (vLLM's `peft_helper.py` and `config/lora.py`,
 TGI's `adapters/lora.py`, llama.cpp's `convert_lora_to_gguf.py`). Servers move on, so a warning refuses nothing.
+What no merged model can come from (`modules_to_save`, trained biases) is refused before this is asked (`lora`).
 """
 
 from __future__ import annotations
@@ -52,10 +53,6 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
         found.append("vLLM, TGI, llama.cpp: DoRA is not supported; serve the merged model")
     if config.get("use_rslora"):
         found.append("llama.cpp: use_rslora is not read, so the adapter acts weaker than it was trained")
-    if saved := config.get("modules_to_save"):
-        found.append(f"vLLM, TGI, llama.cpp: modules_to_save ({', '.join(saved)}) is not supported")
-    if config.get("bias") not in ("none", None):
-        found.append(f"vLLM, TGI, llama.cpp: trained biases (bias: {config['bias']}) are not supported")
     return found
 
 

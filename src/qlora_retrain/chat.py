@@ -10,6 +10,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Chat) -> list[int]:
 def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Chat, answer: str) -> list[int]:
     """The tokens that a model must produce to answer so, its end-of-sequence token included."""
     return _ids(tokenizer, [_ended(tokenizer, answer_text(tokenizer, prompt, answer))])[0]
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the end-of-sequence token, and the special one that the template writes in its place."""
+    one, other = (answer_ids(tokenizer, [{"role": "user", "content": "a"}], text) for text in ("a", "b"))
+    after = [
+        i for i, _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False))
+    ]
+    special = [i for i in reversed(after) if getattr(tokenizer.added_tokens_decoder.get(i), "special", False)]
+    return list(dict.fromkeys([int(tokenizer.eos_token_id), *special[:1]]))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Encoded:

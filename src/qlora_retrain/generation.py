@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlora_retrain import forward, progress
+from qlora_retrain import chat, forward, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ def write(
 
     Args:
         model: In evaluation mode.
-        tokenizer: The model's own; an answer ends at its end-of-sequence token.
+        tokenizer: The model's own; an answer ends where its template ends one.
         prompts: Tokens up to where the answer begins.
         max_new_tokens: An answer that is not ended by then is cut.
         batch_tokens: Tokens of a batch, those to be written included; a longer row goes alone.
@@ -44,7 +44,7 @@ def write(
         top_p=1.0,
         top_k=50,
         repetition_penalty=1.0,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=chat.end_ids(tokenizer),
         pad_token_id=tokenizer.eos_token_id,
     )
     device = model.get_input_embeddings().weight.device

@@ -37,6 +37,8 @@ def refuse(files: Mapping[str, Any]) -> None:
     tokenizer = files.get("tokenizer.json")
     if tokenizer and (_type(tokenizer.get("model")) != "BPE" or _class(files) in _PLAIN):
         cut(tokenizer)
+    if tokenizer and "config.json" in files:
+        embedded(files["config.json"], tokenizer)
 
 
 def family(config: Mapping[str, Any]) -> str:
@@ -68,6 +70,19 @@ def cut(tokenizer: Mapping[str, Any]) -> str:
         known = ", ".join(_CUTS.values())
         raise UsageError(f"merge.exports: GGUF is written for byte-level BPE cut as {known}; the base's is another one")
     return _CUTS[said]
+
+
+def embedded(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where a tokenizer.json has a token for which the model has no embedding."""
+    added = ((token["content"], token["id"]) for token in tokenizer.get("added_tokens") or ())
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    token, last = max({**vocabulary, **dict(added)}.items(), key=lambda pair: pair[1], default=("", -1))
+    rows = config.get("vocab_size")
+    if rows is not None and last >= rows:
+        raise UsageError(
+            f"merge.exports: GGUF has an embedding for every token; the base has {rows} and its tokenizer's last, "
+            f"{token!r}, is number {last}"
+        )
 
 
 def _type(model: Any) -> str:

@@ -30,7 +30,8 @@ class _Row:
     index: int
     prompt: list[int]
     wanted: int | None  # an answer whose likelihood is asked for, whether it can win or not
-    known: np.ndarray[Any, Any]  # per edge: its log-probability; nan: not read yet
+    known: np.ndarray[Any, Any]  # per edge: its log-probability, 0 before it is read
+    read: np.ndarray[Any, Any]  # per edge: whether it is; what a broken model says of it may not be a number
     columns: dict[int, int]
 
 
@@ -52,13 +53,17 @@ def rank(
         batch_tokens: Tokens of a forward pass, padding included: of the prompts, then of the nodes, each of which has
             logits over the whole vocabulary.
         tick: Told how many more rows are done, after each batch.
+
+    Returns:
+        The answer's number and the log-likelihood, which is not finite where the model says what is no number.
     """
     import numpy as np
     import torch
 
     found: list[tuple[int, float | None]] = [(0, None)] * len(prompts)
     for batch in batches([len(p) for p in prompts], batch_tokens):
-        rows = [_Row(i, list(prompts[i]), wanted[i], np.full(len(trie.edges), np.nan), {}) for i in batch]
+        edges = len(trie.edges)
+        rows = [_Row(i, list(prompts[i]), wanted[i], np.zeros(edges), np.zeros(edges, dtype=bool), {}) for i in batch]
         with torch.inference_mode():
             _read(model, trie, rows, batch_tokens)
         for row in rows:
@@ -157,7 +162,7 @@ def _extend(
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     values = logprobs(model, {**inputs, "past_key_values": cache, "use_cache": True}, at, targets)
     for (row, edge), value in zip(owners, values, strict=True):
-        row.known[edge] = value
+        row.known[edge], row.read[edge] = value, True
     return torch.cat([visible, fresh], dim=1)
 
 
@@ -185,10 +190,7 @@ def _next(trie: Trie, row: _Row, least: int, most: int) -> list[int]:
 
 def _sums(trie: Trie, row: _Row) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Of each answer, the log-likelihood as far as it is known, and whether that is all of it."""
-    import numpy as np
-
-    unknown = np.isnan(row.known)
-    return trie.uses @ np.where(unknown, 0.0, row.known), trie.uses @ unknown == 0
+    return trie.uses @ row.known, trie.uses @ ~row.read == 0
 
 
 def _common(rows: Sequence[_Row]) -> int:

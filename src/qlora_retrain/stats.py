@@ -78,7 +78,7 @@ def difference_interval(
     below 1, which it reaches where one row makes everything (a calibrated level; Loh, JASA 82, 1987, 155-162).
 
     Of one of 80 slices an end is asked for at a probability of 1 in 3,200, and 2,000 draws have nothing there but their
-    farthest one or none. Where fewer than 5 draws lie beyond the ends, these are not nearer than Student's t has them.
+    farthest one or none. Where fewer than 5 draws lie beyond an end, it is not nearer than Student's t has it.
 
     Args:
         differences: One number a row, as `ratio_interval`'s numerators.
@@ -86,8 +86,9 @@ def difference_interval(
         confidence: E.g. 0.95.
         samples: How often the rows are drawn again.
         seed: Of the draws.
-        bounded: The differences lie in [-1, 1] and most may be 0: a row of each extreme is added, so that rows which
-            happen to be all alike do not make an interval of no width (as Agresti and Min 2005 do for proportions).
+        bounded: The differences lie in [-1, 1] a token and most may be 0: a row of one token of each extreme is added,
+            so that rows which happen to be all alike do not make an interval of no width (as Agresti and Min 2005 do
+            for proportions).
 
     Raises:
         ValueError: If there are no rows or no weight.
@@ -112,8 +113,10 @@ def difference_interval(
         tail, skewed = _tails(confidence)[0], _skewness(top, bottom, centre)
         below, above = (tail / (1 + _SKEWED * max(0.0, side)) for side in (skewed, -skewed))
         least, most = np.quantile(pivots, [below, 1 - above])
-        if tail * samples < _BEYOND:
-            least, most = min(least, -_student(below, bottom)), max(most, _student(above, bottom))
+        if below * samples < _BEYOND:
+            least = min(least, -_student(below, bottom))
+        if above * samples < _BEYOND:
+            most = max(most, _student(above, bottom))
         low, high = min(low, centre - most * error), max(high, centre - least * error)
     return Interval(value, min(value, float(low)), max(value, float(high)))
 

@@ -23,6 +23,7 @@ _PASSAGES = (  # as many as judge forgetting
     "Ice is cold.",
     "Grass is green.",
     "Stones sink.",
+    *(f"There are {n} apples in the basket." for n in range(2, 12)),
 )
 
 

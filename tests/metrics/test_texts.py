@@ -55,6 +55,13 @@ def test_json_metrics_look_at_fields_and_never_at_the_order() -> None:
     assert texts.json_validity(answer, "Here it is: " + written) == 0.0
 
 
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_words_that_python_reads_and_json_does_not_have_are_no_json(word: str) -> None:
+    assert texts.json_validity('{"price": 1}', f'{{"price": {word}}}') == 0.0
+    assert texts.field_accuracy('{"price": 1}', f'{{"price": {word}}}') == 0.0
+    assert texts.json_validity(f"[{word}]", "[1]") is None
+
+
 def test_where_the_answer_is_no_json_its_metrics_say_nothing() -> None:
     found = texts.measure(("exact_match", "json_validity", "field_accuracy"), "refund", " refund\n")
     assert found == {"exact_match": 1.0}

@@ -78,9 +78,14 @@ def _words(text: str) -> list[str]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return _NOT_JSON
+
+
+def _no_json(word: str) -> None:
+    """Python reads NaN and Infinity; JSON has neither (RFC 8259, section 6), and whoever parses an answer may not."""
+    raise ValueError(word)
 
 
 def _fields(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:

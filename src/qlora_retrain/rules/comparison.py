@@ -50,9 +50,9 @@ def paired(ours: Sequence[RowScore], theirs: Sequence[RowScore], name: str) -> t
 
 
 def known(row: RowScore, metric: Metric) -> bool:
-    """Whether the metric says something of the row."""
+    """Whether the metric says something of the row: of tokens, where any was judged."""
     if metric in ("loss", "token_accuracy"):
-        return metric == "loss" or row.hits is not None
+        return row.tokens > 0 and (metric == "loss" or row.hits is not None)
     return row.correct is not None if metric == "accuracy" else metric in row.values
 
 
@@ -108,7 +108,7 @@ def gain(
         confidence=sure,
         samples=settings.bootstrap_samples,
         seed=settings.seed,
-        bounded=weights is None,
+        bounded=metric != "loss",
     )
 
 

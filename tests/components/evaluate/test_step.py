@@ -239,9 +239,10 @@ def test_overfitting_forgetting_and_intruders_are_in_the_document(
         "Ice is cold.",
         "Grass is green.",
         "Stones sink.",
+        *(f"There are {n} apples in the basket." for n in range(2, 14)),
     )
     (reference / "general.txt").write_text("\n\n".join(passages))
-    settings = CONFIG.model_copy(update={"train_rows": 5, "max_train_eval_gap": 1e-9, "max_forgetting_accuracy": 1.0})
+    settings = CONFIG.model_copy(update={"train_rows": 5, "max_train_eval_gap": 1e-9, "max_forgetting_accuracy": 0.01})
     run(settings, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
         evaluation=evaluation)  # fmt: skip
     found = document(evaluation)
@@ -253,7 +254,7 @@ def test_overfitting_forgetting_and_intruders_are_in_the_document(
     assert found["train_eval_gap"]["gap"] == pytest.approx(gap, abs=1e-4)
     rules = {rule["name"]: rule for rule in found["rules"]}
     assert rules["train_eval_gap"]["passed"] is (found["train_eval_gap"]["gap"] <= 1e-9)
-    assert rules["forgetting_accuracy"]["passed"] is True
+    assert rules["forgetting_accuracy"]["passed"] is (rules["forgetting_accuracy"]["high"] <= 0.01)
     reference_numbers = found["reference"]
     lost = reference_numbers["base"]["token_accuracy"] - reference_numbers["challenger"]["token_accuracy"]
     assert rules["forgetting_accuracy"]["value"] == pytest.approx(lost)

@@ -120,6 +120,7 @@ def test_writing_a_gguf_twice_gives_the_same_bytes(folder: Path, tmp_path: Path)
         ),
         ("config.json", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "has dynamic"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "cut as gpt-2, smollm"),
+        ("config.json", {"vocab_size": 500}, "the base has 500 and its tokenizer's last"),
     ],
 )
 def test_what_gguf_has_no_name_for_is_refused_by_the_plan_and_by_the_step_in_the_same_words(

@@ -27,8 +27,6 @@ def test_a_plain_adapter_of_the_project_has_nothing_against_it(tiny_adapter: Pat
         ({"alpha_pattern": {"q_proj": 8}}, "vLLM, TGI, llama.cpp", "alpha_pattern"),
         ({"use_dora": True}, "vLLM, TGI, llama.cpp", "DoRA"),
         ({"use_rslora": True}, "llama.cpp", "use_rslora"),
-        ({"modules_to_save": ["lm_head"]}, "vLLM, TGI, llama.cpp", r"modules_to_save \(lm_head\)"),
-        ({"bias": "all"}, "vLLM, TGI, llama.cpp", "biases"),
     ],
 )
 def test_each_setting_that_a_server_does_not_take_is_one_warning(

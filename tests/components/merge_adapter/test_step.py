@@ -102,8 +102,23 @@ def test_a_form_that_ships_like_the_champion_leaves_it_the_best(inputs: dict[str
     scores = read_scores(path)
     scores["champion"] = scores["challenger"]
     write_scores(path, scores)
+    papers = inputs["evaluation"] / "evaluation.json"
+    judged = json.loads(papers.read_text())
+    judged["settings"]["max_loss_to_champion"] = 0.2  # 36 rows answered alike rule out no less than a loss of 0.096
+    papers.write_text(json.dumps(judged))
     report = run(MergeConfig(device="cpu", base="dequantized"), **inputs)
-    assert report.numbers.get("best") == "champion" if report.refused is None else "best" not in report.numbers
+    assert report.refused is None
+    assert report.numbers["best"] == "champion"
+
+
+def test_a_form_that_is_refused_is_never_the_best(inputs: dict[str, Path]) -> None:
+    path = inputs["evaluation"] / "scores.jsonl"
+    scores = read_scores(path)
+    scores["champion"] = scores["challenger"]
+    write_scores(path, scores)
+    report = run(MergeConfig(device="cpu", base="dequantized"), **inputs)  # with the default margin of 0.02
+    assert report.refused is not None
+    assert "best" not in report.numbers
 
 
 @pytest.mark.parametrize("base", ["original", "dequantized"])
