@@ -112,6 +112,25 @@ def test_a_work_folder_goes_with_its_block(node_cache: Path) -> None:
     assert list((node_cache / "work").iterdir()) == []
 
 
+def test_a_step_works_on_a_disk_of_its_own_and_what_is_fetched_arrives_on_the_caches(
+    node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pods share the cache, nothing but inputs is on it; a rename between disks would be refused."""
+    monkeypatch.setenv("QLORA_RETRAIN_WORK", str(tmp_path / "disk" / "work"))
+    arrived: list[Path] = []
+
+    def download(folder: Path) -> None:
+        arrived.append(folder)
+        Download(CONTENT)(folder)
+
+    with cache.work_folder() as work:
+        assert work.parent == tmp_path / "disk" / "work"
+        assert cache.fetch("x", "k", download, FILES) == node_cache / "x" / "k"
+        assert list(work.iterdir()) == []
+    assert [folder.is_relative_to(node_cache) for folder in arrived] == [True]
+    assert list((tmp_path / "disk" / "work").iterdir()) == []
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next(node_cache: Path) -> None:
     program = (
         "import os\nfrom qlora_retrain import cache\n"

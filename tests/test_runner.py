@@ -330,6 +330,31 @@ def test_a_step_sees_only_read_only_copies_of_its_inputs(made_plan: Plan, line: 
     assert seen == {"files": ["config.json", "tokenizer.json"], "modes": {0o444}, "golden": None, "empty": True}
 
 
+def test_a_steps_output_and_checkpoints_are_on_its_own_disk_and_its_inputs_in_the_cache(
+    made_plan: Plan, small_steps: Steps, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pod whose cache is shared over a network."""
+    monkeypatch.setenv("QLORA_RETRAIN_WORK", str(tmp_path / "disk"))
+    seen: dict[str, Path] = {}
+
+    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
+        seen.update(dataset=dataset, base_nf4=base_nf4, adapter=adapter, scratch=scratch)
+        seen.update({path.name: path for path in (node_cache / "work").glob("*/*")})
+        return Report()
+
+    execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
+    assert runner.execute(made_plan, "train_qlora", lambda: run) == 0
+    places = {
+        name: next(p for p in (node_cache, tmp_path / "disk") if p in path.parents) for name, path in seen.items()
+    }
+    assert places == {
+        "dataset": node_cache,
+        "base_nf4": node_cache,
+        "adapter": tmp_path / "disk",
+        "scratch": tmp_path / "disk",
+    }
+
+
 def test_a_champion_with_a_flipped_byte_is_refused(
     line: Path, root_uri: str, run_all: RunAll, small_steps: Steps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,9 @@
-"""The node cache: inputs as read-only folders on this machine, each file checked by hash at every use."""
+"""The node cache: inputs as read-only folders on this machine, each file checked by hash at every use.
+
+Pods may share it over a network, so a step's own files, which are larger and read by nobody else, can go elsewhere.
+
+Environment: `QLORA_RETRAIN_CACHE`, the cache's folder; `QLORA_RETRAIN_WORK`, that of steps at work, else `work` in it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +44,7 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
             return target
         _remove(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder() as work:
+    with _folder_in(home() / "work") as work:  # the cache's own disk: a rename puts it in its place
         temporary = work / name
         temporary.mkdir()
         download(temporary)
@@ -99,10 +104,15 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def work_folder() -> contextlib.AbstractContextManager[Path]:
+    """An empty folder for what a step writes: its output, its checkpoints."""
+    configured = os.environ.get("QLORA_RETRAIN_WORK")
+    return _folder_in(Path(configured) if configured else home() / "work")
+
+
 @contextlib.contextmanager
-def work_folder() -> Iterator[Path]:
+def _folder_in(parent: Path) -> Iterator[Path]:
     """An empty folder that goes with the block; folders of processes that died are removed first."""
-    parent = home() / "work"
     parent.mkdir(parents=True, exist_ok=True)
     for stale in parent.glob("*.lock"):
         # Another process may remove it, lock it or own it meanwhile: then it is not ours to clean.

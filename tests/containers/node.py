@@ -89,6 +89,10 @@ class Node:
         self.statuses.append(json.dumps({**pod, "status": status}))
         return ApiClient().deserialize(SimpleNamespace(data=self.statuses[-1]), "V1Pod")
 
+    def volume(self, pod: dict[str, Any], name: str) -> Path:
+        """The folder of a volume of its own, while it is there."""
+        return self._home(pod) / name
+
     def sweep(self) -> None:
         """Remove what is left."""
         for home in self.folder.glob("pod-*"):

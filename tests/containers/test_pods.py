@@ -146,6 +146,10 @@ def test_the_pods_that_would_be_submitted_run_the_whole_pipeline_though_the_trai
             node.start(pod)
             store, scratch = open_store(made.root), f"scratch/{step.name}/{made.step(step.name).key}"
             until(lambda: any(e.path.endswith("_complete.json") for e in store.list(scratch)), 240)  # noqa: B023
+            own, shared = node.volume(pod, "work"), node.claims["qlora-retrain-cache"]
+            assert {path.name for path in own.glob("work/*/*")} >= {step.makes, "scratch"}
+            assert list(own.glob("work/*/scratch/checkpoint-*"))
+            assert list(shared.glob("work/*")) == [], "inputs arrive there; nothing of the step's own"
             node.evict(pod)
             ended = end(node, pod)
             assert (ended.code, ended.why) == (Exit.TRY_AGAIN, "the pod was deleted while it ran")

@@ -170,8 +170,22 @@ def test_the_lines_memory_disk_and_cores_go_before_the_profiles() -> None:
     assert resources["limits"] == {"memory": "20Gi", "ephemeral-storage": "31Gi"}, "30, and 1 for /tmp"
     assert resources["requests"] == {"cpu": "1.5", "memory": "20Gi", "ephemeral-storage": "31Gi"}
     assert {v["name"]: v.get("emptyDir") for v in made["volumes"]}["work"] == {"sizeLimit": "30Gi"}
-    claim = pod("validate_data", "tickets", profile("production"), runtime)["spec"]["volumes"][0]["ephemeral"]
-    assert claim["volumeClaimTemplate"]["spec"]["resources"] == {"requests": {"storage": "30Gi"}}
+    made = pod("validate_data", "tickets", profile("production"), runtime)["spec"]
+    claim = made["volumes"][0]["ephemeral"]["volumeClaimTemplate"]
+    assert claim["spec"]["resources"] == {"requests": {"storage": "30Gi"}}
+
+
+@pytest.mark.parametrize("cluster", ["gpu", "production"])
+def test_a_step_works_on_the_pods_own_disk_wherever_the_cache_is(cluster: str) -> None:
+    (container,) = pod("train_qlora", "tickets", profile(cluster), RuntimeConfig())["spec"]["containers"]
+    told = {item["name"]: item["value"] for item in container["env"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+
+    def volume(variable: str) -> str:
+        return next(mounts[str(path)] for path in Path(told[variable]).parents if str(path) in mounts)
+
+    assert volume("QLORA_RETRAIN_WORK") == "work"
+    assert mounts.get(told["QLORA_RETRAIN_CACHE"]) == ("cache" if cluster == "production" else None)
 
 
 def test_publish_alone_runs_as_the_account_that_may_write_versions() -> None:

@@ -79,7 +79,9 @@ class Profile(Images):
     train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.processes", ge=1, le=64)
     env: dict[Variable, str] = operational({}, "settings, e.g. AWS_DEFAULT_REGION; secrets are refused")
     secrets: tuple[Secret, ...] = operational((), "folders of files that every step sees")
-    work_gib: float = operational(100.0, "disk for the node cache and checkpoints of a pod", gt=0.0, le=65_536)
+    work_gib: float = operational(
+        100.0, "a pod's own disk: output, checkpoints, without cache_claim inputs too", gt=0.0, le=65_536
+    )
     storage_class: Name | None = operational(
         None, "Airflow: that disk is a volume of this class, made and removed with the pod; null: the node's own disk"
     )

@@ -53,6 +53,7 @@ def arguments(step: Step, line: str, profile: Profile, runtime: RuntimeConfig) -
         **profile.env,
         "QLORA_RETRAIN_IMAGE": image,
         "QLORA_RETRAIN_CACHE": CACHE if profile.cache_claim else f"{containers.WORK}/cache",
+        "QLORA_RETRAIN_WORK": f"{containers.WORK}/work",  # the pod's own disk, whether or not the cache is there
         "TMPDIR": "/tmp",  # noqa: S108 - the container's own
     }
     volumes = _volumes(step, profile, runtime)
