@@ -67,6 +67,17 @@ def grants(overlay: str) -> dict[tuple[str, str], set[tuple[str, str, str]]]:
     return found
 
 
+def admitted(overlay: str, resources: Document) -> Document:
+    """A container's resources as the API server takes them: the namespace's LimitRange fills in what is not said."""
+    (limits,) = of(overlay, "LimitRange")
+    (container,) = limits["spec"]["limits"]
+    given = resources.get("limits", {})
+    return {
+        "limits": {**container["default"], **given},
+        "requests": {**container["defaultRequest"], **given, **resources.get("requests", {})},
+    }
+
+
 def reaches(peer: Document, address: str) -> bool:
     """Whether a rule's `to` is an address block with that address in it."""
     block = peer.get("ipBlock")

@@ -5,7 +5,7 @@ What KFP's pods need was read from its sources and Argo's, of releases whose dri
 
 from __future__ import annotations
 
-from tests.manifests.overlays import Document, grants, names, of, profile, reaches, tokens
+from tests.manifests.overlays import Document, admitted, grants, names, of, profile, reaches, tokens
 
 NAMESPACE = "qlora-retrain-kfp"
 RUN = {"matchExpressions": [{"key": "workflows.argoproj.io/workflow", "operator": "Exists"}]}  # every pod of a run
@@ -34,6 +34,13 @@ def test_a_run_may_report_its_steps_and_read_where_its_artifacts_go_and_nothing_
             ("get", "secrets", "mlpipeline-minio-artifact"),  # KFP's launcher
         }
     }
+
+
+def test_a_step_may_fill_its_work_folder_though_kubeflow_cannot_speak_of_the_nodes_disk() -> None:
+    """The folder is on that disk and counts against a container's limit of it; the quota wants a word all the same."""
+    taken = admitted("kfp", {"limits": {"memory": "64Gi"}})
+    assert "ephemeral-storage" not in taken["limits"]
+    assert "ephemeral-storage" in taken["requests"]
 
 
 def test_a_run_reaches_kubeflows_own_services_by_name_and_port() -> None:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 
 from qlora_retrain import graph
-from tests.manifests.overlays import OVERLAYS, PROFILES, ROOT, built, grants, names, of, profile, reaches, tokens
+from qlora_retrain.config.sections import RuntimeConfig
+from tests.manifests.overlays import (
+    OVERLAYS,
+    PROFILES,
+    ROOT,
+    admitted,
+    built,
+    grants,
+    names,
+    of,
+    profile,
+    reaches,
+    tokens,
+)
 
 BY_HAND = {"qlora-retrain-store"}  # a secret: never in a repository; docs/deploy.md makes it
 Document = dict[str, Any]
-
-
-def gib(quantity: str) -> float:
-    return float(quantity[:-2]) * {"Gi": 1, "Ti": 1024}[quantity[-2:]]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -117,29 +129,55 @@ def test_pods_give_way_to_services_and_still_get_nodes_made_for_them(name: str) 
     assert priority["globalDefault"] is False
 
 
+def asked(name: str, step: graph.Step, memory_gib: float | None = None) -> dict[str, Decimal]:
+    """What a step's pod counts for, in a quota's words, once it is admitted."""
+    from kubernetes.client import ApiClient
+
+    from qlora_retrain.runtimes import pods
+
+    made = pods.resources(step, profile(name), RuntimeConfig(kind="kubernetes"), memory_gib)
+    taken = admitted(name, ApiClient().sanitize_for_serialization(made))
+    return {f"{side}.{what}": parse_quantity(taken[side][what]) for side in taken for what in taken[side]}
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None:
     cluster = profile(name)
     (quota,) = of(name, "ResourceQuota")
-    hard = quota["spec"]["hard"]
+    hard = {what: parse_quantity(most) for what, most in quota["spec"]["hard"].items()}
     (limits,) = of(name, "LimitRange")
-    most = gib(limits["spec"]["limits"][0]["max"]["memory"])
+    most = {f"limits.{what}": parse_quantity(q) for what, q in limits["spec"]["limits"][0]["max"].items()}
+    assert {"limits.memory", "requests.memory", "requests.cpu", "requests.ephemeral-storage"} <= set(hard)
     for step in graph.STEPS:
-        pod = cluster.pod(step)
-        wanted = max(pod.memory_gib or 0, pod.max_memory_gib or 0)
-        assert 0 < wanted <= most
-        assert wanted <= gib(hard["requests.memory"])
-        assert (pod.cpus or 0) <= float(hard["requests.cpu"])
-        assert cluster.gpus(step) <= int(hard[f"requests.{cluster.gpu_resource}"])
+        for memory_gib in (None, cluster.pod(step).max_memory_gib):
+            wanted = asked(name, step, memory_gib)
+            assert [what for bound in (hard, most) for what in bound if wanted.get(what, 0) > bound[what]] == []
     full = int(hard[f"requests.{cluster.gpu_resource}"])  # a pool of so many tasks, each grown as far as it may
-    for step in graph.STEPS:
-        if not cluster.gpus(step):
-            others, gpus = cluster.pod(step), cluster.gpu
-            most_gib = full * (gpus.max_memory_gib or 0) + (others.max_memory_gib or 0)
-            assert most_gib <= gib(hard["limits.memory"]), f"no room for {step.name} beside a full pool"
-            assert full * (gpus.cpus or 0) + (others.cpus or 0) <= float(hard["requests.cpu"])
+    for gpus, other in itertools.product(graph.STEPS, graph.STEPS):
+        if cluster.gpus(gpus) and not cluster.gpus(other):
+            pool, beside = (asked(name, step, cluster.pod(step).max_memory_gib) for step in (gpus, other))
+            crowded = [what for what in hard if full * pool.get(what, 0) + beside.get(what, 0) > hard[what]]
+            assert crowded == [], f"no room for {other.name} beside a full pool of {gpus.name}"
     disk = hard["requests.storage" if cluster.storage_class else "requests.ephemeral-storage"]
-    assert cluster.work_gib * 2 <= gib(disk), "two steps run beside each other"
+    assert cluster.work_gib * 2 * 2**30 <= disk, "two steps run beside each other"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_pod_asks_for_what_its_spec_shows_and_a_volume_of_its_own_spares_the_nodes_disk(name: str) -> None:
+    from kubernetes.client import ApiClient
+
+    from qlora_retrain.runtimes import pods
+
+    cluster = profile(name)
+    for step in graph.STEPS:
+        shown = ApiClient().sanitize_for_serialization(pods.resources(step, cluster, RuntimeConfig(kind="kubernetes")))
+        assert admitted(name, shown) == {
+            "limits": shown["limits"],
+            "requests": {**shown["limits"], **shown["requests"]},
+        }
+        if cluster.storage_class:
+            wanted = asked(name, step)["requests.ephemeral-storage"]
+            assert wanted <= 4 * 2**30, "a root disk of 20 GiB, of which images take most"
 
 
 def test_production_refuses_an_image_without_a_digest_whichever_way_it_comes_into_a_pod() -> None:
@@ -147,19 +185,19 @@ def test_production_refuses_an_image_without_a_digest_whichever_way_it_comes_int
 
     (policy,) = of("production", "ValidatingAdmissionPolicy")
 
-    def admitted(**containers: str) -> bool:
+    def taken(**containers: str) -> bool:
         pod = {"spec": {kind: [{"name": "c", "image": image}] for kind, image in containers.items()}}
         variables = {v["name"]: cel.evaluate(v["expression"], {"object": pod}) for v in policy["spec"]["variables"]}
         (rule,) = policy["spec"]["validations"]
         return cel.evaluate(rule["expression"], {"object": pod, "variables": variables}) is True
 
     pinned = "registry.example:5000/qlora-retrain-train@sha256:" + "7" * 64
-    assert admitted(containers=pinned)
-    assert admitted(containers=pinned, initContainers=pinned, ephemeralContainers=pinned)
+    assert taken(containers=pinned)
+    assert taken(containers=pinned, initContainers=pinned, ephemeralContainers=pinned)
     for image in ("train", "registry.example/train:0.1.0", pinned[:-1], pinned + "0", pinned.replace("sha256:", "")):
-        assert not admitted(containers=image)
-        assert not admitted(containers=pinned, initContainers=image)
-        assert not admitted(containers=pinned, ephemeralContainers=image)
+        assert not taken(containers=image)
+        assert not taken(containers=pinned, initContainers=image)
+        assert not taken(containers=pinned, ephemeralContainers=image)
 
 
 def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_comes_into_one_later() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 
 from qlora_retrain import graph
 from qlora_retrain.config.load import load
@@ -167,12 +168,14 @@ def test_the_lines_memory_disk_and_cores_go_before_the_profiles() -> None:
     runtime = RuntimeConfig(kind="kubernetes", memory_gib=20, disk_gib=30, cpus=1.5)
     made = pod("validate_data", "tickets", profile("gpu"), runtime)["spec"]
     resources = made["containers"][0]["resources"]
-    assert resources["limits"] == {"memory": "20Gi", "ephemeral-storage": "31Gi"}, "30, and 1 for /tmp"
-    assert resources["requests"] == {"cpu": "1.5", "memory": "20Gi", "ephemeral-storage": "31Gi"}
+    assert resources["limits"] == {"memory": "20Gi", "ephemeral-storage": "32Gi"}, "30, 1 for /tmp and 1 for the log"
+    assert resources["requests"] == {"cpu": "1.5", "memory": "20Gi", "ephemeral-storage": "32Gi"}
     assert {v["name"]: v.get("emptyDir") for v in made["volumes"]}["work"] == {"sizeLimit": "30Gi"}
     made = pod("validate_data", "tickets", profile("production"), runtime)["spec"]
     claim = made["volumes"][0]["ephemeral"]["volumeClaimTemplate"]
     assert claim["spec"]["resources"] == {"requests": {"storage": "30Gi"}}
+    resources = made["containers"][0]["resources"]
+    assert resources["requests"]["ephemeral-storage"] == resources["limits"]["ephemeral-storage"] == "2Gi"
 
 
 @pytest.mark.parametrize("cluster", ["gpu", "production"])
@@ -186,6 +189,17 @@ def test_a_step_works_on_the_pods_own_disk_wherever_the_cache_is(cluster: str) -
 
     assert volume("QLORA_RETRAIN_WORK") == "work"
     assert mounts.get(told["QLORA_RETRAIN_CACHE"]) == ("cache" if cluster == "production" else None)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("cluster", ["gpu", "production"])
+def test_no_pod_is_evicted_while_its_volumes_and_its_log_are_within_their_sizes(cluster: str, step: str) -> None:
+    """A kubelet counts what is on its own disk together, and evicts above the limit."""
+    made = pod(step, "tickets", profile(cluster), RuntimeConfig())["spec"]
+    empty = [volume["emptyDir"] for volume in made["volumes"] if "emptyDir" in volume]
+    on_disk = sum(parse_quantity(e["sizeLimit"]) for e in empty if e.get("medium") != "Memory")
+    log = 50 * 2**20  # the kubelet's own default: five files of 10 MiB
+    assert on_disk + log <= parse_quantity(made["containers"][0]["resources"]["limits"]["ephemeral-storage"])
 
 
 def test_publish_alone_runs_as_the_account_that_may_write_versions() -> None:

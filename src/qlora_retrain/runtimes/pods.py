@@ -27,6 +27,7 @@ CACHE = "/cache"
 ANNOTATIONS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 LABELS = {"app.kubernetes.io/name": "qlora-retrain"}  # of whom the network policies speak
 _TMP_GIB = 1
+_LOG_GIB = 1  # what the container prints is on the node's disk; a kubelet keeps 50 MiB of it unless told otherwise
 _POD_SECURITY = {
     "runAsNonRoot": True,
     "runAsUser": USER,
@@ -104,9 +105,9 @@ def resources(
         requests["cpu"] = f"{cpus:g}"  # no limit: idle cores are nobody's
     if memory:
         requests["memory"] = limits["memory"] = f"{memory:g}Gi"
-    if not profile.storage_class:  # then the work is on the node's disk, and the scheduler must know
-        disk = f"{(runtime.disk_gib or profile.work_gib) + _TMP_GIB:g}Gi"
-        requests["ephemeral-storage"] = limits["ephemeral-storage"] = disk
+    # Of the node's disk, for the scheduler; without a word of it a namespace's default would be asked for.
+    work_gib = 0 if profile.storage_class else _work_gib(profile, runtime)
+    requests["ephemeral-storage"] = limits["ephemeral-storage"] = f"{work_gib + _TMP_GIB + _LOG_GIB:g}Gi"
     if gpus := profile.gpus(step):
         assert profile.gpu_resource is not None
         requests[profile.gpu_resource] = limits[profile.gpu_resource] = str(gpus)
@@ -140,8 +141,12 @@ def service_accounts(profile: Profile) -> set[str]:
     return {account for account in named if account}
 
 
+def _work_gib(profile: Profile, runtime: RuntimeConfig) -> float:
+    return runtime.disk_gib or profile.work_gib
+
+
 def _volumes(step: Step, profile: Profile, runtime: RuntimeConfig) -> list[tuple[k8s.V1Volume, k8s.V1VolumeMount]]:
-    disk = f"{runtime.disk_gib or profile.work_gib:g}Gi"
+    disk = f"{_work_gib(profile, runtime):g}Gi"
     if profile.storage_class:
         claim = k8s.V1PersistentVolumeClaimSpec(
             access_modes=["ReadWriteOnce"],
