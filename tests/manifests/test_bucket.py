@@ -1,13 +1,22 @@
-"""The bucket: what each role may do in it, object by object, and what becomes of objects by themselves."""
+"""The bucket: who has each role, what it may do, object by object, and what becomes of objects by themselves."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
+import yaml
 
-from tests.manifests.overlays import ROOT, Document
+from tests.manifests.overlays import OVERLAYS, ROOT, Document, of
 
 
 def policy(role: str) -> list[Document]:
@@ -62,23 +71,102 @@ def test_no_role_has_an_action_that_is_not_named() -> None:
         assert not any({"NotAction", "NotResource", "NotPrincipal"} & set(s) for s in policy(role))
 
 
-def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version() -> None:
-    import boto3
+ROLE = "eks.amazonaws.com/role-arn"
+AWS = """#!/usr/bin/env python3
+import json, os, sys
+answers = {"eks": "https://oidc.example/id/CAFE", "sts": "444455556666"}
+if sys.argv[1] in answers:
+    print(answers[sys.argv[1]])
+else:
+    with open(os.environ["SAID"], "a") as stream:
+        print(json.dumps(sys.argv[2:]), file=stream)
+"""
+
+
+def test_each_role_is_that_of_the_accounts_that_name_it_and_of_nobody_else() -> None:
+    """An overlay's accounts, and those of Airflow's chart: `<release>-<component>` in the release's namespace."""
+    named: dict[str, set[str]] = {}
+    for account in (account for overlay in OVERLAYS for account in of(overlay, "ServiceAccount")):
+        if role := account["metadata"].get("annotations", {}).get(ROLE):
+            subject = f"system:serviceaccount:{account['metadata']['namespace']}:{account['metadata']['name']}"
+            named.setdefault(role, set()).add(subject)
+    values = yaml.safe_load((ROOT / "airflow" / "values.yaml").read_text())
+    for component in (name for name, value in values.items() if isinstance(value, dict)):
+        if role := values[component].get("serviceAccount", {}).get("annotations", {}).get(ROLE):
+            named.setdefault(role, set()).add(f"system:serviceaccount:airflow:airflow-{component}")
+    assert len(named) == 3
+    for role, subjects in named.items():
+        owner, _, name = role.partition(":role/qlora-retrain-")
+        (statement,) = json.loads((ROOT / "bucket" / f"{name}-trust.json").read_text())["Statement"]
+        at, _, provider = statement["Principal"]["Federated"].partition(":oidc-provider/")
+        said = statement["Condition"]["StringEquals"].pop(f"{provider}:sub")
+        assert {said} == subjects
+        assert at == owner
+        assert statement == {
+            "Effect": "Allow",
+            "Principal": {"Federated": f"{owner}:oidc-provider/{provider}"},
+            "Action": "sts:AssumeRoleWithWebIdentity",
+            "Condition": {"StringEquals": {f"{provider}:aud": "sts.amazonaws.com"}},
+        }
+
+
+@pytest.fixture
+def aws() -> Iterator[Callable[[str], Any]]:
+    """Clients of an AWS on loopback, by service."""
     from moto.server import ThreadedMotoServer  # not mock_aws: it empties every server of this process
 
-    rules = json.loads((ROOT / "bucket" / "lifecycle.json").read_text())
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    try:
-        at = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-        account = {"region_name": "us-east-1", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
-        s3 = boto3.client("s3", endpoint_url=at, **account)
-        s3.create_bucket(Bucket="lifecycle")
-        s3.put_bucket_lifecycle_configuration(Bucket="lifecycle", LifecycleConfiguration=rules)
-        kept = s3.get_bucket_lifecycle_configuration(Bucket="lifecycle")["Rules"]
-        s3.close()
-    finally:
-        server.stop()
+    at = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    account = {"region_name": "us-east-1", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    made: list[Any] = []
+
+    def client(service: str) -> Any:
+        made.append(boto3.client(service, endpoint_url=at, **account))
+        return made[-1]
+
+    yield client
+    for one in made:
+        one.close()
+    server.stop()
+
+
+def test_the_roles_are_made_by_the_commands_of_the_page_with_a_cluster_and_an_account_of_ones_own(
+    aws: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """The page's own lines, in a copy; a program in `aws`'s place sends each to IAM."""
+    page = (ROOT.parent / "docs" / "deploy.md").read_text()
+    (script,) = [block for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) if "create-role" in block]
+    shutil.copytree(ROOT, tmp_path / "manifests")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "aws").write_text(AWS)
+    (tmp_path / "bin" / "aws").chmod(0o755)
+    iam = aws("iam")
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SAID": str(tmp_path / "said")}
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=environment, check=True)
+    for text in (tmp_path / "said").read_text().splitlines():
+        operation, *options = json.loads(text)
+        values = [(tmp_path / v.removeprefix("file://")).read_text() if v.startswith("file://") else v for v in options]
+        keys = ["".join(word.title() for word in key.removeprefix("--").split("-")) for key in values[::2]]
+        getattr(iam, operation.replace("-", "_"))(**dict(zip(keys, values[1::2], strict=True)))
+    for name in ("airflow", "step", "publish"):
+        made = iam.get_role(RoleName=f"qlora-retrain-{name}")["Role"]
+        (statement,) = made["AssumeRolePolicyDocument"]["Statement"]
+        assert statement["Principal"]["Federated"] == "arn:aws:iam::444455556666:oidc-provider/oidc.example/id/CAFE"
+        assert set(statement["Condition"]["StringEquals"]) == {"oidc.example/id/CAFE:sub", "oidc.example/id/CAFE:aud"}
+        assert iam.get_role_policy(RoleName=made["RoleName"], PolicyName="store")["PolicyDocument"] == json.loads(
+            (ROOT / "bucket" / f"{name}-policy.json").read_text()
+        )
+    for file in ("overlays/production/roles.yaml", "airflow/values.yaml"):
+        assert "arn:aws:iam::444455556666:role/" in (tmp_path / "manifests" / file).read_text()
+
+
+def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version(aws: Callable[[str], Any]) -> None:
+    rules = json.loads((ROOT / "bucket" / "lifecycle.json").read_text())
+    s3 = aws("s3")
+    s3.create_bucket(Bucket="lifecycle")
+    s3.put_bucket_lifecycle_configuration(Bucket="lifecycle", LifecycleConfiguration=rules)
+    kept = s3.get_bucket_lifecycle_configuration(Bucket="lifecycle")["Rules"]
     assert len(kept) == len(rules["Rules"])
     expiring = [rule["Filter"]["Prefix"] for rule in kept if "Expiration" in rule]
     assert expiring == ["qlora/scratch/"]

@@ -252,7 +252,6 @@ def test_the_page_on_deploying_names_files_overlays_and_names_that_exist() -> No
     files = set(re.findall(r"(?:manifests|tests|docs)/[\w./-]*\w", page))
     assert len(files) > 10
     assert [name for name in files if not (ROOT.parent / name).exists()] == []
-    assert set(re.findall(r"\w+-policy\.json", page)) == {p.name for p in (ROOT / "bucket").glob("*-policy.json")}
     assert set(re.findall(r"apply -k manifests/overlays/(\w+)", page)) | {"gpu"} == set(OVERLAYS)
     assert set(re.findall(r"create secret generic (\S+)", page)) == BY_HAND
     assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(profile(name).namespace for name in PROFILES)}
