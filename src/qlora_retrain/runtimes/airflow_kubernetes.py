@@ -133,13 +133,17 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         self._end(plan, pod, ended, event.get("last_log_time"))
 
     def _wait(self, last_log_time: Any = None, **carried: Any) -> NoReturn:
-        """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it."""
+        """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it.
+
+        By itself it looks for a kubeconfig and not for the service account that a pod has, so it is told.
+        """
         trigger = PodTrigger(
             pod_name=self.name,
             pod_namespace=self.namespace,
             trigger_start_time=datetime.now(UTC),
             base_container_name=pods.CONTAINER,
             kubernetes_conn_id=self.kubernetes_conn_id,
+            in_cluster=self.hook.is_in_cluster or None,
             poll_interval=self.poll_interval,
             startup_timeout=self.startup_timeout_seconds,
             schedule_timeout=self.startup_timeout_seconds,

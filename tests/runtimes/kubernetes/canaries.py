@@ -30,6 +30,9 @@ def environment(folder: Path) -> dict[str, str]:
     return {**VARIABLES, **{name: str(folder / name.lower()) for name in FILES}}
 
 
+SERVICE_ACCOUNT = "canary-service-account-e1f3"
+
+
 def connection(kubeconfig: Path) -> dict[str, str]:
     """Airflow's connection to the cluster with everything in it, the kubeconfig and its token too."""
     extra = {"kube_config": kubeconfig.read_text()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -14,13 +15,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp.test_utils
+import aiohttp.web
 import kmock
 import kubernetes_validate
 import yaml
 from kubernetes.client import ApiClient, Configuration, CoreV1Api
 
+from tests.runtimes.kubernetes.https import secured
+
 NAMESPACE = "qlora-retrain"
 VERBS = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}
+THE_TEST = "the-test"  # how it calls itself, so that what it does is not taken for the operator's
 
 
 class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
@@ -40,15 +46,18 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         method = request.method.value.upper() if hasattr(request.method, "value") else str(request.method).upper()
         watching = "watch" in (request.params or {})
         verb = VERBS.get(method) or ("get" if request.name else "watch" if watching else "list")
-        self.verbs.add((verb, resource))
+        if request.headers.get("User-Agent") != THE_TEST:
+            self.verbs.add((verb, resource))
         if method in self.refuses:
             status, message = self.refuses[method]
             return await self._render_error(kmock.KubernetesError(status=status, reason="Refused", message=message))
         if resource == "pods/log" and self.logs_fail:
             return await self._render_error(kmock.KubernetesError(status=500, reason="Refused", message="no route"))
         if resource == "pods/log":
-            import aiohttp.web
-
+            pod = self.objects[kmock.resource("v1/pods"), request.namespace, request.name]
+            if "containerStatuses" not in pod["status"]:
+                message = f'container "base" in pod "{request.name}" is waiting to start'
+                return await self._render_error(kmock.KubernetesError(status=400, reason="BadRequest", message=message))
             return aiohttp.web.Response(text=self.logs.get(request.name, ""))
         if method == "POST" and resource == "pods":
             kubernetes_validate.validate(request.data, "1.32", strict=True)  # as the API server would refuse it
@@ -61,12 +70,20 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
             self.objects[request.resource, request.namespace, request.name].patch({"metadata": {"finalizers": []}})
         return await super()._handle(request)
 
+    async def _serve_list(self, request: Any) -> Any:
+        answer = await super()._serve_list(request)
+        selector = (request.params or {}).get("fieldSelector", "")
+        wanted = dict(part.split("=") for part in selector.split(",") if part)
+        found = [i for i in answer["items"] if all(field(i, path) == value for path, value in wanted.items())]
+        return {**answer, "items": found}
+
 
 class Cluster:
     """The API, its address as a kubeconfig, and what happens on its nodes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.kubeconfig = folder / "kubeconfig"
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        self.kubeconfig, self.authority = folder / "kubeconfig", folder / "ca.crt"
+        self._server = secured(self.authority) if secure else aiohttp.test_utils.RawTestServer
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -79,11 +96,12 @@ class Cluster:
         document = {"clusters": [cluster], "users": [user], "contexts": [context], "current-context": "x"}
         self.kubeconfig.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **document}))
         configuration = Configuration()
-        configuration.host = self.url
+        configuration.host, configuration.ssl_ca_cert = self.url, str(self.authority)
         self.api = CoreV1Api(ApiClient(configuration))
+        self.api.api_client.user_agent = THE_TEST
 
     async def _serve(self) -> None:
-        async with Emulator() as self.emulator, kmock.Server(self.emulator) as server:
+        async with Emulator() as self.emulator, kmock.Server(self.emulator, server_cls=self._server) as server:
             self.emulator.resources["v1/pods"] = {}
             self.emulator.resources["v1/events"] = {}
             self.url = str(server.url).rstrip("/")
@@ -102,7 +120,7 @@ class Cluster:
 
     def created(self) -> int:
         """How many pods were ever made."""
-        seen = [r for r in self.emulator if str(r.method).upper().endswith("POST")]
+        seen = [r for r in self.emulator if r.action == kmock.action.CREATE and r.resource.plural == "pods"]
         return len(seen)
 
     def pod(self) -> dict[str, Any]:
@@ -121,6 +139,20 @@ class Cluster:
     def waits(self, reason: str, message: str) -> None:
         """The only pod's container cannot be started."""
         self._container({"waiting": {"reason": reason, "message": message}}, phase="Pending")
+
+    def warns(self, reason: str, message: str, *, minutes: float = 0, uid: str = "") -> None:
+        """An event of the only pod, or of another of its name, so long ago."""
+        metadata = self.pod()["metadata"]
+        involved = {"kind": "Pod", "name": metadata["name"], "namespace": NAMESPACE, "uid": uid or metadata["uid"]}
+        body = {
+            "metadata": {"name": uuid.uuid4().hex, "namespace": NAMESPACE},
+            "involvedObject": involved,
+            "type": "Warning",
+            "reason": reason,
+            "message": message,
+            "lastTimestamp": ago(minutes),
+        }
+        self.api.create_namespaced_event(NAMESPACE, body)
 
     def runs(self) -> None:
         """The only pod's container begins."""
@@ -170,11 +202,16 @@ class Cluster:
                 self.api.patch_namespaced_pod(pod["metadata"]["name"], NAMESPACE, body)
 
 
+def field(item: dict[str, Any], path: str) -> Any:
+    """What a field selector speaks of."""
+    return functools.reduce(lambda found, name: found.get(name) or {}, path.split("."), item)
+
+
 def ago(minutes: float) -> str:
     return (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat()
 
 
-def running(folder: Path) -> Iterator[Cluster]:
-    made = Cluster(folder)
+def running(folder: Path, *, secure: bool = False) -> Iterator[Cluster]:
+    made = Cluster(folder, secure=secure)
     yield made
     made.close()

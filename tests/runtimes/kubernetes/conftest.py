@@ -37,17 +37,36 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
 
 
 @pytest.fixture
-def plan_in(tmp_path: Path, tickets: Path, tiny_model: Path) -> Callable[[str], Plan]:
-    """Make the plan of a line in the store of a URI."""
+def cluster_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """One more, in a pod of which this is: there is no kubeconfig, but a service account's token."""
+    from tests.runtimes.kubernetes.cluster import running
+
+    for made in running(tmp_path, secure=True):
+        (tmp_path / "token").write_text(canaries.SERVICE_ACCOUNT)
+        monkeypatch.delenv("KUBECONFIG", raising=False)
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", made.url.rpartition(":")[2])
+        for client in ("kubernetes", "kubernetes_asyncio"):
+            kubeconfig = importlib.import_module(f"{client}.config.kube_config")
+            monkeypatch.setattr(kubeconfig, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+            account = importlib.import_module(f"{client}.config.incluster_config")
+            monkeypatch.setattr(account, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+            monkeypatch.setattr(account, "SERVICE_CERT_FILENAME", str(made.authority))
+        yield made
+
+
+@pytest.fixture
+def plan_in(tmp_path: Path, tickets: Path, tiny_model: Path) -> Callable[..., Plan]:
+    """Make the plan of a line in the store of a URI, with overrides."""
     path = tmp_path / "line.yaml"
     sources = {"raw_data": str(tickets), "base_model": str(tiny_model)}
     data = {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256}
     path.write_text(yaml.safe_dump({"line": "tickets", "sources": sources, "data": data}))
-    return lambda root: plan.make(path, root)
+    return lambda root, *overrides: plan.make(path, root, overrides=overrides)
 
 
 @pytest.fixture
-def made(plan_in: Callable[[str], Plan], tmp_path: Path) -> Plan:
+def made(plan_in: Callable[..., Plan], tmp_path: Path) -> Plan:
     return plan_in((tmp_path / "store").as_uri())
 
 

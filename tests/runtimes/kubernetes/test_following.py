@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qlora_retrain.plan import Plan
+from tests.runtimes.kubernetes import canaries
 from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def test_a_pod_does_the_work_once_and_is_deleted_and_a_made_artifact_needs_no_po
     go_on(left, step(), context(made))
     assert cluster.pods() == []
     step().execute(context(made, tries=2))  # made already: nothing to do
+    assert cluster.pods() == []
     assert cluster.created() == 1
     from qlora_retrain import runner
 
@@ -92,6 +94,28 @@ def test_killing_a_deferred_task_deletes_its_pod_and_a_triggerer_that_stops_does
     assert len(cluster.pods()) == 1
     asyncio.run(trigger_of(left).on_kill())  # what it does when somebody fails or clears the task
     assert cluster.pods() == []
+
+
+def test_a_triggerer_in_the_cluster_finds_it_by_its_service_account(
+    cluster_within: Cluster, made: Plan, step: Callable[..., Any]
+) -> None:
+    cluster = cluster_within
+    left = begin(step(), context(made))
+    assert "canary" not in str(left.trigger.serialize())
+
+    async def status() -> str:
+        event = asyncio.create_task(anext(trigger_of(left).run()))
+        # asyncio loses a connection that is given up while it is being secured: not before the last one is
+        while ("watch", "events") not in cluster.emulator.verbs and not event.done():
+            await asyncio.sleep(0.1)
+        cluster.ends(12)
+        return str((await event).payload["status"])
+
+    assert asyncio.run(status()) == "failed", "the trigger saw it end"
+    asyncio.run(trigger_of(left).on_kill())
+    assert cluster.pods() == []
+    seen = {request.headers.get("Authorization", "").partition(" ")[2] for request in cluster.emulator}
+    assert seen == {"", canaries.SERVICE_ACCOUNT}, "the test itself, and nobody else, is without"
 
 
 def test_a_pod_that_still_saves_is_waited_for_and_there_are_never_two(
