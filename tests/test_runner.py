@@ -132,7 +132,9 @@ def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
         (Exception("I/O error: No space left on device (os error 28)"), 75),  # as safetensors says it
         (MemoryError("no more"), 137),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 137),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 137),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 12),
+        (MemoryError("out of memory with 1 rows a pass; CUDA out of memory. Tried to allocate 2.00 GiB"), 12),
+        (MemoryError("out of memory with 1 rows a pass; cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 12),
         (ValueError("a bug"), 1),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1),
     ],

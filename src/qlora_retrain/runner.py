@@ -58,6 +58,9 @@ def execute(plan: Plan, step_name: str, load: Callable[[], Run]) -> int:
                 return ended(step_name, error.exit_code, str(error))
             if _is_disk_full(error):
                 return ended(step_name, Exit.TRY_AGAIN, f"disk full: {error}; what was half-written is gone")
+            if _is_out_of_gpu_memory(error):  # neither another try nor more of the host's memory helps
+                why = "the GPU's memory does not do: take a smaller batch, shorter rows or a GPU with more"
+                return ended(step_name, Exit.USAGE, f"{why}; {error}")
             if _is_out_of_memory(error):
                 return ended(step_name, Exit.OUT_OF_MEMORY, f"out of memory: {error}")
             traceback.print_exc()
@@ -70,13 +73,15 @@ def _is_disk_full(error: Exception) -> bool:
     return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(n) in str(error) for n in full)
 
 
+def _is_out_of_gpu_memory(error: Exception) -> bool:
+    """As torch says it, without importing torch; or a step that passes on what torch and CUDA's libraries said."""
+    by_cuda = any(word in str(error) for word in ("CUDA", "_STATUS_ALLOC_FAILED"))
+    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, MemoryError) and by_cuda)
+
+
 def _is_out_of_memory(error: Exception) -> bool:
-    """Also torch's two, one for a GPU and one for a CPU, without importing torch."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
+    """The host's; also as torch says it."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def found(plan: Plan, step_name: str) -> int | None:
