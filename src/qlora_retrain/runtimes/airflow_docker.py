@@ -26,6 +26,8 @@ from qlora_retrain.runtimes import containers, docker_sweep
 from qlora_retrain.runtimes.airflow_steps import StepOperator, fail
 
 if TYPE_CHECKING:
+    from airflow.sdk import Context
+
     from qlora_retrain.config.sections import RuntimeConfig
     from qlora_retrain.plan import Plan
 
@@ -49,7 +51,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         self.runtime = runtime
         self._sweep: subprocess.Popen[bytes] | None = None
 
-    def run_step(self, plan: Plan) -> None:
+    def run_step(self, plan: Plan, context: Context) -> None:
         """Start the container, or adopt the one that an earlier try left running; follow it to its end."""
         self.container_name = name_of(plan, self.step)
         try:

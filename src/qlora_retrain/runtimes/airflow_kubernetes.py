@@ -5,7 +5,8 @@ follows the pod of that name while it runs, judges it if it ended unseen, and re
 given up with its node. What a pod gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is
 read in `pod_endings.py`. Where the artifact is made already, no pod is made.
 
-A failed pod is kept for `kubectl describe` until the next try, which learns from it (`pod_tries.py`).
+A failed pod is kept for `kubectl describe` until the next try, which learns from it (`pod_tries.py`). One that no try
+follows is deleted once its log is in the task's: its volume would fill the namespace's quota.
 
 Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE`, for the DAG.
 """
@@ -81,7 +82,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
         self.pod = self.pod_request_obj  # what `on_kill` deletes
 
-    def run_step(self, plan: Plan) -> None:
+    def run_step(self, plan: Plan, context: Context) -> None:
         """Make the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
         self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
         try:
@@ -96,7 +97,17 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         ended = pod_endings.ending(pod)
         if ended is None:
             self._wait()
-        self._end(plan, pod, ended)
+        self._end(plan, context, pod, ended)
+
+    def tidy(self, plan: Plan) -> None:
+        """Remove the pod that nobody saw end; what it wrote is kept first."""
+        self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
+        try:
+            if self._api.read() is not None:
+                self._log(None)
+                self._api.delete()
+        except (ApiException, HTTPError) as error:
+            self.log.warning("pod %s may be left: %s", self.name, error)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
         """Where the task goes on when the triggerer has something to say of the pod."""
@@ -106,14 +117,14 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             plan = Plan.load(plan_uri(context))
             self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
             try:
-                self._go_on(plan, event)
+                self._go_on(plan, context, event)
             except (ApiException, HTTPError) as error:
                 raise TryAgain(f"{self.step}: the Kubernetes API failed, the pod goes on: {error}") from error
             self.judge(plan, context)
         except Problem as problem:
             fail(problem.exit_code, str(problem))
 
-    def _go_on(self, plan: Plan, event: dict[str, Any]) -> None:
+    def _go_on(self, plan: Plan, context: Context, event: dict[str, Any]) -> None:
         """Return where the pod did its work; wait on, or end the task, where it did not."""
         pod = self._api.read()
         ended = _GONE if pod is None else pod_endings.ending(pod)
@@ -122,15 +133,15 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             hindered = Ending(errors.Exit.TRY_AGAIN, pod_endings.unscheduled(pod) or str(event["message"]))
         if hindered is not None:
             self._api.delete()
-            self._fail(hindered, pod)
+            fail(hindered.code, hindered.why)
         if ended is None and (lost := pod_endings.lost(pod)):
-            self._fail(lost, pod)  # the next try takes its place
+            fail(lost.code, lost.why)  # the next try takes its place
         if ended is None:  # the triggerer lost sight of it, and it goes on
             times = int(event.get("_redefer_count", 0))
             if times >= self.MAX_REDEFER_ATTEMPTS:
                 raise TryAgain(f"{self.step}: the triggerer cannot follow the pod: {event.get('message')}")
             self._wait(event.get("last_log_time"), _redefer_count=times + 1)
-        self._end(plan, pod, ended, event.get("last_log_time"))
+        self._end(plan, context, pod, ended, event.get("last_log_time"))
 
     def _wait(self, last_log_time: Any = None, **carried: Any) -> NoReturn:
         """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it.
@@ -156,11 +167,11 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         self.defer(trigger=trigger, method_name="trigger_reentry")
         raise AssertionError("unreachable")
 
-    def _end(self, plan: Plan, pod: Any, ended: Ending, last_log_time: Any = None) -> None:
+    def _end(self, plan: Plan, context: Context, pod: Any, ended: Ending, last_log_time: Any = None) -> None:
         """Copy the log; then delete the pod that did its work, or end the task."""
         from qlora_retrain import runner
 
-        tail = self._log(last_log_time) if pod is not None else ""
+        logged = self._log(last_log_time) if pod is not None else ""
         made = runner.found(plan, self.step)
         if made is not None and made != ended.code:  # it made its artifact, and was taken away before it could end
             said = "" if made == errors.Exit.DONE else runner.refused_before(plan, self.step)
@@ -168,17 +179,25 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         if ended.code == errors.Exit.DONE:
             self._api.delete()
             return
-        if pod is not None:
-            self.patch_already_checked(pod, reraise=False)
-        self._fail(ended, pod, self.reason_in(ended.said.splitlines()) or tail)
-
-    def _fail(self, ended: Ending, pod: Any, said: str = "") -> NoReturn:
-        reason = "; last: ".join(text for text in (ended.why, said) if text)
         may, told = pod_tries.again(pod, ended.code, graph.step(self.step), self.profile)
-        reason = "; ".join(text for text in (told, reason) if text)
+        if pod is not None:
+            another = may and context["ti"].try_number <= context["ti"].max_tries
+            self._leave(pod, keep=another or logged is None)
+        last = self.reason_in(ended.said.splitlines()) or logged
+        reason = "; ".join(filter(None, (told, "; last: ".join(filter(None, (ended.why, last))))))
         if errors.may_retry(ended.code) and not may:
             raise AirflowFailException(f"{errors.describe(ended.code)} ({ended.code}): {reason}")
         fail(ended.code, reason)
+
+    def _leave(self, pod: Any, *, keep: bool) -> None:
+        """Mark a pod as judged where the next try learns from it, or its log is nowhere else; or else delete it."""
+        if keep:
+            self.patch_already_checked(pod, reraise=False)
+            return
+        try:
+            self._api.delete()
+        except (ApiException, HTTPError) as error:
+            self.log.warning("pod %s is left: %s", self.name, error)
 
     def _earlier(self) -> Any:
         """The pod of this name that runs or ended unseen; one that was judged, goes or is given up is replaced."""
@@ -211,10 +230,10 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
     def _api(self) -> PodApi:
         return PodApi(self.client, self.namespace, self.name)
 
-    def _log(self, since: Any) -> str:
-        """Copy what the step wrote since then to the task's log; return what to read; a lost log is no failure."""
+    def _log(self, since: Any) -> str | None:
+        """Copy what the step wrote since then to the task's log; return what to read, None where it cannot be had."""
         try:
             return self.last_lines(self._api.log(since))
         except (ApiException, HTTPError) as error:
             self.log.warning("the pod's log cannot be read: %s", getattr(error, "reason", error))
-            return ""
+            return None

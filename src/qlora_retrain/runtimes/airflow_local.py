@@ -15,6 +15,8 @@ from qlora_retrain.runtimes import leash, local
 from qlora_retrain.runtimes.airflow_steps import StepOperator, fail
 
 if TYPE_CHECKING:
+    from airflow.sdk import Context
+
     from qlora_retrain.plan import Plan
 
 GRACE_SECONDS = 60.0
@@ -28,7 +30,7 @@ class LocalStepOperator(StepOperator):
         super().__init__(**kwargs)
         self._process: subprocess.Popen[str] | None = None
 
-    def run_step(self, plan: Plan) -> None:
+    def run_step(self, plan: Plan, context: Context) -> None:
         """Run it on a leash."""
         with subprocess.Popen(
             leash.command(local.command(self.step, plan.uri), grace_seconds=GRACE_SECONDS),

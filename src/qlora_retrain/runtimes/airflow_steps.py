@@ -134,9 +134,12 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         self.step = step
         self.line = line
 
-    def run_step(self, plan: Plan) -> None:
+    def run_step(self, plan: Plan, context: Context) -> None:
         """Run the step's one command line to its end; end the task with `fail` where that is not 0."""
         raise NotImplementedError
+
+    def tidy(self, plan: Plan) -> None:
+        """Remove what an earlier try left, now that the artifact is made."""
 
     def execute(self, context: Context) -> None:
         """Return at once where the artifact is made; otherwise make it."""
@@ -147,9 +150,11 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
             plan = Plan.load(plan_uri(context))
             found = runner.found(plan, self.step)
             if found is None:
-                self.run_step(plan)
+                self.run_step(plan, context)
                 self.judge(plan, context)
-            elif errors.refusal(found):
+                return
+            self.tidy(plan)
+            if errors.refusal(found):
                 fail(found, runner.refused_before(plan, self.step))
             else:
                 self.log.info("%s", f"unchanged: {plan.unchanged}" if plan.unchanged else "made already")

@@ -76,11 +76,16 @@ class PodApi:
             time.sleep(1)
 
     def log(self, since: datetime | None) -> Iterator[str]:
-        """The lines that it wrote since then."""
+        """The lines that it wrote since then; none where no container began, or where they are gone with it."""
         seconds = math.ceil((datetime.now(UTC) - since).total_seconds()) if since else None
-        answer = self.client.read_namespaced_pod_log(
-            self.name, self.namespace, container=pods.CONTAINER, since_seconds=seconds, _preload_content=False
-        )
+        try:
+            answer = self.client.read_namespaced_pod_log(
+                self.name, self.namespace, container=pods.CONTAINER, since_seconds=seconds, _preload_content=False
+            )
+        except ApiException as error:
+            if error.status not in (400, 404):
+                raise
+            return iter(())
         return (line.decode("utf-8", "replace") for line in answer)
 
 

@@ -4,6 +4,7 @@ A failed pod is kept until the next try, so it is where this is remembered: its 
 the step died before. Killed for memory, the next one gets half as much more, up to the profile's `max_memory_gib`;
 where there is no more to give, one plain retry finds out whether it was the node. Any other signal is tried again
 within the graph's retries of the step. What the cluster does to a pod is not counted: Airflow's retries bound it.
+After the last try the pod goes, and a task that is cleared begins anew.
 
 Pure functions of a pod as the API shows it.
 """

@@ -17,9 +17,14 @@ import pytest
 from qlora_retrain.plan import Plan
 
 
-def context(made: Plan, tries: int = 1) -> dict[str, Any]:
+def context(made: Plan, tries: int = 1, most: int = 9) -> dict[str, Any]:
+    """The context of a task's try, of so many at most."""
     run = SimpleNamespace(dag_id="tickets", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
-    return {"dag_run": run, "params": {"plan_uri": made.uri}, "ti": SimpleNamespace(try_number=tries)}
+    return {
+        "dag_run": run,
+        "params": {"plan_uri": made.uri},
+        "ti": SimpleNamespace(try_number=tries, max_tries=most - 1),
+    }
 
 
 def begin(task: Any, run: dict[str, Any]) -> Any:
