@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from kubernetes.client import ApiClient
 from kubernetes.utils.quantity import parse_quantity
 
+from qlora_retrain.errors import Exit
+
 if TYPE_CHECKING:
     from tests.containers.conftest import Engine
 
@@ -76,7 +78,9 @@ class Node:
         name = pod["metadata"]["name"]
         code = int(self.engine("wait", name))
         state = json.loads(self.engine("inspect", "--format", "{{json .State}}", name))
-        reason = "OOMKilled" if state["OOMKilled"] else "Error" if code else "Completed"
+        # A kubelet's runtime sees the kill; podman, where the control groups are of both versions, does not.
+        killed = state["OOMKilled"] or code == Exit.OUT_OF_MEMORY
+        reason = "OOMKilled" if killed else "Error" if code else "Completed"
         self.logs.append(self._log(name))
         terminated = {"exitCode": code, "reason": reason, "message": self._message(pod, code)}
         self._remove(name)

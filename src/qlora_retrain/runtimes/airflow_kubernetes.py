@@ -129,14 +129,14 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         pod = self._api.read()
         ended = _GONE if pod is None else pod_endings.ending(pod)
         hindered = None if pod is None or ended else pod_endings.stuck(pod)
-        if hindered is None and ended is None and event["status"] == "timeout":
-            hindered = Ending(errors.Exit.TRY_AGAIN, pod_endings.unscheduled(pod) or str(event["message"]))
+        if hindered is None and ended is None and event["status"] == "timeout" and not pod_endings.running(pod):
+            hindered = pod_endings.late(pod, self._api.warnings(pod.metadata.uid), str(event["message"]))
         if hindered is not None:
             self._api.delete()
             fail(hindered.code, hindered.why)
         if ended is None and (lost := pod_endings.lost(pod)):
             fail(lost.code, lost.why)  # the next try takes its place
-        if ended is None:  # the triggerer lost sight of it, and it goes on
+        if ended is None:  # the triggerer lost sight of it, or gave it up just before it began
             times = int(event.get("_redefer_count", 0))
             if times >= self.MAX_REDEFER_ATTEMPTS:
                 raise TryAgain(f"{self.step}: the triggerer cannot follow the pod: {event.get('message')}")

@@ -88,6 +88,13 @@ class PodApi:
             return iter(())
         return (line.decode("utf-8", "replace") for line in answer)
 
+    def warnings(self, uid: str) -> list[Any]:
+        """What the cluster warned of, oldest first, of the pod with this uid: others had its name before it."""
+        found = self.client.list_namespaced_event(
+            self.namespace, field_selector=f"involvedObject.uid={uid},type=Warning"
+        )
+        return sorted(found.items, key=lambda e: e.last_timestamp or e.event_time or e.metadata.creation_timestamp)
+
 
 def refused(step: str, namespace: str, error: ApiException) -> NoReturn:
     """End a task whose pod the API did not take: what may pass is tried again, what is wrong is said."""

@@ -1,8 +1,7 @@
-"""The Kubernetes operator against the API over HTTP: how a pod ends, or does not begin, decides what comes next."""
+"""The Kubernetes operator against the API over HTTP: how a pod ends decides what comes next."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from qlora_retrain.plan import Plan
-from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
+from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on
 
 if TYPE_CHECKING:
     from tests.runtimes.kubernetes.cluster import Cluster
@@ -20,6 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
     pytest.mark.timeout(120),
 ]
+NO_DRIVER = (
+    "failed to create containerd task: nvidia-container-cli: initialization error: nvml error: driver not loaded"
+)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,11 @@ pytestmark = [
             "try again (75): Evicted",
             True,
         ),
+        (137, {}, "ended by signal 9 (-9): nothing says that it was for memory", True),
+        (128, {"because": "StartError", "said": NO_DRIVER}, f"did not start: StartError: {NO_DRIVER}", True),
+        (127, {"because": "ContainerCannotRun", "said": NO_DRIVER}, f"ContainerCannotRun: {NO_DRIVER}", True),
         (14, {"because": "OOMKilled"}, "training diverged (14)", False),
+        (12, {"said": "validate_data: config or usage (12): the GPU's memory does not do"}, "the GPU's memory", False),
         (1, {}, "our bug (1)", False),
         (13, {}, "integrity or security (13)", False),
         (10, {}, "data refused (10)", False),
@@ -95,68 +101,37 @@ def test_a_pod_that_is_killed_for_memory_gets_half_as_much_more_until_the_profil
     assert "max_memory_gib (32)" in said
 
 
-def test_an_image_that_cannot_be_pulled_is_named_and_its_pod_removed(
+def test_a_step_that_says_itself_that_memory_ran_out_gets_more_too(
     cluster: Cluster, made: Plan, step: Callable[..., Any]
 ) -> None:
     left = begin(step(), context(made))
-    cluster.waits("ImagePullBackOff", "Back-off pulling image: not found")
+    cluster.ends(137, said="validate_data: killed for memory (137): out of memory: can't allocate memory")
     said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert "ImagePullBackOff (qlora-retrain-light:0.1.0)" in said
-    assert again
-    assert cluster.pods() == []
+    assert ("the next try gets 12 GiB" in said, again) == (True, True)
 
 
-@pytest.mark.parametrize("reason", ["InvalidImageName", "CreateContainerConfigError"])
-def test_a_name_or_a_secret_that_is_wrong_fails_now(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], reason: str
-) -> None:
-    left = begin(step(), context(made))
-    cluster.waits(reason, 'secret "qlora-retrain-store" not found')
-    event = {"status": "timeout", "name": left.trigger.pod_name, "namespace": "qlora-retrain", "message": "too long"}
-    said, again = ends(lambda: step().resume_execution(left.method_name, {"event": event}, context(made)))
-    assert said.startswith(f"config or usage (12): the pod did not start: {reason}")
-    assert not again
-    assert cluster.pods() == []
-
-
-def test_a_pod_that_no_node_takes_is_removed_with_the_schedulers_words(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
-) -> None:
-    left = begin(step(), context(made))
-    words = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
-    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
-    cluster.set(left.trigger.pod_name, conditions=[condition])
-    trigger = trigger_of(left)
-    trigger.schedule_timeout = 0  # half an hour, for a test
-    events = trigger.run()
-    event = asyncio.run(anext(events)).payload
-    said, again = ends(lambda: step().resume_execution(left.method_name, {"event": event}, context(made)))
-    assert said == f"try again (75): no node takes the pod: {words}"
-    assert again
-    assert cluster.pods() == []
-
-
+@pytest.mark.parametrize("phase", ["its container ended", "no container is left to ask"])
 @pytest.mark.parametrize(
-    ("status", "message", "said", "again"),
+    ("message", "setting"),
     [
-        (403, 'pods "x" is forbidden: exceeded quota: qlora-retrain', "quota is used up", True),
-        (403, 'pods is forbidden: User "airflow" cannot create resource', "may not manage pods", False),
-        (403, 'pods "x" is forbidden: violates PodSecurity "restricted:latest"', "refuses the pod (403)", False),
-        (422, "Pod is invalid: spec.containers[0].resources", "refuses the pod (422)", False),
-        (500, "etcdserver: request timed out", "Kubernetes API failed (500)", True),
+        ('Usage of EmptyDir volume "work" exceeds the limit "100Gi". ', "work_gib"),
+        ('Container base exceeded its local ephemeral storage limit "101Gi". ', "work_gib"),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 101Gi. ", "runtime.disk_gib"),
+        ('Usage of EmptyDir volume "tmp" exceeds the limit "1Gi". ', "No setting gives more"),
     ],
 )
-def test_a_pod_that_the_api_does_not_take_is_explained(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], status: int, message: str, said: str, again: bool
+def test_a_pod_that_is_evicted_for_its_own_disk_fails_now_and_names_the_setting(
+    cluster: Cluster, made: Plan, step: Callable[..., Any], message: str, setting: str, phase: str
 ) -> None:
-    cluster.emulator.refuses["POST"] = (status, message)
-    told, may_retry = ends(lambda: step().execute(context(made)))
-    assert said in told
-    assert may_retry is again
-    assert cluster.pods() == []
-    cluster.emulator.refuses.clear()
-    begin(step(), context(made, tries=2))
-    assert len(cluster.pods()) == 1, "the next try, or whoever clears the task, finds nothing in the way"
+    left = begin(step(), context(made))
+    if phase == "its container ended":
+        cluster.ends(137, reason="Evicted", message=message)
+    else:
+        cluster.set(left.trigger.pod_name, phase="Failed", reason="Evicted", message=message)
+    said, again = ends(lambda: go_on(left, step(), context(made)))
+    assert said.startswith(f"config or usage (12): Evicted: {message}")
+    assert setting in said
+    assert (again, cluster.pods()) == (False, [])
 
 
 class Bucket:
@@ -190,7 +165,7 @@ def bucket(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket
 def test_a_store_that_is_out_of_reach_costs_a_try_whoever_finds_it_so_and_the_next_one_does_the_work(
     cluster: Cluster,
     bucket: Bucket,
-    plan_in: Callable[[str], Plan],
+    plan_in: Callable[..., Plan],
     step: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_retrain.plan import Plan
 from tests.runtimes.kubernetes import canaries
-from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
+from tests.runtimes.kubernetes.tasks import begin, context, ends, event_of, go_on, trigger_of
 
 if TYPE_CHECKING:
     from tests.runtimes.kubernetes.cluster import Cluster
@@ -136,6 +136,21 @@ def test_a_pod_that_still_saves_is_waited_for_and_there_are_never_two(
     letting_go.join()
     assert time.monotonic() - started > 1.5
     assert most == [1]
+
+
+def test_a_pod_that_began_when_it_was_just_given_up_is_followed(
+    cluster: Cluster, made: Plan, step: Callable[..., Any]
+) -> None:
+    from airflow.sdk.exceptions import TaskDeferred
+
+    left = begin(step(), context(made))
+    cluster.runs()
+    event = {"status": "timeout", "name": left.trigger.pod_name, "namespace": "qlora-retrain", "message": "too long"}
+    with pytest.raises(TaskDeferred) as again:
+        step().resume_execution(left.method_name, {"event": event}, context(made))
+    assert (cluster.created(), len(cluster.pods())) == (1, 1)
+    cluster.ends(75)
+    assert event_of(again.value)["status"] == "failed"
 
 
 def test_a_lost_pod_is_made_again(cluster: Cluster, made: Plan, step: Callable[..., Any]) -> None:

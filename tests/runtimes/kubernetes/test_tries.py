@@ -94,6 +94,14 @@ def test_an_eviction_in_between_forgets_neither_the_kill_nor_the_memory_that_was
     assert after(137, light=fixed, because="OOMKilled")[1:] == (False, "12Gi")
 
 
+def test_a_kill_that_nobody_explains_gets_no_more_memory_and_as_many_tries_as_any_other_signal(
+    after: Callable[..., tuple[str, bool, str]],
+) -> None:
+    growing = {"memory_gib": 8, "max_memory_gib": 32}
+    assert graph.step("validate_data").retries == 2
+    assert [after(137, light=growing)[1:] for _ in range(3)] == [(True, "8Gi"), (True, "8Gi"), (False, "8Gi")]
+
+
 def test_a_step_that_crashes_is_tried_again_as_often_as_the_graph_says_and_evictions_do_not_count(
     after: Callable[..., tuple[str, bool, str]],
 ) -> None:
