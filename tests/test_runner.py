@@ -132,9 +132,9 @@ def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
         (Exception("I/O error: No space left on device (os error 28)"), 75),  # as safetensors says it
         (MemoryError("no more"), 137),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 137),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 12),
-        (MemoryError("out of memory with 1 rows a pass; CUDA out of memory. Tried to allocate 2.00 GiB"), 12),
-        (MemoryError("out of memory with 1 rows a pass; cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 12),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 137),
+        (MemoryError("out of memory with 1 rows a pass; CUDA out of memory. Tried to allocate 2.00 GiB"), 137),
+        (MemoryError("out of memory with 1 rows a pass; cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 137),
         (ValueError("a bug"), 1),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1),
     ],
@@ -148,6 +148,7 @@ def test_an_error_makes_no_artifact_and_has_its_code(
     (log,) = (open_store(store.uri).read(path).data.decode() for path in stored(store, f"runs/{made_plan.run_id}/logs"))
     assert str(error) in log
     assert ("Traceback" in log) == (exit_code == 1)
+    assert ("the GPU's memory does not do: take a smaller batch" in log) == ("CUD" in str(error))
 
 
 def test_after_an_error_the_same_command_can_succeed(made_plan: Plan, small_steps: Steps) -> None:

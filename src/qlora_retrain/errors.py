@@ -44,6 +44,9 @@ MEANING = {
 }
 
 
+OF_THE_GPU = "the GPU's memory does not do"  # said with 137: more of the host's memory would not help
+
+
 class Problem(Exception):
     """An ending that a person can act on: what was wanted, what was found, where, what to do."""
 

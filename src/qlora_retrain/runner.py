@@ -23,7 +23,7 @@ from qlora_retrain import artifact, cache, code, graph, preempt, progress, runlo
 from qlora_retrain.artifact import Manifest
 from qlora_retrain.config import sections
 from qlora_retrain.config.knobs import Section
-from qlora_retrain.errors import Exit, IntegrityError, Problem, TryAgain, UsageError, describe, refusal
+from qlora_retrain.errors import OF_THE_GPU, Exit, IntegrityError, Problem, TryAgain, UsageError, describe, refusal
 from qlora_retrain.outcome import Number, Report
 from qlora_retrain.plan import Plan, PlannedStep
 from qlora_retrain.store import NotFound, Store, open_store
@@ -58,9 +58,9 @@ def execute(plan: Plan, step_name: str, load: Callable[[], Run]) -> int:
                 return ended(step_name, error.exit_code, str(error))
             if _is_disk_full(error):
                 return ended(step_name, Exit.TRY_AGAIN, f"disk full: {error}; what was half-written is gone")
-            if _is_out_of_gpu_memory(error):  # neither another try nor more of the host's memory helps
-                why = "the GPU's memory does not do: take a smaller batch, shorter rows or a GPU with more"
-                return ended(step_name, Exit.USAGE, f"{why}; {error}")
+            if _is_out_of_gpu_memory(error):
+                why = f"{OF_THE_GPU}: take a smaller batch, shorter rows or a GPU with more; {error}"
+                return ended(step_name, Exit.OUT_OF_MEMORY, why)
             if _is_out_of_memory(error):
                 return ended(step_name, Exit.OUT_OF_MEMORY, f"out of memory: {error}")
             traceback.print_exc()

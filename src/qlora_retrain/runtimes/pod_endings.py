@@ -136,6 +136,12 @@ def running(pod: Any) -> bool:
     return any(s.state and s.state.running for s in pod.status.container_statuses or () if s.name == CONTAINER)
 
 
+def said(pod: Any) -> str:
+    """What its container left to be read; empty where there is no pod, or nothing."""
+    done = _terminated(pod) if pod is not None else None
+    return (done.message or "") if done is not None else ""
+
+
 def memory_gib(pod: Any) -> float | None:
     """The memory that the step was allowed; None without a limit."""
     container = next(c for c in pod.spec.containers if c.name == CONTAINER)

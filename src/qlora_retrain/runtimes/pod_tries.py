@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.errors import Exit, may_retry
+from qlora_retrain.errors import OF_THE_GPU, Exit, may_retry
 from qlora_retrain.runtimes import pod_endings, pods
 from qlora_retrain.runtimes.pod_endings import Ending
 
@@ -50,6 +50,8 @@ def again(pod: Any, code: int, step: Step, profile: Profile) -> tuple[bool, str]
     before = _died(pod, code)
     if code != Exit.OUT_OF_MEMORY:
         return before < step.retries, f"{before + 1} times by now" if before else ""
+    if OF_THE_GPU in pod_endings.said(pod):
+        return False, "more of the host's memory would not help"
     had, most = pod_endings.memory_gib(pod), profile.pod(step).max_memory_gib
     limit = f"its limit was {had:g} GiB" if had else "it had no limit of its own"
     if more := pods.more_memory(had, step, profile):

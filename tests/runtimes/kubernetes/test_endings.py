@@ -57,7 +57,12 @@ NO_DRIVER = (
         (128, {"because": "StartError", "said": NO_DRIVER}, f"did not start: StartError: {NO_DRIVER}", True),
         (127, {"because": "ContainerCannotRun", "said": NO_DRIVER}, f"ContainerCannotRun: {NO_DRIVER}", True),
         (14, {"because": "OOMKilled"}, "training diverged (14)", False),
-        (12, {"said": "validate_data: config or usage (12): the GPU's memory does not do"}, "the GPU's memory", False),
+        (
+            137,
+            {"said": "validate_data: killed for memory (137): the GPU's memory does not do: take a smaller batch"},
+            "(137): more of the host's memory would not help; validate_data: killed for memory (137): the GPU's memory",
+            False,
+        ),
         (1, {}, "our bug (1)", False),
         (13, {}, "integrity or security (13)", False),
         (10, {}, "data refused (10)", False),
