@@ -226,7 +226,7 @@ class RuntimeConfig(Images):
         le=1024,
     )
     disk_gib: float | None = operational(
-        None, "kubernetes: for the node cache and checkpoints; null: the profile's work_gib", gt=0.0, le=65_536
+        None, "kubernetes: a pod's disk, for output and checkpoints; null: the profile's work_gib", gt=0.0, le=65_536
     )
     pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
     network: str = operational("bridge", "docker: host where the store is on this machine's loopback")
