@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_retrain.config.load import LineConfig, load
+from qlora_retrain.errors import UsageError
 from qlora_retrain.runtimes import form
 
 YAML = """
@@ -70,8 +71,16 @@ def test_only_what_was_turned_becomes_an_override_and_survives_the_yaml(path: Pa
     config = load(path)
     filled: dict[str, object] = {name: value for name, (value, _) in form.fields(config).items()}
     assert form.overrides(config, filled) == []
-    turned = {"train.learning_rate": 1e-5, "train.max_steps": 4, "publish.promote_to": None, "unknown": "x"}
+    turned = {"train.learning_rate": 1e-5, "train.max_steps": 4, "publish.promote_to": None}
     changed = load(path, form.overrides(config, {**filled, **turned}))
     assert (changed.train.learning_rate, changed.train.max_steps, changed.publish.promote_to) == (1e-5, 4, None)
     assert changed.model_dump(exclude={"train", "publish"}) == config.model_dump(exclude={"train", "publish"})
     assert isinstance(changed, LineConfig)
+
+
+def test_a_name_that_the_form_has_not_is_refused_and_not_passed_over(path: Path) -> None:
+    config = load(path)
+    with pytest.raises(
+        UsageError, match=r"^train\.max_step: not in the form, which has .*train\.max_steps.*plan_uri; all"
+    ):
+        form.overrides(config, {"train.max_step": 4})

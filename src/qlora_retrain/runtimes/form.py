@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from qlora_retrain.config.load import LineConfig
+from qlora_retrain.errors import UsageError
 
 KNOBS = (
     "train.learning_rate",
@@ -43,7 +44,16 @@ def fields(config: LineConfig) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def overrides(config: LineConfig, filled: Mapping[str, Any]) -> list[str]:
-    """`section.field=value` for every knob that was turned away from the line's value."""
+    """`section.field=value` for every knob that was turned away from the line's value.
+
+    Raises:
+        UsageError: If a name is no field of the form: who triggers by REST would believe that it was heeded.
+    """
+    if unknown := sorted(set(filled) - {*KNOBS, PLAN_URI}):
+        raise UsageError(
+            f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, PLAN_URI))}; "
+            "all else is changed in the line's YAML"
+        )
     return [f"{p}={json.dumps(filled[p])}" for p in KNOBS if p in filled and filled[p] != value(config, p)]
 
 
