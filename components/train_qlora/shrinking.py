@@ -59,6 +59,6 @@ def _batch_size_before(config: TrainConfig, scratch: Path) -> int:
     newest = checkpoints.found(scratch)[-1:]
     try:
         found = history.batch_size(json.loads((newest[0] / "trainer_state.json").read_text())["log_history"])
-        return found if found and config.rows_a_step % found == 0 else config.batch_size
+        return found if found and found > 0 and config.rows_a_step % found == 0 else config.batch_size
     except (IndexError, OSError, ValueError, KeyError, TypeError):
         return config.batch_size

@@ -180,7 +180,14 @@ def test_a_try_after_memory_ran_out_begins_with_the_smaller_passes_and_the_paper
 
 
 @pytest.mark.parametrize(
-    "state", ['{"log_history": [{"batch_size": 3}]}', '{"log_history": [{"loss": 1.0}]}', "{", "[]"]
+    "state",
+    [
+        '{"log_history": [{"batch_size": 3}]}',
+        '{"log_history": [{"batch_size": -2}]}',
+        '{"log_history": [{"loss": 1.0}]}',
+        "{",
+        "[]",
+    ],
 )
 def test_a_checkpoint_that_does_not_say_how_it_was_made_changes_nothing(tmp_path, state):
     (tmp_path / "checkpoint-3").mkdir()
