@@ -31,10 +31,10 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 run: setup
-	@$(BIN)/python -m qlora_retrain.runtimes.demo
+	@$(BIN)/python -m qlora_retrain.demo.run
 
 ui: setup
-	@$(BIN)/python -m qlora_retrain.runtimes.ui
+	@$(BIN)/python -m qlora_retrain.demo.ui
 
 setup: .venv/.made .venv-kfp/.made $(BASE)/config.json
 

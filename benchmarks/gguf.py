@@ -30,9 +30,10 @@ def main() -> None:
 
     import torch
 
-    from qlora_retrain import chat, modeling, scoring
+    from qlora_retrain.evaluation import scoring
+    from qlora_retrain.lm import chat, loading
 
-    tokenizer, model = chat.load_tokenizer(options.model), modeling.load_base(options.model, dtype="float32")
+    tokenizer, model = chat.load_tokenizer(options.model), loading.load_base(options.model, dtype="float32")
     rows = scoring.read_rows(options.rows, "eval")[: options.first]
     encoded = [chat.encode(tokenizer, row.messages) for row in rows]
     places = [[i for i, judged in enumerate(row.supervised) if judged and i] for row in encoded]

@@ -31,10 +31,10 @@ def main() -> None:
     import torch
 
     from components.evaluate import intruders
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     torch.set_num_threads(1)
-    model: Any = modeling.attach(modeling.load_nf4(options.base_nf4, dtype="float32"), options.adapter)
+    model: Any = loading.attach(loading.load_nf4(options.base_nf4, dtype="float32"), options.adapter)
     seconds: dict[tuple[int, ...], list[float]] = {}
     furthest = [0.0, 0.0]
     with torch.inference_mode():

@@ -148,7 +148,7 @@ def train_and_score(options: argparse.Namespace, name: str, rate: float, folder:
 
 def score(options: argparse.Namespace, model: Any, folder: Path, *, choosing: bool) -> None:
     """Append the scores of the rows that have none yet to `scores.jsonl`, a part at a time."""
-    from qlora_retrain import scoring
+    from qlora_retrain.evaluation import scoring
 
     rows = held_out_of_train(options) if choosing else test_rows(options)
     rows = rows[:UNTRAINED_ROWS] if folder.name.startswith("base") else rows
@@ -196,8 +196,8 @@ def test_rows(options: argparse.Namespace) -> list[Any]:
 
 def as_rows(lines: list[dict[str, str]]) -> list[Any]:
     """Lines as rows to be scored, each prompt once."""
-    from qlora_retrain import chat
-    from qlora_retrain.rows import Row
+    from qlora_retrain.evaluation.rows import Row
+    from qlora_retrain.lm import chat
 
     chats = [training.as_chat(line) for line in lines]
     return list({row.id: row for row in (Row(chat.row_id(said), "eval", said) for said in chats)}.values())
@@ -222,7 +222,7 @@ def table(options: argparse.Namespace) -> None:
 
 def line_of(options: argparse.Namespace, name: str, scores: dict[str, dict[str, dict[str, Any]]]) -> str:
     """A contestant's line of the table."""
-    from qlora_retrain import stats
+    from qlora_retrain.evaluation import stats
 
     path = options.work / name / "trained.json"
     trained = json.loads(path.read_text()) if path.is_file() else {}
@@ -241,7 +241,7 @@ def line_of(options: argparse.Namespace, name: str, scores: dict[str, dict[str, 
 
 def against_full(name: str, scores: dict[str, dict[str, dict[str, Any]]]) -> tuple[Any, float]:
     """The difference of the shares of right answers on the rows that both answered, and McNemar's p."""
-    from qlora_retrain import stats
+    from qlora_retrain.evaluation import stats
 
     both = scores[name].keys() & scores["full"].keys()
     one, other = ([scores[of][i]["correct"] for i in both] for of in (name, "full"))

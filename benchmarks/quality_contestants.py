@@ -31,7 +31,7 @@ def make_full(options: argparse.Namespace, rows: list[Any], rate: float) -> Any:
     from components.train_qlora import packed
     from components.train_qlora.rows import IGNORED, Rows
     from components.train_qlora.trainer import AdapterTrainer
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     class FullTrainer(AdapterTrainer):
         def compute_loss(self, model: Any, inputs: Any, _: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -47,7 +47,7 @@ def make_full(options: argparse.Namespace, rows: list[Any], rate: float) -> Any:
 
     config = training_contestants.our_settings(options, learning_rate=rate, **RECIPE)
     set_seed(options.seed)
-    model = modeling.load_base(options.base, attention="eager", dtype="float32")
+    model = loading.load_base(options.base, attention="eager", dtype="float32")
     trainer = FullTrainer(model, config, Rows(rows), Rows([]), 2, options.work / "scratch")
     trainer.steps.order = training_contestants.as_given(trainer.order)
     trainer._save_checkpoint = lambda *_: None
@@ -68,11 +68,11 @@ def save(model: Any, name: str, folder: Path) -> None:
 
 def load(options: argparse.Namespace, name: str, folder: Path) -> Any:
     """The contestant as `evaluate` would load it, in bf16."""
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     if name in ("base", "full"):
-        return modeling.load_base(options.base if name == "base" else folder, dtype="bfloat16")
+        return loading.load_base(options.base if name == "base" else folder, dtype="bfloat16")
     if name == "base, 4 bits":
-        return modeling.load_nf4(options.work / "base_nf4", dtype="bfloat16")
+        return loading.load_nf4(options.work / "base_nf4", dtype="bfloat16")
     over = load(options, "base, 4 bits" if name == "qlora" else "base", folder)
-    return modeling.attach(over, folder)
+    return loading.attach(over, folder)

@@ -71,17 +71,18 @@ def banking77(options: argparse.Namespace) -> list[str]:
 
 def passages(options: argparse.Namespace) -> list[Any]:
     """The reference text, read as `evaluate` reads it: from a folder of its own."""
-    from qlora_retrain import reference
+    from qlora_retrain.evaluation import reference_text
 
     folder = options.work / "reference"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(options.reference, folder)
-    return reference.read(folder)
+    return reference_text.read(folder)
 
 
 def scored(options: argparse.Namespace, name: str, suites: dict[str, list[Any]]) -> dict[str, Any]:
     """Bits, errors, and of each suite every text's loss and tokens; made once."""
-    from qlora_retrain import chat, scoring
+    from qlora_retrain.evaluation import scoring
+    from qlora_retrain.lm import chat
 
     path = options.work / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -101,12 +102,12 @@ def load(options: argparse.Namespace, name: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from components.quantize_model.step import run
-    from qlora_retrain import modeling
     from qlora_retrain.config.sections import QuantizeConfig
+    from qlora_retrain.lm import loading
 
     normal = torch.randn(NORMAL_NUMBERS, generator=torch.Generator().manual_seed(0))
     if name in ("16 bits", "int4"):
-        model = modeling.load_base(options.base, dtype="bfloat16")
+        model = loading.load_base(options.base, dtype="bfloat16")
         if name == "16 bits":
             return model, {"bits": 16, "error": 0.0, "normal": 0.0}
         return model, {"bits": INT4_BITS, "error": to_int4(model), "normal": error(normal, int4(normal))}
@@ -115,7 +116,7 @@ def load(options: argparse.Namespace, name: str) -> tuple[Any, dict[str, Any]]:
     numbers = run(QuantizeConfig(**FORMS[name]), options.base, folder).numbers
     of_normal = error(normal, by_bitsandbytes(normal, **FORMS[name]))
     about = {"bits": numbers["bits_per_weight"], "error": numbers["relative_error"], "normal": of_normal}
-    return modeling.load_nf4(folder, dtype="bfloat16"), about
+    return loading.load_nf4(folder, dtype="bfloat16"), about
 
 
 def to_int4(model: Any) -> float:
@@ -155,7 +156,7 @@ def error(numbers: Any, rounded: Any) -> float:
 
 def table(suite: str, found: dict[str, dict[str, Any]]) -> None:
     """A line a form."""
-    from qlora_retrain import stats
+    from qlora_retrain.evaluation import stats
 
     tokens = [count for _, count in found["nf4"][suite]]
     print(f"\n{suite}: {len(tokens)} texts, {sum(tokens)} tokens")

@@ -215,7 +215,7 @@ def as_chat(line: dict[str, str]) -> list[dict[str, str]]:
 def encoded(options: argparse.Namespace, line: dict[str, str]) -> dict[str, list[int]]:
     """A line of BANKING77 as a chat's tokens and labels."""
     from components.train_qlora.rows import IGNORED
-    from qlora_retrain import chat
+    from qlora_retrain.lm import chat
 
     found = chat.encode(tokenizer_of(options.base), as_chat(line))
     pairs = zip(found.input_ids, found.supervised, strict=True)
@@ -225,7 +225,7 @@ def encoded(options: argparse.Namespace, line: dict[str, str]) -> dict[str, list
 @functools.cache
 def tokenizer_of(base: Path) -> Any:
     """The model's tokenizer, loaded once."""
-    from qlora_retrain import chat
+    from qlora_retrain.lm import chat
 
     return chat.load_tokenizer(base)
 

@@ -13,13 +13,13 @@ def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, **
     from components.train_qlora import lora
     from components.train_qlora.rows import Rows
     from components.train_qlora.trainer import AdapterTrainer
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     config = our_settings(options, **recipe)
     if bits == 4:
-        base = modeling.load_nf4(options.work / "base_nf4", attention="eager", dtype="bfloat16")
+        base = loading.load_nf4(options.work / "base_nf4", attention="eager", dtype="bfloat16")
     else:
-        base = modeling.load_base(options.base, attention="eager", dtype="bfloat16")
+        base = loading.load_base(options.base, attention="eager", dtype="bfloat16")
     set_seed(options.seed)
     trainer = AdapterTrainer(lora.attach_new(base, config), config, Rows(rows), Rows([]), 2, options.work / "scratch")
     trainer.steps.order = as_given(trainer.order)

@@ -16,12 +16,12 @@ import yaml
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 from croniter import croniter  # type: ignore[import-untyped]
 
-from qlora_retrain.config.load import LineConfig, load
-from qlora_retrain.errors import UsageError
-from qlora_retrain.graph import PLAN_TASK, STEPS, Step, after
-from qlora_retrain.runtimes import form
-from qlora_retrain.runtimes.airflow_local import LocalStepOperator
-from qlora_retrain.runtimes.airflow_steps import BrokenLineOperator, PlanOperator
+from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, after
+from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow.local import LocalStepOperator
+from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 
 PROJECT = Path(__file__).resolve().parents[1]
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelines")
@@ -35,7 +35,7 @@ def line_dag(path: Path) -> DAG:
         description=config.description,
         doc_md=f"{config.description}\n\nFrom `{path.name}`: `plan`, then the steps that its keys say are not made.",
         schedule=timetable(config.schedule),
-        params={name: Param(value, **schema) for name, (value, schema) in form.fields(config).items()},
+        params={name: Param(value, **schema) for name, (value, schema) in params.fields(config).items()},
         max_active_runs=1,
         catchup=False,
         tags=["qlora-retrain"],
@@ -52,12 +52,12 @@ def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
     """A step as a task of the line's runtime, whose engine's provider is imported only where a line uses it."""
     common = {"task_id": step.name, "step": step.name, "line": config.line, "doc_md": page(step), "dag": dag}
     if config.runtime.kind == "docker":
-        from qlora_retrain.runtimes.airflow_docker import DockerStepOperator
+        from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
 
         return DockerStepOperator(runtime=config.runtime, **common)
     if config.runtime.kind == "kubernetes":
         from qlora_retrain.config import profile
-        from qlora_retrain.runtimes.airflow_kubernetes import KubernetesStepOperator
+        from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
         cluster = profile.of_environment()
         pool = {"pool": cluster.gpu_pool, "pool_slots": cluster.gpus(step)} if cluster.gpu_pool else {}

@@ -10,8 +10,8 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from qlora_retrain.config.profile import Profile
-from qlora_retrain.graph import STEPS, after
-from qlora_retrain.runtimes.kubeflow import plan_task, step_task, summary_task
+from qlora_retrain.core.graph import STEPS, after
+from qlora_retrain.runtimes.kubeflow.components import plan_task, step_task, summary_task
 
 
 def pipeline(profile: Profile) -> BaseComponent:

@@ -6,22 +6,28 @@ import hashlib
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from qlora_retrain import plan, preempt, runner
-from qlora_retrain.config.knobs import Section
-from qlora_retrain.outcome import Report
-from qlora_retrain.plan import Plan
-from qlora_retrain.store import Store, open_store
+from qlora_retrain.config.fields import Section
+from qlora_retrain.core import signals
+from qlora_retrain.core.outcome import Report
+from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store
+from qlora_retrain.storage.store import Store
 
 # One thread a process: matrices this small are slower on more, and two test processes share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# An AIRFLOW_HOME of the tests' own, set before anything imports Airflow.
+os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-home-")
+os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
 
 INTENTS = ("refund", "delivery", "login")
 PHRASES = {
@@ -218,7 +224,7 @@ def run_all(small_steps: dict[str, Callable[..., Report]]) -> Callable[[Plan], d
     def run(plan: Plan) -> dict[str, int]:
         codes: dict[str, int] = {}
         for name, step in small_steps.items():
-            codes[name] = runner.execute(plan, name, lambda step=step: step)
+            codes[name] = execute.execute(plan, name, lambda step=step: step)
             if codes[name]:
                 break
         return codes
@@ -230,7 +236,7 @@ def run_all(small_steps: dict[str, Callable[..., Report]]) -> Callable[[Plan], d
 def own_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever a step does to this process's signals is undone."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(preempt, "_requested", False)
+    monkeypatch.setattr(signals, "_requested", False)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

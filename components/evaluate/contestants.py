@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_retrain import modeling, scoring
-from qlora_retrain.config.judging import EvaluateConfig
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.evaluation import scoring
+from qlora_retrain.lm import loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,13 @@ def load(config: EvaluateConfig, folders: Folders) -> Iterator[Contestant]:
     """
     where: dict[str, Any] = {"device": config.device, "attention": scoring.attention(config.device)}
     where["dtype"] = config.precision
-    yield Contestant("base", folders.base_model, modeling.load_base(folders.base_model, **where))
+    yield Contestant("base", folders.base_model, loading.load_base(folders.base_model, **where))
     gc.collect()
-    shared = modeling.attach(modeling.load_nf4(folders.base_nf4, **where), folders.adapter)
+    shared = loading.attach(loading.load_nf4(folders.base_nf4, **where), folders.adapter)
     yield Contestant("base_nf4", folders.base_nf4, shared, shared.disable_adapter)
     yield Contestant("challenger", folders.base_nf4, shared)
     del shared
     for name, version in (("champion", folders.champion), ("anchor", folders.anchor)):
         if version:
             gc.collect()
-            yield Contestant(name, version / "model", modeling.load_base(version / "model", **where))
+            yield Contestant(name, version / "model", loading.load_base(version / "model", **where))

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from components.evaluate.intruders import Layer
-from qlora_retrain import drift, stats, verdict
-from qlora_retrain.config.judging import EvaluateConfig
-from qlora_retrain.drift import Drift
-from qlora_retrain.metrics.measures import Numbers
-from qlora_retrain.rows import RowScore
-from qlora_retrain.rules import overall, sliced
-from qlora_retrain.rules.rule import Rule
-from qlora_retrain.rules.sliced import Slice
-from qlora_retrain.verdict import Verdict
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.evaluation import drift, stats, verdict
+from qlora_retrain.evaluation.drift import Drift
+from qlora_retrain.evaluation.metrics.measures import Numbers
+from qlora_retrain.evaluation.rows import RowScore
+from qlora_retrain.evaluation.rules import overall, sliced
+from qlora_retrain.evaluation.rules.rule import Rule
+from qlora_retrain.evaluation.rules.sliced import Slice
+from qlora_retrain.evaluation.verdict import Verdict
 
 SUITES = ("eval", "golden", "reference")
 

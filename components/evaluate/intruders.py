@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain import progress
+from qlora_retrain.core import progress
 
 if TYPE_CHECKING:
     import torch

@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 
 from components.evaluate import intruders
 from components.evaluate.found import Found
-from qlora_retrain import chat, report, verdict
-from qlora_retrain.config.judging import EvaluateConfig
-from qlora_retrain.metrics.texts import rouge_l
-from qlora_retrain.report import Html, Mark
-from qlora_retrain.rows import Row, RowScore
-from qlora_retrain.rules.comparison import suite, unit
-from qlora_retrain.verdict import Verdict
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.core import html
+from qlora_retrain.core.html import Html, Mark
+from qlora_retrain.evaluation import verdict
+from qlora_retrain.evaluation.metrics.texts import rouge_l
+from qlora_retrain.evaluation.rows import Row, RowScore
+from qlora_retrain.evaluation.rules.comparison import suite, unit
+from qlora_retrain.evaluation.verdict import Verdict
+from qlora_retrain.lm import chat
 
 _MOST = 50  # rows of a table; with 77 labels the worst 50 are enough to see what is wrong
 _SHOWN = 20  # golden rows side by side
@@ -33,14 +35,14 @@ def write(judged: Verdict, found: Found, config: EvaluateConfig, golden: Sequenc
     """
     blocks = [
         _section("Against the others", _forest(found), "Right of 0 the challenger is better; a tick marks a limit."),
-        report.section("Rules", report.table(*verdict.rules_table(judged.rules))),
+        html.section("Rules", html.table(*verdict.rules_table(judged.rules))),
         *(_numbers(title, found.measured[name]) for name, title in _SUITES.items()),
         _section("Slices, the worst first", _slices(found)),
         *_labels(found),
         _section("What contestants wrote for the golden rows, the most changed first", *_side_by_side(found, golden)),
         *_broken(found, config),
     ]
-    return report.page(f"Evaluation: {judged.verdict}", judged.sentence, *(b for b in blocks if b is not None))
+    return html.page(f"Evaluation: {judged.verdict}", judged.sentence, *(b for b in blocks if b is not None))
 
 
 _SUITES = {"eval": "Evaluation rows", "golden": "Golden rows", "reference": "Reference text: forgetting"}
@@ -68,11 +70,11 @@ def confusions(
 def _section(heading: str, *blocks: str | None) -> Html | None:
     """A section of the blocks that have something to say, if its first one has."""
     kept = [block for block in blocks if block]
-    return report.section(heading, *kept) if blocks and blocks[0] else None
+    return html.section(heading, *kept) if blocks and blocks[0] else None
 
 
 def _numbers(title: str, measured: Mapping[str, Mapping[str, float | None]]) -> Html | None:
-    return report.section(title, report.table(*verdict.numbers_table(measured))) if measured else None
+    return html.section(title, html.table(*verdict.numbers_table(measured))) if measured else None
 
 
 def _forest(found: Found) -> Html | None:
@@ -80,7 +82,7 @@ def _forest(found: Found) -> Html | None:
         Mark(f"{d['suite']} rows, against {d['against']}", d["value"], d["low"], d["high"], d["limit"])
         for d in found.differences
     ]
-    return report.forest_plot(marks, f"gain in {unit(found.differences[0]['metric'])}") if marks else None
+    return html.forest_plot(marks, f"gain in {unit(found.differences[0]['metric'])}") if marks else None
 
 
 def _slices(found: Found) -> Html | None:
@@ -89,7 +91,7 @@ def _slices(found: Found) -> Html | None:
         return None
     few = len(found.slices) - len(judged)
     note = f"; {few} with too few rows are not shown" if few else ""
-    return report.forest_plot(
+    return html.forest_plot(
         [
             Mark(f"{s.name} ({s.rows} rows)", s.gain.value, s.gain.low, s.gain.high, None)
             for s in judged[:_MOST]
@@ -110,13 +112,13 @@ def _labels(found: Found) -> list[Html]:
     changed = [(answer, said, ours, theirs, f"{ours - theirs:+d}") for answer, said, ours, theirs in pairs[:_MOST]]
     headers = ["answer", "predicted", "challenger, rows", f"{found.rival}, rows", "change"]
     return [
-        report.section(
+        html.section(
             "The challenger by label, the worst first",
-            report.table(["label", "rows", "accuracy"], table, caption=_caption("labels", len(labels))),
+            html.table(["label", "rows", "accuracy"], table, caption=_caption("labels", len(labels))),
         ),
-        report.section(
+        html.section(
             f"Confusions that changed since the {found.rival}",
-            report.table(headers, changed, caption=_caption("pairs", len(pairs)))
+            html.table(headers, changed, caption=_caption("pairs", len(pairs)))
             if pairs
             else "None: both confuse the same labels, as often.",
         ),
@@ -132,7 +134,7 @@ def _side_by_side(found: Found, golden: Sequence[Row]) -> list[Html | None]:
     ours = found.written["challenger"]
     ordered = sorted(golden, key=lambda row: (rouge_l(rival[row.id], ours[row.id]), row.id))
     return [
-        report.numbers(
+        html.numbers(
             {
                 "asked": "\n".join(turn["content"] for turn in row.messages if turn["role"] == "user"),
                 "wanted": chat.answer_of(row.messages),
@@ -152,7 +154,7 @@ def _broken(found: Found, config: EvaluateConfig) -> list[Html | None]:
             f"nats a token on {found.gap['train_rows']:.0f} training rows": found.gap["train_loss"],
             "gap": found.gap["gap"],
         }
-        blocks.append(report.section("Overfitting: evaluation rows against training rows", report.numbers(numbers)))
+        blocks.append(html.section("Overfitting: evaluation rows against training rows", html.numbers(numbers)))
     if found.layers:
         total, seen = sum(s.intruders for s in found.layers), sum(s.looked_at for s in found.layers)
         caption = (
@@ -160,8 +162,8 @@ def _broken(found: Found, config: EvaluateConfig) -> list[Html | None]:
             f"to all that the base had, in {len(found.layers)} matrices"
         )
         blocks.append(
-            report.section(
-                "Intruder dimensions by layer", report.bar_chart(intruders.by_block(found.layers), caption=caption)
+            html.section(
+                "Intruder dimensions by layer", html.bar_chart(intruders.by_block(found.layers), caption=caption)
             )
         )
     if found.drift:
@@ -170,7 +172,7 @@ def _broken(found: Found, config: EvaluateConfig) -> list[Html | None]:
             for d in found.drift
         ]
         headers = ["rows by", "PSI", "beyond chance", "what moved most"]
-        blocks.append(report.section("Data drift since the champion's", report.table(headers, table)))
+        blocks.append(html.section("Data drift since the champion's", html.table(headers, table)))
     return blocks
 
 

@@ -15,11 +15,13 @@ from typing import Any
 from components.evaluate import contestants, intruders, page
 from components.evaluate.contestants import Folders
 from components.evaluate.found import SUITES, Found, gap
-from qlora_retrain import chat, drift, graph, progress, reference, scoring, verdict
-from qlora_retrain.config.judging import EvaluateConfig
-from qlora_retrain.outcome import Number, Report
-from qlora_retrain.rows import Row
-from qlora_retrain.rules.rule import Rule
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.core import graph, progress
+from qlora_retrain.core.outcome import Number, Report
+from qlora_retrain.evaluation import drift, reference_text, scoring, verdict
+from qlora_retrain.evaluation.rows import Row
+from qlora_retrain.evaluation.rules.rule import Rule
+from qlora_retrain.lm import chat
 
 
 def run(
@@ -56,7 +58,7 @@ def _score(
 ) -> None:
     """Fill in what every contestant makes of the rows, and what only the challenger is asked."""
     data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
-    passages = reference.read(reference_data) if reference_data else []
+    passages = reference_text.read(reference_data) if reference_data else []
     how: dict[str, Any] = {"what": "evaluating", "total": len(folders.names) * (len(rows) + len(passages))}
     for one in contestants.load(config, folders):
         tokenizer = chat.load_tokenizer(one.folder)

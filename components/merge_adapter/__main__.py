@@ -1,4 +1,4 @@
-from qlora_retrain.program import Run, main
+from qlora_retrain.pipeline.step_main import Run, main
 
 
 def load() -> Run:  # -> the step's run; imported only when there is work to do

@@ -14,10 +14,12 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_retrain import chat, forward, progress, stats
 from qlora_retrain.config.sections import EvaluateConfig
-from qlora_retrain.scoring import Row
-from qlora_retrain.stats import Interval
+from qlora_retrain.core import progress
+from qlora_retrain.evaluation import stats
+from qlora_retrain.evaluation.scoring import Row
+from qlora_retrain.evaluation.stats import Interval
+from qlora_retrain.lm import chat, forward
 
 
 @dataclass(frozen=True, slots=True)

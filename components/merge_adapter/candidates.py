@@ -18,9 +18,11 @@ from typing import Any
 from components.merge_adapter import agreement
 from components.merge_adapter.agreement import Agreement
 from components.merge_adapter.merge import Merged, merge
-from qlora_retrain import chat, modeling, progress, scoring
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
-from qlora_retrain.scoring import Row, RowScore
+from qlora_retrain.core import progress
+from qlora_retrain.evaluation import scoring
+from qlora_retrain.evaluation.scoring import Row, RowScore
+from qlora_retrain.lm import chat, loading
 
 BASES = ("dequantized", "original")  # of equals the first: what was judged is then what ships
 _FOLDER = "candidates"
@@ -78,7 +80,7 @@ class Bench:
         """Load the live model."""
         device = config.device
         where = {"device": device, "attention": scoring.attention(device), "dtype": config.precision}
-        live = modeling.attach(modeling.load_nf4(base_nf4, **where), adapter)
+        live = loading.attach(loading.load_nf4(base_nf4, **where), adapter)
         return cls(live, rows, compared, labels, where, settings)
 
     def measure(self, name: str, model: Any, tokenizer: Path, rows: Sequence[Row] | None = None) -> Measured:
@@ -113,7 +115,7 @@ def measure(bench: Bench, names: Iterable[str], model: Path) -> dict[str, Measur
     found = {}
     for name in names:
         folder = model / _FOLDER / name
-        loaded = modeling.load_base(folder, **bench.where)
+        loaded = loading.load_base(folder, **bench.where)
         found[name] = bench.measure(name, loaded, folder)
         del loaded
         gc.collect()

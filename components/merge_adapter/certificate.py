@@ -10,12 +10,13 @@ from typing import Any
 from components.merge_adapter import agreement
 from components.merge_adapter.candidates import Measured
 from components.merge_adapter.merge import Merged
-from qlora_retrain import report, verdict
-from qlora_retrain.config.judging import WRITTEN
+from qlora_retrain.config.evaluate import WRITTEN
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
-from qlora_retrain.scoring import RowScore
-from qlora_retrain.stats import Interval
-from qlora_retrain.verdict import Rule, Verdict
+from qlora_retrain.core import html
+from qlora_retrain.evaluation import verdict
+from qlora_retrain.evaluation.scoring import RowScore
+from qlora_retrain.evaluation.stats import Interval
+from qlora_retrain.evaluation.verdict import Rule, Verdict
 
 Numbers = dict[str, float | None]
 
@@ -71,43 +72,43 @@ class Certificate:
     def page(self) -> str:
         """The same for a person."""
         titles = {"golden": "Golden rows", "reference": "Reference text"}
-        return report.page(
+        return html.page(
             f"Merged model: {self.judged.verdict}",
             self.judged.sentence,
-            report.section("Rules", report.table(*verdict.rules_table(self.judged.rules))),
-            report.section("What the adapter was added to", self.why, *self._candidates()),
+            html.section("Rules", html.table(*verdict.rules_table(self.judged.rules))),
+            html.section("What the adapter was added to", self.why, *self._candidates()),
             *(
-                report.section(titles[suite], report.table(*verdict.numbers_table(found)))
+                html.section(titles[suite], html.table(*verdict.numbers_table(found)))
                 for suite, found in self.suites.items()
                 if found
             ),
-            report.section("What ships", self._exports()),
-            report.section(
+            html.section("What ships", self._exports()),
+            html.section(
                 "Serving the adapter without merging",
                 *(self.serving or ["Nothing is known against it for vLLM, TGI and llama.cpp."]),
             ),
-            report.section("What was built", report.numbers({"base": self.base, **asdict(self.built)})),
+            html.section("What was built", html.numbers({"base": self.base, **asdict(self.built)})),
         )
 
-    def _candidates(self) -> list[report.Html]:
+    def _candidates(self) -> list[html.Html]:
         """A table for each half."""
         titles = {
             "selection": f"{self.rows['selection']} rows to choose on",
             "certification": f"{self.rows['certification']} rows to certify on",
         }
         return [
-            report.table(*verdict.numbers_table(self.forms[half], "form", _COLUMNS), caption=title)
+            html.table(*verdict.numbers_table(self.forms[half], "form", _COLUMNS), caption=title)
             for half, title in titles.items()
             if self.rows[half]
         ]
 
-    def _exports(self) -> report.Html:
+    def _exports(self) -> html.Html:
         headers, rows = verdict.numbers_table(self.exports, "form", _EXPORTED)
         places = {
             name: ["itself" if e["path"] == "." else e["path"], e["size_bytes"] / 2**20]
             for name, e in self.exports.items()
         }
-        return report.table(
+        return html.table(
             [headers[0], "below model/", "MiB", *headers[1:]],
             [[name, *places[name], *cells] for name, *cells in rows],
             caption=f"on the {self.rows['certification']} rows that certify",

@@ -21,8 +21,9 @@ from typing import Any
 
 from components.merge_adapter.candidates import Bench, Measured
 from components.merge_adapter.merge import copy_tokenizer, merge
-from qlora_retrain import modeling, progress
 from qlora_retrain.config.sections import MergeConfig
+from qlora_retrain.core import progress
+from qlora_retrain.lm import loading
 
 FOLDER = "exports"
 
@@ -65,13 +66,13 @@ def make(
                 source = Path(merged)
                 merge(base_model, base_nf4, adapter, source, dequantized=False, max_shard_gib=config.max_shard_gib)
                 _quantize(source, base_nf4, folder, config.max_shard_gib)
-            loaded: Any = modeling.load_nf4(folder, **bench.where)
+            loaded: Any = loading.load_nf4(folder, **bench.where)
         else:
             from components.merge_adapter import gguf_file
 
             path = folder / f"model-{name.removeprefix('gguf-')}.gguf"
             gguf_file.write(model, path, name)
-            loaded = modeling.load_gguf(path, **bench.where)
+            loaded = loading.load_gguf(path, **bench.where)
         size = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
         progress.say(f"{name}: {size / 2**30:.2f} GiB")
         found[name] = Export(path.relative_to(model).as_posix(), size, bench.measure(name, loaded, model, rows))
@@ -86,7 +87,7 @@ def _quantize(merged: Path, base_nf4: Path, folder: Path, max_shard_gib: float) 
 
     settings: Mapping[str, Any] = json.loads((base_nf4 / "config.json").read_text(encoding="utf-8"))
     quantization = BitsAndBytesConfig.from_dict(settings["quantization_config"])
-    loaded = modeling.load_base(merged, dtype="bfloat16", quantization=quantization)
+    loaded = loading.load_base(merged, dtype="bfloat16", quantization=quantization)
     loaded.config._name_or_path = ""  # a path of this machine must not enter the artifact
     loaded.save_pretrained(folder, max_shard_size=f"{max_shard_gib * 1024**3 / 1e6:.0f}MB")
     copy_tokenizer(merged, folder)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from components.merge_adapter.weights import Weights
-from qlora_retrain import chat, gguf_names
-from qlora_retrain.errors import IntegrityError, UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm import chat, gguf_names
 
 TYPES = {
     "gguf-f16": gguf.GGMLQuantizationType.F16,

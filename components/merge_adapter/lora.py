@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from components.merge_adapter.weights import Weights, finite
-from qlora_retrain.errors import Diverged, IntegrityError, UsageError
+from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|magnitude_vector(?:\.weight)?)")
 _MAGNITUDE = "magnitude"

@@ -12,9 +12,9 @@ import torch
 
 from components.merge_adapter.lora import Adapter
 from components.merge_adapter.weights import Spec, Weights, finite, write
-from qlora_retrain import progress
-from qlora_retrain.errors import Diverged, IntegrityError, UsageError
-from qlora_retrain.graph import TOKENIZER_FILES
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
+from qlora_retrain.core.graph import TOKENIZER_FILES
 
 _COPIED = (*(pattern for pattern in TOKENIZER_FILES if pattern != "config.json"), "generation_config.json")
 _TENSORS_BETWEEN_UPDATES = 100

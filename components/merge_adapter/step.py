@@ -21,12 +21,14 @@ from components.merge_adapter.candidates import Bench, Measured
 from components.merge_adapter.certificate import Certificate
 from components.merge_adapter.exports import Export
 from components.merge_adapter.merge import Merged
-from qlora_retrain import chat, modeling, progress, reference, scoring, verdict
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
-from qlora_retrain.errors import IntegrityError
-from qlora_retrain.outcome import Number, Report
-from qlora_retrain.rules import overall
-from qlora_retrain.scoring import Row, RowScore
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.core.outcome import Number, Report
+from qlora_retrain.evaluation import reference_text, scoring, verdict
+from qlora_retrain.evaluation.rules import overall
+from qlora_retrain.evaluation.scoring import Row, RowScore
+from qlora_retrain.lm import chat, loading
 
 _SUITES = ("eval", "golden", "reference")
 
@@ -47,7 +49,7 @@ class _Evaluated:
     settings: EvaluateConfig
     labels: list[str] | None
     rows: dict[str, list[Row]]
-    texts: list[reference.Passage]
+    texts: list[reference_text.Passage]
     max_tokens: int
     scores: dict[str, list[RowScore]]
 
@@ -60,7 +62,7 @@ class _Evaluated:
             settings=EvaluateConfig.model_validate(document["settings"]),
             labels=data["labels"],
             rows={suite: scoring.read_rows(dataset / f"{suite}.jsonl", suite) for suite in ("eval", "golden")},
-            texts=reference.read(reference_data) if reference_data else [],
+            texts=reference_text.read(reference_data) if reference_data else [],
             max_tokens=data["max_length_tokens"],
             scores=scoring.read_scores(evaluation / "scores.jsonl"),
         )
@@ -155,7 +157,7 @@ def _rest(bench: Bench, given: _Evaluated, model: Path) -> dict[str, list[RowSco
     golden, texts = given.rows["golden"], given.texts
     found: dict[str, list[RowScore]] = {"golden": [], "reference": []}
     if golden or texts:
-        loaded, tokenizer = modeling.load_base(model, **bench.where), chat.load_tokenizer(model)
+        loaded, tokenizer = loading.load_base(model, **bench.where), chat.load_tokenizer(model)
         how: dict[str, Any] = {"what": "scoring what ships", "total": len(golden) + len(texts)}
         found["golden"], _ = scoring.score_by(given.settings, loaded, tokenizer, golden, given.labels, **how)
         how |= {"done": len(golden), "max_tokens": given.max_tokens, "batch_tokens": given.settings.batch_tokens}

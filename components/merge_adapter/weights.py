@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qlora_retrain.errors import IntegrityError
+from qlora_retrain.core.errors import IntegrityError
 
 _GIB = 1024**3
 _INDEX = "model.safetensors.index.json"

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_retrain.code import project_root
 from qlora_retrain.config.sections import PublishConfig
-from qlora_retrain.plan import Plan
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.pipeline.plan import Plan
 
 
 def recipe(plan: Plan) -> dict[str, Any]:

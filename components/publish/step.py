@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from components.publish.documents import model_card, recipe, sbom
-from qlora_retrain import artifact, keys, registry
-from qlora_retrain.artifact import File, Manifest
 from qlora_retrain.config.sections import PublishConfig
-from qlora_retrain.errors import IntegrityError, QualityRefused
-from qlora_retrain.outcome import Number, Report
-from qlora_retrain.plan import Plan
-from qlora_retrain.registry import Release
-from qlora_retrain.store import Store
+from qlora_retrain.core import hashing
+from qlora_retrain.core.errors import IntegrityError, QualityRefused
+from qlora_retrain.core.outcome import Number, Report
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import artifact, registry
+from qlora_retrain.storage.artifact import File, Manifest
+from qlora_retrain.storage.registry import Release
+from qlora_retrain.storage.store import Store
 
 # What of each artifact a consumer gets, and where; what is not named here stays in the artifact.
 _APART = {
@@ -53,7 +54,7 @@ def run(
     """Publish what both gates let through."""
     inputs = {"dataset": dataset, "adapter": adapter, "evaluation": evaluation, "model": model}
     copies = {name: _targets(name, manifest) for name, manifest in inputs.items()}
-    content = keys.content_hash(
+    content = hashing.content_hash(
         (target, file.sha256) for name in _WHOLE for file, target in copies[name] if target.startswith(f"{name}/")
     )
     version = registry.find_content(store, plan.line, content)
@@ -148,7 +149,7 @@ def _verdict(store: Store, evaluation: Manifest) -> dict[str, Any]:
     """The evaluation's document, verified: the model card repeats it."""
     data = store.read(f"{evaluation.prefix}/evaluation.json").data
     promised = next(f.sha256 for f in evaluation.files if f.path == "evaluation.json")
-    if keys.sha256_bytes(data) != promised:
+    if hashing.sha256_bytes(data) != promised:
         raise artifact.corrupt(store, evaluation, "evaluation.json: its sha256 differs from the manifest's")
     found: dict[str, Any] = json.loads(data)
     return found

@@ -19,11 +19,12 @@ from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from components.quantize_model.measure import layer_errors, promised_bits, stored_bits
-from qlora_retrain import graph, modeling, progress
-from qlora_retrain.chat import load_tokenizer
 from qlora_retrain.config.sections import QuantizeConfig
-from qlora_retrain.errors import IntegrityError, UsageError
-from qlora_retrain.outcome import Report
+from qlora_retrain.core import graph, progress
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.outcome import Report
+from qlora_retrain.lm import loading
+from qlora_retrain.lm.chat import load_tokenizer
 
 SHARD_SIZE = "5GB"
 TOLERANCE = 0.01  # of the bits a weight, against the arithmetic of the method
@@ -55,7 +56,7 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> Report:
             f"base_nf4: {bits.per_weight:.4f} bits a weight are stored where {promised:.4f} are promised; "
             "the installed bitsandbytes does not quantize as this step expects"
         )
-    if not _same(state, modeling.load_nf4(base_nf4, dtype="bfloat16").state_dict()):  # packed, as stored
+    if not _same(state, loading.load_nf4(base_nf4, dtype="bfloat16").state_dict()):  # packed, as stored
         raise IntegrityError("base_nf4: the saved model loads as another than the one it was saved from")
     progress.update("quantizing", 3, 3, bits_per_weight=bits.per_weight)
 
@@ -86,7 +87,7 @@ def _quantized(config: QuantizeConfig, base_model: Path) -> PreTrainedModel:
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
-    model = modeling.load_base(base_model, dtype=config.dtype, quantization=settings)
+    model = loading.load_base(base_model, dtype=config.dtype, quantization=settings)
     if not any(isinstance(module, Linear4bit) for module in model.modules()):
         raise UsageError(f"base_model: {type(model).__name__} has no linear layer that bitsandbytes can quantize")
     return model

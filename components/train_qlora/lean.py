@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from components.train_qlora import fused, joined
-from qlora_retrain import progress
+from qlora_retrain.core import progress
 
 
 class Norm(torch.autograd.Function):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from components.train_qlora.joined import join
 from components.train_qlora.lean import slim
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 ATTENTION = ("attn", "attention")

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from components.train_qlora import packed, ranks
 from components.train_qlora.rows import IGNORED, Batch, Collate, Rows
-from qlora_retrain import preempt, progress
-from qlora_retrain.errors import TryAgain
+from qlora_retrain.core import progress, signals
+from qlora_retrain.core.errors import TryAgain
 
 CHUNK = 512  # positions whose logits exist at a time: 100 MB for 49,152 words in fp32
 PROBED = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: see `logits_are_the_heads`
@@ -124,7 +124,7 @@ def mean_loss(model: Any, rows: Rows, pad: int, batch_size: int) -> float | None
     order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
     total, tokens = 0.0, 0
     for turn in range(0, len(order), batch_size * ranks.count()):
-        if ranks.any_of(preempt.requested())[0]:
+        if ranks.any_of(signals.requested())[0]:
             raise TryAgain("stopped while measuring the evaluation loss; the training is saved, run it again to go on")
         start = turn + batch_size * ranks.number()
         some = order[start : start + batch_size] or [~order[0]]  # every process makes the same number of passes

@@ -10,9 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from components.train_qlora import lora, packed, ranks
 from components.train_qlora.loss import summed_loss, supervised
 from components.train_qlora.rows import Batch, Collate, Rows
-from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import TryAgain, UsageError
+from qlora_retrain.core import progress, signals
+from qlora_retrain.core.errors import TryAgain, UsageError
 
 ROWS = 8  # the shortest
 STEPS = 40  # at most
@@ -67,7 +67,7 @@ def _losses(model: Any, config: TrainConfig, batch: Batch) -> list[float]:
     parts = packed.cut(batch, packed.passes(batch, config.batch_size, packs=packed.can_pack(model)))
     losses: list[float] = []
     for step in range(STEPS + 1):
-        if preempt.requested():
+        if signals.requested():
             raise TryAgain("asked to stop before the first step; run it again")
         loss = _backward(model, parts, int(supervised(batch).sum()))
         losses.append(ranks.summed(loss)[0] / ranks.count())  # all do the same, and end with the same step

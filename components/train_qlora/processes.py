@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 from components.train_qlora import cgroup, worker
 from components.train_qlora.result import Trained
-from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import Problem, TryAgain
+from qlora_retrain.core import progress, signals
+from qlora_retrain.core.errors import Problem, TryAgain
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -125,7 +125,7 @@ def _follow(members: list[Member]) -> None:
     """Listen until all have ended, or one of several has failed and the others have had their say; pass on a stop."""
     asked, over = False, float("inf")
     while (open_ones := [m for m in members if not m.ear.closed]) and time.monotonic() < over:
-        if preempt.requested() and not asked:
+        if signals.requested() and not asked:
             asked = True
             for member in open_ones:
                 if member.process.is_alive():

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_retrain import report
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.outcome import Number
+from qlora_retrain.core import html
+from qlora_retrain.core.outcome import Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +76,24 @@ def report_page(
         )
         for name, value in config.model_dump().items()
     ]
-    return report.page(
+    return html.page(
         "Training",
         sentence,
         *halvings,
-        report.section(
+        html.section(
             "Loss",
-            report.line_chart({k: v for k, v in losses.items() if v}, "step", "nats a supervised token"),
-            report.line_chart({"gradient norm": _curve(steps, "grad_norm")}, "step", "gradient norm before clipping"),
-            report.line_chart({"learning rate": _curve(steps, "learning_rate")}, "step", "learning rate"),
+            html.line_chart({k: v for k, v in losses.items() if v}, "step", "nats a supervised token"),
+            html.line_chart({"gradient norm": _curve(steps, "grad_norm")}, "step", "gradient norm before clipping"),
+            html.line_chart({"learning rate": _curve(steps, "learning_rate")}, "step", "learning rate"),
         ),
-        report.section(
+        html.section(
             "Machine",
-            report.line_chart({"tokens/s": _curve(timings, "tokens_per_second")}, "step", "tokens a second"),
-            report.line_chart({"memory": _curve(timings, "memory_mib")}, "step", "memory in MiB"),
+            html.line_chart({"tokens/s": _curve(timings, "tokens_per_second")}, "step", "tokens a second"),
+            html.line_chart({"memory": _curve(timings, "memory_mib")}, "step", "memory in MiB"),
         ),
-        report.section("Numbers", report.numbers(numbers)),
-        report.section("Trained", report.table(("layer", "how many", "parameters"), layers)),
-        report.section("Settings", report.table(("setting", "value", "why", "what it does"), settings)),
+        html.section("Numbers", html.numbers(numbers)),
+        html.section("Trained", html.table(("layer", "how many", "parameters"), layers)),
+        html.section("Settings", html.table(("setting", "value", "why", "what it does"), settings)),
     )
 
 

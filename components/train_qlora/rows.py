@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from qlora_retrain import chat, progress
-from qlora_retrain.errors import IntegrityError, UsageError
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm import chat
 
 IGNORED = -100  # the label of a token that is not learned; cross entropy's own convention
 WINDOW = 50  # batches among which rows are sorted by length: less padding, the rest of the order stays random

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from components.train_qlora import ranks
-from qlora_retrain import progress
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import UsageError
 
 
 def shard(model: PeftModel, device: str) -> None:

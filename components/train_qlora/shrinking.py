@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from components.train_qlora import history
-from qlora_retrain import checkpoints, progress
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.core import progress
+from qlora_retrain.lm import checkpoints
 
 Trained = TypeVar("Trained")
 

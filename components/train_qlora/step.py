@@ -21,7 +21,7 @@ from components.train_qlora.processes import train_apart
 from components.train_qlora.result import report_page
 from components.train_qlora.shrinking import shrinking
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.outcome import Number, Report
+from qlora_retrain.core.outcome import Number, Report
 
 LAST_STEPS = 10  # the training loss that is reported is their mean
 

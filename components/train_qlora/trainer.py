@@ -22,9 +22,10 @@ from components.train_qlora.loss import mean_loss, summed_loss, supervised
 from components.train_qlora.preflight import overfit
 from components.train_qlora.rows import Batch, Collate, Order, Rows, Steps
 from components.train_qlora.watch import USED_UP, Watch
-from qlora_retrain import checkpoints, preempt, progress
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import Diverged, TryAgain
+from qlora_retrain.core import progress, signals
+from qlora_retrain.core.errors import Diverged, TryAgain
+from qlora_retrain.lm import checkpoints
 
 KEPT_CHECKPOINTS = 2
 FULL_BYTES = 2**20  # a save that failed with less space than this left has failed for it
@@ -106,7 +107,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
             self._measure_what_was_cut_off(newest, begin)
         if not newest or not (begin >= self.watch.steps or self._no_better()):
-            if preempt.requested():
+            if signals.requested():
                 raise TryAgain("asked to stop before the first step; run it again")
             if not newest:
                 overfit(self.model, self.config, self.train_dataset, self.pad, self.watch.steps)

@@ -16,10 +16,11 @@ from components.train_qlora.memory import noted
 from components.train_qlora.result import Trained, optimizer_used
 from components.train_qlora.rows import Rows, read
 from components.train_qlora.trainer import AdapterTrainer
-from qlora_retrain import modeling, progress
-from qlora_retrain.chat import load_tokenizer
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import loading
+from qlora_retrain.lm.chat import load_tokenizer
 
 
 def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> Trained:
@@ -68,7 +69,7 @@ def _trainer(
     """A trainer over the base with a fresh adapter."""
     several = config.device == "cuda" and ranks.count() > 1
     device = f"cuda:{ranks.number()}" if several else config.device
-    base = modeling.load_nf4(base_nf4, device=device, attention=config.attention, dtype=config.precision)
+    base = loading.load_nf4(base_nf4, device=device, attention=config.attention, dtype=config.precision)
     if base.dtype == torch.float16:
         raise UsageError("quantize.dtype: float16 gradients underflow without loss scaling; train over bfloat16")
     longest, limit = max(rows.lengths), getattr(base.config.get_text_config(), "max_position_embeddings", None)

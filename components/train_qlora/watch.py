@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from components.train_qlora import history, ranks
-from qlora_retrain import preempt, progress
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.core import progress, signals
 
 TELL_SECONDS = 10.0
 LONG_SECONDS = 30.0  # half of the grace that a step is given on one machine (`runtimes.leash`)
@@ -63,7 +63,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._too_long_to_wait_for(now - self.step_begun)
         control.should_evaluate = state.global_step in self.measure_at
         asked, late, due = ranks.any_of(
-            preempt.requested(),
+            signals.requested(),
             self.used_up(self.spent + now - self.begun),
             now - self.saved >= self.config.checkpoint_minutes * 60,
         )

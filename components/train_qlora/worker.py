@@ -17,10 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_retrain import preempt
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import Problem
-from qlora_retrain.runtimes import leash
+from qlora_retrain.core import signals, supervisor
+from qlora_retrain.core.errors import Problem
 
 if TYPE_CHECKING:
     from components.train_qlora.result import Trained
@@ -71,8 +70,8 @@ class Voice(io.TextIOBase):
 def main(rank: int, job: Job, mouth: Connection) -> None:
     """Train; send lines of text, and last what was learned or the exception that ended it."""
     os.setpgid(0, 0)  # a signal to the whole group is for whoever started us, who passes it on
-    leash.die_with(job.parent, signal.SIGKILL)
-    preempt.install(polite=True, patient=True)
+    supervisor.die_with(job.parent, signal.SIGKILL)
+    signals.install(polite=True, patient=True)
     os.set_inheritable(mouth.fileno(), False)  # what a library starts is not to keep the pipe open
     sys.stdout = sys.stderr = voice = Voice(mouth, talks=rank == 0)
     stay_light()

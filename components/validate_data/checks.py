@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from components.validate_data.reading import RawRow, wanted_fields
-from qlora_retrain import chat, progress
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import pandas
 
 from components.validate_data.checks import NOT_BAD, Row
-from qlora_retrain import chat
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import chat
 
 os.environ["GX_ANALYTICS_ENABLED"] = "false"  # some versions report usage over the network
 with warnings.catch_warnings():

@@ -13,8 +13,10 @@ from typing import Any
 
 from components.validate_data.checks import NOT_BAD, REASONS, Row
 from components.validate_data.expectations import Finding
-from qlora_retrain import chat, report, slices
 from qlora_retrain.config.sections import DataConfig
+from qlora_retrain.core import html
+from qlora_retrain.evaluation import slices
+from qlora_retrain.lm import chat
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 BARS = 16
@@ -64,16 +66,16 @@ def page(numbers: dict[str, Any], sentence: str) -> str:
         (e["expectation"], e["observed"], _range(e["low"], e["high"]), e["outcome"]) for e in numbers["expectations"]
     ]
     blocks = [
-        report.section("Rows", report.numbers(numbers["rows"])),
-        report.section("Expectations", report.table(("expectation", "observed", "limit", "outcome"), limits)),
-        report.section(
+        html.section("Rows", html.numbers(numbers["rows"])),
+        html.section("Expectations", html.table(("expectation", "observed", "limit", "outcome"), limits)),
+        html.section(
             "Kept out",
-            report.table(("reason", "meaning", "rows", "first"), reasons) if reasons else "No row was kept out.",
+            html.table(("reason", "meaning", "rows", "first"), reasons) if reasons else "No row was kept out.",
         ),
-        report.section(
+        html.section(
             "Lengths",
-            report.bar_chart(numbers["length_histogram"], "chats by their length in tokens, train and eval"),
-            report.table(("", "train", "eval", "golden"), lengths),
+            html.bar_chart(numbers["length_histogram"], "chats by their length in tokens, train and eval"),
+            html.table(("", "train", "eval", "golden"), lengths),
         ),
     ]
     if labels := numbers["labels"]:
@@ -81,9 +83,9 @@ def page(numbers: dict[str, Any], sentence: str) -> str:
             (name, *(sides[side] for side in ("train", "eval", "golden"))) for name, sides in labels["rows"].items()
         ]
         caption = f"{labels['different']} different labels; {labels['once']} that occur once are not shown"
-        blocks.append(report.section("Labels", report.table(("label", "train", "eval", "golden"), counts, caption)))
-    blocks.append(report.section("Files", report.table(("file", "rows"), list(numbers["files"].items()))))
-    return report.page("Data report", sentence, *blocks)
+        blocks.append(html.section("Labels", html.table(("label", "train", "eval", "golden"), counts, caption)))
+    blocks.append(html.section("Files", html.table(("file", "rows"), list(numbers["files"].items()))))
+    return html.page("Data report", sentence, *blocks)
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int | None]:

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
 
 FORMATS = {
     ".jsonl": "jsonl",

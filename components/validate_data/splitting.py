@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Collection, Iterable
 
 from components.validate_data.checks import Row
-from qlora_retrain import chat
 from qlora_retrain.config.sections import DataConfig
+from qlora_retrain.lm import chat
 
 
 def prompt_text(row: Row) -> str:

@@ -20,10 +20,12 @@ from components.validate_data.expectations import Finding, judge
 from components.validate_data.profiling import page, profile
 from components.validate_data.reading import read
 from components.validate_data.splitting import prompt_text, quarantine_repeats, split
-from qlora_retrain import chat, drift, graph
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import DataRefused, UsageError
-from qlora_retrain.outcome import Report
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import DataRefused, UsageError
+from qlora_retrain.core.outcome import Report
+from qlora_retrain.evaluation import drift
+from qlora_retrain.lm import chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -186,7 +186,7 @@ def load(name: str) -> list[Row]:
 
 def prompt_of(candidate: Row) -> str:
     """The text by which the pipeline tells prompts apart and splits them."""
-    from qlora_retrain import chat
+    from qlora_retrain.lm import chat
 
     return chat.canonical(chat.prompt_of(candidate["messages"]))
 

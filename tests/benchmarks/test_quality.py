@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_retrain.stats import Interval
+from qlora_retrain.evaluation.stats import Interval
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def benchmark(monkeypatch):
 
 def test_full_fine_tuning_has_the_loss_and_gradients_of_the_plain_model(benchmark, tiny_model, tmp_path):
     from components.train_qlora.rows import Collate
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     draw = torch.Generator().manual_seed(1)
     rows = []
@@ -32,7 +32,7 @@ def test_full_fine_tuning_has_the_loss_and_gradients_of_the_plain_model(benchmar
     count = int((batch["labels"] != -100).sum())
     loss = trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(count))
 
-    plain = modeling.load_base(tiny_model, dtype="float32")
+    plain = loading.load_base(tiny_model, dtype="float32")
     with torch.autocast("cpu", torch.bfloat16):
         logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())

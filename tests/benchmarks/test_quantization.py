@@ -25,15 +25,15 @@ def test_int4_is_put_where_bitsandbytes_would_quantize_and_nowhere_else(tiny_mod
     from bitsandbytes.nn import Linear4bit
 
     from components.quantize_model.step import run
-    from qlora_retrain import modeling
     from qlora_retrain.config.sections import QuantizeConfig
+    from qlora_retrain.lm import loading
 
-    before, model = modeling.load_base(tiny_model), modeling.load_base(tiny_model)
+    before, model = loading.load_base(tiny_model), loading.load_base(tiny_model)
     error = quantization.to_int4(model)
     old = before.state_dict()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, old[name])}
     run(QuantizeConfig(), tiny_model, tmp_path)
-    in_4_bits = modeling.load_nf4(tmp_path, dtype="bfloat16").named_modules()
+    in_4_bits = loading.load_nf4(tmp_path, dtype="bfloat16").named_modules()
     assert changed == {f"{name}.weight" for name, module in in_4_bits if isinstance(module, Linear4bit)}
     pairs = [(model.state_dict()[name].double(), old[name].double()) for name in changed]
     wrong, whole = (sum(float(x.pow(2).sum()) for x in xs) for xs in ([a - b for a, b in pairs], [b for _, b in pairs]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain import chat, modeling
+from qlora_retrain.lm import chat, loading
 
 JSON = '["{}",1]'
 LABELS = ["delivery", "login", "refund"]
@@ -84,7 +84,7 @@ def train(nf4: Path, folder: Path, form: str) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small are slower on more
     torch.manual_seed(0)
-    base = modeling.load_nf4(nf4, dtype="float32")
+    base = loading.load_nf4(nf4, dtype="float32")
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokenizer = chat.load_tokenizer(nf4)
     rows = [chat.encode(tokenizer, example(label, i, form)["messages"]) for i in range(500, 510) for label in LABELS]

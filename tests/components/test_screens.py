@@ -15,8 +15,8 @@ import pytest
 
 from components.evaluate.step import run as evaluate
 from components.merge_adapter.step import run as merge
-from qlora_retrain import chat
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain.lm import chat
 
 # Longer than what a telephone's line holds, with and without a place to break it.
 LABELS = ["refund", "delivery", "login", "declined_cash_withdrawal_from_an_unsupported_machine"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain import graph
 from qlora_retrain.config.profile import Profile, load
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import UsageError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "manifests" / "profiles" / "gpu.yaml"
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kubernetes.client import ApiClient
 from kubernetes.utils.quantity import parse_quantity
 
-from qlora_retrain.errors import Exit
+from qlora_retrain.core.errors import Exit
 
 if TYPE_CHECKING:
     from tests.containers.conftest import Engine

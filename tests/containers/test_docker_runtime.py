@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from qlora_retrain import plan, runner
-from qlora_retrain.config.load import load
-from qlora_retrain.plan import Plan
+from qlora_retrain.config.line import load
+from qlora_retrain.pipeline import execute as runner
+from qlora_retrain.pipeline import plan
+from qlora_retrain.pipeline.plan import Plan
 
 if TYPE_CHECKING:
     from tests.containers.conftest import Engine
@@ -58,7 +59,7 @@ def step(engine: Engine, config: Path) -> Iterator[Callable[..., Any]]:
     """Make the task of a step; whatever a test leaves on the engine is removed."""
 
     def make(name: str = "validate_data", url: str = engine.url, **runtime: object) -> Any:
-        from qlora_retrain.runtimes.airflow_docker import DockerStepOperator
+        from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
 
         section = load(config).runtime.model_copy(update=runtime)
         return DockerStepOperator(task_id=name, step=name, line="boxed", runtime=section, docker_url=url)
@@ -70,10 +71,10 @@ def step(engine: Engine, config: Path) -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Have containers run a program instead of their step: confined in the same way, and short."""
-    from qlora_retrain.runtimes import containers
+    from qlora_retrain.runtimes.docker import container_spec
 
     def say(program: str) -> None:
-        monkeypatch.setattr(containers, "command", lambda step, uri: ["python", "-c", textwrap.dedent(program)])
+        monkeypatch.setattr(container_spec, "command", lambda step, uri: ["python", "-c", textwrap.dedent(program)])
 
     return say
 
@@ -128,7 +129,7 @@ def test_a_second_try_follows_the_container_that_the_first_left(
 ) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
-    from qlora_retrain.runtimes.airflow_docker import name_of
+    from qlora_retrain.runtimes.airflow.docker import name_of
 
     says("import sys, time; time.sleep(5); print('the first one ended'); sys.exit(12)")
     first = step()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_retrain import code, graph
-from qlora_retrain.code import project_root
-from qlora_retrain.images import DEFAULT
+from qlora_retrain.core import graph
+from qlora_retrain.core.images import DEFAULT
+from qlora_retrain.pipeline import code_identity
+from qlora_retrain.pipeline.code_identity import project_root
 
 if TYPE_CHECKING:
     from tests.containers.conftest import Engine
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
 LOOK = """
 import importlib.util, json, os, shutil, sys
-from qlora_retrain import code, graph
+from qlora_retrain.core import graph
+from qlora_retrain.pipeline import code_identity as code
 there = {n for n in ("torch", "pip", "airflow", "kfp", "pytest") if importlib.util.find_spec(n)}
 keys = {s.name: code.identity(s.name) for s in graph.STEPS}
 print(json.dumps([os.getuid(), sorted(there), shutil.which("pip"), sorted(os.listdir("/app")), keys]))
@@ -57,7 +59,7 @@ def test_an_image_holds_the_code_that_the_keys_are_of_and_no_more_than_it_needs(
         ["torch"] if kind == "train" else [],
         None,
         ["components", "constraints.txt", "entrypoint", "pyproject.toml", "src"],
-        {step.name: code.identity(step.name) for step in graph.STEPS},
+        {step.name: code_identity.identity(step.name) for step in graph.STEPS},
     ]
 
 

@@ -22,12 +22,12 @@ import psutil
 import pytest
 import yaml
 
-from qlora_retrain import plan, registry, runner
-from qlora_retrain.code import project_root
-from qlora_retrain.plan import Plan
-from qlora_retrain.runtimes.embedded import EmbeddedAirflow
-from qlora_retrain.runtimes.rest import ApiRefused
-from qlora_retrain.store import open_store
+from qlora_retrain.demo.airflow_api import ApiRefused
+from qlora_retrain.demo.standalone_airflow import EmbeddedAirflow
+from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store, registry
 
 if TYPE_CHECKING:
     from tests.containers.conftest import Engine
@@ -229,7 +229,7 @@ def test_a_run_whose_container_is_stopped_and_whose_worker_is_killed_ends_with_t
         r"going on from scratch/train_qlora/\S+checkpoint-(\d+)", setting.log(run_id, "train_qlora", 2)
     )
     assert 0 < int(resumed) < STEPS_OF_A_LONG_RUN
-    assert runner.summary(made, "train_qlora")["steps"] == STEPS_OF_A_LONG_RUN
+    assert execute.summary(made, "train_qlora")["steps"] == STEPS_OF_A_LONG_RUN
 
     elsewhere = plan.make(setting.config, tmp_path.as_uri(), overrides=[f"train.max_steps={STEPS_OF_A_LONG_RUN}"])
     found = manifests(setting.root)
@@ -272,7 +272,7 @@ def test_a_run_that_airflow_began_and_lost_in_training_is_finished_by_kubeflow(s
     setting.engine("kill", setting.training(made))  # as a machine that is gone: nothing is saved any more
     setting.airflow.api.end("boxed", run_id)
     setting.until(lambda: setting.engine.names(made.run_id) == [])
-    assert runner.manifest(made, "train_qlora") is None
+    assert execute.manifest(made, "train_qlora") is None
     process = setting.kfp("run", setting.config, "--plan", made.uri)
     assert process.wait(600) == 0, setting.said()
     assert "going on from scratch/train_qlora/" in setting.said()

@@ -17,18 +17,19 @@ import boto3
 import pytest
 import yaml
 
-from qlora_retrain import graph, plan, registry, runner
-from qlora_retrain.code import project_root
 from qlora_retrain.config.profile import Profile
 from qlora_retrain.config.sections import RuntimeConfig
-from qlora_retrain.errors import Exit
-from qlora_retrain.images import DEFAULT
-from qlora_retrain.plan import Plan
-from qlora_retrain.store import open_store
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import Exit
+from qlora_retrain.core.images import DEFAULT
+from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store, registry
 from tests.containers.node import TOKEN, Node
 
 if TYPE_CHECKING:
-    from qlora_retrain.runtimes.pod_endings import Ending
+    from qlora_retrain.runtimes.kubernetes.pod_status import Ending
     from tests.containers.conftest import Engine
 
 pytestmark = [
@@ -97,7 +98,7 @@ def rendered(made: Plan, step: str, profile: Profile, runtime: RuntimeConfig | N
     """The pod as the operator would send it."""
     from kubernetes.client import ApiClient
 
-    from qlora_retrain.runtimes.airflow_kubernetes import KubernetesStepOperator
+    from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
     runtime = runtime or RuntimeConfig(kind="kubernetes")
     task = KubernetesStepOperator(task_id=step, step=step, line=made.line, runtime=runtime, profile=profile)
@@ -114,9 +115,9 @@ def run(node: Node, pod: dict[str, Any]) -> Ending:
 
 def end(node: Node, pod: dict[str, Any]) -> Ending:
     """How the operator reads the pod's end."""
-    from qlora_retrain.runtimes import pod_endings
+    from qlora_retrain.runtimes.kubernetes import pod_status
 
-    found = pod_endings.ending(node.ended(pod))
+    found = pod_status.ending(node.ended(pod))
     assert found is not None
     return found
 
@@ -158,7 +159,7 @@ def test_the_pods_that_would_be_submitted_run_the_whole_pipeline_though_the_trai
         ended = run(node, pod)
         assert ended.code == Exit.DONE, ended.said
         assert ("going on from scratch/train_qlora/" in node.logs[-1]) == step.scratch
-        manifest = runner.manifest(made, step.name)
+        manifest = execute.manifest(made, step.name)
         assert manifest is not None
         assert manifest.provenance["image"] == cluster.image(step.image)
         assert manifest.provenance["host"] == pod["metadata"]["name"]

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
-from qlora_retrain.errors import Exit
+from qlora_retrain.core.errors import Exit
 
 pytestmark = pytest.mark.kfp
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from qlora_retrain import cli, graph
-from qlora_retrain.errors import Exit
-from qlora_retrain.runtimes import containers
+from qlora_retrain.cli import main
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import Exit
+from qlora_retrain.runtimes.docker import container_spec
 
 if TYPE_CHECKING:
     from tests.dags.conftest import Compiled
@@ -101,7 +102,9 @@ def test_kubeflow_and_airflow_run_the_same_tasks_in_the_same_order_with_the_same
         runs = compiled.container(task.task_id)
         assert runs["image"] == task.image
         plan_uri = "{{$.inputs.parameters['plan_uri']}}"
-        assert runs["command"][:5] == containers.command(task.task_id, plan_uri), "and what KFP alone is told after it"
+        assert runs["command"][:5] == container_spec.command(task.task_id, plan_uri), (
+            "and what KFP alone is told after it"
+        )
 
 
 @pytest.mark.parametrize("step", graph.STEPS, ids=lambda s: s.name)
@@ -144,11 +147,11 @@ def test_a_pod_is_what_the_profile_says(compiled: Compiled, name: str) -> None:
         "AWS_DEFAULT_REGION": "eu-west-1",
         "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws/credentials",
         "QLORA_RETRAIN_IMAGE": TRAIN if kind != "light" else LIGHT,
-        "QLORA_RETRAIN_CACHE": f"{containers.WORK}/cache",
+        "QLORA_RETRAIN_CACHE": f"{container_spec.WORK}/cache",
     }
     assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
     shared = [("/dev/shm", "1024Mi")] if name == "train_qlora" else []  # NCCL's, between the GPUs of a pod
-    assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [(containers.WORK, "50Gi"), *shared]
+    assert [(m["mountPath"], m["sizeLimit"]) for m in pod["emptyDirMounts"]] == [(container_spec.WORK, "50Gi"), *shared]
     assert [(s["secretName"], s["mountPath"]) for s in pod["secretAsVolume"]] == [
         ("store-credentials", "/run/secrets/aws")
     ]
@@ -178,7 +181,7 @@ def test_where_kfp_is_not_installed_the_command_says_which_environment_has_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["kfp", "compile"])
+        main.main(["kfp", "compile"])
     assert ended.value.code == Exit.USAGE
     assert "run it with .venv-kfp/bin/qlora-retrain" in capsys.readouterr().err
 

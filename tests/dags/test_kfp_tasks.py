@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_retrain import cli
-from qlora_retrain.errors import Exit
-from qlora_retrain.plan import Plan
+from qlora_retrain.cli import main
+from qlora_retrain.core.errors import Exit
+from qlora_retrain.pipeline.plan import Plan
 
 if TYPE_CHECKING:
     from tests.dags.conftest import Compiled
@@ -123,7 +123,7 @@ def test_the_last_task_finds_its_runs_plan_and_shows_where_it_stands(tasks: Task
 
 def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        main.main(arguments)
     assert ended.value.code == Exit.USAGE
     return capsys.readouterr().err
 

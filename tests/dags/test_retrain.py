@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from qlora_retrain import graph
-from qlora_retrain.runtimes import form
+from qlora_retrain.core import graph
+from qlora_retrain.runtimes.airflow import params as form
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
 DAG_FILE = Path(__file__).resolve().parents[2] / "dags" / "retrain.py"

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from qlora_retrain import graph
 from qlora_retrain.config.profile import load as load_profile
+from qlora_retrain.core import graph
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
 PROJECT = Path(__file__).resolve().parents[2]

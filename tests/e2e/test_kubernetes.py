@@ -21,12 +21,12 @@ import psutil
 import pytest
 import yaml
 
-from qlora_retrain.code import project_root
-from qlora_retrain.store import open_store
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.storage import open_store
 from tests.runtimes.kubernetes import canaries
 
 if TYPE_CHECKING:
-    from qlora_retrain.runtimes.embedded import EmbeddedAirflow
+    from qlora_retrain.demo.standalone_airflow import EmbeddedAirflow
     from tests.runtimes.kubernetes.cluster import Cluster
 
 pytestmark = [
@@ -117,7 +117,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def airflow(
     cluster: Cluster, tmp_path: Path, tiny_model: Path, write_tickets: Callable[[Path, int], Path]
 ) -> Iterator[EmbeddedAirflow]:
-    from qlora_retrain.runtimes.embedded import EmbeddedAirflow
+    from qlora_retrain.demo.standalone_airflow import EmbeddedAirflow
 
     tickets = write_tickets(tmp_path / "tickets.jsonl", 300)
     document = {**LINE, "sources": {"raw_data": str(tickets), "base_model": str(tiny_model)}}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from qlora_retrain.code import project_root
+from qlora_retrain.pipeline.code_identity import project_root
 
 SHORT = [
     "train.max_steps=60",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from components.validate_data.splitting import share
-from qlora_retrain import chat
+from qlora_retrain.lm import chat
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
-from qlora_retrain import graph
 from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.core import graph
 from tests.manifests.overlays import (
     OVERLAYS,
     PROFILES,
@@ -81,20 +81,20 @@ def test_nothing_goes_in_and_nothing_out_but_names_and_https_to_the_world(overla
 
 @pytest.mark.parametrize("overlay", ["gpu", "production"])
 def test_the_policies_speak_of_the_labels_that_pods_have(overlay: str) -> None:
-    from qlora_retrain.runtimes import pods
+    from qlora_retrain.runtimes.kubernetes import pod_spec
 
     for policy in of(overlay, "NetworkPolicy"):
-        assert policy["spec"]["podSelector"].get("matchLabels", pods.LABELS) == pods.LABELS
+        assert policy["spec"]["podSelector"].get("matchLabels", pod_spec.LABELS) == pod_spec.LABELS
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_what_a_profile_names_exists_and_what_exists_is_named(name: str) -> None:
-    from qlora_retrain.runtimes import pods
+    from qlora_retrain.runtimes.kubernetes import pod_spec
 
     cluster = profile(name)
     assert names(name, "Namespace") == {cluster.namespace}
     assert {d["metadata"]["namespace"] for d in built(name) if "namespace" in d["metadata"]} == {cluster.namespace}
-    assert names(name, "ServiceAccount") == pods.service_accounts(cluster)
+    assert names(name, "ServiceAccount") == pod_spec.service_accounts(cluster)
     assert names(name, "PriorityClass") == {cluster.priority_class}
     claims = of(name, "PersistentVolumeClaim")
     assert {c["metadata"]["name"] for c in claims} == ({cluster.cache_claim} - {None})
@@ -133,9 +133,9 @@ def asked(name: str, step: graph.Step, memory_gib: float | None = None) -> dict[
     """What a step's pod counts for, in a quota's words, once it is admitted."""
     from kubernetes.client import ApiClient
 
-    from qlora_retrain.runtimes import pods
+    from qlora_retrain.runtimes.kubernetes import pod_spec
 
-    made = pods.resources(step, profile(name), RuntimeConfig(kind="kubernetes"), memory_gib)
+    made = pod_spec.resources(step, profile(name), RuntimeConfig(kind="kubernetes"), memory_gib)
     taken = admitted(name, ApiClient().sanitize_for_serialization(made))
     return {f"{side}.{what}": parse_quantity(taken[side][what]) for side in taken for what in taken[side]}
 
@@ -166,11 +166,13 @@ def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None
 def test_a_pod_asks_for_what_its_spec_shows_and_a_volume_of_its_own_spares_the_nodes_disk(name: str) -> None:
     from kubernetes.client import ApiClient
 
-    from qlora_retrain.runtimes import pods
+    from qlora_retrain.runtimes.kubernetes import pod_spec
 
     cluster = profile(name)
     for step in graph.STEPS:
-        shown = ApiClient().sanitize_for_serialization(pods.resources(step, cluster, RuntimeConfig(kind="kubernetes")))
+        shown = ApiClient().sanitize_for_serialization(
+            pod_spec.resources(step, cluster, RuntimeConfig(kind="kubernetes"))
+        )
         assert admitted(name, shown) == {
             "limits": shown["limits"],
             "requests": {**shown["limits"], **shown["requests"]},

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain import chat
+from qlora_retrain.lm import chat
 
 DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "demo"
 TICKETS, GOLDEN = DEMO / "tickets.jsonl", DEMO / "golden.jsonl"

@@ -16,18 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain import graph, plan, preempt, runner
-from qlora_retrain.plan import Plan
+from qlora_retrain.core import graph, signals
+from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.runtimes import local
 
 # A step of any name: writes one file through the real runner, or ends as the script for its n-th try says.
 STEP = """
 import inspect, json, os, signal, subprocess, sys, time
 from pathlib import Path
-from qlora_retrain import graph, runner
-from qlora_retrain.errors import DataRefused
-from qlora_retrain.outcome import Report
-from qlora_retrain.plan import Plan
+from qlora_retrain.core import graph
+from qlora_retrain.pipeline import execute as runner
+from qlora_retrain.core.errors import DataRefused
+from qlora_retrain.core.outcome import Report
+from qlora_retrain.pipeline.plan import Plan
 
 folder, name, uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 step = graph.step(name)
@@ -68,7 +70,7 @@ sys.exit(code)
 @pytest.fixture(autouse=True)
 def own_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(preempt, "_requested", False)
+    monkeypatch.setattr(signals, "_requested", False)
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -148,7 +150,7 @@ def test_a_step_that_would_fail_again_is_not_tried_again(
     assert local.run(made) == code
     assert (bench.tries("train_qlora"), bench.tries("evaluate")) == (1, 0)
     assert (
-        f"stopped at train_qlora: {runner.describe(code)} ({code}); logs: {made.root}/runs/" in capsys.readouterr().out
+        f"stopped at train_qlora: {execute.describe(code)} ({code}); logs: {made.root}/runs/" in capsys.readouterr().out
     )
 
 
@@ -191,14 +193,14 @@ def test_a_failure_stops_the_step_beside_it(bench: Bench, made: Plan) -> None:
     clock = time.monotonic()
     assert local.run(made) == 12
     assert time.monotonic() - clock < 30
-    assert runner.found(made, "quantize_model") is None
+    assert execute.found(made, "quantize_model") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_no_step_behind(bench: Bench, made: Plan, number: signal.Signals) -> None:
     bench.script(validate_data=["wait"], quantize_model=["wait"])
     program = (
-        "import sys\nfrom qlora_retrain.plan import Plan\nfrom qlora_retrain.runtimes import local\n"
+        "import sys\nfrom qlora_retrain.pipeline.plan import Plan\nfrom qlora_retrain.runtimes import local\n"
         f"start = {bench.command('', '')[:-2]!r}\nlocal.command = lambda step, uri: [*start, step, uri]\n"
         "sys.exit(local.run(Plan.load(sys.argv[1])))\n"
     )

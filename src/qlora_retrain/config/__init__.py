@@ -1,1 +1,1 @@
-"""The YAML of a line: models of every section (`sections`), and reading one with all its errors at once (`load`)."""
+"""A line's YAML: the models of its sections (`sections`), and reading one with all its errors at once (`line`)."""

@@ -16,12 +16,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_retrain import images, uris
-from qlora_retrain.config.knobs import Section, operational
+from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.reading import read
 from qlora_retrain.config.sections import Images
-from qlora_retrain.errors import UsageError
-from qlora_retrain.graph import Step
+from qlora_retrain.core import images, uris
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.graph import Step
 
 PROFILE_VARIABLE = "QLORA_RETRAIN_PROFILE"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]

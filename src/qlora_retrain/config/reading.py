@@ -10,9 +10,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from qlora_retrain import uris
-from qlora_retrain.config.knobs import Section
-from qlora_retrain.errors import UsageError
+from qlora_retrain.config.fields import Section
+from qlora_retrain.core import uris
+from qlora_retrain.core.errors import UsageError
 
 _SHOWN_CHARACTERS = 80
 Model = TypeVar("Model", bound=Section)

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_retrain import images
-from qlora_retrain.config.judging import EvaluateConfig as EvaluateConfig
-from qlora_retrain.config.knobs import Device, Precision, Section, identity, operational
-from qlora_retrain.errors import UsageError
-from qlora_retrain.graph import Image
+from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
+from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
+from qlora_retrain.core import images
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.graph import Image
 
 Version = Annotated[str, Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{12}$")]
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]

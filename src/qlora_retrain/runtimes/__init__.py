@@ -1,5 +1,4 @@
-"""What runs the steps: the only place in the library that may import Airflow or kfp.
+"""What runs the steps: without an orchestrator (`local`), in Airflow, on Kubernetes, in Docker, on Kubeflow.
 
-`airflow_local` (a step as a subprocess of an Airflow task), `embedded` (a whole Airflow on loopback), `demo` and `ui`
-(programs over it), `rest` (a client of Airflow's REST API), `form` (a run's form), `leash` (ends what it started).
+Only this package and `demo` may import an orchestrator.
 """

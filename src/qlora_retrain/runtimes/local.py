@@ -14,11 +14,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_retrain import graph, progress, runner
-from qlora_retrain.code import project_root
-from qlora_retrain.errors import Exit, Problem, describe, may_retry
-from qlora_retrain.plan import Plan
-from qlora_retrain.runtimes import leash
+from qlora_retrain.core import graph, progress, supervisor
+from qlora_retrain.core.errors import Exit, Problem, describe, may_retry
+from qlora_retrain.pipeline import execute
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.pipeline.plan import Plan
 
 _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
@@ -40,7 +40,7 @@ class _Child:
     def __init__(self, step: graph.Step, plan: Plan, attempt: int) -> None:
         self.step, self.attempt = step, attempt
         self.process = subprocess.Popen(
-            leash.command(command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
+            supervisor.command(command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
             cwd=project_root(),
             env=environment(),
             stdout=subprocess.PIPE,
@@ -104,14 +104,14 @@ def _start_ready(plan: Plan, done: set[str], running: list[_Child]) -> int | Non
     for step in graph.STEPS:
         if step.name in done or any(c.step is step for c in running) or not done.issuperset(graph.after(step)):
             continue
-        found = runner.found(plan, step.name)
+        found = execute.found(plan, step.name)
         if found is None:
             running.append(_Child(step, plan, attempt=0))
         elif found:
-            progress.say(runner.refused_before(plan, step.name))
+            progress.say(execute.refused_before(plan, step.name))
             return found
         else:
-            progress.say(f"{step.name}: made already: {progress.one_line(runner.summary(plan, step.name))}")
+            progress.say(f"{step.name}: made already: {progress.one_line(execute.summary(plan, step.name))}")
             done.add(step.name)
     return None
 
@@ -141,7 +141,7 @@ def _collect(plan: Plan, done: set[str], running: list[_Child]) -> int | None:
 def _made(plan: Plan, step_name: str) -> bool:
     """Success is judged by the manifest, never by the process's word alone."""
     try:
-        return runner.found(plan, step_name) == Exit.DONE
+        return execute.found(plan, step_name) == Exit.DONE
     except Problem as problem:
         progress.say(f"{step_name}: {problem}")
         return False

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from components.evaluate import intruders
-from qlora_retrain import modeling
+from qlora_retrain.lm import loading
 
 
 def test_the_counts_are_those_of_peft(tiny_nf4: Path, tiny_adapter: Path) -> None:
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
-    model: Any = modeling.attach(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    model: Any = loading.attach(loading.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
     found = intruders.count(model, top=10, epsilon=0.6)
     lines: list[str] = []
     reduce_intruder_dimension(model, top_k=10, threshold_epsilon=0.6, logging_sink=lines.append)
@@ -32,7 +32,7 @@ def test_the_counts_are_those_of_peft(tiny_nf4: Path, tiny_adapter: Path) -> Non
 
 def test_packed_weights_give_about_the_same_as_unpacked(tiny_nf4: Path, tiny_adapter: Path) -> None:
     unpacked, packed = (
-        intruders.count(modeling.attach(modeling.load_nf4(tiny_nf4, dtype=dtype), tiny_adapter), top=5, epsilon=0.5)
+        intruders.count(loading.attach(loading.load_nf4(tiny_nf4, dtype=dtype), tiny_adapter), top=5, epsilon=0.5)
         for dtype in ("float32", "bfloat16")
     )
     assert [layer.name for layer in packed] == [layer.name for layer in unpacked]
@@ -103,5 +103,5 @@ def test_a_matrix_without_full_rank_is_decomposed_as_a_whole() -> None:
 
 
 def test_none_are_looked_at_where_the_line_wants_none(tiny_nf4: Path, tiny_adapter: Path) -> None:
-    model = modeling.attach(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    model = loading.attach(loading.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
     assert intruders.count(model, top=0, epsilon=0.5) == []

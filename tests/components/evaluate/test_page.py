@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from components.evaluate import page
 from components.evaluate.found import Found
-from qlora_retrain import verdict
-from qlora_retrain.config.judging import EvaluateConfig
-from qlora_retrain.rows import Row
-from qlora_retrain.scoring import RowScore
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.evaluation import verdict
+from qlora_retrain.evaluation.rows import Row
+from qlora_retrain.evaluation.scoring import RowScore
 
 ANSWERS = {"0": "a", "1": "a", "2": "b", "3": "b", "4": "c"}
 ROWS = [RowScore(i, "eval", 1.0, 1, p, p == ANSWERS[i]) for i, p in zip("01234", "aabac", strict=True)]

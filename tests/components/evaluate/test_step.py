@@ -11,8 +11,8 @@ import pytest
 
 from components.evaluate.step import run
 from qlora_retrain.config.sections import EvaluateConfig
-from qlora_retrain.errors import Exit, UsageError
-from qlora_retrain.scoring import read_scores
+from qlora_retrain.core.errors import Exit, UsageError
+from qlora_retrain.evaluation.scoring import read_scores
 
 CONFIG = EvaluateConfig(first_release=True, bootstrap_samples=200, device="cpu", batch_tokens=2048)
 
@@ -66,7 +66,8 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
 def test_the_4_bit_base_is_scored_with_the_adapter_off(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
-    from qlora_retrain import chat, modeling, scoring
+    from qlora_retrain.evaluation import scoring
+    from qlora_retrain.lm import chat, loading
 
     dataset = write_dataset(tmp_path / "dataset")
     run(
@@ -81,7 +82,7 @@ def test_the_4_bit_base_is_scored_with_the_adapter_off(
     )
     rows = scoring.read_rows(dataset / "eval.jsonl", "eval")
     alone = scoring.score_rows(
-        modeling.load_nf4(inputs["base_nf4"], dtype="float32"),
+        loading.load_nf4(inputs["base_nf4"], dtype="float32"),
         chat.load_tokenizer(inputs["base_nf4"]),
         rows,
         labels=["delivery", "login", "refund"],
@@ -98,11 +99,12 @@ def test_packed_4_bit_weights_with_an_adapter_score_labels_as_alone(
 ) -> None:
     import torch
 
-    from qlora_retrain import chat, modeling, scoring
+    from qlora_retrain.evaluation import scoring
+    from qlora_retrain.lm import chat, loading
 
     labels = ["delivery", "login", "refund"]
     rows = scoring.read_rows(write_dataset(tmp_path / "dataset", rows=4) / "eval.jsonl", "eval")
-    model = modeling.attach(modeling.load_nf4(inputs["base_nf4"], dtype="bfloat16"), inputs["adapter"])
+    model = loading.attach(loading.load_nf4(inputs["base_nf4"], dtype="bfloat16"), inputs["adapter"])
     tokenizer = chat.load_tokenizer(inputs["base_nf4"])
     scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=2048, what="scoring")
     for row, score in zip(rows, scores, strict=True):

@@ -9,9 +9,9 @@ import torch
 
 from components.merge_adapter import agreement, candidates
 from components.merge_adapter.agreement import Agreement
-from qlora_retrain import chat, modeling
 from qlora_retrain.config.sections import EvaluateConfig
-from qlora_retrain.scoring import Row
+from qlora_retrain.evaluation.scoring import Row
+from qlora_retrain.lm import chat, loading
 
 TALK = [
     {"role": "user", "content": "hello"},
@@ -27,8 +27,8 @@ def rows() -> list[Row]:
 
 
 def test_batches_give_what_one_row_at_a_time_gives(tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path) -> None:
-    live = modeling.attach(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
-    other, tokenizer = modeling.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
+    live = loading.attach(loading.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    other, tokenizer = loading.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
     found = agreement.compare(live, other, tokenizer, rows(), 256, "comparing")
     for row, ours in zip(rows(), found, strict=True):
         encoded = chat.encode(tokenizer, row.messages)
@@ -42,7 +42,7 @@ def test_batches_give_what_one_row_at_a_time_gives(tiny_model: Path, tiny_nf4: P
 
 
 def test_a_model_agrees_with_itself(tiny_model: Path) -> None:
-    model, tokenizer = modeling.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
+    model, tokenizer = loading.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
     found = agreement.compare(model, model, tokenizer, rows(), 256, "comparing")
     settings = EvaluateConfig(bootstrap_samples=200)
     for value, expected in ((agreement.kl, 0.0), (agreement.greedy, 1.0)):

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from components.merge_adapter import gguf_file
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
-from qlora_retrain import chat, gguf_names, modeling, plan, scoring
 from qlora_retrain.config.sections import MergeConfig
-from qlora_retrain.errors import Exit, UsageError
+from qlora_retrain.core.errors import Exit, UsageError
+from qlora_retrain.evaluation import scoring
+from qlora_retrain.lm import chat, gguf_names, loading
+from qlora_retrain.pipeline import plan
 
 ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 
@@ -55,7 +57,7 @@ def test_every_export_ships_with_a_loss_of_its_own(inputs: dict[str, Path]) -> N
         assert name in (model / "report.html").read_text()
     assert str(model) not in (model / "exports/nf4/config.json").read_text()
     # The 4-bit form is loaded once more, as anybody would, and its loss found in another way.
-    quantized = modeling.load_nf4(model / "exports/nf4", dtype="float32")
+    quantized = loading.load_nf4(model / "exports/nf4", dtype="float32")
     rows = scoring.read_rows(inputs["dataset"] / "eval.jsonl", "eval")
     tokenizer, loss, tokens = chat.load_tokenizer(model), 0.0, 0
     for row in rows:
@@ -191,7 +193,7 @@ def test_llama_cpp_computes_what_transformers_computes(
     folder = family(name, tiny_model, tmp_path / name)
     gguf_file.check(folder)
     gguf_file.write(folder, tmp_path / "model.gguf", "gguf-f16")
-    tokenizer, model = chat.load_tokenizer(folder), modeling.load_base(folder, dtype="float32")
+    tokenizer, model = chat.load_tokenizer(folder), loading.load_base(folder, dtype="float32")
     text = "<|im_start|>user\nwhere is the parcel of order number 1003?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, n_threads=1, logits_all=True, verbose=False)

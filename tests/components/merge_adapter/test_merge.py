@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.merge_adapter.merge import merge
-from qlora_retrain.errors import Diverged, IntegrityError, UsageError
+from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
 
 
 def merged(tmp_path: Path, base: Path, nf4: Path, adapter: Path, name: str = "model", **settings: Any) -> Path:
@@ -55,10 +55,10 @@ def by_peft(model: Any, adapter: Path) -> dict[str, torch.Tensor]:
 def test_merging_into_the_original_is_what_peft_does(
     tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
 ) -> None:
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     ours = load_file(merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter, dequantized=False) / "model.safetensors")
-    theirs = by_peft(modeling.load_base(tiny_model, dtype="float32"), tiny_adapter)
+    theirs = by_peft(loading.load_base(tiny_model, dtype="float32"), tiny_adapter)
     base = load_file(tiny_model / "model.safetensors")
     assert set(ours) == set(base)
     for name, tensor in ours.items():
@@ -71,10 +71,10 @@ def test_merging_into_the_original_is_what_peft_does(
 def test_merging_into_the_dequantized_base_is_what_the_live_model_computes(
     tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
 ) -> None:
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     folder = merged(tmp_path, tiny_model, tiny_nf4, tiny_adapter)
-    theirs = by_peft(modeling.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    theirs = by_peft(loading.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
     for name, tensor in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(tensor.float(), theirs[name].float(), rtol=2**-8, atol=1e-6)
 
@@ -154,7 +154,7 @@ def random_adapter(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     """An untrained adapter of any kind, its matrices (and magnitudes) drawn at random."""
     from peft import LoraConfig, get_peft_model
 
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     def make(base: Path = tiny_model, **settings: Any) -> Path:
         config = LoraConfig(
@@ -162,7 +162,7 @@ def random_adapter(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(1)
-        model = get_peft_model(modeling.load_base(base), config)
+        model = get_peft_model(loading.load_base(base), config)
         for name, parameter in model.named_parameters():
             if "magnitude" in name:  # it starts as the weight's own length, under which a wrong one would not show
                 parameter.data.mul_(0.5 + torch.rand_like(parameter))
@@ -177,7 +177,7 @@ def random_adapter(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_ranks_and_alphas_of_single_modules_rslora_and_dora_are_merged_as_in_peft(
     tmp_path: Path, tiny_model: Path, tiny_nf4: Path, random_adapter: Callable[..., Path], rslora: bool, dora: bool
 ) -> None:
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     adapter = random_adapter(
         use_rslora=rslora,
@@ -186,7 +186,7 @@ def test_ranks_and_alphas_of_single_modules_rslora_and_dora_are_merged_as_in_pef
         alpha_pattern={"q_proj": 32, "down_proj": 3},
     )
     folder = merged(tmp_path, tiny_model, tiny_nf4, adapter, dequantized=False)
-    theirs = by_peft(modeling.load_base(tiny_model, dtype="float32"), adapter)
+    theirs = by_peft(loading.load_base(tiny_model, dtype="float32"), adapter)
     for name, tensor in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(tensor.float(), theirs[name], rtol=2**-8, atol=1e-5)
 
@@ -194,14 +194,14 @@ def test_ranks_and_alphas_of_single_modules_rslora_and_dora_are_merged_as_in_pef
 def test_a_dora_merge_into_the_dequantized_base_answers_as_the_live_model_does(
     tmp_path: Path, tiny_model: Path, tiny_nf4: Path, random_adapter: Callable[..., Path]
 ) -> None:
-    from qlora_retrain import modeling
+    from qlora_retrain.lm import loading
 
     adapter = random_adapter(use_dora=True)
     ids = torch.arange(3, 43).reshape(2, 20)
-    live = modeling.attach(modeling.load_nf4(tiny_nf4, dtype="float32"), adapter)(input_ids=ids).logits
+    live = loading.attach(loading.load_nf4(tiny_nf4, dtype="float32"), adapter)(input_ids=ids).logits
     folder = merged(tmp_path, tiny_model, tiny_nf4, adapter)
-    ours = modeling.load_base(folder, dtype="float32")(input_ids=ids).logits
-    other = modeling.load_base(tiny_model, dtype="float32")(input_ids=ids).logits
+    ours = loading.load_base(folder, dtype="float32")(input_ids=ids).logits
+    other = loading.load_base(tiny_model, dtype="float32")(input_ids=ids).logits
     # What is left is the rounding of the sum to bf16: a small part of what the adapter does.
     assert (ours - live).abs().mean() < 0.05 * (other - live).abs().mean()
 

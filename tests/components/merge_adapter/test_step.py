@@ -18,10 +18,11 @@ from torch.nn.functional import cross_entropy
 
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
-from qlora_retrain import chat, modeling, scoring
 from qlora_retrain.config.sections import MergeConfig
-from qlora_retrain.errors import Exit, IntegrityError
-from qlora_retrain.scoring import read_scores, write_scores
+from qlora_retrain.core.errors import Exit, IntegrityError
+from qlora_retrain.evaluation import scoring
+from qlora_retrain.evaluation.scoring import read_scores, write_scores
+from qlora_retrain.lm import chat, loading
 
 CONFIG = MergeConfig(device="cpu", min_rows=18)
 
@@ -70,7 +71,7 @@ def test_the_better_candidate_on_one_half_is_what_ships_and_the_other_half_certi
         folder.mkdir()
         merge(inputs["base_model"], inputs["base_nf4"], inputs["adapter"], folder,
               dequantized=name == "dequantized", max_shard_gib=5.0)  # fmt: skip
-        model, tokenizer = modeling.load_base(folder, dtype="float32"), chat.load_tokenizer(folder)
+        model, tokenizer = loading.load_base(folder, dtype="float32"), chat.load_tokenizer(folder)
         labels = json.loads((inputs["dataset"] / "dataset.json").read_text())["labels"]
         scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=4096, what="x")
         chosen = set(sorted(sides, key=lambda i: hashlib.sha256(f"merge:{i}".encode()).digest())[:18])
@@ -153,7 +154,7 @@ def test_kl_and_agreement_are_gates_only_where_a_limit_is_set(inputs: dict[str, 
 def test_what_the_merged_form_forgot_is_measured_on_the_merged_form(inputs: dict[str, Path]) -> None:
     run(MergeConfig(device="cpu", base="original"), **inputs)
     found = certificate(inputs)
-    model, tokenizer = modeling.load_base(inputs["model"], dtype="float32"), chat.load_tokenizer(inputs["model"])
+    model, tokenizer = loading.load_base(inputs["model"], dtype="float32"), chat.load_tokenizer(inputs["model"])
     texts = (inputs["reference_data"] / "general.txt").read_text().split("\n\n")
     ours = scoring.score_texts(model, tokenizer, texts, batch_tokens=4096, max_tokens=64, what="x")
     base = [s for s in read_scores(inputs["evaluation"] / "scores.jsonl")["base"] if s.suite == "reference"]
@@ -165,7 +166,7 @@ def test_what_the_merged_form_forgot_is_measured_on_the_merged_form(inputs: dict
 
 def plain_loss(inputs: dict[str, Path], dtype: str) -> float:
     """The live model's loss a token of the evaluation rows, from the full logits of each row alone."""
-    live = modeling.attach(modeling.load_nf4(inputs["base_nf4"], dtype=dtype), inputs["adapter"])
+    live = loading.attach(loading.load_nf4(inputs["base_nf4"], dtype=dtype), inputs["adapter"])
     tokenizer, nats = chat.load_tokenizer(inputs["base_nf4"]), []
     for line in (inputs["dataset"] / "eval.jsonl").read_text().splitlines():
         row = chat.encode(tokenizer, json.loads(line)["messages"])

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from components.evaluate.step import run as evaluate
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
-from qlora_retrain import chat, modeling
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
-from qlora_retrain.errors import Exit
+from qlora_retrain.core.errors import Exit
+from qlora_retrain.lm import chat, loading
 
 FORM = '["{}",1]'
 WRITTEN = ("exact_match", "rouge_l", "chrf", "json_validity", "field_accuracy")
@@ -53,7 +53,7 @@ def certificate(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def answers(folder: Path, dataset: Path, suite: str) -> dict[str, tuple[str, str]]:
     """(right answer, what the model writes) by row id, each row alone and without a cache."""
-    model, tokenizer = modeling.load_base(folder, dtype="float32"), chat.load_tokenizer(folder)
+    model, tokenizer = loading.load_base(folder, dtype="float32"), chat.load_tokenizer(folder)
     found = {}
     for line in (dataset / f"{suite}.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain import artifact, consumer, keys, plan, registry, runner
-from qlora_retrain.errors import QualityRefused
-from qlora_retrain.outcome import Report
-from qlora_retrain.plan import Plan
-from qlora_retrain.store import Store, open_store
+from qlora_retrain.core import hashing
+from qlora_retrain.core.errors import QualityRefused
+from qlora_retrain.core.outcome import Report
+from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import artifact, open_store, pull, registry
+from qlora_retrain.storage.store import Store
 
 Steps = dict[str, Callable[..., Report]]
 RunAll = Callable[[Plan], dict[str, int]]
@@ -34,11 +36,11 @@ def new_plan(line: Path, root_uri: str) -> Callable[..., Plan]:
 
 def until_publish(made: Plan, steps: Steps) -> None:
     for name in list(steps)[:-1]:
-        assert runner.execute(made, name, lambda name=name: steps[name]) == 0  # type: ignore[misc]
+        assert execute.execute(made, name, lambda name=name: steps[name]) == 0  # type: ignore[misc]
 
 
 def publish(made: Plan, steps: Steps) -> int:
-    return runner.execute(made, "publish", lambda: steps["publish"])
+    return execute.execute(made, "publish", lambda: steps["publish"])
 
 
 def named(store: Store, alias: str, line: str = "intents") -> str | None:
@@ -104,7 +106,7 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
     until_publish(made, {**small_steps, "merge_adapter": merge_adapter})
     assert publish(made, small_steps) == 0
     pulled = tmp_path / "pulled"
-    release = consumer.pull(store, "intents@production", pulled)
+    release = pull.pull(store, "intents@production", pulled)
     assert (pulled / "model/exports/gguf-q8_0/model-q8_0.gguf").read_bytes() == b"GGUF"
     content = sorted((f.path, f.sha256) for f in release.files if f.path.startswith(("adapter/", "model/")))
     assert "model/exports/gguf-q8_0/model-q8_0.gguf" in dict(content)
@@ -130,8 +132,8 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
 
     later = new_plan("train.learning_rate=1e-3")
     for name in ("validate_data", "quantize_model", "train_qlora"):
-        assert runner.execute(later, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
-    assert runner.execute(later, "evaluate", lambda: evaluate) == 0
+        assert execute.execute(later, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
+    assert execute.execute(later, "evaluate", lambda: evaluate) == 0
     assert [path for path in seen if path.startswith("model/")] == ["model/config.json", "model/model.safetensors"]
 
 
@@ -201,7 +203,7 @@ def test_publish_refuses_a_failed_evaluation(
     made = new_plan()
     small_steps["evaluate"] = evaluate
     assert run_all(made)["evaluate"] == 11
-    assert runner.execute(made, "merge_adapter", lambda: small_steps["merge_adapter"]) == 11
+    assert execute.execute(made, "merge_adapter", lambda: small_steps["merge_adapter"]) == 11
     assert publish(made, small_steps) in (11, 75)  # its model was never made
     assert versions(store) == []
     assert named(store, "latest") is None
@@ -225,8 +227,8 @@ def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_ste
 
     made = new_plan()
     for name in ("validate_data", "quantize_model", "train_qlora", "evaluate"):
-        assert runner.execute(made, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
-    assert runner.execute(made, "merge_adapter", lambda: merge_adapter) == 11
+        assert execute.execute(made, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
+    assert execute.execute(made, "merge_adapter", lambda: merge_adapter) == 11
     assert publish(made, small_steps) == 11
     assert versions(store) == []
 
@@ -277,7 +279,7 @@ def test_the_recipe_holds_every_identity_field_and_content_pin(
 ) -> None:
     made = new_plan("train.learning_rate=1e-4")
     run_all(made)
-    recipe = keys.parse(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
+    recipe = hashing.parse(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
     assert recipe["steps"] == {s.name: s.identity for s in made.steps}
     assert recipe["steps"]["train_qlora"]["learning_rate"] == 0.0001
     pinned = made.sources["base_model"]
@@ -301,7 +303,7 @@ def test_the_sbom_lists_every_pinned_package_and_the_base(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
     run_all(new_plan())
-    sbom = keys.parse(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
+    sbom = hashing.parse(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
     assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5")
     found = {c["name"]: c["version"] for c in sbom["components"]}
     assert found["torch"] == "2.13.0"

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from components.quantize_model import measure
 from components.quantize_model.step import run
-from qlora_retrain import modeling
 from qlora_retrain.config.sections import QuantizeConfig
-from qlora_retrain.errors import IntegrityError, UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm import loading
 
 # The levels as the paper prints them (arXiv 2305.14314, appendix E), to four digits.
 NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
@@ -46,7 +46,7 @@ def test_every_weight_becomes_the_nearest_level_of_its_block(tiny_model, tmp_pat
     scale = original.abs().amax(1, keepdim=True)
     levels = torch.tensor(NF4)
     nearest = levels[(original / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)] * scale
-    module = modeling.load_nf4(folder, dtype="bfloat16").get_submodule(name)
+    module = loading.load_nf4(folder, dtype="bfloat16").get_submodule(name)
     stored = dequantize_4bit(module.weight.data, module.weight.quant_state).float().reshape(-1, 64)
     # A bf16 weight may lie midway between two levels: what counts is that no level is nearer than the one chosen.
     assert ((original - stored).abs() <= (original - nearest).abs() + 0.005 * scale).all()
@@ -97,14 +97,14 @@ def test_a_base_without_a_chat_template_is_refused(tiny_model, tmp_path):
 
 
 def test_a_saved_form_that_loads_with_one_other_bit_is_refused(tiny_model, tmp_path, monkeypatch):
-    load = modeling.load_nf4
+    load = loading.load_nf4
 
     def damaged(folder, **how):
         model = load(folder, **how)
         model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0] ^= 1
         return model
 
-    monkeypatch.setattr(modeling, "load_nf4", damaged)
+    monkeypatch.setattr(loading, "load_nf4", damaged)
     with pytest.raises(IntegrityError, match="loads as another"):
         quantized(tiny_model, tmp_path / "nf4")
 

@@ -22,8 +22,8 @@ from triton.runtime import interpreter
 from components.train_qlora import lora, packed
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.rows import Collate
-from qlora_retrain import modeling
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.lm import loading
 
 given = interpreter._implicit_cvt
 
@@ -50,7 +50,7 @@ def computed(base_nf4: Path, kernels: str, checkpointing: int | None) -> tuple[f
     config = TrainConfig(
         rank=4, alpha=12, dropout=0.0, device="cpu", kernels=kernels, gradient_checkpointing=checkpointing
     )
-    model = lora.attach_new(modeling.load_nf4(base_nf4), config).train()
+    model = lora.attach_new(loading.load_nf4(base_nf4), config).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -67,12 +67,12 @@ def limit_memory() -> None:
 def main() -> None:
     """Run the step, print its numbers, end with its code."""
     from components.train_qlora.step import run
-    from qlora_retrain import preempt
     from qlora_retrain.config.sections import TrainConfig
-    from qlora_retrain.errors import Problem
+    from qlora_retrain.core import signals
+    from qlora_retrain.core.errors import Problem
 
     given = json.loads(sys.argv[1])
-    preempt.install(polite=True)
+    signals.install(polite=True)
     print("ready", flush=True)
     paths = [Path(given[name]) for name in ("dataset", "base_nf4", "adapter")]
     try:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from components.train_qlora import fused
-from qlora_retrain.code import project_root
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.pipeline.code_identity import project_root
 
 LIGER = project_root() / ".state" / "liger"
 

@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from components.train_qlora import trainer as trainer_module
 from components.train_qlora.loss import summed_loss
-from qlora_retrain.errors import Diverged
+from qlora_retrain.core.errors import Diverged
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from components.train_qlora import fused, joined, lean, lora, loss, packed
 from components.train_qlora.rows import IGNORED, Collate
-from qlora_retrain import chat, modeling
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.lm import chat, loading
 
 # QLoRA (arXiv 2305.14314), appendix E
 PUBLISHED_NF4 = [
@@ -30,7 +30,7 @@ def adapted(nf4: Path, **settings: Any):
     """The 4-bit tiny model with an adapter whose B is not zero, ready to train, in fp32."""
     torch.manual_seed(0)
     plain: dict[str, Any] = {"rank": 4, "alpha": 12, "dropout": 0.0, "device": "cpu"}
-    base = modeling.load_nf4(nf4, dtype=settings.pop("dtype", "float32"), attention=settings.pop("attention", "eager"))
+    base = loading.load_nf4(nf4, dtype=settings.pop("dtype", "float32"), attention=settings.pop("attention", "eager"))
     model = lora.attach_new(base, TrainConfig(**(plain | settings))).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -73,7 +73,7 @@ def test_the_forward_is_that_of_w_plus_the_scaled_product_of_b_and_a(nf4):
 
 
 def test_stored_codes_are_the_published_nf4_values_times_the_scale_of_their_block(nf4):
-    layer = modeling.load_nf4(nf4, dtype="bfloat16").model.layers[0].mlp.up_proj
+    layer = loading.load_nf4(nf4, dtype="bfloat16").model.layers[0].mlp.up_proj
     state = layer.weight.quant_state
     codes = torch.stack([layer.weight.flatten() >> 4, layer.weight.flatten() & 15], dim=1).flatten().long()
     inner = state.state2  # the scales are themselves in 8 bits, a scale for each 256 of them
@@ -85,7 +85,7 @@ def test_stored_codes_are_the_published_nf4_values_times_the_scale_of_their_bloc
 def test_joined_layers_give_the_loss_and_the_gradients_of_peft(nf4, items):
     model = adapted(nf4)
     plain = get_peft_model(
-        modeling.load_nf4(nf4), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+        loading.load_nf4(nf4), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     plain.load_state_dict(model.state_dict())
     batch = Collate(0)(items(6))
@@ -185,7 +185,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(nf4, items):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_line_and_a_padded_batch_have_the_same_loss(nf4, items, attention, shared, monkeypatch):
-    model = modeling.load_nf4(nf4, attention=attention)
+    model = loading.load_nf4(nf4, attention=attention)
     batch = Collate(0)(items(7, shared=shared))
     with torch.no_grad():
         found = float(loss.summed_loss(model, batch))

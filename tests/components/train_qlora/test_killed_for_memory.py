@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from components.train_qlora import cgroup
-from qlora_retrain import checkpoints
+from qlora_retrain.lm import checkpoints
 
 LONG = {"batch_size": 16, "gradient_accumulation": 1, "max_steps": 4, "checkpoint_minutes": 1e-9}
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from components.train_qlora.rows import IGNORED, Collate, Order, Rows, Steps
-from qlora_retrain import checkpoints
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.lm import checkpoints
 
 SETTINGS = {
     "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation": 4,

@@ -7,7 +7,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from components.train_qlora import events
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
 
 
 def read_events(data: bytes) -> list[tuple[int, float, dict[str, float]]]:

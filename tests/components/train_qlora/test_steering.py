@@ -13,9 +13,9 @@ from components.train_qlora import history, lora, preflight, watch
 from components.train_qlora import trainer as trainer_module
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.rows import Rows
-from qlora_retrain import chat, checkpoints, modeling
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import Diverged, TryAgain, UsageError
+from qlora_retrain.core.errors import Diverged, TryAgain, UsageError
+from qlora_retrain.lm import chat, checkpoints, loading
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_the_first_check_spends_at_most_a_twentieth_of_the_run(nf4, chats, capsy
     encoded = [chat.encode(tokenizer, turns) for turns in chats(44)]
     rows = Rows([{"input_ids": e.input_ids, "labels": e.input_ids} for e in encoded])
     config = TrainConfig(batch_size=4, gradient_accumulation=2, device="cpu")
-    model = lora.attach_new(modeling.load_nf4(nf4, dtype="float32"), config)
+    model = lora.attach_new(loading.load_nf4(nf4, dtype="float32"), config)
     spent = 41 * sum(sorted(rows.lengths)[:8])
     enough = math.ceil(spent / 0.05 / (8 * sum(rows.lengths) / 44))
     preflight.overfit(model, config, rows, 0, enough - 1)
@@ -191,7 +191,7 @@ def test_the_best_adapter_is_saved_as_soon_as_it_is_measured(step, evaluation_lo
     short(max_steps=4, schedule="constant", warmup=0.0)
     best = checkpoints.newest_valid(run.scratch) / "best"
     assert (best / "adapter_model.safetensors").read_bytes() == short.weights
-    modeling.attach(modeling.load_nf4(nf4), best)
+    loading.attach(loading.load_nf4(nf4), best)
 
 
 def test_an_evaluation_loss_that_is_not_a_number_ends_the_run(step, evaluation_losses):
@@ -207,7 +207,7 @@ def test_a_run_that_is_stopped_while_it_measures_ends_with_the_same_best_adapter
     cut_off = 0
     for _ in range(30):
         asked = iter(range(10_000))
-        monkeypatch.setattr(watch.preempt, "requested", lambda asked=asked: next(asked) >= times)
+        monkeypatch.setattr(watch.signals, "requested", lambda asked=asked: next(asked) >= times)
         try:
             again = parts(evaluations=7)
         except TryAgain:
@@ -229,7 +229,7 @@ def test_a_used_up_time_budget_leaves_an_adapter_that_can_be_used_and_a_larger_o
     with pytest.raises(TryAgain, match=r"time budget used up.*Its adapter/ can be used as it is$"):
         cut(max_hours=1e-9)
     saved = checkpoints.newest_valid(cut.scratch) / "adapter"
-    model = modeling.attach(modeling.load_nf4(nf4), saved)
+    model = loading.attach(loading.load_nf4(nf4), saved)
     assert all(torch.isfinite(tensor).all() for tensor in load_file(saved / "adapter_model.safetensors").values())
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
@@ -254,7 +254,7 @@ def test_the_time_of_earlier_tries_counts(step, monkeypatch):
         "tokens_per_second": tokens / 60, "memory_mib": 1, "time": float(next(minutes))
     })  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(watch.preempt, "requested", lambda: next(asked) >= 3)
+        patch.setattr(watch.signals, "requested", lambda: next(asked) >= 3)
         with pytest.raises(TryAgain, match="step 3 of 14, saved as checkpoint-3: asked to stop"):
             run(max_hours=1.0)
     with pytest.raises(TryAgain, match="step 3 of 14, saved as checkpoint-3: time budget used up"):

@@ -13,9 +13,10 @@ import pytest
 from components.train_qlora import memory, packed
 from components.train_qlora import trainer as trainer_module
 from components.train_qlora.shrinking import shrinking
-from qlora_retrain import checkpoints, preempt
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.errors import TryAgain
+from qlora_retrain.core import signals
+from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.lm import checkpoints
 
 
 def killed_again_and_again(step, program, kills: int, optimizer: str) -> None:
@@ -87,7 +88,7 @@ def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monk
     whole(max_steps=5)
     asked = iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr("qlora_retrain.preempt.requested", lambda: next(asked) >= 4)
+        patch.setattr("qlora_retrain.core.signals.requested", lambda: next(asked) >= 4)
         with pytest.raises(TryAgain):
             parts(max_steps=5, checkpoint_minutes=1e-9)
     newest = checkpoints.found(parts.scratch)[-1]
@@ -169,7 +170,7 @@ def test_a_try_after_memory_ran_out_begins_with_the_smaller_passes_and_the_paper
     monkeypatch.setattr(trainer_module, "summed_loss", short_of_memory)
     monkeypatch.setattr(packed, "can_pack", lambda _: False)  # so that rows a pass are what the config says
     with monkeypatch.context() as patch:
-        patch.setattr(preempt, "requested", lambda: next(asked) >= 6)
+        patch.setattr(signals, "requested", lambda: next(asked) >= 6)
         with pytest.raises(TryAgain, match="saved as checkpoint-"):
             run()
     monkeypatch.setattr(trainer_module, "summed_loss", plain)  # this try would have memory enough

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from qlora_retrain.code import project_root
+from qlora_retrain.pipeline.code_identity import project_root
 
 TRACKERS = project_root() / ".state" / "trackers"
 

@@ -13,9 +13,9 @@ from components.train_qlora import trainer as trainer_module
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.rows import IGNORED, Collate, Order, read
 from components.train_qlora.step import run
-from qlora_retrain import chat, checkpoints, modeling
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
-from qlora_retrain.errors import Diverged, IntegrityError, TryAgain, UsageError
+from qlora_retrain.core.errors import Diverged, IntegrityError, TryAgain, UsageError
+from qlora_retrain.lm import chat, checkpoints, loading
 
 PHRASES = {
     "refund": "I want my money back for order",
@@ -113,7 +113,7 @@ def test_a_few_rows_are_learned_by_heart(tmp_path, nf4):
 
 def test_the_loss_is_the_cross_entropy_of_the_full_logits_at_the_answers(data, nf4):
     tokenizer = chat.load_tokenizer(nf4)
-    model = modeling.load_nf4(nf4)
+    model = loading.load_nf4(nf4)
     some = read(data / "train.jsonl", tokenizer)
     batch = Collate(0)([some[i] for i in range(7)])
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_loss_is_the_cross_entropy_of_the_full_logits_at_the_answers(data, n
 
 def test_padding_changes_no_loss(data, nf4):
     tokenizer = chat.load_tokenizer(nf4)
-    model = modeling.load_nf4(nf4)
+    model = loading.load_nf4(nf4)
     some = read(data / "train.jsonl", tokenizer)
     with torch.no_grad():
         together = float(summed_loss(model, Collate(0)([some[i] for i in range(5)])))
@@ -261,7 +261,7 @@ def test_a_hopeless_loss_ends_the_run(training, monkeypatch):
 def test_the_adapter_attaches_and_scores_as_training_measured(training, nf4, tmp_path):
     train = training()
     numbers = train()
-    model = modeling.attach(modeling.load_nf4(nf4), train.adapter)
+    model = loading.attach(loading.load_nf4(nf4), train.adapter)
     held_out = read(tmp_path / "dataset" / "eval.jsonl", chat.load_tokenizer(nf4))
     batches = [Collate(0)([held_out[i]]) for i in range(len(held_out))]
     tokens = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in batches)

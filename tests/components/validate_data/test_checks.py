@@ -9,9 +9,9 @@ import pytest
 
 from components.validate_data.checks import REASONS, Row, check, explain, measure, special_tokens
 from components.validate_data.reading import RawRow
-from qlora_retrain import chat
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import chat
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": " refund\n"}

@@ -11,7 +11,7 @@ import pytest
 
 from components.validate_data.reading import RawRow, read
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import UsageError
+from qlora_retrain.core.errors import UsageError
 
 CHATS = DataConfig()
 PAIRS = DataConfig(prompt_field="text", response_field="category")

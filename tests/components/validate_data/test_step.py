@@ -14,10 +14,10 @@ import pytest
 
 from components.validate_data import expectations
 from components.validate_data.step import run
-from qlora_retrain import chat
 from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.errors import Exit, UsageError
-from qlora_retrain.outcome import Report
+from qlora_retrain.core.errors import Exit, UsageError
+from qlora_retrain.core.outcome import Report
+from qlora_retrain.lm import chat
 
 FILES = {"train.jsonl", "eval.jsonl", "golden.jsonl", "dataset.json", "profile.json", "quarantine.jsonl", "report.html"}
 INTENTS = ("refund", "delivery", "login")

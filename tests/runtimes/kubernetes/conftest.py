@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from qlora_retrain import plan
-from qlora_retrain.code import project_root
 from qlora_retrain.config.profile import Profile
 from qlora_retrain.config.profile import load as load_profile
 from qlora_retrain.config.sections import RuntimeConfig
-from qlora_retrain.plan import Plan
+from qlora_retrain.pipeline import plan
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.pipeline.plan import Plan
 from tests.runtimes.kubernetes import canaries
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ def made(plan_in: Callable[..., Plan], tmp_path: Path) -> Plan:
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make a step's task anew, as every process does that takes it up."""
-    from qlora_retrain.runtimes import airflow_kubernetes
+    from qlora_retrain.runtimes.airflow import kubernetes
 
-    monkeypatch.setattr(airflow_kubernetes, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(kubernetes, "_POLL_SECONDS", 0.1)
 
     def make(name: str = "validate_data", **cluster: object) -> Any:
         profile = load_profile(project_root() / "manifests" / "profiles" / "gpu.yaml")
         document = {**profile.model_dump(exclude_unset=True), **cluster}
-        return airflow_kubernetes.KubernetesStepOperator(
+        return kubernetes.KubernetesStepOperator(
             task_id=name, step=name, line="tickets", runtime=RuntimeConfig(), profile=Profile.model_validate(document)
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.plan import Plan
+from qlora_retrain.pipeline.plan import Plan
 
 
 def context(made: Plan, tries: int = 1, most: int = 9) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qlora_retrain.plan import Plan
+from qlora_retrain.pipeline.plan import Plan
 from tests.runtimes.kubernetes import canaries
 from tests.runtimes.kubernetes.tasks import begin, context, ends, event_of, go_on, trigger_of
 
@@ -35,9 +35,9 @@ def test_a_pod_does_the_work_once_and_is_deleted_and_a_made_artifact_needs_no_po
     step().execute(context(made, tries=2))  # made already: nothing to do
     assert cluster.pods() == []
     assert cluster.created() == 1
-    from qlora_retrain import runner
+    from qlora_retrain.pipeline import execute
 
-    assert runner.found(made, "validate_data") == 0
+    assert execute.found(made, "validate_data") == 0
 
 
 def test_a_worker_that_dies_leaves_a_pod_that_the_next_try_follows(

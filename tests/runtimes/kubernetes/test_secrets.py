@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from qlora_retrain import graph
-from qlora_retrain.code import project_root
-from qlora_retrain.plan import Plan
+from qlora_retrain.core import graph
+from qlora_retrain.pipeline.code_identity import project_root
+from qlora_retrain.pipeline.plan import Plan
 from tests.runtimes.kubernetes import canaries
 from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
 
@@ -93,9 +93,9 @@ def test_the_operator_uses_what_its_role_allows_and_nothing_else(
 
 
 def test_every_step_has_a_pod_name_that_is_a_host_name() -> None:
-    from qlora_retrain.runtimes import pods
+    from qlora_retrain.runtimes.kubernetes import pod_spec
 
     for item in graph.STEPS:
-        name = pods.name(item.name, "0" * 64, "20260131T030000Z-0123456789ab")
+        name = pod_spec.name(item.name, "0" * 64, "20260131T030000Z-0123456789ab")
         assert len(name) <= 63
         assert name == name.lower()

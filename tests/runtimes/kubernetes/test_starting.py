@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qlora_retrain.plan import Plan
+from qlora_retrain.pipeline.plan import Plan
 from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
 
 if TYPE_CHECKING:

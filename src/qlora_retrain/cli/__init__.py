@@ -1,0 +1,1 @@
+"""The command line: `qlora-retrain` and, with kfp installed, `qlora-retrain kfp`."""

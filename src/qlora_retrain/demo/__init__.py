@@ -1,0 +1,1 @@
+"""Airflow on loopback for `make run`, `make ui` and tests. No production code imports this package."""

@@ -1,0 +1,1 @@
+"""A step as a container on the local engine."""

@@ -1,0 +1,1 @@
+"""The pipeline on Kubeflow Pipelines: its components, its API, its local runner."""

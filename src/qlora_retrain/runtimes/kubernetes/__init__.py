@@ -1,0 +1,1 @@
+"""A step as a pod: its specification, its status, its retries."""

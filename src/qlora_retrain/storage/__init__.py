@@ -1,0 +1,28 @@
+"""Where artifacts, plans and published versions are kept. `open_store` is the entrance."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from qlora_retrain.core import uris
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.storage.store import Store
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`: `s3://bucket/prefix`, `file:///folder` or a bare path.
+
+    Raises:
+        UsageError: For another scheme, or a URI with a secret in it.
+    """
+    uri = uris.absolute(uri)
+    scheme = urlsplit(uri).scheme
+    if scheme == "file":
+        from qlora_retrain.storage.local import LocalStore
+
+        return LocalStore(uri)
+    if scheme == "s3":
+        from qlora_retrain.storage.s3 import S3Store
+
+        return S3Store(uri)
+    raise UsageError(f"{uris.masked(uri)}: a store is file:///folder or s3://bucket/prefix")

@@ -1,0 +1,199 @@
+"""The command line: fast, one line for a mistake, the exit codes of the table."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.cli import main
+from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.pipeline import plan
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store, registry
+
+RunAll = Callable[[Plan], dict[str, int]]
+VERBS = ("graph", "check", "plan", "run", "status", "pull", "promote", "rollback", "drop", "ask")
+
+
+def qlora(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own."""
+    program = [sys.executable, "-m", "qlora_retrain.cli", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def inside(*arguments: object) -> int:
+    """The program in this process: faster."""
+    with pytest.raises(SystemExit) as caught:
+        main.main([str(a) for a in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_help_comes_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        clock = time.perf_counter()
+        done = qlora("--help")
+        seconds.append(time.perf_counter() - clock)
+        assert done.returncode == 0
+        assert all(f"    {verb} " in done.stdout for verb in VERBS)
+    assert statistics.median(seconds) < 0.5
+
+
+def test_help_imports_nothing_but_argparse_and_the_errors() -> None:
+    program = "import sys\nfrom qlora_retrain.cli import main as cli\nprint(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split()
+    assert not {"pydantic", "yaml", "boto3", "torch", "transformers", "airflow", "kfp"} & set(found)
+
+
+@pytest.mark.parametrize("arguments", [["publish"], [], ["plan"], ["pull", "x"], ["graph", "--format", "dot"]])
+def test_a_mistake_in_the_arguments_is_12(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside(*arguments) == 12
+    assert "usage: qlora-retrain" in capsys.readouterr().err
+
+
+def test_check_says_every_fault_of_a_line_at_once(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside("check", line) == 0
+    line.write_text(line.read_text() + "train: {rank: 0, learning_rat: 1}\nevaluate: {confidence: 2}\n")
+    assert inside("check", line, "--set", "quantize.quant_type=nf5") == 12
+    said = capsys.readouterr().err
+    for fault in ("train.rank", "train.learning_rat: unknown field", "evaluate.confidence", "did you mean nf4?"):
+        assert fault in said
+    assert "Traceback" not in said
+
+
+def test_a_traceback_is_shown_only_when_asked_for(line: Path) -> None:
+    short = qlora("check", line.with_name("none.yaml"))
+    assert (short.returncode, short.stderr.count("\n")) == (12, 1)
+    long = qlora("check", line.with_name("none.yaml"), "--debug")
+    assert "Traceback" in long.stderr
+
+
+def test_a_bug_of_ours_is_1_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(args: object) -> int:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(main, "_graph", broken)
+    assert inside("graph") == 1
+    assert "our bug: ZeroDivisionError: a bug; --debug shows where" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        main.main(["graph", "--debug"])
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    program = f"{sys.executable} -m qlora_retrain.cli graph | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("0", "")
+
+
+def test_without_a_store_the_two_ways_to_name_one_are_said(
+    line: Path, root_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("QLORA_RETRAIN_ROOT", raising=False)
+    assert inside("plan", line) == 12
+    said = capsys.readouterr().err
+    assert "--root" in said
+    assert "QLORA_RETRAIN_ROOT" in said
+    monkeypatch.setenv("QLORA_RETRAIN_ROOT", root_uri)
+    assert inside("plan", line) == 0
+
+
+def test_a_root_with_a_secret_is_refused_without_repeating_it(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["plan", line], ["status", "latest"], ["pull", "x@y", "z"], ["drop", "dataset", "a" * 64]):
+        assert inside(*verb, "--root", "s3://AKIAUSER:hunter2@bucket/x") == 12
+    said = capsys.readouterr()
+    assert "hunter2" not in said.err + said.out
+
+
+def test_plan_says_what_will_run_and_why(
+    line: Path, root_uri: str, run_all: RunAll, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inside("plan", line, "--root", root_uri) == 0
+    assert capsys.readouterr().out.count("will run: no earlier run of this line") == 6
+    run_all(plan.make(line, root_uri))
+    time.sleep(1.1)  # runs are ordered by the second
+    assert inside("plan", line, "--root", root_uri) == 0
+    assert "nothing will run" in capsys.readouterr().out
+    time.sleep(1.1)
+    assert inside("plan", line, "--root", root_uri, "--set", "train.learning_rate=1e-3") == 0
+    said = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
+    assert "made already: done" in said["validate_data"]
+    assert "made already: done" in said["quantize_model"]
+    assert "train.learning_rate was 0.0002, is 0.001" in said["train_qlora"]
+    assert said["evaluate"].endswith("will run: new adapter")
+
+
+def test_status_tells_each_step_of_a_run(
+    line: Path, root_uri: str, run_all: RunAll, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inside("status", "latest", "--root", root_uri) == 12
+    made = plan.make(line, root_uri)
+    assert inside("status", made.run_id, "--root", root_uri) == 0
+    assert capsys.readouterr().out.count("not made") == 6
+    run_all(made)
+    assert inside("status", "latest", "--root", root_uri) == 0
+    assert "rows_train 27" in capsys.readouterr().out
+    assert inside("status", "no-such-run", "--root", root_uri) == 12
+
+
+def test_promote_rollback_and_pull_speak_of_the_same_alias(
+    line: Path, root_uri: str, run_all: RunAll, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_all(plan.make(line, root_uri))
+    (line.parent / "tickets.jsonl").write_text("newer\n")
+    run_all(plan.make(line, root_uri))
+    one, other = open_store(root_uri).children("models/intents/versions")
+    at = ("--root", root_uri)
+    assert inside("pull", "intents@production", tmp_path / "dest", *at) == 0
+    bad = registry.alias(open_store(root_uri), "intents", "production")[0]
+    assert bad is not None
+    assert f"intents {bad.version}: " in capsys.readouterr().out
+    (good,) = {one, other} - {bad.version}
+    assert inside("rollback", "intents", "--reason", "bad", *at) == 0
+    assert f"intents@production: {good}, generation 3" in capsys.readouterr().out
+    assert inside("promote", "intents", bad.version, "--reason", "x", *at) == 11
+    assert "--override" in capsys.readouterr().err
+    assert inside("promote", "intents", bad.version, "--reason", "looked", "--override", *at) == 0
+    assert inside("promote", "intents", bad.version, "--reason", "again", *at) == 0
+    assert "(already)" in capsys.readouterr().out
+    assert inside("promote", "intents", good, "--alias", "latest", "--reason", "x", *at) == 12
+    assert inside("rollback", "intents", "--alias", "latest", "--reason", "x", *at) == 12
+    assert inside("promote", "intents", "none", "--reason", "x", *at) == 12
+    assert inside("promote", "intents", good, "--alias", "Bad Name", "--reason", "x", *at) == 12
+
+
+def test_drop_takes_what_was_made_from_it_along_and_says_so(
+    line: Path, root_uri: str, run_all: RunAll, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan.make(line, root_uri)
+    run_all(made)
+    key = made.step("train_qlora").key
+    capsys.readouterr()
+    assert inside("drop", "adapter", key, "--root", root_uri) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"dropped adapter/{key}, ")
+    assert all(name in said for name in ("evaluation/", "model/", "release/"))
+    assert inside("drop", "adapter", key, "--root", root_uri) == 12
+    assert inside("drop", "adapter", key[:12], "--root", root_uri) == 12
+    assert set(run_all(made).values()) == {0}
+
+
+def test_the_graph_is_printed_for_people_and_for_mermaid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside("graph") == 0
+    assert inside("graph", "--format", "mermaid") == 0
+    assert "flowchart LR" in capsys.readouterr().out
+
+
+def test_a_problem_of_any_kind_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: object) -> int:
+        raise IntegrityError("not what was promised")
+
+    monkeypatch.setattr(main, "_graph", broken)
+    assert inside("graph") == 13

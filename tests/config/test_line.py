@@ -1,0 +1,174 @@
+"""A line's YAML: read whole, all faults at once, and never a secret in a message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_retrain.config import profile, sections
+from qlora_retrain.config.fields import Section
+from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.core.errors import UsageError
+
+SOURCES = "sources:\n  raw_data: a.jsonl\n  base_model: base\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):  # type: ignore[no-untyped-def]
+    def to(text: str) -> Path:
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        return path
+
+    return to
+
+
+def refusal(path: Path, overrides: Sequence[str] = ()) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def test_every_fault_of_the_file_comes_at_once_with_its_line(write) -> None:  # type: ignore[no-untyped-def]
+    text = (
+        "line: Not A Name\n" + SOURCES + "train:\n  learning_rat: 1\n  rank: 0\n  schedule: cosin\nevaluate:\n"
+        "  confidence: high\nschedule: every day\n"
+    )
+    path = write(text)
+    said = refusal(path).splitlines()
+    assert len(said) == 6
+    numbered = {row.split(": ")[1]: row for row in said}
+    assert numbered["line"].startswith(f"{path}:1:")
+    assert numbered["train.learning_rat"].startswith(f"{path}:6:")
+    assert "did you mean learning_rate?" in numbered["train.learning_rat"]
+    assert "greater than or equal to 1" in numbered["train.rank"]
+    assert "did you mean cosine?" in numbered["train.schedule"]
+    assert "'high'" in numbered["evaluate.confidence"]
+    assert "five fields" in numbered["schedule"]
+
+
+def test_a_missing_source_is_named(write) -> None:  # type: ignore[no-untyped-def]
+    said = refusal(write("line: x1\nsources:\n  raw_data: a\n"))
+    assert "sources.base_model: required, but not set" in said
+
+
+@pytest.mark.parametrize("name", ["learning-rate", "2nd", "a b", "list[str]"])
+def test_an_unknown_field_may_have_any_name(write, name: str) -> None:  # type: ignore[no-untyped-def]
+    top = refusal(write(f"line: x1\n{SOURCES}{name!r}: 1\n"))
+    assert f"{name}: unknown field" in top
+    nested = refusal(write(f"line: x1\n{SOURCES}train:\n  {name!r}: 1\n"))
+    assert f"train.{name}: unknown field" in nested
+
+
+def test_1e_minus_4_is_a_number_though_yaml_says_text(write) -> None:  # type: ignore[no-untyped-def]
+    assert yaml.safe_load("1e-4") == "1e-4"
+    path = write(f"line: x1\n{SOURCES}train:\n  learning_rate: 1e-4\n")
+    assert load(path).train.learning_rate == 0.0001
+    assert load(path, ["train.learning_rate=3e-5"]).train.learning_rate == 3e-5
+    assert load(write(f"line: x1\n{SOURCES}train: {{learning_rate: 0.0001}}\n")).train == load(path).train
+
+
+def test_not_a_number_is_no_learning_rate(write) -> None:  # type: ignore[no-untyped-def]
+    assert "train.learning_rate" in refusal(write(f"line: x1\n{SOURCES}train: {{learning_rate: .nan}}\n"))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAUSER:hunter2@bucket/x",
+        "s3://AKIAUSER:hun/hunter2@bucket/x",
+        "s3://AKIAUSER:hunter2/x",
+        "https://bucket/x?X-Amz-Signature=hunter2",
+        "s3://bucket/x#hunter2",
+        "hf://AKIAUSER:hunter2@huggingface.co/a/b@0123",
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sources:\n  raw_data: {uri}\n  base_model: base\n",
+        "sources:\n  raw_data: {{uri: '{uri}', filez: 1}}\n  base_model: base\n",
+        "sources:\n  raw_data: ['{uri}']\n  base_model: base\n",
+        "sources:\n  raw_data: {{'{uri}': 1}}\n  base_model: base\n",
+        "sources: '{uri}'\n",
+        "sources:\n  raw_data: a\n  base_model: base\ntrain: {{rank: '{uri}'}}\n",
+        "sources:\n  raw_data: a\n  base_model: base\ntrain: '{uri}'\n",
+        "sources:\n  raw_data: {uri}: x: [\n",
+    ],
+)
+def test_no_message_repeats_a_secret(write, uri: str, text: str) -> None:  # type: ignore[no-untyped-def]
+    said = refusal(write("line: x1\n" + text.format(uri=uri)))
+    assert "hunter2" not in said
+    assert "AKIAUSER" not in said
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sources.raw_data=s3://AKIAUSER:hunter2@bucket/x",
+        "s3://AKIAUSER:hunter2@bucket/x",
+        "sources.raw_data.uri=s3://AKIAUSER:hunter2@bucket/x",
+        "train.rank=[s3://AKIAUSER:hunter2@bucket/x",
+    ],
+)
+def test_no_message_about_an_override_repeats_a_secret(write, override: str) -> None:  # type: ignore[no-untyped-def]
+    said = refusal(write("line: x1\n" + SOURCES), [override])
+    assert "hunter2" not in said
+    assert "AKIAUSER" not in said
+
+
+def test_no_model_of_the_config_has_a_field_for_a_secret() -> None:
+    models = [LineConfig, *(v for v in vars(sections).values() if isinstance(v, type) and issubclass(v, Section))]
+    names = {name for model in models for name in model.model_fields}
+    assert not {n for n in names if any(word in n for word in ("password", "secret", "credential", "access_key"))}
+
+
+def test_sources_are_taken_from_the_folder_of_the_yaml(write) -> None:  # type: ignore[no-untyped-def]
+    path = write("line: x1\nsources:\n  raw_data: ../da ta/a?.jsonl\n  base_model: {uri: base, files: ['*.json']}\n")
+    config = load(path)
+    assert config.sources.raw_data.uri == (path.parent.parent / "da ta" / "a?.jsonl").as_uri()
+    assert config.sources.base_model.uri == (path.parent / "base").as_uri()
+    assert config.sources.base_model.files == ("*.json",)
+
+
+def test_overrides_come_after_the_file_and_are_checked_as_it_is(write) -> None:  # type: ignore[no-untyped-def]
+    path = write(f"line: x1\n{SOURCES}train:\n  rank: 8\n")
+    assert load(path, ["train.rank=4", "data.system=null", "publish.promote_to=staging"]).train.rank == 4
+    assert "train.rank" in refusal(path, ["train.rank=0"])
+    assert "wanted section.field=value" in refusal(path, ["train.rank"])
+    assert "it has no fields" in refusal(path, ["line.x=1"])
+
+
+@pytest.mark.parametrize("text", ["- a\n", "", "line: [\n", "just text\n"])
+def test_what_is_no_mapping_is_refused(write, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert "x.yaml" in refusal(write(text))
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path / "none.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refusal(tmp_path / "x.yaml")
+
+
+def test_every_field_says_what_it_does() -> None:
+    everything = {**vars(sections), **vars(profile)}.values()
+    models = [v for v in everything if isinstance(v, type) and issubclass(v, Section) and v is not Section]
+    assert len(models) == 8 + 4
+    assert all(field.description for model in models for field in model.model_fields.values())
+
+
+def test_operational_fields_stay_out_of_the_identity() -> None:
+    train = sections.TrainConfig()
+    operational = {"max_hours", "checkpoint_minutes", "log_every_steps", "report_to"}
+    assert sections.TrainConfig.operational_fields() == operational
+    assert set(train.identity()) == set(sections.TrainConfig.model_fields) - sections.TrainConfig.operational_fields()
+
+
+def test_a_field_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text("line: a-line\ntrain:\n  rank: 8\n  rank: 16\n")
+    with pytest.raises(UsageError, match=r"train\.rank is written twice"):
+        load(path)

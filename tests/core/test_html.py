@@ -1,0 +1,153 @@
+"""Reports are text for a person: nothing that is passed in runs, and nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from qlora_retrain.core import html as report
+
+EVIL = "<script>alert('x')</script>\"'><img src=https://evil.example/x onerror=alert(1)>"
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
+
+
+class Outline(HTMLParser):
+    """What a browser would see: tags, attributes and visible text; fails on tags that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def outline(document: str) -> Outline:
+    parser = Outline()
+    parser.feed(document)
+    parser.close()
+    assert parser._open == []
+    return parser
+
+
+def everything(text: str) -> str:
+    return report.page(
+        text,
+        text,
+        text,
+        report.section(text, text, report.table([text, text], [[text, 1], [None, text]], text)),
+        report.numbers({text: text, "b": 2.5}),
+        report.bar_chart({text: 3.0, "two": 1.0}, text),
+        report.line_chart({text: [(0, 1), (1, 2)], "y": [(0, 2)]}, text, text),
+        report.line_chart({}, text, text),
+    )
+
+
+def test_a_script_is_escaped_in_every_position() -> None:
+    seen = outline(everything(EVIL))
+    assert "script" not in seen.tags
+    assert "img" not in seen.tags
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert seen.text.count(EVIL) == 19  # 4 of the page, 2 + 5 of section and table, 2 + 2 + 3 + 1 below
+    assert [value for name, value in seen.attributes if name == "aria-label"] == [f"{EVIL} over {EVIL}"]
+
+
+def test_a_page_loads_nothing() -> None:
+    document = everything("plain")
+    assert not re.search(r"https?:|//|url\(|@import|src=|href=|<link|<script", document)
+    assert "default-src 'none'" in document
+
+
+def test_a_page_is_the_same_document_apart_from_its_text() -> None:
+    tags = [tag for tag in outline(everything(EVIL)).tags if tag != "wbr"]  # where a long word may be broken
+    assert tags == outline(everything("plain")).tags
+
+
+def test_only_what_the_module_made_is_markup() -> None:
+    inner = report.table(["a"], [[1]])
+    assert "<table>" in report.section("s", inner)
+    assert "<table>" not in report.section("s", str.__str__(inner))
+
+
+def test_characters_that_cannot_be_written_or_that_deceive_are_shown_as_codes() -> None:
+    document = report.page("t", "a\ud800b\u202ec\x00d")
+    document.encode("utf-8")
+    assert "a\\ud800b\\u202ec\\u0000d" in document
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1234567, "1,234,567"), (0.123456, "0.1235"), (True, "yes"), (None, "-"), (12345.6, "12,346"), ("a<b", "a&lt;b")],
+)
+def test_values_are_shown_as_a_person_reads_them(value: object, shown: str) -> None:
+    assert f">{shown}</td>" in report.numbers({"n": value})
+
+
+def test_a_long_word_may_be_broken_and_loses_no_letter() -> None:
+    label, text = "label=declined_cash_withdrawal", "x" * 45 + " short_words stay whole <b>"
+    shown = report.numbers({"a": label, "b": text})
+    assert "<td>label=<wbr>declined_<wbr>cash_<wbr>withdrawal</td>" in shown
+    assert f"<td>{'x' * 20}<wbr>{'x' * 20}<wbr>xxxxx short_words stay whole &lt;b&gt;</td>" in shown
+    assert outline(shown).text.split("\n")[1:3] == [f"a{label}", f"b{text}"]
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    chart = report.bar_chart({"a": 4.0, "b": 1.0, "none": 0.0, "bad": float("nan")})
+    assert re.findall(r"width:([\d.]+)%", chart) == ["100.00", "25.00"]
+
+
+def test_lines_are_drawn_to_scale() -> None:
+    chart = report.line_chart({"loss": [(0, 0), (5, 5), (10, 10), (11, float("nan"))]}, "step", "nats")
+    points = re.search(r'points="([^"]+)"', chart)
+    assert points
+    (x0, y0), (x1, y1), (x2, y2) = ((float(v) for v in p.split(",")) for p in points[1].split())
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.11)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.11)
+    assert y0 > y2  # up is more
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0], [3.0], [-2.5, 17.0], [1e-7, 2e-7], [0.0], [1e9, 1e9 + 1], [0.3, 0.30001]]
+)
+def test_ticks_enclose_the_values_and_are_few(values: list[float]) -> None:
+    ticks = report._ticks(values)
+    assert ticks[0] <= min(values)
+    assert ticks[-1] >= max(values)
+    assert 3 <= len(ticks) <= 8
+    assert ticks == sorted(set(ticks))
+
+
+def test_a_forest_plot_puts_every_interval_under_one_scale_and_escapes_its_names() -> None:
+    marks = [report.Mark("<b>over</b>", 0.2, 0.1, 0.3, 0.0), report.Mark("under", -0.1, -0.2, 0.0)]
+    html = report.forest_plot(marks, "gain & loss")
+    assert "&lt;b&gt;over&lt;/b&gt;" in html
+    assert "gain &amp; loss" in html
+    # The scale is -0.2 to 0.3 with 4 % of 0.5 to either side: 0 stands at (0 + 0.22) / 0.54.
+    assert html.count(f"left:{0.22 / 0.54 * 100:.2f}%") == 3  # each line's zero, and the first one's limit
+    assert f"left:{(0.1 + 0.22) / 0.54 * 100:.2f}%;right:{(0.32 - 0.3) / 0.54 * 100:.2f}%" in html
+    assert html.count('class="limit"') == 1
+    assert "+0.200 (+0.100 to +0.300), limit 0" in html
+
+
+def test_a_forest_plot_of_nothing_says_so() -> None:
+    assert "nothing was measured" in report.forest_plot([], "gain")
+    assert "nothing was measured" in report.forest_plot([report.Mark("x", math.nan, math.nan, math.nan)], "gain")

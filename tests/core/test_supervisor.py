@@ -1,0 +1,111 @@
+"""A leash passes SIGTERM on once, kills after the grace, and lets nothing outlive whoever holds it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qlora_retrain.core import supervisor
+
+# Says when it is ready, counts the SIGTERMs, and ends one second after the first as a step that saves its work does.
+POLITE = """
+import signal, sys, time
+count = 0
+def term(*_):
+    global count
+    count += 1
+signal.signal(signal.SIGTERM, term)
+print("ready", flush=True)
+while not count:
+    time.sleep(0.02)
+time.sleep(1)
+print("terms", count, flush=True)
+sys.exit(75)
+"""
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(99)"
+)
+
+
+def start(program: str, grace_seconds: float = 30) -> subprocess.Popen[str]:
+    command = supervisor.command([sys.executable, "-c", program], grace_seconds=grace_seconds)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True)
+    assert process.stdout is not None
+    if "ready" in program:
+        assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_commands_exit_code_is_passed_on_and_a_signal_is_128_plus_it() -> None:
+    for program, code in (("raise SystemExit(11)", 11), ("import os; os.kill(os.getpid(), 9)", 137)):
+        with start(program) as process:
+            assert process.wait(10) == code
+
+
+def test_a_stopped_command_gets_one_sigterm_and_the_time_to_save() -> None:
+    process = start(POLITE)
+    process.terminate()
+    time.sleep(0.3)
+    process.terminate()
+    output, _ = process.communicate(timeout=10)
+    assert (output, process.returncode) == ("terms 1\n", 75)
+
+
+def test_a_command_that_ignores_sigterm_is_killed_after_the_grace() -> None:
+    process = start(STUBBORN, grace_seconds=0.3)
+    started = time.monotonic()
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 137
+    assert 0.3 <= time.monotonic() - started < 5
+
+
+def test_what_the_command_leaves_behind_goes_with_it() -> None:
+    # The grandchild makes a process group of its own, as Airflow's tasks do.
+    program = (
+        "import os, subprocess, sys; "
+        "p = subprocess.Popen([sys.executable, '-c', 'import os,time; os.setpgid(0, 0); time.sleep(99)'],"
+        " stdout=subprocess.DEVNULL); print(p.pid)"
+    )
+    process = start(program)
+    output, _ = process.communicate(timeout=10)
+    assert gone(int(output))
+
+
+def test_when_the_holder_is_killed_the_command_is_asked_to_stop() -> None:
+    holder = (
+        "import subprocess, time; from qlora_retrain.core import supervisor as leash; import sys\n"
+        f"p = subprocess.Popen(leash.command([sys.executable, '-c', {POLITE!r}], grace_seconds=30), "
+        "start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    held = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+    pid = int((held - {"ready"}).pop())
+    process.kill()
+    rest, _ = process.communicate(timeout=10)  # ends when the last holder of the pipe does
+    assert rest == "terms 1\n"
+    assert gone(pid)
+
+
+def test_a_leash_whose_holder_is_dead_already_starts_nothing(tmp_path: Path) -> None:
+    flag = tmp_path / "started"
+    command = supervisor.command([sys.executable, "-c", f"open({str(flag)!r}, 'w')"], grace_seconds=1)
+    command[3] = str(2**22 - 1)  # some other process is its parent
+    assert subprocess.run(command).returncode == 128 + signal.SIGTERM
+    assert not flag.exists()

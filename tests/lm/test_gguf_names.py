@@ -1,0 +1,82 @@
+"""What the plan says of GGUF from a base's files: only what is sure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm import gguf_names
+from qlora_retrain.pipeline import plan
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+GPT2 = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+STRANGE = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Metaspace"}}
+UNIGRAM = {"model": {"type": "Unigram"}, "pre_tokenizer": {"type": "Metaspace"}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "kind", "refused"),
+    [
+        (GPT2, "PreTrainedTokenizerFast", False),
+        (STRANGE, "PreTrainedTokenizerFast", True),
+        (STRANGE, "Qwen2Tokenizer", False),  # the family's class may put its own cut in the place of the file's
+        (STRANGE, None, False),
+        (UNIGRAM, "LlamaTokenizer", True),
+        (UNIGRAM, None, True),
+        (None, None, False),
+    ],
+)
+def test_a_tokenizer_is_refused_only_where_its_file_is_what_will_be_loaded(
+    tokenizer: dict[str, Any] | None, kind: str | None, refused: bool
+) -> None:
+    files: dict[str, Any] = {"config.json": LLAMA}
+    if tokenizer:
+        files["tokenizer.json"] = tokenizer
+    if kind:
+        files["tokenizer_config.json"] = {"tokenizer_class": kind}
+    if refused:
+        with pytest.raises(UsageError, match="byte-level BPE cut as"):
+            gguf_names.refuse(files)
+    else:
+        gguf_names.refuse(files)
+
+
+def test_a_base_whose_files_the_plan_does_not_know_is_left_to_the_step() -> None:
+    gguf_names.refuse({})
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_tokenizer_that_is_no_json_object_is_damaged_and_not_a_bug(line: Path, root_uri: str, text: str) -> None:
+    base = line.parent / "base"
+    (base / "config.json").write_text(json.dumps(LLAMA))
+    (base / "tokenizer.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json is not"):
+        plan.make(line, root_uri, overrides=["merge.exports=[bf16, gguf-f16]"])
+
+
+def test_the_command_refuses_with_12_and_without_torch(line: Path, root_uri: str) -> None:
+    (line.parent / "base" / "config.json").write_text(json.dumps({"architectures": ["GPTNeoXForCausalLM"]}))
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['gguf'] = None\n"
+        "from qlora_retrain.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "plan",
+        str(line),
+        "--root",
+        root_uri,
+        "--set",
+        "merge.exports=[bf16,gguf-f16]",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 12, done.stderr
+    assert "the base is GPTNeoXForCausalLM" in done.stderr

@@ -1,0 +1,102 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.quantize_model.step import run as quantize
+from qlora_retrain.config.sections import QuantizeConfig
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm import loading
+
+
+@pytest.fixture
+def base(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "base_model"))
+
+
+@pytest.fixture(scope="module")
+def nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base_nf4")
+    quantize(QuantizeConfig(), tiny_model, folder)
+    return folder
+
+
+IDS = torch.tensor([[1, 5, 9, 200, 2]])
+
+
+def test_the_base_loads_in_the_precision_asked_for_and_in_evaluation_mode(base):
+    model = loading.load_base(base, dtype="float32")
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["modeling_tiny.py", "pytorch_model.bin", "sub/state.pt", "old.PKL", "last.ckpt"])
+def test_a_folder_with_code_or_pickles_is_refused(base, name):
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_bytes(b"")
+    with pytest.raises(IntegrityError, match=name):
+        loading.load_base(base)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_folder_that_names_its_own_code_is_refused(base, name):
+    document = json.loads((base / name).read_text())
+    (base / name).write_text(json.dumps({**document, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    with pytest.raises(IntegrityError, match="auto_map"):
+        loading.load_base(base)
+
+
+def test_damaged_weights_are_refused(base):
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(IntegrityError, match="damaged"):
+        loading.load_base(base)
+
+
+def test_missing_weights_are_refused_where_transformers_would_fill_in_random_ones(base):
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"1 weights are missing, e\.g\. model\.layers\.1\.mlp\.up_proj"):
+        loading.load_base(base)
+
+
+def test_weights_of_another_shape_are_refused(base):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(63)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match="do not fit"):
+        loading.load_base(base)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, base):
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        loading.load_base(tmp_path)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        loading.load_base(base)
+
+
+def test_the_two_forms_are_not_taken_for_each_other(base, nf4):
+    with pytest.raises(UsageError, match="already quantized"):
+        loading.load_base(nf4)
+    with pytest.raises(UsageError, match="nothing of 4 bits"):
+        loading.load_nf4(base)
+
+
+def test_unpacked_and_packed_4_bit_weights_are_the_same_model(nf4):
+    packed, unpacked = loading.load_nf4(nf4, dtype="bfloat16"), loading.load_nf4(nf4, dtype="float32")
+    assert packed.dtype == torch.bfloat16
+    assert unpacked.dtype == torch.float32
+    with torch.no_grad():
+        loss = [float(model(input_ids=IDS, labels=IDS).loss) for model in (packed, unpacked)]
+    assert loss[0] == pytest.approx(loss[1], rel=0.01)
+
+
+def test_what_is_no_adapter_is_refused(nf4, tmp_path):
+    with pytest.raises(UsageError, match=r"no adapter_config\.json"):
+        loading.attach(loading.load_nf4(nf4), tmp_path)

@@ -1,0 +1,196 @@
+"""Code identity: what changes a result changes the key; what only carries, shows or explains it does not."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.pipeline import code_identity
+
+STEPS = [s.name for s in graph.STEPS]
+Edit = Callable[[str, Callable[[str], str]], set[str]]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what code identity looks at."""
+    root = code_identity.project_root()
+    keep = shutil.ignore_patterns("__pycache__", "*.md")
+    shutil.copytree(root / "components", tmp_path / "copy" / "components", ignore=keep)
+    shutil.copytree(root / "src", tmp_path / "copy" / "src", ignore=keep)
+    shutil.copy(root / "constraints.txt", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def edit(tree: Path) -> Edit:
+    """Edit a file of the tree; which steps have another identity afterwards."""
+
+    def identities() -> dict[str, str]:
+        code_identity.identity.cache_clear()
+        code_identity._pins.cache_clear()
+        return {name: code_identity.identity(name, tree) for name in STEPS}
+
+    def apply(path: str, change: Callable[[str], str]) -> set[str]:
+        before = identities()
+        text = (tree / path).read_text()
+        assert change(text) != text
+        (tree / path).write_text(change(text))
+        after = identities()
+        return {name for name in STEPS if before[name] != after[name]}
+
+    return apply
+
+
+def importers(tree: Path, package: str, module: str) -> set[str]:
+    """The steps whose files import a library module, one import deep: found apart from the code under test."""
+    library = [p for name in code_identity.HASHED_PACKAGES for p in (tree / "src/qlora_retrain" / name).rglob("*.py")]
+    names = {(package, module)} | {(p.parent.name, p.stem) for p in library if _imports_name(p, package, module)}
+    return {
+        step
+        for step in STEPS
+        for path in (tree / "components" / step).glob("*.py")
+        if any(_imports_name(path, *name) for name in names)
+    }
+
+
+def _imports_name(path: Path, package: str, module: str) -> bool:
+    return any(
+        isinstance(node, ast.ImportFrom)
+        and (
+            (node.module == f"qlora_retrain.{package}" and module in [a.name for a in node.names])
+            or node.module == f"qlora_retrain.{package}.{module}"
+        )
+        for node in ast.walk(ast.parse(path.read_text()))
+    )
+
+
+def test_a_copy_of_the_tree_elsewhere_has_the_same_identities(tree: Path) -> None:
+    assert {n: code_identity.identity(n, tree) for n in STEPS} == {n: code_identity.identity(n) for n in STEPS}
+
+
+def test_every_step_has_another_identity() -> None:
+    assert len({code_identity.identity(n) for n in STEPS}) == len(STEPS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "# a comment\n\n\n" + text,
+        lambda text: text + "\n\n# the end\n",
+        lambda text: text.replace('"""', '"""Another explanation. ', 1),
+        lambda text: ast.unparse(ast.parse(text)),  # all comments gone, all lines laid out anew
+    ],
+    ids=["comment before", "comment after", "docstring", "format"],
+)
+@pytest.mark.parametrize("path", ["components/publish/step.py", "src/qlora_retrain/lm/chat.py"])
+def test_what_only_explains_code_changes_no_identity(edit: Edit, path: str, change: Callable[[str], str]) -> None:
+    assert edit(path, change) == set()
+
+
+CARRIERS = (
+    "cli/main pipeline/plan pipeline/execute storage/registry pipeline/explain core/progress core/html core/errors"
+)
+
+
+@pytest.mark.parametrize("name", CARRIERS.split())
+def test_a_change_of_what_only_carries_results_changes_no_identity(edit: Edit, name: str) -> None:
+    assert edit(f"src/qlora_retrain/{name}.py", lambda text: text + "\nMORE = 1\n") == set()
+
+
+def test_a_change_of_the_config_models_changes_no_identity_by_itself(edit: Edit) -> None:
+    assert edit("src/qlora_retrain/config/sections.py", lambda text: text + "\nMORE = 1\n") == set()
+
+
+def test_a_change_of_one_steps_helper_changes_that_step_alone(edit: Edit) -> None:
+    assert edit("components/publish/documents.py", lambda text: text + "\nMORE = 1\n") == {"publish"}
+
+
+def test_a_change_of_chat_changes_every_step_that_imports_it(edit: Edit, tree: Path) -> None:
+    expected = importers(tree, "lm", "chat")
+    assert {"validate_data", "quantize_model"} <= expected
+    assert "publish" not in expected
+    assert edit("src/qlora_retrain/lm/chat.py", lambda text: text + "\nMORE = 1\n") == expected
+
+
+def test_a_changed_constant_counts(edit: Edit) -> None:
+    assert edit("components/publish/step.py", lambda text: text.replace('"model")  #', '"modell")  #')) == {"publish"}
+
+
+def test_another_version_of_a_package_changes_the_steps_that_import_it(edit: Edit) -> None:
+    changed = edit("constraints.txt", lambda text: text.replace("\nbitsandbytes==", "\nbitsandbytes==9."))
+    assert "quantize_model" in changed
+    assert not changed & {"validate_data", "publish"}
+
+
+def test_a_package_below_transformers_counts_though_nobody_imports_it_by_name(edit: Edit) -> None:
+    assert "quantize_model" in edit("constraints.txt", lambda text: text.replace("\ntokenizers==", "\ntokenizers==9."))
+
+
+def test_a_package_that_shapes_no_result_changes_nothing(edit: Edit) -> None:
+    assert edit("constraints.txt", lambda text: text.replace("\napache-airflow==", "\napache-airflow==9.")) == set()
+
+
+def test_a_package_without_a_pin_is_refused(edit: Edit) -> None:
+    with pytest.raises(UsageError, match="pins no version of bitsandbytes"):
+        edit("constraints.txt", lambda text: text.replace("\nbitsandbytes==", "\n# bitsandbytes=="))
+
+
+def test_a_step_without_files_is_refused(tree: Path) -> None:
+    with pytest.raises(UsageError, match="no Python files"):
+        code_identity.identity("train", tree)
+
+
+def test_no_library_module_imports_relatively_because_identity_does_not_follow_that() -> None:
+    for path in (code_identity.project_root() / "src").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.level], path
+
+
+def test_no_component_imports_another() -> None:
+    for step in STEPS:
+        for path in (code_identity.project_root() / "components" / step).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                assert not [n for n in names if n.startswith("components.") and n.split(".")[1] != step], path
+
+
+def test_the_library_imports_nothing_heavy_when_it_is_loaded() -> None:
+    heavy = {
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "boto3",
+        "botocore",
+        "airflow",
+        "kfp",
+        "pandas",
+        "datasets",
+    }
+    for path in (code_identity.project_root() / "src" / "qlora_retrain").rglob("*.py"):
+        if {"runtimes", "demo"} & set(path.parts):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            tops = {n.partition(".")[0] for n in names}
+            assert not tops & heavy, path
+            assert tops <= {*sys.stdlib_module_names, "qlora_retrain", "pydantic", "yaml"}, path
+
+
+@pytest.mark.parametrize(
+    "name", ["stats.py", "rows.py", "verdict.py", "rules/overall.py", "rules/rule.py", "rules/sliced.py"]
+)
+def test_a_change_of_a_rule_makes_no_data_set_and_no_adapter_again(edit: Edit, name: str) -> None:
+    changed = edit(f"src/qlora_retrain/evaluation/{name}", lambda text: f"{text}\nCHANGED = True\n")
+    assert "evaluate" in changed
+    assert not changed & {"validate_data", "quantize_model", "train_qlora"}

@@ -1,0 +1,204 @@
+"""The plan: resolved, pinned and addressed once; what may change a key, and what may not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.pipeline import code_identity, plan
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store, registry
+
+AT = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
+RunAll = Callable[[Plan], dict[str, int]]
+
+
+def keys_of(made: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in made.steps}
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    old, new = keys_of(before), keys_of(after)
+    return {name for name in old if old[name] != new[name]}
+
+
+@pytest.fixture
+def with_settings(line: Path, root_uri: str) -> Callable[..., Plan]:
+    """A new plan of the line with these overrides."""
+
+    def make(*overrides: str, root: str = root_uri) -> Plan:
+        return plan.make(line, root, overrides=overrides)
+
+    return make
+
+
+def test_a_plan_is_kept_where_its_run_has_one(line: Path, root_uri: str) -> None:
+    first = plan.make(line, root_uri, run_id="r1", at=AT)
+    (line.parent / "tickets.jsonl").write_text("other data\n")
+    assert plan.make(line, root_uri, run_id="r1", overrides=["train.learning_rate=0.5"]) == first
+    line.write_text("broken: [")  # a cleared run goes on even so
+    assert plan.make(line, root_uri, run_id="r1") == first
+
+
+def test_a_new_trigger_makes_a_new_plan(with_settings: Callable[..., Plan]) -> None:
+    one, other = with_settings(), with_settings()
+    assert one.run_id != other.run_id
+    assert changed(one, other) == set()
+
+
+def test_the_same_orchestrator_ids_find_the_same_plan_at_another_second(line: Path, root_uri: str) -> None:
+    first = plan.make(line, root_uri, orchestrator=["dag", "run"], at=AT)
+    again = plan.make(line, root_uri, orchestrator=["dag", "run"], at=AT.replace(year=2027))
+    other = plan.make(line, root_uri, orchestrator=["dag", "run 2"], at=AT)
+    assert again == first
+    assert other.run_id != first.run_id
+
+
+def test_a_run_id_never_shows_the_orchestrators_own_string() -> None:
+    found = plan.run_id(AT, "../../etc/passwd", "a b")
+    assert found.startswith("20260131T235959Z-")
+    assert len(found) == len("20260131T235959Z-") + 12
+    assert found != plan.run_id(AT, "../../etc/passwd a", "b")
+
+
+def test_keys_are_equal_in_every_root(with_settings: Callable[..., Plan], tmp_path: Path) -> None:
+    here, there = with_settings(), with_settings(root=(tmp_path / "elsewhere").as_uri())
+    assert here.root != there.root
+    assert keys_of(here) == keys_of(there)
+
+
+def test_keys_are_equal_wherever_the_same_sources_lie(
+    with_settings: Callable[..., Plan], line: Path, root_uri: str, tmp_path: Path
+) -> None:
+    shutil.copytree(line.parent, tmp_path / "moved")
+    assert keys_of(with_settings()) == keys_of(plan.make(tmp_path / "moved" / line.name, root_uri))
+
+
+@pytest.mark.parametrize(
+    "override", ["train.max_hours=0.5", "train.log_every_steps=1", "train.checkpoint_minutes=9", "description=x"]
+)
+def test_an_operational_field_changes_no_key(with_settings: Callable[..., Plan], override: str) -> None:
+    assert changed(with_settings(), with_settings(override)) == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "steps"),
+    [
+        ("train.learning_rate=1e-4", {"train_qlora", "evaluate", "merge_adapter", "publish"}),
+        ("data.eval_fraction=0.2", {"validate_data", "train_qlora", "evaluate", "merge_adapter", "publish"}),
+        ("quantize.double_quant=false", {"quantize_model", "train_qlora", "evaluate", "merge_adapter", "publish"}),
+        ("evaluate.confidence=0.9", {"evaluate", "merge_adapter", "publish"}),
+        ("merge.base=original", {"merge_adapter", "publish"}),
+        ("publish.licence=MIT", {"publish"}),
+        ("line=other", {"validate_data", "train_qlora", "evaluate", "merge_adapter", "publish"}),  # it seeds the split
+    ],
+)
+def test_a_setting_changes_its_step_and_what_follows(
+    with_settings: Callable[..., Plan], override: str, steps: set[str]
+) -> None:
+    assert changed(with_settings(), with_settings(override)) == steps
+
+
+def test_new_weights_under_the_same_tokenizer_keep_the_dataset(with_settings: Callable[..., Plan], line: Path) -> None:
+    before = with_settings()
+    (line.parent / "base" / "model.safetensors").write_text("other weights")
+    assert "validate_data" not in changed(before, with_settings())
+    (line.parent / "base" / "tokenizer.json").write_text('{"other": 1}')
+    assert "validate_data" in changed(before, with_settings())
+
+
+def test_a_new_champion_changes_only_evaluate_and_what_follows(
+    with_settings: Callable[..., Plan], run_all: RunAll
+) -> None:
+    before = with_settings()
+    assert set(run_all(before).values()) == {0}
+    after = with_settings()
+    assert after.champion is not None
+    assert changed(before, after) == {"evaluate", "merge_adapter", "publish"}
+
+
+def test_the_same_recipe_as_production_is_unchanged(with_settings: Callable[..., Plan], run_all: RunAll) -> None:
+    first = with_settings()
+    run_all(first)
+    again = with_settings()
+    assert again.unchanged == again.champion.version if again.champion else False
+    assert with_settings("train.learning_rate=0.5").unchanged is None
+    assert with_settings("evaluate.confidence=0.9").unchanged is None
+    assert with_settings("train.log_every_steps=3").unchanged == again.unchanged
+
+
+def test_after_a_rollback_the_next_plan_does_not_count_the_old_release_as_done(
+    with_settings: Callable[..., Plan], run_all: RunAll, root_uri: str, line: Path
+) -> None:
+    run_all(with_settings())
+    (line.parent / "tickets.jsonl").write_text("newer data\n")
+    second = with_settings()
+    assert set(run_all(second).values()) == {0}
+    registry.rollback(open_store(root_uri), "intents", "production", reason="it swears")
+    third = with_settings()
+    assert third.unchanged is None
+    assert changed(second, third) == {"publish"}
+    assert run_all(third)["publish"] == 11  # the content was rejected; nobody is told that it was published
+
+
+def test_a_plan_leaves_nothing_automatic_and_says_why(with_settings: Callable[..., Plan]) -> None:
+    made = with_settings()
+    left = {f"{s.name}.{field}" for s in made.steps for field, value in s.config.items() if value == "auto"}
+    assert left == {"validate_data.format"}  # by each file's ending
+    chosen = {c.field: c.value for c in made.choices}
+    assert {"data.salt", "train.device", "train.attention", "evaluate.device", "merge.device"} <= chosen.keys()
+    for field, value in chosen.items():
+        section, _, name = field.partition(".")
+        assert [s.config[name] for s in made.steps if graph.step(s.name).section == section] == [value]
+    assert all(c.reason for c in made.choices)
+
+
+def test_kernels_for_a_gpu_are_refused_where_the_plan_has_none(with_settings: Callable[..., Plan]) -> None:
+    with pytest.raises(UsageError, match=r"train\.kernels: liger needs train\.device: cuda, and it is cpu"):
+        with_settings("train.kernels=liger", "train.device=cpu")
+    assert with_settings("train.kernels=liger", "train.device=cuda").step("train_qlora").config["kernels"] == "liger"
+
+
+def test_a_plan_that_was_moved_or_spoiled_is_refused(with_settings: Callable[..., Plan], tmp_path: Path) -> None:
+    made = with_settings()
+    store = tmp_path / "store" / "runs" / made.run_id / "plan.json"
+    copy = tmp_path / "store" / "runs" / "other" / "plan.json"
+    copy.parent.mkdir()
+    copy.write_bytes(store.read_bytes())
+    with pytest.raises(IntegrityError, match="cannot be moved"):
+        Plan.load(copy.as_uri())
+    copy.write_text(json.dumps({"schema_version": 2}))
+    with pytest.raises(IntegrityError, match="is not a plan"):
+        Plan.load(copy.as_uri())
+    with pytest.raises(UsageError, match="there is no plan here"):
+        Plan.load((tmp_path / "store" / "runs" / "none" / "plan.json").as_uri())
+
+
+def test_a_plan_holds_every_step_with_the_code_that_will_run(with_settings: Callable[..., Plan]) -> None:
+    made = with_settings()
+    assert [s.name for s in made.steps] == [s.name for s in graph.STEPS]
+    assert {s.name: s.code for s in made.steps} == {s.name: code_identity.identity(s.name) for s in graph.STEPS}
+    assert Plan.load(made.uri) == made
+
+
+def refused(config: Path, root: str, overrides: Sequence[str] = ()) -> str:
+    with pytest.raises(UsageError) as caught:
+        plan.make(config, root, overrides=overrides)
+    return str(caught.value)
+
+
+def test_a_plan_for_a_source_that_is_not_there_is_refused(line: Path, root_uri: str) -> None:
+    assert "sources.raw_data" in refused(line, root_uri, ["sources.raw_data=gone.jsonl"])
+
+
+def test_a_root_with_a_secret_is_refused_and_not_repeated(line: Path) -> None:
+    said = refused(line, "s3://AKIAUSER:hunter2/x@bucket/prefix")
+    assert "hunter2" not in said
+    assert "AKIAUSER" not in said

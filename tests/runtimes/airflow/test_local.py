@@ -1,0 +1,285 @@
+"""The operators, with real plans and real subprocesses: a project whose steps are tiny programs."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qlora_retrain.core import graph
+from qlora_retrain.pipeline import code_identity
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import artifact, open_store
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
+# What a step does is written in `behaviour.py` of the project; the count of its runs in `runs`.
+PROGRAM = """
+import pathlib, runpy, sys
+with open("runs", "a") as log:
+    print(*sys.argv[1:], file=log)
+runpy.run_path("behaviour.py", init_globals={"step": pathlib.Path(__file__).parent.name})
+"""
+Context = dict[str, Any]
+
+
+@pytest.fixture
+def project(tmp_path: Path, tickets: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project folder with a tiny program for every step, a line and a store."""
+    root = tmp_path / "project"
+    for step in graph.STEPS:
+        folder = root / "components" / step.name
+        folder.mkdir(parents=True)
+        (folder / "__main__.py").write_text(PROGRAM)
+    shutil.copy(code_identity.project_root() / "constraints.txt", root)
+    (root / "line.yaml").write_text(f"line: tickets\nsources: {{raw_data: {tickets}, base_model: {tiny_model}}}\n")
+    monkeypatch.setattr(code_identity, "project_root", lambda: root)
+    monkeypatch.setenv("QLORA_RETRAIN_ROOT", (tmp_path / "store").as_uri())
+    code_identity.identity.cache_clear()
+    yield root
+    code_identity.identity.cache_clear()
+
+
+@pytest.fixture
+def context() -> Context:
+    return run_context("manual__../../etc")
+
+
+def run_context(run_id: str, *, tries: int = 1, **params: object) -> Context:
+    from airflow.sdk.execution_time.context import OutletEventAccessors
+
+    # An asset-triggered run: no logical date.
+    run = SimpleNamespace(
+        dag_id="tickets", run_id=run_id, run_after=datetime(2026, 1, 31, 3, tzinfo=UTC), logical_date=None
+    )
+    events = OutletEventAccessors()
+    return {"dag_run": run, "params": params, "ti": SimpleNamespace(try_number=tries), "outlet_events": events}
+
+
+def plan_task(project: Path) -> Any:
+    from qlora_retrain.runtimes.airflow.operators import PlanOperator
+
+    return PlanOperator(task_id="plan", config_path=project / "line.yaml")
+
+
+def step_task(step: str = "validate_data") -> Any:
+    from qlora_retrain.runtimes.airflow.local import LocalStepOperator
+
+    return LocalStepOperator(task_id=step, step=step, line="tickets")
+
+
+@pytest.fixture
+def planned(project: Path, context: Context) -> Plan:
+    from qlora_retrain.runtimes.airflow.operators import plan_uri
+
+    plan_task(project).execute(context)
+    return Plan.load(plan_uri(context))
+
+
+@pytest.fixture
+def behave(project: Path, planned: Plan) -> Callable[[str], None]:
+    def write(program: str) -> None:
+        (project / "behaviour.py").write_text(program)
+
+    return write
+
+
+MAKE = """
+import pathlib, sys, tempfile
+from qlora_retrain.core import graph
+from qlora_retrain.storage import artifact
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store
+
+def make(uri, step, refused=None, **numbers):
+    plan = Plan.load(uri)
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "file").write_text("x")
+    planned = plan.step(step)
+    manifest = artifact.Manifest(
+        artifact=graph.step(step).makes, key=planned.key, step=step, attempt="a1", numbers=numbers, reason=refused,
+        outcome="refused" if refused else "done", exit_code=10 if refused else 0, files=artifact.list_files(folder),
+        inputs=planned.inputs, config=planned.identity, code=planned.code, provenance={},
+    )
+    artifact.complete(open_store(plan.root), folder, manifest)
+"""
+# The least that a step does: complete its artifact, as its runner would.
+WORK = MAKE + "make(sys.argv[2], step, published=True, moved=False, version='v1')\n"
+
+
+def make(plan: Plan, step: str, **numbers: Any) -> None:
+    """Complete the artifact of a step, here and now."""
+    names: dict[str, Any] = {}
+    exec(MAKE, names)
+    names["make"](plan.uri, step, **numbers)
+
+
+def test_every_task_finds_the_same_plan_and_a_cleared_run_keeps_it(
+    project: Path, context: Context, planned: Plan
+) -> None:
+    from qlora_retrain.runtimes.airflow.operators import plan_uri
+
+    assert planned.run_id.startswith("20260131T030000Z-")
+    assert ".." not in plan_uri(context)
+    line = project / "line.yaml"
+    line.write_text(line.read_text() + "train: {rank: 4}\n")
+    plan_task(project).execute(context)
+    assert Plan.load(plan_uri(context)) == planned
+    other = run_context("manual__2")
+    plan_task(project).execute(other)
+    assert Plan.load(plan_uri(other)).step("train_qlora").config["rank"] == 4
+
+
+def test_what_the_form_turned_is_in_the_plan_and_the_rest_is_the_lines(project: Path) -> None:
+    from qlora_retrain.runtimes.airflow.operators import plan_uri
+
+    turned = run_context("manual__3", **{"train.learning_rate": 5e-5, "train.rank": 16})
+    plan_task(project).execute(turned)
+    assert Plan.load(plan_uri(turned)).step("train_qlora").config["learning_rate"] == 5e-5
+
+
+def test_another_runs_plan_can_be_finished_but_not_another_lines(
+    project: Path, planned: Plan, behave: Callable[[str], None]
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    behave(WORK)
+    resumed = run_context("manual__4", plan_uri=planned.uri)
+    plan_task(project).execute(resumed)
+    step_task().execute(resumed)
+    assert (project / "runs").read_text() == f"--plan {planned.uri}\n"
+    line = project / "line.yaml"
+    line.write_text(line.read_text().replace("line: tickets", "line: mails"))
+    with pytest.raises(AirflowFailException, match="is a plan of line tickets"):
+        plan_task(project).execute(resumed)
+    with pytest.raises(AirflowFailException, match=r"config or usage \(12\).*there is no plan here"):
+        step_task().execute(run_context("manual__5", plan_uri=planned.uri.replace("Z-", "Z-0")))
+
+
+def test_a_config_error_fails_the_plan_at_once_with_every_line(project: Path, context: Context) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    line = project / "line.yaml"
+    line.write_text(line.read_text() + "train: {rank: 0, lerning_rate: 1}\n")
+    with pytest.raises(AirflowFailException) as caught:
+        plan_task(project).execute(context)
+    assert "train.rank" in str(caught.value)
+    assert "did you mean learning_rate?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ending", "retried", "reason"),
+    [
+        ("sys.exit(1)", False, r"our bug \(1\)"),
+        ("sys.exit(10)", False, r"data refused \(10\)"),
+        ("sys.exit(11)", False, r"quality refused or insufficient evidence \(11\)"),
+        ("sys.exit(12)", False, r"config or usage \(12\)"),
+        ("sys.exit(13)", False, r"integrity or security \(13\)"),
+        ("sys.exit(14)", False, r"training diverged \(14\)"),
+        ("sys.exit(75)", True, r"try again \(75\)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", True, r"killed for memory \(137\)"),
+        ("os.kill(os.getpid(), signal.SIGUSR1)", True, r"ended by signal 10 \(138\)"),
+    ],
+)
+def test_an_exit_code_ends_the_task_as_the_table_says(
+    behave: Callable[[str], None], context: Context, ending: str, retried: bool, reason: str
+) -> None:
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+    behave(f"import os, signal, sys\nprint('working')\nprint('validate_data: because of x', flush=True)\n{ending}")
+    with pytest.raises(AirflowException, match=reason + ": validate_data: because of x") as caught:
+        step_task().execute(context)
+    assert isinstance(caught.value, AirflowFailException) is not retried
+
+
+def test_a_made_artifact_starts_no_process(project: Path, planned: Plan, context: Context) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    make(planned, "quantize_model")
+    make(planned, "validate_data", refused="7 % of the rows are bad")
+    step_task("quantize_model").execute(context)
+    with pytest.raises(AirflowFailException, match=r"data refused \(10\): as before: 7 % of the rows are bad"):
+        step_task("validate_data").execute(context)
+    assert not (project / "runs").exists()
+
+
+def test_a_step_gets_no_setting_of_airflow_and_runs_in_the_project(
+    project: Path, behave: Callable[[str], None], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://user:secret@host/db")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    behave(
+        "import os, pathlib\nassert os.environ['AWS_REGION'] == 'eu-west-1'\n"
+        "assert not [k for k in os.environ if 'AIRFLOW' in k]\npathlib.Path('here').touch()\n" + WORK
+    )
+    step_task().execute(context)
+    assert (project / "here").exists()
+
+
+def test_a_killed_task_lets_its_step_save_and_is_tried_again(
+    project: Path, behave: Callable[[str], None], context: Context
+) -> None:
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+    behave(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), sys.exit(75)))\n"
+        "pathlib.Path('ready').touch()\ntime.sleep(60)"
+    )
+    task = step_task()
+
+    def kill() -> None:
+        while not (project / "ready").exists():
+            time.sleep(0.05)
+        task.on_kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(AirflowException, match=r"try again \(75\)") as caught:
+        task.execute(context)
+    thread.join()
+    assert not isinstance(caught.value, AirflowFailException)
+    assert (project / "saved").exists()
+
+
+def test_the_asset_event_is_emitted_only_for_a_new_version(
+    behave: Callable[[str], None], planned: Plan, context: Context
+) -> None:
+    from airflow.sdk import AssetAlias
+
+    def events(told: Context) -> list[Any]:
+        return list(told["outlet_events"][AssetAlias("tickets")].asset_alias_events)
+
+    behave(WORK.replace("published=True", "published=False"))
+    step_task("publish").execute(context)
+    assert events(context) == []  # the same content as before
+    artifact.drop(open_store(planned.root), "release", planned.step("publish").key)
+    behave(WORK)
+    step_task("publish").execute(context)
+    event = events(context)[0]
+    assert event.dest_asset_key.uri == f"{planned.root}/models/tickets"
+    assert event.extra == {"version": "v1", "published": True, "moved": False}
+    found, retried = run_context(context["dag_run"].run_id), run_context(context["dag_run"].run_id, tries=2)
+    step_task("publish").execute(found)
+    assert events(found) == []  # somebody else made it, and told
+    step_task("publish").execute(retried)
+    assert [e.extra for e in events(retried)] == [event.extra]  # the first try may have died before it told
+
+
+def test_a_step_that_ends_well_without_its_artifact_fails(behave: Callable[[str], None], context: Context) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    behave("")
+    with pytest.raises(AirflowFailException, match="validate_data ended well, but made no dataset"):
+        step_task().execute(context)
+
+
+def test_output_without_a_line_break_does_not_fill_the_memory(behave: Callable[[str], None], context: Context) -> None:
+    behave("import sys\nfor _ in range(64): sys.stdout.write('x' * 65536)\nsys.stdout.buffer.write(b'\\xff')\n" + WORK)
+    step_task().execute(context)

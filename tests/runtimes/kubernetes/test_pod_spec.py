@@ -1,0 +1,244 @@
+"""Every pod that the operator would submit: valid, confined, without a secret, and as it was when somebody reviewed it.
+
+After a change that is meant, run `QLORA_RETRAIN_ACCEPT_PODS=1 pytest tests/runtimes/kubernetes/test_pod_spec.py` and
+read the difference.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes.utils.quantity import parse_quantity
+
+from qlora_retrain.config.line import load
+from qlora_retrain.config.profile import Profile
+from qlora_retrain.config.profile import load as load_profile
+from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import UsageError
+from tests.runtimes.kubernetes.pod_security import APPARMOR, restricted
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
+PROJECT = Path(__file__).resolve().parents[3]
+GOLDEN = Path(__file__).parent / "pods"
+LINES = sorted((PROJECT / "pipelines").glob("*.yaml"))
+STEPS = [step.name for step in graph.STEPS]
+KUBERNETES = "1.32"
+DIGEST = "@sha256:" + "7" * 64
+
+
+def profile(name: str) -> Profile:
+    """A profile of the repository; in the production one, the images by some digest."""
+    path = PROJECT / "manifests" / "profiles" / f"{name}.yaml"
+    if name != "production":
+        return load_profile(path)
+    document = yaml.safe_load(path.read_text())
+    images = {kind: document[kind].rpartition(":")[0] + DIGEST for kind in ("light_image", "train_image")}
+    return Profile.model_validate({**document, **images})
+
+
+def pod(step: str, line: str, cluster: Profile, runtime: RuntimeConfig, **more: Any) -> dict[str, Any]:
+    """The pod as it would be sent, for a run of some day."""
+    from kubernetes.client import ApiClient
+
+    from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
+
+    task = KubernetesStepOperator(task_id=step, step=step, line=line, runtime=runtime, profile=cluster, **more)
+    task.prepare(
+        "s3://models/team/runs/20260131T030000Z-0123456789ab/plan.json", "c" * 64, "20260131T030000Z-0123456789ab"
+    )
+    made = ApiClient().sanitize_for_serialization(task.build_pod_request_obj(dry_run=True))
+    assert isinstance(made, dict)
+    made["metadata"]["labels"].pop("airflow_version")
+    return made
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("cluster", ["gpu", "production"])
+@pytest.mark.parametrize("line", LINES, ids=lambda path: path.stem)
+def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, cluster: str, step: str) -> None:
+    config = load(line)
+    made = pod(step, config.line, profile(cluster), config.runtime)
+    kubernetes_validate.validate(made, KUBERNETES, strict=True)
+    assert restricted(made) == []
+    (container,) = made["spec"]["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert made["spec"]["automountServiceAccountToken"] is False
+    assert made["spec"]["restartPolicy"] == "Never"
+    assert len(made["metadata"]["name"]) <= 63
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"privileged": True}, "privileged"),
+        ({"allowPrivilegeEscalation": True}, "escalation"),
+        ({"allowPrivilegeEscalation": None}, "escalation"),
+        ({"capabilities": {"drop": ["NET_RAW"]}}, "capabilities"),
+        ({"capabilities": {"drop": ["ALL"], "add": ["SYS_PTRACE"]}}, "added"),
+        ({"runAsUser": 0}, "root"),
+        ({"runAsNonRoot": False}, "runAsNonRoot"),
+        ({"seccompProfile": {"type": "Unconfined"}}, "seccomp"),
+        ({"appArmorProfile": {"type": "Unconfined"}}, "AppArmor"),
+        ({"seLinuxOptions": {"type": "spc_t"}}, "SELinux"),
+        ({"seLinuxOptions": {"user": "system_u"}}, "SELinux"),
+        ({"windowsOptions": {"hostProcess": True}}, "hostProcess"),
+        ({"procMount": "Unmasked"}, "procMount"),
+    ],
+)
+def test_the_check_of_pod_security_finds_what_a_container_may_not(change: dict[str, Any], found: str) -> None:
+    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
+    (container,) = made["spec"]["containers"]
+    bad = {**container, "name": "bad", "securityContext": {**container["securityContext"], **change}}
+    for spec in (
+        {"containers": [bad]},
+        {"initContainers": [bad]},
+        {"ephemeralContainers": [bad]},
+    ):
+        assert restricted({**made, "spec": {**made["spec"], **spec}}) == [f"bad: {found}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"hostNetwork": True}, "pod: hostNetwork"),
+        ({"hostPID": True}, "pod: hostPID"),
+        ({"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}, "volume host"),
+        ({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}, "pod: sysctl kernel.msgmax"),
+        ({"securityContext": {"runAsUser": 0}}, "pod: root"),
+        ({"securityContext": {"seccompProfile": {"type": "Unconfined"}}}, "pod: seccomp"),
+        ({"securityContext": {"appArmorProfile": {"type": "Unconfined"}}}, "pod: AppArmor"),
+        ({"securityContext": {"seLinuxOptions": {"role": "system_r"}}}, "pod: SELinux"),
+        ({"securityContext": {"windowsOptions": {"hostProcess": True}}}, "pod: hostProcess"),
+    ],
+)
+def test_the_check_of_pod_security_finds_what_a_pod_may_not(change: dict[str, Any], found: str) -> None:
+    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
+    assert restricted({**made, "spec": {**made["spec"], **change}}) == [found]
+    annotated = {**made["metadata"], "annotations": {f"{APPARMOR}base": "unconfined"}}
+    assert restricted({**made, "metadata": annotated}) == [f"pod: annotation {APPARMOR}base"]
+
+
+def test_the_check_of_pod_security_takes_what_the_standard_allows() -> None:
+    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
+    (container,) = made["spec"]["containers"]
+    allowed = {
+        **container["securityContext"],
+        "capabilities": {"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]},
+        "seLinuxOptions": {"type": "container_t", "level": "s0:c1,c2"},
+        "appArmorProfile": {"type": "RuntimeDefault"},
+    }
+    whole = {**made["spec"]["securityContext"], "sysctls": [{"name": "net.ipv4.tcp_syncookies", "value": "1"}]}
+    spec = {**made["spec"], "securityContext": whole, "containers": [{**container, "securityContext": allowed}]}
+    assert restricted({**made, "spec": spec}) == []
+    bare = {key: value for key, value in container["securityContext"].items() if key != "seccompProfile"}
+    spec = {"containers": [{**container, "securityContext": bare}]}
+    assert restricted({"metadata": {}, "spec": spec}) == ["base: no seccomp"], (
+        "neither the pod says it nor the container"
+    )
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("cluster", ["gpu", "production"])
+def test_the_pods_are_those_that_somebody_reviewed(cluster: str, step: str) -> None:
+    file = GOLDEN / cluster / f"{step}.yaml"
+    text = yaml.safe_dump(pod(step, "tickets", profile(cluster), RuntimeConfig()), width=120)
+    if os.environ.get("QLORA_RETRAIN_ACCEPT_PODS"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert file.read_text() == text
+
+
+def test_gpus_are_asked_for_where_the_graph_does_and_nowhere_else() -> None:
+    for cluster in (profile("gpu"), profile("gpu").model_copy(update={"gpu_resource": None})):
+        for step in graph.STEPS:
+            made = pod(step.name, "tickets", cluster, RuntimeConfig())["spec"]
+            resources = made["containers"][0]["resources"]
+            wanted = str(step.gpus) if step.gpus and cluster.gpu_resource else None
+            assert resources["limits"].get("nvidia.com/gpu") == wanted
+            assert resources["requests"].get("nvidia.com/gpu") == wanted
+            assert bool(made.get("tolerations")) == bool(wanted)
+
+
+def test_the_lines_memory_disk_and_cores_go_before_the_profiles() -> None:
+    runtime = RuntimeConfig(kind="kubernetes", memory_gib=20, disk_gib=30, cpus=1.5)
+    made = pod("validate_data", "tickets", profile("gpu"), runtime)["spec"]
+    resources = made["containers"][0]["resources"]
+    assert resources["limits"] == {"memory": "20Gi", "ephemeral-storage": "32Gi"}, "30, 1 for /tmp and 1 for the log"
+    assert resources["requests"] == {"cpu": "1.5", "memory": "20Gi", "ephemeral-storage": "32Gi"}
+    assert {v["name"]: v.get("emptyDir") for v in made["volumes"]}["work"] == {"sizeLimit": "30Gi"}
+    made = pod("validate_data", "tickets", profile("production"), runtime)["spec"]
+    claim = made["volumes"][0]["ephemeral"]["volumeClaimTemplate"]
+    assert claim["spec"]["resources"] == {"requests": {"storage": "30Gi"}}
+    resources = made["containers"][0]["resources"]
+    assert resources["requests"]["ephemeral-storage"] == resources["limits"]["ephemeral-storage"] == "2Gi"
+
+
+@pytest.mark.parametrize("cluster", ["gpu", "production"])
+def test_a_step_works_on_the_pods_own_disk_wherever_the_cache_is(cluster: str) -> None:
+    (container,) = pod("train_qlora", "tickets", profile(cluster), RuntimeConfig())["spec"]["containers"]
+    told = {item["name"]: item["value"] for item in container["env"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+
+    def volume(variable: str) -> str:
+        return next(mounts[str(path)] for path in Path(told[variable]).parents if str(path) in mounts)
+
+    assert volume("QLORA_RETRAIN_WORK") == "work"
+    assert mounts.get(told["QLORA_RETRAIN_CACHE"]) == ("cache" if cluster == "production" else None)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("cluster", ["gpu", "production"])
+def test_no_pod_is_evicted_while_its_volumes_and_its_log_are_within_their_sizes(cluster: str, step: str) -> None:
+    """A kubelet counts what is on its own disk together, and evicts above the limit."""
+    made = pod(step, "tickets", profile(cluster), RuntimeConfig())["spec"]
+    empty = [volume["emptyDir"] for volume in made["volumes"] if "emptyDir" in volume]
+    on_disk = sum(parse_quantity(e["sizeLimit"]) for e in empty if e.get("medium") != "Memory")
+    log = 50 * 2**20  # the kubelet's own default: five files of 10 MiB
+    assert on_disk + log <= parse_quantity(made["containers"][0]["resources"]["limits"]["ephemeral-storage"])
+
+
+def test_publish_alone_runs_as_the_account_that_may_write_versions() -> None:
+    accounts = {s: pod(s, "tickets", profile("gpu"), RuntimeConfig())["spec"]["serviceAccountName"] for s in STEPS}
+    assert {step for step, account in accounts.items() if account == "qlora-retrain-publish"} == {"publish"}
+    assert {account for step, account in accounts.items() if step != "publish"} == {"qlora-retrain"}
+
+
+def test_nothing_of_the_workers_environment_is_in_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "canary-of-the-worker")
+    for step in STEPS:
+        assert "canary" not in str(pod(step, "tickets", profile("gpu"), RuntimeConfig()))
+
+
+def test_a_sidecar_that_airflow_adds_is_as_confined_as_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none, since nothing is handed over by XCom; this adds one as Airflow would."""
+    from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
+
+    monkeypatch.setenv("AIRFLOW_CONN_KUBERNETES_DEFAULT", '{"conn_type": "kubernetes"}')
+    monkeypatch.setattr(
+        KubernetesStepOperator, "do_xcom_push", property(lambda self: True, lambda self, value: None), raising=False
+    )
+    made = pod("publish", "tickets", profile("gpu"), RuntimeConfig())
+    assert [container["name"] for container in made["spec"]["containers"]] == ["base", "airflow-xcom-sidecar"]
+    assert restricted(made) == []
+
+
+def test_the_production_profile_is_refused_until_its_images_are_digests() -> None:
+    with pytest.raises(UsageError, match=r"light_image is 'registry\.example/.*:0\.1\.0'; require_digests wants name@"):
+        load_profile(PROJECT / "manifests" / "profiles" / "production.yaml")
+    assert profile("production").train_image.endswith(DIGEST)
+
+
+def test_a_line_on_kubernetes_cannot_name_images_that_would_not_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(
+        "line: tickets\nsources: {raw_data: a, base_model: b}\nruntime: {kind: kubernetes, train_image: 'a:1'}\n"
+    )
+    with pytest.raises(UsageError, match="train_image has no effect with kind: kubernetes"):
+        load(path)

@@ -1,0 +1,208 @@
+"""A consumer gets exactly what was published, or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.pipeline import plan
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store, pull, registry
+from qlora_retrain.storage.registry import Release
+from qlora_retrain.storage.store import Store
+
+REFERENCE = "intents@production"
+
+
+@pytest.fixture
+def store(root_uri: str) -> Store:
+    return open_store(root_uri)
+
+
+@pytest.fixture
+def publish(line: Path, root_uri: str, run_all: Callable[[Plan], dict[str, int]]) -> Callable[[str], Release]:
+    """Publish a version that was trained on this text."""
+
+    def run(text: str) -> Release:
+        (line.parent / "tickets.jsonl").write_text(text)
+        made = plan.make(line, root_uri)
+        assert set(run_all(made).values()) == {0}
+        found, _ = registry.alias(open_store(root_uri), "intents", "production")
+        assert found is not None
+        return registry.read_release(open_store(root_uri), "intents", found.version)
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def inode_times(folder: Path) -> dict[str, int]:
+    return {p.as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != pull.RECORD}
+
+
+@pytest.mark.parametrize("by", ["alias", "version"])
+def test_a_pull_gives_every_file_as_it_was_published(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, by: str
+) -> None:
+    release = publish("one")
+    reference = REFERENCE if by == "alias" else f"intents@{release.version}"
+    assert pull.pull(store, reference, tmp_path / "new" / "dest") == release
+    pulled = files(tmp_path / "new" / "dest")
+    assert json.loads(pulled.pop(pull.RECORD))["version"] == release.version
+    assert json.loads(pulled.pop("manifest.json"))["content_hash"] == release.content_hash
+    folder = tmp_path / "store" / registry.version_folder("intents", release.version)
+    published = files(folder)
+    del published["manifest.json"]
+    assert pulled == published
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["dest"]
+
+
+def test_a_second_pull_of_the_same_copies_nothing(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    publish("one")
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    before = inode_times(tmp_path / "dest")
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    assert inode_times(tmp_path / "dest") == before
+
+
+def test_a_newer_version_replaces_the_one_before(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    publish("one")
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    new = publish("two")
+    assert pull.pull(store, REFERENCE, tmp_path / "dest") == new
+    assert set(files(tmp_path / "dest")) == {f.path for f in new.files} | {pull.RECORD, "manifest.json"}
+    assert not list(tmp_path.glob(".dest*"))
+
+
+def test_a_pulled_file_that_was_changed_is_pulled_again(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    publish("one")
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    path = tmp_path / "dest" / "model" / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[::-1])
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize("fault", ["flipped", "missing", "manifest"])
+def test_a_byte_that_is_not_as_published_leaves_nothing_at_the_destination(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, fault: str
+) -> None:
+    release = publish("one")
+    folder = tmp_path / "store" / registry.version_folder("intents", release.version)
+    path = folder / ("manifest.json" if fault == "manifest" else "model/model.safetensors")
+    data = path.read_bytes()
+    path.unlink()  # it may share its bytes with the artifact
+    if fault != "missing":
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    with pytest.raises(IntegrityError) as caught:
+        pull.pull(store, REFERENCE, tmp_path / "dest")
+    assert path.name in str(caught.value)
+    assert not (tmp_path / "dest").exists()
+    assert not list(tmp_path.glob(".dest*"))
+
+
+def test_a_store_that_went_back_in_time_is_refused(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    old = publish("one")
+    shutil.copytree(tmp_path / "store", tmp_path / "backup")
+    new = publish("two")
+    dest = tmp_path / "dest"
+    pull.pull(store, REFERENCE, dest)
+    before = files(dest)
+    backup = open_store((tmp_path / "backup").as_uri())
+    with pytest.raises(IntegrityError, match=r"generation 1 .* does not follow generation 2"):
+        pull.pull(backup, REFERENCE, dest)
+    assert files(dest) == before
+    pull.pull(backup, f"intents@{old.version}", dest)  # asked for by name, an old version is no fault
+    with pytest.raises(IntegrityError, match="does not follow"):  # and what was seen is not forgotten by it
+        pull.pull(backup, REFERENCE, dest)
+    assert pull.pull(store, REFERENCE, dest) == new
+
+
+def test_one_generation_with_two_versions_is_refused(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    publish("one")
+    shutil.copytree(tmp_path / "store", tmp_path / "twin")
+    second = publish("two")
+    twin = open_store((tmp_path / "twin").as_uri())
+    third = second.model_copy(update={"version": "20990101T000000Z-x"})
+    registry.move(twin, "intents", "production", registry.complete(twin, third), reason="a split brain")
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    with pytest.raises(IntegrityError, match="does not follow generation 2"):
+        pull.pull(twin, REFERENCE, tmp_path / "dest")
+
+
+def test_a_rollback_is_a_move_forward_for_the_consumer(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    one = publish("one")
+    publish("two")
+    pull.pull(store, REFERENCE, tmp_path / "dest")
+    registry.rollback(store, "intents", "production", reason="bad")
+    assert pull.pull(store, REFERENCE, tmp_path / "dest") == one
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "foreign record", "broken record"])
+def test_a_destination_that_no_pull_made_is_left_alone(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, what: str
+) -> None:
+    publish("one")
+    dest = tmp_path / "dest"
+    if what == "file":
+        dest.write_text("mine")
+    else:
+        dest.mkdir()
+        (dest / "mine.txt").write_text("mine")
+    if "record" in what:
+        (dest / pull.RECORD).write_text("[1]" if what == "foreign record" else "{")
+    before = files(dest) if dest.is_dir() else dest.read_bytes()
+    with pytest.raises(UsageError, match="no pull made it"):
+        pull.pull(store, REFERENCE, dest)
+    assert (files(dest) if dest.is_dir() else dest.read_bytes()) == before
+
+
+def test_an_empty_destination_may_be_the_working_folder(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("one")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pull.pull(store, REFERENCE, Path())
+    assert (tmp_path / "here" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("intents", "wanted LINE@ALIAS"),
+        ("@production", "wanted LINE@ALIAS"),
+        ("intents@", "wanted LINE@ALIAS"),
+        ("intents@staging", "has no alias staging"),
+        ("intents@20990101T000000Z-0", "has no version"),
+        ("others@production", "has no alias"),
+        ("../x@production", "not a path in a store"),
+    ],
+)
+def test_a_reference_that_names_nothing_is_refused(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, reference: str, message: str
+) -> None:
+    publish("one")
+    with pytest.raises(UsageError, match=message):
+        pull.pull(store, reference, tmp_path / "dest")
+    assert not (tmp_path / "dest").exists()

@@ -1,0 +1,152 @@
+"""Sources: pinned by content, checked against the pin, never code or pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.storage import sources
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "a base"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_text("weights")
+    return folder
+
+
+def test_a_folder_is_pinned_by_the_sha256_of_each_file(base: Path) -> None:
+    pinned = sources.pin("base_model", base.as_uri(), ["**"])
+    assert {f.path: f.pin for f in pinned.files} == {
+        p.name: f"sha256:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in base.iterdir()
+    }
+
+
+def test_the_key_is_that_of_the_content_wherever_it_lies(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "copy")
+    here = sources.pin("base_model", base.as_uri(), ["**"])
+    there = sources.pin("base_model", (tmp_path / "copy").as_uri(), ["**"])
+    assert here.key() == there.key()
+    (tmp_path / "copy" / "config.json").write_text("[]")
+    assert sources.pin("base_model", (tmp_path / "copy").as_uri(), ["**"]).key() != here.key()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows [1] ü%20?.jsonl", "*.jsonl"])
+def test_a_single_file_is_pinned_without_its_neighbours(tmp_path: Path, name: str) -> None:
+    (tmp_path / "old").mkdir()
+    for path in (tmp_path / name, tmp_path / "old" / name, tmp_path / "other.jsonl"):
+        path.write_text("{}")
+    pinned = sources.pin("raw_data", (tmp_path / name).as_uri(), ["**"])
+    assert [f.path for f in pinned.files] == [name]
+    (tmp_path / "out").mkdir()
+    sources.fetch(pinned, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("a.jsonl", "*.jsonl", True),
+        ("sub/a.jsonl", "*.jsonl", True),
+        ("a.jsonl", "**/*.jsonl", True),
+        ("x/y/a.jsonl", "**/*.jsonl", True),
+        ("a.jsonl", "**", True),
+        ("a.csv", "*.jsonl", False),
+        ("sub/a.jsonl", "other/*.jsonl", False),
+        ("rows[1].csv", "rows[1].csv", True),
+        ("a", "", False),
+    ],
+)
+def test_which_files_count(path: str, pattern: str, expected: bool) -> None:
+    assert bool(sources.matches(path, [pattern])) is expected
+
+
+def test_the_tokenizer_files_are_a_part_with_a_key_of_its_own(base: Path) -> None:
+    part = sources.pin("base_model", base.as_uri(), ["**"]).subset(graph.TOKENIZER_FILES)
+    assert sorted(f.path for f in part.files) == ["config.json", "tokenizer.json"]
+    (base / "model.safetensors").write_text("others")
+    assert sources.pin("base_model", base.as_uri(), ["**"]).subset(graph.TOKENIZER_FILES).key() == part.key()
+
+
+def test_fetching_gives_exactly_what_was_pinned(base: Path, tmp_path: Path) -> None:
+    (base / "notes.md").write_text("not asked for")
+    pinned = sources.pin("base_model", base.as_uri(), ["*.json", "*.safetensors"])
+    (tmp_path / "out").mkdir()
+    sources.fetch(pinned, tmp_path / "out")
+    fetched = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert fetched == {p.name: p.read_bytes() for p in base.iterdir() if p.suffix != ".md"}
+
+
+@pytest.mark.parametrize("change", ["same size", "other size", "removed"])
+def test_a_file_that_changed_since_the_plan_is_refused(base: Path, tmp_path: Path, change: str) -> None:
+    pinned = sources.pin("base_model", base.as_uri(), ["**"])
+    path = base / "model.safetensors"
+    if change == "removed":
+        path.unlink()
+    else:
+        path.write_text("WEIGHTS" if change == "same size" else "more weights")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(IntegrityError, match=r"model\.safetensors.*plan again"):
+        sources.fetch(pinned, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["modeling_x.py", "pytorch_model.bin", "sub/model.PT", "x.pkl", "x.pickle", "lib.so", "x.joblib"]
+)
+def test_a_base_model_with_code_or_pickles_is_refused(base: Path, name: str) -> None:
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_text("x")
+    with pytest.raises(IntegrityError, match=r"only safetensors models"):
+        sources.pin("base_model", base.as_uri(), ["**"])
+    with pytest.raises(IntegrityError):
+        sources.pin("base_model", (base / name).as_uri(), ["**"])
+    sources.pin("base_model", base.as_uri(), ["*.json", "*.safetensors"])  # left out, it does no harm
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_base_model_that_names_code_is_refused(base: Path, name: str) -> None:
+    (base / name).write_text(json.dumps({"auto_map": {"AutoModel": "x.y"}}))
+    with pytest.raises(IntegrityError, match="auto_map"):
+        sources.pin("base_model", base.as_uri(), ["**"])
+    (base / name).write_text("{")
+    with pytest.raises(IntegrityError, match="not valid JSON"):
+        sources.pin("base_model", base.as_uri(), ["**"])
+
+
+def test_where_nothing_lies_nothing_is_pinned(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"sources\.raw_data: .* does not exist"):
+        sources.pin("raw_data", (tmp_path / "none").as_uri(), ["**"])
+    with pytest.raises(UsageError, match=r"has no files that match \*\.jsonl"):
+        sources.pin("raw_data", tmp_path.as_uri(), ["*.jsonl"])
+
+
+def test_a_hugging_face_source_is_pinned_by_its_commit() -> None:
+    pinned = sources.pin("base_model", f"hf://owner/name@{COMMIT}", ["**"])
+    assert [f.pin for f in pinned.files] == [f"commit:{COMMIT}"]
+    assert "*.py" not in pinned.patterns
+    assert "*.bin" not in pinned.patterns
+    assert pinned.subset(graph.TOKENIZER_FILES).key() != pinned.key()
+    assert sources.pin("base_model", f"hf://owner/name@{COMMIT[::-1]}", ["**"]).key() != pinned.key()
+
+
+@pytest.mark.parametrize("uri", ["hf://owner/name", "hf://owner/name@main", f"hf://name@{COMMIT}", "hf://a/b@0123abc"])
+def test_a_branch_or_a_short_commit_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match="40 hex of a commit"):
+        sources.pin("base_model", uri, ["**"])
+
+
+def test_a_commit_that_cannot_be_reached_is_said_so(tmp_path: Path) -> None:
+    pinned = sources.pin("base_model", f"hf://owner/name@{COMMIT}", ["**"])
+    with pytest.raises(UsageError, match="cannot be reached"):  # the tests run with HF_HUB_OFFLINE
+        sources.fetch(pinned, tmp_path)
