@@ -1,4 +1,4 @@
-"""The contestants of `training.py`: each a trainer over the same rows, with what must be equal and nothing else."""
+"""Build the contestants of `training.py`: trainers over the same rows that share only what a comparison needs."""
 
 from __future__ import annotations
 
@@ -6,54 +6,65 @@ import argparse
 from typing import Any
 
 
-def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, **recipe: Any) -> Any:
-    """The trainer of the step, over the 4-bit or the 16-bit base; `recipe` changes its settings."""
+def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, **overrides: Any) -> Any:
+    """Return the step's trainer over the 4-bit or the 16-bit base; `overrides` change its config."""
     from transformers import set_seed
 
-    from components.train_qlora import lora
-    from components.train_qlora.rows import Rows
+    from components.train_qlora import adapter
+    from components.train_qlora.data import TokenizedDataset
     from components.train_qlora.trainer import AdapterTrainer
     from qlora_retrain.lm import loading
 
-    config = our_settings(options, **recipe)
+    # In bf16 with eager attention, like `trl, tuned`.
+    config = our_config(options, **overrides)
     if bits == 4:
-        base = loading.load_nf4(options.work / "base_nf4", attention="eager", dtype="bfloat16")
+        base = loading.load_nf4(options.work / "base_nf4", attn_implementation="eager", dtype="bfloat16")
     else:
-        base = loading.load_base(options.base, attention="eager", dtype="bfloat16")
+        base = loading.load_base(options.base, attn_implementation="eager", dtype="bfloat16")
     set_seed(options.seed)
-    trainer = AdapterTrainer(lora.attach_new(base, config), config, Rows(rows), Rows([]), 2, options.work / "scratch")
-    trainer.steps.order = as_given(trainer.order)
-    trainer._save_checkpoint = lambda *_: None
+    trainer = AdapterTrainer(
+        adapter.attach_new(base, config),
+        config,
+        TokenizedDataset(rows),
+        TokenizedDataset([]),
+        2,
+        options.work / "scratch",
+    )
+    # `training.py` wrote the rows in the sampler's order; sorting them again would change it.
+    trainer.batch_sampler.sampler = keep_order(trainer.sampler)
+    trainer._save_checkpoint = lambda *_: None  # the peers save no checkpoint either
     return trainer
 
 
-def our_settings(options: argparse.Namespace, **recipe: Any) -> Any:
-    """The step's settings for this work."""
+def our_config(options: argparse.Namespace, **overrides: Any) -> Any:
+    """Return the step's config for this work."""
     from qlora_retrain.config.sections import TrainConfig
 
-    plain: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rank": options.rank, "alpha": 2 * options.rank, "dropout": options.dropout, "learning_rate": 2e-4,
-        "schedule": "constant", "warmup": 0.0, "batch_size": options.batch,
-        "gradient_accumulation": options.accumulation, "max_steps": options.steps, "device": "cpu",
-        "precision": "bfloat16", "attention": "eager", "checkpoint_minutes": 1e6, "seed": options.seed,
+        "schedule": "constant", "warmup_ratio": 0.0, "micro_batch_size": options.micro_batch_size,
+        "global_batch_size": options.micro_batch_size * options.gradient_accumulation, "max_steps": options.steps,
+        "device": "cpu", "precision": "bfloat16", "attention": "eager", "checkpoint_minutes": 1e6,
+        "seed": options.seed,
     }  # fmt: skip
-    return TrainConfig(**{**plain, **recipe})
+    return TrainConfig(**{**settings, **overrides})
 
 
-def as_given(order: Any) -> Any:
-    """An order that leaves the rows where they are: they were put in order for all contestants."""
+def keep_order(sampler: Any) -> Any:
+    """Return a sampler that leaves the rows in their order, which is the same for all contestants."""
 
-    class AsGiven(type(order)):
+    class FileOrderSampler(type(sampler)):
         def __iter__(self) -> Any:
             return iter(range(len(self.lengths)))
 
-    return AsGiven(order.lengths, order.rows_per_step, order.seed)
+    return FileOrderSampler(sampler.lengths, sampler.global_batch_size, sampler.seed)
 
 
 def peer_model(options: argparse.Namespace, attention: str) -> Any:
-    """The 4-bit base as the peers load it."""
+    """Return the 4-bit base as the peers load it."""
     from transformers import AutoModelForCausalLM, set_seed
 
+    # `base_nf4` has a bitsandbytes config, so transformers loads it in 4 bits by itself.
     folder = options.work / "base_nf4"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention)
     model.config.use_cache = False
@@ -62,57 +73,59 @@ def peer_model(options: argparse.Namespace, attention: str) -> Any:
 
 
 def peer_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """What must be equal for a comparison, and nothing else."""
+    """Return training arguments and LoRA config, with only the settings that a comparison needs."""
     from peft import LoraConfig
 
+    # Sequential, since the rows are already in the sampler's order.
     arguments = {
-        "output_dir": str(options.work / "peer"), "per_device_train_batch_size": options.batch,
-        "gradient_accumulation_steps": options.accumulation, "max_steps": options.steps, "learning_rate": 2e-4,
+        "output_dir": str(options.work / "peer"), "per_device_train_batch_size": options.micro_batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation, "max_steps": options.steps, "learning_rate": 2e-4,
         "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "use_cpu": True, "train_sampling_strategy": "sequential", "seed": options.seed,
     }  # fmt: skip
-    adapter = LoraConfig(
+    lora_config = LoraConfig(
         r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return arguments, adapter
+    return arguments, lora_config
 
 
 def make_trl(options: argparse.Namespace, rows: list[Any], *, tuned: bool = False) -> Any:
-    """TRL's SFTTrainer; `tuned` for short rows on a CPU."""
+    """Return TRL's SFTTrainer, with its defaults or `tuned` for short rows on a CPU."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    arguments, adapter = peer_settings(options)
-    best = {"gradient_checkpointing": False} if tuned else {}
+    arguments, lora_config = peer_settings(options)
+    # TRL checkpoints activations by default, which trades speed for memory that these rows do not need.
+    tuned_arguments = {"gradient_checkpointing": False} if tuned else {}
     return SFTTrainer(
         model=peer_model(options, "eager" if tuned else "sdpa"),
-        args=SFTConfig(**arguments, **best, max_length=None),
+        args=SFTConfig(**arguments, **tuned_arguments, max_length=None),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(options.base),
-        peft_config=adapter,
+        peft_config=lora_config,
     )
 
 
 def make_trainer(options: argparse.Namespace, rows: list[Any]) -> Any:
-    """The Trainer of transformers with PEFT, as its documentation has it."""
+    """Return the Trainer of transformers with PEFT, as its documentation sets it up."""
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    arguments, adapter = peer_settings(options)
+    arguments, lora_config = peer_settings(options)
     return Trainer(
-        model=get_peft_model(peer_model(options, "sdpa"), adapter),
+        model=get_peft_model(peer_model(options, "sdpa"), lora_config),
         args=TrainingArguments(**arguments),
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(options.base)),
     )
 
 
-MAKERS: dict[str, Any] = {
+TRAINER_FACTORIES: dict[str, Any] = {
     "ours": make_ours,
-    "ours, lean": lambda options, rows: make_ours(options, rows, gradient_checkpointing=1),
+    "ours, checkpointing": lambda options, rows: make_ours(options, rows, gradient_checkpointing=1),
     "ours, 16 bits": lambda options, rows: make_ours(options, rows, bits=16),
     "trainer": make_trainer,
     "trl": make_trl,

@@ -1,7 +1,7 @@
-"""One Airflow DAG for every YAML in pipelines/: the plan, then the steps of the graph.
+"""Build one Airflow DAG for every YAML in pipelines/: the plan, then the steps of the graph.
 
-Reads each line's schedule, description and knobs. A file that cannot be used becomes a DAG whose one task fails with
-the file's errors, so that the other lines keep running and whoever is on call sees what is wrong.
+Reads each line's schedule, description and knobs. A file that cannot be used becomes a DAG whose only task fails with
+the file's errors. So the other lines keep running, and the person on call sees what is wrong.
 
 Environment: `QLORA_RETRAIN_PIPELINES`, another folder of YAML files. To see a file's errors: `qlora-retrain check FILE`
 """
@@ -18,7 +18,7 @@ from croniter import croniter  # type: ignore[import-untyped]
 
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, after
+from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
 from qlora_retrain.runtimes.airflow import params
 from qlora_retrain.runtimes.airflow.local import LocalStepOperator
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
@@ -28,85 +28,100 @@ PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelin
 
 
 def line_dag(path: Path) -> DAG:
-    """The DAG of one line."""
+    """Make the DAG of one line."""
     config = load(path)
     dag = DAG(
         config.line,
         description=config.description,
-        doc_md=f"{config.description}\n\nFrom `{path.name}`: `plan`, then the steps that its keys say are not made.",
+        doc_md=f"{config.description}\n\n`{path.name}`: `plan`, then every step whose artifact does not exist yet.",
         schedule=timetable(config.schedule),
-        params={name: Param(value, **schema) for name, (value, schema) in params.fields(config).items()},
+        params={name: Param(value, **schema) for name, (value, schema) in params.form_fields(config).items()},
+        # Two runs of a line at once would compare with the same champion, and then both try to replace it.
         max_active_runs=1,
         catchup=False,
         tags=["qlora-retrain"],
     )
-    tasks = {PLAN_TASK: PlanOperator(task_id=PLAN_TASK, config_path=path, doc_md=plan_page(path, config), dag=dag)}
+
+    tasks = {PLAN_TASK: PlanOperator(task_id=PLAN_TASK, config_path=path, doc_md=plan_doc(path, config), dag=dag)}
     for step in STEPS:
         tasks[step.name] = step_task(step, config, dag)
+    # The steps that read only sources have no upstream step; they wait for the plan.
     for step in STEPS:
-        tasks[step.name].set_upstream([tasks[name] for name in after(step) or (PLAN_TASK,)])
+        tasks[step.name].set_upstream([tasks[name] for name in upstream_steps(step) or (PLAN_TASK,)])
     return dag
 
 
 def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
-    """A step as a task of the line's runtime, whose engine's provider is imported only where a line uses it."""
-    common = {"task_id": step.name, "step": step.name, "line": config.line, "doc_md": page(step), "dag": dag}
+    """Make a step's task in the line's runtime."""
+    common = {"task_id": step.name, "step": step.name, "line": config.line, "doc_md": step_doc(step), "dag": dag}
+
+    # Imported only where a line uses them, because this file is parsed again and again and providers import slowly.
     if config.runtime.kind == "docker":
         from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
 
         return DockerStepOperator(runtime=config.runtime, **common)
     if config.runtime.kind == "kubernetes":
-        from qlora_retrain.config import profile
+        from qlora_retrain.config import cluster_profile
         from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
-        cluster = profile.of_environment()
-        pool = {"pool": cluster.gpu_pool, "pool_slots": cluster.gpus(step)} if cluster.gpu_pool else {}
+        profile = cluster_profile.from_environment()
+        # One slot for each GPU, so that Airflow starts no more pods than the cluster has GPUs.
+        pool = {"pool": profile.gpu_pool, "pool_slots": profile.gpus(step)} if profile.gpu_pool else {}
         return KubernetesStepOperator(
-            runtime=config.runtime, profile=cluster, **common, **(pool if cluster.gpus(step) else {})
+            runtime=config.runtime, profile=profile, **common, **(pool if profile.gpus(step) else {})
         )
     return LocalStepOperator(**common)
 
 
-def broken_dag(path: Path, why: str) -> DAG:
-    """The DAG that stands in for a line whose file cannot be used; on the file's schedule, if that much can be read."""
+def broken_dag(path: Path, reason: str) -> DAG:
+    """Make the DAG that stands in for a line whose file cannot be used.
+
+    It has the line's name and schedule where these can be read, so it fails when the line would have run.
+    """
     name, schedule = path.stem, None
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         name = document["line"] if re.fullmatch(r"[a-z][a-z0-9-]{1,62}", document["line"]) else name
         schedule = timetable(document.get("schedule"))
-    except Exception:  # noqa: BLE001, S110 - whatever is wrong with the file is in `why` already
+    except Exception:  # noqa: BLE001, S110 - whatever is wrong with the file is in `reason` already
         pass
+
+    # Airflow refuses other characters in an id. If another file has the line's name already, the file's name is added.
     name = re.sub(r"[^\w.-]", "-", name if name not in DAGS else f"{name}.{path.stem}")
-    dag = DAG(name, doc_md=f"```\n{why}\n```", schedule=schedule, catchup=False, tags=["qlora-retrain", "broken"])
-    BrokenLineOperator(task_id=PLAN_TASK, why=why, dag=dag)
+    dag = DAG(name, doc_md=f"```\n{reason}\n```", schedule=schedule, catchup=False, tags=["qlora-retrain", "broken"])
+    BrokenLineOperator(task_id=PLAN_TASK, reason=reason, dag=dag)
     return dag
 
 
 def timetable(cron: str | None) -> CronTriggerTimetable | None:
-    """A cron expression in UTC, or only when triggered."""
-    if cron and not croniter.is_valid(cron):  # Airflow would find out later, and drop the whole file's DAGs
-        raise UsageError(f"schedule: {cron!r} is not a cron expression; wanted e.g. '0 3 * * 1'")
+    """Turn a cron expression into a timetable in UTC; None for a DAG that runs only when triggered."""
+    # Airflow would find the error only after the import of this file, and then drop every DAG in it.
+    if cron and not croniter.is_valid(cron):
+        raise UsageError(
+            f"schedule: {cron!r} is not a cron expression; expected e.g. '0 3 * * 1' for Mondays at 03:00 UTC"
+        )
     return CronTriggerTimetable(cron, timezone="UTC") if cron else None
 
 
-def page(step: Step) -> str:
-    """What the UI tells about a step: its contract."""
+def step_doc(step: Step) -> str:
+    """Return the text that the UI shows about a step: the README of its component."""
     readme = PROJECT / "components" / step.name / "README.md"
     return readme.read_text(encoding="utf-8") if readme.is_file() else step.summary
 
 
-def plan_page(path: Path, config: LineConfig) -> str:
-    """What the UI tells about task 0."""
-    return f"Resolves `{path.name}` and the sources of `{config.line}` into `runs/<run_id>/plan.json`."
+def plan_doc(path: Path, config: LineConfig) -> str:
+    """Return the text that the UI shows about task 0."""
+    return f"Reads `{path.name}`, pins the sources of `{config.line}`, and writes the plan `runs/<run_id>/plan.json`."
 
 
 DAGS: dict[str, DAG] = {}
-for file in sorted(p for p in PIPELINES.glob("*") if p.suffix in (".yaml", ".yml")):
+for path in sorted(p for p in PIPELINES.glob("*") if p.suffix in (".yaml", ".yml")):
     try:
-        found = line_dag(file)
-        if found.dag_id in DAGS:
-            raise UsageError(f"{file}: line {found.dag_id} is in another file already; a line is one file")
+        dag = line_dag(path)
+        if dag.dag_id in DAGS:
+            raise UsageError(f"{path}: line {dag.dag_id} is defined in another file already; rename one of them")
     except Exception as error:  # noqa: BLE001 - one bad file must not take the other lines down
-        found = broken_dag(file, f"{error}")
-    DAGS[found.dag_id] = found
+        dag = broken_dag(path, f"{error}")
+    DAGS[dag.dag_id] = dag
+# Airflow collects the DAGs that are global variables of this module.
 globals().update(DAGS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a Debian base image with Python 3.11 where no image registry can be reached: about 300 MB, a minute.
+# Make a Debian base image with Python 3.11 where no image registry can be reached: about 300 MB, in about a minute.
 #
 #   images/base.sh localhost/qlora-retrain/base:bookworm
 set -euo pipefail

@@ -1,16 +1,17 @@
 # The light image: plans, validates data, publishes. No torch.
 #
 #   make images                         builds it with podman or docker, from a wheelhouse, without a network
-#   make images BASE_IMAGE=my/python:3.11     on another base: anything with python3.11 and its venv module
+#   make images BASE_IMAGE=my/python:3.11     on another base image: any with python3.11 and its venv module
 #
-# The wheelhouse is `build/wheels/light`, which `make wheels` downloads by the hashes of light.lock.
+# The wheelhouse is `build/wheels/light`; `make wheels` downloads it and checks it by the hashes in light.lock.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE} AS install
+# --compile adds bytecode, since a read-only root keeps none: every step starts seconds sooner.
 COPY images/light.lock /lock
 COPY build/wheels/light /wheels
 RUN python3.11 -m venv --without-pip /opt/venv \
  && python3.11 -m venv /tmp/pip \
- && /tmp/pip/bin/pip --python /opt/venv/bin/python install --no-index --find-links /wheels --require-hashes --no-compile -r /lock
+ && /tmp/pip/bin/pip --python /opt/venv/bin/python install --no-index --find-links /wheels --require-hashes --compile -r /lock
 
 FROM ${BASE}
 COPY --from=install /opt/venv /opt/venv
@@ -20,11 +21,11 @@ COPY components /app/components
 COPY images/entrypoint /app/entrypoint
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app/src:/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 HOME=/tmp
-# Last, for they change with every commit; before a RUN, for Buildah does not see a changed argument in LABEL or ENV and
-# would take both from its cache, with the revision of an older build.
+# At the end, because they change with every commit and would invalidate the layers above. Before a RUN, because Buildah
+# does not notice a changed argument in LABEL or ENV: it would reuse both from its cache, with an older revision.
 ARG REVISION=unknown
 ARG VERSION=0
-# Where a volume goes: whoever the container runs as may write there, and a new volume takes these permissions.
+# A volume is mounted here. Every user may write to it, because a new volume takes this folder's permissions.
 RUN install -d -m 1777 /workspace
 WORKDIR /app
 USER 10001:10001

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
 
 from qlora_retrain.config.fields import Section
 from qlora_retrain.core import signals
-from qlora_retrain.core.outcome import Report
-from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.core.outcome import StepResult
+from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.store import Store
+from tests import schedule
+from tests.zygote import Zygote
 
 # One thread a process: matrices this small are slower on more, and two test processes share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,6 +61,17 @@ def ticket_rows(count: int) -> list[dict[str, object]]:
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> schedule.Scheduler:
+    """Where several processes share the tests, say which stay together."""
+    return schedule.Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, begin with those that take longest."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: schedule.start_order(item.nodeid))
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +140,14 @@ def node_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     return folder
 
 
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """A server that has imported torch and transformers, and forks programs; see `tests/zygote.py`."""
+    server = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def line(tmp_path: Path) -> Path:
     """A line's YAML with sources that can be pinned: enough for a plan, too little to load as a model."""
@@ -146,14 +168,14 @@ def root_uri(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def small_steps() -> dict[str, Callable[..., Report]]:
+def small_steps() -> dict[str, Callable[..., StepResult]]:
     """A `run` for every step that reads what it is given and writes a file or two; no models."""
 
     def digest(*folders: Path | None) -> str:
         files = [p for f in folders if f for p in sorted(f.rglob("*")) if p.is_file()]
         return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
-    def made(folder: Path, documents: dict[str, object]) -> None:
+    def write_documents(folder: Path, documents: dict[str, object]) -> None:
         for name, content in documents.items():
             (folder / name).write_text(json.dumps(content) + "\n")
 
@@ -164,19 +186,21 @@ def small_steps() -> dict[str, Callable[..., Report]]:
         golden_data: Path | None,
         reference_profile: Path | None,
         dataset: Path,
-    ) -> Report:
+    ) -> StepResult:
         document = {"from": digest(raw_data, base_model, golden_data)}
-        made(dataset, {"dataset.json": document, "profile.json": {"rows": 30}, "report.html": "data"})
-        return Report({"rows_train": 27})
+        write_documents(dataset, {"dataset.json": document, "profile.json": {"rows": 30}, "report.html": "data"})
+        return StepResult({"rows_train": 27})
 
-    def quantize_model(config: Section, base_model: Path, base_nf4: Path) -> Report:
-        made(base_nf4, {"quantization.json": digest(base_model)})
-        return Report({"bits": 4.127})
+    def quantize_model(config: Section, base_model: Path, base_nf4: Path) -> StepResult:
+        write_documents(base_nf4, {"quantization.json": digest(base_model)})
+        return StepResult({"bits": 4.127})
 
-    def train_qlora(config: Section, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
+    def train_qlora(config: Section, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
         document = {"from": digest(dataset, base_nf4), "rate": config.model_dump()["learning_rate"]}
-        made(adapter, {"adapter_model.safetensors": document, "training.json": {"steps": 3}, "report.html": "training"})
-        return Report({"steps": 3})
+        write_documents(
+            adapter, {"adapter_model.safetensors": document, "training.json": {"steps": 3}, "report.html": "training"}
+        )
+        return StepResult({"steps": 3})
 
     def evaluate(
         config: Section,
@@ -189,13 +213,13 @@ def small_steps() -> dict[str, Callable[..., Report]]:
         golden_data: Path | None,
         reference_data: Path | None,
         evaluation: Path,
-    ) -> Report:
+    ) -> StepResult:
         rule = {"name": "gain over base", "value": 0.3, "low": 0.2, "high": 0.4, "limit": 0.0, "passed": True}
         contestants = {"base": {"loss": 2.0, "rows": 3}, "challenger": {"loss": 1.0, "accuracy": 0.9, "rows": 3}}
         sentence = f"The challenger may ship ({digest(adapter, champion)[:6]})."
         document = {"verdict": "pass", "sentence": sentence, "rules": [rule], "contestants": contestants}
-        made(evaluation, {"evaluation.json": document, "report.html": "evaluation"})
-        return Report({"verdict": "pass"})
+        write_documents(evaluation, {"evaluation.json": document, "report.html": "evaluation"})
+        return StepResult({"verdict": "pass"})
 
     def merge_adapter(
         config: Section,
@@ -206,10 +230,12 @@ def small_steps() -> dict[str, Callable[..., Report]]:
         evaluation: Path,
         reference_data: Path | None,
         model: Path,
-    ) -> Report:
+    ) -> StepResult:
         weights = digest(base_model, adapter)
-        made(model, {"model.safetensors": weights, "config.json": {}, "certificate.json": {}, "report.html": "merge"})
-        return Report({"loss_nats": 0.001})
+        write_documents(
+            model, {"model.safetensors": weights, "config.json": {}, "certificate.json": {}, "report.html": "merge"}
+        )
+        return StepResult({"loss_nats": 0.001})
 
     from components.publish.step import run as publish
 
@@ -218,13 +244,13 @@ def small_steps() -> dict[str, Callable[..., Report]]:
 
 
 @pytest.fixture
-def run_all(small_steps: dict[str, Callable[..., Report]]) -> Callable[[Plan], dict[str, int]]:
+def run_all(small_steps: dict[str, Callable[..., StepResult]]) -> Callable[[Plan], dict[str, int]]:
     """Run every step of a plan through the real runner; the exit code of each, as far as the first that is not 0."""
 
     def run(plan: Plan) -> dict[str, int]:
         codes: dict[str, int] = {}
         for name, step in small_steps.items():
-            codes[name] = execute.execute(plan, name, lambda step=step: step)
+            codes[name] = execute.run_step(plan, name, lambda step=step: step).code
             if codes[name]:
                 break
         return codes
@@ -245,7 +271,7 @@ def own_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def made_plan(line: Path, root_uri: str) -> Plan:
     """A plan of `line` in a fresh store."""
-    return plan.make(line, root_uri)
+    return make_plan.make_plan(line, root_uri)
 
 
 @pytest.fixture

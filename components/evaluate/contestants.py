@@ -1,4 +1,4 @@
-"""Who is scored: each contestant's model with its tokenizer, one in memory at a time."""
+"""Load the contestants: the model and the tokenizer of each, with one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from qlora_retrain.lm import loading
 
 
 @dataclass(frozen=True, slots=True)
-class Folders:
-    """Where the contestants' models are; a version's folder holds `model/`."""
+class ContestantFolders:
+    """The folders of the contestants' models; a version's folder holds `model/`."""
 
     base_model: Path
     base_nf4: Path
@@ -26,35 +27,49 @@ class Folders:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The contestants, in the order in which they are scored."""
+        """The names of the contestants, in the order in which they are scored."""
         versions = {"champion": self.champion, "anchor": self.anchor}
         return ("base", "base_nf4", "challenger", *(name for name, folder in versions.items() if folder))
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A loaded model, the folder of its tokenizer, and what it must be scored under."""
+    """A loaded model.
+
+    Attributes:
+        name: The contestant's name.
+        tokenizer_folder: The folder of its tokenizer.
+        model: The model.
+        scoring_context: The context in which it must be scored, e.g. with its adapter switched off.
+    """
 
     name: str
-    folder: Path
+    tokenizer_folder: Path
     model: Any
-    under: Callable[[], AbstractContextManager[Any]] = nullcontext
+    scoring_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def load(config: EvaluateConfig, folders: Folders) -> Iterator[Contestant]:
-    """Every contestant in turn; the one before must be let go of.
+def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iterator[Contestant]:
+    """Load every contestant in turn; the caller must release each before it asks for the next one.
 
     The 4-bit base and the challenger share one loaded model, with the adapter switched off and on.
     """
-    where: dict[str, Any] = {"device": config.device, "attention": scoring.attention(config.device)}
-    where["dtype"] = config.precision
-    yield Contestant("base", folders.base_model, loading.load_base(folders.base_model, **where))
+    # All contestants compute in the same precision, so that differences are those of the weights.
+    attention = scoring.attn_implementation(config.device)
+    load_base = partial(loading.load_base, device=config.device, attn_implementation=attention, dtype=config.precision)
+    load_nf4 = partial(loading.load_nf4, device=config.device, attn_implementation=attention, dtype=config.precision)
+
+    yield Contestant("base", folders.base_model, load_base(folders.base_model))
+
+    # Reference cycles may keep a model alive, so without a collection two models could be in memory at once.
     gc.collect()
-    shared = loading.attach(loading.load_nf4(folders.base_nf4, **where), folders.adapter)
-    yield Contestant("base_nf4", folders.base_nf4, shared, shared.disable_adapter)
-    yield Contestant("challenger", folders.base_nf4, shared)
-    del shared
+    # Loaded once for two contestants, which saves the time and memory of a second 4-bit model.
+    nf4_with_adapter = loading.attach_adapter(load_nf4(folders.base_nf4), folders.adapter)
+    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, nf4_with_adapter.disable_adapter)
+    yield Contestant("challenger", folders.base_nf4, nf4_with_adapter)
+    del nf4_with_adapter
+
     for name, version in (("champion", folders.champion), ("anchor", folders.anchor)):
         if version:
             gc.collect()
-            yield Contestant(name, version / "model", loading.load_base(version / "model", **where))
+            yield Contestant(name, version / "model", load_base(version / "model"))

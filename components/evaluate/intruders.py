@@ -1,9 +1,12 @@
-"""Intruder dimensions: what the adapter put among a layer's strongest directions that the base did not have.
+"""Count intruder dimensions: strong directions of a fine-tuned layer that the base layer did not have.
 
-Shuttleworth, Andreas, Torralba and Sharma 2024, "LoRA vs full fine-tuning: an illusion of equivalence" (arXiv
-2410.21228): a singular vector of W + BA whose largest absolute cosine similarity to any singular vector of W lies below
-epsilon. As theirs (and PEFT's `reduce_intruder_dimension`), the left singular vectors are compared, and of W + BA the
-strongest `top`. W is what the challenger computes with: the 4-bit weights' values. Of DoRA the magnitudes are left out.
+The definition is that of Shuttleworth, Andreas, Torralba and Sharma 2024, "LoRA vs full fine-tuning: an illusion of
+equivalence" (arXiv 2410.21228). An intruder is a singular vector of W + BA whose largest absolute cosine similarity to
+any singular vector of W is below epsilon.
+
+As in the paper (and in PEFT's `reduce_intruder_dimension`), left singular vectors are compared, and only the `top_k`
+strongest of W + BA. W is what the challenger computes with: the values of the 4-bit weights. DoRA's magnitudes are
+left out.
 """
 
 from __future__ import annotations
@@ -21,19 +24,21 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-_ENOUGH = 2  # of the base's vectors, times those looked at
-_SURE = 1e-10  # of the largest squared singular value: below, a vector of the Gram matrix is not known well enough
+# The number of the base's vectors that are computed first, as a multiple of `top_k`.
+_BASE_VECTORS_FACTOR = 2
+# Relative to the largest squared singular value. Below it, rounding dominates a vector of the Gram matrix.
+_MIN_RELATIVE_SQUARE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One adapted matrix.
+class LayerIntruders:
+    """The intruder dimensions of one adapted matrix.
 
     Attributes:
-        name: Its path in the model.
-        intruders: Of the directions looked at, those unlike any of the base's.
-        looked_at: How many were.
-        least_similarity: The largest cosine of the one that is least like the base.
+        name: The matrix's path in the model.
+        intruders: The number of its strongest directions that are unlike every direction of the base.
+        looked_at: The number of directions that were compared.
+        least_similarity: The largest cosine of the direction that is least like the base.
     """
 
     name: str
@@ -42,51 +47,60 @@ class Layer:
     least_similarity: float
 
 
-def count(model: PeftModel, *, top: int, epsilon: float) -> list[Layer]:
-    """The intruder dimensions of every adapted linear layer, in the model's order; none looked at with `top` 0."""
+def count_intruders(model: PeftModel, *, top_k: int, epsilon: float) -> list[LayerIntruders]:
+    """Count the intruder dimensions of every adapted linear layer, in the model's order; none with `top_k` 0."""
     import torch
 
-    found: list[Layer] = []
-    if not top:
-        return found
-    total = sum(1 for _ in _adapted(model))
+    layers: list[LayerIntruders] = []
+    if not top_k:
+        return layers
+    # The matrices are counted first, so that the progress bar has a total.
+    total = sum(1 for _ in _lora_layers(model))
     with torch.inference_mode():
-        for name, base, tuned in pairs(model):
-            similar = similarity(base, tuned, top)
-            found.append(Layer(name, int((similar < epsilon).sum()), len(similar), float(similar.min())))
-            progress.update("intruder dimensions", len(found), total)
-    return found
+        for name, base, tuned in weight_pairs(model):
+            similarities = max_similarities(base, tuned, top_k)
+            intruders = int((similarities < epsilon).sum())
+            layers.append(LayerIntruders(name, intruders, len(similarities), float(similarities.min())))
+            progress.update("intruder dimensions", len(layers), total)
+    return layers
 
 
-def pairs(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each adapted matrix: its path in the model, W and W + BA, (out, in) in fp32."""
-    for name, module in _adapted(model):
-        base = _weight(module.get_base_layer())
+def weight_pairs(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield each adapted matrix as its path in the model, W and W + BA; both are (out, in) in fp32."""
+    for name, module in _lora_layers(model):
+        base = _dequantize(module.get_base_layer())
         yield name.removeprefix("base_model.model."), base, base + module.get_delta_weight("default").float()
 
 
-def similarity(base: torch.Tensor, tuned: torch.Tensor, top: int) -> torch.Tensor:
-    """Of the strongest left singular vectors of `tuned`, the largest absolute cosine to any of `base`'s: (top,).
+def max_similarities(base: torch.Tensor, tuned: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Compare each of the `top_k` strongest left singular vectors of `tuned` with all of `base`'s.
 
-    The base's vectors are orthonormal, so the squares of a direction's cosines to all of them sum to 1 at most. Where
-    those to the base's strongest ones leave less than the largest of them squared, no other one can be larger, and the
-    rest is never computed: so it is for almost every matrix without intruders.
+    The base's vectors are orthonormal, so the squares of a direction's cosines to all of them sum to at most 1. If
+    the strongest ones leave less of that sum than the square of the largest cosine, no other vector can be nearer.
+    Then the others are never computed. This is the case for almost every matrix without intruders.
+
+    Returns:
+        The largest absolute cosine of each vector: (top_k,).
     """
-    new, old = _strongest(tuned, top), _strongest(base, _ENOUGH * top)
-    cosines = new.T @ old
-    best = cosines.abs().amax(dim=1)
-    left = 1 - cosines.square().sum(dim=1)
-    if old.shape[1] < min(base.shape) and bool((best.square() < left).any()):
-        every = _strongest(base, min(base.shape))
-        best = (new.T @ every).abs().amax(dim=1)
-    return best
+    tuned_vectors = _top_left_singular_vectors(tuned, top_k)  # (out, top_k)
+    base_vectors = _top_left_singular_vectors(base, _BASE_VECTORS_FACTOR * top_k)  # (out, 2 * top_k)
+    cosines = tuned_vectors.T @ base_vectors  # (top_k, 2 * top_k)
+    largest = cosines.abs().amax(dim=1)
+
+    # The squared cosines to all other vectors of the base sum to at most this: (top_k,).
+    remaining_square = 1 - cosines.square().sum(dim=1)
+    if base_vectors.shape[1] < min(base.shape) and bool((largest.square() < remaining_square).any()):
+        all_base_vectors = _top_left_singular_vectors(base, min(base.shape))
+        largest = (tuned_vectors.T @ all_base_vectors).abs().amax(dim=1)
+    return largest
 
 
-def _strongest(matrix: torch.Tensor, count: int) -> torch.Tensor:
-    """The left singular vectors (out, count) of the largest singular values, the largest first, in fp64.
+def _top_left_singular_vectors(matrix: torch.Tensor, count: int) -> torch.Tensor:
+    """Compute the left singular vectors (out, count) of the largest singular values, the largest first, in fp64.
 
-    On a CPU those of the smaller of M M^T and M^T M in fp64, which finds some without the others; the squared condition
-    costs half of fp64's 16 digits, which leaves more than an SVD in fp32 has. Where that is not so, the SVD.
+    On a CPU they are eigenvectors of the smaller of M M^T and M^T M in fp64, which can be computed without the other
+    vectors. This squares the condition number and so loses half of fp64's 16 digits. The rest is still more accurate
+    than an SVD in fp32. Where it is not enough, the SVD is computed.
     """
     import torch
     from scipy.linalg import eigh
@@ -94,19 +108,21 @@ def _strongest(matrix: torch.Tensor, count: int) -> torch.Tensor:
     count = min(count, *matrix.shape)
     if count < min(matrix.shape) and not matrix.is_cuda:
         values = matrix.double().numpy()
-        wide = values.shape[0] <= values.shape[1]
-        gram = values @ values.T if wide else values.T @ values
-        least = len(gram) - count
-        squares, vectors = eigh(gram, subset_by_index=[least, len(gram) - 1], driver="evr")
-        if squares[0] > _SURE * squares[-1]:
-            left = vectors if wide else values @ vectors / squares**0.5
+        is_wide = values.shape[0] <= values.shape[1]
+        gram = values @ values.T if is_wide else values.T @ values
+        # eigh sorts in ascending order, so the largest are the last.
+        first = len(gram) - count
+        squares, vectors = eigh(gram, subset_by_index=[first, len(gram) - 1], driver="evr")
+        if squares[0] > _MIN_RELATIVE_SQUARE * squares[-1]:
+            # M^T M has the right singular vectors v; the left ones are M v / s.
+            left = vectors if is_wide else values @ vectors / squares**0.5
             return torch.from_numpy(left[:, ::-1].copy())
-    found, _, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return found[:, :count].double()
+    left_vectors, _, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return left_vectors[:, :count].double()
 
 
-def by_block(layers: Sequence[Layer]) -> dict[str, float]:
-    """Intruders summed over the matrices of each of the model's blocks, for a chart."""
+def sum_by_block(layers: Sequence[LayerIntruders]) -> dict[str, float]:
+    """Sum the intruders over the matrices of each of the model's blocks, for a chart."""
     sums: dict[str, float] = defaultdict(float)
     for layer in layers:
         block = re.search(r"\.(\d+)\.", layer.name)
@@ -114,14 +130,15 @@ def by_block(layers: Sequence[Layer]) -> dict[str, float]:
     return dict(sums)
 
 
-def _adapted(model: PeftModel) -> Iterator[tuple[str, Any]]:
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
+    # A layer without lora_A, such as an adapted embedding, has no W + BA of this form.
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and len(m.lora_A))
 
 
-def _weight(module: Any) -> torch.Tensor:
-    """The matrix (out, in) in fp32, unpacked where it is kept in 4 bits."""
+def _dequantize(module: Any) -> torch.Tensor:
+    """Return the matrix (out, in) in fp32, unpacked where it is stored in 4 bits."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight: torch.Tensor = dequantize_module_weight(module)

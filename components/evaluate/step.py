@@ -1,7 +1,7 @@
 """Score base, its 4-bit form, challenger, champion and anchor on the same frozen rows, and decide by the rules.
 
-Reads `dataset/{train,eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, and where there are any `champion`,
-`anchor` and `reference_data`. Makes `evaluation/`: `evaluation.json`, `scores.jsonl`, `report.html`.
+Reads `dataset/{train,eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, and `champion`, `anchor` and
+`reference_data` where they exist. Makes `evaluation/`: `evaluation.json`, `scores.jsonl`, `report.html`.
 Refuses (11) a challenger that a rule fails, or that there is not enough evidence for.
 Command: `python -m components.evaluate --plan URI`.
 """
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from components.evaluate import contestants, intruders, page
-from components.evaluate.contestants import Folders
-from components.evaluate.found import SUITES, Found, gap
+from components.evaluate import contestants, intruders, report
+from components.evaluate.contestants import ContestantFolders
+from components.evaluate.result import SUITES, EvaluationResult, compute_train_eval_gap
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.core import graph, progress
-from qlora_retrain.core.outcome import Number, Report
-from qlora_retrain.evaluation import drift, reference_text, scoring, verdict
+from qlora_retrain.core.outcome import Number, StepResult
+from qlora_retrain.evaluation import drift, reference_text, scoring
+from qlora_retrain.evaluation.drift import Drift
+from qlora_retrain.evaluation.metrics.suite_metrics import MetricValues
 from qlora_retrain.evaluation.rows import Row
-from qlora_retrain.evaluation.rules.rule import Rule
+from qlora_retrain.evaluation.rules.rule_result import RuleResult
+from qlora_retrain.evaluation.verdict import apply_rules
 from qlora_retrain.lm import chat
 
 
@@ -35,82 +37,112 @@ def run(
     golden_data: Path | None,
     reference_data: Path | None,
     evaluation: Path,
-) -> Report:
-    """Evaluate; `golden_data` itself is not parsed, `dataset` holds its checked rows."""
+) -> StepResult:
+    """Run the step; `golden_data` itself is not parsed, because `dataset` holds its checked rows."""
     rows = [row for suite in ("eval", "golden") for row in scoring.read_rows(dataset / f"{suite}.jsonl", suite)]
-    found = Found({suite: {r.id: chat.answer_of(r.messages) for r in rows if r.suite == suite} for suite in SUITES})
-    _score(config, Folders(base_model, base_nf4, adapter, champion, anchor), dataset, rows, reference_data, found)
-    found.drift = _drift(config, champion, dataset) if champion else None
-    extra = [rule for rule in (_drift_rule(config, champion, found), found.gap_rule(config)) if rule]
-    judged = verdict.judge(found.scores, config, extra)
-    found.measure(config)
-    scoring.write_scores(evaluation / "scores.jsonl", found.scores)
-    text = json.dumps(found.document(config, judged), indent=2, allow_nan=False)
+    answers = {suite: {r.id: chat.answer_of(r.messages) for r in rows if r.suite == suite} for suite in SUITES}
+    result = EvaluationResult(answers)
+    folders = ContestantFolders(base_model, base_nf4, adapter, champion, anchor)
+    _score_contestants(config, folders, dataset, rows, reference_data, result)
+    result.drifts = _compute_drift(config, champion, dataset) if champion else None
+
+    # Drift and overfitting are rules of this step only, since they concern the data and the training, not the model.
+    step_rules = (_check_drift(config, champion, result), result.check_train_eval_gap(config))
+    verdict = apply_rules(result.scores, config, [rule for rule in step_rules if rule])
+    result.compute_metrics(config)
+
+    scoring.write_scores(evaluation / "scores.jsonl", result.scores)
+    # JSON has no NaN, so every number that is not finite must be null by now; anything else is a bug.
+    text = json.dumps(result.as_json(config, verdict), indent=2, allow_nan=False)
     (evaluation / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    # The report is published with the version, so it holds a row's text only where the line allows that.
     golden = [row for row in rows if row.suite == "golden"] if config.text_in_reports else []
-    (evaluation / "report.html").write_text(page.write(judged, found, config, golden), encoding="utf-8")
-    progress.say(judged.sentence)
-    return judged.report(_numbers(found.measured["eval"], config))
+    page = report.render(verdict, result, config, golden)
+    (evaluation / "report.html").write_text(page, encoding="utf-8")
+
+    progress.say(verdict.sentence)
+    return verdict.to_step_result(_headline_numbers(result.metrics["eval"], config))
 
 
-def _score(
-    config: EvaluateConfig, folders: Folders, dataset: Path, rows: list[Row], reference_data: Path | None, found: Found
+def _score_contestants(
+    config: EvaluateConfig,
+    folders: ContestantFolders,
+    dataset: Path,
+    rows: list[Row],
+    reference_data: Path | None,
+    result: EvaluationResult,
 ) -> None:
-    """Fill in what every contestant makes of the rows, and what only the challenger is asked."""
+    """Fill in every contestant's scores, and the measurements of the challenger alone."""
     data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
-    passages = reference_text.read(reference_data) if reference_data else []
-    how: dict[str, Any] = {"what": "evaluating", "total": len(folders.names) * (len(rows) + len(passages))}
-    for one in contestants.load(config, folders):
-        tokenizer = chat.load_tokenizer(one.folder)
-        done = sum(map(len, found.scores.values()))
-        with one.under():
-            scores, texts = scoring.score_by(
-                config, one.model, tokenizer, rows, data["labels"], config.text_in_reports, done=done, **how
-            )
-            scores += scoring.score_texts(
-                one.model, tokenizer, passages, done=done + len(rows), max_tokens=data["max_length_tokens"],
-                batch_tokens=config.batch_tokens, **how,
+    passages = reference_text.read_passages(reference_data) if reference_data else []
+    # One progress bar for all contestants.
+    total = len(folders.names) * (len(rows) + len(passages))
+    for contestant in contestants.load_contestants(config, folders):
+        model, tokenizer = contestant.model, chat.load_tokenizer(contestant.tokenizer_folder)
+        done = sum(map(len, result.scores.values()))
+        with contestant.scoring_context():
+            scores, completions = scoring.score_and_generate(
+                config, model, tokenizer, rows, data["labels"], config.text_in_reports,
+                description="evaluating", done=done, total=total,
             )  # fmt: skip
-        found.scores[one.name], found.written[one.name] = scores, texts
-        progress.say(f"{one.name}: {len(scores)} rows scored")
-        if one.name == "challenger":
-            found.layers = intruders.count(one.model, top=config.intruder_top, epsilon=config.intruder_epsilon)
-            trained = _training_rows(dataset, config.train_rows)
-            if trained:
-                seen = scoring.score_rows(
-                    one.model, tokenizer, trained, labels=None, last_answer_only=data["labels"] is not None,
-                    batch_tokens=config.batch_tokens, what="training rows",
+            scores += scoring.score_passages(
+                model, tokenizer, passages, max_tokens=data["max_length_tokens"], batch_tokens=config.batch_tokens,
+                description="evaluating", done=done + len(rows), total=total,
+            )  # fmt: skip
+        result.scores[contestant.name], result.completions[contestant.name] = scores, completions
+        progress.say(f"{contestant.name}: {len(scores)} rows scored")
+
+        # These measurements concern only the challenger, so they are made while its model is in memory.
+        if contestant.name == "challenger":
+            result.intruders = intruders.count_intruders(
+                model, top_k=config.intruder_top_k, epsilon=config.intruder_epsilon
+            )
+            train_rows = _sample_training_rows(dataset, config.train_rows)
+            if train_rows:
+                train_scores = scoring.score_rows(
+                    model, tokenizer, train_rows, labels=None, last_answer_only=data["labels"] is not None,
+                    batch_tokens=config.batch_tokens, description="training rows",
                 )  # fmt: skip
-                found.gap = gap([s for s in scores if s.suite == "eval"], seen, config)
-        del one  # before the next one is loaded
+                eval_scores = [s for s in scores if s.suite == "eval"]
+                result.train_eval_gap = compute_train_eval_gap(eval_scores, train_scores, config)
+
+        # Released before the next one is loaded, so that only one model is in memory.
+        del contestant, model
 
 
-def _training_rows(dataset: Path, most: int) -> list[Row]:
-    """Some rows that the challenger was trained on, chosen by their hash."""
+def _sample_training_rows(dataset: Path, max_rows: int) -> list[Row]:
+    """Select rows that the challenger was trained on, by id; ids are hashes, so the selection is arbitrary."""
     path = dataset / "train.jsonl"
-    return sorted(scoring.read_rows(path, "train"), key=lambda row: row.id)[:most] if most else []
+    return sorted(scoring.read_rows(path, "train"), key=lambda row: row.id)[:max_rows] if max_rows else []
 
 
-def _drift(config: EvaluateConfig, champion: Path, dataset: Path) -> list[drift.Drift] | None:
-    """How far the data is from what the champion learned; None where one of the two was not profiled for it."""
-    before, now = champion / graph.PROFILE, dataset / "profile.json"
-    if not before.is_file() or not now.is_file():
+def _compute_drift(config: EvaluateConfig, champion: Path, dataset: Path) -> list[Drift] | None:
+    """Compute the drift of the data from the champion's; None where either profile has no counts to compare."""
+    profile_before, profile_now = champion / graph.PROFILE_PATH, dataset / "profile.json"
+    # A champion of an older release has no profile.
+    if not profile_before.is_file() or not profile_now.is_file():
         return None
-    old, new = drift.distributions(before), drift.distributions(now)
-    return None if old is None or new is None else drift.measure(old, new, config.confidence)
+    before, now = drift.read_distributions(profile_before), drift.read_distributions(profile_now)
+    return None if before is None or now is None else drift.compute_drift(before, now, config.confidence)
 
 
-def _drift_rule(config: EvaluateConfig, champion: Path | None, found: Found) -> Rule | None:
-    if champion is None or config.max_drift is None:
+def _check_drift(config: EvaluateConfig, champion: Path | None, result: EvaluationResult) -> RuleResult | None:
+    """Apply the rule on drift, where the line has one and there is a champion."""
+    limit = config.max_drift_psi
+    if champion is None or limit is None:
         return None
-    text, passed = drift.judge(found.drift, config.max_drift, "the champion's data")
-    if not found.drift:
-        return Rule("data_drift", text, limit=config.max_drift, passed=passed)
-    return Rule("data_drift", text, found.drift[0].psi, found.drift[0].low, None, config.max_drift, passed)
+    text, passed = drift.check_limit(result.drifts, limit, "the champion's data")
+    if not result.drifts:
+        return RuleResult("data_drift", text, limit=limit, passed=passed)
+    # PSI is never negative, and only its lower end is tested, so the result has no upper end.
+    largest = result.drifts[0]
+    return RuleResult("data_drift", text, largest.psi, largest.psi_beyond_chance, None, limit, passed)
 
 
-def _numbers(measured: dict[str, dict[str, float | None]], config: EvaluateConfig) -> dict[str, Number]:
-    numbers: dict[str, Number] = {"rows": max((int(n["rows"] or 0) for n in measured.values()), default=0)}
-    for metric in dict.fromkeys(("accuracy", "loss", config.primary or "loss")):
-        numbers |= {f"{metric}_{name}": n[metric] for name, n in measured.items() if metric in n}
+def _headline_numbers(metrics: dict[str, MetricValues], config: EvaluateConfig) -> dict[str, Number]:
+    """Select the numbers for the manifest and the last line of the log."""
+    # Accuracy and loss, and the primary metric where it is a third one.
+    numbers: dict[str, Number] = {"rows": max((int(values["rows"] or 0) for values in metrics.values()), default=0)}
+    for metric in dict.fromkeys(("accuracy", "loss", config.primary_metric or "loss")):
+        numbers |= {f"{metric}_{name}": values[metric] for name, values in metrics.items() if metric in values}
     return numbers

@@ -1,6 +1,6 @@
-"""How far a model's next tokens are from the live model's: KL divergence and greedy agreement.
+"""Compare a model's next-token distribution with the unmerged model's: KL divergence and greedy agreement.
 
-Both models read the same batches, so both are in memory. Logits are computed at supervised tokens alone.
+Both models read the same batches, so both are in memory. Logits are computed only at supervised tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import log_softmax
@@ -16,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core import progress
-from qlora_retrain.evaluation import stats
+from qlora_retrain.evaluation import bootstrap
+from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.scoring import Row
 from qlora_retrain.evaluation.stats import Interval
 from qlora_retrain.lm import chat, forward
@@ -24,91 +24,110 @@ from qlora_retrain.lm import chat, forward
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Two models on one row.
+    """Two models compared on one row.
 
     Attributes:
         id: The row's id.
-        tokens: How many supervised tokens it has.
-        kl_nats: KL(live || other) of the next-token distribution, summed over them.
-        agreed: Before how many of them both find the same token likeliest.
+        tokens: The number of its supervised tokens.
+        kl_nats: KL(unmerged || other) of the next-token distribution, summed over these tokens.
+        agreed_tokens: The number of them at which both models find the same token likeliest.
     """
 
     id: str
     tokens: int
     kl_nats: float
-    agreed: int
+    agreed_tokens: int
 
 
-def compare(
-    live: PreTrainedModel,
-    other: PreTrainedModel,
+def compare_models(
+    unmerged: PreTrainedModel,
+    merged: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_tokens: int,
-    what: str,
+    description: str,
 ) -> list[Agreement]:
-    """Compare the two at every supervised token, in the order of the rows.
+    """Compare the two models at every supervised token, in the order of the rows.
 
     Args:
-        live: In evaluation mode: what the other is held against.
-        other: In evaluation mode, with the same vocabulary.
-        tokenizer: Of both.
+        unmerged: In evaluation mode; the model that the other is compared with.
+        merged: In evaluation mode, with the same vocabulary.
+        tokenizer: The tokenizer of both models.
         rows: Chats.
-        batch_tokens: Tokens of a forward pass, padding included. Half of it is used, since two models' logits are held.
-        what: The work's name for the progress line.
+        batch_tokens: The tokens of a forward pass, padding included. Half of them are used, since the logits of two
+            models are in memory.
+        description: The name of the work in the progress line.
     """
     encoded = [chat.encode(tokenizer, row.messages) for row in rows]
-    found: dict[int, Agreement] = {}
-    for batch in forward.batches([len(item.input_ids) for item in encoded], batch_tokens // 2):
-        # Padding stands on the right, where a causal model's judged tokens cannot see it: no mask is needed.
-        ids = torch.zeros(len(batch), len(encoded[batch[0]].input_ids), dtype=torch.long)
-        for line, i in enumerate(batch):
-            ids[line, : len(encoded[i].input_ids)] = torch.tensor(encoded[i].input_ids)
-        # The logits that a token is chosen by stand one place before it; nothing stands before the first.
-        at = [(n, k - 1) for n, i in enumerate(batch) for k, judged in enumerate(encoded[i].supervised) if judged and k]
-        divergence, agreed = _at(live, other, ids, at) if at else (torch.zeros(0), torch.zeros(0))
-        lines = torch.tensor([line for line, _ in at], dtype=torch.long)
-        for line, i in enumerate(batch):
-            mine = lines == line
-            count, total = int(mine.sum()), float(divergence[mine].double().sum())
-            found[i] = Agreement(rows[i].id, count, total, int(agreed[mine].sum()))
-        progress.update(what, len(found), len(rows))
-    return [found[i] for i in range(len(rows))]
+    results: dict[int, Agreement] = {}
+    for batch in forward.length_grouped_batches([len(item.input_ids) for item in encoded], batch_tokens // 2):
+        # Padding is on the right, where a causal model's supervised tokens cannot see it: no attention mask is needed.
+        ids = torch.zeros(len(batch), len(encoded[batch[0]].input_ids), dtype=torch.long)  # (B, T)
+        for batch_row, i in enumerate(batch):
+            ids[batch_row, : len(encoded[i].input_ids)] = torch.tensor(encoded[i].input_ids)
+
+        # The logits that predict a token are one position before it; nothing predicts the first token.
+        positions = [
+            (n, k - 1)
+            for n, i in enumerate(batch)
+            for k, is_target in enumerate(encoded[i].supervised)
+            if is_target and k
+        ]
+        kl, is_same = (
+            _kl_and_agreement_at(unmerged, merged, ids, positions) if positions else (torch.zeros(0), torch.zeros(0))
+        )
+
+        # Sums in fp64: the KL of a row is thousands of tiny numbers.
+        batch_rows = torch.tensor([batch_row for batch_row, _ in positions], dtype=torch.long)
+        for batch_row, i in enumerate(batch):
+            in_row = batch_rows == batch_row
+            count, total = int(in_row.sum()), float(kl[in_row].double().sum())
+            results[i] = Agreement(rows[i].id, count, total, int(is_same[in_row].sum()))
+        progress.update(description, len(results), len(rows))
+    return [results[i] for i in range(len(rows))]
 
 
-def kl(found: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
-    """The mean KL divergence in nats a token, with its interval over rows; None where it is not finite, or no token."""
-    return _mean([row.kl_nats for row in found], found, settings)
+def mean_kl(agreements: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
+    """Return the mean KL divergence in nats per token, with its interval over rows.
+
+    Returns:
+        None where the KL is not finite, or where there is no token.
+    """
+    return _mean_interval([row.kl_nats for row in agreements], agreements, settings)
 
 
-def greedy(found: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
-    """The share of tokens on which both choose alike, with its interval over rows; None where there is no token."""
-    return _mean([float(row.agreed) for row in found], found, settings)
+def greedy_agreement(agreements: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
+    """Return the fraction of tokens at which both models choose alike, with its interval over rows.
+
+    Returns:
+        None where there is no token.
+    """
+    return _mean_interval([float(row.agreed_tokens) for row in agreements], agreements, settings)
 
 
-def _mean(sums: Sequence[float], found: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
-    tokens = [row.tokens for row in found]
+def _mean_interval(sums: Sequence[float], agreements: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
+    tokens = [row.tokens for row in agreements]
     if not sum(tokens) or not math.isfinite(sum(sums)):
         return None
-    how: dict[str, Any] = {
-        "confidence": settings.confidence,
-        "samples": settings.bootstrap_samples,
-        "seed": settings.seed,
-    }
-    return stats.difference_interval(sums, tokens, **how)  # a few rows make most of a KL
+
+    # A few rows make most of a KL divergence, so the interval must be right for skewed differences.
+    return bootstrap.difference_interval(sums, tokens, BootstrapSettings.from_config(settings))
 
 
-def _at(
-    live: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor, at: Sequence[tuple[int, int]]
+def _kl_and_agreement_at(
+    unmerged: PreTrainedModel, merged: PreTrainedModel, ids: torch.Tensor, positions: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(live || other) and whether both choose alike, at each place."""
+    """Return KL(unmerged || merged) and whether both choose the same token, each (len(positions),)."""
+    # Right padding needs no mask, and a single pass needs no key-value cache.
     inputs = {"input_ids": ids, "use_cache": False}
     with torch.inference_mode():
-        pair = [forward.logits_at(model, inputs, at) for model in (live, other)]
-    divergence, agreed = [], []
-    for ours, theirs in zip(*(logits.split(forward.LSE_ROWS) for logits in pair), strict=True):
-        p, q = log_softmax(ours.float(), -1), log_softmax(theirs.float(), -1)
-        # Rounding can bring two all but equal distributions a hair below 0.
-        divergence.append((p.exp() * (p - q)).sum(-1).clamp(min=0.0).cpu())
-        agreed.append((ours.argmax(-1) == theirs.argmax(-1)).cpu())
-    return torch.cat(divergence), torch.cat(agreed)
+        pair = [forward.logits_at(model, inputs, positions) for model in (unmerged, merged)]
+
+    # In parts (FP32_ROWS, vocab), since two fp32 copies of all logits would be the largest tensors of the step.
+    kl, is_same = [], []
+    for p_logits, q_logits in zip(*(logits.split(forward.FP32_ROWS) for logits in pair), strict=True):
+        p, q = log_softmax(p_logits.float(), -1), log_softmax(q_logits.float(), -1)
+        # Rounding can bring the KL of two nearly equal distributions slightly below 0.
+        kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0.0).cpu())
+        is_same.append((p_logits.argmax(-1) == q_logits.argmax(-1)).cpu())
+    return torch.cat(kl), torch.cat(is_same)

@@ -1,7 +1,10 @@
-"""The two bases that an adapter can be added to, measured beside the live model; the better one is chosen.
+"""Build, score and select the candidates: the adapter merged into either base. The better one ships.
 
-Neither is better in general: the 4-bit values are what the adapter was trained over, the original ones are what they
-stand for. So both are built and scored, one half of the evaluation rows chooses, the other half judges the choice.
+A form is a version of the model: a candidate, or an export of the selected one. Every form is compared with the
+unmerged model, the 4-bit base with the adapter over it; `certificate.json` and the manifest call that one `live`.
+
+Neither base is better in general: the adapter was trained over the 4-bit values, and these approximate the original
+ones. So both are merged and scored. One half of the evaluation rows selects, the other half certifies the selection.
 """
 
 from __future__ import annotations
@@ -17,88 +20,112 @@ from typing import Any
 
 from components.merge_adapter import agreement
 from components.merge_adapter.agreement import Agreement
-from components.merge_adapter.merge import Merged, merge
+from components.merge_adapter.merge import MergeStats, merge
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.evaluation import scoring
 from qlora_retrain.evaluation.scoring import Row, RowScore
 from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm.loading import LoadOptions
 
-BASES = ("dequantized", "original")  # of equals the first: what was judged is then what ships
+BASES = ("dequantized", "original")  # with equal losses the first ships, as it computes what was evaluated
 _FOLDER = "candidates"
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A form of the merged model on the evaluation rows, and beside the live model."""
+class FormScores:
+    """The scores of one form of the merged model on the evaluation rows, and its agreement with the unmerged model."""
 
     scores: list[RowScore]
     agreement: list[Agreement]
 
-    def on(self, ids: frozenset[str]) -> Measured:
-        """The same on some of the rows."""
-        return Measured([s for s in self.scores if s.id in ids], [a for a in self.agreement if a.id in ids])
+    def subset(self, ids: frozenset[str]) -> FormScores:
+        """Return the scores of the rows with these ids."""
+        return FormScores([s for s in self.scores if s.id in ids], [a for a in self.agreement if a.id in ids])
 
     @property
     def loss(self) -> float:
-        """Nats a token; infinite where a row's is not finite."""
+        """Return the loss in nats per token; infinite where the loss of a row is not finite."""
+        # Infinite, so that a form with a broken row is never selected.
         total, tokens = sum(s.loss_nats for s in self.scores), sum(s.tokens for s in self.scores)
         return total / tokens if tokens and math.isfinite(total) else math.inf
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
-    """What every form is measured with.
+class FormScorer:
+    """Scores every form of the merged model in the same way.
 
     Attributes:
-        live: The 4-bit base with the adapter over it, in memory.
+        unmerged: The 4-bit base with the adapter over it, in memory.
         rows: The evaluation rows; all are scored.
-        compared: The ids of those on which a form is compared with the live model, which costs two passes a row.
+        compared_ids: The ids of the rows on which a form is compared with the unmerged model; that takes two forward
+            passes per row.
         labels: The closed set of answers, or None.
-        where: How models are loaded: device, attention, precision.
-        settings: Of the evaluation: what is measured, and the tokens of a forward pass.
+        load_options: The options with which models are loaded: device, attention implementation, dtype.
+        settings: The evaluation's settings: the metrics, and the tokens of a forward pass.
     """
 
-    live: Any
+    unmerged: Any
     rows: Sequence[Row]
-    compared: frozenset[str]
+    compared_ids: frozenset[str]
     labels: Sequence[str] | None
-    where: Mapping[str, Any]
+    load_options: LoadOptions
     settings: EvaluateConfig
 
     @classmethod
-    def of(
+    def from_adapter(
         cls,
         config: MergeConfig,
         settings: EvaluateConfig,
         rows: Sequence[Row],
-        compared: frozenset[str],
+        compared_ids: frozenset[str],
         labels: Sequence[str] | None,
         base_nf4: Path,
         adapter: Path,
-    ) -> Bench:
-        """Load the live model."""
+    ) -> FormScorer:
+        """Load the unmerged model, which stays in memory."""
         device = config.device
-        where = {"device": device, "attention": scoring.attention(device), "dtype": config.precision}
-        live = loading.attach(loading.load_nf4(base_nf4, **where), adapter)
-        return cls(live, rows, compared, labels, where, settings)
+        load_options: LoadOptions = {
+            "device": device,
+            "attn_implementation": scoring.attn_implementation(device),
+            "dtype": config.precision,
+        }
+        unmerged = loading.attach_adapter(loading.load_nf4(base_nf4, **load_options), adapter)
+        return cls(unmerged, rows, compared_ids, labels, load_options, settings)
 
-    def measure(self, name: str, model: Any, tokenizer: Path, rows: Sequence[Row] | None = None) -> Measured:
-        """Score a loaded form on these rows (all), and compare it with the live model where that is wanted."""
-        found, rows = chat.load_tokenizer(tokenizer), self.rows if rows is None else rows
-        scores, _ = scoring.score_by(self.settings, model, found, rows, self.labels, what=f"scoring {name}")
-        rows = [row for row in rows if row.id in self.compared]
-        what = f"comparing {name} with the live model"
-        return Measured(scores, agreement.compare(self.live, model, found, rows, self.settings.batch_tokens, what))
+    def score(self, name: str, model: Any, folder: Path, rows: Sequence[Row] | None = None) -> FormScores:
+        """Score a loaded form, and compare it with the unmerged model.
+
+        Args:
+            name: The form's name in the progress line.
+            model: The loaded form.
+            folder: A model folder with the form's tokenizer.
+            rows: The rows to score; all evaluation rows where None.
+        """
+        tokenizer, rows = chat.load_tokenizer(folder), self.rows if rows is None else rows
+        scores, _ = scoring.score_and_generate(
+            self.settings, model, tokenizer, rows, self.labels, description=f"scoring {name}"
+        )
+
+        # Both models read each of these rows, so only the rows that certify are compared.
+        rows = [row for row in rows if row.id in self.compared_ids]
+        description = f"comparing {name} with the unmerged model"
+        return FormScores(
+            scores,
+            agreement.compare_models(self.unmerged, model, tokenizer, rows, self.settings.batch_tokens, description),
+        )
 
 
-def build(config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, model: Path) -> dict[str, Merged]:
+def build_candidates(
+    config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, model: Path
+) -> dict[str, MergeStats]:
     """Write every candidate into a folder of its own below `model`."""
-    built = {}
+    stats = {}
     for name in BASES if config.base == "measured" else (config.base,):
+        # Below the model folder, so that keeping the winner is a rename and not a copy of gigabytes.
         folder = model / _FOLDER / name
         folder.mkdir(parents=True)
-        built[name] = merge(
+        stats[name] = merge(
             base_model,
             base_nf4,
             adapter,
@@ -106,40 +133,41 @@ def build(config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, 
             dequantized=name == "dequantized",
             max_shard_gib=config.max_shard_gib,
         )
-        progress.say(f"{name}: merged {built[name].modules} modules, {built[name].weights_bytes / 2**30:.2f} GiB")
-    return built
+        progress.say(f"{name}: merged {stats[name].modules} modules, {stats[name].weights_bytes / 2**30:.2f} GiB")
+    return stats
 
 
-def measure(bench: Bench, names: Iterable[str], model: Path) -> dict[str, Measured]:
-    """Measure the candidates, one in memory at a time beside the live model."""
-    found = {}
+def score_candidates(scorer: FormScorer, names: Iterable[str], model: Path) -> dict[str, FormScores]:
+    """Score the candidates, one in memory at a time beside the unmerged model."""
+    results = {}
     for name in names:
         folder = model / _FOLDER / name
-        loaded = loading.load_base(folder, **bench.where)
-        found[name] = bench.measure(name, loaded, folder)
+        loaded = loading.load_base(folder, **scorer.load_options)
+        results[name] = scorer.score(name, loaded, folder)
+        # The next candidate is loaded only when this one is gone, so that three models are never in memory.
         del loaded
         gc.collect()
-    return found
+    return results
 
 
-def halves(rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
-    """The ids of the rows to choose on and of those to certify on: the same rows always fall the same way."""
-    # Hashed once more: how an id is made must not decide the side.
+def split_halves(rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the ids of the rows that select and of those that certify; a row is always in the same half."""
+    # Hashed once more, so that the halves do not depend on how ids are made.
     ids = sorted((row.id for row in rows), key=lambda i: hashlib.sha256(f"merge:{i}".encode()).digest())
     return frozenset(ids[: len(ids) // 2]), frozenset(ids[len(ids) // 2 :])
 
 
-def better(found: Mapping[str, Measured], chosen_on: frozenset[str]) -> str:
-    """The candidate of the lower loss on these rows; of equals the first.
+def lowest_loss(candidates: Mapping[str, FormScores], ids: frozenset[str]) -> str:
+    """Return the candidate with the lowest loss on these rows, the first among equals.
 
-    The loss decides for label tasks too: two forms of one model differ on a row or two of a hundred, if at all, and in
-    the loss of every row.
+    The loss decides for label tasks too. Two forms of one model differ in the answers to at most one or two rows of a
+    hundred, but in the loss of every row.
     """
-    return min(found, key=lambda name: found[name].on(chosen_on).loss)
+    return min(candidates, key=lambda name: candidates[name].subset(ids).loss)
 
 
-def keep(winner: str, model: Path) -> None:
-    """Move the winner's files to where the model belongs, and remove the others."""
+def keep_winner(winner: str, model: Path) -> None:
+    """Move the winner's files into `model`, and remove the other candidates."""
     for path in (model / _FOLDER / winner).iterdir():
         path.rename(model / path.name)
     shutil.rmtree(model / _FOLDER)

@@ -1,4 +1,4 @@
-"""What the certificate says of the form that ships, as rules, as JSON and as a page; counts and names, never a row."""
+"""Certify the form that ships: its own rules, the JSON document and the page, all without the text of rows."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from components.merge_adapter import agreement
-from components.merge_adapter.candidates import Measured
-from components.merge_adapter.merge import Merged
-from qlora_retrain.config.evaluate import WRITTEN
+from components.merge_adapter.candidates import FormScores
+from components.merge_adapter.merge import MergeStats
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import html
 from qlora_retrain.evaluation import verdict
+from qlora_retrain.evaluation.metrics.completion_metrics import COMPLETION_METRICS
+from qlora_retrain.evaluation.rules.rule_result import format_interval
 from qlora_retrain.evaluation.scoring import RowScore
 from qlora_retrain.evaluation.stats import Interval
-from qlora_retrain.evaluation.verdict import Rule, Verdict
+from qlora_retrain.evaluation.verdict import RuleResult, Verdict
 
 Numbers = dict[str, float | None]
 
-_COLUMNS = ("loss", "accuracy", "macro_f1", *WRITTEN, "kl", "agreement")
-_EXPORTED = ("cost", "loss", "accuracy", *WRITTEN, "agreement")
+# The columns of the tables; a metric that the line does not measure gets no column.
+_CANDIDATE_COLUMNS = ("loss", "accuracy", "macro_f1", *COMPLETION_METRICS, "kl", "agreement")
+_EXPORT_COLUMNS = ("cost", "loss", "accuracy", *COMPLETION_METRICS, "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,154 +31,174 @@ class Certificate:
     """Everything that is certified.
 
     Attributes:
-        base: What the adapter was added to, and why that.
-        why: How it was chosen, in a sentence.
-        judged: The rules of the evaluation and those of the merge.
-        cost: The loss against the live model, on the rows that certify.
-        rows: How many rows chose and how many certify.
-        forms: The live model and every candidate: numbers on either half.
-        suites: The live model and the one that ships on golden rows and reference text.
-        built: What was written.
-        exports: Every form that ships: where it lies below `model/`, its size and its numbers.
-        serving: What is known against serving the adapter as it is.
+        base: The base that the adapter was merged into: `dequantized` or `original`.
+        reason: A sentence that says why this base was selected.
+        outcome: The verdict by the rules of the evaluation and of the merge.
+        merge_cost: The rule on the loss increase over the unmerged model, on the rows that certify.
+        row_counts: The number of rows in each half.
+        forms: The numbers of the unmerged model and of every candidate, on either half.
+        suites: The numbers of the unmerged model and of the one that ships, on golden rows and reference text.
+        stats: The statistics of the merge.
+        exports: Every form that ships: its path below `model/`, its size and its numbers.
+        serving_warnings: Known problems of serving the adapter without merging.
     """
 
     base: str
-    why: str
-    judged: Verdict
-    cost: Rule
-    rows: dict[str, int]
+    reason: str
+    outcome: Verdict
+    merge_cost: RuleResult
+    row_counts: dict[str, int]
     forms: dict[str, dict[str, Numbers]]
     suites: dict[str, dict[str, Numbers]]
-    built: Merged
+    stats: MergeStats
     exports: dict[str, dict[str, Any]]
-    serving: list[str]
+    serving_warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """`certificate.json`."""
+        """Return the content of `certificate.json`. Published versions hold it, so its names never change."""
+        # Suites without rows are left out.
         return {
-            "verdict": self.judged.verdict,
-            "sentence": self.judged.sentence,
+            "verdict": self.outcome.decision,
+            "sentence": self.outcome.sentence,
             "base": self.base,
-            "why": self.why,
-            "rows": self.rows,
-            "merge_loss_nats": {"value": self.cost.value, "low": self.cost.low, "high": self.cost.high},
+            "why": self.reason,
+            "rows": self.row_counts,
+            "merge_loss_nats": {
+                "value": self.merge_cost.value,
+                "low": self.merge_cost.low,
+                "high": self.merge_cost.high,
+            },
             "forms": self.forms,
-            **{suite: found for suite, found in self.suites.items() if found},
-            "rules": self.judged.rules_as_json(),
-            "built": asdict(self.built),
+            **{suite: numbers for suite, numbers in self.suites.items() if numbers},
+            "rules": self.outcome.rules_as_json(),
+            "built": asdict(self.stats),
             "exports": self.exports,
-            "serving_warnings": self.serving,
+            "serving_warnings": self.serving_warnings,
         }
 
     def page(self) -> str:
-        """The same for a person."""
+        """Return the certificate as a page for a person."""
         titles = {"golden": "Golden rows", "reference": "Reference text"}
         return html.page(
-            f"Merged model: {self.judged.verdict}",
-            self.judged.sentence,
-            html.section("Rules", html.table(*verdict.rules_table(self.judged.rules))),
-            html.section("What the adapter was added to", self.why, *self._candidates()),
+            f"Merged model: {self.outcome.decision}",
+            self.outcome.sentence,
+            html.section("Rules", html.table(*verdict.rules_table(self.outcome.rules))),
+            html.section("Selected base", self.reason, *self._candidate_tables()),
             *(
-                html.section(titles[suite], html.table(*verdict.numbers_table(found)))
-                for suite, found in self.suites.items()
-                if found
+                html.section(titles[suite], html.table(*verdict.metrics_table(numbers)))
+                for suite, numbers in self.suites.items()
+                if numbers
             ),
-            html.section("What ships", self._exports()),
+            html.section("Exported forms", self._export_table()),
             html.section(
                 "Serving the adapter without merging",
-                *(self.serving or ["Nothing is known against it for vLLM, TGI and llama.cpp."]),
+                *(self.serving_warnings or ["No problem is known with vLLM, TGI and llama.cpp."]),
             ),
-            html.section("What was built", html.numbers({"base": self.base, **asdict(self.built)})),
+            html.section("Merge statistics", html.key_value_table({"base": self.base, **asdict(self.stats)})),
         )
 
-    def _candidates(self) -> list[html.Html]:
-        """A table for each half."""
+    def _candidate_tables(self) -> list[html.Html]:
+        """Return a table for each half that has rows."""
         titles = {
-            "selection": f"{self.rows['selection']} rows to choose on",
-            "certification": f"{self.rows['certification']} rows to certify on",
+            "selection": f"the {self.row_counts['selection']} rows that select the base",
+            "certification": f"the {self.row_counts['certification']} rows that certify it",
         }
         return [
-            html.table(*verdict.numbers_table(self.forms[half], "form", _COLUMNS), caption=title)
+            html.table(*verdict.metrics_table(self.forms[half], "form", _CANDIDATE_COLUMNS), caption=title)
             for half, title in titles.items()
-            if self.rows[half]
+            if self.row_counts[half]
         ]
 
-    def _exports(self) -> html.Html:
-        headers, rows = verdict.numbers_table(self.exports, "form", _EXPORTED)
-        places = {
-            name: ["itself" if e["path"] == "." else e["path"], e["size_bytes"] / 2**20]
-            for name, e in self.exports.items()
+    def _export_table(self) -> html.Html:
+        headers, rows = verdict.metrics_table(self.exports, "form", _EXPORT_COLUMNS)
+
+        # bf16 is the model folder itself; its path is ".".
+        location_cells = {
+            name: ["(the folder itself)" if export["path"] == "." else export["path"], export["size_bytes"] / 2**20]
+            for name, export in self.exports.items()
         }
         return html.table(
-            [headers[0], "below model/", "MiB", *headers[1:]],
-            [[name, *places[name], *cells] for name, *cells in rows],
-            caption=f"on the {self.rows['certification']} rows that certify",
+            [headers[0], "path below model/", "MiB", *headers[1:]],
+            [[name, *location_cells[name], *cells] for name, *cells in rows],
+            caption=f"on the {self.row_counts['certification']} rows that certify",
         )
 
 
-def rules(config: MergeConfig, settings: EvaluateConfig, live: Sequence[RowScore], merged: Measured) -> list[Rule]:
-    """The merge's own rules, on the rows that certify."""
-    found = [verdict.merge_cost(live, merged.scores, config.max_loss_nats, settings)]
+def merge_rules(
+    config: MergeConfig, settings: EvaluateConfig, unmerged: Sequence[RowScore], merged: FormScores
+) -> list[RuleResult]:
+    """Apply the merge's own rules, on the rows that certify; the first is the cost of merging."""
+    results = [verdict.merge_cost(unmerged, merged.scores, config.max_loss_increase_nats, settings)]
+
+    # KL and agreement are rules only where the line sets a limit, because a merged model that differs may be better.
     if config.max_kl_nats is not None:
-        value, limit = agreement.kl(merged.agreement, settings), config.max_kl_nats
-        text = f"KL from the live model, nats a token: {_said(value)}; its upper end must not lie above {limit:g}"
-        found.append(_rule("kl_to_live", text, value, limit, value is not None and value.high <= limit))
+        value, limit = agreement.mean_kl(merged.agreement, settings), config.max_kl_nats
+        text = f"KL from the unmerged model in nats per token: {_format(value)}; "
+        text += f"its upper end must not lie above {limit:g}"
+        results.append(_interval_rule("kl_to_live", text, value, limit, value is not None and value.high <= limit))
     if config.min_agreement is not None:
-        value, limit = agreement.greedy(merged.agreement, settings), config.min_agreement
-        text = f"tokens chosen as by the live model: {_said(value)}; its lower end must not lie below {limit:g}"
-        found.append(_rule("agreement", text, value, limit, value is not None and value.low >= limit))
-    return found
+        value, limit = agreement.greedy_agreement(merged.agreement, settings), config.min_agreement
+        text = f"tokens with the unmerged model's choice: {_format(value)}; its lower end must not lie below {limit:g}"
+        results.append(_interval_rule("agreement", text, value, limit, value is not None and value.low >= limit))
+    return results
 
 
-def exported(
+def certify_export(
     config: MergeConfig,
     settings: EvaluateConfig,
-    live: Sequence[RowScore],
+    unmerged: Sequence[RowScore],
     name: str,
-    found: Measured,
+    export: FormScores,
     answers: Mapping[str, str],
-) -> tuple[Numbers, list[Rule]]:
-    """An export's numbers with what it costs against the live model, and its rule where it has one.
+) -> tuple[Numbers, list[RuleResult]]:
+    """Return an export's numbers with its cost against the unmerged model, and its rule where it has one.
 
     A form whose loss is not finite is always refused.
     """
-    limit = config.max_export_loss_nats
-    rule = verdict.merge_cost(live, found.scores, limit or math.inf, settings)
+    # Without a limit the cost is only reported, since no finite loss is above infinity.
+    limit = config.max_export_loss_increase_nats
+    rule = verdict.merge_cost(unmerged, export.scores, limit or math.inf, settings)
     cost: Numbers = {"cost": rule.value, "cost_low": rule.low, "cost_high": rule.high}
-    judged = limit is not None or rule.passed is False
-    label = f"export_{name}"
-    text = rule.text.replace("lost by merging", f"lost by {name} against the live model")
-    rules = [replace(rule, name=label, text=text, limit=limit)] if judged else []
-    return numbers(found, settings, answers) | cost, rules
+    has_rule = limit is not None or rule.passed is False
+
+    # The rule's sentence is about merging, but here the export causes the cost.
+    rule_name = f"export_{name}"
+    text = rule.text.replace("lost by merging", f"lost by {name} against the unmerged model")
+    rules = [replace(rule, name=rule_name, text=text, limit=limit)] if has_rule else []
+    return form_numbers(export, settings, answers) | cost, rules
 
 
-def _rule(name: str, text: str, found: Interval | None, limit: float, passed: bool) -> Rule:
-    if found is None:
-        return Rule(name, text, limit=limit, passed=False)
-    return Rule(name, text, found.value, found.low, found.high, limit, passed)
+def _interval_rule(name: str, text: str, interval: Interval | None, limit: float, passed: bool) -> RuleResult:
+    # There is no interval where the value is not finite, and such a form must not pass.
+    if interval is None:
+        return RuleResult(name, text, limit=limit, passed=False)
+    return RuleResult(name, text, interval.value, interval.low, interval.high, limit, passed)
 
 
-def enough(config: MergeConfig, rows: Mapping[str, int]) -> list[Rule]:
-    """The rule that both halves have rows enough, where halves are used; too few cannot be judged."""
+def min_rows_rules(config: MergeConfig, row_counts: Mapping[str, int]) -> list[RuleResult]:
+    """Check that both halves have enough rows, where halves are used; too few are insufficient evidence."""
     if config.base != "measured":
         return []
-    fewest = min(rows.values())
-    text = f"{rows['selection']} rows to choose the base on, {rows['certification']} to certify it on"
+    fewest = min(row_counts.values())
+    text = f"{row_counts['selection']} rows select the base, {row_counts['certification']} rows certify it"
     if fewest >= config.min_rows:
-        return [Rule("merge_rows", text, fewest, limit=config.min_rows, passed=True)]
-    text += f"; {config.min_rows} of each are needed: keep more evaluation rows, or name the base in merge.base"
-    return [Rule("merge_rows", text, fewest, limit=config.min_rows)]
+        return [RuleResult("merge_rows", text, fewest, limit=config.min_rows, passed=True)]
+
+    # `passed` stays None, because too few rows are missing evidence and not a failure.
+    text += f"; {config.min_rows} of each are needed: keep more evaluation rows, or set merge.base to one base"
+    return [RuleResult("merge_rows", text, fewest, limit=config.min_rows)]
 
 
-def numbers(found: Measured, settings: EvaluateConfig, answers: Mapping[str, str]) -> Numbers:
-    """A form's numbers on some rows; none where there are no rows."""
-    known = verdict.measure(found.scores, settings, answers)
-    for name, value in (("kl", agreement.kl), ("agreement", agreement.greedy)):
-        if interval := value(found.agreement, settings):
-            known |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return known
+def form_numbers(form: FormScores, settings: EvaluateConfig, answers: Mapping[str, str]) -> Numbers:
+    """Return the metrics of a form, with KL and agreement; empty where there are no rows."""
+    numbers = verdict.compute_metrics(form.scores, settings, answers)
+
+    # Only rows on which the form was compared with the unmerged model have these two.
+    for name, compute in (("kl", agreement.mean_kl), ("agreement", agreement.greedy_agreement)):
+        if interval := compute(form.agreement, settings):
+            numbers |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return numbers
 
 
-def _said(found: Interval | None) -> str:
-    return "none that is finite" if found is None else f"{found.value:.4f} ({found.low:.4f} to {found.high:.4f})"
+def _format(interval: Interval | None) -> str:
+    return "not finite" if interval is None else format_interval(interval, sign="")

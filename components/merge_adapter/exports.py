@@ -1,12 +1,12 @@
-"""The further forms in which the merged model ships: 4-bit for bitsandbytes, GGUF for llama.cpp.
+"""Build and score the exports of the merged model: 4-bit for bitsandbytes, GGUF for llama.cpp.
 
-Each lies below `model/exports/` and is scored as it stands on disk: the 4-bit form as transformers loads it, a GGUF
-file with its weights unpacked into a transformers model. llama.cpp is not asked: what a certificate says must not
-depend on whether it is installed.
+Each export is in `model/exports/` and is scored as it is on disk: the 4-bit form as transformers loads it, a GGUF file
+with its weights dequantized into a transformers model. llama.cpp itself is not run, since a certificate must not depend
+on whether it is installed.
 
 GGUF is made from the merged model that ships. The 4-bit form is made from the adapter merged into the original base,
-whichever base ships: a dequantized weight lies on a level of the 4-bit code, so quantizing it again after a small
-change brings it back to that level, and what was trained is gone.
+whichever base ships. A dequantized weight lies on a level of the 4-bit code. Quantizing it again after a small
+change would round it back to that level, so the training would be lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.merge_adapter.candidates import Bench, Measured
+from components.merge_adapter.candidates import FormScorer, FormScores
 from components.merge_adapter.merge import copy_tokenizer, merge
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.core import progress
@@ -33,63 +33,72 @@ class Export:
     """A form that ships.
 
     Attributes:
-        path: Below `model/`: a folder, or a GGUF file.
-        size_bytes: Of its weights.
-        measured: On the rows that certify.
+        path: The path of a folder or a GGUF file, below `model/`.
+        size_bytes: The size of its weights.
+        scores: Its scores on the rows that certify.
     """
 
     path: str
     size_bytes: int
-    measured: Measured
+    scores: FormScores
 
 
-def check(config: MergeConfig, base_model: Path) -> None:
+def refuse_unsupported(config: MergeConfig, base_model: Path) -> None:
     """Raise `UsageError` for an export that cannot be made of this base, before anything is built."""
+    # Imported here, since a line without GGUF exports needs no gguf package.
     if any(name.startswith("gguf") for name in config.exports):
         from components.merge_adapter import gguf_file
 
-        gguf_file.check(base_model)
+        gguf_file.refuse_unsupported(base_model)
 
 
-def make(
-    config: MergeConfig, bench: Bench, base_model: Path, base_nf4: Path, adapter: Path, model: Path
+def build_exports(
+    config: MergeConfig, scorer: FormScorer, base_model: Path, base_nf4: Path, adapter: Path, model: Path
 ) -> dict[str, Export]:
-    """Make and measure every export but bf16, one in memory at a time beside the live model."""
-    found: dict[str, Export] = {}
-    rows = [row for row in bench.rows if row.id in bench.compared]
+    """Build and score every export but bf16, one at a time in memory beside the unmerged model."""
+    exports: dict[str, Export] = {}
+    # An export takes no part in the selection, so only the rows that certify are scored.
+    rows = [row for row in scorer.rows if row.id in scorer.compared_ids]
+
+    # bf16 is the model folder itself, which was scored already.
     for name in (name for name in config.exports if name != "bf16"):
         folder = model / FOLDER / name
         folder.mkdir(parents=True)
         if name == "nf4":
             path = folder
+            # Beside the model folder, so that the 16-bit copy never becomes a part of the artifact.
             with TemporaryDirectory(dir=model.parent) as merged:
                 source = Path(merged)
                 merge(base_model, base_nf4, adapter, source, dequantized=False, max_shard_gib=config.max_shard_gib)
                 _quantize(source, base_nf4, folder, config.max_shard_gib)
-            loaded: Any = loading.load_nf4(folder, **bench.where)
+            loaded: Any = loading.load_nf4(folder, **scorer.load_options)
         else:
             from components.merge_adapter import gguf_file
 
             path = folder / f"model-{name.removeprefix('gguf-')}.gguf"
-            gguf_file.write(model, path, name)
-            loaded = loading.load_gguf(path, **bench.where)
-        size = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
-        progress.say(f"{name}: {size / 2**30:.2f} GiB")
-        found[name] = Export(path.relative_to(model).as_posix(), size, bench.measure(name, loaded, model, rows))
+            gguf_file.write_gguf(model, path, name)
+            loaded = loading.load_gguf(path, **scorer.load_options)
+
+        size_bytes = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
+        progress.say(f"{name}: {size_bytes / 2**30:.2f} GiB")
+        exports[name] = Export(path.relative_to(model).as_posix(), size_bytes, scorer.score(name, loaded, model, rows))
         del loaded
         gc.collect()
-    return found
+    return exports
 
 
 def _quantize(merged: Path, base_nf4: Path, folder: Path, max_shard_gib: float) -> None:
-    """Quantize as the base was for training: the same type, scales, and layers left alone."""
+    """Quantize with the settings of base_nf4: the same type, scales and excluded layers."""
     from transformers import BitsAndBytesConfig
 
-    settings: Mapping[str, Any] = json.loads((base_nf4 / "config.json").read_text(encoding="utf-8"))
-    quantization = BitsAndBytesConfig.from_dict(settings["quantization_config"])
+    # Other settings would give other numbers than those that training saw.
+    nf4_config: Mapping[str, Any] = json.loads((base_nf4 / "config.json").read_text(encoding="utf-8"))
+    quantization = BitsAndBytesConfig.from_dict(nf4_config["quantization_config"])
+
     loaded = loading.load_base(merged, dtype="bfloat16", quantization=quantization)
     loaded.config._name_or_path = ""  # a path of this machine must not enter the artifact
     loaded.save_pretrained(folder, max_shard_size=f"{max_shard_gib * 1024**3 / 1e6:.0f}MB")
+    # save_pretrained writes no tokenizer.
     copy_tokenizer(merged, folder)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600, which another user's consumer could not read
+        path.chmod(0o644)  # safetensors writes 0600, which a consumer under another user could not read

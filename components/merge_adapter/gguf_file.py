@@ -1,7 +1,7 @@
-"""The merged model as one GGUF file, tensor by tensor, for llama.cpp and what is built on it.
+"""Write the merged model as one GGUF file, tensor by tensor, for llama.cpp and programs built on it.
 
 Reads a plain transformers folder; writes with the `gguf` package. Refuses (12) architectures, rotary scalings and
-tokenizers whose names in GGUF it does not know: a file under a wrong name loads, and answers nonsense.
+tokenizers whose GGUF names it does not know: a file with a wrong name loads but answers nonsense.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import gguf
 import numpy as np
 import torch
 
-from components.merge_adapter.weights import Weights
+from components.merge_adapter.weights import SafetensorsFolder
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import chat, gguf_names
 
-TYPES = {
+TENSOR_TYPES = {
     "gguf-f16": gguf.GGMLQuantizationType.F16,
     "gguf-q8_0": gguf.GGMLQuantizationType.Q8_0,
     "gguf-q4_0": gguf.GGMLQuantizationType.Q4_0,
@@ -29,12 +29,17 @@ _FILE_TYPES = {
     "gguf-q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "gguf-q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-_ENDS = ("token_embd.weight", "output.weight")
+_EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What GGUF calls a family, and whether its rotary pairs are neighbours there (halves apart in transformers)."""
+    """A model family in GGUF.
+
+    Attributes:
+        arch: GGUF's architecture.
+        interleaved: Whether the two numbers of a rotary pair are neighbours; transformers has them half a head apart.
+    """
 
     arch: gguf.MODEL_ARCH
     interleaved: bool
@@ -47,86 +52,99 @@ _FAMILIES = {
 }
 
 
-def check(base_model: Path) -> None:
-    """Raise `UsageError` where the model cannot be written as GGUF; no weight is read but its name."""
-    config = _config(base_model)
-    family = _FAMILIES[gguf_names.family(config)]
-    tokenizer = _tokenizer(base_model)
-    gguf_names.cut(tokenizer)
-    gguf_names.embedded(config, tokenizer)
-    names = _names(family, config)
-    with Weights(base_model) as weights:
+def refuse_unsupported(base_model: Path) -> None:
+    """Raise `UsageError` where the model cannot be written as GGUF; of the weights only the names are read."""
+    # The plan checks only the files; here the config and the tokenizer are checked as transformers loads them.
+    config = _load_config(base_model)
+    family = _FAMILIES[gguf_names.architecture(config)]
+    tokenizer = _backend_tokenizer(base_model)
+    gguf_names.pre_tokenizer_name(tokenizer)
+    gguf_names.refuse_tokens_without_embedding(config, tokenizer)
+
+    name_map = _tensor_name_map(family, config)
+    with SafetensorsFolder(base_model) as weights:
         for name in weights.names:
-            _target(names, name)
+            _gguf_name(name_map, name)
 
 
-def write(model: Path, path: Path, kind: str) -> None:
+def write_gguf(model: Path, path: Path, export_type: str) -> None:
     """Write the file.
 
     Args:
         model: The merged model, a plain transformers folder.
-        path: The file to be made.
-        kind: One of `TYPES`: how matrices are stored. Vectors are stored in fp32; with q4_0 embeddings and output
-            layer are stored as q8_0, as llama.cpp's own quantizer gives them more bits than the rest.
+        path: The file to write.
+        export_type: One of `TENSOR_TYPES`, the type of matrices; vectors are stored in fp32. With q4_0, embeddings and
+            output layer are stored as q8_0, since llama.cpp's quantizer also gives them more bits than other layers.
 
     Raises:
         UsageError: If the family, the tokenizer or a tensor has no name in GGUF.
         IntegrityError: If a number is too large for f16.
     """
-    config = _config(model)
-    family = _FAMILIES[gguf_names.family(config)]
-    names = _names(family, config)
+    config = _load_config(model)
+    family = _FAMILIES[gguf_names.architecture(config)]
+    name_map = _tensor_name_map(family, config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
-    _describe(writer, config, kind)
+    _add_metadata(writer, config, export_type)
     _add_tokenizer(writer, model, config["vocab_size"])
-    with Weights(model) as weights:
-        plan = []
+
+    with SafetensorsFolder(model) as weights:
+        # The header lists every tensor with its size, so it is complete before the first value is computed.
+        tensor_types = []
         for name in weights.names:
             spec = weights.spec(name)
-            target = _target(names, name)
-            stored = _type(target, spec.shape, kind)
-            shape = gguf.quant_shape_to_byte_shape(spec.shape, stored)
+            gguf_name = _gguf_name(name_map, name)
+            tensor_type = _tensor_type(gguf_name, spec.shape, export_type)
+            shape = gguf.quant_shape_to_byte_shape(spec.shape, tensor_type)
             size = int(np.prod(shape))
-            writer.add_tensor_info(target, shape, np.dtype(np.uint8), size, raw_dtype=stored)
-            plan.append((name, stored))
+            writer.add_tensor_info(gguf_name, shape, np.dtype(np.uint8), size, raw_dtype=tensor_type)
+            tensor_types.append((name, tensor_type))
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, stored in plan:
-            values = _ordered(name, weights.tensor(name).float(), family, config).numpy()
+
+        for name, tensor_type in tensor_types:
+            values = _permute_rotary(name, weights.tensor(name).float(), family, config).numpy()
+            # An overflow to f16 becomes infinity here, and is refused below with the tensor's name.
             with np.errstate(over="ignore"):
-                packed = gguf.quants.quantize(values, stored)
-            if packed.dtype == np.float16 and not np.isfinite(packed).all():
-                raise IntegrityError(f"merge.exports: {kind}: {name} holds numbers too large for f16; export q8_0")
-            writer.write_tensor_data(packed.view(np.uint8))
+                quantized = gguf.quants.quantize(values, tensor_type)
+            if quantized.dtype == np.float16 and not np.isfinite(quantized).all():
+                raise IntegrityError(
+                    f"merge.exports: {export_type}: {name} holds numbers too large for f16; export q8_0"
+                )
+            writer.write_tensor_data(quantized.view(np.uint8))
     writer.close()
 
 
-def _names(family: _Family, config: dict[str, Any]) -> gguf.TensorNameMap:
+def _tensor_name_map(family: _Family, config: dict[str, Any]) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(family.arch, config["num_hidden_layers"])
 
 
-def _target(names: gguf.TensorNameMap, name: str) -> str:
-    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise UsageError(f"merge.exports: GGUF has no name for {name}; take the gguf forms out of the list")
-    return found
+def _gguf_name(name_map: gguf.TensorNameMap, name: str) -> str:
+    gguf_name: str | None = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None:
+        raise UsageError(
+            f"merge.exports: GGUF has no name for the tensor {name}; remove the gguf exports from the list"
+        )
+    return gguf_name
 
 
-def _config(model: Path) -> dict[str, Any]:
-    """config.json as this version of transformers understands it: older names are renamed, defaults filled in."""
+def _load_config(model: Path) -> dict[str, Any]:
+    """Read config.json as this version of transformers understands it: old names are renamed, defaults filled in."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+
+    # Configs may leave these two out: the heads then divide the hidden size, and each has keys of its own.
     heads = config.num_attention_heads
-    found: dict[str, Any] = config.to_dict()
-    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
-    found["num_key_value_heads"] = getattr(config, "num_key_value_heads", None) or heads
-    return found
+    fields: dict[str, Any] = config.to_dict()
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    fields["num_key_value_heads"] = getattr(config, "num_key_value_heads", None) or heads
+    return fields
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> None:
-    writer.add_file_type(_FILE_TYPES[kind])
+def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], export_type: str) -> None:
+    # The fields that llama.cpp's loader reads for these architectures.
+    writer.add_file_type(_FILE_TYPES[export_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -142,46 +160,58 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> Non
     writer.add_vocab_size(config["vocab_size"])
 
 
-def _type(target: str, shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
-    """How a tensor is stored; a row that does not fill whole blocks stays in f16."""
+def _tensor_type(gguf_name: str, shape: tuple[int, ...], export_type: str) -> gguf.GGMLQuantizationType:
+    """Return how a tensor is stored; a row that does not fill whole blocks stays in f16."""
+    # Norms and biases stay in fp32: they are small, and sensitive to rounding.
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
-    stored = TYPES["gguf-q8_0"] if kind == "gguf-q4_0" and target in _ENDS else TYPES[kind]
-    block, _ = gguf.GGML_QUANT_SIZES[stored]
-    return stored if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+    tensor_type = (
+        TENSOR_TYPES["gguf-q8_0"]
+        if export_type == "gguf-q4_0" and gguf_name in _EMBEDDINGS_AND_HEAD
+        else TENSOR_TYPES[export_type]
+    )
+
+    # A block has 32 numbers in q8_0 and q4_0, and one in f16.
+    block, _ = gguf.GGML_QUANT_SIZES[tensor_type]
+    return tensor_type if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _ordered(name: str, tensor: torch.Tensor, family: _Family, config: dict[str, Any]) -> torch.Tensor:
-    """Rows of queries and keys in the family's order: a head's two halves are folded into pairs of neighbours."""
-    part = name.split(".")[-2]
-    if not family.interleaved or part not in ("q_proj", "k_proj"):
+def _permute_rotary(name: str, tensor: torch.Tensor, family: _Family, config: dict[str, Any]) -> torch.Tensor:
+    """Permute the rows of query and key weights into GGUF's order: a head's two halves become adjacent pairs."""
+    layer_name = name.split(".")[-2]
+    if not family.interleaved or layer_name not in ("q_proj", "k_proj"):
         return tensor
-    heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
-    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
+    heads = config["num_attention_heads" if layer_name == "q_proj" else "num_key_value_heads"]
+    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])  # (H, 2, D / 2, in features)
     return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
-def _tokenizer(model: Path) -> dict[str, Any]:
-    """The tokenizer as it works once loaded: a model's family can change what its tokenizer.json says."""
+def _backend_tokenizer(model: Path) -> dict[str, Any]:
+    """Return the JSON of the loaded tokenizer; a model family's class can change what tokenizer.json says."""
     backend = getattr(chat.load_tokenizer(model), "backend_tokenizer", None)
     if backend is None:
         raise UsageError("merge.exports: GGUF needs a fast tokenizer (tokenizer.json); the base has a slow one")
-    found: dict[str, Any] = json.loads(backend.to_str())
-    return found
+    document: dict[str, Any] = json.loads(backend.to_str())
+    return document
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocabulary: int) -> None:
-    document, tokenizer = _tokenizer(model), chat.load_tokenizer(model)
-    tokens = [f"[PAD{i}]" for i in range(vocabulary)]
-    types = [gguf.TokenType.UNUSED] * vocabulary
+def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> None:
+    document, tokenizer = _backend_tokenizer(model), chat.load_tokenizer(model)
+
+    # Embeddings may have more rows than the tokenizer has tokens; llama.cpp needs a name for each row.
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
     for token, i in document["model"]["vocab"].items():
         tokens[i], types[i] = token, gguf.TokenType.NORMAL
-    for added in document["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    # llama.cpp does not print control tokens, so special tokens do not appear in answers.
+    for added_token in document["added_tokens"]:
+        tokens[added_token["id"]] = added_token["content"]
+        types[added_token["id"]] = gguf.TokenType.CONTROL if added_token["special"] else gguf.TokenType.USER_DEFINED
+
+    # Old versions of tokenizers write a merge as one string, new ones as a pair.
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in document["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")  # GGUF's word for byte-level BPE
-    writer.add_tokenizer_pre(gguf_names.cut(document))
+    writer.add_tokenizer_pre(gguf_names.pre_tokenizer_name(document))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -192,6 +222,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocabulary: int) -> Non
     ):
         if token is not None:
             add(token)
-    first = tokenizer("a")["input_ids"][0]
-    writer.add_add_bos_token(first == tokenizer.bos_token_id)
+
+    # A trial shows whether the tokenizer puts a BOS before plain text.
+    first_token = tokenizer("a")["input_ids"][0]
+    writer.add_add_bos_token(first_token == tokenizer.bos_token_id)
     writer.add_chat_template(tokenizer.chat_template)

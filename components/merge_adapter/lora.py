@@ -1,7 +1,7 @@
-"""The adapter as numbers: what it makes of each weight that it changes, read without PEFT or a model.
+"""Read the adapter's matrices and merge them into single weights, without PEFT and without a model.
 
 Reads `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them. Refuses (12) what is not LoRA or DoRA
-on linear layers, (13) an adapter whose tensors do not belong together, (14) one with numbers that are not finite.
+on linear layers, (13) an adapter whose tensors do not belong together, and (14) numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from components.merge_adapter.weights import Weights, finite
+from components.merge_adapter.weights import SafetensorsFolder, is_finite
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|magnitude_vector(?:\.weight)?)")
+_TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|magnitude_vector(?:\.weight)?)"
+)
 _MAGNITUDE = "magnitude"
-_AT_ONCE = 2**17  # weights widened to fp32 at a time: 0.5 MB, which stays in a core's cache
-# Settings of PEFT's LoRA that change what is added, and the values under which they change nothing.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_CHUNK_WEIGHTS = 2**17  # weights converted to fp32 at a time: 0.5 MB, which fits into a core's cache
+# Settings of PEFT's LoRA that change the update, with the values that leave it unchanged.
+_NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -36,7 +38,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Adapter(Weights):
+class LoraAdapter(SafetensorsFolder):
     """A trained LoRA or DoRA adapter; open it with `with`. Its matrices stay in their file until they are needed.
 
     Attributes:
@@ -45,83 +47,94 @@ class Adapter(Weights):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, single="adapter_model.safetensors")
-        self.config = _config(folder / "adapter_config.json")
+        super().__init__(folder, single_file="adapter_model.safetensors")
+        self.config = _read_config(folder / "adapter_config.json")
         self.modules: list[str] = []
-        self._keys: dict[str, dict[str, str]] = {}  # by module: the key of A, B and the magnitude
+        self._tensor_names: dict[str, dict[str, str]] = {}  # by module: the names of A, B and the magnitude
 
-    def __enter__(self) -> Adapter:
+    def __enter__(self) -> LoraAdapter:
         super().__enter__()
-        for key in self.names:
-            match = _KEY.fullmatch(key)
+
+        # An unknown tensor is refused. If it were skipped, the merged model would silently lack it.
+        for name in self.names:
+            match = _TENSOR_NAME.fullmatch(name)
             if not match:
-                raise UsageError(f"adapter: tensor {key} is not LoRA on a linear layer; cannot be merged yet")
-            if not finite(self.tensor(key)):
-                raise Diverged(f"adapter: {key} holds numbers that are not finite; train with a lower rate")
-            self._keys.setdefault(match["module"], {})[match["side"] or _MAGNITUDE] = key
-        if not self._keys:
+                raise UsageError(f"adapter: tensor {name} is not LoRA on a linear layer, so it cannot be merged")
+            if not is_finite(self.tensor(name)):
+                raise Diverged(f"adapter: {name} holds numbers that are not finite; train with a lower learning rate")
+            self._tensor_names.setdefault(match["module"], {})[match["side"] or _MAGNITUDE] = name
+        if not self._tensor_names:
             raise IntegrityError("adapter: adapter_model.safetensors holds no tensor")
-        wanted = {"A", "B"} | ({_MAGNITUDE} if self.config.get("use_dora") else set())
-        for module, keys in sorted(self._keys.items()):
-            if wrong := sorted(wanted - set(keys)):
-                raise IntegrityError(f"adapter: {module}: its lora_{wrong[0]} is missing")
-            if set(keys) - wanted:
-                raise IntegrityError(f"adapter: {module} has a magnitude, but adapter_config.json says nothing of DoRA")
-        self.modules = sorted(self._keys)
+
+        # With DoRA every module has a magnitude, without it none has. A mixture would merge to wrong weights.
+        expected = {"A", "B"} | ({_MAGNITUDE} if self.config.get("use_dora") else set())
+        for module, sides in sorted(self._tensor_names.items()):
+            if missing := sorted(expected - set(sides)):
+                raise IntegrityError(f"adapter: {module}: its lora_{missing[0]} is missing")
+            if set(sides) - expected:
+                raise IntegrityError(
+                    f"adapter: {module} has a DoRA magnitude, but use_dora is not set in adapter_config.json"
+                )
+        self.modules = sorted(self._tensor_names)
         return self
 
-    def merged(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the adapter in it, in bf16: W + scale * B A, with DoRA each row at its trained length.
+    def merge_into(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the adapter in it, in bf16: W + scaling * B A.
+
+        With DoRA each row is then scaled to its trained magnitude. Liu et al., arXiv 2402.09353, eq. 5:
+        m (W + scaling * B A) / |W + scaling * B A|, by output feature.
 
         Args:
             module: One of `modules`.
             weight: (out features, in features), any float type; the sum is taken in fp32 and rounded once.
-
-        DoRA: Liu et al., arXiv 2402.09353, eq. 5: m (W + scale * B A) / |W + scale * B A|, by output feature.
         """
-        keys = self._keys[module]
-        a, b = (self.tensor(keys[side]).float() for side in "AB")
-        length = self.tensor(keys[_MAGNITUDE]).float().reshape(-1, 1) if _MAGNITUDE in keys else None
-        scale = self.scale(module, a, b)
+        sides = self._tensor_names[module]
+        a, b = (self.tensor(sides[side]).float() for side in "AB")  # (rank, in), (out, rank)
+        magnitude = self.tensor(sides[_MAGNITUDE]).float().reshape(-1, 1) if _MAGNITUDE in sides else None
+        scaling = self.scaling(module, a, b)
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise IntegrityError(
-                f"adapter: {module}: is {tuple(weight.shape)} in the base, the adapter was trained over "
+                f"adapter: {module}: the weight is {tuple(weight.shape)} in the base, but the adapter was trained over "
                 f"{(b.shape[0], a.shape[1])}"
             )
-        found = torch.empty(weight.shape, dtype=torch.bfloat16)
-        rows = max(1, _AT_ONCE // weight.shape[1])
-        for part in (slice(start, start + rows) for start in range(0, weight.shape[0], rows)):
-            total = torch.addmm(weight[part].float(), b[part], a, alpha=scale)
-            if length is not None:
-                total.mul_(length[part] / torch.linalg.vector_norm(total, dim=1, keepdim=True))
-            found[part] = total
-        return found
 
-    def scale(self, module: str, a: torch.Tensor, b: torch.Tensor) -> float:
-        """alpha/rank, or alpha/sqrt(rank) with rsLoRA, after the module's own rank and alpha if it has them."""
-        rank = int(_of(module, self.config.get("rank_pattern"), self.config["r"]))
-        alpha = float(_of(module, self.config.get("alpha_pattern"), self.config["lora_alpha"]))
+        # In chunks of rows, since an fp32 copy of the whole weight would be twice its size and not fit into the cache.
+        merged = torch.empty(weight.shape, dtype=torch.bfloat16)
+        chunk_rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+        for rows in (slice(start, start + chunk_rows) for start in range(0, weight.shape[0], chunk_rows)):
+            total = torch.addmm(weight[rows].float(), b[rows], a, alpha=scaling)  # (chunk rows, in features)
+            if magnitude is not None:
+                total.mul_(magnitude[rows] / torch.linalg.vector_norm(total, dim=1, keepdim=True))
+            merged[rows] = total
+        return merged
+
+    def scaling(self, module: str, a: torch.Tensor, b: torch.Tensor) -> float:
+        """Return alpha/rank, or alpha/sqrt(rank) with rsLoRA, by the module's own rank and alpha where it has them."""
+        # The matrices must have the rank of the config, or the update would be scaled wrongly.
+        rank = int(_match_pattern(module, self.config.get("rank_pattern"), self.config["r"]))
+        alpha = float(_match_pattern(module, self.config.get("alpha_pattern"), self.config["lora_alpha"]))
         if a.shape[0] != rank or b.shape[1] != rank:
             raise IntegrityError(
-                f"adapter: {module}: adapter_config.json says rank {rank}, its matrices are "
+                f"adapter: {module}: adapter_config.json says rank {rank}, but the matrices are "
                 f"{tuple(b.shape)} and {tuple(a.shape)}"
             )
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read adapter_config.json, and refuse settings with which the update is not scaling * B A."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
-        raise UsageError(f"adapter: is of type {config.get('peft_type')}; only LORA can be merged")
-    for name, plain in _PLAIN.items():
-        if name in config and config[name] not in plain:
-            raise UsageError(f"adapter: {name}={config[name]!r} cannot be merged yet; train without it")
+        raise UsageError(f"adapter: its peft_type is {config.get('peft_type')}; only LORA can be merged")
+    for name, neutral in _NEUTRAL_SETTINGS.items():
+        if name in config and config[name] not in neutral:
+            raise UsageError(f"adapter: {name}={config[name]!r} cannot be merged; train without it")
     return config
 
 
-def _of(module: str, pattern: dict[str, Any] | None, default: Any) -> Any:
-    """The first pattern that names the module, as PEFT matches them: a regular expression at the name's end."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+def _match_pattern(module: str, patterns: dict[str, Any] | None, default: Any) -> Any:
+    """Return the value of the first pattern that matches the module, as PEFT matches: a regex at the name's end."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

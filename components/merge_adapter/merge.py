@@ -1,4 +1,7 @@
-"""W' = W + scale * BA for every adapted weight, in fp32, stored as bf16; everything else as the base has it."""
+"""Merge an adapter: W' = W + scaling * BA for every adapted weight, in fp32, stored as bf16.
+
+Every other tensor stays as the base has it.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,27 @@ from typing import Any
 
 import torch
 
-from components.merge_adapter.lora import Adapter
-from components.merge_adapter.weights import Spec, Weights, finite, write
+from components.merge_adapter.lora import LoraAdapter
+from components.merge_adapter.weights import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
-from qlora_retrain.core.graph import TOKENIZER_FILES
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
 
-_COPIED = (*(pattern for pattern in TOKENIZER_FILES if pattern != "config.json"), "generation_config.json")
+# The merged model has a config.json of its own.
+_COPIED_FILES = (*(pattern for pattern in TOKENIZER_FILES if pattern != "config.json"), "generation_config.json")
 _TENSORS_BETWEEN_UPDATES = 100
-_TIED = ("lm_head", "embed_tokens")  # the names that transformers gives the two ends of a model
+_TIED_MODULES = ("lm_head", "embed_tokens")  # transformers' names of the output layer and the embeddings
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
-    """What was built.
+class MergeStats:
+    """The statistics of a merge; `certificate.json` has these names.
 
     Attributes:
-        tensors: How many were written.
-        modules: How many of them the adapter changed.
-        dequantized: How many began as their 4-bit values.
-        weights_bytes: Of all tensors.
+        tensors: The number of tensors that were written.
+        modules: The number of them that the adapter changed.
+        dequantized: The number of them that were read from the 4-bit base.
+        weights_bytes: The size of all tensors.
     """
 
     tensors: int
@@ -40,16 +44,16 @@ class Merged:
 
 def merge(
     base_model: Path, base_nf4: Path, adapter: Path, model: Path, *, dequantized: bool, max_shard_gib: float
-) -> Merged:
+) -> MergeStats:
     """Write the merged model as a plain transformers folder, one tensor in memory at a time.
 
     Args:
         base_model: The original model; everything that is not 4-bit in `base_nf4` comes from here.
-        base_nf4: The form that the adapter was trained over.
+        base_nf4: The 4-bit base that the adapter was trained over.
         adapter: The LoRA or DoRA adapter.
-        model: An empty folder.
-        dequantized: Add to the dequantized 4-bit weights instead of the original ones.
-        max_shard_gib: Size of a file at most.
+        model: An empty folder, for the result.
+        dequantized: Merge into the dequantized 4-bit weights instead of the original ones.
+        max_shard_gib: The largest size of a file.
 
     Raises:
         UsageError: If the adapter is of another kind, or changes a weight that two layers share.
@@ -57,76 +61,87 @@ def merge(
         Diverged: If a sum overflows.
     """
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    with Weights(base_model) as base, Weights(base_nf4) as packed, Adapter(adapter) as trained:
-        _refuse_shared(trained, config)
-        if lost := [module for module in trained.modules if f"{module}.weight" not in base]:
+    with SafetensorsFolder(base_model) as base, SafetensorsFolder(base_nf4) as nf4, LoraAdapter(adapter) as lora:
+        _refuse_tied_weights(lora, config)
+        if unmatched := [module for module in lora.modules if f"{module}.weight" not in base]:
             raise IntegrityError(
-                f"adapter: {len(lost)} of {len(trained.modules)} modules have no weight in the base, e.g. {lost[0]}; "
-                "it was trained over another model, or this family stores its weights under other names"
+                f"adapter: {len(unmatched)} of {len(lora.modules)} modules have no weight in the base, e.g. "
+                f"{unmatched[0]}; it was trained over another model, or this family stores its weights under other "
+                "names"
             )
-        adapted = {f"{module}.weight": module for module in trained.modules}
-        rounded = {name for name in base.names if dequantized and packed.quantized(name)}
-        specs = [_stored(base.spec(name), name in adapted or name in rounded) for name in base.names]
+        module_by_weight = {f"{module}.weight": module for module in lora.modules}
+        dequantized_names = {name for name in base.names if dequantized and nf4.is_quantized(name)}
+
+        # The files' headers come before the values, so every output type is decided before a tensor is read.
+        specs = [
+            _output_spec(base.spec(name), name in module_by_weight or name in dequantized_names) for name in base.names
+        ]
         dtypes = {spec.name: spec.dtype for spec in specs}
 
-        def make(name: str) -> torch.Tensor:
-            if name in rounded:
-                tensor = _fitting(packed.dequantized(name), base.spec(name).shape, name)
+        def make_tensor(name: str) -> torch.Tensor:
+            # The shapes differ where base_nf4 was made from another base.
+            if name in dequantized_names:
+                tensor = _check_shape(nf4.dequantize(name), base.spec(name).shape, name)
             else:
                 tensor = base.tensor(name)
-            if name in adapted:
-                tensor = trained.merged(adapted[name], tensor)
+            if name in module_by_weight:
+                tensor = lora.merge_into(module_by_weight[name], tensor)
+
+            # Every tensor is checked here, also a copied one, so that a damaged base is noticed in any layer.
             tensor = tensor.to(dtypes[name])
-            if tensor.is_floating_point() and not finite(tensor):
-                raise _not_finite(name, base)
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise _not_finite_error(name, base)
             return tensor
 
-        def tick(done: int) -> None:
+        def on_progress(done: int) -> None:
             if done % _TENSORS_BETWEEN_UPDATES == 0 or done == len(specs):
                 progress.update("merging", done, len(specs))
 
-        weights_bytes = write(model, specs, make, max_shard_gib, tick)
-        built = Merged(len(specs), len(adapted), len(rounded), weights_bytes)
+        weights_bytes = write_safetensors(model, specs, make_tensor, max_shard_gib, on_progress)
+        stats = MergeStats(len(specs), len(module_by_weight), len(dequantized_names), weights_bytes)
     _write_config(config, model)
     copy_tokenizer(base_model, model)
-    return built
+    return stats
 
 
 def copy_tokenizer(base_model: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation config."""
-    for path in sorted({path for pattern in _COPIED for path in base_model.glob(pattern) if path.is_file()}):
+    """Copy the tokenizer, the chat template and the generation config."""
+    # A set, since two patterns can match one file.
+    for path in sorted({path for pattern in _COPIED_FILES for path in base_model.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, folder / path.name)
 
 
-def _refuse_shared(trained: Adapter, config: dict[str, Any]) -> None:
-    """Raise where an adapted layer shares its weight with another: a merge would change both, or be lost in loading."""
-    for module in trained.modules:
-        if config.get("tie_word_embeddings") and module.rsplit(".", 1)[-1] in _TIED:
+def _refuse_tied_weights(lora: LoraAdapter, config: dict[str, Any]) -> None:
+    """Refuse to merge into a weight that embeddings and output layer share, as both would change."""
+    # With tied embeddings the file has one tensor for both layers, and loading ties them again.
+    for module in lora.modules:
+        if config.get("tie_word_embeddings") and module.rsplit(".", 1)[-1] in _TIED_MODULES:
             raise UsageError(
-                f"adapter: changes {module}, whose weight embeddings and output layer share; train without it"
+                f"adapter: it changes {module}, whose weight embeddings and output layer share; train without it"
             )
 
 
-def _stored(spec: Spec, changed: bool) -> Spec:
-    """What changes, and what is wider than 16 bits, is stored as bf16; all else keeps its bytes."""
-    wide = spec.dtype.is_floating_point and spec.dtype.itemsize > torch.bfloat16.itemsize
-    return replace(spec, dtype=torch.bfloat16) if changed or wide else spec
+def _output_spec(spec: TensorSpec, is_changed: bool) -> TensorSpec:
+    """Return how a tensor is stored: in bf16 if it changes or is wider than 16 bits, else with its own bytes."""
+    is_wide = spec.dtype.is_floating_point and spec.dtype.itemsize > torch.bfloat16.itemsize
+    return replace(spec, dtype=torch.bfloat16) if is_changed or is_wide else spec
 
 
-def _not_finite(name: str, base: Weights) -> Exception:
-    if not finite(base.tensor(name)):
+def _not_finite_error(name: str, base: SafetensorsFolder) -> Exception:
+    # A damaged base is a fault of the input (13); an overflow of the sum is a fault of the training (14).
+    if not is_finite(base.tensor(name)):
         return IntegrityError(f"base_model: {name} holds numbers that are not finite")
-    return Diverged(f"adapter: merged into {name} it gives numbers that are not finite")
+    return Diverged(f"adapter: merging it into {name} gives numbers that are not finite")
 
 
-def _fitting(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
     if tuple(tensor.shape) != shape:
-        raise IntegrityError(f"{name}: is {shape} in the base, {tuple(tensor.shape)} in its 4-bit form")
+        raise IntegrityError(f"{name}: the shape is {shape} in base_model, but {tuple(tensor.shape)} in base_nf4")
     return tensor
 
 
 def _write_config(base: dict[str, Any], model: Path) -> None:
     config = {name: value for name, value in base.items() if name not in ("quantization_config", "torch_dtype")}
-    config["dtype"] = "bfloat16"  # `torch_dtype` is its older name; two that differ would be worse than one
+    config["dtype"] = "bfloat16"  # `torch_dtype` is the older name; a config with both could contradict itself
     text = json.dumps(config, indent=2, sort_keys=True)
     (model / "config.json").write_text(text + "\n", encoding="utf-8")

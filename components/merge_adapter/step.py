@@ -1,9 +1,11 @@
-"""Merge the adapter into a 16-bit model, and judge that form, the one that ships, by the same rules.
+"""Merge the adapter into a 16-bit model, and apply the rules of the evaluation to this form, the one that ships.
 
-Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and where there is
-any `reference_data`. Makes `model/`: a plain transformers folder in bf16, with `certificate.json`, `report.html` and,
-where the config asks for more forms, `exports/`.
-Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_nats` against the live model.
+Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and
+`reference_data` where the line has it. Makes `model/`: a plain transformers folder in bf16, with `certificate.json`,
+`report.html` and, where the config asks for more forms, `exports/`.
+Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_increase_nats` against the
+unmerged model.
+
 Command: `python -m components.merge_adapter --plan URI`.
 """
 
@@ -12,73 +14,27 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from components.merge_adapter import candidates, certificate, exports, preflight
-from components.merge_adapter.candidates import Bench, Measured
+from components.merge_adapter import candidates, certificate, exports, serving_warnings
+from components.merge_adapter.candidates import FormScorer, FormScores
 from components.merge_adapter.certificate import Certificate
+from components.merge_adapter.evaluation_inputs import EvaluationInputs
 from components.merge_adapter.exports import Export
-from components.merge_adapter.merge import Merged
+from components.merge_adapter.merge import MergeStats
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
-from qlora_retrain.core.outcome import Number, Report
-from qlora_retrain.evaluation import reference_text, scoring, verdict
-from qlora_retrain.evaluation.rules import overall
+from qlora_retrain.core.outcome import Number, StepResult
+from qlora_retrain.evaluation import scoring, verdict
+from qlora_retrain.evaluation.rules import suite_rules
 from qlora_retrain.evaluation.scoring import Row, RowScore
 from qlora_retrain.lm import chat, loading
 
+# The order of the scores in evaluation/scores.jsonl.
 _SUITES = ("eval", "golden", "reference")
-
-
-@dataclass(frozen=True, slots=True)
-class _Evaluated:
-    """What the live model was judged on, and how it did.
-
-    Attributes:
-        settings: Of the rules.
-        labels: The closed set of answers, or None.
-        rows: By suite: `eval` and `golden`.
-        texts: The passages of the suite `reference`.
-        max_tokens: Of a piece of a passage.
-        scores: By contestant, as `evaluation` holds them.
-    """
-
-    settings: EvaluateConfig
-    labels: list[str] | None
-    rows: dict[str, list[Row]]
-    texts: list[reference_text.Passage]
-    max_tokens: int
-    scores: dict[str, list[RowScore]]
-
-    @classmethod
-    def read(cls, dataset: Path, evaluation: Path, reference_data: Path | None) -> _Evaluated:
-        """Read the three, which must belong together."""
-        data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
-        document = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
-        found = cls(
-            settings=EvaluateConfig.model_validate(document["settings"]),
-            labels=data["labels"],
-            rows={suite: scoring.read_rows(dataset / f"{suite}.jsonl", suite) for suite in ("eval", "golden")},
-            texts=reference_text.read(reference_data) if reference_data else [],
-            max_tokens=data["max_length_tokens"],
-            scores=scoring.read_scores(evaluation / "scores.jsonl"),
-        )
-        for suite, rows in found.rows.items():
-            if [row.id for row in rows] != [score.id for score in found.live(suite)]:
-                raise IntegrityError("evaluation: its rows are not the data set's; it was made from another one")
-        return found
-
-    def live(self, suite: str) -> list[RowScore]:
-        """The live model's scores on a suite."""
-        return [score for score in self.scores["challenger"] if score.suite == suite]
-
-    @property
-    def answers(self) -> dict[str, str]:
-        """The true answer of each row id."""
-        return {row.id: chat.answer_of(row.messages) for rows in self.rows.values() for row in rows}
 
 
 def run(
@@ -90,141 +46,205 @@ def run(
     evaluation: Path,
     reference_data: Path | None,
     model: Path,
-) -> Report:
-    """Merge, choose the base, score what ships on the rows that were evaluated, and certify or refuse it."""
-    exports.check(config, base_model)
-    given = _Evaluated.read(dataset, evaluation, reference_data)
-    built = candidates.build(config, base_model, base_nf4, adapter, model)
-    sides = _sides(config, given.rows["eval"])
-    rows = given.rows["eval"], sides["certification"]
-    bench = Bench.of(config, given.settings, *rows, given.labels, base_nf4, adapter)
-    given = _computed_alike(config, given, bench, base_nf4)
-    measured = candidates.measure(bench, built, model)
-    winner = candidates.better(measured, sides["selection"])
-    candidates.keep(winner, model)
-    progress.say(_why(config, measured, sides["selection"], winner))
-    rest = _rest(bench, given, model)
-    more = exports.make(config, bench, base_model, base_nf4, adapter, model)
-    certified = _certify(config, given, sides, measured, winner, built[winner], rest, more, preflight.read(adapter))
-    text = json.dumps(certified.as_json(), indent=2, allow_nan=False)
+) -> StepResult:
+    """Merge, select the base, score the form that ships on the evaluated rows, and certify or refuse it."""
+    # Checks that need no merge come first, so that a refusal does not come after gigabytes were written.
+    exports.refuse_unsupported(config, base_model)
+    inputs = EvaluationInputs.from_folders(dataset, evaluation, reference_data)
+    stats = candidates.build_candidates(config, base_model, base_nf4, adapter, model)
+
+    # Score the candidates on the rows of both halves; one half selects the base.
+    halves = _split_rows(config, inputs.rows["eval"])
+    rows = inputs.rows["eval"], halves["certification"]
+    scorer = FormScorer.from_adapter(config, inputs.settings, *rows, inputs.labels, base_nf4, adapter)
+    inputs = _rescore_unmerged(config, inputs, scorer, base_nf4)
+    form_scores = candidates.score_candidates(scorer, stats, model)
+    winner = candidates.lowest_loss(form_scores, halves["selection"])
+    candidates.keep_winner(winner, model)
+    progress.say(_selection_reason(config, form_scores, halves["selection"], winner))
+
+    # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
+    suite_scores = _score_other_suites(scorer, inputs, model)
+    built_exports = exports.build_exports(config, scorer, base_model, base_nf4, adapter, model)
+    merge_certificate = _certify(
+        config,
+        inputs,
+        halves,
+        form_scores,
+        winner,
+        stats[winner],
+        suite_scores,
+        built_exports,
+        serving_warnings.read_warnings(adapter),
+    )
+
+    # JSON has no NaN, and a certificate that other programs cannot read must not be written.
+    text = json.dumps(merge_certificate.as_json(), indent=2, allow_nan=False)
     (model / "certificate.json").write_text(text + "\n", encoding="utf-8")
-    (model / "report.html").write_text(certified.page(), encoding="utf-8")
-    progress.say(certified.judged.sentence)
-    numbers = _numbers(certified, given.settings)
-    if certified.judged.verdict == "pass":
-        # Told of the form that ships, which is what later versions are compared with, and not of the live model.
-        numbers["best"] = overall.best(_shipped(given, measured[winner], rest), given.settings)
-    return certified.judged.report(numbers)
+    (model / "report.html").write_text(merge_certificate.page(), encoding="utf-8")
+    progress.say(merge_certificate.outcome.sentence)
+
+    numbers = _numbers(merge_certificate, inputs.settings)
+    if merge_certificate.outcome.decision == "pass":
+        # Decided by the form that ships, and not by the unmerged model, since later versions are compared with it.
+        numbers["best"] = suite_rules.best_contestant(
+            _with_shipped_form(inputs, form_scores[winner], suite_scores), inputs.settings
+        )
+    return merge_certificate.outcome.to_step_result(numbers)
 
 
-def _shipped(given: _Evaluated, merged: Measured, rest: Mapping[str, list[RowScore]]) -> dict[str, list[RowScore]]:
-    """Every contestant's scores, with the form that ships as the challenger."""
-    suites = {"eval": merged.scores, **rest}
-    return {**given.scores, "challenger": [score for suite in _SUITES for score in suites[suite]]}
+def _with_shipped_form(
+    inputs: EvaluationInputs, merged: FormScores, suite_scores: Mapping[str, list[RowScore]]
+) -> dict[str, list[RowScore]]:
+    """Return every contestant's scores, with the form that ships as the challenger."""
+    suites = {"eval": merged.scores, **suite_scores}
+    return {**inputs.scores, "challenger": [score for suite in _SUITES for score in suites[suite]]}
 
 
-def _computed_alike(config: MergeConfig, given: _Evaluated, bench: Bench, base_nf4: Path) -> _Evaluated:
-    """The live model scored as the merged forms will be: again, where the evaluation computed in another precision.
+def _rescore_unmerged(
+    config: MergeConfig, inputs: EvaluationInputs, scorer: FormScorer, base_nf4: Path
+) -> EvaluationInputs:
+    """Return the inputs with the unmerged model scored on the device and in the precision of the merged forms.
 
-    Else a part of what merging costs would be the precision's, as where a GPU evaluates and a CPU merges.
+    Otherwise the cost of merging would include the effect of another precision, as where a GPU evaluates and a CPU
+    merges.
     """
-    settings, rows = given.settings, given.rows["eval"]
+    settings, rows = inputs.settings, inputs.rows["eval"]
     if (settings.device, settings.precision) == (config.device, config.precision):
-        return given
-    found = chat.load_tokenizer(base_nf4)
-    scores, _ = scoring.score_by(settings, bench.live, found, rows, given.labels, what="scoring the live model again")
-    others = [score for score in given.scores["challenger"] if score.suite != "eval"]
-    return replace(given, scores={**given.scores, "challenger": [*scores, *others]})
+        return inputs
+
+    # The other contestants are not loaded here, so they keep their scores from the evaluation.
+    tokenizer = chat.load_tokenizer(base_nf4)
+    scores, _ = scoring.score_and_generate(
+        settings, scorer.unmerged, tokenizer, rows, inputs.labels, description="scoring the unmerged model again"
+    )
+    other_suites = [score for score in inputs.scores["challenger"] if score.suite != "eval"]
+    return replace(inputs, scores={**inputs.scores, "challenger": [*scores, *other_suites]})
 
 
-def _sides(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:
-    """The rows that choose and the rows that certify; where nothing is chosen, all certify."""
+def _split_rows(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:
+    """Return the rows that select and the rows that certify; where the config names the base, all certify."""
     if config.base != "measured":
         return {"selection": frozenset(), "certification": frozenset(row.id for row in rows)}
-    chosen_on, certified_on = candidates.halves(rows)
-    return {"selection": chosen_on, "certification": certified_on}
+    selection, certification = candidates.split_halves(rows)
+    return {"selection": selection, "certification": certification}
 
 
-def _why(config: MergeConfig, measured: Mapping[str, Measured], chosen_on: frozenset[str], winner: str) -> str:
+def _selection_reason(
+    config: MergeConfig, form_scores: Mapping[str, FormScores], selection: frozenset[str], winner: str
+) -> str:
     if config.base != "measured":
-        return f"{winner}, as merge.base says; nothing was chosen"
-    losses = ", ".join(f"{name} {found.on(chosen_on).loss:.4f}" for name, found in measured.items())
-    return f"{winner}: the lower loss on the {len(chosen_on)} rows to choose on, in nats a token: {losses}"
+        return f"{winner}, as merge.base sets it; no measurement selected it"
+    losses = ", ".join(f"{name} {form.subset(selection).loss:.4f}" for name, form in form_scores.items())
+    return f"{winner}: its loss in nats per token on the {len(selection)} rows that select is the lower one: {losses}"
 
 
-def _rest(bench: Bench, given: _Evaluated, model: Path) -> dict[str, list[RowScore]]:
-    """What ships, on the suites that chose nothing."""
-    golden, texts = given.rows["golden"], given.texts
-    found: dict[str, list[RowScore]] = {"golden": [], "reference": []}
-    if golden or texts:
-        loaded, tokenizer = loading.load_base(model, **bench.where), chat.load_tokenizer(model)
-        how: dict[str, Any] = {"what": "scoring what ships", "total": len(golden) + len(texts)}
-        found["golden"], _ = scoring.score_by(given.settings, loaded, tokenizer, golden, given.labels, **how)
-        how |= {"done": len(golden), "max_tokens": given.max_tokens, "batch_tokens": given.settings.batch_tokens}
-        found["reference"] = scoring.score_texts(loaded, tokenizer, texts, **how)
+def _score_other_suites(scorer: FormScorer, inputs: EvaluationInputs, model: Path) -> dict[str, list[RowScore]]:
+    """Score the form that ships on golden rows and reference text, which took no part in the selection."""
+    golden, passages = inputs.rows["golden"], inputs.passages
+    suite_scores: dict[str, list[RowScore]] = {"golden": [], "reference": []}
+    if golden or passages:
+        loaded, tokenizer = loading.load_base(model, **scorer.load_options), chat.load_tokenizer(model)
+        description, total = "scoring the form that ships", len(golden) + len(passages)
+        suite_scores["golden"], _ = scoring.score_and_generate(
+            inputs.settings, loaded, tokenizer, golden, inputs.labels, description=description, total=total
+        )
+        suite_scores["reference"] = scoring.score_passages(
+            loaded,
+            tokenizer,
+            passages,
+            batch_tokens=inputs.settings.batch_tokens,
+            description=description,
+            max_tokens=inputs.max_tokens,
+            done=len(golden),
+            total=total,
+        )
+        # Released here, since an export is loaded next, beside the unmerged model.
         del loaded
         gc.collect()
-    if [score.id for score in found["reference"]] != [score.id for score in given.live("reference")]:
-        raise IntegrityError("evaluation: its passages are not those of reference_data; it was made from other ones")
-    return found
+
+    # Forgetting is measured passage by passage, so the passages must be the evaluation's.
+    if [score.id for score in suite_scores["reference"]] != [score.id for score in inputs.unmerged_scores("reference")]:
+        raise IntegrityError(
+            "evaluation: its passages are not those of reference_data; it was made from other passages"
+        )
+    return suite_scores
 
 
 def _certify(
     config: MergeConfig,
-    given: _Evaluated,
-    sides: Mapping[str, frozenset[str]],
-    measured: Mapping[str, Measured],
+    inputs: EvaluationInputs,
+    halves: Mapping[str, frozenset[str]],
+    form_scores: Mapping[str, FormScores],
     winner: str,
-    built: Merged,
-    rest: Mapping[str, list[RowScore]],
-    more: Mapping[str, Export],
-    serving: list[str],
+    stats: MergeStats,
+    suite_scores: Mapping[str, list[RowScore]],
+    built_exports: Mapping[str, Export],
+    warnings: list[str],
 ) -> Certificate:
-    """Apply the rules of the evaluation to what ships, and the merge's own to what merging cost."""
-    settings, answers = given.settings, given.answers
-    count = {side: len(ids) for side, ids in sides.items()}
-    live = [score for score in given.live("eval") if score.id in sides["certification"]]
-    own = certificate.rules(config, settings, live, measured[winner].on(sides["certification"]))
-    rules = [*certificate.enough(config, count), *own]
-    ships = {"bf16": Export(".", built.weights_bytes, measured[winner].on(sides["certification"])), **more}
+    """Apply the rules of the evaluation to the form that ships, and the merge's own rules to the cost of merging."""
+    settings, answers = inputs.settings, inputs.answers
+
+    # The winner was chosen on the selecting rows, so it looks too good there. The own rules use only the other half.
+    row_counts = {half: len(ids) for half, ids in halves.items()}
+    unmerged = [score for score in inputs.unmerged_scores("eval") if score.id in halves["certification"]]
+    own_rules = certificate.merge_rules(config, settings, unmerged, form_scores[winner].subset(halves["certification"]))
+    rules = [*certificate.min_rows_rules(config, row_counts), *own_rules]
+
+    # bf16 is listed with the other exports, but its only own rule is merge_cost.
+    shipped = {
+        "bf16": Export(".", stats.weights_bytes, form_scores[winner].subset(halves["certification"])),
+        **built_exports,
+    }
     listed: dict[str, dict[str, Any]] = {}
-    for name, export in ships.items():
-        numbers, limits = certificate.exported(config, settings, live, name, export.measured, answers)
+    for name, export in shipped.items():
+        numbers, limits = certificate.certify_export(config, settings, unmerged, name, export.scores, answers)
         listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers}
-        rules += limits if name != "bf16" else []  # whose rule is merge_cost
-    forms = {"live": Measured(given.live("eval"), [])} | dict(measured)
+        rules += limits if name != "bf16" else []
+
+    # "live" is the unmerged model's name in published certificates.
+    forms = {"live": FormScores(inputs.unmerged_scores("eval"), [])} | dict(form_scores)
     return Certificate(
         base=winner,
-        why=_why(config, measured, sides["selection"], winner),
-        judged=verdict.judge(_shipped(given, measured[winner], rest), settings, rules),
-        cost=own[0],
-        rows=count,
+        reason=_selection_reason(config, form_scores, halves["selection"], winner),
+        outcome=verdict.apply_rules(_with_shipped_form(inputs, form_scores[winner], suite_scores), settings, rules),
+        merge_cost=own_rules[0],
+        row_counts=row_counts,
         forms={
-            side: {name: certificate.numbers(form.on(ids), settings, answers) for name, form in forms.items()}
-            for side, ids in sides.items()
+            half: {name: certificate.form_numbers(form.subset(ids), settings, answers) for name, form in forms.items()}
+            for half, ids in halves.items()
         },
         suites={
-            suite: verdict.measure_suite({"live": given.live(suite), "merged": rest[suite]}, suite, settings, answers)
+            suite: verdict.compute_suite_metrics(
+                {"live": inputs.unmerged_scores(suite), "merged": suite_scores[suite]}, suite, settings, answers
+            )
             for suite in ("golden", "reference")
         },
-        built=built,
+        stats=stats,
         exports=listed,
-        serving=serving,
+        serving_warnings=warnings,
     )
 
 
-def _numbers(certified: Certificate, settings: EvaluateConfig) -> dict[str, Number]:
-    """What the log's last line says, of the rows that certify."""
-    forms = certified.forms["certification"]
-    merged = forms[certified.base]
+def _numbers(merge_certificate: Certificate, settings: EvaluateConfig) -> dict[str, Number]:
+    """Return the numbers for the manifest and the last line of the log, on the rows that certify."""
+    forms = merge_certificate.forms["certification"]
+    merged = forms[merge_certificate.base]
     numbers: dict[str, Number] = {
-        "base": certified.base,
-        "rows": certified.rows["certification"],
-        "merge_loss_nats": certified.cost.value,
+        "base": merge_certificate.base,
+        "rows": merge_certificate.row_counts["certification"],
+        "merge_loss_nats": merge_certificate.merge_cost.value,
         "kl_nats": merged.get("kl"),
         "agreement": merged.get("agreement"),
     }
-    for metric in dict.fromkeys(("accuracy", "loss", settings.primary or "loss")):
-        numbers |= {f"{metric}_{name}": found[metric] for name, found in forms.items() if metric in found}
-    numbers |= {f"loss_{name}": found.get("loss") for name, found in certified.exports.items() if name != "bf16"}
-    return numbers | {"modules": certified.built.modules, "weights_bytes": certified.built.weights_bytes}
+
+    # dict.fromkeys removes repetitions, since the primary metric may be one of the first two.
+    for metric in dict.fromkeys(("accuracy", "loss", settings.primary_metric or "loss")):
+        numbers |= {f"{metric}_{name}": form[metric] for name, form in forms.items() if metric in form}
+    numbers |= {
+        f"loss_{name}": export.get("loss") for name, export in merge_certificate.exports.items() if name != "bf16"
+    }
+    return numbers | {
+        "modules": merge_certificate.stats.modules,
+        "weights_bytes": merge_certificate.stats.weights_bytes,
+    }

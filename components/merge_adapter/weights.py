@@ -1,7 +1,7 @@
-"""Folders of safetensors, tensor by tensor: reading sharded, single-file and 4-bit ones, writing shards of a size.
+"""Read and write safetensors folders tensor by tensor: sharded, single-file and 4-bit ones.
 
-A model is never in memory: reading yields one tensor at a time, from a map of the file; a file is written as its
-tensors are made, since its header needs their sizes and not their values.
+The whole model is never in memory. Tensors are read one at a time, from a memory map of the file. A file is written
+while its tensors are computed, since its header needs only their sizes and not their values.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from qlora_retrain.core.errors import IntegrityError
 
 _GIB = 1024**3
 _INDEX = "model.safetensors.index.json"
-_FORMS = ("nf4", "fp4")  # of bitsandbytes
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # of a 4-bit weight, with double quantization
+_QUANT_TYPES = ("nf4", "fp4")  # of bitsandbytes
+# The tensors that bitsandbytes stores beside a 4-bit weight; the nested ones exist with double quantization.
+_QUANT_STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+# The format's names of types. 8-bit floats are missing on purpose, see `SafetensorsFolder.spec`.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,12 +37,12 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """What is known of a tensor before it is made."""
+class TensorSpec:
+    """The entry of a tensor in a file's header; it is known before the tensor is computed."""
 
     name: str
     dtype: torch.dtype
@@ -48,25 +50,26 @@ class Spec:
 
     @property
     def size_bytes(self) -> int:
-        """What its values take in a file."""
+        """Return the size of its values in a file."""
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
-class Weights:
+class SafetensorsFolder:
     """The tensors of a folder; open it with `with`.
 
     Attributes:
-        names: In the order of the files and of the tensors in them.
+        names: The tensors' names, in the order of the files and of the tensors in them.
     """
 
-    def __init__(self, folder: Path, single: str = "model.safetensors") -> None:
+    def __init__(self, folder: Path, single_file: str = "model.safetensors") -> None:
         self.folder = folder
         self.names: list[str] = []
-        self._single = single
-        self._files: dict[str, Any] = {}
+        self._single_file = single_file
+        self._files: dict[str, Any] = {}  # the open file that holds each tensor
         self._stack = ExitStack()
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> SafetensorsFolder:
+        # safe_open maps a file into memory and reads its header; no tensor is read yet.
         for path in self._paths():
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
@@ -75,126 +78,144 @@ class Weights:
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
                 self._files[name] = file
                 self.names.append(name)
-        if lost := sorted(set(self._index()) - set(self._files)):
-            raise IntegrityError(f"{self.folder.name}: {_INDEX} lists {lost[0]}, but no file holds it")
+
+        if missing := sorted(set(self._index()) - set(self._files)):
+            raise IntegrityError(f"{self.folder.name}: {_INDEX} lists {missing[0]}, but no file holds it")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def _index(self) -> dict[str, str]:
-        """The file of each tensor; empty where one file holds them all."""
+        """Return the file of each tensor; empty where one file holds them all."""
         path = self.folder / _INDEX
         if not path.is_file():
             return {}
-        listed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return listed
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return weight_map
 
     def _paths(self) -> list[Path]:
-        return [self.folder / name for name in sorted(set(self._index().values()) or {self._single})]
+        return [self.folder / name for name in sorted(set(self._index().values()) or {self._single_file})]
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor."""
-        found: torch.Tensor = self._files[name].get_tensor(name)
-        return found
+        """Read one tensor."""
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
 
-    def spec(self, name: str) -> Spec:
-        """A tensor's type and shape, from its file's header alone.
+    def spec(self, name: str) -> TensorSpec:
+        """Return a tensor's type and shape, from its file's header alone.
 
         Raises:
-            IntegrityError: If it is of a type that no model of ours holds, such as one of 8-bit floats.
+            IntegrityError: If it is of a type that no supported model holds, such as 8-bit floats.
         """
-        piece = self._files[name].get_slice(name)
-        if piece.get_dtype() not in _DTYPES:
-            raise IntegrityError(f"{self.folder.name}: {name} is {piece.get_dtype()}; a 16-bit model is wanted")
-        return Spec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+        tensor_slice = self._files[name].get_slice(name)
+        if tensor_slice.get_dtype() not in _DTYPES:
+            raise IntegrityError(
+                f"{self.folder.name}: {name} is {tensor_slice.get_dtype()}; this step needs a 16-bit model"
+            )
+        return TensorSpec(name, _DTYPES[tensor_slice.get_dtype()], tuple(tensor_slice.get_shape()))
 
-    def quantized(self, name: str) -> bool:
-        """Whether bitsandbytes stored this weight in 4 bits."""
-        return any(f"{name}.quant_state.bitsandbytes__{form}" in self._files for form in _FORMS)
+    def is_quantized(self, name: str) -> bool:
+        """Return whether bitsandbytes stored this weight in 4 bits."""
+        return any(f"{name}.quant_state.bitsandbytes__{quant_type}" in self._files for quant_type in _QUANT_TYPES)
 
-    def dequantized(self, name: str) -> torch.Tensor:
-        """A 4-bit weight as the live model multiplies with it."""
+    def dequantize(self, name: str) -> torch.Tensor:
+        """Return the values of a 4-bit weight, with which the unmerged model computes."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        keys = [f"{name}.{part}" for part in (*_PARTS, *(f"quant_state.bitsandbytes__{form}" for form in _FORMS))]
+        # Which of these exist depends on the type and on double quantization; bitsandbytes needs those that exist.
+        keys = [
+            f"{name}.{part}"
+            for part in (*_QUANT_STATE_PARTS, *(f"quant_state.bitsandbytes__{form}" for form in _QUANT_TYPES))
+        ]
         parts = {key: self.tensor(key) for key in keys if key in self._files}
+
+        # On the CPU, so that a merge gives the same bytes with and without a GPU.
         state = QuantState.from_dict(parts, device=torch.device("cpu"))
-        found: torch.Tensor = dequantize_4bit(self.tensor(name), state)
-        return found
+        weight: torch.Tensor = dequantize_4bit(self.tensor(name), state)
+        return weight
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether every number is finite. The extremes of a tensor with a NaN are NaN; they need no second tensor."""
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether every number is finite."""
+    # The extremes of a tensor with a NaN are NaN. Unlike isfinite() of the whole tensor, they need no second tensor.
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def shards(specs: Sequence[Spec], max_bytes: float) -> list[list[Spec]]:
-    """Tensors in order, cut so that no shard exceeds `max_bytes`; a larger tensor stands alone."""
-    found: list[list[Spec]] = [[]]
-    used = 0
+def split_into_shards(specs: Sequence[TensorSpec], max_bytes: float) -> list[list[TensorSpec]]:
+    """Split tensors, in order, so that no shard exceeds `max_bytes`; a larger tensor is a shard of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    shard_bytes = 0
     for spec in specs:
-        if found[-1] and used + spec.size_bytes > max_bytes:
-            found.append([])
-            used = 0
-        found[-1].append(spec)
-        used += spec.size_bytes
-    return found
+        if shards[-1] and shard_bytes + spec.size_bytes > max_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(spec)
+        shard_bytes += spec.size_bytes
+    return shards
 
 
-def write(
+def write_safetensors(
     folder: Path,
-    specs: Sequence[Spec],
-    make: Callable[[str], torch.Tensor],
-    max_gib: float,
-    tick: Callable[[int], None] = lambda done: None,
+    specs: Sequence[TensorSpec],
+    make_tensor: Callable[[str], torch.Tensor],
+    max_shard_gib: float,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Write every tensor as `make` returns it, one in memory at a time; return the bytes of all tensors.
+    """Write every tensor that `make_tensor` returns, one in memory at a time; return the bytes of all tensors.
 
-    The same tensors give the same bytes: names in the order given, no time and no version in the headers.
+    The same tensors give the same bytes, because the names keep their order and headers have no time or version.
     """
-    parts = shards(specs, max_gib * _GIB)
+    shards = split_into_shards(specs, max_shard_gib * _GIB)
     index: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        _write_file(folder / file, part, make, lambda: tick(len(index)), index)
-    total = sum(spec.size_bytes for spec in specs)
-    if len(parts) > 1:
-        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard, make_tensor, lambda: on_progress(len(index)), index)
+
+    # The index is written last: a reader that finds it finds every shard.
+    total_bytes = sum(spec.size_bytes for spec in specs)
+    if len(shards) > 1:
+        document = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(index.items()))}
         (folder / _INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return total
+    return total_bytes
 
 
 def _write_file(
     path: Path,
-    specs: Sequence[Spec],
-    make: Callable[[str], torch.Tensor],
-    tick: Callable[[], None],
+    specs: Sequence[TensorSpec],
+    make_tensor: Callable[[str], torch.Tensor],
+    on_tensor: Callable[[], None],
     index: dict[str, str],
 ) -> None:
-    """One file: the length of the header, the header (JSON), the values, end to end (the format's own page)."""
-    # Readers make tensors of the mapped file, so a value must start at a multiple of its size: wide types go first.
+    """Write one file, and enter its tensors in `index`.
+
+    The layout follows the safetensors documentation: the header's length in 8 bytes, the header as JSON, then the
+    values without gaps.
+    """
+    # Readers map the file into memory, so a value must start at a multiple of its size. Wide types therefore go first.
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in ordered:
         offsets = [end, end := end + spec.size_bytes]
-        header[spec.name] = {"dtype": _WORDS[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+
+    # Padded with spaces to a multiple of 8 bytes, so that the values after it are aligned.
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in ordered:
-            tensor = make(spec.name)
+            tensor = make_tensor(spec.name)
             if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
                 raise IntegrityError(
-                    f"{spec.name}: {spec} was announced, {tensor.dtype} {tuple(tensor.shape)} was made"
+                    f"{spec.name}: the header says {spec}, the tensor is {tensor.dtype} {tuple(tensor.shape)}"
                 )
             if tensor.numel():
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # or it would be there while the next one is made
+            del tensor  # it would stay in memory while the next one is made
             index[spec.name] = path.name
-            tick()
+            on_tensor()

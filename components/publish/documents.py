@@ -1,4 +1,7 @@
-"""The papers that go with a version: model card, recipe and software bill of materials. No internal URIs in any."""
+"""Write the documents of a version: model card, recipe and software bill of materials.
+
+They are published, so none of them may hold a URI of the store or of a source.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from qlora_retrain.pipeline.plan import Plan
 
 
 def recipe(plan: Plan) -> dict[str, Any]:
-    """Everything that determined the version: identity fields, content pins, code identities; no place names."""
+    """Return everything that determined the version: identity fields, keys of inputs, code hashes and content pins."""
     return {
         "line": plan.line,
         "steps": {s.name: s.identity for s in plan.steps},
@@ -25,25 +28,30 @@ def recipe(plan: Plan) -> dict[str, Any]:
 
 
 def sbom(plan: Plan, version: str) -> dict[str, Any]:
-    """CycloneDX 1.5: the pinned packages and the base model."""
+    """Return the software bill of materials (CycloneDX 1.5): the pinned packages and the base model."""
+    # Read from constraints.txt, which also enters the code hash, and not from this environment: publish runs in the
+    # light image, where the packages that trained the model are not installed.
     pins = (project_root() / "constraints.txt").read_text()
     packages = sorted(
         re.findall(r"^([A-Za-z0-9._-]+)==([^\s;#]+)", pins, flags=re.MULTILINE), key=lambda p: p[0].lower()
     )
     libraries = [
-        {"type": "library", "name": name, "version": found, "purl": f"pkg:pypi/{name.lower()}@{found}"}
-        for name, found in packages
+        {"type": "library", "name": name, "version": pinned, "purl": f"pkg:pypi/{name.lower()}@{pinned}"}
+        for name, pinned in packages
     ]
+
     base = plan.sources["base_model"]
     assert base is not None
     model = {
         "type": "machine-learning-model",
         "name": "base_model",
         "version": base.key()[:12],
+        # Only files whose SHA-256 the plan computed, since an ETag or a commit is another kind of pin.
         "hashes": [
             {"alg": "SHA-256", "content": f.pin.removeprefix("sha256:")} for f in base.files if f.pin[:7] == "sha256:"
         ],
     }
+
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.5",
@@ -60,17 +68,19 @@ def model_card(
     verdict: Mapping[str, Any],
     numbers: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """A page for the person who finds the version: what it is, how it was judged, how to use it."""
+    """Return the model card: what the version is, how it was evaluated, and how to use it."""
+    # A model hub reads the front matter (between ---): the licence, and the library that loads the model.
     train = plan.step("train_qlora").identity
-    rows = [
+    rule_rows = [
         f"| {r['name']} | {_number(r.get('value'))} | {_number(r.get('low'))} to {_number(r.get('high'))} "
         f"| {_number(r.get('limit'))} | {'yes' if r['passed'] else 'no'} |"
         for r in verdict["rules"]
     ]
-    measured = [
+    contestant_rows = [
         f"| {name} | {_number(c.get('accuracy'))} | {_number(c.get('macro_f1'))} | {_number(c.get('loss'))} |"
         for name, c in verdict["contestants"].items()
     ]
+
     champion = plan.champion.version if plan.champion else "none: this is the line's first"
     system = plan.step("validate_data").identity["system"]
     return "\n".join(
@@ -87,20 +97,20 @@ def model_card(
             "",
             "| rule | value | interval | limit | passed |",
             "|---|---|---|---|---|",
-            *rows,
+            *rule_rows,
             "",
-            "| contestant | accuracy | macro-F1 | loss (nats a token) |",
+            "| contestant | accuracy | macro-F1 | loss (nats per token) |",
             "|---|---|---|---|",
-            *measured,
+            *contestant_rows,
             "",
-            f"Compared with the version in production: {champion}. The numbers above are of the 4-bit base with its "
-            "adapter; `evaluation/certificate.json` has those of the merged form in `model/`, the form that runs.",
+            f"Compared with the version in production: {champion}. The numbers above are those of the 4-bit base with "
+            "its adapter. `evaluation/certificate.json` has those of the merged form in `model/`, the form to run.",
             "",
             "## How it was made",
             "",
             f"QLoRA: rank {train['rank']}, alpha {train['alpha']:g}, learning rate {train['learning_rate']:g}, "
             f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows. "
-            "`recipe.json` has every setting and content pin, `sbom.json` the software.",
+            "`recipe.json` lists every setting and content pin, `sbom.json` the software.",
             "",
             "## How to use it",
             "",
@@ -112,4 +122,5 @@ def model_card(
 
 
 def _number(value: Any) -> str:
+    # A bool is an int in Python, and a rule without a number shows a dash.
     return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value or "-")

@@ -1,9 +1,10 @@
 """Publish an immutable version and move its aliases.
 
-Reads the manifests of dataset, adapter, evaluation and model; copies their files inside the store, files first and
-`manifest.json` last; then offers `latest` and moves `publish.promote_to` if it still names what the verdict compared
-with. Makes `release`: what was published, and which aliases moved.
-Refuses (11) content that a rollback has rejected; (75) an alias that moved meanwhile.
+Reads the manifests of dataset, adapter, evaluation and model, and copies their files inside the store, files first and
+`manifest.json` last. Then it moves `latest` forward, and moves `publish.promote_to` if that alias still names the
+version that the verdict compared with.
+Makes `release`: `release.json`, which says what was published and which aliases moved.
+Refuses (11) content that a rollback has rejected; ends with 75 where an alias has moved meanwhile.
 
 Command: `python -m components.publish --plan URI`
 """
@@ -18,15 +19,15 @@ from components.publish.documents import model_card, recipe, sbom
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
-from qlora_retrain.core.outcome import Number, Report
+from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, registry
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
 
-# What of each artifact a consumer gets, and where; what is not named here stays in the artifact.
-_APART = {
+# The files of each artifact that have another path in the version. These paths are part of every published version.
+_RENAMED_FILES = {
     "dataset": {"profile.json": "data/profile.json", "report.html": "reports/data.html"},
     "adapter": {
         "training.json": "training/training.json",
@@ -37,7 +38,9 @@ _APART = {
     "evaluation": {"evaluation.json": "evaluation/evaluation.json", "report.html": "reports/evaluation.html"},
     "model": {"certificate.json": "evaluation/certificate.json", "report.html": "reports/merge.html"},
 }
-_WHOLE = ("adapter", "model")  # the rest of these two goes below a folder of the same name, and is the content
+# The other files of these two artifacts go into a folder of the same name, and their hash is the version's content. The
+# other files of the remaining two artifacts are not published.
+_CONTENT_ARTIFACTS = ("adapter", "model")
 
 
 def run(
@@ -50,43 +53,51 @@ def run(
     *,
     plan: Plan,
     store: Store,
-) -> Report:
-    """Publish what both gates let through."""
+) -> StepResult:
+    """Publish the model that passed both gates: the evaluation and the certificate."""
+    # Only the adapter and the model are a version's content, so a new report of the same model makes no new version.
     inputs = {"dataset": dataset, "adapter": adapter, "evaluation": evaluation, "model": model}
     copies = {name: _targets(name, manifest) for name, manifest in inputs.items()}
     content = hashing.content_hash(
-        (target, file.sha256) for name in _WHOLE for file, target in copies[name] if target.startswith(f"{name}/")
+        (target, file.sha256)
+        for name in _CONTENT_ARTIFACTS
+        for file, target in copies[name]
+        if target.startswith(f"{name}/")
     )
-    version = registry.find_content(store, plan.line, content)
+
+    version = registry.find_by_content(store, plan.line, content)
     if version is None:
         version = _publish(config, plan, store, inputs, copies, content, release)
-    refused = None
-    registry.move(store, plan.line, registry.LATEST, version, reason=f"published by run {plan.run_id}")
+
+    refusal = None
+    registry.move_alias(store, plan.line, registry.LATEST, version, reason=f"published by run {plan.run_id}")
+
     if config.promote_to is not None:
         try:
             reason = f"passed both gates in run {plan.run_id}"
-            registry.move(store, plan.line, config.promote_to, version, reason=reason, expected=plan.target)
+            registry.move_alias(store, plan.line, config.promote_to, version, reason=reason, expected=plan.target)
         except QualityRefused as problem:
-            refused = problem
-    # Told from the plan, so that a retry after a crash says the same as the try that did the work.
+            refusal = problem
+
+    # Computed from the plan and not from what this attempt did, so that a retry after a crash reports the same numbers.
     numbers: dict[str, Number] = {
         "version": version.version,
         "published": version.provenance["run_id"] == plan.run_id,
-        "moved": config.promote_to is not None and refused is None and plan.target != version.version,
-        "promoted_to": config.promote_to if refused is None else None,
+        "moved": config.promote_to is not None and refusal is None and plan.target != version.version,
+        "promoted_to": config.promote_to if refusal is None else None,
         "files": len(version.files),
         "size_mib": round(sum(f.size_bytes for f in version.files) / 2**20, 1),
     }
     (release / "release.json").write_text(json.dumps({"line": plan.line, **numbers}, indent=1) + "\n")
-    return Report(numbers, refused=refused)
+    return StepResult(numbers, refused=refusal)
 
 
 def _targets(name: str, manifest: Manifest) -> list[tuple[File, str]]:
-    """(file, path in the version) of everything that is published of an artifact."""
-    apart = _APART[name]
-    if name in _WHOLE:
-        return [(f, apart.get(f.path, f"{name}/{f.path}")) for f in manifest.files]
-    return [(f, apart[f.path]) for f in manifest.files if f.path in apart]
+    """Return (file, path in the version) for each file of an artifact that is published."""
+    renamed = _RENAMED_FILES[name]
+    if name in _CONTENT_ARTIFACTS:
+        return [(f, renamed.get(f.path, f"{name}/{f.path}")) for f in manifest.files]
+    return [(f, renamed[f.path]) for f in manifest.files if f.path in renamed]
 
 
 def _publish(
@@ -96,30 +107,43 @@ def _publish(
     inputs: dict[str, Manifest],
     copies: dict[str, list[tuple[File, str]]],
     content: str,
-    work: Path,
+    release_folder: Path,
 ) -> Release:
+    """Write a new version: its documents and copied files first, its manifest last."""
+    # The plan's time and not the present time, so that a retry after a crash writes the same version.
     name = f"{plan.stamp}-{content[:12]}"
     folder = registry.version_folder(plan.line, name)
     verdict = _verdict(store, inputs["evaluation"])
     numbers = {artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()}
+
     documents = {
         "README.md": model_card(config, plan, name, verdict, numbers),
         "recipe.json": json.dumps(recipe(plan), indent=1) + "\n",
         "sbom.json": json.dumps(sbom(plan, name), indent=1) + "\n",
         "LICENCE.md": f"The model is published under: {config.licence}. Its software is listed in `sbom.json`.\n",
     }
-    written = work / "version"
-    written.mkdir()
+    document_folder = release_folder / "version"
+    document_folder.mkdir()
     for path, text in documents.items():
-        (written / path).write_text(text, encoding="utf-8")
-    store.copy([(f"{inputs[n].prefix}/{f.path}", f"{folder}/{t}") for n, pairs in copies.items() for f, t in pairs])
-    store.upload(written, folder, documents)
+        (document_folder / path).write_text(text, encoding="utf-8")
+
+    # Copied inside the store, so that gigabytes do not pass through this machine. Another attempt at the same version
+    # copies the same bytes, so overwriting is harmless.
+    store.copy(
+        [
+            (f"{inputs[artifact_name].prefix}/{file.path}", f"{folder}/{target}")
+            for artifact_name, pairs in copies.items()
+            for file, target in pairs
+        ]
+    )
+    store.upload(document_folder, folder, documents)
     copied = [f.model_copy(update={"path": target}) for pairs in copies.values() for f, target in pairs]
-    files = tuple(sorted([*copied, *artifact.list_files(written)], key=lambda f: f.path))
+    files = tuple(sorted([*copied, *artifact.list_files(document_folder)], key=lambda f: f.path))
     _check_copied(store, folder, files)
+
     base = plan.sources["base_model"]
     assert base is not None
-    return registry.complete(
+    return registry.complete_version(
         store,
         Release(
             line=plan.line,
@@ -139,25 +163,25 @@ def _publish(
 
 
 def _anchor(plan: Plan, version: str, model: Manifest) -> str:
-    """The line's best version from now on: this one, where its merged form was surely better than the best."""
+    """Return the line's best version from now on: this one only if its merged form was surely better than the best."""
     if model.numbers.get("best") == "anchor" and plan.anchor:
         return plan.anchor.version
     return plan.champion.version if model.numbers.get("best") == "champion" and plan.champion else version
 
 
 def _verdict(store: Store, evaluation: Manifest) -> dict[str, Any]:
-    """The evaluation's document, verified: the model card repeats it."""
+    """Return the evaluation's document after checking its hash, because the model card repeats its numbers."""
     data = store.read(f"{evaluation.prefix}/evaluation.json").data
-    promised = next(f.sha256 for f in evaluation.files if f.path == "evaluation.json")
-    if hashing.sha256_bytes(data) != promised:
-        raise artifact.corrupt(store, evaluation, "evaluation.json: its sha256 differs from the manifest's")
-    found: dict[str, Any] = json.loads(data)
-    return found
+    expected = next(f.sha256 for f in evaluation.files if f.path == "evaluation.json")
+    if hashing.sha256_bytes(data) != expected:
+        raise artifact.corruption_error(store, evaluation, "evaluation.json: its sha256 differs from the manifest's")
+    verdict: dict[str, Any] = json.loads(data)
+    return verdict
 
 
 def _check_copied(store: Store, folder: str, files: tuple[File, ...]) -> None:
-    """Names and sizes of what was copied, before the manifest promises them."""
-    there = {e.path.removeprefix(f"{folder}/"): e.size_bytes for e in store.list(folder)}
-    wrong = [f.path for f in files if there.get(f.path) != f.size_bytes]
-    if wrong:
-        raise IntegrityError(f"{store.uri}/{folder}/{wrong[0]}: was not copied whole; run again")
+    """Check the names and sizes of the copied files before the manifest promises them."""
+    sizes_bytes = {e.path.removeprefix(f"{folder}/"): e.size_bytes for e in store.list(folder)}
+    incomplete = [f.path for f in files if sizes_bytes.get(f.path) != f.size_bytes]
+    if incomplete:
+        raise IntegrityError(f"{store.uri}/{folder}/{incomplete[0]}: was not copied completely; run the step again")

@@ -1,7 +1,10 @@
-from qlora_retrain.pipeline.step_main import Run, main
+"""Run the step: `python -m components.quantize_model --plan URI`."""
+
+from qlora_retrain.pipeline.step_main import StepFunction, main
 
 
-def load() -> Run:  # -> the step's run; imported only when there is work to do
+def load() -> StepFunction:
+    """Return the step's `run`. Its imports take seconds, so they are made only when there is work to do."""
     from components.quantize_model.step import run
 
     return run

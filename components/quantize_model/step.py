@@ -1,9 +1,9 @@
-"""Store the base model in 4 bits (NF4, with double quantization unless told otherwise), once, on the CPU.
+"""Store the base model in 4 bits (NF4, by default with double quantization), once, on the CPU.
 
 Reads base_model: a Hugging Face folder with 16- or 32-bit safetensors weights and a tokenizer.
 Makes base_nf4: the same model pre-quantized by bitsandbytes, its tokenizer files copied byte by byte, and
-`quantization.json` with what was measured: bits a weight, sizes, the error of each kind of layer.
-Refuses (13) unsafe or damaged bases and a result that is not what was promised; (12) what is no base model.
+`quantization.json` with what was measured: bits per weight, sizes, the error of each kind of layer.
+Refuses (13) an unsafe or damaged base, and a result whose size is not the expected one; (12) what is no base model.
 
 Command: `python -m components.quantize_model --plan URI`
 """
@@ -18,29 +18,31 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from components.quantize_model.measure import layer_errors, promised_bits, stored_bits
+from components.quantize_model.quantization_stats import expected_bits, layer_errors, stored_bits
 from qlora_retrain.config.sections import QuantizeConfig
-from qlora_retrain.core import graph, progress
+from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.core.outcome import Report
+from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import loading
 from qlora_retrain.lm.chat import load_tokenizer
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
 
-SHARD_SIZE = "5GB"
-TOLERANCE = 0.01  # of the bits a weight, against the arithmetic of the method
+SHARD_SIZE = "5GB"  # set here, so that a new default of transformers cannot change the files
+TOLERANCE = 0.01  # relative, of the stored bits per weight against the method's arithmetic
 
 
-def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> Report:
+def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     """Quantize, save, measure the saved tensors, and check that they load to the same model.
 
     Raises:
         UsageError: If `base_model` is no causal language model in 16 bits with a tokenizer.
-        IntegrityError: If it is unsafe or damaged, or the stored form is not what was promised.
+        IntegrityError: If it is unsafe or damaged, or the stored form does not have the expected bits or tensors.
     """
+    # The error of each layer needs both forms, so it is measured before the model is saved and dropped.
     progress.update("quantizing", 0, 3)
-    model = _quantized(config, base_model)
+    model = _quantize(config, base_model)
     errors = layer_errors(model, base_model)
-    state = _stored_state(model)
+    state = _checked_state(model)
     progress.update("quantizing", 1, 3)
 
     model.config._name_or_path = ""  # a path of this machine must not enter the artifact
@@ -49,21 +51,24 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> Report:
     _copy_tokenizer(base_model, base_nf4)
     progress.update("quantizing", 2, 3)
 
+    # Another version of bitsandbytes could silently store other blocks or scales.
     bits = stored_bits(base_nf4)
-    promised = promised_bits(config.double_quant)
-    if abs(bits.per_weight / promised - 1) > TOLERANCE:
+    expected = expected_bits(config.double_quant)
+    if abs(bits.per_weight / expected - 1) > TOLERANCE:
         raise IntegrityError(
-            f"base_nf4: {bits.per_weight:.4f} bits a weight are stored where {promised:.4f} are promised; "
+            f"base_nf4: {bits.per_weight:.4f} bits per weight are stored where {expected:.4f} are expected; "
             "the installed bitsandbytes does not quantize as this step expects"
         )
-    if not _same(state, loading.load_nf4(base_nf4, dtype="bfloat16").state_dict()):  # packed, as stored
-        raise IntegrityError("base_nf4: the saved model loads as another than the one it was saved from")
+    # With bfloat16, loading keeps the weights packed, as they are stored.
+    if not _is_identical(state, loading.load_nf4(base_nf4, dtype="bfloat16").state_dict()):
+        raise IntegrityError("base_nf4: the saved model loads with other tensors than it was saved from")
     progress.update("quantizing", 3, 3, bits_per_weight=bits.per_weight)
 
+    # These numbers go to the manifest and, with the errors by layer, to quantization.json.
     numbers = {
         "bits_per_weight": round(bits.per_weight, 5),
         "bits_per_weight_with_tables": round(bits.per_weight_with_tables, 5),
-        "bits_per_weight_promised": round(promised, 5),
+        "bits_per_weight_promised": round(expected, 5),
         "quantized_weights": bits.weights,
         "relative_error": round(errors["all"], 5),
         "size_bytes": _weights_bytes(base_nf4),
@@ -76,42 +81,52 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> Report:
     }
     (base_nf4 / "quantization.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     for path in base_nf4.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600, which another user's consumer could not read
-    return Report(numbers)
+        path.chmod(0o644)  # safetensors writes 0600, which a consumer under another user could not read
+    return StepResult(numbers)
 
 
-def _quantized(config: QuantizeConfig, base_model: Path) -> PreTrainedModel:
+def _quantize(config: QuantizeConfig, base_model: Path) -> PreTrainedModel:
+    """Load the base model with its linear layers quantized while they are read."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
     )
-    model = loading.load_base(base_model, dtype=config.dtype, quantization=settings)
+    model = loading.load_base(base_model, dtype=config.compute_dtype, quantization=settings)
+
+    # bitsandbytes silently leaves other layers in 16 bits; a model of only such layers would not be a 4-bit model.
     if not any(isinstance(module, Linear4bit) for module in model.modules()):
         raise UsageError(f"base_model: {type(model).__name__} has no linear layer that bitsandbytes can quantize")
     return model
 
 
-def _stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every tensor that is stored: codes, scales, the scales' scales, and what stays in 16 bits."""
+def _checked_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return every tensor that is stored: codes, scales, the scales' scales, and what stays in 16 bits.
+
+    Raises:
+        IntegrityError: If a number of them is not finite.
+    """
     state = dict(model.state_dict())
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise IntegrityError(f"base_model: {name} holds numbers that are not finite; quantizing cannot mend them")
+            raise IntegrityError(
+                f"base_model: {name} holds numbers that are not finite; quantization cannot repair them"
+            )
     return state
 
 
-def _same(saved: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> bool:
-    """Whether two states are the same bit by bit."""
+def _is_identical(saved: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> bool:
+    """Return whether two states are the same bit by bit."""
     return saved.keys() == loaded.keys() and all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
 
 
 def _copy_tokenizer(base_model: Path, base_nf4: Path) -> None:
-    for pattern in graph.TOKENIZER_FILES:
+    for pattern in TOKENIZER_FILES:
         for path in sorted(base_model.glob(pattern)):
-            if path.name != "config.json":  # the 4-bit form has its own
+            if path.name != "config.json":  # the 4-bit base has its own
                 shutil.copyfile(path, base_nf4 / path.name)
+    # This refuses a base without a chat template now, and not after hours of training.
     load_tokenizer(base_nf4)
 
 

@@ -1,8 +1,22 @@
-"""Causal attention in the rows of a line (`packed`), forwards and backwards in a few operations over all rows at once.
+"""Compute causal attention over packed rows, forward and backward, in a few operations for all rows at once.
 
-Written by hand because autograd, over the dozen operations that find rows in a line, keeps padded copies of queries,
-keys, values and scores for every layer. Here the line's own are kept, and the rest is made again: a beginning that
-many short rows share costs no memory in each of them.
+`packing` lays out the rows of a micro-batch as one sequence of T tokens, with their shared prefix only once. Here the
+tokens are gathered into padded rows, all rows are computed as one batch, and the outputs go back to the T tokens.
+
+The backward pass is written by hand. Autograd would keep padded copies of queries, keys, values and scores for every
+layer. Here only the packed queries, keys and values are kept, and the rest is recomputed. So a prefix that many short
+rows share takes its memory only once.
+
+The letters in shapes:
+
+    T   tokens of the packed batch, the shared prefix first.
+    R   rows: the prefix in chunks of L tokens, then one row for each suffix.
+    L   query positions of a row.
+    S   key positions of a row: the prefix, the row's own tokens, padding.
+    H   query heads.
+    K   key/value heads; H is a multiple of K.
+    D   width of a head.
+    DV  width of a value's head, which may differ from D.
 """
 
 from __future__ import annotations
@@ -14,175 +28,224 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-PLACES = 32  # a row looks at a multiple of so many: softmax over 57 bf16 numbers takes a CPU three times that over 64
+KV_LENGTH_MULTIPLE = (
+    32  # S is padded to a multiple: on a CPU, softmax over 57 bf16 numbers takes three times as long as over 64
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """Where things are, for so many heads: indices into what is flattened to (..., width).
+class HeadIndex:
+    """Indices between packed tokens and rows for a number of heads, into tensors flattened to (N, D).
 
     Attributes:
-        asked: (rows * heads * length,) of queries, in the line's (tokens * heads)
-        seen: (rows * groups * places,) of keys and values, in the line's (tokens * groups)
-        asking: (tokens * heads,) of the line's queries, among those asked
-        own: ((tokens - shared) * groups,) of the line's keys after the shared ones, among those seen
-        bias: (rows * groups, heads a group * length, places), to add to the scores
+        q_index: (R * H * L,) for each query position, its query among the packed (T * H)
+        kv_index: (R * K * S,) for each key position, its key or value among the packed (T * K)
+        q_inverse: (T * H,) for each packed query, its position in `q_index`
+        own_kv_index: ((T - prefix) * K,) for each packed key after the prefix, its position in `kv_index`
+        attn_bias: (R * K, H / K * L, S), added to the scores
     """
 
-    asked: Tensor
-    seen: Tensor
-    asking: Tensor
-    own: Tensor
-    bias: Tensor
+    q_index: Tensor
+    kv_index: Tensor
+    q_inverse: Tensor
+    own_kv_index: Tensor
+    attn_bias: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """The rows of a line, all of one length, filled up; the shared tokens, cut to that length, are rows of their own.
+class RowLayout:
+    """The rows of a packed batch, padded to one length; chunks of the shared prefix are rows of their own.
 
     Attributes:
-        ask: (rows, length) the token of the line that asks at each place; any where none does
-        see: (rows, places) likewise of those that are looked at: the shared ones, the row's own, and filling
-        place: (tokens,) where in (rows * length) a token of the line is
-        bias: (rows, length, places) to add to the scores: 0 where a row may look, else the lowest number
-        shared: tokens that all rows begin with
+        query_tokens: (R, L), the token at each query position; any token where the row has none
+        key_tokens: (R, S), the token at each key position: the prefix, the row's own tokens, padding
+        token_slots: (T,), the position of each token among the (R * L) query positions
+        attn_bias: (R, L, S), added to the scores: 0 where a query may see a key, else the lowest number
+        prefix_len: the number of tokens in the shared prefix
+        head_indices: the cache of `head_index`, by (query heads, key/value heads)
     """
 
-    ask: Tensor
-    see: Tensor
-    place: Tensor
-    bias: Tensor
-    shared: int
-    made: dict[tuple[int, int], Heads] = field(default_factory=dict)
+    query_tokens: Tensor
+    key_tokens: Tensor
+    token_slots: Tensor
+    attn_bias: Tensor
+    prefix_len: int
+    head_indices: dict[tuple[int, int], HeadIndex] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rest: Tensor, shared: int, dtype: torch.dtype) -> Grid:
-        """`rest` (rows, length) bool: where there are tokens, after the shared ones."""
-        length, device = rest.shape[1], rest.device
-        cuts = -(-shared // length)  # rows for the shared tokens
-        of_shared = torch.arange(cuts * length, device=device).view(cuts, length)
-        numbers = (shared - 1 + rest.reshape(-1).cumsum(0)).view(rest.shape)
-        ask = torch.cat([of_shared.clamp(max=max(shared - 1, 0)), numbers.clamp(min=0)])
-        filling = -(shared + length) % PLACES
-        see = pad(torch.cat([torch.arange(shared, device=device).expand(len(ask), -1), ask], dim=1), (0, filling))
-        earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        own = torch.cat([rest.new_zeros(cuts, length, length), earlier & rest.unsqueeze(1)])
-        before = of_shared.unsqueeze(2) >= torch.arange(shared, device=device)
-        beginning = torch.cat([before, rest.new_ones(len(rest), length, shared)])
-        may = pad(torch.cat([beginning, own], dim=2), (0, filling))
-        bias = torch.zeros(may.shape, dtype=dtype, device=device).masked_fill_(~may, torch.finfo(dtype).min)
-        place = torch.cat([of_shared.view(-1)[:shared], cuts * length + rest.reshape(-1).nonzero().squeeze(1)])
-        return cls(ask, see, place, bias, shared)
+    def from_mask(cls, suffix_mask: Tensor, prefix_len: int, dtype: torch.dtype) -> RowLayout:
+        """Build the layout from `suffix_mask` (rows, L), true where a row has a token after the shared prefix."""
+        length, device = suffix_mask.shape[1], suffix_mask.device
 
-    def heads(self, heads: int, groups: int) -> Heads:
-        """For so many heads, in groups that share keys and values; made once for all layers."""
-        found = self.made.get((heads, groups))
-        if found is None:
-            length, seen = self.bias.shape[1:]
-            head, group = (torch.arange(n, device=self.ask.device) for n in (heads, groups))
-            row, column = self.place // length, self.place % length
-            own_row, own_column = row[self.shared :, None], column[self.shared :, None]
-            each = self.bias[:, None, None].expand(-1, groups, heads // groups, -1, -1)
-            found = self.made[heads, groups] = Heads(
-                asked=(self.ask.unsqueeze(1) * heads + head[:, None]).view(-1),
-                seen=(self.see.unsqueeze(1) * groups + group[:, None]).view(-1),
-                asking=((row[:, None] * heads + head) * length + column[:, None]).view(-1),
-                own=((own_row * groups + group) * seen + self.shared + own_column).view(-1),
-                bias=each.reshape(-1, heads // groups * length, seen),
+        # Packed suffix tokens follow the prefix in row-major order, so a running count over the mask numbers them.
+        num_chunks = -(-prefix_len // length)
+        prefix_positions = torch.arange(num_chunks * length, device=device).view(num_chunks, length)  # (chunks, L)
+        suffix_tokens = (prefix_len - 1 + suffix_mask.reshape(-1).cumsum(0)).view(suffix_mask.shape)  # (rows, L)
+        query_tokens = torch.cat([prefix_positions.clamp(max=max(prefix_len - 1, 0)), suffix_tokens.clamp(min=0)])
+
+        # Every row carries its own copy of the prefix's positions; the tokens themselves are gathered per layer.
+        padding = -(prefix_len + length) % KV_LENGTH_MULTIPLE
+        key_tokens = pad(
+            torch.cat([torch.arange(prefix_len, device=device).expand(len(query_tokens), -1), query_tokens], dim=1),
+            (0, padding),
+        )
+
+        # A suffix sees the whole prefix and its own earlier tokens. A chunk of the prefix sees earlier prefix tokens
+        # through the prefix's key positions alone: through its own positions it would see them twice.
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        sees_own = torch.cat([suffix_mask.new_zeros(num_chunks, length, length), causal & suffix_mask.unsqueeze(1)])
+        chunk_sees_prefix = prefix_positions.unsqueeze(2) >= torch.arange(prefix_len, device=device)
+        sees_prefix = torch.cat([chunk_sees_prefix, suffix_mask.new_ones(len(suffix_mask), length, prefix_len)])
+        # (R, L, prefix) and (R, L, L) side by side, then padding: (R, L, S)
+        is_visible = pad(torch.cat([sees_prefix, sees_own], dim=2), (0, padding))
+
+        # Softmax turns the lowest number into exactly 0, so any token may fill a padded position.
+        attn_bias = torch.zeros(is_visible.shape, dtype=dtype, device=device).masked_fill_(
+            ~is_visible, torch.finfo(dtype).min
+        )
+        token_slots = torch.cat(
+            [prefix_positions.view(-1)[:prefix_len], num_chunks * length + suffix_mask.reshape(-1).nonzero().squeeze(1)]
+        )
+        return cls(query_tokens, key_tokens, token_slots, attn_bias, prefix_len)
+
+    def head_index(self, num_heads: int, num_kv_heads: int) -> HeadIndex:
+        """Return the indices for a number of heads; they are built once for all layers."""
+        index = self.head_indices.get((num_heads, num_kv_heads))
+        if index is None:
+            length, kv_length = self.attn_bias.shape[1:]
+            head, kv_head = (torch.arange(n, device=self.query_tokens.device) for n in (num_heads, num_kv_heads))
+            row, column = self.token_slots // length, self.token_slots % length
+            own_row, own_column = row[self.prefix_len :, None], column[self.prefix_len :, None]
+
+            # Heads come before positions within a row, so that one batched product serves every head of a row. The
+            # H / K query heads of a group lie side by side: they multiply the same keys and values.
+            bias = self.attn_bias[:, None, None].expand(-1, num_kv_heads, num_heads // num_kv_heads, -1, -1)
+            index = self.head_indices[num_heads, num_kv_heads] = HeadIndex(
+                q_index=(self.query_tokens.unsqueeze(1) * num_heads + head[:, None]).view(-1),
+                kv_index=(self.key_tokens.unsqueeze(1) * num_kv_heads + kv_head[:, None]).view(-1),
+                q_inverse=((row[:, None] * num_heads + head) * length + column[:, None]).view(-1),
+                own_kv_index=((own_row * num_kv_heads + kv_head) * kv_length + self.prefix_len + own_column).view(-1),
+                attn_bias=bias.reshape(-1, num_heads // num_kv_heads * length, kv_length),
             )
-        return found
+        return index
 
 
-class ByRows(torch.autograd.Function):  # type: ignore[misc]
-    """softmax(s · q kᵀ + bias) v in each row; keys and values may have fewer heads, each for a group of the others."""
+class SharedPrefixAttention(torch.autograd.Function):  # type: ignore[misc]
+    """Compute softmax(scaling * q kᵀ + bias) v in each row; with grouped-query attention, K is smaller than H."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float, fused: bool) -> Tensor:
-        """`query` (tokens, heads, width), `key` (tokens, groups, width), `value` (tokens, groups, width of its own).
-
-        Returns (tokens, heads, width of a value).
-        """
-        at = grid.heads(query.shape[1], key.shape[1])
-        q, k, v = in_rows(query, key, value, at)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float, use_sdpa: bool
+    ) -> Tensor:
+        """Return (T, H, DV) from `query` (T, H, D), `key` (T, K, D) and `value` (T, K, DV)."""
+        index = layout.head_index(query.shape[1], key.shape[1])
+        q, k, v = gather_rows(query, key, value, index)  # (R * K, H / K * L, D), (R * K, S, D), (R * K, S, DV)
         ctx.save_for_backward(query, key, value)
-        ctx.grid, ctx.scaling, ctx.fused = grid, scaling, fused
-        mixed = by_kernel(q, k, v, grid, scaling) if fused else torch.bmm(shares(q, k, at, scaling), v)
-        return flat(mixed).index_select(0, at.asking).view(*query.shape[:2], -1)
+        ctx.layout, ctx.scaling, ctx.use_sdpa = layout, scaling, use_sdpa
+
+        attn_output = (
+            sdpa_forward(q, k, v, layout, scaling) if use_sdpa else torch.bmm(attention_probs(q, k, index, scaling), v)
+        )
+        return flatten_tokens(attn_output).index_select(0, index.q_inverse).view(*query.shape[:2], -1)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Of queries, keys and values."""
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query (T, H, D), key (T, K, D) and value (T, K, DV)."""
         query, key, value = ctx.saved_tensors
-        at = ctx.grid.heads(query.shape[1], key.shape[1])
-        rows = in_rows(query, key, value, at)
-        of_mixed = spread(upstream, at).view(*rows[0].shape[:2], -1)
-        by = of_kernel if ctx.fused else of_shares
-        of_query, of_key, of_value = by(of_mixed, *rows, at, ctx.grid, ctx.scaling)
-        of_query = flat(of_query).index_select(0, at.asking).view(query.shape)
-        of_key, of_value = gathered(of_key, at, ctx.grid, key.shape), gathered(of_value, at, ctx.grid, value.shape)
-        return of_query, of_key, of_value, None, None, None
+        index = ctx.layout.head_index(query.shape[1], key.shape[1])
+        rows = gather_rows(query, key, value, index)  # recomputed to save memory: see the module docstring
+        grad_attn_output = scatter_rows(grad_output, index).view(*rows[0].shape[:2], -1)  # (R * K, H / K * L, DV)
+
+        row_backward = sdpa_backward if ctx.use_sdpa else eager_backward
+        grad_query, grad_key, grad_value = row_backward(grad_attn_output, *rows, index, ctx.layout, ctx.scaling)
+
+        grad_query = flatten_tokens(grad_query).index_select(0, index.q_inverse).view(query.shape)
+        grad_key, grad_value = (
+            reduce_kv_grad(grad_key, index, ctx.layout, key.shape),
+            reduce_kv_grad(grad_value, index, ctx.layout, value.shape),
+        )
+        return grad_query, grad_key, grad_value, None, None, None
 
 
-def in_rows(query: Tensor, key: Tensor, value: Tensor, at: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows * groups, heads a group * length, width) of queries, (rows * groups, places, width) of others."""
-    batch, asked, seen = at.bias.shape
-    q = flat(query).index_select(0, at.asked).view(batch, asked, -1)
-    k, v = (flat(x).index_select(0, at.seen).view(batch, seen, -1) for x in (key, value))
+def gather_rows(query: Tensor, key: Tensor, value: Tensor, index: HeadIndex) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy the packed tokens into rows: queries (R * K, H / K * L, D), keys (R * K, S, D), values (R * K, S, DV)."""
+    batch, length, kv_length = index.attn_bias.shape
+    q = flatten_tokens(query).index_select(0, index.q_index).view(batch, length, -1)
+    k, v = (flatten_tokens(x).index_select(0, index.kv_index).view(batch, kv_length, -1) for x in (key, value))
     return q, k, v
 
 
-def shares(query: Tensor, key: Tensor, at: Heads, scaling: float) -> Tensor:
-    """How much each place looks at each other, (rows * groups, heads a group * length, places)."""
-    return torch.baddbmm(at.bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
+def attention_probs(query: Tensor, key: Tensor, index: HeadIndex, scaling: float) -> Tensor:
+    """Return the attention probabilities, (R * K, H / K * L, S)."""
+    return torch.baddbmm(index.attn_bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
 
 
-def of_shares(
-    of_mixed: Tensor, query: Tensor, key: Tensor, value: Tensor, at: Heads, grid: Grid, scaling: float
+def eager_backward(
+    grad_attn_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: HeadIndex,
+    layout: RowLayout,
+    scaling: float,
 ) -> tuple[Tensor, ...]:
-    """The gradients of the three in rows, written out."""
-    share = shares(query, key, at, scaling)
-    of_share = torch.bmm(of_mixed, value.transpose(1, 2))
-    of_scores = torch._softmax_backward_data(of_share, share, -1, share.dtype).mul_(scaling)
-    of_key = torch.bmm(of_scores.transpose(1, 2), query)
-    return torch.bmm(of_scores, key), of_key, torch.bmm(share.transpose(1, 2), of_mixed)
+    """Return the gradients of queries, keys and values in rows, by the formulas of softmax attention."""
+    probs = attention_probs(query, key, index, scaling)
+
+    # With P the probabilities and S the scores: dS = P * (dP - sum(dP * P)), then dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO.
+    grad_probs = torch.bmm(grad_attn_output, value.transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scaling)
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+    return torch.bmm(grad_scores, key), grad_key, torch.bmm(probs.transpose(1, 2), grad_attn_output)
 
 
-def of_kernel(
-    of_mixed: Tensor, query: Tensor, key: Tensor, value: Tensor, at: Heads, grid: Grid, scaling: float
+def sdpa_backward(
+    grad_attn_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: HeadIndex,
+    layout: RowLayout,
+    scaling: float,
 ) -> tuple[Tensor, ...]:
-    """The same by torch's kernel."""
+    """Return the same gradients as `eager_backward`, by running torch's fused attention once more under autograd."""
+    # torch has no public backward for the kernel that it picks, and autograd is off inside `backward`.
     with torch.enable_grad():
         q, k, v = (x.requires_grad_() for x in (query, key, value))
-        mixed = by_kernel(q, k, v, grid, scaling)
-    found: tuple[Tensor, ...] = torch.autograd.grad(mixed, (q, k, v), of_mixed.view(mixed.shape))
-    return found
+        attn_output = sdpa_forward(q, k, v, layout, scaling)
+    grads: tuple[Tensor, ...] = torch.autograd.grad(attn_output, (q, k, v), grad_attn_output.view(attn_output.shape))
+    return grads
 
 
-def by_kernel(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scaling: float) -> Tensor:
-    """What is looked at, by torch's kernel; (rows, heads, length, width of a value)."""
-    rows, length, _ = grid.bias.shape
-    groups = len(query) // rows
-    q = query.view(rows, -1, length, query.shape[-1])
-    k, v = (x.view(rows, groups, -1, x.shape[-1]) for x in (key, value))
-    bias = grid.bias.unsqueeze(1)
-    return scaled_dot_product_attention(q, k, v, bias, scale=scaling, enable_gqa=q.shape[1] != groups)
+def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
+    """Return the attention output by torch's fused attention, (R, H, L, DV)."""
+    num_rows, length, _ = layout.attn_bias.shape
+    num_kv_heads = len(query) // num_rows
+    q = query.view(num_rows, -1, length, query.shape[-1])  # (R, H, L, D)
+    k, v = (x.view(num_rows, num_kv_heads, -1, x.shape[-1]) for x in (key, value))  # (R, K, S, D), (R, K, S, DV)
+    bias = layout.attn_bias.unsqueeze(1)  # (R, 1, L, S)
+    return scaled_dot_product_attention(q, k, v, bias, scale=scaling, enable_gqa=q.shape[1] != num_kv_heads)
 
 
-def spread(upstream: Tensor, at: Heads) -> Tensor:
-    """The gradient of the line at the places of its rows, 0 elsewhere; (rows * heads * length, width)."""
-    of_rows = upstream.new_zeros(len(at.asked), upstream.shape[-1])
-    return of_rows.index_copy_(0, at.asking, flat(upstream))
+def scatter_rows(grad_output: Tensor, index: HeadIndex) -> Tensor:
+    """Copy the gradient of the packed tokens to their query positions, (R * H * L, DV), with 0 elsewhere."""
+    # The forward pass drops what a padded position computes, so its gradient is 0.
+    grad_rows = grad_output.new_zeros(len(index.q_index), grad_output.shape[-1])
+    return grad_rows.index_copy_(0, index.q_inverse, flatten_tokens(grad_output))
 
 
-def gathered(of_rows: Tensor, at: Heads, grid: Grid, shape: torch.Size) -> Tensor:
-    """The gradient of the line's keys or values: for the shared ones what all rows give them."""
-    own = flat(of_rows).index_select(0, at.own).view(-1, *shape[1:])
-    if not grid.shared:
-        return own
-    by_row = of_rows.view(-1, shape[1], of_rows.shape[1], shape[2])  # (rows, groups, places, width)
-    return torch.cat([by_row[:, :, : grid.shared].sum(0).transpose(0, 1), own])
+def reduce_kv_grad(grad_rows: Tensor, index: HeadIndex, layout: RowLayout, shape: torch.Size) -> Tensor:
+    """Return the gradient of the packed keys or values; that of the prefix is summed over all rows that see it."""
+    # Padded key positions are left out: their probabilities are 0, and so are their gradients.
+    grad_own = flatten_tokens(grad_rows).index_select(0, index.own_kv_index).view(-1, *shape[1:])  # (T - prefix, K, D)
+    if not layout.prefix_len:
+        return grad_own
+
+    # A token of the prefix is the same key in every row, so its gradient is the sum over the rows.
+    by_row = grad_rows.view(-1, shape[1], grad_rows.shape[1], shape[2])  # (R, K, S, D)
+    return torch.cat([by_row[:, :, : layout.prefix_len].sum(0).transpose(0, 1), grad_own])
 
 
-def flat(x: Tensor) -> Tensor:
-    """(..., width) as (all, width)."""
+def flatten_tokens(x: Tensor) -> Tensor:
+    """Reshape (..., D) to (N, D)."""
     return x.reshape(-1, x.shape[-1])

@@ -1,6 +1,7 @@
-"""What the log of the Trainer, which is in every checkpoint, says of a run: steps, speed, measurements.
+"""Read a run's steps, speed and evaluations from the Trainer's log, which is in every checkpoint.
 
-The log is a list of entries; those with `loss` are optimizer steps, those with `eval_loss` measurements on the way.
+The log is a list of entries. An entry with `loss` is an optimizer step; an entry with `eval_loss` is an evaluation
+during training.
 """
 
 from __future__ import annotations
@@ -8,57 +9,60 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-Log = Sequence[dict[str, Any]]
-STEP = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
-TIMING = ("step", "tokens_per_second", "memory_mib")
-CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
+LogHistory = Sequence[dict[str, Any]]
+STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
+TIMING_FIELDS = ("step", "tokens_per_second", "memory_mib")
+CURVE_FIELDS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
 
 
-def steps(log: Log) -> list[dict[str, Any]]:
-    """Loss, gradient norm, learning rate and tokens of every step: the same in every run of the same recipe."""
-    return [{name: entry[name] for name in STEP} for entry in log if "loss" in entry]
+def steps(log: LogHistory) -> list[dict[str, Any]]:
+    """Return loss, gradient norm, learning rate and tokens of every step; every run of a recipe has the same ones."""
+    return [{name: entry[name] for name in STEP_FIELDS} for entry in log if "loss" in entry]
 
 
-def timings(log: Log) -> list[dict[str, Any]]:
-    """What differs from run to run: speed and memory of every step."""
-    return [{name: entry[name] for name in TIMING} for entry in log if "loss" in entry]
+def timings(log: LogHistory) -> list[dict[str, Any]]:
+    """Return speed and memory of every step, which differ from run to run."""
+    return [{name: entry[name] for name in TIMING_FIELDS} for entry in log if "loss" in entry]
 
 
-def seconds(log: Log) -> float:
-    """What the steps took, with the measurements and saves between them; of work that was lost in a crash, nothing."""
+def training_seconds(log: LogHistory) -> float:
+    """Return the time that the logged steps took, evaluations and saves between them included.
+
+    Steps that were lost in a crash are not in the log, so their time does not count.
+    """
     return sum(float(entry["tokens"] / entry["tokens_per_second"]) for entry in log if "loss" in entry)
 
 
-def batch_size(log: Log) -> int | None:
-    """That of the last step, None where there is none."""
+def last_batch_size(log: LogHistory) -> int | None:
+    """Return the batch size of the last step, None where there is no step."""
     return next((entry["batch_size"] for entry in reversed(log) if "batch_size" in entry), None)
 
 
-def peak_mib(log: Log) -> int:
-    """The most memory of any step."""
+def peak_memory_mib(log: LogHistory) -> int:
+    """Return the largest memory of any step."""
     return max((int(entry["memory_mib"]) for entry in log if "loss" in entry), default=0)
 
 
-def curves(log: Log) -> list[tuple[int, float, dict[str, float]]]:
-    """(step, seconds since 1970, numbers by name) of every step and measurement, for TensorBoard."""
+def curves(log: LogHistory) -> list[tuple[int, float, dict[str, float]]]:
+    """Return (step, seconds since 1970, values by tag) of every step and evaluation, for TensorBoard."""
     return [
-        (entry["step"], entry["time"], {f"train/{name}": entry[name] for name in CURVES if name in entry})
+        (entry["step"], entry["time"], {f"train/{name}": entry[name] for name in CURVE_FIELDS if name in entry})
         for entry in log
         if "time" in entry
     ]
 
 
-def evaluations(log: Log) -> list[tuple[int, float]]:
-    """(step, mean loss a supervised token of the evaluation rows) of every measurement."""
+def eval_losses(log: LogHistory) -> list[tuple[int, float]]:
+    """Return (step, mean loss per supervised token of the evaluation rows) of every evaluation."""
     return [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
 
 
-def best_step(log: Log) -> int | None:
-    """The step of the lowest evaluation loss, None where none was measured."""
-    return min(evaluations(log), key=lambda found: found[1], default=(None, 0.0))[0]
+def best_step(log: LogHistory) -> int | None:
+    """Return the step of the lowest evaluation loss, None where there was no evaluation."""
+    return min(eval_losses(log), key=lambda step_and_loss: step_and_loss[1], default=(None, 0.0))[0]
 
 
-def no_better(log: Log, patience: int | None) -> bool:
-    """Whether the last `patience` measurements were no better than the best before them."""
-    losses = [loss for _, loss in evaluations(log)]
+def has_stopped_improving(log: LogHistory, patience: int | None) -> bool:
+    """Return whether none of the last `patience` evaluations was better than the best before them."""
+    losses = [loss for _, loss in eval_losses(log)]
     return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])

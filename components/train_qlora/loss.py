@@ -1,4 +1,4 @@
-"""The loss of the supervised tokens, with logits computed only where the next token is supervised, a part at a time.
+"""Compute the loss of the supervised tokens, with logits only where the next token is supervised, chunk by chunk.
 
 With a vocabulary of 49,152 and answers of a few tokens, full logits would be most of a step's work and memory.
 """
@@ -13,132 +13,154 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from components.train_qlora import packed, ranks
-from components.train_qlora.rows import IGNORED, Batch, Collate, Rows
+from components.train_qlora import distributed, packing
+from components.train_qlora.data import IGNORE_INDEX, Batch, PaddingCollator, TokenizedDataset
 from qlora_retrain.core import progress, signals
-from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.core.errors import Cause, TryAgain
 
-CHUNK = 512  # positions whose logits exist at a time: 100 MB for 49,152 words in fp32
-PROBED = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: see `logits_are_the_heads`
+CHUNK_POSITIONS = 512  # logits in memory at a time: 100 MB in fp32 with a vocabulary of 49,152
+PLAIN_LOGITS_CACHE = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: the results of `has_plain_logits`
 
 
-def supervised(batch: Batch) -> Tensor:
-    """(batch, seq - 1) bool: the positions whose next token is supervised."""
-    return batch["labels"][:, 1:] != IGNORED
+def supervised_mask(batch: Batch) -> Tensor:
+    """Return (B, seq - 1) bool: the positions whose next token is supervised."""
+    return batch["labels"][:, 1:] != IGNORE_INDEX
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
-    """Cross entropy in nats, summed over the supervised tokens of a batch.
+    """Return the cross entropy in nats, summed over the supervised tokens of a batch.
 
-    The model's own forward runs; only the input of its output layer is cut down to what is supervised.
+    The model's own forward method runs; a hook reduces the input of its output layer to the supervised positions.
     """
-    if not packed.can_pack(model):
+    if not packing.can_pack(model):
         labels, inputs = batch["labels"][:, 1:], {k: batch[k] for k in ("input_ids", "attention_mask")}
-        return _loss(model, labels, inputs, cut=slice(None, -1))
-    line = packed.pack(batch, model.dtype)
-    with packed.attention_by_rows(model):
-        return _loss(model, line.labels, {"input_ids": line.input_ids, "position_ids": line.position_ids, "line": line})
+        return _loss_of_positions(model, labels, inputs, positions=slice(None, -1))
+    packed = packing.pack(batch, model.dtype)
+    with packing.packed_attention(model):
+        return _loss_of_positions(
+            model,
+            packed.labels,
+            {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed_batch": packed},
+        )
 
 
-def _loss(model: Any, labels: Tensor, inputs: dict[str, Any], cut: slice = slice(None)) -> Tensor:
-    """`labels` (rows, positions) say what is to be predicted at the positions that `cut` leaves."""
-    wanted = labels != IGNORED
-    head, plain = model.get_output_embeddings(), logits_are_the_heads(model, inputs)
-    kept: list[Tensor] = []
+def _loss_of_positions(model: Any, labels: Tensor, inputs: dict[str, Any], positions: slice = slice(None)) -> Tensor:
+    """Return the summed loss; `labels` (B, P) are the tokens to predict at the `positions` of the inputs."""
+    is_labelled = labels != IGNORE_INDEX
+    lm_head, is_plain = model.get_output_embeddings(), has_plain_logits(model, inputs)
+    hidden_states: list[Tensor] = []
 
-    def keep(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        kept.append(args[0][:, cut][wanted])  # (supervised, hidden)
-        return (kept[0][:0] if plain else kept[0],)
+    # Where logits are the plain output of the output layer, that layer gets no position, and `ChunkedCrossEntropy`
+    # computes them. Otherwise the model computes the logits of the supervised positions, scaled or capped as it does.
+    def select_supervised(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden_states.append(args[0][:, positions][is_labelled])  # (supervised, D)
+        return (hidden_states[0][:0] if is_plain else hidden_states[0],)
 
-    hook = head.register_forward_pre_hook(keep)
+    hook = lm_head.register_forward_pre_hook(select_supervised)
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-    if plain:
-        loss: Tensor = ChunkedCrossEntropy.apply(kept[0], head.weight, head.bias, labels[wanted])
+
+    if is_plain:
+        loss: Tensor = ChunkedCrossEntropy.apply(hidden_states[0], lm_head.weight, lm_head.bias, labels[is_labelled])
         return loss
-    return cross_entropy(logits.float(), labels[wanted], reduction="sum")
+    return cross_entropy(logits.float(), labels[is_labelled], reduction="sum")
 
 
-def logits_are_the_heads(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether a model's logits are what its output layer gives: some models scale them, or cap them, under many names.
+def has_plain_logits(model: Any, inputs: dict[str, Any]) -> bool:
+    """Return whether a model's logits are the output of its output layer; some models scale or cap them afterwards.
 
-    Found out once for an output layer, by a forward pass over `inputs` with the logits of one position a row.
+    Config files have many names for that, so a probe finds it out, once per output layer. The probe is a forward pass
+    over `inputs` with the logits of one position per row.
     """
-    head, given = model.get_output_embeddings(), list[Tensor]()
-    if head not in PROBED:
+    lm_head, lm_head_outputs = model.get_output_embeddings(), list[Tensor]()
+    if lm_head not in PLAIN_LOGITS_CACHE:
         hooks = (
-            head.register_forward_pre_hook(lambda _, args: (args[0][:, :1],)),
-            head.register_forward_hook(lambda _, args, out: given.append(out)),
+            lm_head.register_forward_pre_hook(lambda _, args: (args[0][:, :1],)),
+            lm_head.register_forward_hook(lambda _, args, output: lm_head_outputs.append(output)),
         )
         try:
-            with torch.no_grad(), torch.random.fork_rng():  # dropout is to draw what it would have drawn
+            # A resumed run probes in the middle of training, and the probe must not change the draws of dropout.
+            with torch.no_grad(), torch.random.fork_rng():
                 logits = model(**inputs, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        PROBED[head] = torch.equal(logits.float(), given[0].float())
-    return PROBED[head]
+        PLAIN_LOGITS_CACHE[lm_head] = torch.equal(logits.float(), lm_head_outputs[0].float())
+    return PLAIN_LOGITS_CACHE[lm_head]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
-    """Summed cross entropy of a frozen output layer; its gradient is made with it, while the logits are there."""
+    """Sum the cross entropy of a frozen output layer; compute the gradient in forward, while the logits exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        """`hidden` (positions, hidden), `weight` (vocabulary, hidden), `labels` (positions,)."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(labels), CHUNK):
-            part, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK].unsqueeze(1)
-            logits = torch.nn.functional.linear(part, weight, bias).float()  # (chunk, vocabulary)
-            logits.sub_(logits.amax(1, keepdim=True))
-            of_wanted = logits.gather(1, wanted)
-            share = logits.exp_()  # all in the memory of the logits: to ask for more takes longer than to compute
-            normal = share.sum(1, keepdim=True)
-            total += (normal.log() - of_wanted).sum()
-            if gradient is not None:
-                share.div_(normal).scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=share.dtype))
-                gradient[start : start + CHUNK] = share.to(weight.dtype) @ weight
-        ctx.gradient = gradient
-        return total
+        """Return a scalar from `hidden` (N, D), `weight` (V, D), `bias` (V,) and `labels` (N,)."""
+        total_loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+
+        for start in range(0, len(labels), CHUNK_POSITIONS):
+            chunk = hidden[start : start + CHUNK_POSITIONS]  # (chunk, D)
+            targets = labels[start : start + CHUNK_POSITIONS].unsqueeze(1)  # (chunk, 1)
+            logits = torch.nn.functional.linear(chunk, weight, bias).float()  # (chunk, V)
+            logits.sub_(logits.amax(1, keepdim=True))  # so that exp does not overflow
+            target_logits = logits.gather(1, targets)
+
+            # In place, in the memory of the logits: an allocation of their size takes longer than the arithmetic.
+            exp_logits = logits.exp_()
+            normalizer = exp_logits.sum(1, keepdim=True)
+            total_loss += (normalizer.log() - target_logits).sum()
+
+            # The gradient of the logits is softmax minus one-hot.
+            if grad_hidden is not None:
+                exp_logits.div_(normalizer).scatter_add_(1, targets, -torch.ones_like(targets, dtype=exp_logits.dtype))
+                grad_hidden[start : start + CHUNK_POSITIONS] = exp_logits.to(weight.dtype) @ weight
+        ctx.grad_hidden = grad_hidden  # (N, D)
+        return total_loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient that is there already, scaled."""
-        return (ctx.gradient * upstream.to(ctx.gradient.dtype), None, None, None)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient that forward computed, scaled by `grad_output`."""
+        return (ctx.grad_hidden * grad_output.to(ctx.grad_hidden.dtype), None, None, None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def mean_loss(model: Any, rows: Rows, pad: int, batch_size: int) -> float | None:
-    """Mean loss a supervised token over all rows, which the processes share; None where there are none.
+def mean_loss(model: Any, dataset: TokenizedDataset, pad_token_id: int, batch_size: int) -> float | None:
+    """Return the mean loss per supervised token over all rows, which the processes share; None without rows.
 
     Raises:
-        TryAgain: If asked to stop; the training before it is in a checkpoint.
+        TryAgain: If the run is asked to stop; a checkpoint has the training so far.
     """
-    if not len(rows):
+    if not len(dataset):
         return None
     model.eval()
-    collate = Collate(pad)
-    order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
-    total, tokens = 0.0, 0
-    for turn in range(0, len(order), batch_size * ranks.count()):
-        if ranks.any_of(signals.requested())[0]:
-            raise TryAgain("stopped while measuring the evaluation loss; the training is saved, run it again to go on")
-        start = turn + batch_size * ranks.number()
-        some = order[start : start + batch_size] or [~order[0]]  # every process makes the same number of passes
-        batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in some]).items()}
-        total += summed_loss(model, batch).item()
-        tokens += int(supervised(batch).sum())
-        done = min(turn + batch_size * ranks.count(), len(order))
-        progress.update("eval loss", done, len(order), eval_loss=total / max(tokens, 1))
-    loss, count = ranks.summed(total, tokens)
-    return loss / count
+    collate = PaddingCollator(pad_token_id)
+    order = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])  # rows of similar length share a batch
+
+    total_loss, num_tokens = 0.0, 0
+    for round_start in range(0, len(order), batch_size * distributed.world_size()):
+        if distributed.all_reduce_any(signals.stop_requested())[0]:
+            raise TryAgain(
+                "stopped during the evaluation; a checkpoint has the training so far, run the same command again",
+                cause=Cause.PREEMPTED,
+            )
+        start = round_start + batch_size * distributed.rank()
+        # With FSDP every process must run the same number of forward passes; one without a row gets `~index`, a row
+        # without labels.
+        indices = order[start : start + batch_size] or [~order[0]]
+        batch = {k: v.to(model.device) for k, v in collate([dataset[i] for i in indices]).items()}
+        total_loss += summed_loss(model, batch).item()
+        num_tokens += int(supervised_mask(batch).sum())
+
+        num_done = min(round_start + batch_size * distributed.world_size(), len(order))
+        progress.update("eval loss", num_done, len(order), eval_loss=total_loss / max(num_tokens, 1))
+    all_loss, all_tokens = distributed.all_reduce_sum(total_loss, num_tokens)
+    return all_loss / all_tokens
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with; which one does not matter, the attention mask hides it."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    assert isinstance(found, int)
-    return found
+def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token for the padding; any token will do, since the attention mask hides it."""
+    token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(token_id, int)
+    return token_id

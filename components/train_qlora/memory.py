@@ -1,32 +1,30 @@
-"""Memory that runs out, as whoever asks for it learns of it: torch refuses, in one of many words."""
+"""Add the numbers of a training process to its out-of-memory errors, which `lm.oom` recognizes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
-from components.train_qlora.watch import memory_mib
+from components.train_qlora.batching import process_micro_batch_size
+from components.train_qlora.control import memory_mib
 from qlora_retrain.config.sections import TrainConfig
-
-SAYING_SO = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+from qlora_retrain.lm import oom
 
 
 @contextlib.contextmanager
-def noted(config: TrainConfig, longest: int) -> Iterator[None]:
-    """Have memory that runs out in the block be a `MemoryError` with the numbers, of the process that it happens to."""
+def as_memory_error(config: TrainConfig, max_row_tokens: int) -> Iterator[None]:
+    """Raise every out-of-memory error of the block as `MemoryError`, with the numbers of this process.
+
+    Raises:
+        MemoryError: If memory runs out, the host's or the GPU's.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
-        if not is_out_of_memory(error):
+        if not oom.is_out_of_memory(error):
             raise
+        # Only the first line: CUDA's errors continue with advice about environment variables.
         raise MemoryError(
-            f"out of memory with {config.rows_a_pass} rows a pass, the longest row having {longest} tokens, "
-            f"{memory_mib(config.device)} MiB held; {str(error).splitlines()[0]}"
+            f"out of memory with a micro-batch size of {process_micro_batch_size(config)} (the longest row has "
+            f"{max_row_tokens} tokens, {memory_mib(config.device)} MiB in use): {str(error).splitlines()[0]}"
         ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Python's, the GPU's (its libraries' too), and the host's as torch says it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in SAYING_SO)

@@ -1,4 +1,4 @@
-"""The first check of any run: a few short rows must be learnt, or something is wrong that no step will mend."""
+"""Check before a run that the model can learn a few short rows; otherwise more training would not help either."""
 
 from __future__ import annotations
 
@@ -7,85 +7,107 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from components.train_qlora import lora, packed, ranks
-from components.train_qlora.loss import summed_loss, supervised
-from components.train_qlora.rows import Batch, Collate, Rows
+from components.train_qlora import adapter, distributed, packing
+from components.train_qlora.data import Batch, PaddingCollator, TokenizedDataset
+from components.train_qlora.loss import summed_loss, supervised_mask
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
-from qlora_retrain.core.errors import TryAgain, UsageError
+from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 
-ROWS = 8  # the shortest
-STEPS = 40  # at most
-LEARNT = 0.1  # of the first loss: learnt by heart, no need to go on
-FALLEN = 0.98  # of the first loss: a smaller fall in all the steps may be rounding, which bf16 does by a hundredth
-SHARE = 0.05  # of the run's tokens at most
+NUM_ROWS = 8  # the shortest ones
+MAX_STEPS = 40
+# Fractions of the first loss. At a tenth the rows are memorized, so the check stops. A loss above 98 % of the first one
+# may be rounding, since bf16 rounds by up to a hundredth.
+LEARNT_FRACTION = 0.1
+FALLEN_FRACTION = 0.98
+# The check is skipped where it would cost more than this fraction of the run's tokens.
+MAX_TOKENS_FRACTION = 0.05
 
 
-def overfit(model: Any, config: TrainConfig, rows: Rows, pad: int, steps: int) -> None:
-    """Train on one batch, then put adapter and random state back as they were.
+def overfit_shortest_rows(
+    model: Any, config: TrainConfig, dataset: TokenizedDataset, pad_token_id: int, total_steps: int
+) -> None:
+    """Train on one batch of the shortest rows, then restore the adapter and the random state.
 
     Args:
-        model: With its fresh adapter.
-        config: Its learning rate is the one that is tried.
-        rows: The training rows.
-        pad: The token to pad with.
-        steps: Optimizer steps of the real run, which says how much may be spent here.
+        model: The model with its fresh adapter.
+        config: The settings, of which the check uses the learning rate, the clipping and the micro-batch size.
+        dataset: The training rows.
+        pad_token_id: The token to pad with.
+        total_steps: Optimizer steps of the real run, from which the check's budget is computed.
 
     Raises:
         UsageError: If the loss does not fall.
         TryAgain: If asked to stop.
     """
-    shortest = sorted(range(len(rows)), key=lambda i: rows.lengths[i])[:ROWS]
-    cost = (STEPS + 1) * sum(rows.lengths[i] for i in shortest)  # one more to see what the last step did
-    planned = steps * config.batch_size * config.gradient_accumulation * sum(rows.lengths) / len(rows)
-    if cost > SHARE * planned:
-        progress.say(f"preflight: skipped: its {cost} tokens are more than {SHARE:.0%} of the run's {planned:.0f}")
-        return
-    before, random_state = lora.weights(model), torch.get_rng_state()
-    losses = _losses(model, config, Collate(pad)([rows[i] for i in shortest]))
-    lora.put(model, before)
-    torch.set_rng_state(random_state)
-    first, last = losses[0], min(losses[1:])
-    if not last <= FALLEN * first:  # not a number is no fall either
-        raise UsageError(
-            f"preflight: {len(shortest)} rows were shown {len(losses) - 1} times and their loss went from {first:.3f} "
-            f"to no less than {last:.3f}: nothing is learnt. Look at train.learning_rate ({config.learning_rate:g}), "
-            "at what is supervised (the mask), at the chat template and at the tokenizer"
+    shortest = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])[:NUM_ROWS]
+    # One forward pass more than there are steps, to measure the loss after the last step.
+    cost_tokens = (MAX_STEPS + 1) * sum(dataset.lengths[i] for i in shortest)
+    run_tokens = total_steps * config.global_batch_size * sum(dataset.lengths) / len(dataset)
+    if cost_tokens > MAX_TOKENS_FRACTION * run_tokens:
+        progress.say(
+            f"preflight skipped: its {cost_tokens} tokens are more than {MAX_TOKENS_FRACTION:.0%} of the run's "
+            f"{run_tokens:.0f}"
         )
-    progress.say(f"preflight: {len(shortest)} rows, loss {first:.3f} to {last:.3f} in {len(losses) - 1} steps")
+        return
+
+    # The run must end with the same bytes, with or without this check.
+    weights_before, random_state = adapter.copy_weights(model), torch.get_rng_state()
+    losses = _train_on_batch(model, config, PaddingCollator(pad_token_id)([dataset[i] for i in shortest]))
+    adapter.set_weights(model, weights_before)
+    torch.set_rng_state(random_state)
+
+    first_loss, lowest_loss = losses[0], min(losses[1:])
+    # A NaN fails this comparison too.
+    if not lowest_loss <= FALLEN_FRACTION * first_loss:
+        raise UsageError(
+            f"preflight: the model does not learn. In {len(losses) - 1} steps over the {len(shortest)} shortest rows "
+            f"the loss went from {first_loss:.3f} to no less than {lowest_loss:.3f} nats per token. Check "
+            f"train.learning_rate ({config.learning_rate:g}), the loss mask (which tokens are supervised), the chat "
+            "template and the tokenizer"
+        )
+    progress.say(
+        f"preflight: {len(shortest)} rows, loss {first_loss:.3f} to {lowest_loss:.3f} in {len(losses) - 1} steps"
+    )
 
 
-def _losses(model: Any, config: TrainConfig, batch: Batch) -> list[float]:
-    """The mean loss before the first step and after each."""
-    model.eval()  # without dropout
+def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float]:
+    """Return the mean loss before the first step and after each."""
+    # Eval mode turns dropout off, whose noise could hide the fall of the loss.
+    model.eval()
     for layer in model.modules():
+        # Activation checkpointing is off in eval mode, and the check would then take more memory than the run.
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True  # or it would keep what the run itself does not
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+            layer.training = True
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.0)
+
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    parts = packed.cut(batch, packed.passes(batch, config.batch_size, packs=packed.can_pack(model)))
+    count = packing.num_micro_batches(batch, config.micro_batch_size, is_packed=packing.can_pack(model))
+    micro_batches = packing.split_batch(batch, count)
+
     losses: list[float] = []
-    for step in range(STEPS + 1):
-        if signals.requested():
-            raise TryAgain("asked to stop before the first step; run it again")
-        loss = _backward(model, parts, int(supervised(batch).sum()))
-        losses.append(ranks.summed(loss)[0] / ranks.count())  # all do the same, and end with the same step
-        if step == STEPS or losses[-1] < LEARNT * losses[0]:
+    for step in range(MAX_STEPS + 1):
+        if signals.stop_requested():
+            raise TryAgain("asked to stop before the first step; run it again", cause=Cause.PREEMPTED)
+        loss = _backward(model, micro_batches, int(supervised_mask(batch).sum()))
+        # Every rank trains on the same rows; the mean makes all of them stop after the same step.
+        losses.append(distributed.all_reduce_sum(loss)[0] / distributed.world_size())
+        if step == MAX_STEPS or losses[-1] < LEARNT_FRACTION * losses[0]:
             break
-        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     model.zero_grad()
     return losses
 
 
-def _backward(model: Any, parts: list[Batch], tokens: int) -> float:
-    """The mean loss over all parts, in passes no larger than the run's; gradients are added up."""
-    total = 0.0
-    with packed.attention_by_rows(model):
-        for part in parts:
-            loss = summed_loss(model, part) / tokens
+def _backward(model: Any, micro_batches: list[Batch], supervised_tokens: int) -> float:
+    """Accumulate the gradients over the micro-batches and return the mean loss."""
+    total_loss = 0.0
+    with packing.packed_attention(model):
+        for micro_batch in micro_batches:
+            loss = summed_loss(model, micro_batch) / supervised_tokens
             loss.backward()
-            total += loss.item()
-    return total
+            total_loss += loss.item()
+    return total_loss

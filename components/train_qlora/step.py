@@ -1,10 +1,10 @@
 """Train a LoRA adapter over the frozen 4-bit base, on the answers' tokens only.
 
 Reads dataset (`train.jsonl`, `eval.jsonl`) and base_nf4 (a pre-quantized model with its tokenizer).
-Makes adapter: PEFT's two files, `training.json`, `loss.jsonl` (a line a step) and `report.html`.
-Keeps checkpoints in scratch and goes on from the newest one that verifies.
-Refuses (12) data with nothing to learn and unknown layers; (13) unsafe or damaged inputs; ends with (14) when training
-diverges and with (75) when it was stopped or its time budget is used up, after saving.
+Makes adapter: PEFT's two files, `training.json`, `loss.jsonl` (a line per step), `report.html` and TensorBoard's file.
+Saves checkpoints to scratch and resumes from the newest one that verifies.
+Refuses (12) data with nothing to learn and unknown layers, and (13) unsafe or damaged inputs.
+Ends with 14 when training diverges, and with 75 after saving when it was stopped or its time budget is used up.
 
 Command: `python -m components.train_qlora --plan URI`
 """
@@ -17,53 +17,60 @@ from pathlib import Path
 from typing import Any
 
 from components.train_qlora import events, history
-from components.train_qlora.processes import train_apart
-from components.train_qlora.result import report_page
-from components.train_qlora.shrinking import shrinking
+from components.train_qlora.batching import process_micro_batch_size
+from components.train_qlora.launch import launch
+from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
+from components.train_qlora.report import report_page
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.core.outcome import Number, Report
+from qlora_retrain.core.outcome import Number, StepResult
 
-LAST_STEPS = 10  # the training loss that is reported is their mean
+# The reported training loss is the mean over the last 10 steps, since that of a single one is noisy.
+LAST_STEPS = 10
 
 
-def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
-    """Train, measure the evaluation loss, and write the adapter with its papers.
+def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+    """Train, measure the evaluation loss, and write the adapter with its logs and its report.
 
     Raises:
         UsageError: If there is nothing to learn, or the settings do not fit the model or the machine.
         IntegrityError: If an input is unsafe or damaged.
         Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
-        TryAgain: If stopped before the end, after saving a checkpoint, or a process that trains was killed.
-        MemoryError: If memory runs out with a single row a pass.
+        TryAgain: If stopped before the end, after saving a checkpoint, or if a training process was killed.
+        MemoryError: If memory runs out with micro-batches of a single row.
     """
-    trained, used, halvings = shrinking(
-        config, scratch, lambda now: train_apart(now, dataset, base_nf4, adapter, scratch)
+    result, final_config, oom_messages = retry_with_smaller_micro_batches(
+        config, scratch, lambda reduced: launch(reduced, dataset, base_nf4, adapter, scratch)
     )
-    log = trained.log
-    steps, evaluations = history.steps(log), history.evaluations(log)
-    last = [entry["loss"] for entry in steps[-LAST_STEPS:]]
+
+    # The GPU's peak is reported only where a GPU was used. The host's peak is that of the workers and of this process.
+    log = result.log
+    steps, eval_losses = history.steps(log), history.eval_losses(log)
+    last_losses = [entry["loss"] for entry in steps[-LAST_STEPS:]]
     numbers: dict[str, Number] = {
         "steps": len(steps),
-        "train_loss": sum(last) / len(last),
-        "eval_loss": trained.eval_loss,
+        "train_loss": sum(last_losses) / len(last_losses),
+        "eval_loss": result.eval_loss,
         "best_step": history.best_step(log),
         "tokens": sum(entry["tokens"] for entry in steps),
         "supervised_tokens": sum(entry["supervised_tokens"] for entry in steps),
-        "tokens_per_second": trained.tokens_per_second,
-        "peak_rss_mib": trained.peak_rss_mib + round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "peak_gpu_mib": history.peak_mib(log) if config.device == "cuda" else None,
-        "trainable_parameters": sum(size for _, _, size in trained.layers),
-        "processes": config.processes,
-        "rows_a_pass": used.rows_a_pass,
-        "out_of_memory": len(halvings),
-        "optimizer": trained.optimizer,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_rss_mib": result.peak_rss_mib + round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_gpu_mib": history.peak_memory_mib(log) if config.device == "cuda" else None,
+        "trainable_parameters": sum(size for _, _, size in result.layers),
+        "num_processes": config.num_processes,
+        "micro_batch_size": process_micro_batch_size(final_config),
+        "out_of_memory": len(oom_messages),
+        "optimizer": result.optimizer,
     }
-    settings, counts = config.model_dump(mode="json"), (trained.train_rows, trained.eval_rows)
+
+    # `training.json` has the out-of-memory messages, the numbers have only their count.
+    settings, counts = config.model_dump(mode="json"), (result.train_rows, result.eval_rows)
     document: dict[str, Any] = {"settings": settings, "train_rows": counts[0], "eval_rows": counts[1], **numbers}
-    document |= {"evaluation_losses": evaluations, "out_of_memory": halvings}
+    document |= {"evaluation_losses": eval_losses, "out_of_memory": oom_messages}
     (adapter / "training.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (adapter / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in steps), encoding="utf-8")
     events.write(adapter, history.curves(log))
-    page = report_page(config, numbers, steps, evaluations, history.timings(log), trained.layers, halvings)
+
+    page = report_page(config, numbers, steps, eval_losses, history.timings(log), result.layers, oom_messages)
     (adapter / "report.html").write_text(page, encoding="utf-8")
-    return Report(numbers)
+    return StepResult(numbers)

@@ -1,6 +1,6 @@
-"""A process that trains, alone or together with others: started by `processes`, heard over a pipe, gone when it is.
+"""Run one training process, alone or as one of several. `launch` starts it and reads its pipe; it dies with its parent.
 
-Whoever starts it reads this module too, and is to stay small: what takes memory is imported where it is used.
+The parent imports this module too and must stay small, so modules that take memory are imported inside functions.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ from qlora_retrain.core import signals, supervisor
 from qlora_retrain.core.errors import Problem
 
 if TYPE_CHECKING:
-    from components.train_qlora.result import Trained
+    from components.train_qlora.report import TrainingResult
 
-PATIENCE = timedelta(hours=2)  # of one process for another; a dead one is noticed by whoever started them
+# How long a collective waits for a slow peer. The parent process notices a dead one.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What the processes are to do, and where they meet.
+class TrainingJob:
+    """The arguments of a training process, and where the processes meet.
 
     Attributes:
-        port: Of the store on loopback, which whoever started them holds; None where there is one process.
-        parent: Whoever started them.
+        config: The settings of the step.
+        dataset: The folder with `train.jsonl` and `eval.jsonl`.
+        base_nf4: The quantized base model.
+        adapter: The folder to write.
+        scratch: The folder of the checkpoints.
+        port: The port of the rendezvous store on loopback, which the parent holds; None for a single process.
+        parent_pid: The process id of the parent, which starts them.
     """
 
     config: TrainConfig
@@ -42,96 +48,114 @@ class Job:
     adapter: Path
     scratch: Path
     port: int | None
-    parent: int
+    parent_pid: int
 
 
-class Voice(io.TextIOBase):
-    """A stream whose lines go to whoever started this process, if this one `talks`; any thread may write."""
+class PipeStream(io.TextIOBase):
+    """A text stream whose lines go through a pipe to the process that started this one; any thread may write.
 
-    def __init__(self, mouth: Connection, *, talks: bool) -> None:
-        self.mouth, self.talks, self.rest = mouth, talks, ""
-        self.one_at_a_time = threading.RLock()  # reentrant: a signal's handler writes too
+    Attributes:
+        writer: This end of the pipe.
+        forwards_lines: Whether lines are sent; otherwise they are dropped, since only rank 0 prints.
+    """
+
+    def __init__(self, writer: Connection, *, forwards_lines: bool) -> None:
+        self.writer, self.forwards_lines, self.partial_line = writer, forwards_lines, ""
+        # Reentrant, since a signal handler may write while this thread does.
+        self.lock = threading.RLock()
 
     def write(self, text: str) -> int:
-        """Send what has become a whole line."""
-        with self.one_at_a_time:
-            *lines, self.rest = (self.rest + text).split("\n")
-            if self.talks:
+        """Send each line that is now complete."""
+        with self.lock:
+            *lines, self.partial_line = (self.partial_line + text).split("\n")
+            if self.forwards_lines:
                 for line in lines:
-                    self.mouth.send(line)
+                    self.writer.send(line)
         return len(text)
 
-    def end(self, found: Trained | Exception) -> None:
-        """Send what became of the work."""
-        with self.one_at_a_time:
-            self.mouth.send(found)
+    def send_outcome(self, outcome: TrainingResult | Exception) -> None:
+        """Send the last message: the result, or the exception that ended the work."""
+        with self.lock:
+            self.writer.send(outcome)
 
 
-def main(rank: int, job: Job, mouth: Connection) -> None:
-    """Train; send lines of text, and last what was learned or the exception that ended it."""
-    os.setpgid(0, 0)  # a signal to the whole group is for whoever started us, who passes it on
-    supervisor.die_with(job.parent, signal.SIGKILL)
-    signals.install(polite=True, patient=True)
-    os.set_inheritable(mouth.fileno(), False)  # what a library starts is not to keep the pipe open
-    sys.stdout = sys.stderr = voice = Voice(mouth, talks=rank == 0)
-    stay_light()
+def main(rank: int, job: TrainingJob, writer: Connection) -> None:
+    """Train, sending lines of text and, last, the result or the exception that ended it."""
+    # A new process group: a signal to the parent's group reaches only the parent, which passes it on.
+    os.setpgid(0, 0)
+    supervisor.exit_with_parent(job.parent_pid, signal.SIGKILL)
+    signals.install(graceful=True, ignore_repeat=True)
+
+    # A process that a library starts must not inherit the pipe, or the pipe would stay open.
+    os.set_inheritable(writer.fileno(), False)
+    sys.stdout = sys.stderr = stream = PipeStream(writer, forwards_lines=rank == 0)
+    block_datasets_import()
     try:
-        voice.end(_trained(rank, job))
+        stream.send_outcome(_train(rank, job))
     except Exception as error:  # noqa: BLE001 - it is raised again where the step runs
-        voice.end(_told(rank, job, error))
+        stream.send_outcome(_picklable_error(rank, job, error))
         if job.port is not None:
-            os._exit(1)  # at once: a library that waits for the other processes would wait for ever
+            # Exit without cleanup: a library that waits for the other processes at exit would wait for ever.
+            os._exit(1)
         sys.exit(1)
 
 
-def stay_light() -> None:
-    """Have transformers find no `datasets`: pandas and pyarrow come with it, 80 MiB for which training has no use.
+def block_datasets_import() -> None:
+    """Make transformers believe that `datasets` is not installed.
 
-    To be called before anything imports the Trainer, in a process that does nothing else.
+    `datasets` would import pandas and pyarrow, which take 80 MiB and which training does not use. Call this before
+    anything imports the Trainer, in a process that only trains.
     """
-    sys.modules["datasets"] = None  # type: ignore[assignment] # the import system's own word for: not to be had
+    sys.modules["datasets"] = None  # type: ignore[assignment] # the import system's own mark for "not importable"
 
 
-def _trained(rank: int, job: Job) -> Trained:
-    from torch import distributed
+def _train(rank: int, job: TrainingJob) -> TrainingResult:
+    import torch.distributed as dist
 
-    from components.train_qlora import ranks, training
+    from components.train_qlora import distributed, train
 
-    training.refuse_what_is_not_here(job.config)
+    train.check_environment(job.config)
     if job.port is not None:
-        _meet(rank, job, job.port)
-    found = training.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
+        _init_process_group(rank, job, job.port)
+    result = train.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
+
     if job.port is not None:
-        ranks.together()
-        distributed.destroy_process_group()
-    return found
+        # A process that leaves early would break a collective that a peer is still in.
+        distributed.barrier()
+        dist.destroy_process_group()
+    return result
 
 
-def _meet(rank: int, job: Job, port: int) -> None:
-    """Join the others: flags and counts by gloo, gradients by NCCL where there are GPUs; all of it on loopback."""
+def _init_process_group(rank: int, job: TrainingJob, port: int) -> None:
+    """Join the process group on loopback: gloo for flags and counts, NCCL for gradients where there are GPUs."""
     import torch
-    from torch import distributed
+    import torch.distributed as dist
 
-    n, cuda = job.config.processes, job.config.device == "cuda"
-    os.environ.update(  # what torchrun would set, and accelerate reads
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+    world_size, uses_gpu = job.config.num_processes, job.config.device == "cuda"
+    # The variables that torchrun would set and accelerate reads.
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo",
     )  # fmt: skip
-    if cuda:
+
+    if uses_gpu:
         torch.cuda.set_device(rank)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // n))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        # The processes share the cores, but each would by default start one thread per core.
+        torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
-def _told(rank: int, job: Job, error: Exception) -> Exception:
-    """What can be sent: a problem as it is, anything else in words, with its traceback as a note."""
-    if isinstance(error, MemoryError):  # numpy's takes other arguments
+def _picklable_error(rank: int, job: TrainingJob, error: Exception) -> Exception:
+    """Return an exception that can be pickled: a problem as it is, any other as text with its traceback as a note."""
+    if isinstance(error, MemoryError):
+        # numpy's subclass takes other arguments, so it could not be unpickled.
         return MemoryError(str(error))
     if isinstance(error, Problem):
-        return type(error)(str(error))
-    who = f"process {rank}: " if job.config.processes > 1 else ""
-    told = RuntimeError(f"{who}{type(error).__name__}: {error}")
-    told.add_note(traceback.format_exc())
-    return told
+        return type(error)(str(error), cause=error.cause)
+
+    process_name = f"process {rank}: " if job.config.num_processes > 1 else ""
+    wrapped_error = RuntimeError(f"{process_name}{type(error).__name__}: {error}")
+    wrapped_error.add_note(traceback.format_exc())
+    return wrapped_error

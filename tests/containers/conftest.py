@@ -1,4 +1,4 @@
-"""A real engine and real images: podman's Docker API on a socket, images built here, from nothing if need be."""
+"""A real engine and real images: podman's Docker API on a socket, and images built here, base image included."""
 
 from __future__ import annotations
 
@@ -31,16 +31,21 @@ LINE = {
     "train": {
         "learning_rate": 5e-3,
         "epochs": 10,
-        "batch_size": 16,
+        "micro_batch_size": 16,
         "dropout": 0.0,
         "rank": 8,
         "checkpoint_minutes": 0.02,
     },
-    "evaluate": {"first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500, "max_loss_to_champion": 1},
-    "merge": {"max_loss_nats": 0.5, "min_rows": 10},
+    "evaluate": {
+        "allow_first_release": True,
+        "min_gain_over_base": 0.1,
+        "bootstrap_samples": 500,
+        "max_loss_to_champion": 1,
+    },
+    "merge": {"max_loss_increase_nats": 0.5, "min_rows": 10},
     "runtime": {"kind": "docker", "network": "host", "memory_gib": 8},
 }
-# One for every way in which a credential can come to a worker; none may be found anywhere afterwards.
+# A fake secret for every way in which a credential can reach a worker; none may be found anywhere afterwards.
 CANARIES = {
     "credentials file": "canary-file-7f3a",
     "config file": "canary-config-9c1d",
@@ -54,9 +59,10 @@ CANARIES = {
 
 @dataclass
 class Engine:
-    """Podman behind Docker's API, on a socket of its own; it can be stopped and started while containers run.
+    """Podman behind Docker's API, on its own socket; it can be stopped and started while containers run.
 
-    It works in the socket's folder: a container that is killed for memory leaves a file called `oom` there.
+    Its working directory is the socket's folder, because a container that is killed for memory leaves a file `oom` in
+    the working directory.
     """
 
     socket: Path
@@ -70,7 +76,7 @@ class Engine:
     def start(self) -> None:
         command = ["podman", "system", "service", "--time=0", self.url]
         self.service = subprocess.Popen(command, cwd=self.socket.parent)
-        until(self.socket.exists, 30)
+        wait_until(self.socket.exists)
 
     def stop(self) -> None:
         assert self.service is not None
@@ -79,73 +85,79 @@ class Engine:
         self.socket.unlink(missing_ok=True)
 
     def names(self, step: str = "") -> list[str]:
-        """This project's containers of a step, running or not."""
-        found = self("ps", "-a", "--filter", "label=qlora-retrain.step", "--format", "{{.Names}}").split()
-        return [name for name in found if step in name]
+        """List the names of this project's containers, running or not; `step` is a part of the name."""
+        names = self("ps", "-a", "--filter", "label=qlora-retrain.step", "--format", "{{.Names}}").split()
+        return [name for name in names if step in name]
 
     def __call__(self, *arguments: str) -> str:
-        """Podman's own command, which needs no service."""
-        done = subprocess.run(["podman", *arguments], cwd=self.socket.parent, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        """Run podman's own command, which needs no service; return its output."""
+        completed = subprocess.run(["podman", *arguments], cwd=self.socket.parent, capture_output=True, text=True)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
-    def sweep(self) -> None:
-        """Remove what a test left."""
+    def remove_everything(self) -> None:
+        """Remove the containers that a test left."""
         for name in self.names():
             with contextlib.suppress(AssertionError):
                 self("rm", "-f", name)
 
 
-def until(true: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds} s"
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session", name="until")
-def until_fixture() -> Callable[..., None]:
-    return until
+@pytest.fixture(scope="session", name="wait_until")
+def wait_until_fixture() -> Callable[..., None]:
+    return wait_until
 
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """A running engine."""
+    """Start an engine; skip the tests where podman is not installed, except in CI."""
     if shutil.which("podman") is None:
         missing = "podman is not installed: apt-get install podman runc debootstrap"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+
     os.environ["CONTAINERS_CONF"] = str(Path(__file__).parent / "containers.conf")
-    made = Engine(tmp_path_factory.mktemp("engine") / "podman.sock")
-    made.start()
-    yield made
-    made.stop()
+    engine = Engine(tmp_path_factory.mktemp("engine") / "podman.sock")
+    engine.start()
+    yield engine
+    engine.stop()
     os.environ.pop("CONTAINERS_CONF")
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_open() -> Iterator[None]:
-    """What a test left open fails that test, and not whichever is next when garbage is collected."""
+    """Collect garbage after each test, so that a leaked socket fails the test that leaked it."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="session")
 def images(engine: Engine) -> None:
-    """Both images, built with the command that people use."""
+    """Build both images with the command that people use."""
     if subprocess.run(["podman", "image", "exists", BASE]).returncode:
         subprocess.run([project_root() / "images" / "base.sh", BASE], check=True)
     built = subprocess.run(
-        ["make", "images", f"BASE_IMAGE={BASE}", "ENGINE=podman"], cwd=project_root(), capture_output=True, text=True
+        ["make", "images", f"BASE_IMAGE={BASE}", "ENGINE=podman"],
+        cwd=project_root(),
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stdout + built.stderr
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The root of a store on a running S3; this process, and what it starts, can use it through a credentials file."""
+    """Start an S3; return the root of a store in it, which this process reaches through a credentials file."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+
+    # Containers run as another user, who must be able to read the files.
     folder = tmp_path_factory.mktemp("credentials")
     folder.parent.chmod(0o755)
     folder.chmod(0o755)
@@ -156,13 +168,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o644)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
         patch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
         patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(folder / "token"))
-        patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/retrain")  # so the token is what is used
+        patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/retrain")  # with it, boto3 uses the token
         boto3.client("s3").create_bucket(Bucket="models")
         try:
             yield "s3://models/team"
@@ -174,7 +187,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def make_line(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_tickets: Callable[[Path, int], Path]
 ) -> Callable[..., Path]:
-    """Write a line into a folder of its own, with sections changed; its sources readable by the images' user."""
+    """Write a line into a new folder, with changed sections, and with sources that the images' user can read."""
 
     def make(**changes: dict[str, object]) -> Path:
         folder = tmp_path_factory.mktemp("line")
@@ -183,6 +196,7 @@ def make_line(
             readable.chmod(0o755)
         for file in (*tiny_model.iterdir(), tickets):
             file.chmod(0o644)
+
         document: dict[str, Any] = {**LINE, "sources": {"raw_data": str(tickets), "base_model": str(tiny_model)}}
         for section, values in changes.items():
             document[section] = {**document[section], **values}

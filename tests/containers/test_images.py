@@ -1,29 +1,30 @@
-"""The images themselves: what they are labelled with, whom they run as, and what is not in them."""
+"""The images themselves: their labels, their user, and what they do not contain."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 from qlora_retrain.core import graph
-from qlora_retrain.core.images import DEFAULT
+from qlora_retrain.core.images import DEFAULT_IMAGES
 from qlora_retrain.pipeline import code_identity
 from qlora_retrain.pipeline.code_identity import project_root
 
 if TYPE_CHECKING:
     from tests.containers.conftest import Engine
 
-pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
-LOOK = """
+pytestmark = [pytest.mark.containers, pytest.mark.timeout(3000)]
+INSPECT_PROGRAM = """
 import importlib.util, json, os, shutil, sys
 from qlora_retrain.core import graph
 from qlora_retrain.pipeline import code_identity as code
-there = {n for n in ("torch", "pip", "airflow", "kfp", "pytest") if importlib.util.find_spec(n)}
-keys = {s.name: code.identity(s.name) for s in graph.STEPS}
-print(json.dumps([os.getuid(), sorted(there), shutil.which("pip"), sorted(os.listdir("/app")), keys]))
+installed = {n for n in ("torch", "pip", "airflow", "kfp", "pytest") if importlib.util.find_spec(n)}
+keys = {s.name: code.code_hash(s.name) for s in graph.STEPS}
+print(json.dumps([os.getuid(), sorted(installed), shutil.which("pip"), sorted(os.listdir("/app")), keys]))
 """
 
 
@@ -33,53 +34,55 @@ def kind(request: pytest.FixtureRequest, images: None) -> str:
 
 
 def test_an_image_names_its_revision_and_runs_as_nobody_in_particular(kind: graph.Image, engine: Engine) -> None:
-    labels = engine("image", "inspect", "--format", "{{json .Config.Labels}} {{.Config.User}}", DEFAULT[kind])
+    labels = engine("image", "inspect", "--format", "{{json .Config.Labels}} {{.Config.User}}", DEFAULT_IMAGES[kind])
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     assert f'"org.opencontainers.image.revision":"{head.stdout.strip()}"' in labels
     assert labels.split()[-1] == "10001:10001"
 
 
 def test_an_image_built_again_from_the_same_code_names_the_newer_revision(kind: graph.Image, engine: Engine) -> None:
-    """Buildah takes LABEL and ENV from its cache though an argument in them has changed, unless a RUN comes between."""
+    """Buildah reuses a cached LABEL or ENV although an argument in it changed, unless a RUN comes before it."""
     arguments = [f"--build-arg={name}" for name in (f"BASE={engine.base}", "TORCH=cpu", "REVISION=newer")]
     file = project_root() / "images" / f"{kind}.Dockerfile"
     built = engine("build", "-q", "--network=none", *arguments, "-f", str(file), str(project_root())).strip()
-    told = engine("image", "inspect", "--format", "{{.Config.Labels}} {{.Config.Env}}", built)
+    image_config = engine("image", "inspect", "--format", "{{.Config.Labels}} {{.Config.Env}}", built)
     engine("rmi", built)
-    assert "image.revision:newer " in told
-    assert f"QLORA_RETRAIN_IMAGE={kind}:newer]" in told
+    assert "image.revision:newer " in image_config
+    assert f"QLORA_RETRAIN_IMAGE={kind}:newer]" in image_config
 
 
 def test_an_image_holds_the_code_that_the_keys_are_of_and_no_more_than_it_needs(
     kind: graph.Image, engine: Engine
 ) -> None:
-    told = json.loads(engine("run", "--rm", "--read-only", "--network", "none", DEFAULT[kind], "python", "-c", LOOK))
-    assert told == [
+    contents = json.loads(
+        engine("run", "--rm", "--read-only", "--network", "none", DEFAULT_IMAGES[kind], "python", "-c", INSPECT_PROGRAM)
+    )
+    assert contents == [
         10001,
         ["torch"] if kind == "train" else [],
         None,
         ["components", "constraints.txt", "entrypoint", "pyproject.toml", "src"],
-        {step.name: code_identity.identity(step.name) for step in graph.STEPS},
+        {step.name: code_identity.code_hash(step.name) for step in graph.STEPS},
     ]
 
 
-def test_a_container_ends_soon_when_it_is_asked_to(kind: graph.Image, engine: Engine) -> None:
-    """A program that is process 1 would not even be ended by SIGTERM; the first process passes it on."""
+def test_a_container_ends_soon_when_it_is_asked_to(
+    kind: graph.Image, engine: Engine, wait_until: Callable[..., None]
+) -> None:
+    """SIGTERM has no default effect on process 1, so the entrypoint must pass it on to the step."""
     name = f"qlora-retrain-test-{kind}"
     engine(
         "run",
         "-d",
         "--name",
         name,
-        DEFAULT[kind],
+        DEFAULT_IMAGES[kind],
         "python",
         "-c",
         "import time; print('up', flush=True); time.sleep(99)",
     )
     try:
-        for _ in range(100):
-            if "up" in engine("logs", name):
-                break
+        wait_until(lambda: "up" in engine("logs", name))
         engine("stop", "--time", "30", name)
         assert engine("inspect", "--format", "{{.State.ExitCode}}", name).strip() == "143", "128 and SIGTERM, not 137"
     finally:

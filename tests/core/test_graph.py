@@ -35,14 +35,14 @@ def test_steps_come_after_what_they_read() -> None:
     assert all(names.index(up) < names.index(down) for up, down in graph.edges())
 
 
-def test_everything_read_is_a_source_or_made_by_exactly_one_step() -> None:
-    made = [s.makes for s in graph.STEPS]
+def test_every_input_is_a_source_or_the_artifact_of_exactly_one_step() -> None:
+    artifacts = [s.makes for s in graph.STEPS]
     sources = [s.name for s in graph.SOURCES]
-    assert len(set(made + sources)) == len(made) + len(sources)
-    assert {i.name for s in graph.STEPS for i in s.reads} <= set(made + sources)
+    assert len(set(artifacts + sources)) == len(artifacts) + len(sources)
+    assert {i.name for s in graph.STEPS for i in s.reads} <= set(artifacts + sources)
 
 
-def test_what_comes_before_evaluate_does_not_depend_on_the_champion() -> None:
+def test_no_step_before_evaluate_depends_on_the_champion() -> None:
     before = {s.name for s in graph.STEPS if s.makes in ("dataset", "base_nf4", "adapter")}
     assert not any(i.name == "champion" for s in graph.STEPS if s.name in before for i in s.reads)
     assert all(up in before for up, down in graph.edges() if down in before)

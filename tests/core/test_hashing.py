@@ -1,4 +1,4 @@
-"""Keys: one canonical JSON, one hash."""
+"""Keys of artifacts: one canonical JSON, one hash."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=4))
 def test_the_order_of_fields_does_not_matter_and_nothing_is_lost(value: dict[str, object]) -> None:
-    assert hashing.canonical(dict(reversed(value.items()))) == hashing.canonical(value)
-    assert hashing.parse(hashing.canonical(value)) == value
+    assert hashing.canonical_json(dict(reversed(value.items()))) == hashing.canonical_json(value)
+    assert hashing.parse_json(hashing.canonical_json(value)) == value
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, [-math.inf]])
-def test_what_no_json_can_hold_has_no_key(value: object) -> None:
+def test_a_value_that_json_cannot_hold_has_no_key(value: object) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        hashing.digest(value)
+        hashing.sha256_json(value)
 
 
-def test_the_digest_is_sha256_of_the_canonical_json() -> None:
-    assert hashing.canonical({"b": 1, "a": ["ü", 0.0001]}) == '{"a":["ü",0.0001],"b":1}'.encode()
-    assert (
-        hashing.digest({"b": 1, "a": ["ü", 0.0001]}) == hashlib.sha256('{"a":["ü",0.0001],"b":1}'.encode()).hexdigest()
-    )
+def test_the_hash_is_sha256_of_the_canonical_json() -> None:
+    assert hashing.canonical_json({"b": 1, "a": ["ü", 0.0001]}) == '{"a":["ü",0.0001],"b":1}'.encode()
+    expected = hashlib.sha256('{"a":["ü",0.0001],"b":1}'.encode()).hexdigest()
+    assert hashing.sha256_json({"b": 1, "a": ["ü", 0.0001]}) == expected
 
 
 def test_each_part_of_a_step_changes_its_key() -> None:
@@ -53,12 +52,14 @@ def test_each_part_of_a_step_changes_its_key() -> None:
         hashing.step_key("s", {"a": 1}, {"x": "k", "y": "k"}, "c"),
         hashing.step_key("s", {"a": 1}, {"x": "k", "y": None}, "d"),
     ]
+
     assert len({base, *others}) == 6
     assert base == hashing.step_key("s", {"a": 1}, {"y": None, "x": "k"}, "c")
 
 
 def test_a_files_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 9000  # more than one piece
+    # More than one chunk of 1 MiB.
+    data = bytes(range(256)) * 9000
     (tmp_path / "f").write_bytes(data)
     assert hashing.sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest() == hashing.sha256_bytes(data)
 

@@ -50,12 +50,13 @@ def outline(document: str) -> Outline:
 
 
 def everything(text: str) -> str:
+    """Return a page that has the text in every position where a caller can put text."""
     return report.page(
         text,
         text,
         text,
         report.section(text, text, report.table([text, text], [[text, 1], [None, text]], text)),
-        report.numbers({text: text, "b": 2.5}),
+        report.key_value_table({text: text, "b": 2.5}),
         report.bar_chart({text: 3.0, "two": 1.0}, text),
         report.line_chart({text: [(0, 1), (1, 2)], "y": [(0, 2)]}, text, text),
         report.line_chart({}, text, text),
@@ -63,12 +64,13 @@ def everything(text: str) -> str:
 
 
 def test_a_script_is_escaped_in_every_position() -> None:
-    seen = outline(everything(EVIL))
-    assert "script" not in seen.tags
-    assert "img" not in seen.tags
-    assert not [name for name, _ in seen.attributes if name.startswith("on")]
-    assert seen.text.count(EVIL) == 19  # 4 of the page, 2 + 5 of section and table, 2 + 2 + 3 + 1 below
-    assert [value for name, value in seen.attributes if name == "aria-label"] == [f"{EVIL} over {EVIL}"]
+    document = outline(everything(EVIL))
+    assert "script" not in document.tags
+    assert "img" not in document.tags
+    assert not [name for name, _ in document.attributes if name.startswith("on")]
+    # Page 4 times, section 2, table 5, numbers 2, bar chart 2, line chart 3, empty chart 1.
+    assert document.text.count(EVIL) == 19
+    assert [value for name, value in document.attributes if name == "aria-label"] == [f"{EVIL} over {EVIL}"]
 
 
 def test_a_page_loads_nothing() -> None:
@@ -78,7 +80,8 @@ def test_a_page_loads_nothing() -> None:
 
 
 def test_a_page_is_the_same_document_apart_from_its_text() -> None:
-    tags = [tag for tag in outline(everything(EVIL)).tags if tag != "wbr"]  # where a long word may be broken
+    # <wbr> marks where a long word may be broken.
+    tags = [tag for tag in outline(everything(EVIL)).tags if tag != "wbr"]
     assert tags == outline(everything("plain")).tags
 
 
@@ -95,19 +98,19 @@ def test_characters_that_cannot_be_written_or_that_deceive_are_shown_as_codes() 
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "expected"),
     [(1234567, "1,234,567"), (0.123456, "0.1235"), (True, "yes"), (None, "-"), (12345.6, "12,346"), ("a<b", "a&lt;b")],
 )
-def test_values_are_shown_as_a_person_reads_them(value: object, shown: str) -> None:
-    assert f">{shown}</td>" in report.numbers({"n": value})
+def test_values_are_shown_as_a_person_reads_them(value: object, expected: str) -> None:
+    assert f">{expected}</td>" in report.key_value_table({"n": value})
 
 
 def test_a_long_word_may_be_broken_and_loses_no_letter() -> None:
     label, text = "label=declined_cash_withdrawal", "x" * 45 + " short_words stay whole <b>"
-    shown = report.numbers({"a": label, "b": text})
-    assert "<td>label=<wbr>declined_<wbr>cash_<wbr>withdrawal</td>" in shown
-    assert f"<td>{'x' * 20}<wbr>{'x' * 20}<wbr>xxxxx short_words stay whole &lt;b&gt;</td>" in shown
-    assert outline(shown).text.split("\n")[1:3] == [f"a{label}", f"b{text}"]
+    markup = report.key_value_table({"a": label, "b": text})
+    assert "<td>label=<wbr>declined_<wbr>cash_<wbr>withdrawal</td>" in markup
+    assert f"<td>{'x' * 20}<wbr>{'x' * 20}<wbr>xxxxx short_words stay whole &lt;b&gt;</td>" in markup
+    assert outline(markup).text.split("\n")[1:3] == [f"a{label}", f"b{text}"]
 
 
 def test_bars_are_as_long_as_their_values() -> None:
@@ -137,12 +140,13 @@ def test_ticks_enclose_the_values_and_are_few(values: list[float]) -> None:
 
 
 def test_a_forest_plot_puts_every_interval_under_one_scale_and_escapes_its_names() -> None:
-    marks = [report.Mark("<b>over</b>", 0.2, 0.1, 0.3, 0.0), report.Mark("under", -0.1, -0.2, 0.0)]
-    html = report.forest_plot(marks, "gain & loss")
+    rows = [report.ForestRow("<b>over</b>", 0.2, 0.1, 0.3, 0.0), report.ForestRow("under", -0.1, -0.2, 0.0)]
+    html = report.forest_plot(rows, "gain & loss")
     assert "&lt;b&gt;over&lt;/b&gt;" in html
     assert "gain &amp; loss" in html
     # The scale is -0.2 to 0.3 with 4 % of 0.5 to either side: 0 stands at (0 + 0.22) / 0.54.
-    assert html.count(f"left:{0.22 / 0.54 * 100:.2f}%") == 3  # each line's zero, and the first one's limit
+    # Each line's zero, and the first one's limit.
+    assert html.count(f"left:{0.22 / 0.54 * 100:.2f}%") == 3
     assert f"left:{(0.1 + 0.22) / 0.54 * 100:.2f}%;right:{(0.32 - 0.3) / 0.54 * 100:.2f}%" in html
     assert html.count('class="limit"') == 1
     assert "+0.200 (+0.100 to +0.300), limit 0" in html
@@ -150,4 +154,4 @@ def test_a_forest_plot_puts_every_interval_under_one_scale_and_escapes_its_names
 
 def test_a_forest_plot_of_nothing_says_so() -> None:
     assert "nothing was measured" in report.forest_plot([], "gain")
-    assert "nothing was measured" in report.forest_plot([report.Mark("x", math.nan, math.nan, math.nan)], "gain")
+    assert "nothing was measured" in report.forest_plot([report.ForestRow("x", math.nan, math.nan, math.nan)], "gain")

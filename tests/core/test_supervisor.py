@@ -1,4 +1,4 @@
-"""A leash passes SIGTERM on once, kills after the grace, and lets nothing outlive whoever holds it."""
+"""The supervisor passes SIGTERM on once, kills after the grace period, and lets nothing outlive its parent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from qlora_retrain.core import supervisor
 
-# Says when it is ready, counts the SIGTERMs, and ends one second after the first as a step that saves its work does.
-POLITE = """
+# Prints "ready", counts the SIGTERMs, and ends one second after the first, as a step that saves its work does.
+GRACEFUL = """
 import signal, sys, time
 count = 0
 def term(*_):
@@ -31,7 +31,7 @@ STUBBORN = (
 
 
 def start(program: str, grace_seconds: float = 30) -> subprocess.Popen[str]:
-    command = supervisor.command([sys.executable, "-c", program], grace_seconds=grace_seconds)
+    command = supervisor.supervised_command([sys.executable, "-c", program], grace_seconds=grace_seconds)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True)
     assert process.stdout is not None
     if "ready" in program:
@@ -39,7 +39,8 @@ def start(program: str, grace_seconds: float = 30) -> subprocess.Popen[str]:
     return process
 
 
-def gone(pid: int, seconds: float = 5.0) -> bool:
+def has_ended(pid: int, seconds: float = 5.0) -> bool:
+    """Wait until the process is gone or a zombie; return False if it still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -58,7 +59,7 @@ def test_the_commands_exit_code_is_passed_on_and_a_signal_is_128_plus_it() -> No
 
 
 def test_a_stopped_command_gets_one_sigterm_and_the_time_to_save() -> None:
-    process = start(POLITE)
+    process = start(GRACEFUL)
     process.terminate()
     time.sleep(0.3)
     process.terminate()
@@ -84,28 +85,33 @@ def test_what_the_command_leaves_behind_goes_with_it() -> None:
     )
     process = start(program)
     output, _ = process.communicate(timeout=10)
-    assert gone(int(output))
+    assert has_ended(int(output))
 
 
-def test_when_the_holder_is_killed_the_command_is_asked_to_stop() -> None:
-    holder = (
-        "import subprocess, time; from qlora_retrain.core import supervisor as leash; import sys\n"
-        f"p = subprocess.Popen(leash.command([sys.executable, '-c', {POLITE!r}], grace_seconds=30), "
-        "start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(99)"
+def test_when_the_parent_is_killed_the_command_is_asked_to_stop() -> None:
+    parent = (
+        "import subprocess, sys, time; from qlora_retrain.core import supervisor\n"
+        f"command = supervisor.supervised_command([sys.executable, '-c', {GRACEFUL!r}], grace_seconds=30)\n"
+        "p = subprocess.Popen(command, start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(99)"
     )
-    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+
     assert process.stdout is not None
-    held = {process.stdout.readline().strip(), process.stdout.readline().strip()}
-    pid = int((held - {"ready"}).pop())
+    # The two lines come from two processes, in either order.
+    first_lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+    supervisor_pid = int((first_lines - {"ready"}).pop())
     process.kill()
-    rest, _ = process.communicate(timeout=10)  # ends when the last holder of the pipe does
-    assert rest == "terms 1\n"
-    assert gone(pid)
+    # Ends when the last process that holds the pipe does, which is the command.
+    output, _ = process.communicate(timeout=10)
+
+    assert output == "terms 1\n"
+    assert has_ended(supervisor_pid)
 
 
-def test_a_leash_whose_holder_is_dead_already_starts_nothing(tmp_path: Path) -> None:
+def test_a_supervisor_whose_parent_is_dead_already_starts_nothing(tmp_path: Path) -> None:
     flag = tmp_path / "started"
-    command = supervisor.command([sys.executable, "-c", f"open({str(flag)!r}, 'w')"], grace_seconds=1)
-    command[3] = str(2**22 - 1)  # some other process is its parent
+    command = supervisor.supervised_command([sys.executable, "-c", f"open({str(flag)!r}, 'w')"], grace_seconds=1)
+    # The id of a process that is not its parent.
+    command[3] = str(2**22 - 1)
     assert subprocess.run(command).returncode == 128 + signal.SIGTERM
     assert not flag.exists()

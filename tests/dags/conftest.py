@@ -1,4 +1,4 @@
-"""An AIRFLOW_HOME of the tests' own, set before anything imports Airflow; the Kubeflow pipeline, compiled once."""
+"""An AIRFLOW_HOME for the tests, set before anything imports Airflow; the Kubeflow pipeline, compiled once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROFILE = {
     "image_pull_secrets": ["registry"],
     "env": {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_SHARED_CREDENTIALS_FILE": "/run/secrets/aws/credentials"},
     "secrets": [{"name": "store-credentials", "mount": "/run/secrets/aws"}],
-    "work_gib": 50,
+    "disk_gib": 50,
     "light": {"cpus": 0.5, "memory_gib": 2},
     "train": {"cpus": 4, "memory_gib": 32},
     "train_gpus": 2,
@@ -38,8 +38,8 @@ PROFILE = {
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """The two documents of a package: the pipeline, and what its pods get."""
+class CompiledPipeline:
+    """The two documents of a compiled pipeline: the pipeline itself, and its settings for Kubernetes."""
 
     pipeline: dict[str, Any]
     platform: dict[str, Any]
@@ -48,28 +48,28 @@ class Compiled:
     @property
     def steps(self) -> dict[str, Any]:
         """The tasks inside the exit handler: the plan and the graph's steps."""
-        found: dict[str, Any] = self.pipeline["components"]["comp-exit-handler-1"]["dag"]["tasks"]
-        return found
+        tasks: dict[str, Any] = self.pipeline["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+        return tasks
 
     @property
     def tasks(self) -> dict[str, Any]:
-        """Those, and the exit handler's own."""
+        """All tasks: those inside the exit handler, and its own."""
         return {**self.steps, "summary": self.pipeline["root"]["dag"]["tasks"]["summary"]}
 
     def component(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.pipeline["components"][self.tasks[kfp_name(name)]["componentRef"]["name"]]
-        return found
+        component: dict[str, Any] = self.pipeline["components"][self.tasks[kfp_name(name)]["componentRef"]["name"]]
+        return component
 
     def container(self, name: str) -> dict[str, Any]:
-        """What a task runs, found as KFP finds it: task, component, executor."""
+        """Return what a task runs, looked up as KFP does: from the task to its component to its executor."""
         executors = self.pipeline["deploymentSpec"]["executors"]
-        found: dict[str, Any] = executors[self.component(name)["executorLabel"]]["container"]
-        return found
+        container: dict[str, Any] = executors[self.component(name)["executorLabel"]]["container"]
+        return container
 
     def pod(self, name: str) -> dict[str, Any]:
         executors = self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-        found: dict[str, Any] = executors[self.component(name)["executorLabel"]]
-        return found
+        pod: dict[str, Any] = executors[self.component(name)["executorLabel"]]
+        return pod
 
 
 def kfp_name(name: str) -> str:
@@ -78,14 +78,14 @@ def kfp_name(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def in_kfp() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the Python that has kfp, on this checkout."""
+    """Run the Python of the environment that has kfp, with this checkout's code."""
 
     def run(*arguments: object, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         if not KFP_PYTHON.exists():
             pytest.fail(f"{KFP_PYTHON} is missing; make it with: make setup")
-        everything = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), **environment}
+        variables = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), **environment}
         command = [str(KFP_PYTHON), *map(str, arguments)]
-        return subprocess.run(command, input=text, env=everything, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, input=text, env=variables, capture_output=True, text=True, timeout=120)
 
     return run
 
@@ -102,10 +102,10 @@ def compiled(
     in_kfp: Callable[..., subprocess.CompletedProcess[str]],
     profile_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Compiled:
-    """The pipeline as KFP will read it."""
+) -> CompiledPipeline:
+    """Compile the pipeline, and parse the YAML that KFP will read."""
     out = tmp_path_factory.mktemp("kfp") / "new folder" / "retrain.yaml"
-    done = in_kfp("-m", "qlora_retrain.cli", "kfp", "compile", "--out", out, "--profile", profile_file)
-    assert done.returncode == 0, done.stderr
+    completed = in_kfp("-m", "qlora_retrain.cli", "kfp", "compile", "--out", out, "--profile", profile_file)
+    assert completed.returncode == 0, completed.stderr
     pipeline, platform = yaml.safe_load_all(out.read_text())
-    return Compiled(pipeline, platform, out.read_text())
+    return CompiledPipeline(pipeline, platform, out.read_text())

@@ -1,4 +1,4 @@
-"""Submitting and scheduling against an API over HTTP that keeps what it is sent, and refuses what KFP would."""
+"""Submit and schedule runs against a fake KFP API over HTTP, which records requests and refuses what KFP would."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LINE = {
     "sources": {"raw_data": "s3://data/tickets", "base_model": "hf://owner/model@" + "a" * 40},
     "train": {"rank": 8},
 }
-InKfp = Callable[..., subprocess.CompletedProcess[str]]
+RunInKfp = Callable[..., subprocess.CompletedProcess[str]]
 
 
-class Api(ThreadingHTTPServer):
-    """KFP's API as far as a submission needs it: health, experiments, runs, recurring runs."""
+class FakeKfpApi(ThreadingHTTPServer):
+    """The part of KFP's API that a submission needs: health, experiments, runs, recurring runs."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -42,7 +42,7 @@ class Api(ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
         self.multi_user = False
         self.namespaces: set[str | None] = set()
-        self.fails_with: tuple[str, int] | None = None  # a path's ending, and the status it answers
+        self.failure: tuple[str, int] | None = None  # the end of a path, and the HTTP status to answer
 
     @property
     def url(self) -> str:
@@ -50,7 +50,7 @@ class Api(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Api
+    server: FakeKfpApi
 
     def log_message(self, *_: object) -> None:
         pass
@@ -64,71 +64,74 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def body(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        return found
+        body: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        return body
 
-    def failed(self, method: str, path: str) -> bool:
+    def fails_on_purpose(self, method: str, path: str) -> bool:
         self.server.requests.append((method, path))
         self.server.tokens.add(self.headers.get("Authorization"))
-        if self.server.fails_with and path.endswith(self.server.fails_with[0]):
+        if self.server.failure and path.endswith(self.server.failure[0]):
             if method != "GET":
                 self.body()
-            self.answer({"error": "no"}, self.server.fails_with[1])
+            self.answer({"error": "no"}, self.server.failure[1])
             return True
         return False
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
-        if self.failed("GET", parts.path):
+        if self.fails_on_purpose("GET", parts.path):
             return
-        asked = parse_qs(parts.query)
+        query = parse_qs(parts.query)
         if parts.path != f"{V2}/healthz":
-            self.server.namespaces.add(asked.get("namespace", [None])[0])
+            self.server.namespaces.add(query.get("namespace", [None])[0])
         if parts.path == f"{V2}/healthz":
             self.answer({"multi_user": self.server.multi_user})
         elif parts.path == f"{V2}/experiments":
-            wanted = json.loads(asked["filter"][0])["predicates"][0]["stringValue"]
-            self.answer({"experiments": [e for e in self.server.experiments.values() if e["display_name"] == wanted]})
-        elif parts.path == f"{V2}/recurringruns":  # one a page, so that a client that reads one page is found out
-            ids, at = list(self.server.recurring), int(asked.get("page_token", ["0"])[0] or 0)
+            display_name = json.loads(query["filter"][0])["predicates"][0]["stringValue"]
+            self.answer(
+                {"experiments": [e for e in self.server.experiments.values() if e["display_name"] == display_name]}
+            )
+        # One per page, so that a client that reads only the first page fails the test.
+        elif parts.path == f"{V2}/recurringruns":
+            ids, at = list(self.server.recurring), int(query.get("page_token", ["0"])[0] or 0)
             page = [self.server.recurring[i] for i in ids[at : at + 1]]
-            more = {"next_page_token": str(at + 1)} if at + 1 < len(ids) else {}
-            self.answer({"recurringRuns": page, **more})
+            next_page = {"next_page_token": str(at + 1)} if at + 1 < len(ids) else {}
+            self.answer({"recurringRuns": page, **next_page})
         else:
             self.answer({"error": f"unknown: {self.path}"}, 404)
 
     def do_POST(self) -> None:
         parts = urlsplit(self.path)
-        if self.failed("POST", parts.path):
+        if self.fails_on_purpose("POST", parts.path):
             return
         body = self.body()
         if parts.path == f"{V2}/experiments":
-            made = {**body, "experiment_id": f"e{len(self.server.experiments)}"}
-            self.server.experiments[made["experiment_id"]] = made
+            resource = {**body, "experiment_id": f"e{len(self.server.experiments)}"}
+            self.server.experiments[resource["experiment_id"]] = resource
         elif body.get("experiment_id") not in self.server.experiments:
             return self.answer({"error": "no such experiment"}, 400)
         elif parts.path == f"{V2}/runs":
-            made = {**body, "run_id": f"r{len(self.server.runs)}"}
-            self.server.runs.append(made)
+            resource = {**body, "run_id": f"r{len(self.server.runs)}"}
+            self.server.runs.append(resource)
         elif parts.path == f"{V2}/recurringruns":
             if len(body["trigger"]["cron_schedule"]["cron"].split()) != 6:
                 return self.answer({"error": "wanted six fields"}, 400)
-            made = {**body, "recurring_run_id": f"s{len(self.server.requests)}"}
-            self.server.recurring[made["recurring_run_id"]] = made
+            resource = {**body, "recurring_run_id": f"s{len(self.server.requests)}"}
+            self.server.recurring[resource["recurring_run_id"]] = resource
         else:
             return self.answer({"error": f"unknown: {self.path}"}, 404)
-        return self.answer(made)
+        return self.answer(resource)
 
     def do_DELETE(self) -> None:
         path = urlsplit(self.path).path
         self.server.requests.append(("DELETE", path))
-        found = self.server.recurring.pop(path.rpartition("/")[2], None)
-        self.answer({} if found else {"error": "not there"}, 200 if found else 404)
+        deleted = self.server.recurring.pop(path.rpartition("/")[2], None)
+        self.answer({} if deleted else {"error": "not there"}, 200 if deleted else 404)
 
 
 @pytest.fixture
-def api() -> Iterator[Api]:
-    with Api() as server:
+def api() -> Iterator[FakeKfpApi]:
+    with FakeKfpApi() as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -144,26 +147,28 @@ def line(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kfp(in_kfp: InKfp, api: Api, profile_file: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`qlora-retrain kfp VERB` against the API, with a token in a file."""
+def kfp(
+    in_kfp: RunInKfp, api: FakeKfpApi, profile_file: Path, tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `qlora-retrain kfp VERB` against the fake API, with a token in a file."""
     token = tmp_path / "token"
     token.write_text(TOKEN)
 
     def run(verb: str, *arguments: object, endpoint: str = api.url) -> subprocess.CompletedProcess[str]:
-        given = ["--endpoint", endpoint, "--profile", profile_file, "--root", "s3://models/retrain"]
+        options = ["--endpoint", endpoint, "--profile", profile_file, "--root", "s3://models/retrain"]
         environment = {"KF_PIPELINES_SA_TOKEN_PATH": str(token), "HOME": str(tmp_path)}
-        return in_kfp("-m", "qlora_retrain.cli", "kfp", verb, *given, *arguments, **environment)
+        return in_kfp("-m", "qlora_retrain.cli", "kfp", verb, *options, *arguments, **environment)
 
     return run
 
 
 def test_a_run_is_submitted_with_the_line_itself_and_the_compiled_pipeline(
-    kfp: InKfp, api: Api, line: Path, compiled: Any
+    kfp: RunInKfp, api: FakeKfpApi, line: Path, compiled: Any
 ) -> None:
-    done = kfp("submit", line, "--set", "train.learning_rate=1e-4")
-    assert done.returncode == 0, done.stderr
+    completed = kfp("submit", line, "--set", "train.learning_rate=1e-4")
+    assert completed.returncode == 0, completed.stderr
     (run,) = api.runs
-    assert done.stdout == f"run r0 of line support-intents: {api.url}/#/runs/details/r0\n"
+    assert completed.stdout == f"run r0 of line support-intents: {api.url}/#/runs/details/r0\n"
     assert api.experiments[run["experiment_id"]]["display_name"] == "support-intents"
     assert run["display_name"].startswith("support-intents 20")
     sources = {name: {"uri": uri} for name, uri in LINE["sources"].items()}  # type: ignore[attr-defined]
@@ -173,23 +178,25 @@ def test_a_run_is_submitted_with_the_line_itself_and_the_compiled_pipeline(
         "plan_uri": "",
         "overrides": ["train.learning_rate=1e-4"],
     }
-    sent = run["pipeline_spec"]
-    assert sent["pipeline_spec"]["deploymentSpec"] == compiled.pipeline["deploymentSpec"]
-    assert sent["platform_spec"] == compiled.platform
+
+    submitted_spec = run["pipeline_spec"]
+    assert submitted_spec["pipeline_spec"]["deploymentSpec"] == compiled.pipeline["deploymentSpec"]
+    assert submitted_spec["platform_spec"] == compiled.platform
     assert api.tokens == {f"Bearer {TOKEN}"}
-    assert TOKEN not in done.stdout + done.stderr + json.dumps(run)
+    assert TOKEN not in completed.stdout + completed.stderr + json.dumps(run)
 
 
 def test_a_schedule_takes_the_place_of_the_lines_earlier_ones_and_of_no_others(
-    kfp: InKfp, api: Api, line: Path
+    kfp: RunInKfp, api: FakeKfpApi, line: Path
 ) -> None:
     assert kfp("schedule", line).returncode == 0
-    other = line.with_name("other.yaml")
-    other.write_text(yaml.safe_dump({**LINE, "line": "refunds"}))
-    assert kfp("schedule", other).returncode == 0
+    another_line = line.with_name("other.yaml")
+    another_line.write_text(yaml.safe_dump({**LINE, "line": "refunds"}))
+    assert kfp("schedule", another_line).returncode == 0
     (first, refunds) = api.recurring.values()
     assert first["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1", "six fields, seconds first"
     assert (first["mode"], first["max_concurrency"], first["no_catchup"]) == ("ENABLE", 1, True)
+
     line.write_text(yaml.safe_dump({**LINE, "schedule": "30 4 * * *"}))
     again = kfp("schedule", line)
     assert again.returncode == 0, again.stderr
@@ -197,6 +204,7 @@ def test_a_schedule_takes_the_place_of_the_lines_earlier_ones_and_of_no_others(
     now = [(r["display_name"], r["trigger"]["cron_schedule"]["cron"]) for r in api.recurring.values()]
     assert now == [("refunds", "0 0 3 * * 1"), ("support-intents", "0 30 4 * * *")]
     assert refunds in api.recurring.values()
+
     writes = [method for method, _ in api.requests if method != "GET"]
     assert writes[-2:] == ["POST", "DELETE"], "the new one is there before the old one goes"
     removed = kfp("schedule", line, "--remove")
@@ -204,9 +212,12 @@ def test_a_schedule_takes_the_place_of_the_lines_earlier_ones_and_of_no_others(
     assert [r["display_name"] for r in api.recurring.values()] == ["refunds"]
 
 
-def test_a_namespace_is_named_where_kfp_serves_several_users_and_only_there(kfp: InKfp, api: Api, line: Path) -> None:
+def test_a_namespace_is_named_where_kfp_serves_several_users_and_only_there(
+    kfp: RunInKfp, api: FakeKfpApi, line: Path
+) -> None:
     assert kfp("schedule", line, "--namespace", "team-a").returncode == 0
     assert api.namespaces == {None}
+
     api.multi_user = True
     api.namespaces.clear()
     api.experiments.clear()
@@ -216,10 +227,10 @@ def test_a_namespace_is_named_where_kfp_serves_several_users_and_only_there(kfp:
     assert [e["namespace"] for e in api.experiments.values()] == ["team-a"]
 
 
-def test_a_schedule_that_cannot_be_made_leaves_the_old_one(kfp: InKfp, api: Api, line: Path) -> None:
+def test_a_schedule_that_cannot_be_made_leaves_the_old_one(kfp: RunInKfp, api: FakeKfpApi, line: Path) -> None:
     assert kfp("schedule", line).returncode == 0
     before = dict(api.recurring)
-    api.fails_with = ("/recurringruns", 503)
+    api.failure = ("/recurringruns", 503)
     failed = kfp("schedule", line)
     assert failed.returncode == Exit.TRY_AGAIN
     assert "answered 503" in failed.stderr
@@ -229,25 +240,25 @@ def test_a_schedule_that_cannot_be_made_leaves_the_old_one(kfp: InKfp, api: Api,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": None}, "schedule: is null"),
+        ({"schedule": None}, "schedule is null"),
         ({"sources": {**LINE["sources"], "raw_data": "tickets.jsonl"}}, "sources.raw_data: file://"),  # type: ignore[dict-item]
         ({"train": {"rnak": 8}}, "did you mean rank?"),
     ],
 )
 def test_what_a_cluster_could_not_run_is_refused_before_anything_is_sent(
-    kfp: InKfp, api: Api, line: Path, change: dict[str, object], message: str
+    kfp: RunInKfp, api: FakeKfpApi, line: Path, change: dict[str, object], message: str
 ) -> None:
     line.write_text(yaml.safe_dump({**LINE, **change}))
-    done = kfp("schedule", line)
-    assert done.returncode == Exit.USAGE
-    assert message in done.stderr
+    completed = kfp("schedule", line)
+    assert completed.returncode == Exit.USAGE
+    assert message in completed.stderr
     assert api.requests == []
 
 
 def test_an_api_that_wants_another_token_one_that_is_not_there_and_a_url_with_a_password_are_told_apart(
-    kfp: InKfp, api: Api, line: Path
+    kfp: RunInKfp, api: FakeKfpApi, line: Path
 ) -> None:
-    api.fails_with = ("/runs", 401)
+    api.failure = ("/runs", 401)
     refused = kfp("submit", line)
     assert refused.returncode == Exit.USAGE
     assert "KF_PIPELINES_SA_TOKEN_PATH" in refused.stderr

@@ -1,4 +1,4 @@
-"""The first and the last task of the Kubeflow pipeline: the compiled commands, filled in by KFP's code, really run."""
+"""The first and the last task of the Kubeflow pipeline: KFP's code fills in the compiled commands, then they run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from qlora_retrain.core.errors import Exit
 from qlora_retrain.pipeline.plan import Plan
 
 if TYPE_CHECKING:
-    from tests.dags.conftest import Compiled
+    from tests.dags.conftest import CompiledPipeline
 
 pytestmark = pytest.mark.kfp
 
 PROJECT = Path(__file__).resolve().parents[2]
 CLI = ["python", "-m", "qlora_retrain.cli"]
-# KFP's own code fills in a command as it does before it starts a container.
-FILL_IN = """
+# The program that fills in a command with KFP's own code, as KFP does before it starts a container.
+FILL_IN_PLACEHOLDERS = """
 import json, sys
 from kfp.local.placeholder_utils import replace_placeholders
 command, values, folder, artifacts, run = json.load(sys.stdin)
-made = {name: {"artifacts": [{"name": name, "uri": folder + "/" + name}]} for name in artifacts}
+output_artifacts = {name: {"artifacts": [{"name": name, "uri": folder + "/" + name}]} for name in artifacts}
 parameters = {"uri": {"outputFile": folder + "/uri"}}
-outputs = {"outputFile": folder + "/output.json", "parameters": parameters, "artifacts": made}
+outputs = {"outputFile": folder + "/output.json", "parameters": parameters, "artifacts": output_artifacts}
 filled = {"inputs": {"parameterValues": values}, "outputs": outputs}
 print(json.dumps(replace_placeholders(command, filled, "pipeline", "plan", "root", run)))
 """
@@ -40,34 +40,35 @@ class Tasks:
     """The pipeline's first and last task, run as their containers would run them."""
 
     def __init__(
-        self, compiled: Compiled, in_kfp: Callable[..., subprocess.CompletedProcess[str]], folder: Path
+        self, compiled: CompiledPipeline, in_kfp: Callable[..., subprocess.CompletedProcess[str]], folder: Path
     ) -> None:
         self.compiled, self.in_kfp, self.folder = compiled, in_kfp, folder
         (folder / "tickets.jsonl").write_text("{}\n")
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text("{}")
         self.root = (folder / "store").as_uri()
-        self.outputs = folder / "outputs"  # KFP makes no folder everywhere
+        self.outputs = folder / "outputs"  # does not exist yet: some runners of KFP do not create it
 
     def line(self, name: str) -> dict[str, object]:
         sources = {"raw_data": str(self.folder / "tickets.jsonl"), "base_model": (self.folder / "model").as_uri()}
         return {"line": name, "sources": sources}
 
-    def plan(self, run: str, **given: object) -> str:
+    def plan(self, run: str, **arguments: object) -> str:
         """Run task 0 and return the URI that later tasks get."""
-        done = self.attempt("plan", run, **given)
-        assert done.returncode == 0, done.stderr
+        completed = self.run_task("plan", run, **arguments)
+        assert completed.returncode == 0, completed.stderr
         return (self.outputs / "uri").read_text()
 
-    def attempt(
+    def run_task(
         self, task: str, run: str, *, plan_uri: str = "", overrides: tuple[str, ...] = (), line: str = "tickets"
     ) -> subprocess.CompletedProcess[str]:
-        given = {"line": self.line(line), "root": self.root, "plan_uri": plan_uri, "overrides": overrides}
+        arguments = {"line": self.line(line), "root": self.root, "plan_uri": plan_uri, "overrides": overrides}
         run_input = self.compiled.tasks[task]["inputs"]["parameters"]["run"]["runtimeValue"]["constant"]
         artifacts = list(self.compiled.component(task)["outputDefinitions"]["artifacts"])
         command = self.compiled.container(task)["command"]
-        filling = json.dumps([command, {**given, "run": run_input}, str(self.outputs), artifacts, run])
-        filled = self.in_kfp("-c", FILL_IN, text=filling)
+
+        filling = json.dumps([command, {**arguments, "run": run_input}, str(self.outputs), artifacts, run])
+        filled = self.in_kfp("-c", FILL_IN_PLACEHOLDERS, text=filling)
         assert filled.returncode == 0, filled.stderr
         filled_in = json.loads(filled.stdout)
         assert filled_in[:3] == CLI
@@ -77,7 +78,7 @@ class Tasks:
 
 
 @pytest.fixture
-def tasks(compiled: Compiled, in_kfp: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> Tasks:
+def tasks(compiled: CompiledPipeline, in_kfp: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> Tasks:
     return Tasks(compiled, in_kfp, tmp_path)
 
 
@@ -87,37 +88,39 @@ def test_a_retried_task_zero_finds_its_plan_and_another_run_makes_its_own(tasks:
     plan = Plan.load(first)
     assert plan.step("train_qlora").config["rank"] == 8
     assert plan.step("validate_data").config["system"] == "Be, 'brief'."
-    time.sleep(1.1)  # a run's name begins with the second it was made in
+    time.sleep(1.1)  # a run's id begins with the second in which it was made, so the retry could get another
     (tasks.folder / "tickets.jsonl").write_text("{}\n{}\n")  # and the retry must not see newer data
     assert tasks.plan("run-1") == first
     assert Plan.load(first) == plan
     assert "  train_qlora " in (tasks.outputs / "report").read_text()
-    other = tasks.plan("run-2")
-    assert Plan.load(other).sources["raw_data"] != plan.sources["raw_data"]
+
+    another_plan_uri = tasks.plan("run-2")
+    assert Plan.load(another_plan_uri).sources["raw_data"] != plan.sources["raw_data"]
 
 
 @pytest.mark.slow
-def test_task_zero_hands_on_the_plan_of_another_run(tasks: Tasks) -> None:
+def test_task_zero_passes_the_plan_of_another_run_on(tasks: Tasks) -> None:
     first = tasks.plan("run-1")
     assert tasks.plan("run-2", plan_uri=first) == first
-    wrong_line = tasks.attempt("plan", "run-3", plan_uri=first, line="refunds")
+    wrong_line = tasks.run_task("plan", "run-3", plan_uri=first, line="refunds")
     assert (wrong_line.returncode, (tasks.outputs / "uri").exists()) == (Exit.USAGE, False)
     assert "is a plan of line tickets" in wrong_line.stderr
-    both = tasks.attempt("plan", "run-3", plan_uri=first, overrides=("train.rank=8",))
+    both = tasks.run_task("plan", "run-3", plan_uri=first, overrides=("train.rank=8",))
     assert both.returncode == Exit.USAGE
 
 
 @pytest.mark.slow
 def test_the_last_task_finds_its_runs_plan_and_shows_where_it_stands(tasks: Tasks) -> None:
-    before = tasks.attempt("summary", "run-1")
+    before = tasks.run_task("summary", "run-1")
     assert before.returncode == 0, before.stderr
     assert "ended before it had a plan" in (tasks.outputs / "page").read_text()
+
     first = tasks.plan("run-1")
     tasks.plan("run-2")
-    assert tasks.attempt("summary", "run-1").returncode == 0
+    assert tasks.run_task("summary", "run-1").returncode == 0
     page = (tasks.outputs / "page").read_text()
     assert Plan.load(first).run_id in page
-    assert "Not finished: validate_data has made nothing" in page
+    assert "Not finished: validate_data has no artifact yet" in page
     assert (tasks.outputs / "report").read_text() == page, "nothing has a report yet"
 
 
@@ -133,11 +136,11 @@ def test_task_zero_refuses_a_run_id_that_the_orchestrator_did_not_fill_in(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Taken as an id, every run would find the first run's plan again.
-    assert "no orchestrator filled in" in usage_error(["plan", "x.yaml", "--orchestrator-id", run], capsys)
+    assert "the orchestrator did not fill in" in usage_error(["plan", "x.yaml", "--orchestrator-id", run], capsys)
 
 
-@pytest.mark.parametrize("given", ["train.rank=8", '{"train.rank": 8}', "[8]"])
+@pytest.mark.parametrize("arguments", ["train.rank=8", '{"train.rank": 8}', "[8]"])
 def test_overrides_that_are_no_json_list_of_settings_are_refused(
-    given: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "--set-json" in usage_error(["plan", "x.yaml", "--set-json", given], capsys)
+    assert "--set-json" in usage_error(["plan", "x.yaml", "--set-json", arguments], capsys)

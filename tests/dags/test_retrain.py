@@ -1,15 +1,16 @@
-"""The Airflow DAGs equal the graph, and one bad file takes nothing else down."""
+"""The Airflow DAGs equal the graph, and one bad file breaks no other line."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
+from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from qlora_retrain.core import graph
+from qlora_retrain.core import endings, graph
 from qlora_retrain.runtimes.airflow import params as form
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
@@ -35,7 +36,7 @@ def write(folder: Path, name: str, line: str, schedule: str = "null") -> Path:
 
 
 def load() -> ModuleType:
-    """The DAG file as Airflow's processor loads it: a fresh module."""
+    """Load the DAG file as Airflow's DAG processor does: as a fresh module."""
     spec = importlib.util.spec_from_file_location("dag_file", DAG_FILE)
     assert spec is not None
     assert spec.loader is not None
@@ -57,7 +58,7 @@ def test_the_dags_edges_are_the_graphs_and_the_plan_comes_first(pipelines: Path)
     write(pipelines, "a.yaml", "tickets")
     dag = load().DAGS["tickets"]
     edges = {(up, task.task_id) for task in dag.tasks for up in task.upstream_task_ids}
-    roots = {s.name for s in graph.STEPS if not graph.after(s)}
+    roots = {s.name for s in graph.STEPS if not graph.upstream_steps(s)}
     assert edges == {*graph.edges(), *((graph.PLAN_TASK, name) for name in roots)}
     assert {t.task_id: t.retries for t in dag.tasks if t.task_id != "plan"} == {s.name: s.retries for s in graph.STEPS}
 
@@ -87,7 +88,7 @@ def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
         ("train.learning_rate", 0),
         ("train.learning_rate", "1e-4; rm -rf /"),
         ("train.rank", 2.5),
-        ("evaluate.first_release", "yes"),
+        ("evaluate.allow_first_release", "yes"),
         ("publish.promote_to", "../production"),
         ("plan_uri", "s3://key:secret@bucket/runs/x/plan.json"),
         ("plan_uri", "file:///store/runs/x/plan.json?token=1"),
@@ -103,9 +104,12 @@ def test_the_form_refuses_what_the_plan_would_refuse(pipelines: Path, name: str,
         param.resolve(value)
 
 
-def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(pipelines: Path) -> None:
+def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(
+    pipelines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
+    monkeypatch.setenv("QLORA_RETRAIN_ROOT", (pipelines / "store").as_uri())
     write(pipelines, "a.yaml", "tickets")
     bad = write(pipelines, "b.yaml", "mails", '"0 3 * * 1"')
     bad.write_text(bad.read_text() + "evaluate: {min_row: 3}\n")
@@ -115,10 +119,17 @@ def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(pip
     assert [name for name, dag in dags.items() if "broken" in dag.tags] == ["mails", "c"]
     assert "did you mean min_rows?" in (dags["mails"].doc_md or "")
     assert dags["mails"].timetable.expression == "0 3 * * 1"
+    dag_run = SimpleNamespace(dag_id="mails", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
+    context = {"dag_run": dag_run, "params": {}}
     with pytest.raises(AirflowFailException, match="did you mean min_rows"):
-        dags["mails"].get_task("plan").execute({})
+        dags["mails"].get_task("plan").execute(context)
     with pytest.raises(AirflowFailException, match="not valid YAML"):
-        dags["c"].get_task("plan").execute({})
+        dags["c"].get_task("plan").execute(context)
+
+    (document,) = (pipelines / "store" / "runs").glob("*/endings/plan.json")
+    ending = endings.from_json(document.read_text())
+    assert ending is not None
+    assert (ending.code, ending.cause, ending.step) == (12, "usage", "plan")
 
 
 def test_two_files_of_one_line_and_a_bad_cron_are_refused(pipelines: Path) -> None:
@@ -126,7 +137,7 @@ def test_two_files_of_one_line_and_a_bad_cron_are_refused(pipelines: Path) -> No
     write(pipelines, "b.yaml", "tickets")
     write(pipelines, "c.yaml", "mails", '"99 3 * * 1"')
     dags = load().DAGS
-    assert "a line is one file" in (dags["tickets.b"].doc_md or "")
+    assert "is defined in another file already" in (dags["tickets.b"].doc_md or "")
     assert "broken" in dags["mails"].tags
     assert "broken" not in dags["tickets"].tags
 

@@ -1,4 +1,4 @@
-"""A line on Kubernetes as a DAG: the cluster's profile, the pool that counts GPUs, and what is missing is said."""
+"""A line on Kubernetes as a DAG: the cluster's profile, the pool that counts GPUs, and errors for what is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from qlora_retrain.config.profile import load as load_profile
+from qlora_retrain.config.cluster_profile import load as load_profile
 from qlora_retrain.core import graph
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported

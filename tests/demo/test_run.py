@@ -1,4 +1,4 @@
-"""`make run`'s driver: stopped with Ctrl-C it leaves nothing, run again it says which step failed, why and where."""
+"""`make run`: after Ctrl-C no process is left; the next run says which step failed, why, and where its log is."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 from qlora_retrain.config.line import load
 from qlora_retrain.demo import run
 from qlora_retrain.demo.airflow_api import TaskState
-from qlora_retrain.demo.progress_board import Board
-from qlora_retrain.pipeline import plan
+from qlora_retrain.demo.progress_board import ProgressBoard
+from qlora_retrain.pipeline import make_plan
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -34,7 +34,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -43,7 +43,7 @@ def alive(process: psutil.Process) -> bool:
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_ctrl_c_ends_everything_and_the_next_run_tells_what_failed(
+def test_ctrl_c_ends_everything_and_the_next_run_says_what_failed(
     tmp_path: Path, tickets: Path, tiny_model: Path
 ) -> None:
     (tmp_path / "pipelines").mkdir()
@@ -55,11 +55,11 @@ def test_ctrl_c_ends_everything_and_the_next_run_tells_what_failed(
         for line in process.stdout:
             if re.match(r"  (validate_data|quantize_model) +running", line):
                 break
-        family = psutil.Process(process.pid).children(recursive=True)
+        descendants = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        assert "the same command goes on" in process.stdout.read()
+        assert "run the same command again to continue" in process.stdout.read()
         assert process.wait(60) == run.INTERRUPTED
-        assert [p for p in family if alive(p)] == []
+        assert [p for p in descendants if is_alive(p)] == []
 
     with start(tmp_path, "--param", "train.rank=0") as process:
         output, _ = process.communicate(timeout=180)
@@ -69,7 +69,7 @@ def test_ctrl_c_ends_everything_and_the_next_run_tells_what_failed(
     with start(tmp_path) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 10
-    assert re.search(r"failed +validate_data \(try 1\): validate_data: data refused \(10\): ", output)
+    assert re.search(r"failed +validate_data \(try 1\): data refused \(10\): ", output)
     log = re.search(r"log +(/.*attempt=1\.log)", output)
     assert log is not None
     assert "data refused (10)" in Path(log[1]).read_text()
@@ -77,7 +77,7 @@ def test_ctrl_c_ends_everything_and_the_next_run_tells_what_failed(
 
 
 def asset_events(folder: Path) -> list[str]:
-    """The versions that Airflow was told of, from its own database."""
+    """List the versions that asset events named, from Airflow's database."""
     with contextlib.closing(sqlite3.connect(folder / "home" / "airflow.db")) as database:
         return [json.loads(extra)["version"] for (extra,) in database.execute("select extra from asset_event")]
 
@@ -94,13 +94,15 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
         "line: tickets\n"
         f"sources: {{raw_data: {tickets}, base_model: {tiny_model}, golden_data: {golden}}}\n"
         "data: {task: labels, system: Name the intent., eval_fraction: 0.2, max_length_tokens: 256}\n"
-        "train: {learning_rate: 5e-3, epochs: 10, batch_size: 16, dropout: 0.0, rank: 8}\n"
-        "evaluate: {first_release: true, min_gain_over_base: 0.1, bootstrap_samples: 500, text_in_reports: true}\n"
-        "merge: {max_loss_nats: 0.5, min_rows: 10}\n"
+        "train: {learning_rate: 5e-3, epochs: 10, micro_batch_size: 16, dropout: 0.0, rank: 8}\n"
+        "evaluate: {allow_first_release: true, min_gain_over_base: 0.1, bootstrap_samples: 500, "
+        "text_in_reports: true}\n"
+        "merge: {max_loss_increase_nats: 0.5, min_rows: 10}\n"
     )
     with start(tmp_path) as process:
         output, _ = process.communicate(timeout=550)
     assert process.returncode == 0, output
+
     alias = json.loads((tmp_path / "store/models/tickets/aliases/production.json").read_text())
     version = alias["version"]
     assert f"version   tickets@production is {version}\n" in output
@@ -109,21 +111,24 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
         (tmp_path / f"store/models/tickets/versions/{version}/evaluation/evaluation.json").read_text()
     )
     assert f"verdict   {evaluation['sentence']}\n" in output
+
     reports = re.findall(r"report    (.*)", output)
     assert len(reports) == 4
     assert all(Path(r).is_file() for r in reports)
-    told = re.findall(
-        r'^(right|wrong)     (eval|golden): "(.*)"\n          (\w+)(?:  \(wanted: (\w+)\))?$', output, re.M
+
+    answers = re.findall(
+        r'^(right|wrong)     (eval|golden): "(.*)"\n          (\w+)(?:  \(expected: (\w+)\))?$', output, re.M
     )
-    assert [kind for _, kind, _, _, _ in told] == ["eval"] * 4 + ["golden"] * 2
+    assert [kind for _, kind, _, _, _ in answers] == ["eval"] * 4 + ["golden"] * 2
     rows = [json.loads(line)["messages"] for line in tickets.read_text().splitlines()]
-    wanted = {turns[0]["content"]: turns[1]["content"] for turns in rows}
-    for word, _, question, answer, said in told:
-        assert (word == "right") is (answer == wanted[question])
-        assert said in ("", wanted[question])
-    right = sum(word == "right" for word, *_ in told)
-    measured = f"{evaluation['contestants']['challenger']['accuracy']:.1%} of "
-    assert f"in all    {right} of 6 right; by the evaluation {measured}" in output
+    expected = {turns[0]["content"]: turns[1]["content"] for turns in rows}
+    for word, _, question, answer, corrected in answers:
+        assert (word == "right") is (answer == expected[question])
+        assert corrected in ("", expected[question])
+
+    right = sum(word == "right" for word, *_ in answers)
+    evaluation_accuracy = f"{evaluation['contestants']['challenger']['accuracy']:.1%} of "
+    assert f"in all    {right} of 6 right; by the evaluation {evaluation_accuracy}" in output
     assert re.search(r"^base      to the first: ", output, flags=re.MULTILINE)
 
     assert asset_events(tmp_path) == [version]
@@ -133,14 +138,14 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
     assert process.returncode == 0, output
     assert asset_events(tmp_path) == [version], "an event without a new version"
     assert f"nothing changed: production is already {version}\n" in output
-    started = list((tmp_path / "store/runs").glob("*/logs/*"))
-    assert {p.parents[1] for p in started} == {min((tmp_path / "store/runs").iterdir())}, (
+    log_files = list((tmp_path / "store/runs").glob("*/logs/*"))
+    assert {p.parents[1] for p in log_files} == {min((tmp_path / "store/runs").iterdir())}, (
         "the second run started a step"
     )
 
 
 def test_away_from_a_terminal_a_line_is_printed_when_a_state_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    board = Board()
+    board = ProgressBoard()
     waiting = [TaskState("plan", "running", 1, 1.0), TaskState("publish", None, 0, 0.0)]
     board.show(waiting)
     board.show(waiting)
@@ -153,6 +158,6 @@ def test_no_row_is_shown_where_the_line_does_not_allow_text(
 ) -> None:
     line = tmp_path / "line.yaml"
     line.write_text(f"line: tickets\nsources: {{raw_data: {tickets}, base_model: {tmp_path}}}\n")
-    made = plan.make(line, (tmp_path / "store").as_uri())
-    run.tell_answers(made, load(line), tmp_path, {})
+    plan = make_plan.make_plan(line, (tmp_path / "store").as_uri())
+    run.print_answers(plan, load(line), tmp_path, {})
     assert capsys.readouterr().out == ""

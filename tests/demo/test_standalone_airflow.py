@@ -1,4 +1,4 @@
-"""A real Airflow on loopback: runs through its REST API, refusals that a person understands, nothing left behind."""
+"""A real Airflow on loopback: runs through its REST API, errors that a person understands, no process left behind."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import psutil
 import pytest
 
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.demo.airflow_api import AirflowApi, ApiRefused
-from qlora_retrain.demo.standalone_airflow import MARK, EmbeddedAirflow
+from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
+from qlora_retrain.demo.standalone_airflow import MARKER_VARIABLE, StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
 
 
 def write_line(folder: Path, tickets: Path, model: Path) -> None:
-    """A line whose data gate refuses, so that a run ends early and says why."""
+    """Write a line whose data gate refuses, so that its run ends early and with a reason."""
     folder.mkdir(exist_ok=True)
     (folder / "tickets.yaml").write_text(
         f"line: tickets\nsources: {{raw_data: {tickets}, base_model: {model}}}\ndata: {{min_train_rows: 100000}}\n"
@@ -29,7 +29,6 @@ def write_line(folder: Path, tickets: Path, model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-
     path = tmp_path_factory.mktemp("data") / "tickets.jsonl"
     chat = '{{"messages": [{{"role": "user", "content": "order {0}"}}, {{"role": "assistant", "content": "{1}"}}]}}\n'
     path.write_text("".join(chat.format(i, "ab"[i % 2]) for i in range(300)))
@@ -37,17 +36,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def airflow(tmp_path_factory: pytest.TempPathFactory, rows: Path, tiny_model: Path) -> Iterator[EmbeddedAirflow]:
+def airflow(tmp_path_factory: pytest.TempPathFactory, rows: Path, tiny_model: Path) -> Iterator[StandaloneAirflow]:
     folder = tmp_path_factory.mktemp("embedded")
     write_line(folder / "pipelines", rows, tiny_model)
     environment = {
         "QLORA_RETRAIN_PIPELINES": str(folder / "pipelines"),
         "QLORA_RETRAIN_ROOT": (folder / "store").as_uri(),
     }
-    with EmbeddedAirflow(folder / "home", environment=environment) as started:
-        started.wait_for_dag("tickets")
-        started.api.unpause("tickets")
-        yield started
+    with StandaloneAirflow(folder / "home", environment=environment) as airflow:
+        airflow.wait_for_dag("tickets")
+        airflow.api.unpause("tickets")
+        yield airflow
 
 
 @pytest.mark.airflow
@@ -62,34 +61,38 @@ def airflow(tmp_path_factory: pytest.TempPathFactory, rows: Path, tiny_model: Pa
     ],
 )
 def test_a_bad_field_of_the_form_is_refused_by_rest_with_its_reason(
-    airflow: EmbeddedAirflow, params: dict[str, object], reason: str
+    airflow: StandaloneAirflow, params: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(ApiRefused, match=reason) as caught:
+    with pytest.raises(AirflowApiError, match=reason) as caught:
         airflow.api.trigger("tickets", params)
     assert 400 <= caught.value.status < 500
-    assert airflow.api.active_runs("tickets") == []
+    assert airflow.api.active_run_ids("tickets") == []
 
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_a_run_with_a_turned_knob_is_planned_with_it_and_a_refusal_fails_now_with_its_reason(
-    airflow: EmbeddedAirflow, rows: Path
+def test_a_run_with_a_changed_knob_is_planned_with_it_and_a_refusal_fails_at_once_with_its_reason(
+    airflow: StandaloneAirflow, rows: Path
 ) -> None:
     run_id = airflow.api.trigger("tickets", {"train.learning_rate": 5e-5, "publish.promote_to": None})
-    assert airflow.api.wait("tickets", run_id, seconds=240) == "failed"
-    states = {t.name: (t.state, t.tries) for t in airflow.api.tasks("tickets", run_id)}
+    assert airflow.api.wait_until_finished("tickets", run_id, timeout_seconds=240) == "failed"
+
+    states = {t.task_id: (t.state, t.try_number) for t in airflow.api.task_states("tickets", run_id)}
     assert states["plan"] == ("success", 1)
-    assert states["validate_data"] == ("failed", 1)  # not tried again: the same data would be refused again
+    assert states["validate_data"] == ("failed", 1)  # not retried: the same data would be refused again
     assert states["publish"][0] == "upstream_failed"
-    assert "data refused (10)" in airflow.api.why("tickets", run_id, "validate_data")
+    assert "data refused (10)" in airflow.api.failure_message("tickets", run_id, "validate_data")
     log = airflow.log_file("tickets", run_id, "validate_data", 1)
     assert "data refused (10)" in log.read_text()
+
     store = airflow.home.parent / "store"
-    (made,) = (store / "runs").glob("*/plan.json")
-    plan = Plan.load(made.as_uri())
+    (plan_file,) = (store / "runs").glob("*/plan.json")
+    plan = Plan.load(plan_file.as_uri())
     assert plan.step("train_qlora").config["learning_rate"] == 5e-5
     assert plan.step("publish").config["promote_to"] is None
-    assert any("data.min_train_rows = 100000" in line for line in airflow.api.log("tickets", run_id, "validate_data"))
+    assert any(
+        "data.min_train_rows = 100000" in line for line in airflow.api.log_lines("tickets", run_id, "validate_data")
+    )
 
 
 @pytest.mark.airflow
@@ -97,11 +100,12 @@ def test_a_run_with_a_turned_knob_is_planned_with_it_and_a_refusal_fails_now_wit
 def test_a_killed_driver_leaves_nothing_running(tmp_path: Path, rows: Path, tiny_model: Path) -> None:
     write_line(tmp_path / "pipelines", rows, tiny_model)
     driver = (
-        "import time; from pathlib import Path; from qlora_retrain.demo.standalone_airflow import EmbeddedAirflow\n"
-        f"with EmbeddedAirflow(Path({str(tmp_path / 'home')!r})) as airflow:\n"
+        "import time; from pathlib import Path; from qlora_retrain.demo.standalone_airflow import StandaloneAirflow\n"
+        f"with StandaloneAirflow(Path({str(tmp_path / 'home')!r})) as airflow:\n"
         "    airflow.wait_for_dag('tickets'); airflow.api.unpause('tickets')\n"
         "    run = airflow.api.trigger('tickets')\n"
-        "    while not any(t.state == 'running' for t in airflow.api.tasks('tickets', run) if t.name != 'plan'):\n"
+        "    tasks = lambda: airflow.api.task_states('tickets', run)\n"
+        "    while not any(t.state == 'running' for t in tasks() if t.task_id != 'plan'):\n"
         "        time.sleep(0.05)\n"
         "    print('a step runs', flush=True); time.sleep(600)\n"
     )
@@ -115,16 +119,17 @@ def test_a_killed_driver_leaves_nothing_running(tmp_path: Path, rows: Path, tiny
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "a step runs\n"
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) > 6
+        # Three services with their supervisors, and the task: there is something that could be left.
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        assert len(descendants) > 6
         process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 90
-    while (left := [p for p in family if alive(p)]) and time.monotonic() < deadline:
+    while (survivors := [p for p in descendants if is_alive(p)]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left == []
+    assert survivors == []
 
 
-def alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -136,7 +141,7 @@ def test_a_home_serves_one_airflow_at_a_time(tmp_path: Path) -> None:
 
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="running there already"), EmbeddedAirflow(tmp_path):
+        with pytest.raises(UsageError, match="runs there already"), StandaloneAirflow(tmp_path):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["lock"]
 
@@ -144,13 +149,13 @@ def test_a_home_serves_one_airflow_at_a_time(tmp_path: Path) -> None:
 def test_settings_of_another_airflow_do_not_reach_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://production")
     monkeypatch.setenv("AIRFLOW_CONFIG", "/etc/airflow.cfg")
-    airflow = EmbeddedAirflow(tmp_path, port=1)
+    airflow = StandaloneAirflow(tmp_path, port=1)
     airflow.url = "http://127.0.0.1:1"
-    settings = airflow._settings()
+    settings = airflow._build_environment()
     assert settings["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] == f"sqlite:///{tmp_path / 'airflow.db'}"
     assert "AIRFLOW_CONFIG" not in settings
     assert settings["AIRFLOW__API__HOST"] == "127.0.0.1"
-    assert settings[MARK] != EmbeddedAirflow(tmp_path)._mark
+    assert settings[MARKER_VARIABLE] != StandaloneAirflow(tmp_path)._marker
 
 
 def test_a_server_that_is_not_there_is_a_connection_error() -> None:

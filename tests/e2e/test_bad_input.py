@@ -1,4 +1,4 @@
-"""Bad input, each with its exit code and a line that says what to do; never a traceback."""
+"""Bad input: each kind has its exit code and a message that says what to do, and never a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("content", "code", "says"),
+    ("content", "exit_code", "expected_text"),
     [
         (b"", 12, "no rows"),
         (GOOD.encode() + b'{"messages": [{"role": "us', 12, "tickets.jsonl:2"),
@@ -23,27 +23,29 @@ GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
     ],
     ids=["an empty file", "a truncated JSON line", "a Latin-1 file", "a row with no assistant turn"],
 )
-def test_bad_files_end_the_run_with_a_reason(make_project: Callable, content: bytes, code: int, says: str) -> None:
+def test_bad_files_end_the_run_with_a_reason(
+    make_project: Callable, content: bytes, exit_code: int, expected_text: str
+) -> None:
     project = make_project()
     (project.folder / "tickets.jsonl").write_bytes(content)
-    ended = project.run()
-    assert ended.code == code, ended.text
-    assert says in ended.text
-    assert "Traceback" not in ended.text
+    result = project.run()
+    assert result.exit_code == exit_code, result.text
+    assert expected_text in result.text
+    assert "Traceback" not in result.text
 
 
 def test_a_missing_folder_is_named(make_project: Callable) -> None:
     project = make_project()
-    ended = project.run("--set", "sources.raw_data=nowhere/at/all")
-    assert ended.code == 12
-    assert ended.err.count("\n") == 1
-    assert "nowhere/at/all does not exist" in ended.err
+    result = project.run("--set", "sources.raw_data=nowhere/at/all")
+    assert result.exit_code == 12
+    assert result.err.count("\n") == 1
+    assert "nowhere/at/all does not exist" in result.err
 
 
 def test_an_unknown_key_gets_its_near_match(make_project: Callable) -> None:
-    ended = make_project().run("--set", "train.learning_rat=1e-4")
-    assert ended.code == 12
-    assert "did you mean learning_rate?" in ended.err
+    result = make_project().run("--set", "train.learning_rat=1e-4")
+    assert result.exit_code == 12
+    assert "did you mean learning_rate?" in result.err
 
 
 def test_a_base_model_that_wants_to_run_code_is_refused(make_project: Callable, tiny_model: Path) -> None:
@@ -51,10 +53,10 @@ def test_a_base_model_that_wants_to_run_code_is_refused(make_project: Callable, 
     shutil.copytree(tiny_model, project.folder / "model")
     config = json.loads((tiny_model / "config.json").read_text())
     (project.folder / "model/config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
-    ended = project.run("--set", "sources.base_model=model")
-    assert ended.code == 13
-    assert "auto_map" in ended.err
-    assert ended.err.count("\n") == 1
+    result = project.run("--set", "sources.base_model=model")
+    assert result.exit_code == 13
+    assert "auto_map" in result.err
+    assert result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("where", ["--root", "source"])
@@ -62,9 +64,9 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(make_project: Callable,
     project = make_project()
     secret = "s3://user:hunter2@bucket/prefix"
     if where == "--root":
-        ended = project.cli("plan", project.config, "--root", secret)
+        result = project.cli("plan", project.config, "--root", secret)
     else:
-        ended = project.cli("plan", project.config, "--root", project.root, "--set", f"sources.raw_data={secret}")
-    assert ended.code == 12
-    assert "credentials come from the environment" in ended.err
-    assert "hunter2" not in ended.text
+        result = project.cli("plan", project.config, "--root", project.root, "--set", f"sources.raw_data={secret}")
+    assert result.exit_code == 12
+    assert "credentials come from the environment" in result.err
+    assert "hunter2" not in result.text

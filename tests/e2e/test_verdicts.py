@@ -1,6 +1,6 @@
-"""Verdicts of whole runs: real training on data made so that the outcome is known, and production looked at after each.
+"""Verdicts of whole runs: real training on data with a known outcome, and a look at production after each run.
 
-Evaluation rows are always right; what is wrong is wrong in the rows that are trained on alone.
+Evaluation rows always have the right label. Wrong labels are only in the rows that are trained on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from components.validate_data.splitting import share
+from components.validate_data.splitting import hash_fraction
 from qlora_retrain.lm import chat
 
 pytestmark = pytest.mark.slow
@@ -27,28 +27,29 @@ PHRASES = {
     "cancel": "do not ship it any more, order",
 }
 SETTINGS = {
-    "first_release": True,
+    "allow_first_release": True,
     "min_gain_over_base": 0.1,
     "max_loss_to_champion": 0.1,
     "min_slice_rows": 6,
     "bootstrap_samples": 500,
 }
-Names = Callable[[str], str]  # what a training row of a label says instead
+LabelNames = Callable[[str], str]  # the label that a training row gets in place of its own
 
 
-def swapped(*labels: str) -> Names:
-    """Labels that training rows confuse in a circle: each is called by the next one's name."""
+def swapped(*labels: str) -> LabelNames:
+    """Make training rows confuse labels in a circle: each gets the next one's name."""
     wrong = dict(zip(labels, labels[1:] + labels[:1], strict=True))
     return lambda label: wrong.get(label, label)
 
 
-def write_rows(path: Path, said: Names, per_label: int = 60) -> None:
+def write_rows(path: Path, answer_for: LabelNames, per_label: int = 60) -> None:
     lines = []
     for label, phrase in PHRASES.items():
         for i in range(per_label):
             user = {"role": "user", "content": f"{phrase} number {1000 + i}"}
-            trained = share("tiny", chat.canonical([user])) >= 0.2
-            answer = {"role": "assistant", "content": said(label) if trained else label}
+            # The rows above the line's `eval_fraction` of 0.2 are trained on.
+            is_trained_on = hash_fraction("tiny", chat.normalized_text([user])) >= 0.2
+            answer = {"role": "assistant", "content": answer_for(label) if is_trained_on else label}
             lines.append(json.dumps({"messages": [user, answer]}) + "\n")
     path.write_text("".join(lines))
 
@@ -63,9 +64,9 @@ def manifest(project: Any, version: str) -> Any:
 
 
 def evaluation(project: Any) -> Mapping[str, Any]:
-    """What the newest evaluation found, its rules by name."""
-    found = (project.folder / "store/artifacts/evaluation").glob("*/*/evaluation.json")
-    document = json.loads(max(found, key=lambda p: p.stat().st_mtime).read_text())
+    """Read the newest evaluation; `passed` has its rules by name."""
+    paths = (project.folder / "store/artifacts/evaluation").glob("*/*/evaluation.json")
+    document = json.loads(max(paths, key=lambda p: p.stat().st_mtime).read_text())
     return {**document, "passed": {rule["name"]: rule["passed"] for rule in document["rules"]}}
 
 
@@ -73,12 +74,12 @@ def evaluation(project: Any) -> Mapping[str, Any]:
 def test_five_challengers_get_five_right_verdicts(make_project: Callable[..., Any]) -> None:
     project = make_project(evaluate=SETTINGS, train={"epochs": 6})
 
-    def run(code: int, why: str, said: Names, *overrides: str) -> None:
-        write_rows(project.folder / "tickets.jsonl", said)
-        ended = project.run(*(f"--set={override}" for override in overrides))
-        assert ended.code == code, f"{why}: {ended.text[-3000:]}"
+    def run(exit_code: int, why: str, answer_for: LabelNames, *overrides: str) -> None:
+        write_rows(project.folder / "tickets.jsonl", answer_for)
+        result = project.run(*(f"--set={override}" for override in overrides))
+        assert result.exit_code == exit_code, f"{why}: {result.text[-3000:]}"
 
-    # The champion knows three of the six.
+    # The champion learns three of the six labels wrong.
     half = swapped("invoice", "broken", "cancel")
     run(0, "a champion", half)
     champion = production(project)
@@ -86,28 +87,28 @@ def test_five_challengers_get_five_right_verdicts(make_project: Callable[..., An
 
     draw = random.Random(0)
     run(11, "labels at random", lambda _: draw.choice(list(PHRASES)))
-    found = evaluation(project)
-    assert (found["verdict"], found["passed"]["gain_over_base"], found["passed"]["loss_to_champion"]) == (
+    report = evaluation(project)
+    assert (report["verdict"], report["passed"]["gain_over_base"], report["passed"]["loss_to_champion"]) == (
         "refuse", False, False)  # fmt: skip
     assert production(project) == champion
 
     run(11, "better overall, but broken on two labels", swapped("refund", "delivery"))
-    found = evaluation(project)
-    assert found["contestants"]["challenger"]["accuracy"] > found["contestants"]["champion"]["accuracy"] + 0.1
-    assert [name for name, passed in found["passed"].items() if not passed] == ["slices"]
-    assert {s["name"] for s in found["slices"][:2]} == {"label=refund", "label=delivery"}
+    report = evaluation(project)
+    assert report["contestants"]["challenger"]["accuracy"] > report["contestants"]["champion"]["accuracy"] + 0.1
+    assert [name for name, passed in report["passed"].items() if not passed] == ["slices"]
+    assert {s["name"] for s in report["slices"][:2]} == {"label=refund", "label=delivery"}
     assert production(project) == champion
 
     run(0, "as good as the champion", half, "train.seed=1")
-    found = evaluation(project)
-    assert abs(found["contestants"]["challenger"]["accuracy"] - found["contestants"]["champion"]["accuracy"]) < 0.05
+    report = evaluation(project)
+    assert abs(report["contestants"]["challenger"]["accuracy"] - report["contestants"]["champion"]["accuracy"]) < 0.05
     equal = production(project)
     assert equal != champion
     assert manifest(project, equal)["anchor"] == champion, "an equal version is not the best so far"
 
     run(0, "better", lambda label: label)
-    found = evaluation(project)
-    assert set(found["contestants"]) == {"base", "base_nf4", "challenger", "champion", "anchor"}
+    report = evaluation(project)
+    assert set(report["contestants"]) == {"base", "base_nf4", "challenger", "champion", "anchor"}
     better = production(project)
     assert better not in (champion, equal)
     assert manifest(project, better)["anchor"] == better

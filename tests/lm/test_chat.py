@@ -1,4 +1,4 @@
-"""The mask is right, generation and training see the same tokens, and templates that cannot be masked are refused."""
+"""The loss mask is right, generation and training see the same tokens, and some templates are refused."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def mask_by_scanning(tokenizer: Any, ids: list[int]) -> list[bool]:
-    """The mask of a ChatML chat found from the tokens alone: from after `assistant\\n` through the end token."""
+    """Return the mask of a ChatML chat from the tokens alone: from after `assistant\\n` through the end token."""
     opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     mask, inside = [], False
+    # The end token itself is supervised: a model that never learns it never stops.
     for i, token in enumerate(ids):
         mask.append(inside)
         if inside and token == tokenizer.eos_token_id:
@@ -65,9 +66,11 @@ def test_the_mask_covers_every_answer_and_its_end_token_and_nothing_else(
     tokenizer.chat_template = template or tokenizer.chat_template
     encoded = chat.encode(tokenizer, turns)
     assert encoded.supervised == mask_by_scanning(tokenizer, encoded.input_ids)
+
+    # As text: the supervised tokens decode to the answers and nothing else.
     learned = [t for t, s in zip(encoded.input_ids, encoded.supervised, strict=True) if s]
-    said = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    assert tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in said)
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    assert tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in answers)
     assert encoded.supervised_tokens == len(learned)
 
 
@@ -82,26 +85,26 @@ def test_training_sees_the_tokens_that_generation_would_start_from_and_produce(
     tokenizer: Any, turns: chat.Chat
 ) -> None:
     prompt, answer = chat.prompt_of(turns), chat.answer_of(turns)
-    asked = chat.prompt_ids(tokenizer, prompt)
+    prompt_ids = chat.prompt_ids(tokenizer, prompt)
     encoded = chat.encode(tokenizer, turns)
-    assert encoded.input_ids == asked + chat.answer_ids(tokenizer, prompt, answer)
-    assert encoded.supervised[len(asked) - 1 :] == [False] + [True] * (len(encoded.input_ids) - len(asked))
+    assert encoded.input_ids == prompt_ids + chat.answer_ids(tokenizer, prompt, answer)
+    assert encoded.supervised[len(prompt_ids) - 1 :] == [False] + [True] * (len(encoded.input_ids) - len(prompt_ids))
 
 
 def test_many_chats_at_once_are_encoded_as_each_alone(tokenizer: Any) -> None:
     chats = [[USER, ANSWER], MULTI, [USER], MULTI[:3]]
-    together = chat.encode_pieces(tokenizer, [chat.pieces(tokenizer, turns) for turns in chats])
+    together = chat.encode_segments(tokenizer, [chat.segments(tokenizer, turns) for turns in chats])
     assert together == [chat.encode(tokenizer, turns) for turns in chats]
-    assert together[2] == chat.Encoded([], [])
+    assert together[2] == chat.EncodedChat([], [])
 
 
 def test_a_template_that_adds_a_system_turn_by_itself_is_part_of_the_prompt(tokenizer: Any) -> None:
     plain = chat.encode(tokenizer, [USER, ANSWER])
     tokenizer.chat_template = HELPFUL
-    helped = chat.encode(tokenizer, [USER, ANSWER])
-    assert len(helped.input_ids) > len(plain.input_ids)
-    assert helped.supervised_tokens == plain.supervised_tokens
-    assert helped == chat.encode(tokenizer, [{"role": "system", "content": "You help."}, USER, ANSWER])
+    with_system = chat.encode(tokenizer, [USER, ANSWER])
+    assert len(with_system.input_ids) > len(plain.input_ids)
+    assert with_system.supervised_tokens == plain.supervised_tokens
+    assert with_system == chat.encode(tokenizer, [{"role": "system", "content": "You help."}, USER, ANSWER])
 
 
 @pytest.mark.parametrize(
@@ -127,18 +130,23 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_ends_where_its_template_ends_one(tokenizer: Any) -> None:
-    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+    # A special token that the template does not write changes nothing.
     tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
-    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
     tokenizer.chat_template = TURNS
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id, end]
-    for other in ("{{ m['content'] }}.\n", "<end_of_turn>{{ m['content'] }}"):  # none, and one that begins an answer
-        tokenizer.chat_template = TURNS.replace("{{ m['content'] }}<end_of_turn>\n", other)
-        assert chat.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id, end]
+
+    # A template without a special token at the end, and one with a special token at the beginning of an answer.
+    for turn in ("{{ m['content'] }}.\n", "<end_of_turn>{{ m['content'] }}"):
+        tokenizer.chat_template = TURNS.replace("{{ m['content'] }}<end_of_turn>\n", turn)
+        assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_chats_count_as_equal_apart_from_case_white_space_width_and_system_turn() -> None:
+    # A no-break space, and a full-width o, which NFKC maps to the plain letter.
     wide = [{"role": "system", "content": "x"}, {"role": "user", "content": " WHERE is\u00a0\uff4frder\n1007? "}]
-    assert chat.canonical(wide) == chat.canonical([USER]) == "user: where is order 1007?"
+    assert chat.normalized_text(wide) == chat.normalized_text([USER]) == "user: where is order 1007?"
     assert chat.row_id([*wide, ANSWER]) == chat.row_id([USER, {"role": "assistant", "content": "other"}])

@@ -1,4 +1,4 @@
-"""What the plan says of GGUF from a base's files: only what is sure."""
+"""The plan refuses a GGUF export from the base's files alone, and only where these are sure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import gguf_names
-from qlora_retrain.pipeline import plan
+from qlora_retrain.pipeline import make_plan
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 GPT2 = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
@@ -41,14 +41,14 @@ def test_a_tokenizer_is_refused_only_where_its_file_is_what_will_be_loaded(
     if kind:
         files["tokenizer_config.json"] = {"tokenizer_class": kind}
     if refused:
-        with pytest.raises(UsageError, match="byte-level BPE cut as"):
-            gguf_names.refuse(files)
+        with pytest.raises(UsageError, match="byte-level BPE with one of the pre-tokenizers"):
+            gguf_names.refuse_unsupported(files)
     else:
-        gguf_names.refuse(files)
+        gguf_names.refuse_unsupported(files)
 
 
 def test_a_base_whose_files_the_plan_does_not_know_is_left_to_the_step() -> None:
-    gguf_names.refuse({})
+    gguf_names.refuse_unsupported({})
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -57,10 +57,11 @@ def test_a_tokenizer_that_is_no_json_object_is_damaged_and_not_a_bug(line: Path,
     (base / "config.json").write_text(json.dumps(LLAMA))
     (base / "tokenizer.json").write_text(text)
     with pytest.raises(IntegrityError, match=r"tokenizer\.json is not"):
-        plan.make(line, root_uri, overrides=["merge.exports=[bf16, gguf-f16]"])
+        make_plan.make_plan(line, root_uri, overrides=["merge.exports=[bf16, gguf-f16]"])
 
 
 def test_the_command_refuses_with_12_and_without_torch(line: Path, root_uri: str) -> None:
+    # None in sys.modules makes an import fail as if the package were not installed.
     (line.parent / "base" / "config.json").write_text(json.dumps({"architectures": ["GPTNeoXForCausalLM"]}))
     program = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['gguf'] = None\n"
@@ -77,6 +78,6 @@ def test_the_command_refuses_with_12_and_without_torch(line: Path, root_uri: str
         "--set",
         "merge.exports=[bf16,gguf-f16]",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 12, done.stderr
-    assert "the base is GPTNeoXForCausalLM" in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 12, process.stderr
+    assert "the base is GPTNeoXForCausalLM" in process.stderr

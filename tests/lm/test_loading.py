@@ -1,3 +1,5 @@
+"""Every form of a model loads as it should, and a folder that is unsafe, damaged or of another form is refused."""
+
 import json
 import shutil
 from pathlib import Path
@@ -44,6 +46,7 @@ def test_a_folder_with_code_or_pickles_is_refused(base, name):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_folder_that_names_its_own_code_is_refused(base, name):
+    # transformers would import the class from a file of the folder, with remote code allowed.
     document = json.loads((base / name).read_text())
     (base / name).write_text(json.dumps({**document, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     with pytest.raises(IntegrityError, match="auto_map"):
@@ -51,6 +54,7 @@ def test_a_folder_that_names_its_own_code_is_refused(base, name):
 
 
 def test_damaged_weights_are_refused(base):
+    # Cut in the middle of the tensors; the header is whole.
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(IntegrityError, match="damaged"):
@@ -67,7 +71,7 @@ def test_missing_weights_are_refused_where_transformers_would_fill_in_random_one
 
 def test_weights_of_another_shape_are_refused(base):
     tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(63)
+    tensors["model.norm.weight"] = torch.ones(63)  # config.json says 64
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="do not fit"):
         loading.load_base(base)
@@ -81,22 +85,24 @@ def test_a_folder_without_a_model_is_refused(tmp_path, base):
         loading.load_base(base)
 
 
-def test_the_two_forms_are_not_taken_for_each_other(base, nf4):
+def test_the_16_bit_and_the_4_bit_base_cannot_be_confused(base, nf4):
     with pytest.raises(UsageError, match="already quantized"):
         loading.load_base(nf4)
-    with pytest.raises(UsageError, match="nothing of 4 bits"):
+    with pytest.raises(UsageError, match="has no 4-bit quantization"):
         loading.load_nf4(base)
 
 
-def test_unpacked_and_packed_4_bit_weights_are_the_same_model(nf4):
-    packed, unpacked = loading.load_nf4(nf4, dtype="bfloat16"), loading.load_nf4(nf4, dtype="float32")
+def test_dequantized_and_packed_4_bit_weights_are_the_same_model(nf4):
+    packed, dequantized = loading.load_nf4(nf4, dtype="bfloat16"), loading.load_nf4(nf4, dtype="float32")
     assert packed.dtype == torch.bfloat16
-    assert unpacked.dtype == torch.float32
+    assert dequantized.dtype == torch.float32
+
+    # One computes in bf16, the other in fp32, so the losses are close and not equal.
     with torch.no_grad():
-        loss = [float(model(input_ids=IDS, labels=IDS).loss) for model in (packed, unpacked)]
+        loss = [float(model(input_ids=IDS, labels=IDS).loss) for model in (packed, dequantized)]
     assert loss[0] == pytest.approx(loss[1], rel=0.01)
 
 
-def test_what_is_no_adapter_is_refused(nf4, tmp_path):
+def test_a_folder_that_is_no_adapter_is_refused(nf4, tmp_path):
     with pytest.raises(UsageError, match=r"no adapter_config\.json"):
-        loading.attach(loading.load_nf4(nf4), tmp_path)
+        loading.attach_adapter(loading.load_nf4(nf4), tmp_path)

@@ -1,4 +1,4 @@
-"""The manifests as kustomize builds them, and what they say of accounts and networks."""
+"""The manifests as kustomize builds them, and what they grant to accounts and networks."""
 
 from __future__ import annotations
 
@@ -11,52 +11,53 @@ from typing import Any
 
 import yaml
 
-from qlora_retrain.config.profile import Profile
+from qlora_retrain.config.cluster_profile import ClusterProfile
 
 ROOT = Path(__file__).resolve().parents[2] / "manifests"
 OVERLAYS = ["gpu", "production", "kfp"]
 PROFILES = ["gpu", "production"]  # each belongs to the overlay of its name
-# Its kustomize builds the manifests without a cluster. Every environment has this one, whatever
-# the machine has: Debian's, of 2020, knows no `patches`.
+# A package of the environment: its kustomize builds the manifests without a cluster. The machine's own may be too old;
+# Debian's, of 2020, does not know `patches`.
 KUBECTL = Path(sysconfig.get_path("scripts")) / "kubectl"
 Document = dict[str, Any]
 
 
 @cache
-def built(overlay: str) -> tuple[Document, ...]:
-    done = subprocess.run([KUBECTL, "kustomize", ROOT / "overlays" / overlay], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "a warning of kustomize"
-    return tuple(yaml.safe_load_all(done.stdout))
+def build_overlay(overlay: str) -> tuple[Document, ...]:
+    """Build an overlay; return its documents."""
+    completed = subprocess.run([KUBECTL, "kustomize", ROOT / "overlays" / overlay], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr == "", "a warning of kustomize"
+    return tuple(yaml.safe_load_all(completed.stdout))
 
 
-def of(overlay: str, kind: str) -> list[Document]:
-    return [document for document in built(overlay) if document["kind"] == kind]
+def documents_of_kind(overlay: str, kind: str) -> list[Document]:
+    return [document for document in build_overlay(overlay) if document["kind"] == kind]
 
 
-def names(overlay: str, kind: str) -> set[str]:
-    return {document["metadata"]["name"] for document in of(overlay, kind)}
+def names_of_kind(overlay: str, kind: str) -> set[str]:
+    return {document["metadata"]["name"] for document in documents_of_kind(overlay, kind)}
 
 
-def profile(name: str) -> Profile:
+def load_profile(name: str) -> ClusterProfile:
     document = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
-    return Profile.model_validate({**document, "require_digests": False})
+    return ClusterProfile.model_validate({**document, "require_digests": False})
 
 
-def tokens(overlay: str) -> dict[str, bool]:
-    """Which account's pods get a token of the API server; Kubernetes gives one where nothing is said."""
-    accounts = of(overlay, "ServiceAccount")
+def token_by_account(overlay: str) -> dict[str, bool]:
+    """Return which accounts' pods get a token of the API server; Kubernetes mounts one by default."""
+    accounts = documents_of_kind(overlay, "ServiceAccount")
     return {a["metadata"]["name"]: a.get("automountServiceAccountToken", True) for a in accounts}
 
 
-def grants(overlay: str) -> dict[tuple[str, str], set[tuple[str, str, str]]]:
-    """What each account, as (namespace, name), may do: (verb, resource, the one of that name or any)."""
-    rules = {role["metadata"]["name"]: role["rules"] for role in of(overlay, "Role")}
-    found: dict[tuple[str, str], set[tuple[str, str, str]]] = {}
-    for binding in of(overlay, "RoleBinding"):
+def granted_permissions(overlay: str) -> dict[tuple[str, str], set[tuple[str, str, str]]]:
+    """Return what each account may do: (namespace, name) -> {(verb, resource, the resource's name or "any")}."""
+    rules = {role["metadata"]["name"]: role["rules"] for role in documents_of_kind(overlay, "Role")}
+    permissions: dict[tuple[str, str], set[tuple[str, str, str]]] = {}
+    for binding in documents_of_kind(overlay, "RoleBinding"):
         for subject in binding["subjects"]:
             account = (subject.get("namespace", binding["metadata"]["namespace"]), subject["name"])
-            found.setdefault(account, set()).update(
+            permissions.setdefault(account, set()).update(
                 (verb, "/".join(filter(None, [group, resource])), name)
                 for rule in rules[binding["roleRef"]["name"]]
                 for verb in rule["verbs"]
@@ -64,22 +65,22 @@ def grants(overlay: str) -> dict[tuple[str, str], set[tuple[str, str, str]]]:
                 for resource in rule["resources"]
                 for name in rule.get("resourceNames", ["any"])
             )
-    return found
+    return permissions
 
 
-def admitted(overlay: str, resources: Document) -> Document:
-    """A container's resources as the API server takes them: the namespace's LimitRange fills in what is not said."""
-    (limits,) = of(overlay, "LimitRange")
+def apply_limit_range(overlay: str, resources: Document) -> Document:
+    """Return a container's resources as the API server stores them: its LimitRange adds the defaults."""
+    (limits,) = documents_of_kind(overlay, "LimitRange")
     (container,) = limits["spec"]["limits"]
-    given = resources.get("limits", {})
+    own_limits = resources.get("limits", {})
     return {
-        "limits": {**container["default"], **given},
-        "requests": {**container["defaultRequest"], **given, **resources.get("requests", {})},
+        "limits": {**container["default"], **own_limits},
+        "requests": {**container["defaultRequest"], **own_limits, **resources.get("requests", {})},
     }
 
 
-def reaches(peer: Document, address: str) -> bool:
-    """Whether a rule's `to` is an address block with that address in it."""
+def allows_address(peer: Document, address: str) -> bool:
+    """Return whether a peer in a rule's `to` is an address block that contains the address."""
     block = peer.get("ipBlock")
     return block is not None and (
         ip_address(address) in ip_network(block["cidr"])

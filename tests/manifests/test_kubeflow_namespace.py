@@ -1,18 +1,28 @@
-"""The namespace of Kubeflow's runs: one account with a token, what it may ask of the API, and where its pods may go.
+"""The namespace of Kubeflow's runs: one account with a token, its permissions, and what its pods may connect to.
 
-What KFP's pods need was read from its sources and Argo's, of releases whose drivers are pods; no cluster has run it.
+What KFP's pods need was read from the sources of KFP and Argo, of releases whose drivers are pods. No cluster has run
+these manifests.
 """
 
 from __future__ import annotations
 
-from tests.manifests.overlays import Document, admitted, grants, names, of, profile, reaches, tokens
+from tests.manifests.overlays import (
+    Document,
+    allows_address,
+    apply_limit_range,
+    documents_of_kind,
+    granted_permissions,
+    load_profile,
+    names_of_kind,
+    token_by_account,
+)
 
 NAMESPACE = "qlora-retrain-kfp"
 RUN = {"matchExpressions": [{"key": "workflows.argoproj.io/workflow", "operator": "Exists"}]}  # every pod of a run
 
 
 def egress(name: str) -> list[Document]:
-    (policy,) = [p for p in of("kfp", "NetworkPolicy") if p["metadata"]["name"] == name]
+    (policy,) = [p for p in documents_of_kind("kfp", "NetworkPolicy") if p["metadata"]["name"] == name]
     assert policy["spec"]["podSelector"] == RUN
     assert policy["spec"]["policyTypes"] == ["Egress"]
     rules: list[Document] = policy["spec"]["egress"]
@@ -20,13 +30,13 @@ def egress(name: str) -> list[Document]:
 
 
 def test_the_account_of_a_run_has_a_token_and_no_other_account_is_there() -> None:
-    assert names("kfp", "Namespace") == {NAMESPACE}
-    assert tokens("kfp") == {profile("gpu").service_account: True}
+    assert names_of_kind("kfp", "Namespace") == {NAMESPACE}
+    assert token_by_account("kfp") == {load_profile("gpu").service_account: True}
 
 
 def test_a_run_may_report_its_steps_and_read_where_its_artifacts_go_and_nothing_else() -> None:
-    account = (NAMESPACE, profile("gpu").service_account)
-    assert grants("kfp") == {
+    account = (NAMESPACE, load_profile("gpu").service_account)
+    assert granted_permissions("kfp") == {
         account: {
             ("create", "argoproj.io/workflowtaskresults", "any"),  # Argo's executor
             ("patch", "argoproj.io/workflowtaskresults", "any"),
@@ -36,21 +46,21 @@ def test_a_run_may_report_its_steps_and_read_where_its_artifacts_go_and_nothing_
     }
 
 
-def test_a_step_may_fill_its_work_folder_though_kubeflow_cannot_speak_of_the_nodes_disk() -> None:
-    """The folder is on that disk and counts against a container's limit of it; the quota wants a word all the same."""
-    taken = admitted("kfp", {"limits": {"memory": "64Gi"}})
-    assert "ephemeral-storage" not in taken["limits"]
-    assert "ephemeral-storage" in taken["requests"]
+def test_a_step_may_fill_its_work_folder_though_kubeflow_cannot_request_the_nodes_disk() -> None:
+    """The folder counts against a container's limit of the node's disk, so there is none; the quota needs a request."""
+    resources = apply_limit_range("kfp", {"limits": {"memory": "64Gi"}})
+    assert "ephemeral-storage" not in resources["limits"]
+    assert "ephemeral-storage" in resources["requests"]
 
 
 def test_a_run_reaches_kubeflows_own_services_by_name_and_port() -> None:
-    reached = set()
+    services = set()
     for rule in egress("kfp"):
         (peer,), (port,) = rule["to"], rule["ports"]
         assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}
         ((label, value),) = peer["podSelector"]["matchLabels"].items()
-        reached.add((label, value, port["protocol"], port["port"]))
-    assert reached == {
+        services.add((label, value, port["protocol"], port["port"]))
+    assert services == {
         ("app", "ml-pipeline", "TCP", 8887),
         ("component", "metadata-grpc-server", "TCP", 8080),
         ("app", "minio", "TCP", 9000),
@@ -61,7 +71,9 @@ def test_a_run_reaches_kubeflows_own_services_by_name_and_port() -> None:
 def test_a_run_reaches_the_api_server_and_no_address_beside_it() -> None:
     (rule,) = egress("api-server")
     assert all(peer["ipBlock"]["cidr"].endswith("/32") for peer in rule["to"])
-    assert any(reaches(peer, "192.0.2.1") for peer in rule["to"]), "a placeholder: it is somebody's own in a cluster"
+    assert any(allows_address(peer, "192.0.2.1") for peer in rule["to"]), (
+        "a placeholder: it is somebody's own in a cluster"
+    )
     assert {(port["protocol"], port["port"]) for port in rule["ports"]} == {("TCP", 443), ("TCP", 6443)}
 
 

@@ -1,4 +1,4 @@
-"""The manifests: built by kustomize, valid, no more power than needed, and the same names as the profiles'."""
+"""The manifests: built by kustomize, valid, with no unneeded permission, and with the names that the profiles use."""
 
 from __future__ import annotations
 
@@ -19,63 +19,66 @@ from tests.manifests.overlays import (
     OVERLAYS,
     PROFILES,
     ROOT,
-    admitted,
-    built,
-    grants,
-    names,
-    of,
-    profile,
-    reaches,
-    tokens,
+    allows_address,
+    apply_limit_range,
+    build_overlay,
+    documents_of_kind,
+    granted_permissions,
+    load_profile,
+    names_of_kind,
+    token_by_account,
 )
 
-BY_HAND = {"qlora-retrain-store"}  # a secret: never in a repository; docs/deploy.md makes it
+SECRETS_MADE_BY_HAND = {"qlora-retrain-store"}  # a secret: never in a repository; docs/deploy.md makes it
 Document = dict[str, Any]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_document_is_valid_and_none_holds_a_secret(overlay: str) -> None:
-    for document in built(overlay):
+    for document in build_overlay(overlay):
         kubernetes_validate.validate(document, "1.32", strict=True)
         assert document["kind"] not in ("Secret", "ClusterRole", "ClusterRoleBinding", "Pod", "Deployment")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_no_role_has_a_wildcard_and_none_is_the_default_accounts(overlay: str) -> None:
-    for role in of(overlay, "Role"):
+    for role in documents_of_kind(overlay, "Role"):
         for rule in role["rules"]:
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
             assert "deletecollection" not in rule["verbs"]
-    assert "default" not in {name for _, name in grants(overlay)}
+    assert "default" not in {name for _, name in granted_permissions(overlay)}
 
 
 @pytest.mark.parametrize("overlay", PROFILES)
 def test_a_step_under_airflow_has_no_token_and_airflow_no_more_than_pods_and_what_is_said_of_them(overlay: str) -> None:
-    assert set(tokens(overlay).values()) == {False}
-    assert {namespace for namespace, _ in grants(overlay)} == {"airflow"}, "no account of ours may do anything"
-    for granted in grants(overlay).values():
+    assert set(token_by_account(overlay).values()) == {False}
+    assert {namespace for namespace, _ in granted_permissions(overlay)} == {"airflow"}, (
+        "no account of ours may do anything"
+    )
+    for granted in granted_permissions(overlay).values():
         assert {resource for _, resource, _ in granted} == {"pods", "pods/log", "events"}, "no secrets, no exec"
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "production"])
 def test_the_namespace_takes_restricted_pods_alone(overlay: str) -> None:
-    (namespace,) = of(overlay, "Namespace")
+    (namespace,) = documents_of_kind(overlay, "Namespace")
     labels = namespace["metadata"]["labels"]
     assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {"restricted"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nothing_goes_in_and_nothing_out_but_names_and_https_to_the_world(overlay: str) -> None:
-    policies = {p["metadata"]["name"]: p["spec"] for p in of(overlay, "NetworkPolicy")}
+    policies = {p["metadata"]["name"]: p["spec"] for p in documents_of_kind(overlay, "NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert not any("ingress" in spec for spec in policies.values())
     assert all(rule.get("to") for spec in policies.values() for rule in spec.get("egress", ())), "an open door"
     assert set(policies) - {"default-deny", "names", "store"} == ({"kfp", "api-server"} if overlay == "kfp" else set())
+
     (rule,) = policies["store"]["egress"]
     (world,) = rule["to"]
-    assert reaches(world, "52.218.0.1"), "S3"
+    assert allows_address(world, "52.218.0.1"), "S3"
     inside = ("169.254.169.254", "10.100.0.1", "172.20.0.1", "192.168.1.1", "100.64.0.1")
-    assert not any(reaches(world, address) for address in inside), "node metadata, the cluster, the network"
+    assert not any(allows_address(world, address) for address in inside), "node metadata, the cluster, the network"
     assert rule["ports"] == [{"protocol": "TCP", "port": 443}]
 
 
@@ -83,7 +86,7 @@ def test_nothing_goes_in_and_nothing_out_but_names_and_https_to_the_world(overla
 def test_the_policies_speak_of_the_labels_that_pods_have(overlay: str) -> None:
     from qlora_retrain.runtimes.kubernetes import pod_spec
 
-    for policy in of(overlay, "NetworkPolicy"):
+    for policy in documents_of_kind(overlay, "NetworkPolicy"):
         assert policy["spec"]["podSelector"].get("matchLabels", pod_spec.LABELS) == pod_spec.LABELS
 
 
@@ -91,16 +94,19 @@ def test_the_policies_speak_of_the_labels_that_pods_have(overlay: str) -> None:
 def test_what_a_profile_names_exists_and_what_exists_is_named(name: str) -> None:
     from qlora_retrain.runtimes.kubernetes import pod_spec
 
-    cluster = profile(name)
-    assert names(name, "Namespace") == {cluster.namespace}
-    assert {d["metadata"]["namespace"] for d in built(name) if "namespace" in d["metadata"]} == {cluster.namespace}
-    assert names(name, "ServiceAccount") == pod_spec.service_accounts(cluster)
-    assert names(name, "PriorityClass") == {cluster.priority_class}
-    claims = of(name, "PersistentVolumeClaim")
+    cluster = load_profile(name)
+    assert names_of_kind(name, "Namespace") == {cluster.namespace}
+    assert {d["metadata"]["namespace"] for d in build_overlay(name) if "namespace" in d["metadata"]} == {
+        cluster.namespace
+    }
+    assert names_of_kind(name, "ServiceAccount") == pod_spec.service_account_names(cluster)
+    assert names_of_kind(name, "PriorityClass") == {cluster.priority_class}
+
+    claims = documents_of_kind(name, "PersistentVolumeClaim")
     assert {c["metadata"]["name"] for c in claims} == ({cluster.cache_claim} - {None})
     classes = {cluster.storage_class, *(c["spec"]["storageClassName"] for c in claims)}
-    assert names(name, "StorageClass") == classes - {None}
-    assert {secret.name for secret in cluster.secrets} <= BY_HAND
+    assert names_of_kind(name, "StorageClass") == classes - {None}
+    assert {secret.name for secret in cluster.secrets} <= SECRETS_MADE_BY_HAND
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -113,7 +119,7 @@ def test_a_profile_and_airflows_values_name_a_region_that_boto3_reads(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/none")
     values = yaml.safe_load((ROOT / "airflow" / "values.yaml").read_text())
-    for environment in (profile(name).env, {variable["name"]: variable["value"] for variable in values["env"]}):
+    for environment in (load_profile(name).env, {variable["name"]: variable["value"] for variable in values["env"]}):
         with monkeypatch.context() as patch:
             for variable, text in environment.items():
                 if variable.startswith("AWS_"):
@@ -123,43 +129,64 @@ def test_a_profile_and_airflows_values_name_a_region_that_boto3_reads(
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_pods_give_way_to_services_and_still_get_nodes_made_for_them(name: str) -> None:
-    (priority,) = of(name, "PriorityClass")
+    (priority,) = documents_of_kind(name, "PriorityClass")
     assert -10 <= priority["value"] < 0, "below -10 Cluster Autoscaler makes no node"
     assert priority["preemptionPolicy"] == "Never"
     assert priority["globalDefault"] is False
 
 
-def asked(name: str, step: graph.Step, memory_gib: float | None = None) -> dict[str, Decimal]:
-    """What a step's pod counts for, in a quota's words, once it is admitted."""
+def counted_resources(name: str, step: graph.Step, memory_gib: float | None = None) -> dict[str, Decimal]:
+    """Return what a step's pod counts against a quota, by the quota's names for it, once it is admitted."""
     from kubernetes.client import ApiClient
 
     from qlora_retrain.runtimes.kubernetes import pod_spec
 
-    made = pod_spec.resources(step, profile(name), RuntimeConfig(kind="kubernetes"), memory_gib)
-    taken = admitted(name, ApiClient().sanitize_for_serialization(made))
-    return {f"{side}.{what}": parse_quantity(taken[side][what]) for side in taken for what in taken[side]}
+    requirements = pod_spec.resource_requirements(
+        step, load_profile(name), RuntimeConfig(kind="kubernetes"), memory_gib
+    )
+    admitted = apply_limit_range(name, ApiClient().sanitize_for_serialization(requirements))
+    return {
+        f"{side}.{resource}": parse_quantity(admitted[side][resource])
+        for side in admitted
+        for resource in admitted[side]
+    }
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_pod_of_a_profile_fits_its_quota_and_its_limits(name: str) -> None:
-    cluster = profile(name)
-    (quota,) = of(name, "ResourceQuota")
-    hard = {what: parse_quantity(most) for what, most in quota["spec"]["hard"].items()}
-    (limits,) = of(name, "LimitRange")
-    most = {f"limits.{what}": parse_quantity(q) for what, q in limits["spec"]["limits"][0]["max"].items()}
+    cluster = load_profile(name)
+    (quota,) = documents_of_kind(name, "ResourceQuota")
+    hard = {resource: parse_quantity(quantity) for resource, quantity in quota["spec"]["hard"].items()}
+    (limits,) = documents_of_kind(name, "LimitRange")
+    container_max = {
+        f"limits.{resource}": parse_quantity(q) for resource, q in limits["spec"]["limits"][0]["max"].items()
+    }
     assert {"limits.memory", "requests.memory", "requests.cpu", "requests.ephemeral-storage"} <= set(hard)
     for step in graph.STEPS:
         for memory_gib in (None, cluster.pod(step).max_memory_gib):
-            wanted = asked(name, step, memory_gib)
-            assert [what for bound in (hard, most) for what in bound if wanted.get(what, 0) > bound[what]] == []
-    full = int(hard[f"requests.{cluster.gpu_resource}"])  # a pool of so many tasks, each grown as far as it may
-    for gpus, other in itertools.product(graph.STEPS, graph.STEPS):
-        if cluster.gpus(gpus) and not cluster.gpus(other):
-            pool, beside = (asked(name, step, cluster.pod(step).max_memory_gib) for step in (gpus, other))
-            crowded = [what for what in hard if full * pool.get(what, 0) + beside.get(what, 0) > hard[what]]
-            assert crowded == [], f"no room for {other.name} beside a full pool of {gpus.name}"
+            counted = counted_resources(name, step, memory_gib)
+            assert [
+                resource
+                for bound in (hard, container_max)
+                for resource in bound
+                if counted.get(resource, 0) > bound[resource]
+            ] == []
+
+    # A full pool has as many tasks as GPUs. Each may have grown to its maximum, and steps without a GPU run beside it.
+    pool_tasks = int(hard[f"requests.{cluster.gpu_resource}"])
+    for gpus, neighbour in itertools.product(graph.STEPS, graph.STEPS):
+        if cluster.gpus(gpus) and not cluster.gpus(neighbour):
+            pool, beside = (
+                counted_resources(name, step, cluster.pod(step).max_memory_gib) for step in (gpus, neighbour)
+            )
+            crowded = [
+                resource
+                for resource in hard
+                if pool_tasks * pool.get(resource, 0) + beside.get(resource, 0) > hard[resource]
+            ]
+            assert crowded == [], f"no room for {neighbour.name} beside a full pool of {gpus.name}"
     disk = hard["requests.storage" if cluster.storage_class else "requests.ephemeral-storage"]
-    assert cluster.work_gib * 2 * 2**30 <= disk, "two steps run beside each other"
+    assert cluster.disk_gib * 2 * 2**30 <= disk, "two steps run beside each other"
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -168,47 +195,47 @@ def test_a_pod_asks_for_what_its_spec_shows_and_a_volume_of_its_own_spares_the_n
 
     from qlora_retrain.runtimes.kubernetes import pod_spec
 
-    cluster = profile(name)
+    cluster = load_profile(name)
     for step in graph.STEPS:
-        shown = ApiClient().sanitize_for_serialization(
-            pod_spec.resources(step, cluster, RuntimeConfig(kind="kubernetes"))
+        requirements = ApiClient().sanitize_for_serialization(
+            pod_spec.resource_requirements(step, cluster, RuntimeConfig(kind="kubernetes"))
         )
-        assert admitted(name, shown) == {
-            "limits": shown["limits"],
-            "requests": {**shown["limits"], **shown["requests"]},
+        assert apply_limit_range(name, requirements) == {
+            "limits": requirements["limits"],
+            "requests": {**requirements["limits"], **requirements["requests"]},
         }
         if cluster.storage_class:
-            wanted = asked(name, step)["requests.ephemeral-storage"]
-            assert wanted <= 4 * 2**30, "a root disk of 20 GiB, of which images take most"
+            counted = counted_resources(name, step)["requests.ephemeral-storage"]
+            assert counted <= 4 * 2**30, "a root disk of 20 GiB, of which images take most"
 
 
 def test_production_refuses_an_image_without_a_digest_whichever_way_it_comes_into_a_pod() -> None:
     import cel
 
-    (policy,) = of("production", "ValidatingAdmissionPolicy")
+    (policy,) = documents_of_kind("production", "ValidatingAdmissionPolicy")
 
-    def taken(**containers: str) -> bool:
+    def is_admitted(**containers: str) -> bool:
         pod = {"spec": {kind: [{"name": "c", "image": image}] for kind, image in containers.items()}}
         variables = {v["name"]: cel.evaluate(v["expression"], {"object": pod}) for v in policy["spec"]["variables"]}
         (rule,) = policy["spec"]["validations"]
         return cel.evaluate(rule["expression"], {"object": pod, "variables": variables}) is True
 
     pinned = "registry.example:5000/qlora-retrain-train@sha256:" + "7" * 64
-    assert taken(containers=pinned)
-    assert taken(containers=pinned, initContainers=pinned, ephemeralContainers=pinned)
+    assert is_admitted(containers=pinned)
+    assert is_admitted(containers=pinned, initContainers=pinned, ephemeralContainers=pinned)
     for image in ("train", "registry.example/train:0.1.0", pinned[:-1], pinned + "0", pinned.replace("sha256:", "")):
-        assert not taken(containers=image)
-        assert not taken(containers=pinned, initContainers=image)
-        assert not taken(containers=pinned, ephemeralContainers=image)
+        assert not is_admitted(containers=image)
+        assert not is_admitted(containers=pinned, initContainers=image)
+        assert not is_admitted(containers=pinned, ephemeralContainers=image)
 
 
 def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_comes_into_one_later() -> None:
-    (policy,) = of("production", "ValidatingAdmissionPolicy")
-    (binding,) = of("production", "ValidatingAdmissionPolicyBinding")
+    (policy,) = documents_of_kind("production", "ValidatingAdmissionPolicy")
+    (binding,) = documents_of_kind("production", "ValidatingAdmissionPolicyBinding")
     assert binding["spec"]["policyName"] == policy["metadata"]["name"]
     assert binding["spec"]["validationActions"] == ["Deny"]
     selected = binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"]
-    assert selected == {"kubernetes.io/metadata.name": profile("production").namespace}
+    assert selected == {"kubernetes.io/metadata.name": load_profile("production").namespace}
     assert policy["spec"]["failurePolicy"] == "Fail"
     (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
     assert set(rule["resources"]) == {"pods", "pods/ephemeralcontainers"}
@@ -218,7 +245,7 @@ def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_c
 def test_every_account_of_production_has_a_role_and_the_publisher_one_of_its_own() -> None:
     roles = {
         account["metadata"]["name"]: account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
-        for account in of("production", "ServiceAccount")
+        for account in documents_of_kind("production", "ServiceAccount")
     }
     assert len(set(roles.values())) == len(roles) == 2
 
@@ -230,12 +257,13 @@ def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() 
     assert (ROOT.parent / values["dags"]["gitSync"]["subPath"] / "retrain.py").is_file()
     assert (ROOT.parent / Path(environment["QLORA_RETRAIN_PROFILE"]).relative_to(checkout)).is_file()
     assert (ROOT.parent / Path(environment["PYTHONPATH"]).relative_to(checkout) / "qlora_retrain").is_dir()
+
     command = values["migrateDatabaseJob"]["args"][-1]
     for name in PROFILES:
-        (quota,) = of(name, "ResourceQuota")
+        (quota,) = documents_of_kind(name, "ResourceQuota")
         gpus = quota["spec"]["hard"]["requests.nvidia.com/gpu"]
-        assert f"airflow pools set --include-deferred {profile(name).gpu_pool} {gpus} " in command
-        subjects = {(s["namespace"], s["name"]) for b in of(name, "RoleBinding") for s in b["subjects"]}
+        assert f"airflow pools set --include-deferred {load_profile(name).gpu_pool} {gpus} " in command
+        subjects = {(s["namespace"], s["name"]) for b in documents_of_kind(name, "RoleBinding") for s in b["subjects"]}
         assert subjects == {("airflow", "airflow-scheduler"), ("airflow", "airflow-triggerer")}
 
 
@@ -255,7 +283,7 @@ def test_the_page_on_deploying_names_files_overlays_and_names_that_exist() -> No
     assert len(files) > 10
     assert [name for name in files if not (ROOT.parent / name).exists()] == []
     assert set(re.findall(r"apply -k manifests/overlays/(\w+)", page)) | {"gpu"} == set(OVERLAYS)
-    assert set(re.findall(r"create secret generic (\S+)", page)) == BY_HAND
-    assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(profile(name).namespace for name in PROFILES)}
+    assert set(re.findall(r"create secret generic (\S+)", page)) == SECRETS_MADE_BY_HAND
+    assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(load_profile(name).namespace for name in PROFILES)}
     for values in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
         assert isinstance(yaml.safe_load(values), dict)

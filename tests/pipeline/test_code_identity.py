@@ -34,9 +34,9 @@ def edit(tree: Path) -> Edit:
     """Edit a file of the tree; which steps have another identity afterwards."""
 
     def identities() -> dict[str, str]:
-        code_identity.identity.cache_clear()
+        code_identity.code_hash.cache_clear()
         code_identity._pins.cache_clear()
-        return {name: code_identity.identity(name, tree) for name in STEPS}
+        return {name: code_identity.code_hash(name, tree) for name in STEPS}
 
     def apply(path: str, change: Callable[[str], str]) -> set[str]:
         before = identities()
@@ -73,11 +73,11 @@ def _imports_name(path: Path, package: str, module: str) -> bool:
 
 
 def test_a_copy_of_the_tree_elsewhere_has_the_same_identities(tree: Path) -> None:
-    assert {n: code_identity.identity(n, tree) for n in STEPS} == {n: code_identity.identity(n) for n in STEPS}
+    assert {n: code_identity.code_hash(n, tree) for n in STEPS} == {n: code_identity.code_hash(n) for n in STEPS}
 
 
 def test_every_step_has_another_identity() -> None:
-    assert len({code_identity.identity(n) for n in STEPS}) == len(STEPS)
+    assert len({code_identity.code_hash(n) for n in STEPS}) == len(STEPS)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,14 @@ def test_a_change_of_chat_changes_every_step_that_imports_it(edit: Edit, tree: P
     assert edit("src/qlora_retrain/lm/chat.py", lambda text: text + "\nMORE = 1\n") == expected
 
 
+def test_a_change_of_the_tokenizer_files_changes_the_steps_that_copy_them(edit: Edit) -> None:
+    without_vocab = edit("src/qlora_retrain/lm/tokenizer_files.py", lambda text: text.replace('    "vocab*",\n', ""))
+    assert without_vocab == {"quantize_model", "merge_adapter"}
+
+
 def test_a_changed_constant_counts(edit: Edit) -> None:
-    assert edit("components/publish/step.py", lambda text: text.replace('"model")  #', '"modell")  #')) == {"publish"}
+    changed = edit("components/publish/step.py", lambda text: text.replace('("adapter", "model")', "('adapter',)"))
+    assert changed == {"publish"}
 
 
 def test_another_version_of_a_package_changes_the_steps_that_import_it(edit: Edit) -> None:
@@ -145,7 +151,7 @@ def test_a_package_without_a_pin_is_refused(edit: Edit) -> None:
 
 def test_a_step_without_files_is_refused(tree: Path) -> None:
     with pytest.raises(UsageError, match="no Python files"):
-        code_identity.identity("train", tree)
+        code_identity.code_hash("train", tree)
 
 
 def test_no_library_module_imports_relatively_because_identity_does_not_follow_that() -> None:
@@ -187,10 +193,120 @@ def test_the_library_imports_nothing_heavy_when_it_is_loaded() -> None:
             assert tops <= {*sys.stdlib_module_names, "qlora_retrain", "pydantic", "yaml"}, path
 
 
-@pytest.mark.parametrize(
-    "name", ["stats.py", "rows.py", "verdict.py", "rules/overall.py", "rules/rule.py", "rules/sliced.py"]
-)
+RULES = sorted(p.name for p in (code_identity.project_root() / "src/qlora_retrain/evaluation/rules").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", ["stats.py", "rows.py", "verdict.py", *(f"rules/{name}" for name in RULES)])
 def test_a_change_of_a_rule_makes_no_data_set_and_no_adapter_again(edit: Edit, name: str) -> None:
     changed = edit(f"src/qlora_retrain/evaluation/{name}", lambda text: f"{text}\nCHANGED = True\n")
     assert "evaluate" in changed
     assert not changed & {"validate_data", "quantize_model", "train_qlora"}
+
+
+# What steps use of library modules that are not hashed, and why it cannot change the bytes of an artifact that another
+# step or a consumer reads. A constant needs no line here: its value is hashed.
+UNHASHED = {
+    "config.evaluate": "models of settings: fields and validators; the values that they let through are in the key",
+    "config.sections": "models of settings: fields and validators; the values that they let through are in the key",
+    "core.errors": "exceptions: a step that raises one makes no artifact; a refusal's text is no input of any step",
+    "core.hashing": "sha256 and canonical JSON: with another one, no manifest and no key would be found any more",
+    "core.html": "renders report.html, which people read and no step does",
+    "core.outcome": "a pair of numbers and a refusal, handed on as it is",
+    "core.progress": "prints",
+    "core.safety": "only refuses",
+    "core.signals": "asks whether to stop; training resumes to the same bytes",
+    "core.supervisor": "ends processes",
+    "pipeline.code_identity": "the project's folder, whose pins and code the key covers",
+    "pipeline.plan": "the plan as it is, for `publish`",
+    "pipeline.step_main": "a step's command line",
+    "storage.artifact": "manifests as they are, for `publish`",
+    "storage.registry": "the protocol of publishing; what it stores is what the step hands to it",
+    "storage.store": "reads and writes bytes",
+}
+
+
+def test_all_that_a_step_uses_outside_the_hashed_packages_has_a_reason() -> None:
+    root = code_identity.project_root()
+    uses = {
+        (module, name)
+        for step in STEPS
+        for _, tree in code_identity.hashed_files(step, root)
+        for module, name in code_identity.library_uses(root, tree)
+        if f"{module}.{name}" not in code_identity.constants(root, tree)
+    }
+    assert {module for module, _ in uses} == UNHASHED.keys()
+
+
+def test_a_step_uses_unhashed_modules_only_in_ways_that_code_identity_sees() -> None:
+    """Else a value could change under an unchanged key: imports by `import`, `*` or a dot, aliases and `getattr`."""
+    for step in STEPS:
+        for path, tree in code_identity.hashed_files(step, code_identity.project_root()):
+            modules, attribute_owners = set(), set()
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    assert not [a.name for a in node.names if a.name.startswith("qlora_retrain")], path
+                elif isinstance(node, ast.ImportFrom):
+                    assert not node.level, path
+                    is_ours = node.module is not None and node.module.startswith("qlora_retrain")
+                    assert not (is_ours and node.names[0].name == "*"), path
+                    modules |= {a.asname or a.name for a in node.names if is_ours and _is_module(node.module, a.name)}
+                elif isinstance(node, ast.Attribute):
+                    attribute_owners.add(id(node.value))
+            for node in ast.walk(tree):
+                is_name = isinstance(node, ast.Name) and node.id in modules
+                assert not is_name or id(node) in attribute_owners, (
+                    f"{path}: a module is used other than as module.name"
+                )
+
+
+def _is_module(package: str | None, name: str) -> bool:
+    return code_identity._module_file(code_identity.project_root(), f"{package}.{name}".partition(".")[2]) is not None
+
+
+def test_what_a_step_uses_of_unhashed_modules_is_defined_there_in_one_statement() -> None:
+    """An annotated constant, one of several in a statement, one that is changed later: none of them would be hashed."""
+    root = code_identity.project_root()
+    uses = {
+        use
+        for step in STEPS
+        for _, tree in code_identity.hashed_files(step, root)
+        for use in code_identity.library_uses(root, tree)
+    }
+    # Types that these modules import from another one.
+    reexported = {
+        ("pipeline.step_main", "StepFunction"),
+        ("storage.registry", "Release"),
+        ("config.sections", "EvaluateConfig"),
+    }
+    for module, name in uses - reexported:
+        path = code_identity._module_file(root, module)
+        assert path is not None
+        tree = ast.parse(path.read_text())
+        named = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+        assigned = [n for n in tree.body if isinstance(n, ast.Assign) and [ast.unparse(t) for t in n.targets] == [name]]
+        bound = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)]
+        assert (len(named), len(assigned), len(bound)) in ((1, 0, 0), (0, 1, 1)), f"{module}.{name}"
+
+
+def test_no_step_reads_a_report() -> None:
+    """The reason given for `core.html`: a page's name is only ever written."""
+    for step in STEPS:
+        for path, tree in code_identity.hashed_files(step, code_identity.project_root()):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    is_reading = node.func.attr in ("read_text", "read_bytes", "open", "read")
+                    assert not (is_reading and ".html" in ast.unparse(node)), path
+
+
+def test_a_constant_of_an_unhashed_module_counts_for_the_steps_that_use_it(edit: Edit) -> None:
+    users = edit("src/qlora_retrain/core/graph.py", lambda text: text.replace("data/profile.json", "data/drift.json"))
+    assert users == {"validate_data", "evaluate"}
+
+
+def test_every_hashed_constant_is_a_literal_so_that_its_source_is_its_value() -> None:
+    root = code_identity.project_root()
+    for step in STEPS:
+        for _, tree in code_identity.hashed_files(step, root):
+            for name, source in code_identity.constants(root, tree).items():
+                if name != "core.outcome.Number":  # a type
+                    assert ast.literal_eval(source) is not None, name

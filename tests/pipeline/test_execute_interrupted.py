@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from qlora_retrain.core.errors import Diverged, IntegrityError, TryAgain
-from qlora_retrain.core.outcome import Report
+from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import checkpoint_sync, code_identity, execute
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage.store import Store
 
-Steps = dict[str, Callable[..., Report]]
+Steps = dict[str, Callable[..., StepResult]]
 RunAll = Callable[[Plan], dict[str, int]]
 
 pytestmark = pytest.mark.usefixtures("own_signal_handlers")
@@ -27,9 +27,9 @@ def stored(store: Store, prefix: str) -> set[str]:
     return {e.path for e in store.list(prefix)}
 
 
-def execute_steps(made: Plan, steps: Steps, *names: str) -> None:
+def execute_steps(plan: Plan, steps: Steps, *names: str) -> None:
     for name in names:
-        assert execute.execute(made, name, lambda name=name: steps[name]) == 0  # type: ignore[misc]
+        assert execute.run_step(plan, name, lambda name=name: steps[name]).code == 0  # type: ignore[misc]
 
 
 def checkpoint(folder: Path, step: int) -> None:
@@ -37,41 +37,41 @@ def checkpoint(folder: Path, step: int) -> None:
 
     (folder / f"checkpoint-{step}").mkdir()
     (folder / f"checkpoint-{step}" / "state.bin").write_text(f"state {step}")
-    checkpoints.complete(folder / f"checkpoint-{step}", step)
+    checkpoints.write_marker(folder / f"checkpoint-{step}", step)
 
 
 def test_training_goes_on_from_the_newest_checkpoint_and_leaves_none_when_done(
     made_plan: Plan, small_steps: Steps, store: Store
 ) -> None:
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
-    seen: list[list[str]] = []
+    checkpoints_seen: list[list[str]] = []
 
-    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
-        seen.append(sorted(p.name for p in scratch.iterdir()))
+    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+        checkpoints_seen.append(sorted(p.name for p in scratch.iterdir()))
         (adapter / "adapter_model.safetensors").write_text("x")
-        if len(seen) < 3:
-            checkpoint(scratch, len(seen))
+        if len(checkpoints_seen) < 3:
+            checkpoint(scratch, len(checkpoints_seen))
             (scratch / "checkpoint-9").mkdir()  # never completed: it must not travel
             raise TryAgain("preempted")
-        return Report()
+        return StepResult()
 
-    codes = [execute.execute(made_plan, "train_qlora", lambda: run) for _ in range(3)]
+    codes = [execute.run_step(made_plan, "train_qlora", lambda: run).code for _ in range(3)]
     assert codes == [75, 75, 0]
-    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert checkpoints_seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     assert stored(store, "scratch") == set()
 
 
 def test_a_signal_that_a_library_took_for_damage_is_still_a_signal(
     made_plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(config: Any, base_model: Path, base_nf4: Path) -> Report:
+    def run(config: Any, base_model: Path, base_nf4: Path) -> StepResult:
         try:
             signal.raise_signal(signal.SIGTERM)
         except Exception as error:
             raise IntegrityError("its weights do not fit its config.json") from error
-        return Report()
+        return StepResult()
 
-    assert execute.execute(made_plan, "quantize_model", lambda: run) == 75
+    assert execute.run_step(made_plan, "quantize_model", lambda: run).code == 75
     assert "quantize_model: try again (75): stopped; run the same command again" in capsys.readouterr().err
 
 
@@ -79,39 +79,39 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(
     made_plan: Plan, small_steps: Steps, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
-    seen: list[list[str]] = []
+    checkpoints_seen: list[list[str]] = []
 
-    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
-        seen.append(sorted(p.name for p in scratch.iterdir()))
-        if len(seen) < 2:
+    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+        checkpoints_seen.append(sorted(p.name for p in scratch.iterdir()))
+        if len(checkpoints_seen) < 2:
             checkpoint(scratch, 1)
             checkpoint(scratch, 2)
             raise TryAgain("preempted")
-        return Report()
+        return StepResult()
 
-    assert execute.execute(made_plan, "train_qlora", lambda: run) == 75
+    assert execute.run_step(made_plan, "train_qlora", lambda: run).code == 75
     (spoiled,) = (tmp_path / "store").glob("scratch/train_qlora/*/*/checkpoint-2/state.bin")
     spoiled.write_text("State 2")
-    assert execute.execute(made_plan, "train_qlora", lambda: run) == 0
-    assert seen[1] == ["checkpoint-1"]
-    assert "passed over" in capsys.readouterr().out
+    assert execute.run_step(made_plan, "train_qlora", lambda: run).code == 0
+    assert checkpoints_seen[1] == ["checkpoint-1"]
+    assert "skipped" in capsys.readouterr().out
 
 
-def test_a_mirror_that_fails_at_the_end_hides_neither_success_nor_the_cause(
+def test_an_uploader_that_fails_at_the_end_hides_neither_success_nor_the_cause(
     made_plan: Plan, small_steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
 
-    def unreachable(self: checkpoint_sync.Mirror) -> None:
+    def unreachable(self: checkpoint_sync.CheckpointUploader) -> None:
         raise TryAgain("the store is away")
 
-    monkeypatch.setattr(checkpoint_sync.Mirror, "sync", unreachable)
+    monkeypatch.setattr(checkpoint_sync.CheckpointUploader, "sync", unreachable)
 
-    def diverging(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> Report:
+    def diverging(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
         raise Diverged("NaN")
 
-    assert execute.execute(made_plan, "train_qlora", lambda: diverging) == 14
-    assert execute.execute(made_plan, "train_qlora", lambda: small_steps["train_qlora"]) == 0
+    assert execute.run_step(made_plan, "train_qlora", lambda: diverging).code == 14
+    assert execute.run_step(made_plan, "train_qlora", lambda: small_steps["train_qlora"]).code == 0
 
 
 # --- signals, in a process of their own
@@ -119,10 +119,10 @@ def test_a_mirror_that_fails_at_the_end_hides_neither_success_nor_the_cause(
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from qlora_retrain.core import signals as preempt
-from qlora_retrain.pipeline import execute as runner
+from qlora_retrain.core import signals
+from qlora_retrain.pipeline import execute
 from qlora_retrain.core.errors import TryAgain
-from qlora_retrain.core.outcome import Report
+from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline.plan import Plan
 
 def validate_data(config, raw_data, base_model, golden_data, reference_profile, dataset):
@@ -134,12 +134,12 @@ def train_qlora(config, dataset, base_nf4, adapter, *, scratch):
     print("working", flush=True)
     for _ in range(600):
         time.sleep(0.1)
-        if preempt.requested():
+        if signals.stop_requested():
             print("saved", flush=True)
             raise TryAgain("stopped after a checkpoint")
 
 step = sys.argv[2]
-sys.exit(runner.execute(Plan.load(sys.argv[1]), step, lambda: globals()[step]))
+sys.exit(execute.run_step(Plan.load(sys.argv[1]), step, lambda: globals()[step]).code)
 """
 
 

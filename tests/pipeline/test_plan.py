@@ -12,7 +12,7 @@ import pytest
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.pipeline import code_identity, plan
+from qlora_retrain.pipeline import code_identity, make_plan, plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, registry
 
@@ -20,8 +20,8 @@ AT = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
 RunAll = Callable[[Plan], dict[str, int]]
 
 
-def keys_of(made: Plan) -> dict[str, str]:
-    return {step.name: step.key for step in made.steps}
+def keys_of(plan: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in plan.steps}
 
 
 def changed(before: Plan, after: Plan) -> set[str]:
@@ -34,38 +34,38 @@ def with_settings(line: Path, root_uri: str) -> Callable[..., Plan]:
     """A new plan of the line with these overrides."""
 
     def make(*overrides: str, root: str = root_uri) -> Plan:
-        return plan.make(line, root, overrides=overrides)
+        return make_plan.make_plan(line, root, overrides=overrides)
 
     return make
 
 
 def test_a_plan_is_kept_where_its_run_has_one(line: Path, root_uri: str) -> None:
-    first = plan.make(line, root_uri, run_id="r1", at=AT)
+    first = make_plan.make_plan(line, root_uri, run="r1", at=AT)
     (line.parent / "tickets.jsonl").write_text("other data\n")
-    assert plan.make(line, root_uri, run_id="r1", overrides=["train.learning_rate=0.5"]) == first
+    assert make_plan.make_plan(line, root_uri, run="r1", overrides=["train.learning_rate=0.5"]) == first
     line.write_text("broken: [")  # a cleared run goes on even so
-    assert plan.make(line, root_uri, run_id="r1") == first
+    assert make_plan.make_plan(line, root_uri, run="r1") == first
 
 
 def test_a_new_trigger_makes_a_new_plan(with_settings: Callable[..., Plan]) -> None:
-    one, other = with_settings(), with_settings()
-    assert one.run_id != other.run_id
-    assert changed(one, other) == set()
+    first, second = with_settings(), with_settings()
+    assert first.run_id != second.run_id
+    assert changed(first, second) == set()
 
 
 def test_the_same_orchestrator_ids_find_the_same_plan_at_another_second(line: Path, root_uri: str) -> None:
-    first = plan.make(line, root_uri, orchestrator=["dag", "run"], at=AT)
-    again = plan.make(line, root_uri, orchestrator=["dag", "run"], at=AT.replace(year=2027))
-    other = plan.make(line, root_uri, orchestrator=["dag", "run 2"], at=AT)
+    first = make_plan.make_plan(line, root_uri, orchestrator=["dag", "run"], at=AT)
+    again = make_plan.make_plan(line, root_uri, orchestrator=["dag", "run"], at=AT.replace(year=2027))
+    second = make_plan.make_plan(line, root_uri, orchestrator=["dag", "run 2"], at=AT)
     assert again == first
-    assert other.run_id != first.run_id
+    assert second.run_id != first.run_id
 
 
 def test_a_run_id_never_shows_the_orchestrators_own_string() -> None:
-    found = plan.run_id(AT, "../../etc/passwd", "a b")
-    assert found.startswith("20260131T235959Z-")
-    assert len(found) == len("20260131T235959Z-") + 12
-    assert found != plan.run_id(AT, "../../etc/passwd a", "b")
+    name = plan.run_id(AT, "../../etc/passwd", "a b")
+    assert name.startswith("20260131T235959Z-")
+    assert len(name) == len("20260131T235959Z-") + 12
+    assert name != plan.run_id(AT, "../../etc/passwd a", "b")
 
 
 def test_keys_are_equal_in_every_root(with_settings: Callable[..., Plan], tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_keys_are_equal_wherever_the_same_sources_lie(
     with_settings: Callable[..., Plan], line: Path, root_uri: str, tmp_path: Path
 ) -> None:
     shutil.copytree(line.parent, tmp_path / "moved")
-    assert keys_of(with_settings()) == keys_of(plan.make(tmp_path / "moved" / line.name, root_uri))
+    assert keys_of(with_settings()) == keys_of(make_plan.make_plan(tmp_path / "moved" / line.name, root_uri))
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ def test_after_a_rollback_the_next_plan_does_not_count_the_old_release_as_done(
 
 
 def test_a_plan_leaves_nothing_automatic_and_says_why(with_settings: Callable[..., Plan]) -> None:
-    made = with_settings()
-    left = {f"{s.name}.{field}" for s in made.steps for field, value in s.config.items() if value == "auto"}
+    resolved = with_settings()
+    left = {f"{s.name}.{field}" for s in resolved.steps for field, value in s.config.items() if value == "auto"}
     assert left == {"validate_data.format"}  # by each file's ending
-    chosen = {c.field: c.value for c in made.choices}
-    assert {"data.salt", "train.device", "train.attention", "evaluate.device", "merge.device"} <= chosen.keys()
-    for field, value in chosen.items():
+    choices = {c.field: c.value for c in resolved.choices}
+    assert {"data.split_seed", "train.device", "train.attention", "evaluate.device", "merge.device"} <= choices.keys()
+    for field, value in choices.items():
         section, _, name = field.partition(".")
-        assert [s.config[name] for s in made.steps if graph.step(s.name).section == section] == [value]
-    assert all(c.reason for c in made.choices)
+        assert [s.config[name] for s in resolved.steps if graph.step(s.name).section == section] == [value]
+    assert all(c.reason for c in resolved.choices)
 
 
 def test_kernels_for_a_gpu_are_refused_where_the_plan_has_none(with_settings: Callable[..., Plan]) -> None:
@@ -167,12 +167,12 @@ def test_kernels_for_a_gpu_are_refused_where_the_plan_has_none(with_settings: Ca
 
 
 def test_a_plan_that_was_moved_or_spoiled_is_refused(with_settings: Callable[..., Plan], tmp_path: Path) -> None:
-    made = with_settings()
-    store = tmp_path / "store" / "runs" / made.run_id / "plan.json"
+    resolved = with_settings()
+    store = tmp_path / "store" / "runs" / resolved.run_id / "plan.json"
     copy = tmp_path / "store" / "runs" / "other" / "plan.json"
     copy.parent.mkdir()
     copy.write_bytes(store.read_bytes())
-    with pytest.raises(IntegrityError, match="cannot be moved"):
+    with pytest.raises(IntegrityError, match="is a copy of"):
         Plan.load(copy.as_uri())
     copy.write_text(json.dumps({"schema_version": 2}))
     with pytest.raises(IntegrityError, match="is not a plan"):
@@ -182,15 +182,15 @@ def test_a_plan_that_was_moved_or_spoiled_is_refused(with_settings: Callable[...
 
 
 def test_a_plan_holds_every_step_with_the_code_that_will_run(with_settings: Callable[..., Plan]) -> None:
-    made = with_settings()
-    assert [s.name for s in made.steps] == [s.name for s in graph.STEPS]
-    assert {s.name: s.code for s in made.steps} == {s.name: code_identity.identity(s.name) for s in graph.STEPS}
-    assert Plan.load(made.uri) == made
+    resolved = with_settings()
+    assert [s.name for s in resolved.steps] == [s.name for s in graph.STEPS]
+    assert {s.name: s.code for s in resolved.steps} == {s.name: code_identity.code_hash(s.name) for s in graph.STEPS}
+    assert Plan.load(resolved.uri) == resolved
 
 
 def refused(config: Path, root: str, overrides: Sequence[str] = ()) -> str:
     with pytest.raises(UsageError) as caught:
-        plan.make(config, root, overrides=overrides)
+        make_plan.make_plan(config, root, overrides=overrides)
     return str(caught.value)
 
 
@@ -199,6 +199,6 @@ def test_a_plan_for_a_source_that_is_not_there_is_refused(line: Path, root_uri: 
 
 
 def test_a_root_with_a_secret_is_refused_and_not_repeated(line: Path) -> None:
-    said = refused(line, "s3://AKIAUSER:hunter2/x@bucket/prefix")
-    assert "hunter2" not in said
-    assert "AKIAUSER" not in said
+    message = refused(line, "s3://AKIAUSER:hunter2/x@bucket/prefix")
+    assert "hunter2" not in message
+    assert "AKIAUSER" not in message

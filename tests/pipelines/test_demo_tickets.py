@@ -1,4 +1,4 @@
-"""The demo's data: shipped as its script makes it, as good as README.md says, and caught when it is not."""
+"""The demo's data is what its script makes and what README.md promises, and a broken promise is noticed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def copy(tmp_path: Path) -> Path:
 
 def test_the_script_makes_the_shipped_bytes(tmp_path: Path) -> None:
     out = tmp_path / "again.jsonl"
-    made = run(DEMO, str(out))
-    assert made.returncode == 0, made.stderr
+    process = run(DEMO, str(out))
+    assert process.returncode == 0, process.stderr
     assert out.read_bytes() == TICKETS.read_bytes()
 
 
@@ -51,6 +51,8 @@ def test_the_shipped_files_keep_every_promise() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert checked.stdout.count("kept  ") == 11
     assert "BROKEN" not in checked.stdout
+
+    # README.md states some of the numbers; they must be lines of the output.
     stated = (DEMO / "README.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0].splitlines()
     assert set(stated) <= set(checked.stdout.splitlines()), "README.md states other numbers"
 
@@ -60,23 +62,25 @@ def test_without_its_bad_lines_the_file_is_clean() -> None:
     for row in good_rows():
         assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
         assert all(isinstance(turn["content"], str) and turn["content"].strip() for turn in row["messages"])
-        prompts.append(chat.canonical(chat.prompt_of(row["messages"])))
+        # Equal up to case and white space counts as a duplicate, as in the data gate.
+        prompts.append(chat.normalized_text(chat.prompt_of(row["messages"])))
     assert len(prompts) == len(set(prompts)) == 12 * 64
 
 
 def test_every_bad_line_is_bad_in_the_way_it_says() -> None:
     rows = rows_of(TICKETS)
-    at = {line: rows[line - 1]["messages"] for line in BAD_LINES}
-    before = [row["messages"] for row in good_rows()]
-    assert [turn["role"] for turn in at[61]] == ["user"]
-    assert at[148][0]["content"] == ""
-    assert at[233][0]["role"] == "customer"
-    assert isinstance(at[310], str)
+    chat_at = {line: rows[line - 1]["messages"] for line in BAD_LINES}
+    good_chats = [row["messages"] for row in good_rows()]
+
+    assert [turn["role"] for turn in chat_at[61]] == ["user"]
+    assert chat_at[148][0]["content"] == ""
+    assert chat_at[233][0]["role"] == "customer"
+    assert isinstance(chat_at[310], str)
     for line in (395, 702):
-        assert at[line] in [row["messages"] for row in rows[: line - 1]]
-    assert [m[1] != at[471][1] for m in before if m[0] == at[471][0]] == [True]
-    assert len(at[556][0]["content"].split()) > 256  # so over 256 tokens in any tokenizer
-    assert isinstance(at[640][0]["content"], int)
+        assert chat_at[line] in [row["messages"] for row in rows[: line - 1]]
+    assert [m[1] != chat_at[471][1] for m in good_chats if m[0] == chat_at[471][0]] == [True]
+    assert len(chat_at[556][0]["content"].split()) > 256  # so over 256 tokens in any tokenizer
+    assert isinstance(chat_at[640][0]["content"], int)
 
 
 def test_near_duplicates_stay_under_two_percent() -> None:
@@ -86,29 +90,32 @@ def test_near_duplicates_stay_under_two_percent() -> None:
         masked = re.sub(r"[0-9]+", "0", row["messages"][0]["content"].lower())
         words = re.sub(r"[^a-z0-9']+", " ", masked).split()
         shingles.append({" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))})
-    holders: dict[str, list[int]] = {}
-    for i, found in enumerate(shingles):
-        for shingle in found:
-            holders.setdefault(shingle, []).append(i)
-    near = set()
-    for i, found in enumerate(shingles):
-        for j in {other for shingle in found for other in holders[shingle]} - {i}:
-            if len(found & shingles[j]) >= 0.7 * len(found | shingles[j]):
-                near.add(i)
-    assert len(near) <= 0.02 * len(shingles)
+
+    # Only tickets with a common shingle can be similar.
+    tickets_with: dict[str, list[int]] = {}
+    for i, ticket in enumerate(shingles):
+        for shingle in ticket:
+            tickets_with.setdefault(shingle, []).append(i)
+    near_duplicates = set()
+    for i, ticket in enumerate(shingles):
+        for j in {k for shingle in ticket for k in tickets_with[shingle]} - {i}:
+            if len(ticket & shingles[j]) >= 0.7 * len(ticket | shingles[j]):
+                near_duplicates.add(i)
+    assert len(near_duplicates) <= 0.02 * len(shingles)
 
 
 @pytest.mark.parametrize("fraction", [0.15, 0.2])
 def test_the_split_of_the_line_leaves_every_intent_eight_evaluation_rows(fraction: float) -> None:
     disputed = rows_of(TICKETS)[471 - 1]["messages"][0]
-    held_out: Counter[str] = Counter()
+    # A prompt's place is the first 64 bits of a hash of the line's seed and the prompt.
+    eval_rows: Counter[str] = Counter()
     for row in good_rows():
         question, answer = row["messages"]
-        text = "support-intents\n" + chat.canonical([question])
+        text = "support-intents\n" + chat.normalized_text([question])
         share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        held_out[answer["content"]] += question != disputed and share < fraction
-    assert len(held_out) == 12
-    assert min(held_out.values()) >= 8, held_out
+        eval_rows[answer["content"]] += question != disputed and share < fraction
+    assert len(eval_rows) == 12
+    assert min(eval_rows.values()) >= 8, eval_rows
 
 
 def test_intents_differ_in_their_first_word_and_golden_rows_use_the_same_ones() -> None:
@@ -119,6 +126,7 @@ def test_intents_differ_in_their_first_word_and_golden_rows_use_the_same_ones() 
 
 
 def test_check_notices_tickets_that_repeat_each_other(copy: Path) -> None:
+    # The same tickets with another first word are near-duplicates, and no duplicates.
     lines = (copy / "tickets.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     echoes = [line.replace('"content": "', '"content": "Well, ', 1) for line in lines[:15]]
     (copy / "tickets.jsonl").write_text("".join(lines + echoes), encoding="utf-8")
@@ -136,7 +144,7 @@ def test_check_notices_a_golden_prompt_among_the_tickets(copy: Path) -> None:
     assert "BROKEN no golden prompt in the tickets" in checked.stdout
 
 
-def test_the_script_wants_an_output_or_a_check() -> None:
+def test_the_script_needs_an_output_file_or_check() -> None:
     refused = run(DEMO)
     assert refused.returncode == 2
     assert "OUT.jsonl" in refused.stderr

@@ -1,6 +1,6 @@
-"""The pipeline without an orchestrator: order, retries and endings, with real processes that do little work.
+"""The pipeline without an orchestrator: order, retries and exit codes, with real processes that do little work.
 
-`tests/e2e` runs the real steps this way.
+`tests/e2e` runs the real steps without an orchestrator.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from pathlib import Path
 import pytest
 
 from qlora_retrain.core import graph, signals
-from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.core.errors import describe
+from qlora_retrain.pipeline import make_plan, run_endings, status
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.runtimes import local
+from qlora_retrain.storage import open_store
 
-# A step of any name: writes one file through the real runner, or ends as the script for its n-th try says.
+# The program of every step. It completes an artifact of one file, or ends as its script says for its n-th try.
 STEP = """
 import inspect, json, os, signal, subprocess, sys, time
 from pathlib import Path
 from qlora_retrain.core import graph
-from qlora_retrain.pipeline import execute as runner
+from qlora_retrain.pipeline import execute
 from qlora_retrain.core.errors import DataRefused
-from qlora_retrain.core.outcome import Report
+from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline.plan import Plan
 
 folder, name, uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -43,14 +45,14 @@ ending = script[number] if number < len(script) else 0
 
 def run(**arguments):
     if ending == "refuse":
-        return Report(refused=DataRefused("bad rows"))
+        return StepResult(refused=DataRefused("bad rows"))
     if ending == "wait":
         time.sleep(60)
     time.sleep(0.3)
     (arguments[step.makes] / "made.txt").write_text(name)
-    return Report({"rows": 3})
+    return StepResult({"rows": 3})
 
-extra = ["plan", "store"] if step.store else ["scratch"] if step.scratch else []
+extra = ["plan", "store"] if step.kind == "publish" else ["scratch"] if step.scratch else []
 names = ["config", *(i.name for i in step.reads), step.makes, *extra]
 run.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
 if isinstance(ending, int) and ending < 0:
@@ -61,7 +63,7 @@ if ending == "litter":
     subprocess.Popen(["sleep", "60"])
 if isinstance(ending, int) and ending:
     sys.exit(ending)
-code = runner.execute(Plan.load(uri), name, lambda: run)
+code = execute.run_step(Plan.load(uri), name, lambda: run).code
 (folder / f"{name}.ended").write_text(str(time.time()))
 sys.exit(code)
 """
@@ -69,14 +71,15 @@ sys.exit(code)
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    """Undo what `local.run` does to this process's signal handlers."""
+    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(signals, "_requested", False)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, handler)
 
 
-class Bench:
-    """A folder in which steps do as they are told and note when they did."""
+class ScriptedSteps:
+    """Steps that follow a script; their folder records how often and when each of them ran."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,6 +87,7 @@ class Bench:
         self.script()
 
     def script(self, **endings: list[object]) -> None:
+        """Set how each try of a step ends (an exit code, -signal or a word); forget the tries so far."""
         (self.folder / "script.json").write_text(json.dumps(endings))
         for path in self.folder.glob("*.tries"):
             path.unlink()
@@ -91,29 +95,29 @@ class Bench:
     def command(self, step: str, uri: str) -> list[str]:
         return [sys.executable, str(self.folder / "step.py"), str(self.folder), step, uri]
 
-    def tries(self, step: str) -> int:
+    def try_count(self, step: str) -> int:
         path = self.folder / f"{step}.tries"
         return len(path.read_text()) if path.exists() else 0
 
-    def at(self, step: str, what: str) -> float:
-        return float((self.folder / f"{step}.{what}").read_text())
+    def time_of(self, step: str, event: str) -> float:
+        return float((self.folder / f"{step}.{event}").read_text())
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    (tmp_path / "bench").mkdir()
-    found = Bench(tmp_path / "bench")
-    monkeypatch.setattr(local, "command", found.command)
-    return found
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedSteps:
+    (tmp_path / "steps").mkdir()
+    steps = ScriptedSteps(tmp_path / "steps")
+    monkeypatch.setattr(local, "step_command", steps.command)
+    return steps
 
 
 @pytest.fixture
-def made(line: Path, root_uri: str) -> Plan:
-    return plan.make(line, root_uri)
+def plan(line: Path, root_uri: str) -> Plan:
+    return make_plan.make_plan(line, root_uri)
 
 
 def test_the_command_is_the_one_of_every_runtime() -> None:
-    assert local.command("publish", "file:///x/plan.json")[1:] == [
+    assert local.step_command("publish", "file:///x/plan.json")[1:] == [
         "-m",
         "components.publish",
         "--plan",
@@ -123,115 +127,131 @@ def test_the_command_is_the_one_of_every_runtime() -> None:
 
 @pytest.mark.slow
 def test_steps_run_after_what_they_read_side_by_side_where_they_can_and_never_twice(
-    bench: Bench, made: Plan, capsys: pytest.CaptureFixture[str]
+    steps: ScriptedSteps, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert local.run(made) == 0
-    assert [bench.tries(s.name) for s in graph.STEPS] == [1] * 6
-    for before, after in graph.edges():
-        assert bench.at(before, "ended") <= bench.at(after, "began")
-    assert bench.at("quantize_model", "began") < bench.at("validate_data", "ended")
-    bench.script()
-    assert local.run(made) == 0
-    assert [bench.tries(s.name) for s in graph.STEPS] == [0] * 6
+    assert local.run(plan) == 0
+    assert [steps.try_count(s.name) for s in graph.STEPS] == [1] * 6
+
+    for upstream_step, downstream_step in graph.edges():
+        assert steps.time_of(upstream_step, "ended") <= steps.time_of(downstream_step, "began")
+    assert steps.time_of("quantize_model", "began") < steps.time_of("validate_data", "ended")
+
+    steps.script()
+    assert local.run(plan) == 0
+    assert [steps.try_count(s.name) for s in graph.STEPS] == [0] * 6
     assert capsys.readouterr().out.count("made already: outcome done") == 6
 
 
-def test_a_step_that_says_try_again_or_was_killed_is_tried_again(bench: Bench, made: Plan) -> None:
-    bench.script(train_qlora=[75, -9, 0], quantize_model=[137], evaluate=[12])
-    assert local.run(made) == 12
-    assert (bench.tries("train_qlora"), bench.tries("quantize_model"), bench.tries("evaluate")) == (3, 2, 1)
+def test_a_step_that_says_try_again_or_was_killed_is_tried_again(steps: ScriptedSteps, plan: Plan) -> None:
+    steps.script(train_qlora=[75, -9, 0], quantize_model=[137], evaluate=[12])
+    assert local.run(plan) == 12
+    assert (steps.try_count("train_qlora"), steps.try_count("quantize_model"), steps.try_count("evaluate")) == (3, 2, 1)
 
 
-@pytest.mark.parametrize("code", [1, 12, 13, 14])
+def test_how_a_step_was_killed_is_kept_in_the_runs_folder(steps: ScriptedSteps, plan: Plan) -> None:
+    steps.script(validate_data=[-9] * 9)
+    assert local.run(plan) == 137
+    ending = run_endings.read(open_store(plan.root), plan.run_id, "validate_data")
+    assert ending is not None
+    assert (ending.code, ending.kind) == (137, "retry")
+
+
+@pytest.mark.parametrize("exit_code", [1, 12, 13, 14])
 def test_a_step_that_would_fail_again_is_not_tried_again(
-    bench: Bench, made: Plan, code: int, capsys: pytest.CaptureFixture[str]
+    steps: ScriptedSteps, plan: Plan, exit_code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.script(train_qlora=[code])
-    assert local.run(made) == code
-    assert (bench.tries("train_qlora"), bench.tries("evaluate")) == (1, 0)
+    steps.script(train_qlora=[exit_code])
+    assert local.run(plan) == exit_code
+    assert (steps.try_count("train_qlora"), steps.try_count("evaluate")) == (1, 0)
     assert (
-        f"stopped at train_qlora: {execute.describe(code)} ({code}); logs: {made.root}/runs/" in capsys.readouterr().out
+        f"stopped at train_qlora: {describe(exit_code)} ({exit_code}); logs: {plan.root}/runs/"
+        in capsys.readouterr().out
     )
 
 
-def test_a_step_is_tried_as_often_as_the_graph_says(bench: Bench, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.script(validate_data=[75] * 9)
-    slept = time.sleep
-    monkeypatch.setattr(local.time, "sleep", lambda seconds: slept(min(seconds, 0.05)))
-    assert local.run(made) == 75
-    assert bench.tries("validate_data") == graph.step("validate_data").retries + 1
+def test_a_step_is_tried_as_often_as_the_graph_says(
+    steps: ScriptedSteps, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps.script(validate_data=[75] * 9)
+    real_sleep = time.sleep
+    monkeypatch.setattr(local.time, "sleep", lambda seconds: real_sleep(min(seconds, 0.05)))
+    assert local.run(plan) == 75
+    assert steps.try_count("validate_data") == graph.step("validate_data").retries + 1
 
 
 def test_a_refusal_stops_the_run_with_its_code_now_and_again(
-    bench: Bench, made: Plan, capsys: pytest.CaptureFixture[str]
+    steps: ScriptedSteps, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.script(validate_data=["refuse"])
-    assert local.run(made) == 10
-    assert bench.tries("train_qlora") == 0
-    assert local.run(made) == 10
-    assert bench.tries("validate_data") == 1
+    steps.script(validate_data=["refuse"])
+    assert local.run(plan) == 10
+    assert steps.try_count("train_qlora") == 0
+    assert local.run(plan) == 10
+    assert steps.try_count("validate_data") == 1
     assert "data refused (10): as before: bad rows" in capsys.readouterr().out
 
 
 def test_a_step_that_only_says_it_is_done_is_our_bug(
-    bench: Bench, made: Plan, capsys: pytest.CaptureFixture[str]
+    steps: ScriptedSteps, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.script(validate_data=["nothing"])
-    assert local.run(made) == 1
-    assert "ended as if done, but its dataset is not there" in capsys.readouterr().out
+    steps.script(validate_data=["nothing"])
+    assert local.run(plan) == 1
+    assert "exited with 0, but its dataset is not in the store" in capsys.readouterr().out
 
 
-def test_what_a_step_leaves_running_goes_with_it(bench: Bench, made: Plan) -> None:
-    bench.script(validate_data=["litter"], train_qlora=[12])
-    clock = time.monotonic()
-    assert local.run(made) == 12
-    assert time.monotonic() - clock < 40
+def test_what_a_step_leaves_running_goes_with_it(steps: ScriptedSteps, plan: Plan) -> None:
+    steps.script(validate_data=["litter"], train_qlora=[12])
+    started = time.monotonic()
+    assert local.run(plan) == 12
+    assert time.monotonic() - started < 40
 
 
-def test_a_failure_stops_the_step_beside_it(bench: Bench, made: Plan) -> None:
-    bench.script(validate_data=[12], quantize_model=["wait"])
-    clock = time.monotonic()
-    assert local.run(made) == 12
-    assert time.monotonic() - clock < 30
-    assert execute.found(made, "quantize_model") is None
+def test_a_failure_stops_the_step_beside_it(steps: ScriptedSteps, plan: Plan) -> None:
+    steps.script(validate_data=[12], quantize_model=["wait"])
+    started = time.monotonic()
+    assert local.run(plan) == 12
+    assert time.monotonic() - started < 30
+    assert status.exit_code(plan, "quantize_model") is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_leaves_no_step_behind(bench: Bench, made: Plan, number: signal.Signals) -> None:
-    bench.script(validate_data=["wait"], quantize_model=["wait"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_step_behind(steps: ScriptedSteps, plan: Plan, signum: signal.Signals) -> None:
+    steps.script(validate_data=["wait"], quantize_model=["wait"])
+    # In a process of its own, since the signal would end the tests.
     program = (
         "import sys\nfrom qlora_retrain.pipeline.plan import Plan\nfrom qlora_retrain.runtimes import local\n"
-        f"start = {bench.command('', '')[:-2]!r}\nlocal.command = lambda step, uri: [*start, step, uri]\n"
+        f"start = {steps.command('', '')[:-2]!r}\nlocal.step_command = lambda step, uri: [*start, step, uri]\n"
         "sys.exit(local.run(Plan.load(sys.argv[1])))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, made.uri], stdout=subprocess.PIPE, text=True)
-    until(lambda: bench.tries("validate_data") + bench.tries("quantize_model") == 2)
-    until(lambda: len(steps_of(bench)) == 4)  # each and its leash
-    time.sleep(1.0)  # their handlers are there
-    process.send_signal(number)
+    process = subprocess.Popen([sys.executable, "-c", program, plan.uri], stdout=subprocess.PIPE, text=True)
+
+    wait_until(lambda: steps.try_count("validate_data") + steps.try_count("quantize_model") == 2)
+    wait_until(lambda: len(running_pids(steps)) == 4)  # two steps and their supervisors
+    time.sleep(1.0)  # until they have set their signal handlers
+    process.send_signal(signum)
     process.wait(30)
-    if number != signal.SIGKILL:
+    if signum != signal.SIGKILL:
         assert process.returncode == 130
-    until(lambda: not steps_of(bench))
+
+    wait_until(lambda: not running_pids(steps))
     assert process.stdout is not None
     process.stdout.close()
 
 
-def steps_of(bench: Bench) -> list[int]:
-    """The processes that run this bench's steps, and their leashes."""
-    found = []
+def running_pids(steps: ScriptedSteps) -> list[int]:
+    """List the processes that run these steps, and their supervisors."""
+    pids = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = entry.read_bytes().split(b"\0")
+            arguments = entry.read_bytes().split(b"\0")
         except OSError:
             continue
-        if os.fsencode(bench.folder / "step.py") in words:
-            found.append(int(entry.parent.name))
-    return found
+        if os.fsencode(steps.folder / "step.py") in arguments:
+            pids.append(int(entry.parent.name))
+    return pids
 
 
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

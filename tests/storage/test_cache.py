@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("files", [FILES, None])
-def test_what_was_fetched_is_not_fetched_again(files: tuple[File, ...] | None) -> None:
+def test_an_input_is_fetched_once(files: tuple[File, ...] | None) -> None:
     download = Download(CONTENT)
     first = cache.fetch("x", "k", download, files)
     assert cache.fetch("x", "k", download, files) == first
@@ -49,7 +49,7 @@ def test_what_was_fetched_is_not_fetched_again(files: tuple[File, ...] | None) -
 
 @pytest.mark.parametrize("files", [FILES, None])
 @pytest.mark.parametrize("fault", ["flipped", "missing", "added"])
-def test_what_was_changed_on_this_machine_is_fetched_again(files: tuple[File, ...] | None, fault: str) -> None:
+def test_an_input_that_was_changed_on_this_machine_is_fetched_again(files: tuple[File, ...] | None, fault: str) -> None:
     download = Download(CONTENT)
     folder = cache.fetch("x", "k", download, files)
     path = folder / "a.txt"
@@ -60,12 +60,13 @@ def test_what_was_changed_on_this_machine_is_fetched_again(files: tuple[File, ..
         path.unlink()
     else:
         (folder / "c.jsonl").write_text("a row that nobody pinned")
+
     assert content(cache.fetch("x", "k", download, files)) == CONTENT
     assert download.calls == 2
 
 
 def test_a_fresh_download_that_is_wrong_is_refused_and_not_kept(node_cache: Path) -> None:
-    with pytest.raises(IntegrityError, match=r"x: a\.txt: wanted sha256"):
+    with pytest.raises(IntegrityError, match=r"x: a\.txt: expected sha256"):
         cache.fetch("x", "k", Download({**CONTENT, "a.txt": b"onf"}), FILES)
     with pytest.raises(IntegrityError, match=r"x: sub/b\.txt: No such file"):
         cache.fetch("x", "k", Download({"a.txt": b"one"}), FILES)
@@ -88,31 +89,32 @@ def test_cached_files_are_read_only() -> None:
 
 
 def test_eight_at_once_get_the_same_folder() -> None:
-    found: list[dict[str, bytes]] = []
+    contents: list[dict[str, bytes]] = []
+    # All begin together, so that they find an empty cache and race for the rename.
     barrier = threading.Barrier(8)
 
-    def one() -> None:
+    def fetch_once() -> None:
         barrier.wait()
-        found.append(content(cache.fetch("x", "k", Download(CONTENT), FILES)))
+        contents.append(content(cache.fetch("x", "k", Download(CONTENT), FILES)))
 
-    threads = [threading.Thread(target=one) for _ in range(8)]
+    threads = [threading.Thread(target=fetch_once) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [CONTENT] * 8
+    assert contents == [CONTENT] * 8
 
 
-def test_a_work_folder_goes_with_its_block(node_cache: Path) -> None:
+def test_a_work_folder_is_removed_after_its_block(node_cache: Path) -> None:
     with cache.work_folder() as work:
         (work / "a").write_text("x")
-        with cache.work_folder() as other:
-            assert other != work
+        with cache.work_folder() as second:
+            assert second != work
             assert work.is_dir()
     assert list((node_cache / "work").iterdir()) == []
 
 
-def test_a_step_works_on_a_disk_of_its_own_and_what_is_fetched_arrives_on_the_caches(
+def test_a_step_works_on_its_own_disk_and_inputs_are_fetched_on_the_disk_of_the_cache(
     node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where pods share the cache, nothing but inputs is on it; a rename between disks would be refused."""
@@ -131,12 +133,14 @@ def test_a_step_works_on_a_disk_of_its_own_and_what_is_fetched_arrives_on_the_ca
     assert list((tmp_path / "disk" / "work").iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(node_cache: Path) -> None:
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_process(node_cache: Path) -> None:
+    # Killed while it holds its work folder: nothing of Python's own cleaning up runs.
     program = (
         "import os\nfrom qlora_retrain.storage import cache\n"
         "with cache.work_folder() as work:\n    (work / 'big').write_text('x')\n    os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "QLORA_RETRAIN_CACHE": str(node_cache)})
+
     assert len(list((node_cache / "work").iterdir())) == 2
     with cache.work_folder() as work:
         assert sorted((node_cache / "work").iterdir()) == sorted([work, work.with_suffix(".lock")])
@@ -148,8 +152,9 @@ def test_a_folder_in_use_is_left_alone_and_a_lock_that_vanishes_is_no_fault(
     parent = node_cache / "work"
     parent.mkdir(parents=True)
     (parent / "used").mkdir()
-    seen: Callable[..., object] = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*seen(self, pattern), self / "gone.lock"])  # type: ignore[misc]
+    # A lock file that another process removes between the listing and the opening.
+    real_glob: Callable[..., object] = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*real_glob(self, pattern), self / "gone.lock"])  # type: ignore[misc]
     with (parent / "used.lock").open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with cache.work_folder():

@@ -1,4 +1,4 @@
-"""What only a folder can do wrong: disks that fill, permissions, processes that die, two file systems."""
+"""Faults of a store in a folder: disks that fill, permissions, processes that die, two file systems."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def store(root: Path) -> LocalStore:
 
 @pytest.fixture
 def other_file_system(tmp_path: Path) -> Iterator[Path]:
+    # A RAM disk: hard links from the temporary folder to it fail with EXDEV.
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs /dev/shm on another file system than the temporary folder")
@@ -44,7 +45,7 @@ def other_file_system(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def everything(root: Path) -> list[str]:
+def all_paths(root: Path) -> list[str]:
     return sorted(p.relative_to(root).as_posix() for p in root.rglob("*"))
 
 
@@ -69,7 +70,7 @@ def test_files_are_0644_and_folders_0755_whatever_the_umask(store: LocalStore, r
         store.copy([("up/b/f", "copy/c/f")])
     finally:
         os.umask(before)
-    modes = {p: root.joinpath(p).stat().st_mode & 0o777 for p in ("", *everything(root)) if p != ".store-lock"}
+    modes = {p: root.joinpath(p).stat().st_mode & 0o777 for p in ("", *all_paths(root)) if p != ".store-lock"}
     assert {p: m for p, m in modes.items() if m != (0o755 if (root / p).is_dir() else 0o644)} == {}
 
 
@@ -93,26 +94,33 @@ def test_hidden_files_are_never_shown_and_stale_ones_go_with_their_folder(store:
     (root / "a/.store-elsewhere-1-left-long-ago").write_bytes(b"half")
     (root / "b").mkdir()
     (root / "b/.store-elsewhere-1-being-written-now").write_bytes(b"half")
+
     assert [e.path for e in store.list("")] == ["a/f"]
     assert list(store.children("")) == ["a"]
+    # Last written in 1970: far older than any writer could be.
     os.utime(root / "a/.store-elsewhere-1-left-long-ago", (0, 0))
     store.delete(["a/f", "b/g"])
-    assert everything(root) == [".store-lock", "b", "b/.store-elsewhere-1-being-written-now"]
+    assert all_paths(root) == [".store-lock", "b", "b/.store-elsewhere-1-being-written-now"]
 
 
-def test_what_a_killed_writer_left_goes_with_the_folder(store: LocalStore, root: Path, tmp_path: Path) -> None:
+def test_the_hidden_file_of_a_killed_writer_is_removed_with_its_folder(
+    store: LocalStore, root: Path, tmp_path: Path
+) -> None:
     (tmp_path / "f").write_bytes(b"x")
+    # Killed in the middle of a copy, when half of the hidden file is written.
     dies = (
         "import os, shutil, sys; from pathlib import Path; from qlora_retrain.storage.local import LocalStore\n"
         "shutil.copyfile = lambda source, target: (Path(target).write_bytes(b'half'), os.kill(os.getpid(), 9))\n"
         "LocalStore(sys.argv[1]).upload(Path(sys.argv[2]), 'a', ['f'])"
     )
-    ended = subprocess.run([sys.executable, "-c", dies, str(root), str(tmp_path)], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", dies, str(root), str(tmp_path)], check=False)
+
+    assert result.returncode == -signal.SIGKILL
     store.write_if_absent("a/g", b"x")
-    assert len(everything(root)) == 3, "no hidden file was left"
+    assert len(all_paths(root)) == 3, "no hidden file was left"
+
     store.delete(["a/g"])
-    assert everything(root) == [".store-lock"]
+    assert all_paths(root) == [".store-lock"]
 
 
 @pytest.mark.parametrize("call", ["write_if_absent", "swap", "upload", "copy", "download"])
@@ -121,8 +129,9 @@ def test_a_full_disk_is_cleaned_and_tried_again(
 ) -> None:
     (tmp_path / "f").write_bytes(b"new")
     tag = store.write_if_absent("f", b"old")
-    before = everything(tmp_path)
+    before = all_paths(tmp_path)
 
+    # Most file systems report a full disk only when the data is flushed.
     def full(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -142,7 +151,7 @@ def test_a_full_disk_is_cleaned_and_tried_again(
     }
     with pytest.raises(TryAgain, match=r"the disk is full \(No space left on device\)"):
         calls[call]()
-    assert [p for p in everything(tmp_path) if not p.endswith(".store-lock")] == before
+    assert [p for p in all_paths(tmp_path) if not p.endswith(".store-lock")] == before
     assert store.read("f").data == b"old"
 
 
@@ -176,7 +185,7 @@ def test_a_folder_we_may_not_use_is_named(store: LocalStore, root: Path, tmp_pat
                 use()
     finally:
         folder.chmod(0o755)
-    assert everything(root) == ["closed", "closed/f"]
+    assert all_paths(root) == ["closed", "closed/f"]
 
 
 def test_a_file_and_a_folder_cannot_share_a_name(store: LocalStore, tmp_path: Path) -> None:
@@ -193,11 +202,11 @@ def test_a_file_and_a_folder_cannot_share_a_name(store: LocalStore, tmp_path: Pa
 
 
 def test_writers_survive_deletes_that_empty_their_folder(root: Path) -> None:
-    over = threading.Event()
+    stop = threading.Event()
 
     def keep_emptying() -> None:
         store = LocalStore(str(root))
-        while not over.is_set():
+        while not stop.is_set():
             store.delete(["a/b/other"])
 
     thread = threading.Thread(target=keep_emptying)
@@ -208,7 +217,7 @@ def test_writers_survive_deletes_that_empty_their_folder(root: Path) -> None:
             store.write_if_absent(f"a/b/{i}", b".")
             store.delete([f"a/b/{i}"])
     finally:
-        over.set()
+        stop.set()
         thread.join()
     assert list(store.list("")) == []
 
@@ -217,13 +226,14 @@ def test_swap_waits_for_the_lock_of_another_process(store: LocalStore, root: Pat
     tag = store.write_if_absent("a", b"one")
     outcome: list[str] = []
 
-    def late() -> None:
+    def swap_late() -> None:
         try:
             outcome.append(store.swap("a", b"late", tag))
         except Conflict:
             outcome.append("conflict")
 
-    thread = threading.Thread(target=late)
+    # The lock is held here, so the swap must wait; meanwhile the document changes under it.
+    thread = threading.Thread(target=swap_late)
     with (root / ".store-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         thread.start()
@@ -245,10 +255,12 @@ def test_a_process_killed_while_writing_leaves_nothing_to_see(store: LocalStore,
         setattr(Path if {at!r} == "write_bytes" else os, {at!r}, die)
         LocalStore(sys.argv[1]).write_if_absent("a/manifest.json", b"data")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(root)], timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(root)], timeout=60)
+
+    assert result.returncode == -signal.SIGKILL
     assert not list(store.list(""))
     assert not list(store.children(""))
+
     store.write_if_absent("a/manifest.json", b"data")
     assert [e.path for e in store.list("")] == ["a/manifest.json"]
 

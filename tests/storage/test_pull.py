@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.pipeline import plan
+from qlora_retrain.pipeline import make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, pull, registry
 from qlora_retrain.storage.registry import Release
@@ -30,11 +30,11 @@ def publish(line: Path, root_uri: str, run_all: Callable[[Plan], dict[str, int]]
 
     def run(text: str) -> Release:
         (line.parent / "tickets.jsonl").write_text(text)
-        made = plan.make(line, root_uri)
-        assert set(run_all(made).values()) == {0}
-        found, _ = registry.alias(open_store(root_uri), "intents", "production")
-        assert found is not None
-        return registry.read_release(open_store(root_uri), "intents", found.version)
+        plan = make_plan.make_plan(line, root_uri)
+        assert set(run_all(plan).values()) == {0}
+        alias, _ = registry.read_alias(open_store(root_uri), "intents", "production")
+        assert alias is not None
+        return registry.read_release(open_store(root_uri), "intents", alias.version)
 
     return run
 
@@ -54,12 +54,15 @@ def test_a_pull_gives_every_file_as_it_was_published(
     release = publish("one")
     reference = REFERENCE if by == "alias" else f"intents@{release.version}"
     assert pull.pull(store, reference, tmp_path / "new" / "dest") == release
+
     pulled = files(tmp_path / "new" / "dest")
     assert json.loads(pulled.pop(pull.RECORD))["version"] == release.version
     assert json.loads(pulled.pop("manifest.json"))["content_hash"] == release.content_hash
+
     folder = tmp_path / "store" / registry.version_folder("intents", release.version)
     published = files(folder)
     del published["manifest.json"]
+
     assert pulled == published
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["dest"]
 
@@ -105,9 +108,11 @@ def test_a_byte_that_is_not_as_published_leaves_nothing_at_the_destination(
     folder = tmp_path / "store" / registry.version_folder("intents", release.version)
     path = folder / ("manifest.json" if fault == "manifest" else "model/model.safetensors")
     data = path.read_bytes()
-    path.unlink()  # it may share its bytes with the artifact
+    # Removed before it is written: it may be a hard link to the artifact's file.
+    path.unlink()
     if fault != "missing":
         path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+
     with pytest.raises(IntegrityError) as caught:
         pull.pull(store, REFERENCE, tmp_path / "dest")
     assert path.name in str(caught.value)
@@ -125,11 +130,15 @@ def test_a_store_that_went_back_in_time_is_refused(
     pull.pull(store, REFERENCE, dest)
     before = files(dest)
     backup = open_store((tmp_path / "backup").as_uri())
+
     with pytest.raises(IntegrityError, match=r"generation 1 .* does not follow generation 2"):
         pull.pull(backup, REFERENCE, dest)
     assert files(dest) == before
-    pull.pull(backup, f"intents@{old.version}", dest)  # asked for by name, an old version is no fault
-    with pytest.raises(IntegrityError, match="does not follow"):  # and what was seen is not forgotten by it
+
+    # An old version that is asked for by its name is no fault.
+    pull.pull(backup, f"intents@{old.version}", dest)
+    # The newest generation is still remembered after that.
+    with pytest.raises(IntegrityError, match="does not follow"):
         pull.pull(backup, REFERENCE, dest)
     assert pull.pull(store, REFERENCE, dest) == new
 
@@ -140,10 +149,12 @@ def test_one_generation_with_two_versions_is_refused(
     publish("one")
     shutil.copytree(tmp_path / "store", tmp_path / "twin")
     second = publish("two")
+    # A copy of the store that went on by itself: both have a generation 2, with different versions.
     twin = open_store((tmp_path / "twin").as_uri())
     third = second.model_copy(update={"version": "20990101T000000Z-x"})
-    registry.move(twin, "intents", "production", registry.complete(twin, third), reason="a split brain")
+    registry.move_alias(twin, "intents", "production", registry.complete_version(twin, third), reason="a split brain")
     pull.pull(store, REFERENCE, tmp_path / "dest")
+
     with pytest.raises(IntegrityError, match="does not follow generation 2"):
         pull.pull(twin, REFERENCE, tmp_path / "dest")
 
@@ -151,27 +162,28 @@ def test_one_generation_with_two_versions_is_refused(
 def test_a_rollback_is_a_move_forward_for_the_consumer(
     store: Store, publish: Callable[[str], Release], tmp_path: Path
 ) -> None:
-    one = publish("one")
+    first = publish("one")
     publish("two")
     pull.pull(store, REFERENCE, tmp_path / "dest")
     registry.rollback(store, "intents", "production", reason="bad")
-    assert pull.pull(store, REFERENCE, tmp_path / "dest") == one
+    assert pull.pull(store, REFERENCE, tmp_path / "dest") == first
 
 
-@pytest.mark.parametrize("what", ["folder", "file", "foreign record", "broken record"])
+@pytest.mark.parametrize("kind", ["folder", "file", "foreign record", "broken record"])
 def test_a_destination_that_no_pull_made_is_left_alone(
-    store: Store, publish: Callable[[str], Release], tmp_path: Path, what: str
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, kind: str
 ) -> None:
     publish("one")
     dest = tmp_path / "dest"
-    if what == "file":
+    if kind == "file":
         dest.write_text("mine")
     else:
         dest.mkdir()
         (dest / "mine.txt").write_text("mine")
-    if "record" in what:
-        (dest / pull.RECORD).write_text("[1]" if what == "foreign record" else "{")
+    if "record" in kind:
+        (dest / pull.RECORD).write_text("[1]" if kind == "foreign record" else "{")
     before = files(dest) if dest.is_dir() else dest.read_bytes()
+
     with pytest.raises(UsageError, match="no pull made it"):
         pull.pull(store, REFERENCE, dest)
     assert (files(dest) if dest.is_dir() else dest.read_bytes()) == before
@@ -190,9 +202,9 @@ def test_an_empty_destination_may_be_the_working_folder(
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("intents", "wanted LINE@ALIAS"),
-        ("@production", "wanted LINE@ALIAS"),
-        ("intents@", "wanted LINE@ALIAS"),
+        ("intents", "expected LINE@ALIAS"),
+        ("@production", "expected LINE@ALIAS"),
+        ("intents@", "expected LINE@ALIAS"),
         ("intents@staging", "has no alias staging"),
         ("intents@20990101T000000Z-0", "has no version"),
         ("others@production", "has no alias"),

@@ -13,8 +13,8 @@ import pytest
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.core.outcome import Report
-from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.core.outcome import StepResult
+from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store, registry
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias, Release
@@ -30,8 +30,8 @@ def store(root_uri: str) -> Store:
 
 def version(store: Store, number: int) -> Release:
     """A published version without files; `number` orders them in time."""
-    content = hashing.digest(number)
-    return registry.complete(
+    content = hashing.sha256_json(number)
+    return registry.complete_version(
         store,
         Release(
             line=LINE,
@@ -50,13 +50,13 @@ def version(store: Store, number: int) -> Release:
 
 
 def move(store: Store, name: str, release: Release, **options: Any) -> Alias | None:
-    return registry.move(store, LINE, name, release, reason="a test", **options)
+    return registry.move_alias(store, LINE, name, release, reason="a test", **options)
 
 
-def now(store: Store, name: str) -> Alias:
-    found, _ = registry.alias(store, LINE, name)
-    assert found is not None
-    return found
+def alias_state(store: Store, name: str) -> Alias:
+    alias, _ = registry.read_alias(store, LINE, name)
+    assert alias is not None
+    return alias
 
 
 def audit(store: Store, name: str) -> dict[int, list[Alias]]:
@@ -70,7 +70,7 @@ def audit(store: Store, name: str) -> dict[int, list[Alias]]:
 
 
 def test_an_alias_that_was_never_set_says_nothing(store: Store) -> None:
-    assert registry.alias(store, LINE, PRODUCTION) == (None, None)
+    assert registry.read_alias(store, LINE, PRODUCTION) == (None, None)
 
 
 def test_each_move_raises_the_generation_and_remembers_where_it_came_from(store: Store) -> None:
@@ -79,10 +79,11 @@ def test_each_move_raises_the_generation_and_remembers_where_it_came_from(store:
         moved = move(store, PRODUCTION, release)
         assert moved is not None
         assert (moved.generation, moved.version) == (i + 1, release.version)
-    state = now(store, PRODUCTION)
+    state = alias_state(store, PRODUCTION)
+
     assert [m.version for m in state.moves] == [r.version for r in versions[2:12]]  # the last ten
     assert state.manifest_sha256 == registry.manifest_sha256(store, LINE, versions[-1].version)
-    assert {g: [s.version for s in found] for g, found in audit(store, PRODUCTION).items()} == {
+    assert {g: [s.version for s in states] for g, states in audit(store, PRODUCTION).items()} == {
         i + 1: [r.version] for i, r in enumerate(versions)
     }
 
@@ -91,38 +92,41 @@ def test_moving_to_where_it_is_moves_nothing(store: Store) -> None:
     release = version(store, 1)
     move(store, PRODUCTION, release)
     assert move(store, PRODUCTION, release) is None
-    assert now(store, PRODUCTION).generation == 1
+    assert alias_state(store, PRODUCTION).generation == 1
 
 
 def test_latest_never_goes_back_in_time(store: Store) -> None:
     old, new = version(store, 1), version(store, 2)
     move(store, LATEST, new)
     assert move(store, LATEST, old) is None
-    assert now(store, LATEST).version == new.version
+    assert alias_state(store, LATEST).version == new.version
 
 
 def test_an_alias_moves_only_if_it_names_what_was_expected(store: Store) -> None:
-    one, two, three = (version(store, i) for i in range(3))
-    assert move(store, PRODUCTION, one, expected=None) is not None
-    with pytest.raises(TryAgain, match=f"named nothing when the plan was made and {one.version} now"):
-        move(store, PRODUCTION, two, expected=None)
-    move(store, PRODUCTION, two, expected=one.version)
+    first, second, third = (version(store, i) for i in range(3))
+    assert move(store, PRODUCTION, first, expected=None) is not None
+    with pytest.raises(TryAgain, match=f"named nothing when the plan was made and {first.version} now"):
+        move(store, PRODUCTION, second, expected=None)
+
+    move(store, PRODUCTION, second, expected=first.version)
     with pytest.raises(TryAgain, match="plan again"):
-        move(store, PRODUCTION, three, expected=one.version)
-    assert now(store, PRODUCTION).version == two.version
+        move(store, PRODUCTION, third, expected=first.version)
+    assert alias_state(store, PRODUCTION).version == second.version
 
 
 def test_a_rollback_goes_back_and_rejects_what_it_leaves(store: Store) -> None:
-    one, two = version(store, 1), version(store, 2)
-    move(store, PRODUCTION, one)
-    move(store, PRODUCTION, two)
+    first, second = version(store, 1), version(store, 2)
+    move(store, PRODUCTION, first)
+    move(store, PRODUCTION, second)
     back = registry.rollback(store, LINE, PRODUCTION, reason="it swears")
-    assert (back.version, back.generation, back.rejected) == (one.version, 3, (two.content_hash,))
+
+    assert (back.version, back.generation, back.rejected) == (first.version, 3, (second.content_hash,))
     with pytest.raises(QualityRefused, match="--override"):
-        move(store, PRODUCTION, two)
-    again = move(store, PRODUCTION, two, override=True)
+        move(store, PRODUCTION, second)
+
+    again = move(store, PRODUCTION, second, override=True)
     assert again is not None
-    assert (again.version, again.rejected) == (two.version, ())
+    assert (again.version, again.rejected) == (second.version, ())
 
 
 def test_a_second_rollback_never_returns_to_what_the_first_rejected(store: Store) -> None:
@@ -130,8 +134,9 @@ def test_a_second_rollback_never_returns_to_what_the_first_rejected(store: Store
     for release in releases:
         move(store, PRODUCTION, release)
     registry.rollback(store, LINE, PRODUCTION, reason="bad")
+
     assert registry.rollback(store, LINE, PRODUCTION, reason="bad too").version == releases[0].version
-    assert set(now(store, PRODUCTION).rejected) == {releases[1].content_hash, releases[2].content_hash}
+    assert set(alias_state(store, PRODUCTION).rejected) == {releases[1].content_hash, releases[2].content_hash}
     with pytest.raises(UsageError, match="no earlier version"):
         registry.rollback(store, LINE, PRODUCTION, reason="all bad")
 
@@ -153,11 +158,11 @@ def test_a_name_that_is_no_alias_is_refused(store: Store, name: str) -> None:
 
 
 def test_a_manifest_of_another_version_is_refused(store: Store) -> None:
-    one, two = version(store, 1), version(store, 2)
-    path = f"{registry.version_folder(LINE, one.version)}/manifest.json"
-    store.swap(path, two.model_dump_json(indent=1).encode(), store.read(path).tag)
+    first, second = version(store, 1), version(store, 2)
+    path = f"{registry.version_folder(LINE, first.version)}/manifest.json"
+    store.swap(path, second.model_dump_json(indent=1).encode(), store.read(path).tag)
     with pytest.raises(IntegrityError, match="is the manifest of"):
-        registry.read_release(store, LINE, one.version)
+        registry.read_release(store, LINE, first.version)
 
 
 def test_a_user_without_a_name_can_move_an_alias(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +181,7 @@ def test_in_a_race_of_eight_every_move_counts_once_and_is_in_the_audit_trail(sto
     moved: list[Alias] = []
     gave_up: list[TryAgain] = []
 
-    def one(release: Release) -> None:
+    def move_production(release: Release) -> None:
         barrier.wait()
         try:
             state = move(store, PRODUCTION, release)
@@ -186,14 +191,14 @@ def test_in_a_race_of_eight_every_move_counts_once_and_is_in_the_audit_trail(sto
             assert state is not None
             moved.append(state)
 
-    threads = [threading.Thread(target=one, args=[r]) for r in releases]
+    threads = [threading.Thread(target=move_production, args=[r]) for r in releases]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(moved) + len(gave_up) == 8
     assert sorted(s.generation for s in moved) == list(range(1, len(moved) + 1))
-    assert now(store, PRODUCTION).generation == len(moved)
+    assert alias_state(store, PRODUCTION).generation == len(moved)
     by_generation = {s.generation: [s] for s in moved}
     assert audit(store, PRODUCTION) == by_generation
 
@@ -202,17 +207,17 @@ def test_in_a_race_of_eight_latest_ends_at_the_newest(store: Store) -> None:
     releases = [version(store, i) for i in range(8)]
     barrier = threading.Barrier(8)
 
-    def one(release: Release) -> None:
+    def move_latest(release: Release) -> None:
         barrier.wait()
         move(store, LATEST, release)
 
-    threads = [threading.Thread(target=one, args=[r]) for r in releases]
+    threads = [threading.Thread(target=move_latest, args=[r]) for r in releases]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert now(store, LATEST).version == releases[-1].version
-    states = [found[0] for _, found in sorted(audit(store, LATEST).items())]
+    assert alias_state(store, LATEST).version == releases[-1].version
+    states = [entries[0] for _, entries in sorted(audit(store, LATEST).items())]
     assert [s.version for s in states] == sorted(s.version for s in states)
 
 
@@ -223,7 +228,7 @@ class Died(BaseException):
     """The process is gone: nothing below may handle it."""
 
 
-class Mortal:
+class MortalStore:
     """A store whose process dies before, or right after, its n-th write."""
 
     WRITES = ("write_if_absent", "swap", "upload", "copy", "delete")
@@ -256,15 +261,15 @@ def assert_nothing_false(store: Store) -> None:
     """No version without its files, no alias that names something absent, no move missing before the last."""
     for name in store.children(f"models/{LINE}/versions"):
         folder = registry.version_folder(LINE, name)
-        there = {e.path.removeprefix(f"{folder}/"): e.size_bytes for e in store.list(folder)}
-        if "manifest.json" not in there:
+        sizes_bytes = {e.path.removeprefix(f"{folder}/"): e.size_bytes for e in store.list(folder)}
+        if "manifest.json" not in sizes_bytes:
             continue
         release = registry.read_release(store, LINE, name)
         for file in release.files:
             assert hashing.sha256_bytes(store.read(f"{folder}/{file.path}").data) == file.sha256
     for document in store.children(f"models/{LINE}/aliases"):
         name = document.removesuffix(".json")
-        state = now(store, name)
+        state = alias_state(store, name)
         registry.read_release(store, LINE, state.version, sha256=state.manifest_sha256)
         assert set(range(1, state.generation)) <= set(audit(store, name))
 
@@ -274,58 +279,61 @@ def deaths() -> Iterator[tuple[int, bool]]:
 
 
 def test_a_publisher_that_dies_at_any_write_leaves_nothing_false_and_a_rerun_completes(
-    line: Any, tmp_path: Any, small_steps: dict[str, Callable[..., Report]], monkeypatch: pytest.MonkeyPatch
+    line: Any, tmp_path: Any, small_steps: dict[str, Callable[..., StepResult]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, before = tmp_path / "store", tmp_path / "before"
-    store, made = open_store(root.as_uri()), plan.make(line, root.as_uri())
+    store, plan = open_store(root.as_uri()), make_plan.make_plan(line, root.as_uri())
     for name in list(small_steps)[:-1]:
-        assert execute.execute(made, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
+        assert execute.run_step(plan, name, lambda name=name: small_steps[name]).code == 0  # type: ignore[misc]
+    # Every death begins from this store, in which all but `publish` is done.
     root.rename(before)
-    counted = 0
+    num_deaths = 0
     for n, after in deaths():
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(before, root)
-        mortal = Mortal(store, n, after=after)
+        mortal = MortalStore(store, n, after=after)
         with monkeypatch.context() as patch:
             patch.setattr(execute, "open_store", lambda uri, mortal=mortal: mortal)
             with contextlib.suppress(Died):
-                execute.execute(made, "publish", lambda: small_steps["publish"])
+                execute.run_step(plan, "publish", lambda: small_steps["publish"])
         assert_nothing_false(store)
-        assert execute.execute(made, "publish", lambda: small_steps["publish"]) == 0
-        assert_published_once(store, made)
+        assert execute.run_step(plan, "publish", lambda: small_steps["publish"]).code == 0
+        assert_published_once(store, plan)
         if mortal.finished:
             break
-        counted += 1
-    assert counted >= 2 * 6  # copies, documents, manifest, two aliases with their audit, the release artifact
+        num_deaths += 1
+    # There are that many writes: copies, documents, manifest, two aliases with their audit entries, the artifact.
+    assert num_deaths >= 2 * 6
 
 
-def assert_published_once(store: Store, made: Plan) -> None:
+def assert_published_once(store: Store, plan: Plan) -> None:
     assert_nothing_false(store)
     assert len(list(store.children(f"models/{LINE}/versions"))) == 1
     for name in (LATEST, PRODUCTION):
-        assert now(store, name).generation == 1
+        assert alias_state(store, name).generation == 1
         assert list(audit(store, name)) == [1]
         assert len(audit(store, name)[1]) == 1
-    release = artifact.find(store, "release", made.step("publish").key)
+    release = artifact.find_manifest(store, "release", plan.step("publish").key)
     assert release is not None
     assert release.numbers["published"] is True
     assert release.numbers["moved"] is True
     document = json.loads(store.read(f"{release.prefix}/release.json").data)
-    assert document["version"] == now(store, PRODUCTION).version
+    assert document["version"] == alias_state(store, PRODUCTION).version
 
 
 def test_a_mover_that_dies_at_any_write_is_completed_by_the_next(tmp_path: Any) -> None:
     for n, after in deaths():
         store = open_store((tmp_path / f"store-{n}-{after}").as_uri())
-        one, two = version(store, 1), version(store, 2)
-        move(store, PRODUCTION, one)
-        mortal = Mortal(store, n, after=after)
+        first, second = version(store, 1), version(store, 2)
+        move(store, PRODUCTION, first)
+        mortal = MortalStore(store, n, after=after)
+        # The next mover must write the audit entry that the dead one could not.
         with contextlib.suppress(Died):
-            move(mortal, PRODUCTION, two)  # type: ignore[arg-type]
+            move(mortal, PRODUCTION, second)  # type: ignore[arg-type]
         assert_nothing_false(store)
-        move(store, PRODUCTION, two)
-        assert now(store, PRODUCTION).generation == 2
-        assert {g: len(found) for g, found in audit(store, PRODUCTION).items()} == {1: 1, 2: 1}
+        move(store, PRODUCTION, second)
+        assert alias_state(store, PRODUCTION).generation == 2
+        assert {g: len(states) for g, states in audit(store, PRODUCTION).items()} == {1: 1, 2: 1}
         if mortal.finished:
             return
 
@@ -340,5 +348,5 @@ def test_a_swap_that_always_conflicts_gives_up_with_try_again(store: Store) -> N
         def swap(self, path: str, data: bytes, expected: str | None) -> str:
             raise Conflict(path)
 
-    with pytest.raises(TryAgain, match="others keep moving it"):
+    with pytest.raises(TryAgain, match="other writers keep moving it"):
         move(Busy(), PRODUCTION, version(store, 1))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What only a server can do wrong: lost answers, throttling, refusals, conditions that it ignores."""
+"""Faults of an S3 server: lost answers, throttling, refusals, conditions that it ignores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from botocore.awsrequest import AWSResponse
 from qlora_retrain.core.errors import Problem, TryAgain, UsageError
 from qlora_retrain.storage import s3
 from qlora_retrain.storage.s3 import MIB, S3Store
-from qlora_retrain.storage.store import Conflict, Exists, NotFound
+from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound
 
 PUT = "before-send.s3.PutObject"
 
@@ -56,22 +56,25 @@ def answer(status: int, code: str) -> AWSResponse:
 
 
 def fail(store: S3Store, event: str, *answers: Any, last_for_ever: bool = False) -> list[str]:
-    """Give these answers to the next requests (an exception is raised, a callable is called); returns what was sent."""
-    left = list(answers)
-    sent: list[str] = []
+    """Give these answers to the next requests and return the list of the requests' URLs, which grows with them.
+
+    An answer that is an exception is raised, and one that is callable is called.
+    """
+    remaining = list(answers)
+    urls: list[str] = []
 
     def handler(request: Any, **_: object) -> AWSResponse | None:
-        sent.append(request.url)
-        if not left:
+        urls.append(request.url)
+        if not remaining:
             return None
-        answer = left[0] if last_for_ever and len(left) == 1 else left.pop(0)
+        answer = remaining[0] if last_for_ever and len(remaining) == 1 else remaining.pop(0)
         if isinstance(answer, Exception):
             raise answer
         result: AWSResponse | None = answer() if callable(answer) else answer
         return result
 
     store.client.meta.events.register_first(event, handler)
-    return sent
+    return urls
 
 
 def behind(store: S3Store, path: str, data: bytes) -> None:
@@ -96,9 +99,9 @@ DROPPED = botocore.exceptions.ConnectionClosedError(endpoint_url="http://made.up
 
 @pytest.mark.parametrize("then", [DROPPED, answer(500, "InternalError")])
 def test_a_write_whose_answer_is_lost_succeeds(store: S3Store, then: Exception | AWSResponse) -> None:
-    sent = fail(store, PUT, lost(store, "a", b"mine", then))
+    urls = fail(store, PUT, lost(store, "a", b"mine", then))
     tag = store.write_if_absent("a", b"mine")
-    assert len(sent) == 2
+    assert len(urls) == 2
     assert tag == store.read("a").tag
 
 
@@ -112,35 +115,36 @@ def test_a_swap_whose_answer_is_lost_succeeds(store: S3Store, then: Exception | 
 
 def test_a_write_that_another_overtakes_while_its_answer_is_lost_sees_the_others(store: S3Store) -> None:
     fail(store, PUT, lost(store, "a", b"theirs", DROPPED))
-    with pytest.raises(Exists) as caught:
+    with pytest.raises(AlreadyExists) as caught:
         store.write_if_absent("a", b"mine")
     assert caught.value.stored.data == b"theirs"
 
 
 @pytest.mark.parametrize("busy", [answer(503, "SlowDown"), answer(409, "ConditionalRequestConflict")])
 def test_a_busy_server_is_asked_again(store: S3Store, busy: AWSResponse) -> None:
-    sent = fail(store, PUT, busy, busy)
+    urls = fail(store, PUT, busy, busy)
     tag = store.write_if_absent("a", b"x")
-    assert len(sent) == 3
+    assert len(urls) == 3
     fail(store, PUT, busy, busy)
     store.swap("a", b"y", tag)
     assert store.read("a").data == b"y"
 
 
 def test_a_503_outlasts_boto3_but_not_the_loop_around_it(store: S3Store) -> None:
-    sent = fail(store, PUT, *[answer(503, "SlowDown")] * 12)
+    # boto3 gives up after 8 attempts of its own.
+    urls = fail(store, PUT, *[answer(503, "SlowDown")] * 12)
     store.write_if_absent("a", b"x")
-    assert len(sent) == 13
+    assert len(urls) == 13
 
 
 @pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (409, "ConditionalRequestConflict")])
 def test_a_server_that_stays_busy_means_try_again(store: S3Store, status: int, code: str) -> None:
     fail(store, PUT, answer(status, code), last_for_ever=True)
-    with pytest.raises(TryAgain, match=f"{store.uri}/a: the server answered {s3.ROUNDS} times that it is busy"):
+    with pytest.raises(TryAgain, match=f"{store.uri}/a: the server was busy with this key {s3.MAX_ROUNDS} times"):
         store.write_if_absent("a", b"x")
 
 
-def test_what_is_removed_between_the_412_and_the_look_is_written_again(store: S3Store) -> None:
+def test_a_document_that_is_removed_between_the_412_and_the_read_is_written_again(store: S3Store) -> None:
     fail(store, PUT, answer(412, "PreconditionFailed"))
     store.write_if_absent("a", b"x")
     assert store.read("a").data == b"x"
@@ -150,6 +154,7 @@ def test_what_is_removed_between_the_412_and_the_look_is_written_again(store: S3
 
 
 def test_a_server_that_ignores_conditions_is_refused_by_the_probe(store: S3Store) -> None:
+    # The header is removed on its way, as a server would overlook it.
     def strip(name: str) -> None:
         def handler(request: Any, **_: object) -> None:
             del request.headers[name]
@@ -166,18 +171,20 @@ def test_a_server_that_ignores_conditions_is_refused_by_the_probe(store: S3Store
 
 def test_a_server_without_conditions_is_refused_by_the_probe(store: S3Store) -> None:
     fail(store, PUT, answer(501, "NotImplemented"))
-    with pytest.raises(UsageError, match="lacks what a store needs"):
+    with pytest.raises(UsageError, match="lacks a request that a store needs"):
         store.probe()
 
 
 def test_a_big_file_goes_in_parts_with_its_sha256(store: S3Store, tmp_path: Path) -> None:
+    # Three parts of 5 MiB, the smallest that S3 allows; the last one is shorter.
     data = os.urandom(12 * MIB)
     (tmp_path / "big").write_bytes(data)
-    sent = fail(store, "before-send.s3.UploadPart")
+    urls = fail(store, "before-send.s3.UploadPart")
     copied = fail(store, "before-send.s3.UploadPartCopy")
     store.upload(tmp_path, "", ["big"])
     store.copy([("big", "copy")])
-    assert (len(sent), len(copied)) == (3, 3)
+
+    assert (len(urls), len(copied)) == (3, 3)
     for path in ("big", "copy"):
         head = store.client.head_object(Bucket=store._bucket, Key=store._key(path))
         assert head["Metadata"] == {"sha256": hashlib.sha256(data).hexdigest()}
@@ -189,6 +196,7 @@ def test_an_upload_that_fails_is_aborted(store: S3Store, tmp_path: Path) -> None
     (tmp_path / "big").write_bytes(bytes(12 * MIB))
     fail(store, "before-send.s3.UploadPart", None, answer(403, "AccessDenied"))
     aborted = fail(store, "before-send.s3.AbortMultipartUpload")
+
     with pytest.raises(UsageError, match=r"cannot upload .*/a/big: AccessDenied"):
         store.upload(tmp_path, "a", ["big"])
     assert len(aborted) == 1
@@ -212,11 +220,12 @@ def test_a_download_to_a_full_disk_leaves_nothing(
 def test_more_than_one_page_is_listed_and_more_than_one_batch_deleted(
     store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Two keys per page and per batch, so that six files need several of both.
     def small_pages(params: dict[str, Any], **_: object) -> None:
         params["MaxKeys"] = 2
 
     store.client.meta.events.register("provide-client-params.s3.ListObjectsV2", small_pages)
-    monkeypatch.setattr(s3, "BATCH", 2)
+    monkeypatch.setattr(s3, "DELETE_BATCH_SIZE", 2)
     listed, deleted = fail(store, "before-send.s3.ListObjectsV2"), fail(store, "before-send.s3.DeleteObjects")
     for path in ("e", "d/2", "d/1", "c", "b", "a"):
         store.write_if_absent(path, b".")
@@ -228,7 +237,7 @@ def test_more_than_one_page_is_listed_and_more_than_one_batch_deleted(
     assert list(store.list("")) == []
 
 
-def test_a_consoles_folder_is_no_file(store: S3Store) -> None:
+def test_a_consoles_folder_marker_is_not_a_file(store: S3Store) -> None:
     behind(store, "folder/", b"")
     store.write_if_absent("folder/f", b"x")
     assert [e.path for e in store.list("")] == ["folder/f"]
@@ -272,7 +281,7 @@ def calls(store: S3Store, folder: Path) -> dict[str, Callable[[], object]]:
         (503, "SlowDown", TryAgain),
     ],
 )
-def test_every_call_says_in_our_words_what_the_server_says(
+def test_every_call_translates_the_servers_errors(
     store: S3Store, tmp_path: Path, status: int, code: str, expected: type[Problem]
 ) -> None:
     store.write_if_absent("f", b"x")
@@ -332,11 +341,13 @@ def test_no_exception_of_boto3_passes_through(s3_uri: str) -> None:
     transfers = [c for c in vars(s3transfer.exceptions).values() if isinstance(c, type) and issubclass(c, Exception)]
     assert len(classes) > 80
     store = S3Store(s3_uri)
-    event = "before-parameter-build.s3.GetObject"  # before the retries, so that what is raised is what comes out
+    # This event is before boto3's retries, so the exception that is raised here is the one that comes out.
+    event = "before-parameter-build.s3.GetObject"
     for cls in sorted(classes | set(transfers), key=lambda c: c.__name__):
         if cls.__module__.split(".")[0] not in ("boto3", "botocore", "s3transfer", "concurrent"):
             continue
-        if cls.__name__ in ("InvalidSubscriberMethodError", "TransferNotDoneError"):  # only a bug of ours raises these
+        # These come only from a bug in our own code.
+        if cls.__name__ in ("InvalidSubscriberMethodError", "TransferNotDoneError"):
             continue
         error = cls.__new__(cls)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.core import graph
 from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
 from qlora_retrain.storage import sources
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,7 +33,7 @@ def test_a_folder_is_pinned_by_the_sha256_of_each_file(base: Path) -> None:
     }
 
 
-def test_the_key_is_that_of_the_content_wherever_it_lies(base: Path, tmp_path: Path) -> None:
+def test_the_key_depends_on_the_content_and_not_on_the_place(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "copy")
     here = sources.pin("base_model", base.as_uri(), ["**"])
     there = sources.pin("base_model", (tmp_path / "copy").as_uri(), ["**"])
@@ -48,6 +48,7 @@ def test_a_single_file_is_pinned_without_its_neighbours(tmp_path: Path, name: st
     for path in (tmp_path / name, tmp_path / "old" / name, tmp_path / "other.jsonl"):
         path.write_text("{}")
     pinned = sources.pin("raw_data", (tmp_path / name).as_uri(), ["**"])
+
     assert [f.path for f in pinned.files] == [name]
     (tmp_path / "out").mkdir()
     sources.fetch(pinned, tmp_path / "out")
@@ -69,14 +70,14 @@ def test_a_single_file_is_pinned_without_its_neighbours(tmp_path: Path, name: st
     ],
 )
 def test_which_files_count(path: str, pattern: str, expected: bool) -> None:
-    assert bool(sources.matches(path, [pattern])) is expected
+    assert bool(sources.matches_any(path, [pattern])) is expected
 
 
 def test_the_tokenizer_files_are_a_part_with_a_key_of_its_own(base: Path) -> None:
-    part = sources.pin("base_model", base.as_uri(), ["**"]).subset(graph.TOKENIZER_FILES)
+    part = sources.pin("base_model", base.as_uri(), ["**"]).subset(TOKENIZER_FILES)
     assert sorted(f.path for f in part.files) == ["config.json", "tokenizer.json"]
     (base / "model.safetensors").write_text("others")
-    assert sources.pin("base_model", base.as_uri(), ["**"]).subset(graph.TOKENIZER_FILES).key() == part.key()
+    assert sources.pin("base_model", base.as_uri(), ["**"]).subset(TOKENIZER_FILES).key() == part.key()
 
 
 def test_fetching_gives_exactly_what_was_pinned(base: Path, tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ def test_a_file_that_changed_since_the_plan_is_refused(base: Path, tmp_path: Pat
     else:
         path.write_text("WEIGHTS" if change == "same size" else "more weights")
     (tmp_path / "out").mkdir()
+
     with pytest.raises(IntegrityError, match=r"model\.safetensors.*plan again"):
         sources.fetch(pinned, tmp_path / "out")
 
@@ -111,7 +113,8 @@ def test_a_base_model_with_code_or_pickles_is_refused(base: Path, name: str) -> 
         sources.pin("base_model", base.as_uri(), ["**"])
     with pytest.raises(IntegrityError):
         sources.pin("base_model", (base / name).as_uri(), ["**"])
-    sources.pin("base_model", base.as_uri(), ["*.json", "*.safetensors"])  # left out, it does no harm
+    # A file that the patterns leave out does no harm.
+    sources.pin("base_model", base.as_uri(), ["*.json", "*.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -124,7 +127,7 @@ def test_a_base_model_that_names_code_is_refused(base: Path, name: str) -> None:
         sources.pin("base_model", base.as_uri(), ["**"])
 
 
-def test_where_nothing_lies_nothing_is_pinned(tmp_path: Path) -> None:
+def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"sources\.raw_data: .* does not exist"):
         sources.pin("raw_data", (tmp_path / "none").as_uri(), ["**"])
     with pytest.raises(UsageError, match=r"has no files that match \*\.jsonl"):
@@ -136,7 +139,7 @@ def test_a_hugging_face_source_is_pinned_by_its_commit() -> None:
     assert [f.pin for f in pinned.files] == [f"commit:{COMMIT}"]
     assert "*.py" not in pinned.patterns
     assert "*.bin" not in pinned.patterns
-    assert pinned.subset(graph.TOKENIZER_FILES).key() != pinned.key()
+    assert pinned.subset(TOKENIZER_FILES).key() != pinned.key()
     assert sources.pin("base_model", f"hf://owner/name@{COMMIT[::-1]}", ["**"]).key() != pinned.key()
 
 
@@ -146,7 +149,8 @@ def test_a_branch_or_a_short_commit_is_refused(uri: str) -> None:
         sources.pin("base_model", uri, ["**"])
 
 
-def test_a_commit_that_cannot_be_reached_is_said_so(tmp_path: Path) -> None:
+def test_a_commit_that_cannot_be_reached_is_a_usage_error(tmp_path: Path) -> None:
     pinned = sources.pin("base_model", f"hf://owner/name@{COMMIT}", ["**"])
-    with pytest.raises(UsageError, match="cannot be reached"):  # the tests run with HF_HUB_OFFLINE
+    # The tests run with HF_HUB_OFFLINE=1, so no request is made.
+    with pytest.raises(UsageError, match="cannot be reached"):
         sources.fetch(pinned, tmp_path)

@@ -1,4 +1,4 @@
-"""What both backends promise."""
+"""The contract of both backends: a local folder and S3."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.storage import open_store
-from qlora_retrain.storage.store import Conflict, Exists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound, Store
 
 NAMES = ["plain.txt", "with space.txt", "gruen/größe + 100%.json", "深い/階層/ファイル", "a=b&c?d#e/~(1)!'.bin"]
 BAD_PATHS = ["", "/etc/passwd", "..", "a/../../b", "a//b", "./a", "a/", ".store-lock", "a/.store-x/b", "a\nb", "a\0b"]
@@ -30,14 +30,15 @@ def files(folder: Path, names: list[str]) -> Path:
 def race(root: str, attempt: Callable[[Store, int], str]) -> list[str]:
     """What eight threads, each with a store of its own, got from attempting the same thing at once."""
     stores = [open_store(root) for _ in range(8)]
+    # All begin together; the store of each is its own, as in different processes.
     start = threading.Barrier(len(stores))
 
-    def one(i: int) -> str:
+    def attempt_at_once(i: int) -> str:
         start.wait()
         return attempt(stores[i], i)
 
     with ThreadPoolExecutor(len(stores)) as pool:
-        return list(pool.map(one, range(len(stores))))
+        return list(pool.map(attempt_at_once, range(len(stores))))
 
 
 def test_a_document_is_read_as_it_was_written(store: Store) -> None:
@@ -72,7 +73,7 @@ def test_writing_the_same_again_gives_the_same_tag(store: Store) -> None:
 
 def test_write_if_absent_keeps_and_shows_what_is_there(store: Store) -> None:
     tag = store.write_if_absent("a", b"first")
-    with pytest.raises(Exists) as caught:
+    with pytest.raises(AlreadyExists) as caught:
         store.write_if_absent("a", b"second")
     assert (caught.value.stored.data, caught.value.stored.tag) == (b"first", tag)
     assert store.read("a").data == b"first"
@@ -115,7 +116,7 @@ def test_of_eight_that_write_if_absent_one_wins_and_all_see_it(root: str) -> Non
         data = f"by {i}".encode()
         try:
             store.write_if_absent("manifest.json", data)
-        except Exists as error:
+        except AlreadyExists as error:
             return error.stored.data.decode()
         return f"won {i}"
 
@@ -167,8 +168,8 @@ def test_a_folder_comes_back_as_it_went(store: Store, tmp_path: Path) -> None:
     store.download("artifacts/k/1", NAMES, tmp_path / "down")
     for name in NAMES:
         assert (tmp_path / "down" / name).read_bytes() == f"bytes of {name}".encode()
-    found = [p for p in (tmp_path / "down").rglob("*") if p.is_file()]
-    assert len(found) == len(NAMES)
+    downloaded = [p for p in (tmp_path / "down").rglob("*") if p.is_file()]
+    assert len(downloaded) == len(NAMES)
 
 
 def test_nothing_to_do_is_no_error(store: Store, tmp_path: Path) -> None:
@@ -215,11 +216,13 @@ def test_a_big_file_survives_upload_copy_and_download(store: Store, tmp_path: Pa
     store.copy([("a/big", "b/big")])
     store.delete(["a/big"])
     store.download("b", ["big"], tmp_path / "down")
+
     assert hashlib.sha256((tmp_path / "down/big").read_bytes()).digest() == hashlib.sha256(data).digest()
     assert [(e.path, e.size_bytes) for e in store.list("")] == [("b/big", len(data))]
 
 
 def test_list_is_sorted_and_stays_in_its_folder(store: Store) -> None:
+    # Names for which an order by folder, by letter case or by locale would be another one than that by bytes.
     for path in ("a/b/1", "a/b.txt", "a/b-2", "ab/1", "a/B", "a/é", "z"):
         store.write_if_absent(path, path.encode())
     below_a = sorted(["a/b/1", "a/b.txt", "a/b-2", "a/B", "a/é"], key=lambda p: p.encode())
@@ -295,7 +298,8 @@ def uses(store: Store, path: str, tmp_path: Path) -> list[Callable[[], object]]:
         lambda: store.copy([(path, "g")]),
         lambda: store.delete([path]),
     ]
-    if path:  # as a prefix, nothing is the root
+    # An empty prefix is the root, so it is allowed.
+    if path:
         ways += [
             lambda: store.list(path),
             lambda: store.children(path),

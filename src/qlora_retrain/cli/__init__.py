@@ -1,1 +1,1 @@
-"""The command line: `qlora-retrain` and, with kfp installed, `qlora-retrain kfp`."""
+"""The command line: `qlora-retrain`, one module for each group of verbs."""

@@ -1,1 +1,1 @@
-"""A line's YAML: the models of its sections (`sections`), and reading one with all its errors at once (`line`)."""
+"""A line's YAML and a cluster's profile: pydantic models, and a reader that reports every error of a file at once."""

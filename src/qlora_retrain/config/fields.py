@@ -1,6 +1,8 @@
-"""What a section of a line's YAML is made of: frozen models whose every field says what it does to the result.
+"""The building blocks of a config section: frozen models, each field with its bounds and its effect on the result.
 
 A field is *identity* (it changes the result, so it enters the step's key) unless it is declared with `operational`.
+The sections hold fields and validators only. This package is not part of the code hash, so a value that a section
+computed could change an artifact under an unchanged key; `tests/config/test_identity_border.py` refuses one.
 """
 
 from __future__ import annotations
@@ -15,35 +17,37 @@ Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def identity(default: Any, consequence: str, **bounds: Any) -> Any:
-    """A field that changes the result; `bounds` are pydantic's (`gt`, `le`, ...)."""
+    """Declare a field that changes the result; `bounds` are pydantic's (`gt`, `le`, ...)."""
     return Field(default, description=consequence, **bounds)
 
 
 def operational(default: Any, consequence: str, **bounds: Any) -> Any:
-    """A field that changes how the work is done and never its result; it stays out of the key."""
+    """Declare a field that changes how the work is done and never its result; it stays out of the key."""
+    # The mark travels in the JSON schema, where `operational_fields` finds it.
     return Field(default, description=consequence, json_schema_extra={"operational": True}, **bounds)
 
 
 class Section(BaseModel):
     """A frozen part of the config that refuses unknown fields."""
 
+    # No NaN or infinity: JSON has neither, so such a config would have no key.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     _reasons: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def reasons(self) -> Mapping[str, str]:
-        """Why fields that were `auto` have their values, for whoever reads a report; no part of the config."""
+        """Why each field that was `auto` has its value; shown in reports, no part of the config."""
         return self._reasons
 
     def with_reasons(self, reasons: Mapping[str, str]) -> Self:
-        """The same section, with the reasons of automatic choices by field."""
-        told = self.model_copy()
-        told._reasons = dict(reasons)
-        return told
+        """Return the same section with the reasons of automatic choices, by field."""
+        copy = self.model_copy()
+        copy._reasons = dict(reasons)
+        return copy
 
     @classmethod
     def operational_fields(cls) -> frozenset[str]:
-        """The names of the fields that stay out of the key."""
+        """Return the names of the fields that stay out of the key."""
         return frozenset(
             name
             for name, field in cls.model_fields.items()
@@ -51,5 +55,6 @@ class Section(BaseModel):
         )
 
     def identity(self) -> dict[str, Any]:
-        """The fields that enter the key, as JSON values."""
+        """Return the fields that enter the key, as JSON values."""
+        # Defaults too: another default is another result, so it must be another key.
         return self.model_dump(mode="json", exclude=set(self.operational_fields()))

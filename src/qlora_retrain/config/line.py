@@ -1,4 +1,7 @@
-"""A line's YAML: its model, and how it is read."""
+"""A line's YAML: its model, and how it is read.
+
+Command: `qlora-retrain check CONFIG`
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from pydantic import Field, field_validator
 
 from qlora_retrain.config import sections
 from qlora_retrain.config.fields import Section, operational
-from qlora_retrain.config.reading import read
+from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
 
 
 class SourceConfig(Section):
-    """Where one source lies, and which of its files count."""
+    """Where a source is, and which of its files count."""
 
     uri: str = operational(..., "a path (from the YAML's folder), file://, s3:// or hf://owner/name@commit")
-    files: tuple[str, ...] = operational(("**",), "glob patterns of the files that count")
+    files: tuple[str, ...] = operational(("**",), "glob patterns of the files to read")
 
     @field_validator("uri")
     @classmethod
@@ -28,12 +31,13 @@ class SourceConfig(Section):
         return value
 
 
-def _source(value: Any) -> Any:
+def _expand_short_form(value: Any) -> Any:
+    """Return a source that is written as a URI alone in its long form."""
     return {"uri": value} if isinstance(value, str) else value
 
 
 class SourcesConfig(Section):
-    """The line's sources; the champion is not among them: the plan finds it."""
+    """The line's sources. The champion is not one of them: the plan finds it in the store."""
 
     raw_data: SourceConfig
     base_model: SourceConfig
@@ -43,20 +47,21 @@ class SourcesConfig(Section):
     @field_validator("*", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        return _source(value)
+        return _expand_short_form(value)
 
-    def given(self) -> dict[str, str]:
-        """The URI of every source that the line has, by name."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: source.uri for name, source in found.items() if source is not None}
+    def declared_uris(self) -> dict[str, str]:
+        """Return the URI of every source that the line has, by the source's name."""
+        sources = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: source.uri for name, source in sources.items() if source is not None}
 
 
 class LineConfig(Section):
-    """A line: a named series of versions, its schedule, its sources and one section a step."""
+    """A line: a named series of versions, its schedule, its sources and one section per step."""
 
+    # It is part of paths in the store, of Airflow's DAG ids and of Kubernetes labels (63 characters).
     line: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,62}$")]
     description: str = operational("", "shown in the Airflow UI")
-    schedule: str | None = operational(None, "cron expression in UTC; null: only when triggered")
+    schedule: str | None = operational(None, "cron expression in UTC; null: runs start by hand only")
     sources: SourcesConfig
     data: sections.DataConfig = sections.DataConfig()
     quantize: sections.QuantizeConfig = sections.QuantizeConfig()
@@ -69,15 +74,24 @@ class LineConfig(Section):
     @field_validator("schedule")
     @classmethod
     def _five_fields(cls, value: str | None) -> str | None:
+        # `@daily` and the like have one word. Airflow's DAG file checks the rest of the syntax, with croniter.
         if value is not None and not value.startswith("@") and len(value.split()) != 5:
             raise ValueError("a cron expression has five fields: minute hour day month weekday")
         return value
 
     def section(self, name: str) -> Section:
-        """The section of that name, e.g. `train`."""
-        found = getattr(self, name)
-        assert isinstance(found, Section)
-        return found
+        """Return the section of that name, e.g. `train`."""
+        section = getattr(self, name)
+        assert isinstance(section, Section)
+        return section
+
+
+def section_model(name: str) -> type[Section]:
+    """Return the model of a section, e.g. `TrainConfig` for `train`."""
+    model = LineConfig.model_fields[name].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, Section)
+    return model
 
 
 def load(source: Path | str, overrides: Sequence[str] = ()) -> LineConfig:
@@ -85,38 +99,47 @@ def load(source: Path | str, overrides: Sequence[str] = ()) -> LineConfig:
 
     Args:
         source: The YAML file, or the document itself as YAML or JSON text. Relative sources are taken from the file's
-            folder; a text has no folder, so its sources must be URIs or absolute paths.
-        overrides: `section.field=value` strings, the value in YAML.
+            folder. A text has no folder, so its sources must be URIs or absolute paths.
+        overrides: `section.field=value` strings, with the value in YAML.
 
     Raises:
-        UsageError: With every error of the document and of the overrides, one a line.
+        UsageError: With every error of the document and of the overrides, one per line.
     """
     folder = None if isinstance(source, str) else source.parent.resolve()
-    return read(LineConfig, source, overrides, lambda document: _absolute(document, folder))
+    return load_section(LineConfig, source, overrides, lambda document: _with_absolute_sources(document, folder))
 
 
 def document(config: LineConfig) -> dict[str, Any]:
-    """What the line sets, as JSON values that `load` reads back anywhere: its sources are absolute."""
+    """Return the fields that the line sets, as JSON values that `load` reads back in any folder.
+
+    The sources are absolute, so the document means the same on another machine (a KFP pod).
+    """
+    # Only the fields that were set: `RuntimeConfig` refuses an image that was set and accepts the same one as default.
     return config.model_dump(mode="json", exclude_unset=True)
 
 
-def _absolute(document: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The document with relative source paths taken from the YAML's folder.
+def _with_absolute_sources(document: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Return the document with relative source paths resolved against the YAML's folder.
 
     Raises:
         UsageError: For a relative path in a document that has no folder.
     """
     declared = document.get("sources")
+    # What has the wrong type stays as it is: the validation that follows reports it with its line.
     if not isinstance(declared, dict):
         return document
+
     sources = {}
     for name, value in declared.items():
-        source = _source(value)
+        source = _expand_short_form(value)
+
         if isinstance(source, dict) and isinstance(source.get("uri"), str) and "://" not in source["uri"]:
+            # A KFP pod gets the document alone, and a relative path would mean its own working folder.
             if folder is None and not Path(source["uri"]).is_absolute():
                 raise UsageError(
-                    f"sources.{name}: {source['uri']} is relative, and this document is not in a folder; wanted a URI"
+                    f"sources.{name}: {source['uri']} is relative, and this document is not in a folder; expected a URI"
                 )
+
             source = {**source, "uri": (folder or Path("/")).joinpath(source["uri"]).resolve().as_uri()}
         sources[name] = source
     return {**document, "sources": sources}

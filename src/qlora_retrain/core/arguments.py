@@ -1,4 +1,4 @@
-"""The command line parser of `qlora-retrain` and of every step: usage errors have the exit code of `errors.py`."""
+"""The command line parser of `qlora-retrain` and of every step: a usage error ends with exit code 12."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from qlora_retrain.core.errors import Exit, UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but with our exit code for what it refuses."""
+    """An `argparse` parser that ends with our exit code for a usage error (12)."""
 
     def error(self, message: str) -> NoReturn:
-        """Say how the command is used, and end."""
+        """Print the usage and the message to stderr, and exit with 12."""
+        # argparse itself exits with 2, a code that none of our runtimes knows.
         self.print_usage(sys.stderr)
         self.exit(Exit.USAGE, f"{self.prog}: {message}\n")
 
 
-def root(args: argparse.Namespace) -> str:
-    """The store's URI, from the command line or the environment.
+def store_root(args: argparse.Namespace) -> str:
+    """Return the store's URI, from the command line or the environment.
 
     Raises:
-        UsageError: If neither says.
+        UsageError: If neither names a store.
     """
-    found = args.root or os.environ.get("QLORA_RETRAIN_ROOT")
-    if not found:
+    root = args.root or os.environ.get("QLORA_RETRAIN_ROOT")
+    if not root:
         raise UsageError("no store: pass --root URI (file:///folder or s3://bucket/prefix) or set QLORA_RETRAIN_ROOT")
-    return str(found)
+    return str(root)

@@ -1,28 +1,20 @@
-"""The pipeline as plain data: six steps, what each reads and the one artifact it makes.
+"""The pipeline as plain data: six steps, the inputs that each reads and the one artifact that it makes.
 
-Standard library only: Airflow, KFP, the plan and the documentation are each one short loop over `STEPS`.
+Standard library only. Airflow, KFP, the plan and the documentation are each one short loop over `STEPS`.
 Command: `qlora-retrain graph [--format mermaid]`.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 Image = Literal["light", "train"]
 
-# What a tokenizer needs; `validate_data` fetches only these, so new weights under the same tokenizer keep its dataset.
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
+# Which files of an input a step reads; `pipeline/plan.py` has the glob patterns of each set.
+FileSet = Literal["all", "tokenizer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +32,18 @@ class Input:
 
     Attributes:
         name: The source's or artifact's name; also the parameter's name in the step's `run`.
-        only: Glob patterns; where given, only the files that match are fetched and enter the key.
+        files: Only the files of this set are fetched and enter the key.
     """
 
     name: str
-    only: tuple[str, ...] = ()
+    files: FileSet = "all"
+
+
+class StepKind(enum.StrEnum):
+    """What a step does with the store."""
+
+    COMPUTE = "compute"  # reads folders that are fetched for it, writes one that is uploaded after it
+    PUBLISH = "publish"  # gets its inputs' manifests, the plan and the store itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +53,15 @@ class Step:
     Attributes:
         name: Also the folder below `components/`.
         section: The part of a line's YAML that configures it.
-        reads: In the order of `run`'s parameters.
-        makes: The artifact.
+        reads: The inputs, in the order of `run`'s parameters.
+        makes: The artifact's name.
         image: `light` has no torch, `train` has the training stack.
-        gpus: GPUs wanted on a GPU runtime; training takes one for each of its processes.
-        retries: Tries after the first, used for exit codes that say "try again".
-        scratch: The step gets a folder that the runner restores, mirrors to the store and removes after success.
-        store: The step gets its inputs' manifests, the plan and the store instead of fetched folders.
-        report: The page for a person among the artifact's files, if it has one.
+        summary: One sentence for command-line help and for the UIs of orchestrators.
+        gpus: GPUs that the step asks for on a GPU runtime; training takes one for each of its processes.
+        retries: Attempts after the first, used for exit codes that say "try again".
+        scratch: The step has a folder for checkpoints: restored before it, uploaded meanwhile, deleted after success.
+        kind: What it does with the store.
+        report: The HTML file for a person among the artifact's files; None where it has none.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Step:
     gpus: int = 0
     retries: int = 2
     scratch: bool = False
-    store: bool = False
+    kind: StepKind = StepKind.COMPUTE
     report: str | None = "report.html"
 
 
@@ -83,19 +83,25 @@ SOURCES = (
     Source(
         "champion", optional=True, meaning="the version that `production` names: its 16-bit model, its data profile"
     ),
-    Source("anchor", optional=True, meaning="the line's best version so far, its 16-bit model, where that is another"),
-    Source("reference_profile", optional=True, meaning="the data profile of the version that `data.reference` names"),
-    Source("golden_data", optional=True, meaning="hand-kept examples that are never trained on"),
-    Source("reference_data", optional=True, meaning="general text that shows what was forgotten"),
+    Source("anchor", optional=True, meaning="the line's best version so far, if not the champion: its 16-bit model"),
+    Source(
+        "reference_profile",
+        optional=True,
+        meaning="the data profile of the version that `data.reference_version` names",
+    ),
+    Source("golden_data", optional=True, meaning="examples kept by hand, which are never trained on"),
+    Source("reference_data", optional=True, meaning="general text, to measure what the model forgot"),
 )
 
+# In an order in which they can run: every step comes after the steps whose artifacts it reads.
 STEPS = (
     Step(
         "validate_data",
         section="data",
         reads=(
             Input("raw_data"),
-            Input("base_model", only=TOKENIZER_FILES),
+            # Only the tokenizer: new weights under the same tokenizer keep the dataset.
+            Input("base_model", files="tokenizer"),
             Input("golden_data"),
             Input("reference_profile"),
         ),
@@ -119,6 +125,7 @@ STEPS = (
         makes="adapter",
         image="train",
         gpus=1,
+        # More than the others: the longest step is the one that is preempted, and each attempt resumes.
         retries=5,
         scratch=True,
         summary="Train a LoRA adapter over the frozen 4-bit base.",
@@ -161,60 +168,81 @@ STEPS = (
         section="publish",
         reads=(Input("dataset"), Input("adapter"), Input("evaluation"), Input("model")),
         makes="release",
+        # Light: it copies inside the store and loads no model.
         image="light",
-        store=True,
+        kind=StepKind.PUBLISH,
         report=None,
         summary="Publish an immutable version and move its aliases.",
     ),
 )
 
-# Sources that are published versions of the line, and which of a version's folders and files a step gets.
-PROFILE = "data/profile.json"
-VERSIONS = {"champion": ("model", PROFILE), "anchor": ("model",), "reference_profile": (PROFILE,)}
+# Sources that are published versions of the line, and the folders and files of a version that a step gets. The others
+# (reports, the adapter) are not fetched.
+PROFILE_PATH = "data/profile.json"
+VERSION_PARTS = {"champion": ("model", PROFILE_PATH), "anchor": ("model",), "reference_profile": (PROFILE_PATH,)}
 
-PLAN_TASK = "plan"  # task 0 of every orchestrator; not a step
+# Task 0 of every orchestrator. It is not a step: it makes no artifact, and every step needs its result.
+PLAN_TASK = "plan"
 
 
 @cache
 def step(name: str) -> Step:
-    """The step of that name; raises `KeyError` for an unknown one."""
+    """Return the step of that name; raise `KeyError` for an unknown one."""
     return {s.name: s for s in STEPS}[name]
 
 
-def maker(artifact: str) -> Step | None:
-    """The step that makes `artifact`, or None where it is a source."""
+def producer(artifact: str) -> Step | None:
+    """Return the step that makes `artifact`, or None where it is a source."""
     return next((s for s in STEPS if s.makes == artifact), None)
 
 
-def after(item: Step) -> tuple[str, ...]:
-    """The names of the steps that `item` runs after, in graph order."""
-    makers = {found.name for i in item.reads if (found := maker(i.name))}
+def producer_name(artifact: str) -> str:
+    """Return the name of the step that makes `artifact`; raise `KeyError` for a source or an unknown name."""
+    return {s.makes: s.name for s in STEPS}[artifact]
+
+
+def descendants(artifact: str) -> tuple[str, ...]:
+    """Return the names of the steps that read `artifact` or something that was made from it, in graph order."""
+    # One loop is enough, because every step comes after the steps whose artifacts it reads.
+    names, artifacts = [], {artifact}
+    for s in STEPS:
+        if artifacts & {i.name for i in s.reads}:
+            names.append(s.name)
+            artifacts.add(s.makes)
+    return tuple(names)
+
+
+def upstream_steps(item: Step) -> tuple[str, ...]:
+    """Return the names of the steps that `item` runs after, in graph order."""
+    makers = {maker.name for i in item.reads if (maker := producer(i.name))}
     return tuple(s.name for s in STEPS if s.name in makers)
 
 
 def edges() -> tuple[tuple[str, str], ...]:
-    """Every (upstream, downstream) pair of steps."""
-    return tuple((up, s.name) for s in STEPS for up in after(s))
+    """Return every (upstream, downstream) pair of steps."""
+    return tuple((up, s.name) for s in STEPS for up in upstream_steps(s))
 
 
 def as_text() -> str:
-    """The graph as a table for a terminal."""
+    """Return the graph as a table for a terminal."""
     rows = [("step", "reads", "makes", "image", "gpu", "after")]
     for s in STEPS:
-        reads = ", ".join(i.name + (" (tokenizer)" if i.only else "") for i in s.reads)
-        rows.append((s.name, reads, s.makes, s.image, str(s.gpus), ", ".join(after(s)) or "-"))
+        reads = ", ".join(i.name + (" (tokenizer)" if i.files == "tokenizer" else "") for i in s.reads)
+        rows.append((s.name, reads, s.makes, s.image, str(s.gpus), ", ".join(upstream_steps(s)) or "-"))
+
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def as_mermaid() -> str:
-    """The graph as a Mermaid flowchart, sources as rounded boxes."""
+    """Return the graph as a Mermaid flowchart, with sources as rounded boxes."""
     lines = ["flowchart LR"]
     lines += [f"  {s.name}([{s.name}])" for s in SOURCES]
+
     for s in STEPS:
         lines.append(f"  {s.name}[{s.name}]")
         for item in s.reads:
-            made_by = maker(item.name)
-            origin = f"{made_by.name} -- {item.name} -->" if made_by else f"{item.name} -->"
+            maker = producer(item.name)
+            origin = f"{maker.name} -- {item.name} -->" if maker else f"{item.name} -->"
             lines.append(f"  {origin} {s.name}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Addresses: one canonical JSON and one hash of everything that determines an artifact."""
+"""Addresses of artifacts: one canonical JSON, and one hash of everything that determines an artifact."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from typing import Any
 _CHUNK_BYTES = 1 << 20
 
 
-def canonical(value: Any) -> bytes:
-    """Value as JSON with sorted keys and no white space; raises `ValueError` for NaN and infinities."""
+def canonical_json(value: Any) -> bytes:
+    """Return the value as JSON with sorted keys and no white space; raise `ValueError` for NaN and infinities."""
+    # Every key in every store depends on these four options: if one changed, no existing artifact would be found again.
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def digest(value: Any) -> str:
-    """64 hex of sha256 over the canonical JSON."""
-    return hashlib.sha256(canonical(value)).hexdigest()
+def sha256_json(value: Any) -> str:
+    """Return the sha256 of the value's canonical JSON, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def sha256_bytes(data: bytes) -> str:
-    """64 hex of sha256."""
+    """Return the sha256 of the bytes, as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """64 hex of the file's sha256, read in pieces."""
+    """Return the sha256 of the file's bytes, as 64 hex digits."""
     hasher = hashlib.sha256()
+    # In chunks, because a shard of a model has several GiB and must not be in memory as a whole.
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             hasher.update(chunk)
@@ -36,22 +38,23 @@ def sha256_file(path: Path) -> str:
 
 
 def step_key(step: str, identity: Mapping[str, Any], inputs: Mapping[str, str | None], code: str) -> str:
-    """The key of what a step makes.
+    """Return the key of the artifact that a step makes.
 
     Args:
         step: The step's name.
-        identity: Its identity fields, as JSON values.
-        inputs: The key of each thing it reads; None for an optional source that is absent.
-        code: Its code identity.
+        identity: The identity fields of the step's section, as JSON values.
+        inputs: The key of each input; None for an optional source that is absent.
+        code: The hash of the step's code.
     """
-    return digest({"step": step, "config": identity, "inputs": inputs, "code": code})
+    # The names of these four fields are part of every key.
+    return sha256_json({"step": step, "config": identity, "inputs": inputs, "code": code})
 
 
 def content_hash(files: Iterable[tuple[str, str]]) -> str:
-    """The hash of a set of (path, sha256) pairs, whatever their order."""
-    return digest(sorted(files))
+    """Return the hash of a set of (path, sha256) pairs, whatever their order."""
+    return sha256_json(sorted(files))
 
 
-def parse(data: bytes) -> Any:
-    """JSON from a store's document; raises `ValueError`."""
+def parse_json(data: bytes) -> Any:
+    """Parse a store's document; raise `ValueError` where it is not JSON."""
     return json.loads(data)

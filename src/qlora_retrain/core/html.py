@@ -1,8 +1,8 @@
-"""Self-contained HTML pages for a person: a sentence, tables and charts, readable in dark and in light.
+"""Self-contained HTML pages for a person: a sentence, tables and charts, readable in dark and in light mode.
 
-Whatever is not `Html` (made by a function of this module) is text and gets escaped. A page loads nothing: no script, no
-font, no image, no link; its own policy forbids them too. Callers pass counts, names and hash prefixes; row text only
-where a line allows it in so many words.
+Only `Html`, which the functions of this module make, is markup; every other value is text and gets escaped. A page
+loads nothing: no script, no font, no image, no link, and its own policy forbids them too. Callers pass counts, names
+and hash prefixes. They pass the text of rows only where a line allows it (`text_in_reports`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """One line of a forest plot: a value with its interval, and the limit that it is held against, if any."""
+class ForestRow:
+    """One row of a forest plot: a value with its interval, and the limit that applies to it, if any."""
 
     name: str
     value: float
@@ -26,7 +26,7 @@ class Mark:
 
 
 class Html(str):
-    """Markup that this module made; every other `str` is escaped before it enters a page."""
+    """Markup that this module made. Every other `str` is escaped before it enters a page."""
 
     __slots__ = ()
 
@@ -44,11 +44,11 @@ th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;v
 overflow-wrap:break-word}th{color:var(--soft);font-weight:600}.bad{color:var(--s1);font-weight:600}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 p,table,figure{max-width:60rem}.wide table{max-width:none}.wide{overflow-x:auto}
-.wide .told{white-space:nowrap}@media(max-width:40rem){.wide table{min-width:38rem}}
+.wide .note{white-space:nowrap}@media(max-width:40rem){.wide table{min-width:38rem}}
 .wide tr>:first-child{position:sticky;left:0;background:var(--back)}
 .facts{width:auto}.facts th{min-width:6rem}.facts td{white-space:pre-line}
 .bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
-.marks td:last-child{width:58%}.told{color:var(--soft);font-size:.85rem}
+.marks td:last-child{width:58%}.note{color:var(--soft);font-size:.85rem}
 .forest{position:relative;height:1.1rem;margin-top:.25rem}.forest i{position:absolute;top:0;bottom:0}
 .forest .zero{border-left:1px solid var(--soft)}.forest .range{top:.5rem;bottom:auto;height:2px;background:var(--s0)}
 .forest .point{top:.3rem;width:.5rem;height:.5rem;margin-left:-.25rem;border-radius:50%;background:var(--s0)}
@@ -57,77 +57,89 @@ svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-se
 .key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:1.4rem;border-top:3px solid}
 """
 _COLOURS = 6
-_WORD = 20  # letters of a word that a telephone's column holds
-_PIECE = re.compile(rf"[^_/.=&?:-]{{0,{_WORD}}}[_/.=&?:-]|[^_/.=&?:-]{{1,{_WORD}}}")
-_NARROW = 3  # columns that fit a telephone; more of them scroll
+_MAX_WORD_LETTERS = 20  # the width of a column on a telephone
+# Where a long word may be broken: after one of its separators, otherwise after _MAX_WORD_LETTERS letters.
+_WORD_PIECE = re.compile(rf"[^_/.=&?:-]{{0,{_MAX_WORD_LETTERS}}}[_/.=&?:-]|[^_/.=&?:-]{{1,{_MAX_WORD_LETTERS}}}")
+_NARROW_COLUMNS = 3  # the most columns that fit a telephone; a table with more of them scrolls
+# Of a line chart, in SVG units: the whole drawing, then the margins around its axes.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 280, 64, 16, 12, 44
 
 
 def page(title: str, sentence: str, *blocks: str) -> str:
-    """A whole document; `sentence` is the verdict that a person reads first."""
+    """Return a whole document; `sentence` is the verdict that a person reads first."""
+    # Row text may be in the page: even if an escape were missed, the browser would run and load nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{_text(title)}</h1>\n"
-        f'<p class="sentence">{_text(sentence)}</p>\n{_joined(blocks)}\n</body>\n</html>\n'
+        f'<p class="sentence">{_text(sentence)}</p>\n{_join_blocks(blocks)}\n</body>\n</html>\n'
     )
 
 
 def section(heading: str, *blocks: str) -> Html:
-    """A heading over its blocks; a plain string among them becomes a paragraph."""
-    return Html(f"<section>\n<h2>{_text(heading)}</h2>\n{_joined(blocks)}\n</section>")
+    """Return a heading over its blocks; a plain string among them becomes a paragraph."""
+    return Html(f"<section>\n<h2>{_text(heading)}</h2>\n{_join_blocks(blocks)}\n</section>")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
-    """A table; numbers are aligned right and rounded to four digits."""
-    listed = list(rows)
-    first = listed[0] if listed else ()
-    right = [i < len(first) and _is_number(first[i]) for i in range(len(headers))]
+    """Return a table; numbers are aligned right and rounded to four digits."""
+    row_list = list(rows)
+    # The first row says which columns hold numbers, so that a header stands over its column.
+    first = row_list[0] if row_list else ()
+    is_numeric = [i < len(first) and _is_number(first[i]) for i in range(len(headers))]
     head = "".join(
-        f'<th class="n">{_text(h)}</th>' if n else f"<th>{_text(h)}</th>" for h, n in zip(headers, right, strict=True)
+        f'<th class="n">{_text(h)}</th>' if n else f"<th>{_text(h)}</th>"
+        for h, n in zip(headers, is_numeric, strict=True)
     )
-    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in listed)
+
+    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in row_list)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
-    found = f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
-    return Html(f'<div class="wide">{found}</div>' if len(headers) > _NARROW else found)
+    markup = f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return Html(f'<div class="wide">{markup}</div>' if len(headers) > _NARROW_COLUMNS else markup)
 
 
-def numbers(mapping: Mapping[str, object]) -> Html:
-    """Names and their values, one a line; units belong in the names."""
+def key_value_table(mapping: Mapping[str, object]) -> Html:
+    """Return a table of names and values, one pair a line; units belong in the names."""
     body = "".join(f"<tr><th>{_text(name)}</th>{_cell(value)}</tr>\n" for name, value in mapping.items())
     return Html(f'<table class="facts"><tbody>\n{body}</tbody></table>')
 
 
-def bad(text: str) -> Html:
-    """A word of a table that must catch the eye."""
+def highlight(text: str) -> Html:
+    """Return a word of a table in the warning colour."""
     return Html(f'<span class="bad">{_text(text)}</span>')
 
 
-def with_ends(value: str, ends: str) -> Html:
-    """A number of a table with its interval below it, which is never broken."""
-    return Html(f'{_text(value)}<br><span class="told">{_text(ends)}</span>')
+def with_interval(value: str, interval: str) -> Html:
+    """Return a number of a table with its interval on the line below, where it is never broken."""
+    return Html(f'{_text(value)}<br><span class="note">{_text(interval)}</span>')
 
 
 def bar_chart(values: Mapping[str, float], caption: str = "") -> Html:
-    """A horizontal bar a name; what is negative or not finite gets none."""
-    most = max((v for v in values.values() if math.isfinite(v)), default=0.0)
+    """Return one horizontal bar per name; a value that is negative or not finite gets no bar."""
+    # NaN would make every comparison false, and an infinite value would shrink all other bars to nothing.
+    longest = max((v for v in values.values() if math.isfinite(v)), default=0.0)
     body = ""
     for name, value in values.items():
-        share = value / most * 100 if most > 0 and math.isfinite(value) and value > 0 else 0.0
-        bar = f'<div class="bar" style="width:{share:.2f}%"></div>' if share else ""
+        percent = value / longest * 100 if longest > 0 and math.isfinite(value) and value > 0 else 0.0
+        bar = f'<div class="bar" style="width:{percent:.2f}%"></div>' if percent else ""
         body += f"<tr><td>{_breakable(name)}</td>{_cell(value)}<td>{bar}</td></tr>\n"
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(f'<table class="bars">{title}<tbody>\n{body}</tbody></table>')
 
 
-def forest_plot(marks: Sequence[Mark], caption: str = "") -> Html:
-    """Values with their intervals under one scale, 0 marked by a line and a limit by a tick; no more than names fit."""
-    seen = [x for m in marks for x in (m.low, m.high, m.limit) if x is not None and math.isfinite(x)]
-    if not seen:
+def forest_plot(rows: Sequence[ForestRow], caption: str = "") -> Html:
+    """Return values with their intervals on one scale; 0 is marked by a line, a limit by a dashed tick.
+
+    It is drawn with HTML boxes and not as SVG, so that the names wrap on a narrow screen.
+    """
+    finite = [x for row in rows for x in (row.low, row.high, row.limit) if x is not None and math.isfinite(x)]
+    if not finite:
         return Html(f"<p>{_text(caption)}: nothing was measured.</p>")
-    low, high = min(0.0, *seen), max(0.0, *seen)
+
+    # The scale always holds 0, and a margin of 4 % on either side keeps the outermost points inside.
+    low, high = min(0.0, *finite), max(0.0, *finite)
     margin = (high - low or 1.0) * 0.04
     low, high = low - margin, high + margin
 
@@ -135,82 +147,92 @@ def forest_plot(marks: Sequence[Mark], caption: str = "") -> Html:
         return f"{(x - low) / (high - low) * 100:.2f}%"
 
     body = ""
-    for m in marks:
+    for row in rows:
         parts = f'<i class="zero" style="left:{place(0.0)}"></i>'
-        if math.isfinite(m.low + m.high):
-            parts += (
-                f'<i class="range" style="left:{place(m.low)};right:{(high - m.high) / (high - low) * 100:.2f}%"></i>'
-            )
-        if math.isfinite(m.value):
-            parts += f'<i class="point" style="left:{place(m.value)}"></i>'
-        if m.limit is not None:
-            parts += f'<i class="limit" style="left:{place(m.limit)}"></i>'
-        limit = "" if m.limit is None else f", limit {_number(m.limit)}"
-        told = f"{m.value:+.3f} ({m.low:+.3f} to {m.high:+.3f}){limit}"
-        body += f'<tr><td>{_breakable(m.name)}<br><span class="told">{_text(told)}</span></td>'
-        body += f'<td><div class="forest" role="img" aria-label="{_text(told)}">{parts}</div></td></tr>\n'
-    ends = f'<span class="told">{_number(low)}</span><span class="told">{_number(high)}</span>'
+        if math.isfinite(row.low + row.high):
+            right = f"{(high - row.high) / (high - low) * 100:.2f}%"
+            parts += f'<i class="range" style="left:{place(row.low)};right:{right}"></i>'
+        if math.isfinite(row.value):
+            parts += f'<i class="point" style="left:{place(row.value)}"></i>'
+        if row.limit is not None:
+            parts += f'<i class="limit" style="left:{place(row.limit)}"></i>'
+
+        # The numbers are also the label for a screen reader, which sees nothing of the boxes.
+        limit = "" if row.limit is None else f", limit {_number(row.limit)}"
+        note = f"{row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f}){limit}"
+        body += f'<tr><td>{_breakable(row.name)}<br><span class="note">{_text(note)}</span></td>'
+        body += f'<td><div class="forest" role="img" aria-label="{_text(note)}">{parts}</div></td></tr>\n'
+
+    ends = f'<span class="note">{_number(low)}</span><span class="note">{_number(high)}</span>'
     foot = f'<tr><td></td><td><div class="scale">{ends}</div></td></tr>'
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(f'<table class="marks">{title}<tbody>\n{body}{foot}</tbody></table>')
 
 
 def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Html:
-    """Lines over one pair of axes, at most six colours; points that are not finite are left out."""
+    """Return lines on one pair of axes as SVG, in at most six colours; points that are not finite are left out."""
     lines = {name: [(x, y) for x, y in points if math.isfinite(x + y)] for name, points in series.items()}
-    seen = [point for points in lines.values() for point in points]
-    if not seen:
+    all_points = [point for points in lines.values() for point in points]
+    if not all_points:
         return Html(f"<p>{_text(y_label)}: nothing was measured.</p>")
-    x_ticks, y_ticks = _ticks([x for x, _ in seen]), _ticks([y for _, y in seen])
+    x_ticks, y_ticks = _ticks([x for x, _ in all_points]), _ticks([y for _, y in all_points])
 
     def place(x: float, y: float) -> tuple[float, float]:
+        """Return a point's place in the drawing, whose y axis points down."""
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
         return _LEFT + across * (right - _LEFT), bottom - up * (bottom - _TOP)
 
+    # The axes: a grid line and a number at every tick of y, a number at every tick of x.
     parts = []
-    for tick in y_ticks:
-        x, y = place(x_ticks[0], tick)
+    for tick_value in y_ticks:
+        x, y = place(x_ticks[0], tick_value)
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
-    for tick in x_ticks:
-        x, y = place(tick, y_ticks[0])
-        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:.6g}</text>')
+        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick_value:.6g}</text>')
+    for tick_value in x_ticks:
+        x, y = place(tick_value, y_ticks[0])
+        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick_value:.6g}</text>')
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{_text(x_label)}</text>')
-    keys = ""
+
+    legend = ""
     for i, (name, points) in enumerate(lines.items()):
         colour = f"var(--s{i % _COLOURS})"
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        # A line of one point has no length and would not be seen.
         if len(points) == 1:
             x, y = place(*points[0])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        keys += f'<span class="key"><i style="border-color:{colour}"></i> {_text(name)}</span>'
+        legend += f'<span class="key"><i style="border-color:{colour}"></i> {_text(name)}</span>'
+
     label = f"{_text(y_label)} over {_text(x_label)}"
     drawing = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return Html(f"<figure><figcaption>{_text(y_label)} {keys}</figcaption>\n{drawing}</figure>")
+    return Html(f"<figure><figcaption>{_text(y_label)} {legend}</figcaption>\n{drawing}</figure>")
 
 
 def _text(value: object) -> str:
+    """Return the value as escaped text."""
     # What is not printable (controls, lone surrogates, characters that reverse the reading order) is shown as its code.
-    shown = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in str(value))
-    return html.escape(shown, quote=True)
+    printable = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in str(value))
+    return html.escape(printable, quote=True)
 
 
 def _breakable(value: object) -> str:
-    """Text for a narrow column: a long word (a label, a path) may be broken after its marks, or where it must."""
-    words = re.split(rf"(\S{{{_WORD + 1},}})", str(value))  # every second one is long
-    return "".join("<wbr>".join(map(_text, _PIECE.findall(w))) if i % 2 else _text(w) for i, w in enumerate(words))
+    """Return text for a narrow column: a long word (a label, a path) may be broken after its separators."""
+    # With a group in its pattern, split returns the long words too, at the odd places.
+    words = re.split(rf"(\S{{{_MAX_WORD_LETTERS + 1},}})", str(value))
+    return "".join("<wbr>".join(map(_text, _WORD_PIECE.findall(w))) if i % 2 else _text(w) for i, w in enumerate(words))
 
 
-def _joined(blocks: Iterable[str]) -> str:
+def _join_blocks(blocks: Iterable[str]) -> str:
     return "\n".join(b if isinstance(b, Html) else f"<p>{_text(b)}</p>" for b in blocks)
 
 
 def _cell(value: object) -> str:
     if isinstance(value, Html):
         return f"<td>{value}</td>"
+    # Before the numbers: in Python True is an int.
     if isinstance(value, bool) or value is None:
         return f"<td>{'-' if value is None else 'yes' if value else 'no'}</td>"
     if isinstance(value, (int, float)):
@@ -229,10 +251,12 @@ def _number(value: float) -> str:
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """About five round numbers that enclose the values, the first and the last being the axis's ends."""
+    """Return about five round numbers that enclose the values; the first and the last are the axis's ends."""
     low, high = min(values), max(values)
-    if high == low:
+    if high == low:  # an axis needs a length
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+
+    # The next of 1, 2, 5, 10 times a power of ten; 1e-9 forgives the rounding of the division.
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""The container images of the steps, by name: what is built here is what the runtimes ask for."""
+"""The container images of the steps, by name: `make images` builds them, and the runtimes ask for them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from qlora_retrain import __version__
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import Image
 
-DEFAULT: dict[Image, str] = {
+DEFAULT_IMAGES: dict[Image, str] = {
     "light": f"qlora-retrain-light:{__version__}",
     "train": f"qlora-retrain-train:{__version__}",
 }
 
 
-def pinned(ref: str) -> str:
-    """The reference itself.
+def require_pinned(reference: str) -> str:
+    """Return the image reference if it is pinned.
 
     Raises:
-        UsageError: If it has neither a tag nor a digest, or the tag `latest`: the plan and every step must be one code.
+        UsageError: If it has neither a digest nor a tag, or has the tag `latest`.
     """
-    tag = ref.rpartition("/")[2].partition(":")[2]  # after the last /, so that a registry's port is no tag
-    if "@sha256:" not in ref and tag in ("", "latest"):
-        raise UsageError(f"image {ref!r}: wanted a tag other than latest, or a digest: name:tag or name@sha256:...")
-    return ref
+    # The plan and every step must run the same code, and `latest` may move between two steps of one run.
+    # Only what follows the last / can hold the tag: a colon before it is a registry's port.
+    tag = reference.rpartition("/")[2].partition(":")[2]
+    if "@sha256:" not in reference and tag in ("", "latest"):
+        raise UsageError(
+            f"image {reference!r}: expected a tag other than latest, or a digest: name:tag or name@sha256:..."
+        )
+    return reference
 
 
-def by_digest(ref: str) -> bool:
-    """Whether the reference names bytes, and not a tag that somebody can move."""
-    return re.search(r"@sha256:[0-9a-f]{64}$", ref) is not None
+def has_digest(reference: str) -> bool:
+    """Return whether the reference names an image by its digest; a tag can be moved to another image."""
+    return re.search(r"@sha256:[0-9a-f]{64}$", reference) is not None

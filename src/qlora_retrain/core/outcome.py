@@ -1,4 +1,4 @@
-"""What a step hands back to its runner: the numbers it learned, and why it refused, if it did."""
+"""What a step's `run` returns: its numbers, and the refusal if its verdict is no."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 
 from qlora_retrain.core.errors import DataRefused, QualityRefused
 
+# Flat values only: they go into the manifest, into one line of a log and into KFP's metrics.
 Number = float | int | str | bool | None
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """A step's result beside its files.
+class StepResult:
+    """A step's result, apart from its files.
 
     Attributes:
-        numbers: What the manifest, the log's last line and the UI show; flat, units in the names.
-        refused: The refusal, where the artifact is complete but says no.
+        numbers: Measurements for the manifest, the log's last line and the UI. They are flat, with units in the names.
+        refused: The refusal, where the artifact is complete but its verdict is no; otherwise None.
     """
 
     numbers: Mapping[str, Number] = field(default_factory=dict)

@@ -1,4 +1,8 @@
-"""What long work says while it works: a bar on a terminal, JSON lines otherwise, and whoever listens."""
+"""Progress of long work: a bar on a terminal, JSON lines anywhere else, and callbacks for subscribers.
+
+Runtimes, the run page and the processes of a training step parse the JSON lines, so their fields (`time`, `what`,
+`done`, `total`) are a format and not free text.
+"""
 
 from __future__ import annotations
 
@@ -12,74 +16,75 @@ from qlora_retrain.core.outcome import Number
 
 Update = Mapping[str, Number]
 _BAR_WIDTH = 28
-_listeners: list[Callable[[Update], None]] = []
+_subscribers: list[Callable[[Update], None]] = []
 
 
 @contextlib.contextmanager
-def listened(callback: Callable[[Update], None]) -> Iterator[None]:
-    """Have every update in the block sent to `callback` too."""
-    _listeners.append(callback)
+def subscribe(callback: Callable[[Update], None]) -> Iterator[None]:
+    """Send every update that is made inside the block to `callback` too."""
+    _subscribers.append(callback)
     try:
         yield
     finally:
-        _listeners.remove(callback)
+        _subscribers.remove(callback)
 
 
 def say(text: str) -> None:
-    """One line for a person."""
+    """Print one line for a person."""
+    # Flushed, because a process that is killed loses what is still in its buffer.
     print(text, flush=True)
 
 
-def update(what: str, done: float, total: float, **numbers: Number) -> None:
-    """Tell how far the work is, e.g. `update("training", 30, 300, loss=0.41)`.
+def update(label: str, done: float, total: float, **numbers: Number) -> None:
+    """Report how far the work is, e.g. `update("training", 30, 300, loss=0.41)`.
 
     Args:
-        what: The work, in a word or two.
+        label: The work, in a word or two.
         done: Units finished; equal to `total` on the last call.
         total: Units in all.
-        numbers: What else is known by now; units in the names.
+        numbers: Measurements so far, with units in their names.
     """
-    record: dict[str, Number] = {"what": what, "done": done, "total": total, **numbers}
-    for callback in _listeners:
+    record: dict[str, Number] = {"what": label, "done": done, "total": total, **numbers}
+    for callback in _subscribers:
         callback(record)
+
     if sys.stdout.isatty():
         filled = round(_BAR_WIDTH * min(1.0, done / total)) if total else _BAR_WIDTH
         bar = "█" * filled + "·" * (_BAR_WIDTH - filled)
-        line = f"\r{what:<12} {bar} {done:g}/{total:g}  {_joined(numbers)}\x1b[K"
+        # \r and \x1b[K redraw the bar in place; the last update ends the line.
+        line = f"\r{label:<12} {bar} {done:g}/{total:g}  {format_numbers(numbers)}\x1b[K"
         print(line, end="\n" if done >= total else "", flush=True)
     else:
         print(json.dumps({"time": round(time.time(), 1), **record}), flush=True)
 
 
-def parsed(line: str) -> Update | None:
-    """An update as another process printed it, or None for any other line."""
+def parse_update(line: str) -> Update | None:
+    """Return the update that another process printed, or None for any other line."""
+    # Most lines of a log are text, so the first characters are compared before JSON is parsed.
     if not line.startswith('{"time"'):
         return None
     try:
-        found: Update = json.loads(line)
+        record: Update = json.loads(line)
     except ValueError:
         return None
-    return found if {"what", "done", "total"} <= found.keys() else None
+    return record if {"what", "done", "total"} <= record.keys() else None
 
 
-def numbers_of(found: Update) -> dict[str, Number]:
-    """What an update tells beside how far the work is."""
-    return {name: value for name, value in found.items() if name not in ("time", "what", "done", "total")}
+def extra_numbers(record: Update) -> dict[str, Number]:
+    """Return the measurements of an update, without the fields that every update has."""
+    return {name: value for name, value in record.items() if name not in ("time", "what", "done", "total")}
 
 
-def repeat(line: str) -> None:
-    """Tell what another process of this step told, as if this one had."""
-    found = parsed(line)
-    if found is None:
+def relay(line: str) -> None:
+    """Print a line of another process of this step as if this process had printed it."""
+    record = parse_update(line)
+    if record is None:
         say(line)
     else:
-        update(str(found["what"]), float(found["done"]), float(found["total"]), **numbers_of(found))  # type: ignore[arg-type]
+        # Not only printed, so that the subscribers of this process get the update and a terminal shows a bar.
+        update(str(record["what"]), float(record["done"]), float(record["total"]), **extra_numbers(record))  # type: ignore[arg-type]
 
 
-def _joined(numbers: Update) -> str:
+def format_numbers(numbers: Update) -> str:
+    """Return the numbers on one line, for a log and for `status`."""
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
-
-
-def one_line(numbers: Update) -> str:
-    """The numbers on one line, for a log and for `status`."""
-    return _joined(numbers)

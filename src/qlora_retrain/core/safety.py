@@ -1,4 +1,4 @@
-"""What a model folder must not hold: code that would be run, and files that run code when they are loaded."""
+"""Refuse a model folder that holds code, or files that run code when they are loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from qlora_retrain.core.errors import IntegrityError
 
+# By suffix. `torch.load` unpickles, and a pickle can call any function while it is read.
 _UNSAFE = {
     ".py": "Python code",
     ".bin": "a pickle",
@@ -19,11 +20,12 @@ _UNSAFE = {
     ".ckpt": "a pickle",
     ".so": "machine code",
 }
+# The files in which transformers looks for `auto_map`, the names of Python classes to import from the repository.
 MAY_NAME_CODE = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
 def refuse_names(paths: Iterable[str]) -> None:
-    """Raise `IntegrityError` for a file that is, or may run, code."""
+    """Raise `IntegrityError` for a file that is code, or may run code when it is loaded."""
     for path in paths:
         kind = _UNSAFE.get(PurePosixPath(path).suffix.lower())
         if kind is not None:
@@ -31,7 +33,7 @@ def refuse_names(paths: Iterable[str]) -> None:
 
 
 def refuse_code(path: str, data: bytes) -> None:
-    """Raise `IntegrityError` if a JSON file asks for code of its own (`auto_map`) or is no JSON object."""
+    """Raise `IntegrityError` if a JSON file asks for its own code (`auto_map`), or is not valid JSON."""
     try:
         document = json.loads(data)
     except ValueError as error:
@@ -41,7 +43,7 @@ def refuse_code(path: str, data: bytes) -> None:
 
 
 def refuse_unsafe(folder: Path) -> None:
-    """Both checks over a folder on disk."""
+    """Raise `IntegrityError` if a folder on disk fails `refuse_names` or `refuse_code`."""
     refuse_names(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
     for name in MAY_NAME_CODE:
         if (folder / name).is_file():

@@ -18,11 +18,11 @@ from urllib.request import Request, urlopen
 from qlora_retrain.core.errors import UsageError
 
 TIMEOUT_SECONDS = 30.0
-RUN_ENDED = ("success", "failed")
+FINAL_STATES = ("success", "failed")
 
 
-class ApiRefused(UsageError):
-    """Airflow said no: `status` is HTTP's, the text holds its reason."""
+class AirflowApiError(UsageError):
+    """Airflow refused a request: `status` is the HTTP status, the text holds Airflow's reason."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -31,128 +31,137 @@ class ApiRefused(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class TaskState:
-    """A task instance as Airflow has it; `state` is None before it is scheduled."""
+    """A task instance as Airflow reports it; `state` is None before it is scheduled."""
 
-    name: str
+    task_id: str
     state: str | None
-    tries: int
-    seconds: float
+    try_number: int
+    duration_seconds: float
 
 
 class AirflowApi:
-    """The calls that this project needs, at a base URL."""
+    """The calls of Airflow's REST API that this project needs; `url` is the server's base URL."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request below `/api/v2`, JSON both ways.
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Send one request below `/api/v2`, with JSON in both directions.
 
         Raises:
-            ApiRefused: For a 4xx or 5xx answer, with its reason.
-            ConnectionError: If nobody answers.
+            AirflowApiError: For a 4xx or 5xx answer, with its reason.
+            ConnectionError: If no server answers.
         """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         request = Request(f"{self.url}/api/v2/{path}", data=data, headers=headers, method=method)  # noqa: S310
+
+        # `urlopen` raises for an error without reading the body, which has Airflow's reason.
         try:
-            with urlopen(request, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310 - the URL is ours, on loopback
-                return json.loads(answer.read() or b"null")
+            with urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - the URL is ours, on loopback
+                return json.loads(response.read() or b"null")
         except HTTPError as error:
             with error:
-                raise ApiRefused(error.code, f"Airflow refused {method} {path}: {_reason(error)}") from error
+                raise AirflowApiError(error.code, f"Airflow refused {method} {path}: {_error_detail(error)}") from error
         except URLError as error:
             raise ConnectionError(f"{self.url}: {error.reason}") from error
 
     def health(self) -> dict[str, Any]:
-        """The state of each part of Airflow."""
-        found: dict[str, Any] = self.call("GET", "monitor/health")
-        return found
+        """Return the state of each component of Airflow."""
+        components: dict[str, Any] = self.request("GET", "monitor/health")
+        return components
 
     def dag(self, dag_id: str) -> dict[str, Any]:
-        """What Airflow knows about a DAG."""
-        found: dict[str, Any] = self.call("GET", f"dags/{quote(dag_id)}")
-        return found
+        """Return what Airflow knows about a DAG."""
+        dag: dict[str, Any] = self.request("GET", f"dags/{quote(dag_id)}")
+        return dag
 
     def import_errors(self) -> list[str]:
-        """What went wrong while DAG files were read."""
-        return [item["stack_trace"] for item in self.call("GET", "importErrors")["import_errors"]]
+        """List the stack traces of the DAG files that could not be imported."""
+        return [item["stack_trace"] for item in self.request("GET", "importErrors")["import_errors"]]
 
     def unpause(self, dag_id: str) -> None:
-        """Let the DAG's runs start."""
-        self.call("PATCH", f"dags/{quote(dag_id)}?update_mask=is_paused", {"is_paused": False})
+        """Let the DAG's runs start; a new DAG is paused."""
+        self.request("PATCH", f"dags/{quote(dag_id)}?update_mask=is_paused", {"is_paused": False})
 
     def trigger(self, dag_id: str, params: Mapping[str, Any] | None = None) -> str:
         """Start a run and return its id.
 
         Raises:
-            ApiRefused: With 4xx and the reason, where a parameter breaks its schema.
+            AirflowApiError: With 4xx and the reason, where a parameter does not match its schema.
         """
+        # The logical date must be unique among the runs of a DAG; a run without one never conflicts.
         body = {"logical_date": None, "conf": dict(params or {})}
-        return str(self.call("POST", f"dags/{quote(dag_id)}/dagRuns", body)["dag_run_id"])
+        return str(self.request("POST", f"dags/{quote(dag_id)}/dagRuns", body)["dag_run_id"])
 
-    def run(self, dag_id: str, run_id: str) -> dict[str, Any]:
-        """A DAG run: its `state`, `run_after`, ..."""
-        found: dict[str, Any] = self.call("GET", _run(dag_id, run_id))
-        return found
+    def dag_run(self, dag_id: str, run_id: str) -> dict[str, Any]:
+        """Return a DAG run: its `state`, `run_after`, ..."""
+        dag_run: dict[str, Any] = self.request("GET", _dag_run_path(dag_id, run_id))
+        return dag_run
 
-    def active_runs(self, dag_id: str) -> list[str]:
-        """The ids of the runs that are queued or running."""
-        runs = self.call("GET", f"dags/{quote(dag_id)}/dagRuns?state=queued&state=running")["dag_runs"]
-        return [item["dag_run_id"] for item in runs]
+    def active_run_ids(self, dag_id: str) -> list[str]:
+        """List the ids of the runs that are queued or running."""
+        dag_runs = self.request("GET", f"dags/{quote(dag_id)}/dagRuns?state=queued&state=running")["dag_runs"]
+        return [item["dag_run_id"] for item in dag_runs]
 
-    def end(self, dag_id: str, run_id: str) -> None:
-        """Mark a run failed; its tasks are stopped."""
-        self.call("PATCH", f"{_run(dag_id, run_id)}?update_mask=state", {"state": "failed"})
+    def mark_failed(self, dag_id: str, run_id: str) -> None:
+        """Mark a run as failed, which stops its tasks."""
+        self.request("PATCH", f"{_dag_run_path(dag_id, run_id)}?update_mask=state", {"state": "failed"})
 
-    def tasks(self, dag_id: str, run_id: str) -> list[TaskState]:
-        """Every task of a run."""
-        found = self.call("GET", f"{_run(dag_id, run_id)}/taskInstances")["task_instances"]
-        return [TaskState(t["task_id"], t["state"], t["try_number"], _seconds(t)) for t in found]
+    def task_states(self, dag_id: str, run_id: str) -> list[TaskState]:
+        """Return every task of a run."""
+        items = self.request("GET", f"{_dag_run_path(dag_id, run_id)}/taskInstances")["task_instances"]
+        return [TaskState(i["task_id"], i["state"], i["try_number"], _duration_seconds(i)) for i in items]
 
-    def log(self, dag_id: str, run_id: str, task: str, try_number: int = 1) -> list[str]:
-        """The lines of a task's log."""
-        return [item.get("event", "") for item in self._log(dag_id, run_id, task, try_number)]
+    def log_lines(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1) -> list[str]:
+        """Return the lines of a task's log."""
+        return [item.get("event", "") for item in self._log_items(dag_id, run_id, task_id, try_number)]
 
-    def why(self, dag_id: str, run_id: str, task: str, try_number: int = 1) -> str:
-        """What a task failed with: the message of its last exception, or its last line."""
-        items = self._log(dag_id, run_id, task, try_number)
-        errors = [detail["exc_value"] for item in items for detail in item.get("error_detail") or ()]
-        return str(errors[-1] if errors else items[-1].get("event", "") if items else "it left no log")
+    def failure_message(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1) -> str:
+        """Return the message of a task's last exception, or its last line."""
+        items = self._log_items(dag_id, run_id, task_id, try_number)
+        # An exception is a structured item of the log; a task that was killed has none.
+        messages = [detail["exc_value"] for item in items for detail in item.get("error_detail") or ()]
+        return str(messages[-1] if messages else items[-1].get("event", "") if items else "there is no log")
 
-    def _log(self, dag_id: str, run_id: str, task: str, try_number: int) -> list[dict[str, Any]]:
-        path = f"{_run(dag_id, run_id)}/taskInstances/{quote(task)}/logs/{try_number}?full_content=true"
-        content = self.call("GET", path)["content"]
+    def _log_items(self, dag_id: str, run_id: str, task_id: str, try_number: int) -> list[dict[str, Any]]:
+        path = f"{_dag_run_path(dag_id, run_id)}/taskInstances/{quote(task_id)}/logs/{try_number}?full_content=true"
+        content = self.request("GET", path)["content"]
+
+        # Structured lines come as objects, all other lines as strings.
         return [item if isinstance(item, dict) else {"event": str(item)} for item in content]
 
-    def wait(self, dag_id: str, run_id: str, *, seconds: float) -> str:
-        """The final state of a run.
+    def wait_until_finished(self, dag_id: str, run_id: str, *, timeout_seconds: float) -> str:
+        """Return the final state of a run.
 
         Raises:
-            TimeoutError: If it has none after `seconds`.
+            TimeoutError: If it has none after `timeout_seconds`.
         """
-        deadline = time.monotonic() + seconds
-        while (state := self.run(dag_id, run_id)["state"]) not in RUN_ENDED:
+        # Polled, because the REST API has no call that waits.
+        deadline = time.monotonic() + timeout_seconds
+        while (state := self.dag_run(dag_id, run_id)["state"]) not in FINAL_STATES:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{dag_id} {run_id}: still {state} after {seconds:g} s")
+                raise TimeoutError(f"{dag_id} {run_id}: still {state} after {timeout_seconds:g} s")
             time.sleep(0.2)
         return str(state)
 
 
-def _run(dag_id: str, run_id: str) -> str:
+def _dag_run_path(dag_id: str, run_id: str) -> str:
+    # A run's id contains a time with `:` and `+`, so nothing in it is safe in a URL.
     return f"dags/{quote(dag_id)}/dagRuns/{quote(run_id, safe='')}"
 
 
-def _seconds(task: Mapping[str, Any]) -> float:
-    """How long a task ran, or runs by now."""
-    if task["duration"] is not None:
-        return float(task["duration"])
-    if task["start_date"] is None:
+def _duration_seconds(task_instance: Mapping[str, Any]) -> float:
+    """Return how long a task ran, or has run so far."""
+    if task_instance["duration"] is not None:
+        return float(task_instance["duration"])
+    if task_instance["start_date"] is None:
         return 0.0
-    return (datetime.now(UTC) - datetime.fromisoformat(task["start_date"])).total_seconds()
+    return (datetime.now(UTC) - datetime.fromisoformat(task_instance["start_date"])).total_seconds()
 
 
-def _reason(error: HTTPError) -> str:
+def _error_detail(error: HTTPError) -> str:
+    """Return the reason in an error's body, or the HTTP status where it has none."""
     text = error.read().decode("utf-8", "replace")
     try:
         detail = json.loads(text)["detail"]

@@ -2,10 +2,10 @@
 
 Reads the project's `dags/`; keeps its database and logs in AIRFLOW_HOME (default `.state/airflow`). Everyone who can
 reach the port is an administrator, so it listens on 127.0.0.1 only: for a laptop, a demo and tests. A production
-Airflow needs nothing of this module. What it starts ends with it: on `stop`, on an exception, on Ctrl-C, and when this
+Airflow needs nothing of this module. Its processes end with it: on `stop`, on an exception, on Ctrl-C, and when this
 process is killed.
 
-Use: `with EmbeddedAirflow() as airflow: airflow.api.trigger("support-intents")`
+Use: `with StandaloneAirflow() as airflow: airflow.api.trigger("support-intents")`
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from typing import IO
 
 from qlora_retrain.core import supervisor
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.demo.airflow_api import AirflowApi, ApiRefused
+from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
 from qlora_retrain.pipeline import code_identity
 
-MARK = "QLORA_RETRAIN_EMBEDDED"
+MARKER_VARIABLE = "QLORA_RETRAIN_EMBEDDED"
 START_SECONDS = 180.0
-PARTS = {
+AIRFLOW_COMMANDS = {
     "api-server": ("api-server",),
     "scheduler": ("scheduler", "--skip-serve-logs"),
     "dag-processor": ("dag-processor",),
 }
-# While the scheduler winds up, its tasks still report to the API server, which then has nothing left to save.
+# The API server stops last: while the scheduler shuts down, its tasks still report their states to it.
 STOP_ORDER = (("scheduler", "dag-processor"), ("api-server",))
 STOP_SECONDS = {"scheduler": 30.0, "dag-processor": 5.0, "api-server": 1.0}
 
 
-class EmbeddedAirflow:
-    """Context manager around a running Airflow.
+class StandaloneAirflow:
+    """A context manager around a running Airflow.
 
     Attributes:
         url: Where the UI and the REST API are, on loopback.
@@ -62,13 +62,13 @@ class EmbeddedAirflow:
         parallelism: int = 2,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepare, start nothing.
+        """Prepare, but start nothing.
 
         Args:
-            home: AIRFLOW_HOME; one Airflow at a time uses it.
+            home: AIRFLOW_HOME; only one Airflow at a time can use it.
             dags: The folder of DAG files.
             port: 0 takes a free one.
-            parallelism: Tasks that run at once.
+            parallelism: The number of tasks that run at once.
             environment: More variables for Airflow and its tasks.
         """
         project = code_identity.project_root()
@@ -77,12 +77,12 @@ class EmbeddedAirflow:
         self._project = project
         self._port = port
         self._parallelism = parallelism
-        self._extra = dict(environment or {})
-        self._mark = secrets.token_hex(16)
-        self._parts: dict[str, subprocess.Popen[bytes]] = {}
+        self._extra_environment = dict(environment or {})
+        self._marker = secrets.token_hex(16)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock: IO[str] | None = None
 
-    def __enter__(self) -> EmbeddedAirflow:
+    def __enter__(self) -> StandaloneAirflow:
         try:
             self.start()
         except BaseException:
@@ -96,62 +96,70 @@ class EmbeddedAirflow:
         self.stop()
 
     def start(self) -> None:
-        """Start everything and return when it answers.
+        """Start every process and wait until Airflow answers.
 
         Raises:
-            UsageError: If AIRFLOW_HOME is in use or a part ends at once; with the last lines of its log.
+            UsageError: If AIRFLOW_HOME is in use or a process ends at once; with the last lines of its log.
         """
         self.home.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.home)
+        # Before anything is started, because one SQLite database cannot serve two schedulers.
+        self._lock = _acquire_lock(self.home)
+
         self._port = self._port or _free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.api = AirflowApi(self.url)
-        self._environment = self._settings()
+        self._environment = self._build_environment()
+        # `wait_for_dag` compares it with the time at which a DAG's file was parsed.
         self.started_at = datetime.now(UTC)
-        # The API server imports for ten seconds before it looks at the database: make that meanwhile.
-        self._start("api-server")
+
+        # The API server imports for ten seconds before it opens the database, so migrate it in that time.
+        self._start_process("api-server")
         self._migrate()
-        self._start("scheduler")
-        self._start("dag-processor")
-        self._until("Airflow answers", self._healthy)
+        self._start_process("scheduler")
+        self._start_process("dag-processor")
+        self._wait_until("Airflow answers", self._is_healthy)
 
     def wait_for_dag(self, dag_id: str) -> None:
-        """Return when the DAG was read from its file by this Airflow, not an earlier one.
+        """Wait until this Airflow, and not an earlier one with the same database, has parsed the DAG's file.
 
         Raises:
-            UsageError: If no file makes it; with the errors of reading them.
+            UsageError: If no file defines the DAG; with the errors of the files.
         """
-        self._until(f"a DAG {dag_id} in {self._dags}", lambda: self._read(dag_id))
+        self._wait_until(f"a DAG {dag_id} in {self._dags}", lambda: self._is_dag_parsed(dag_id))
 
-    def log_file(self, dag_id: str, run_id: str, task: str, try_number: int) -> Path:
-        """Where Airflow keeps a task's log."""
-        folder = self.home / "logs" / f"dag_id={dag_id}" / f"run_id={run_id}" / f"task_id={task}"
+    def log_file(self, dag_id: str, run_id: str, task_id: str, try_number: int) -> Path:
+        """Return the file in which Airflow keeps a task's log."""
+        folder = self.home / "logs" / f"dag_id={dag_id}" / f"run_id={run_id}" / f"task_id={task_id}"
         return folder / f"attempt={try_number}.log"
 
     def stop(self) -> None:
-        """End everything that was started; a second Ctrl-C meanwhile hurries it and changes nothing else."""
-        grace = True
+        """Stop every process that was started; another Ctrl-C meanwhile skips the waiting and nothing else."""
+        is_graceful = True
         for names in STOP_ORDER:
-            processes = {name: self._parts.pop(name) for name in names if name in self._parts}
+            processes = {name: self._processes.pop(name) for name in names if name in self._processes}
             for process in processes.values():
                 process.terminate()
+
             for name, process in processes.items():
                 try:
-                    process.wait(STOP_SECONDS[name] + 5 if grace else 0.0)
+                    # Five seconds more than the supervisor allows, which then kills the process itself.
+                    process.wait(STOP_SECONDS[name] + 5 if is_graceful else 0.0)
                 except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-                    grace = grace and not isinstance(error, KeyboardInterrupt)
+                    is_graceful = is_graceful and not isinstance(error, KeyboardInterrupt)
                     process.kill()
                     process.wait()
-        _kill_marked(self._mark)
+
+        # A step's supervisor runs in a session of its own, so it may have outlived the scheduler.
+        _kill_marked_processes(self._marker)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def _start(self, name: str) -> None:
-        arguments = [sys.executable, "-m", "airflow", *PARTS[name]]
+    def _start_process(self, name: str) -> None:
+        arguments = [sys.executable, "-m", "airflow", *AIRFLOW_COMMANDS[name]]
         with (self.home / f"{name}.log").open("wb") as log:
-            self._parts[name] = subprocess.Popen(
-                supervisor.command(arguments, grace_seconds=STOP_SECONDS[name]),
+            self._processes[name] = subprocess.Popen(
+                supervisor.supervised_command(arguments, grace_seconds=STOP_SECONDS[name]),
                 cwd=self._project,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -161,94 +169,113 @@ class EmbeddedAirflow:
             )
 
     def _migrate(self) -> None:
-        """Make the database, once a version of Airflow."""
-        done = self.home / f"migrated-{version('apache-airflow-core')}"
-        if done.exists() and (self.home / "airflow.db").exists():
+        """Create or migrate the database, once for each version of Airflow."""
+        # The file's name holds the version; it saves the seconds that a migration with nothing to do takes.
+        done_marker = self.home / f"migrated-{version('apache-airflow-core')}"
+        if done_marker.exists() and (self.home / "airflow.db").exists():
             return
-        command = supervisor.command([sys.executable, "-m", "airflow", "db", "migrate"], grace_seconds=5)
+
+        command = supervisor.supervised_command([sys.executable, "-m", "airflow", "db", "migrate"], grace_seconds=5)
         log = self.home / "migrate.log"
         with log.open("wb") as stream:
-            status = subprocess.call(
+            exit_code = subprocess.call(
                 command, env=self._environment, cwd=self._project, stdout=stream, stderr=subprocess.STDOUT
             )
-        if status:
+        if exit_code:
             raise UsageError(f"airflow db migrate failed:\n{_tail(log)}")
-        done.touch()
+        done_marker.touch()
 
-    def _until(self, what: str, ready: Callable[[], bool]) -> None:
+    def _wait_until(self, description: str, is_ready: Callable[[], bool]) -> None:
+        """Poll until `is_ready`; fail at once when a process of Airflow ends, since nothing will be ready then."""
         deadline = time.monotonic() + START_SECONDS
-        while not ready():
-            for name, process in self._parts.items():
+        while not is_ready():
+            for name, process in self._processes.items():
                 if process.poll() is not None:
                     log = self.home / f"{name}.log"
-                    raise UsageError(f"Airflow's {name} ended ({process.returncode}); {log}:\n{_tail(log)}")
+                    raise UsageError(
+                        f"Airflow's {name} ended with exit code {process.returncode}; {log} ends with:\n{_tail(log)}"
+                    )
             if time.monotonic() > deadline:
-                raise UsageError(f"waited {START_SECONDS:g} s for: {what}; see the logs in {self.home}")
+                raise UsageError(f"not ready after {START_SECONDS:g} s: {description}; see the logs in {self.home}")
             time.sleep(0.1)
 
-    def _healthy(self) -> bool:
-        with contextlib.suppress(ConnectionError, ApiRefused):
+    def _is_healthy(self) -> bool:
+        # Until the API server listens there is no connection, and until the database is migrated an error.
+        with contextlib.suppress(ConnectionError, AirflowApiError):
             health = self.api.health()
             return all(health[p]["status"] == "healthy" for p in ("metadatabase", "scheduler", "dag_processor"))
         return False
 
-    def _read(self, dag_id: str) -> bool:
+    def _is_dag_parsed(self, dag_id: str) -> bool:
+        """Return whether the DAG was parsed since this Airflow started; the database may hold an older parse.
+
+        Raises:
+            UsageError: If there is no such DAG, but a file that cannot be imported.
+        """
         try:
-            parsed = self.api.dag(dag_id)["last_parsed_time"]
-        except ApiRefused as error:
+            last_parsed = self.api.dag(dag_id)["last_parsed_time"]
+        except AirflowApiError as error:
             if error.status != 404:
                 raise
-            if faults := self.api.import_errors():
-                raise UsageError("a DAG file cannot be read:\n" + "\n".join(faults)) from error
+            if import_errors := self.api.import_errors():
+                raise UsageError("a DAG file cannot be read:\n" + "\n".join(import_errors)) from error
             return False
-        return parsed is not None and datetime.fromisoformat(parsed) >= self.started_at
+        return last_parsed is not None and datetime.fromisoformat(last_parsed) >= self.started_at
 
-    def _settings(self) -> dict[str, str]:
-        """The environment: ours whole, with no setting of another Airflow in it."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}
+    def _build_environment(self) -> dict[str, str]:
+        """Return this process's environment with the settings of this Airflow, and of no other."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}
+
         settings = {
             "CORE__DAGS_FOLDER": str(self._dags),
             "CORE__LOAD_EXAMPLES": "False",
             "CORE__EXECUTOR": "LocalExecutor",
             "CORE__PARALLELISM": str(self._parallelism),
+            # No login, which is acceptable on loopback only.
             "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
             "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
+            # The API server starts before the database is migrated.
             "DATABASE__CHECK_MIGRATIONS": "False",
             "API__HOST": "127.0.0.1",
             "API__PORT": str(self._port),
             "API__BASE_URL": self.url,
+            # New keys at every start, so that none is on disk.
             "API__SECRET_KEY": secrets.token_urlsafe(32),
             "API_AUTH__JWT_SECRET": secrets.token_urlsafe(64),
-            # Half a second between steps costs less than the scheduler's queries would cost the training.
+            # Half a second between steps costs less time than more frequent scheduler queries would cost training.
             "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
             "SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             "DAG_PROCESSOR__PARSING_PROCESSES": "1",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
+
         return {
-            **kept,
+            **inherited,
             **{f"AIRFLOW__{name}": value for name, value in settings.items()},
             "AIRFLOW_HOME": str(self.home),
-            MARK: self._mark,
-            **self._extra,
+            MARKER_VARIABLE: self._marker,
+            **self._extra_environment,
         }
 
 
-def _locked(home: Path) -> IO[str]:
+def _acquire_lock(home: Path) -> IO[str]:
+    """Lock AIRFLOW_HOME; the kernel releases the lock when this process ends, however it ends."""
+    # The file stays; only the kernel's lock on it counts.
     lock = (home / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
         raise UsageError(
-            f"{home}: an embedded Airflow is running there already; stop it, or give another home"
+            f"{home}: another Airflow runs there already; stop it, or choose another folder with --home"
         ) from error
     return lock
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
+        # Another process could take the port before Airflow does; then the API server ends and `start` says so.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
@@ -258,10 +285,11 @@ def _tail(log: Path, lines: int = 15) -> str:
         return "".join(deque(stream, lines)).strip()
 
 
-def _kill_marked(mark: str) -> None:
-    """Kill what still carries our mark in its environment: a step that did not end with its task."""
-    wanted = f"{MARK}={mark}".encode()
+def _kill_marked_processes(marker: str) -> None:
+    """Kill every process that has our marker in its environment, e.g. a step that did not end with its task."""
+    # Linux shows the environment that a process started with, as NUL-separated entries.
+    marker_entry = f"{MARKER_VARIABLE}={marker}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if wanted in entry.read_bytes().split(b"\0"):
+            if marker_entry in entry.read_bytes().split(b"\0"):
                 os.kill(int(entry.parent.name), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`make ui`: Airflow's pages on loopback, with a scheduler, so that runs can be started by hand. Ctrl-C ends it.
+"""`make ui`: Airflow's pages on loopback, with a scheduler, so that a person can start runs. Ctrl-C ends it.
 
 Command: `python -m qlora_retrain.demo.ui [--port 8080]`
 """
@@ -14,20 +14,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_retrain.core.errors import Problem
-from qlora_retrain.demo.standalone_airflow import EmbeddedAirflow
+from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to stop."""
+    """Serve until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m qlora_retrain.demo.ui", description="Airflow's pages")
-    parser.add_argument("--port", type=int, default=8080, help="on loopback; 0 takes a free one")
+    parser.add_argument("--port", type=int, default=8080, help="the port on loopback; 0: any free one")
     parser.add_argument("--home", type=Path, help="AIRFLOW_HOME; default .state/airflow")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+
     print("Airflow starts on loopback ...", flush=True)
     try:
-        with EmbeddedAirflow(arguments.home, port=arguments.port) as airflow:
-            print(f"open {airflow.url} (no login: only this machine reaches it); Ctrl-C ends it", flush=True)
+        with StandaloneAirflow(arguments.home, port=arguments.port) as airflow:
+            print(f"open {airflow.url} (no login, because only this machine can reach it); Ctrl-C stops it", flush=True)
+            # Until a signal raises KeyboardInterrupt.
             threading.Event().wait()
     except KeyboardInterrupt:
         print("\nstopped", flush=True)
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _as_interrupt(number: int, frame: object) -> NoReturn:
+def _raise_keyboard_interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

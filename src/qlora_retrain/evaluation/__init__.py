@@ -1,4 +1,4 @@
-"""How a model is measured and judged: scores, statistics, rules, the verdict.
+"""Evaluate a model: scores per row, metrics with intervals, rules, and the verdict.
 
-Hashed: a step's code identity covers what it imports of this package.
+This package is hashed: a step's code identity covers the modules that the step imports from it.
 """

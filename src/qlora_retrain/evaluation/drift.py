@@ -1,9 +1,11 @@
-"""How far a data set has drifted from the one that a version learned: labels, lengths and languages of its rows.
+"""Measure how far a data set has drifted from a version's training data, in labels, lengths and languages.
 
-The measure is the population stability index, sum((p - q) ln(p / q)) over the kinds of rows: below 0.1 is little, above
-0.25 is a different population. Small samples of one population differ too: with n and m rows of k kinds the index is
-about (1/n + 1/m) times a chi-squared variable of k - 1 degrees (Yurdakul and Naranjo 2020). What that could make at the
-given confidence is taken off, and only what is left is held against the limit.
+The measure is the population stability index (PSI), sum((p - q) ln(p / q)) over the categories of a distribution.
+Below 0.1 it is small; above 0.25 the population is a different one.
+
+Small samples of one population also differ. With n and m rows in k categories the index is about (1/n + 1/m) times a
+chi-squared variable of k - 1 degrees of freedom (Yurdakul and Naranjo 2020). The part that this could explain at the
+given confidence is subtracted, and only the remainder is compared with the limit.
 """
 
 from __future__ import annotations
@@ -18,93 +20,114 @@ from typing import Any
 
 from qlora_retrain.core.errors import IntegrityError
 
-_UNSEEN = 0.5  # rows added to each kind, so that one which is new has a finite index
-_NAMED = 3  # kinds told by name in a sentence
-Counts = Mapping[str, int]
+# Rows added to each category, so that a new or missing category has a finite index.
+_PSEUDOCOUNT_ROWS = 0.5
+_MAX_CATEGORIES_IN_SENTENCE = 3
+Counts = Mapping[str, int]  # rows by category
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far one distribution moved.
+    """The drift of one distribution.
 
     Attributes:
-        what: `label`, `length` or `language`.
-        psi: The index.
-        low: What of it the size of the samples cannot explain.
-        moved: The kinds that moved most, as (kind, share before, share now).
+        distribution: `label`, `length` or `language`.
+        psi: The population stability index.
+        psi_beyond_chance: The part of it that the size of the samples cannot explain.
+        shifts: All categories as (category, fraction before, fraction now), the largest change first.
     """
 
-    what: str
+    distribution: str
     psi: float
-    low: float
-    moved: tuple[tuple[str, float, float], ...]
+    psi_beyond_chance: float
+    shifts: tuple[tuple[str, float, float], ...]
 
 
-def distributions(profile: Path) -> dict[str, Counts] | None:
-    """What `profile.json` of a data set counts, by `label`, `length` and `language`; None in one that is older.
+def read_distributions(profile: Path) -> dict[str, Counts] | None:
+    """Read the counts of a data set's `profile.json`, by `label`, `length` and `language`.
+
+    Return None for a profile of an older release, which has no such counts.
 
     Raises:
         IntegrityError: If the file is not a profile.
     """
     try:
         document = json.loads(profile.read_text(encoding="utf-8"))
-        found = document.get("distributions")
+        distributions = document.get("distributions")
     except (OSError, ValueError, AttributeError) as error:
-        raise IntegrityError(f"{profile.name}: not a data profile: {error}") from error
-    return found if isinstance(found, dict) else None
+        raise IntegrityError(f"{profile.name}: the file is not a data profile: {error}") from error
+    return distributions if isinstance(distributions, dict) else None
 
 
-def measure(before: Mapping[str, Counts], now: Mapping[str, Counts], confidence: float) -> list[Drift]:
-    """The drift of every distribution that both have, the furthest first."""
-    found = [_drift(what, before[what], now[what], confidence) for what in before if what in now]
-    return sorted(found, key=lambda d: (-d.low, -d.psi))
+def compute_drift(before: Mapping[str, Counts], now: Mapping[str, Counts], confidence: float) -> list[Drift]:
+    """Compute the drift of every distribution that both data sets have, the largest first."""
+    drifts = [_compute_one(name, before[name], now[name], confidence) for name in before if name in now]
+    return sorted(drifts, key=lambda d: (-d.psi_beyond_chance, -d.psi))
 
 
-def judge(found: Sequence[Drift] | None, limit: float, whose: str) -> tuple[str, bool | None]:
-    """What there is to say of the furthest drift, and whether it is allowed; None where nothing could be compared.
+def check_limit(drifts: Sequence[Drift] | None, limit: float, data_name: str) -> tuple[str, bool | None]:
+    """Return a sentence on the largest drift, and whether it is allowed; None where nothing could be compared.
 
     Args:
-        found: `measure`'s; None: the version's profile counts nothing.
+        drifts: The result of `compute_drift`; None: the profile of that version has no counts.
         limit: The largest index allowed, beyond what chance explains.
-        whose: The version, for the sentence, e.g. `the champion's data`.
+        data_name: The data compared with, for the sentence, e.g. `the champion's data`.
     """
-    if found is None:
-        return f"{whose} was profiled by a release that counted no distributions; set max_drift: null for one run", None
-    if not found:
-        return f"nothing of {whose} can be compared", None
-    worst = found[0]
-    moved = ", ".join(f"{kind} {was:.1%} to {now:.1%}" for kind, was, now in worst.moved[:_NAMED])
-    text = (
-        f"drift from {whose}: {worst.what} moved most, PSI {worst.psi:.3f}, {worst.low:.3f} beyond chance ({moved}); "
+    if drifts is None:
+        text = f"the profile of {data_name} is of an older release without distributions; "
+        return f"{text}set max_drift_psi: null for one run", None
+    if not drifts:
+        return f"{data_name} has no distribution that can be compared", None
+
+    # `compute_drift` lists the largest first.
+    largest = drifts[0]
+    shifts = ", ".join(
+        f"{category} {before:.1%} to {now:.1%}"
+        for category, before, now in largest.shifts[:_MAX_CATEGORIES_IN_SENTENCE]
     )
-    return f"{text}the limit is {limit:g}", worst.low <= limit
+    text = f"drift from {data_name}: {largest.distribution} moved most, PSI {largest.psi:.3f}, "
+    text += f"{largest.psi_beyond_chance:.3f} beyond chance ({shifts}); "
+    return f"{text}the limit is {limit:g}", largest.psi_beyond_chance <= limit
 
 
-def as_json(found: list[Drift]) -> list[dict[str, Any]]:
-    """The drift as `evaluation.json` holds it."""
-    return [{"what": d.what, "psi": d.psi, "beyond_chance": d.low, "moved": d.moved[:_NAMED]} for d in found]
+def as_json(drifts: list[Drift]) -> list[dict[str, Any]]:
+    """Return the drift as `evaluation.json` holds it."""
+    return [
+        {
+            "what": d.distribution,
+            "psi": d.psi,
+            "beyond_chance": d.psi_beyond_chance,
+            "moved": d.shifts[:_MAX_CATEGORIES_IN_SENTENCE],
+        }
+        for d in drifts
+    ]
 
 
-def _drift(what: str, before: Counts, now: Counts, confidence: float) -> Drift:
-    kinds = sorted(before.keys() | now.keys())
-    old, new = sum(before.values()), sum(now.values())
-    shares = {
-        kind: tuple(
-            (counts.get(kind, 0) + _UNSEEN) / (rows + _UNSEEN * len(kinds))
-            for counts, rows in ((before, old), (now, new))
+def _compute_one(distribution: str, before: Counts, now: Counts, confidence: float) -> Drift:
+    categories = sorted(before.keys() | now.keys())
+    # Both fractions are over all categories of either data set, so that they are comparable.
+    rows_before, rows_now = sum(before.values()), sum(now.values())
+    fractions = {
+        category: tuple(
+            (counts.get(category, 0) + _PSEUDOCOUNT_ROWS) / (rows + _PSEUDOCOUNT_ROWS * len(categories))
+            for counts, rows in ((before, rows_before), (now, rows_now))
         )
-        for kind in kinds
+        for category in categories
     }
-    terms = {kind: (q - p) * math.log(q / p) for kind, (p, q) in shares.items()}
+    terms = {category: (q - p) * math.log(q / p) for category, (p, q) in fractions.items()}
     psi = math.fsum(terms.values())
-    chance = (1 / max(1, old) + 1 / max(1, new)) * _chi_squared(len(kinds) - 1, confidence)
-    moved = sorted(kinds, key=lambda kind: (-terms[kind], kind))
-    return Drift(what, psi, max(0.0, psi - chance), tuple((kind, *shares[kind]) for kind in moved))  # type: ignore[misc]
+
+    # Two samples of one population exceed this index by chance with probability 1 - confidence.
+    scale = 1 / max(1, rows_before) + 1 / max(1, rows_now)
+    psi_by_chance = scale * _chi_squared_quantile(len(categories) - 1, confidence)
+    ordered = sorted(categories, key=lambda category: (-terms[category], category))
+    shifts = tuple((category, *fractions[category]) for category in ordered)
+    return Drift(distribution, psi, max(0.0, psi - psi_by_chance), shifts)  # type: ignore[arg-type]
 
 
-def _chi_squared(degrees: int, confidence: float) -> float:
-    """The quantile, by Wilson and Hilferty's cube (1931), within 2 % from 2 degrees up; 0 for 0 degrees."""
-    if degrees < 1:
+def _chi_squared_quantile(degrees_of_freedom: int, confidence: float) -> float:
+    """Approximate the quantile by Wilson and Hilferty's cube (1931), within 2 % from 2 degrees up; 0 for 0 degrees."""
+    if degrees_of_freedom < 1:
         return 0.0
-    part = 2 / (9 * degrees)
-    return degrees * (1 - part + NormalDist().inv_cdf(confidence) * math.sqrt(part)) ** 3
+    variance = 2 / (9 * degrees_of_freedom)
+    return degrees_of_freedom * (1 - variance + NormalDist().inv_cdf(confidence) * math.sqrt(variance)) ** 3

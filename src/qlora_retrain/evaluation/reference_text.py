@@ -1,7 +1,7 @@
-"""Reference text: general passages on which forgetting is measured.
+"""Read reference text: general passages on which forgetting is measured.
 
-Reads every `.jsonl` (`{"text": ...}` or `{"messages": [...]}` a line) and `.txt` (a paragraph a passage) of a folder;
-other files, such as a licence without an ending, are left alone. Refuses (12) a folder without a passage.
+Reads every `.jsonl` (one `{"text": ...}` or `{"messages": [...]}` per line) and `.txt` (one passage per paragraph) of a
+folder. Other files, such as a licence without a suffix, are ignored. Refuses (12) a folder without a passage.
 """
 
 from __future__ import annotations
@@ -16,59 +16,66 @@ from qlora_retrain.lm import chat
 Passage = str | list[chat.Message]
 
 
-def read(folder: Path) -> list[Passage]:
-    """Every passage, by file and position: text, or a chat of which the assistant's turns will be judged.
+def read_passages(folder: Path) -> list[Passage]:
+    """Read every passage, by file and position: a text, or a chat whose assistant turns will be scored.
 
     Raises:
-        UsageError: If a line is neither form, or there is no passage at all.
+        UsageError: If a line has neither form, or there is no passage at all.
     """
     passages: list[Passage] = []
+    # Sorted, because the order of files in a folder differs from machine to machine.
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".jsonl", ".txt"):
             continue
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(f"reference_data: {path.name}: wanted UTF-8 text: {error}") from error
+            raise UsageError(f"reference_data: {path.name}: the file is not UTF-8 text, convert it: {error}") from error
         if path.suffix == ".txt":
-            passages += _paragraphs(text)
+            passages += _split_paragraphs(text)
         else:
             lines = enumerate(text.splitlines(), 1)
-            passages += [_passage(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
-    # A passage twice would count twice and narrow the interval for nothing.
+            passages += [_parse_passage(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
+
+    # A repeated passage would count twice, and so narrow the interval without new evidence.
     unique = {passage_id(p): p for p in passages if p and (not isinstance(p, str) or p.strip())}
     if not unique:
-        raise UsageError('reference_data: no passage found; wanted .jsonl with {"text": ...} or .txt files')
+        raise UsageError(
+            'reference_data: no passage found; the folder must hold .jsonl files with {"text": ...} or .txt files'
+        )
     return list(unique.values())
 
 
 def passage_id(passage: Passage) -> str:
-    """16 hex of its content."""
+    """Return 16 hex digits of the hash of its content."""
+    # Sorted keys, so that a chat has one id however its file was written.
     text = passage if isinstance(passage, str) else json.dumps(passage, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _paragraphs(text: str) -> list[str]:
-    found: list[list[str]] = [[]]
+def _split_paragraphs(text: str) -> list[str]:
+    """Split a text at its empty lines."""
+    paragraphs: list[list[str]] = [[]]
     for line in text.splitlines():
         if line.strip():
-            found[-1].append(line)
-        elif found[-1]:
-            found.append([])
-    return ["\n".join(lines) for lines in found if lines]
+            paragraphs[-1].append(line)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    return ["\n".join(lines) for lines in paragraphs if lines]
 
 
-def _passage(line: str, where: str) -> Passage:
-    wrong = UsageError(f'reference_data: {where}: wanted {{"text": ...}} or {{"messages": [...]}}')
+def _parse_passage(line: str, location: str) -> Passage:
+    wrong_form = UsageError(f'reference_data: {location}: a line must be {{"text": ...}} or {{"messages": [...]}}')
     try:
         row = json.loads(line)
         if "text" not in row:
             turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+            # Only the assistant's tokens are scored, so a chat without them would measure nothing.
             if not any(turn["role"] == "assistant" for turn in turns):
-                raise UsageError(f"reference_data: {where}: a chat without an assistant turn; nothing to judge")
+                raise UsageError(f"reference_data: {location}: a chat needs an assistant turn to be scored")
             return turns
     except (ValueError, KeyError, TypeError) as error:
-        raise wrong from error
+        raise wrong_form from error
     if not isinstance(row["text"], str):
-        raise UsageError(f'reference_data: {where}: "text" is {type(row["text"]).__name__}; wanted a string')
+        raise UsageError(f'reference_data: {location}: "text" is {type(row["text"]).__name__}; it must be a string')
     return row["text"]

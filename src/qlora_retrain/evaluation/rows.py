@@ -1,4 +1,4 @@
-"""The rows that contestants are scored on, and what a model makes of each: `eval.jsonl` in, `scores.jsonl` out.
+"""Read the rows that contestants are scored on (`eval.jsonl`), and read and write their scores (`scores.jsonl`).
 
 Text is read and never written: a score holds a row's id, its slices, and numbers.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm import chat
 
-UNPARSABLE = "(no label)"  # what a model that writes its labels is said to predict where it wrote none of them
+UNPARSABLE = "(no label)"  # the prediction of a model that was to generate a label and generated other text
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A chat to be scored; `language` is what the data says of it, if it does."""
+    """A chat to be scored; `language` is what the data states, if it states one."""
 
     id: str
     suite: str
@@ -30,18 +30,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowScore:
-    """What a model makes of one row.
+    """A model's scores on one row.
 
     Attributes:
         id: The row's id.
         suite: `eval`, `golden`, `train` or `reference`.
-        loss_nats: Negative log-likelihood, summed over the answer's tokens.
-        tokens: How many tokens that sum has.
+        loss_nats: The negative log-likelihood, summed over the answer's tokens.
+        tokens: The number of tokens in that sum.
         predicted: The likeliest label, where there are labels.
         correct: Whether that is the row's answer.
-        hits: How many of the tokens the model would have chosen itself; counted on reference text.
-        values: Metrics of what the model wrote, each in [0, 1]; empty where none was asked for.
-        slices: What the row belongs to, e.g. `label=refund`, `length=32-63`, `language=latin`.
+        hits: The number of tokens that the model finds likeliest; counted on reference text.
+        values: Metrics of the model's completion, each in [0, 1]; empty where none was generated.
+        slices: The slices that the row belongs to, e.g. `label=refund`, `length=32-63`, `language=latin`.
     """
 
     id: str
@@ -55,13 +55,14 @@ class RowScore:
     slices: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The fields that are known, fit for JSON: a loss that is not finite becomes null."""
-        known = {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
-        return known | {"loss_nats": self.loss_nats if math.isfinite(self.loss_nats) else None}
+        """Return the fields that are set, fit for JSON: a loss that is not finite becomes null."""
+        # Empty fields are left out, which keeps the line of a row short.
+        fields = {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
+        return fields | {"loss_nats": self.loss_nats if math.isfinite(self.loss_nats) else None}
 
 
 def read_rows(path: Path, suite: str) -> list[Row]:
-    """The rows of `eval.jsonl` or `golden.jsonl`.
+    """Read the rows of `eval.jsonl` or `golden.jsonl`.
 
     Raises:
         IntegrityError: If a line is not a row.
@@ -72,20 +73,21 @@ def read_rows(path: Path, suite: str) -> list[Row]:
             row = json.loads(line)
             rows.append(Row(str(row["id"]), suite, row["messages"], row.get("language")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f'{path.name}:{number}: wanted {{"id", "messages"}}: {error!r}') from error
+            text = f'{path.name}:{number}: the line is not a row; it must be {{"id", "messages"}}: {error!r}'
+            raise IntegrityError(text) from error
     return rows
 
 
 def write_scores(path: Path, scores: Mapping[str, Sequence[RowScore]]) -> None:
-    """Write `scores.jsonl`: one line a contestant and row."""
+    """Write `scores.jsonl`: one line per contestant and row."""
     with path.open("w", encoding="utf-8") as file:
-        for contestant, found in scores.items():
-            for score in found:
+        for contestant, contestant_scores in scores.items():
+            for score in contestant_scores:
                 file.write(json.dumps({"contestant": contestant, **score.as_json()}) + "\n")
 
 
 def read_scores(path: Path) -> dict[str, list[RowScore]]:
-    """The scores of each contestant, in the order written.
+    """Read the scores of each contestant, in the order of the file.
 
     Raises:
         IntegrityError: If a line is not a score.
@@ -94,10 +96,11 @@ def read_scores(path: Path) -> dict[str, list[RowScore]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
+            # JSON has no NaN and no infinity, so such a loss was written as null.
             loss = math.nan if record["loss_nats"] is None else float(record["loss_nats"])
-            known = {k: v for k, v in record.items() if k != "contestant"}
-            known |= {"loss_nats": loss, "slices": tuple(record.get("slices", ()))}
-            scores.setdefault(record["contestant"], []).append(RowScore(**known))
+            fields = {k: v for k, v in record.items() if k != "contestant"}
+            fields |= {"loss_nats": loss, "slices": tuple(record.get("slices", ()))}
+            scores.setdefault(record["contestant"], []).append(RowScore(**fields))
         except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path.name}:{number}: not a row's score: {error!r}") from error
+            raise IntegrityError(f"{path.name}:{number}: the line is not a row's score: {error!r}") from error
     return scores

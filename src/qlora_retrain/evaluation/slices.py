@@ -1,8 +1,8 @@
-"""What a row belongs to: its label, its prompt's length, its language; told from the row alone, so it never changes.
+"""Assign a row to slices: its label, the length of its prompt, and its language.
 
-Lengths are in characters and in powers of two, because contestants may have different tokenizers. The language is what
-the data says (`data.language_field`); where it says nothing, the script that most letters are written in, which tells
-Japanese from Russian but not Spanish from English.
+Slices depend on the row alone, so they never change. Lengths are ranges of characters in powers of two, because
+contestants may have different tokenizers. The language is what the data states (`data.language_field`). Where it states
+none, it is the script of most letters, which tells Japanese from Russian but not Spanish from English.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ from collections import Counter
 
 from qlora_retrain.lm import chat
 
-_SHORTEST = 32  # characters; whatever is shorter is one slice
-_LETTERS_LOOKED_AT = 500
+_SHORTEST_CHARACTERS = 32  # all prompts shorter than this form one slice
+_MAX_LETTERS = 500  # the script is decided by this many letters of the prompt
 
 
-def of(messages: chat.Chat, language: str | None = None, *, labelled: bool) -> tuple[str, ...]:
-    """The names of a row's slices; a label only where the answers are a closed set."""
-    text = prompt(messages)
-    found = [f"length={length(text)}", f"language={language or script(text)}"]
-    return tuple([f"label={chat.answer_of(messages)}", *found] if labelled else found)
+def slice_names(messages: chat.Chat, language: str | None = None, *, has_labels: bool) -> tuple[str, ...]:
+    """Return the names of a row's slices; with a label only where the answers are a closed set."""
+    text = user_text(messages)
+    names = [f"length={length_range(text)}", f"language={language or dominant_script(text)}"]
+    return tuple([f"label={chat.answer_of(messages)}", *names] if has_labels else names)
 
 
-def prompt(messages: chat.Chat) -> str:
-    """What the users said, without the system turn, which is alike in all rows."""
+def user_text(messages: chat.Chat) -> str:
+    """Join the user turns; the system turn is left out, because it is the same in all rows."""
     return "\n".join(turn["content"] for turn in messages if turn["role"] == "user")
 
 
-def length(text: str) -> str:
-    """The characters of a text as a range of powers of two, e.g. `32-63`."""
+def length_range(text: str) -> str:
+    """Return the number of characters as a range of powers of two, e.g. `32-63`."""
+    # The highest power of two that is not above the length.
     low = 1 << max(0, len(text).bit_length() - 1)
-    return f"0-{_SHORTEST - 1}" if low < _SHORTEST else f"{low}-{2 * low - 1}"
+    return f"0-{_SHORTEST_CHARACTERS - 1}" if low < _SHORTEST_CHARACTERS else f"{low}-{2 * low - 1}"
 
 
-def script(text: str) -> str:
-    """The script of most letters, by their Unicode names, e.g. `latin`, `cyrillic`, `cjk`; `none` without letters."""
-    letters = [c for c in text if c.isalpha()][:_LETTERS_LOOKED_AT]
+def dominant_script(text: str) -> str:
+    """Return the script of most letters, e.g. `latin`, `cyrillic` or `cjk`; `none` without letters.
+
+    The first word of a letter's Unicode name is its script.
+    """
+    letters = [c for c in text if c.isalpha()][:_MAX_LETTERS]
     counts = Counter(unicodedata.name(c, "unknown").split()[0].lower() for c in letters)
+    # Ties are broken by name, so that the slice does not depend on the order of the letters.
     return min(counts, key=lambda name: (-counts[name], name)) if counts else "none"

@@ -1,8 +1,8 @@
-"""The verdict on a challenger: pass, refuse, or insufficient evidence, and every rule behind it.
+"""Decide on a challenger: pass, refuse, or insufficient evidence, with every rule behind the decision.
 
-`evaluate` judges the live 4-bit model with its adapter, `merge_adapter` the merged form, so both gates are one set of
-rules (`rules/`). A rule passes, fails, or cannot be judged for want of evidence; a verdict passes only where every rule
-does. Pure functions of per-row scores and the config.
+`evaluate` decides on the unmerged 4-bit model with its adapter, `merge_adapter` on the merged form. Both gates share
+one set of rules (`rules/`). A rule passes, fails, or lacks evidence; a verdict passes only where every rule passes.
+These are pure functions of the scores per row and the settings.
 """
 
 from __future__ import annotations
@@ -14,101 +14,124 @@ from typing import Any, Literal
 
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.core.errors import QualityRefused
-from qlora_retrain.core.outcome import Number, Report
-from qlora_retrain.evaluation.metrics.measures import measure as measure
-from qlora_retrain.evaluation.metrics.measures import measure_suite as measure_suite
-from qlora_retrain.evaluation.metrics.measures import table as numbers_table
+from qlora_retrain.core.outcome import Number, StepResult
+from qlora_retrain.evaluation.metrics.suite_metrics import compute_metrics as compute_metrics
+from qlora_retrain.evaluation.metrics.suite_metrics import compute_suite_metrics as compute_suite_metrics
+from qlora_retrain.evaluation.metrics.suite_metrics import metrics_table as metrics_table
 from qlora_retrain.evaluation.rows import RowScore
-from qlora_retrain.evaluation.rules import overall, sliced
-from qlora_retrain.evaluation.rules.comparison import Scores, gain, metric_of, suite, unit
-from qlora_retrain.evaluation.rules.rule import Rule as Rule
-from qlora_retrain.evaluation.rules.rule import ends, said
-from qlora_retrain.evaluation.rules.rule import table as rules_table
+from qlora_retrain.evaluation.rules import slice_rules, suite_rules
+from qlora_retrain.evaluation.rules.comparison import (
+    Scores,
+    display_name,
+    gain_interval,
+    primary_metric,
+    rows_of_suite,
+)
+from qlora_retrain.evaluation.rules.rule_result import RuleResult as RuleResult
+from qlora_retrain.evaluation.rules.rule_result import format_interval
+from qlora_retrain.evaluation.rules.rule_result import rules_table as rules_table
 
 __all__ = [
-    "Rule",
+    "RuleResult",
     "Verdict",
-    "judge",
-    "measure",
-    "measure_suite",
+    "apply_rules",
+    "compute_metrics",
+    "compute_suite_metrics",
     "merge_cost",
-    "metric_of",
-    "numbers_table",
+    "metrics_table",
+    "primary_metric",
     "rules_table",
 ]
 
-Word = Literal["pass", "refuse", "insufficient evidence"]
+Decision = Literal["pass", "refuse", "insufficient evidence"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the rules say together."""
+    """The decision on a challenger, as a word, a sentence and the rules behind it."""
 
-    verdict: Word
+    decision: Decision
     sentence: str
-    rules: tuple[Rule, ...]
+    rules: tuple[RuleResult, ...]
 
     def rules_as_json(self) -> list[dict[str, Any]]:
-        """The rules as `evaluation.json` and `certificate.json` hold them."""
+        """Return the rules as `evaluation.json` and `certificate.json` hold them."""
         return [asdict(rule) for rule in self.rules]
 
-    def report(self, numbers: Mapping[str, Number]) -> Report:
-        """The step's report: refused unless everything passed."""
-        refused = None if self.verdict == "pass" else QualityRefused(self.sentence)
-        return Report({"verdict": self.verdict, **numbers}, refused)
+    def to_step_result(self, numbers: Mapping[str, Number]) -> StepResult:
+        """Return the step's report; it is a refusal unless every rule passed."""
+        refused = None if self.decision == "pass" else QualityRefused(self.sentence)
+        return StepResult({"verdict": self.decision, **numbers}, refused)
 
 
-def judge(scores: Scores, settings: EvaluateConfig, extra: Sequence[Rule] = ()) -> Verdict:
+def apply_rules(scores: Scores, settings: EvaluateConfig, extra: Sequence[RuleResult] = ()) -> Verdict:
     """Apply every rule to the contestants' scores.
 
     Args:
         scores: `base`, `challenger` and, where there are any, `champion` and `anchor`; rows of the suites `eval`,
             `golden` and `reference`.
         settings: The limits.
-        extra: Rules that a step adds, judged with the others.
+        extra: Rules that a step has applied itself; they count like the others.
     """
-    if broken := sorted(name for name, rows in scores.items() if not all(math.isfinite(s.loss_nats) for s in rows)):
-        rule = Rule("finite_scores", f"{', '.join(broken)}: some rows have a loss that is not finite", passed=False)
-        return _verdict([rule, *extra], "")
-    rows = len(suite(scores["challenger"], "eval"))
+    # With a loss that is not finite, or with too few rows, no comparison means anything. Then only this result and the
+    # step's own rules count.
+    non_finite = sorted(name for name, rows in scores.items() if not all(math.isfinite(s.loss_nats) for s in rows))
+    if non_finite:
+        text = f"{', '.join(non_finite)}: some rows have a loss that is not finite"
+        return _decide([RuleResult("finite_scores", text, passed=False), *extra], "")
+    rows = len(rows_of_suite(scores["challenger"], "eval"))
     if rows < max(1, settings.min_rows):
         text = f"{rows} evaluation rows; at least {settings.min_rows} are needed"
-        return _verdict([Rule("enough_rows", text, rows, limit=settings.min_rows), *extra], "")
-    rules = [Rule("enough_rows", f"{rows} evaluation rows", rows, limit=settings.min_rows, passed=True)]
-    rules += overall.all_of(scores, settings)
-    rules += sliced.all_of(scores, settings, sliced.measure(scores, settings))
-    return _verdict([*rules, *extra], _summary(scores, settings))
+        return _decide([RuleResult("enough_rows", text, rows, limit=settings.min_rows), *extra], "")
+
+    results = [RuleResult("enough_rows", f"{rows} evaluation rows", rows, limit=settings.min_rows, passed=True)]
+    results += suite_rules.apply(scores, settings)
+    results += slice_rules.apply(scores, settings, slice_rules.compare_slices(scores, settings))
+    return _decide([*results, *extra], _summarize_gains(scores, settings))
 
 
-def merge_cost(live: Sequence[RowScore], merged: Sequence[RowScore], limit: float, settings: EvaluateConfig) -> Rule:
-    """The rule that merging must not cost more than `limit` nats a token on the evaluation rows."""
-    if not all(math.isfinite(s.loss_nats) for s in (*live, *merged)):
-        return Rule("merge_cost", "the merged form's loss is not finite on some rows", limit=limit, passed=False)
-    if not suite(merged, "eval"):
-        return Rule("merge_cost", "no evaluation rows to measure the merge on", limit=limit)
-    found = gain({"challenger": merged, "live": live}, "live", "eval", "loss", settings).negative
-    text = f"nats a token lost by merging: {said(found)}; its upper end must not lie above {limit:g}"
-    return Rule("merge_cost", text, *ends(found), limit, found.high <= limit)
+def merge_cost(
+    unmerged: Sequence[RowScore], merged: Sequence[RowScore], limit: float, settings: EvaluateConfig
+) -> RuleResult:
+    """Check that merging costs at most `limit` nats per token on the evaluation rows."""
+    if not all(math.isfinite(s.loss_nats) for s in (*unmerged, *merged)):
+        text = "the loss of the merged form is not finite on some rows"
+        return RuleResult("merge_cost", text, limit=limit, passed=False)
+    if not rows_of_suite(merged, "eval"):
+        return RuleResult("merge_cost", "there are no evaluation rows to measure the cost of merging on", limit=limit)
+
+    # The merged form takes the challenger's place, so that its loss against the unmerged one is a negated gain.
+    scores = {"challenger": merged, "unmerged": unmerged}
+    cost = gain_interval(scores, "unmerged", "eval", "loss", settings).negated
+    text = f"nats per token lost by merging: {format_interval(cost)}; its upper end must not lie above {limit:g}"
+    return RuleResult.from_interval("merge_cost", text, cost, limit, cost.high <= limit)
 
 
-def _verdict(rules: Sequence[Rule], summary: str) -> Verdict:
+def _decide(rules: Sequence[RuleResult], gains: str) -> Verdict:
+    """Combine the rules; `gains` describes the challenger in the sentence of a verdict that passes."""
     by_name = {rule.name: rule for rule in rules}
     failed = [r.text for r in rules if r.passed is False]
-    missing = [r.text for r in rules if r.passed is None]
+    undecided = [r.text for r in rules if r.passed is None]
+
+    # With too few rows nothing can have failed, not even a rule of the step's own.
     if "enough_rows" in by_name and by_name["enough_rows"].passed is None:
-        failed = []  # too few rows to fail anything on
+        failed = []
+    # One failed rule refuses, even where others lack evidence.
     if failed:
         return Verdict("refuse", "refused: " + "; ".join(failed), tuple(rules))
-    if missing:
-        return Verdict("insufficient evidence", "insufficient evidence: " + "; ".join(missing), tuple(rules))
-    return Verdict("pass", f"passed {len(rules)} rules: {summary}", tuple(rules))
+    if undecided:
+        return Verdict("insufficient evidence", "insufficient evidence: " + "; ".join(undecided), tuple(rules))
+    return Verdict("pass", f"passed {len(rules)} rules: {gains}", tuple(rules))
 
 
-def _summary(scores: Scores, settings: EvaluateConfig) -> str:
-    metric = metric_of(scores, settings)
+def _summarize_gains(scores: Scores, settings: EvaluateConfig) -> str:
+    """Describe the challenger's gain over each rival; empty where the primary metric is defined for no row."""
+    metric = primary_metric(scores, settings)
+    # The gains only complete a sentence, and a rule reports missing values.
     try:
         return "; ".join(
-            f"{unit(metric)} against the {rival} {said(gain(scores, rival, 'eval', metric, settings))}"
+            f"{display_name(metric)} against the {rival} "
+            f"{format_interval(gain_interval(scores, rival, 'eval', metric, settings))}"
             for rival in ("base", "champion", "anchor")
             if rival in scores
         )

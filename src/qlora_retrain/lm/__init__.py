@@ -1,4 +1,4 @@
-"""What a language model makes of rows: chats to tokens, loading, forward passes, generation.
+"""Run the language model: tokenize chats, load models, score, rank labels, generate answers, verify checkpoints.
 
-Hashed: a step's code identity covers what it imports of this package.
+This package is hashed: a step's code identity covers the modules that the step imports from it.
 """

@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: a folder counts once its marker, written last, lists every file with its hash.
+"""Mark and verify checkpoints: one is valid only if its marker, written last, lists every file with its hash.
 
     <scratch>/checkpoint-<step>/...files
     <scratch>/checkpoint-<step>/_complete.json    {"step": n, "files": [{"path", "size", "sha256"}, ...]}
 
-Checkpoints hold pickles, so nothing in one is opened before it verifies. Standard library only.
+Checkpoints hold pickles, so no file of one is opened before all of them verify. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ MARKER = "_complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def complete(folder: Path, step: int) -> None:
-    """Write the marker of a checkpoint whose files are all there; temporary name first, so that it is whole or absent.
+def write_marker(folder: Path, step: int) -> None:
+    """Write the marker of a checkpoint whose files are all there.
 
     Args:
         folder: `checkpoint-<step>`.
-        step: Optimizer steps that were done.
+        step: The number of optimizer steps that are done.
     """
     files = [
         {"path": name, "size": path.stat().st_size, "sha256": _sha256(path)}
         for name, path in sorted(_files(folder).items())
     ]
+
+    # A rename is atomic, so a process that dies here leaves no marker or a whole one, never half of one.
     temporary = folder / f"{MARKER}.part"
     temporary.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / MARKER)
 
 
-def verify(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None where every file is what its marker says and nothing else is there."""
+def invalid_reason(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be used.
+
+    Returns:
+        None where every file is as the marker lists it, and there is no other file.
+    """
     try:
         marker: Any = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         step = int(marker["step"])
@@ -46,17 +52,23 @@ def verify(folder: Path) -> str | None:
         return f"has no {MARKER}: the save was cut off"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MARKER} cannot be read: {error!r}"
+
+    # The step in the name decides which checkpoint is the newest, so it must be the true one.
     if step != step_of(folder):
-        return f"{MARKER} says step {step}, its folder is {folder.name}"
-    found = _files(folder)
-    if missing := sorted(listed.keys() - found.keys()):
+        return f"{MARKER} says step {step}, but the folder is {folder.name}"
+
+    files = _files(folder)
+    if missing := sorted(listed.keys() - files.keys()):
         return f"{missing[0]} is missing"
-    if extra := sorted(found.keys() - listed.keys()):
+    # A file that is not listed may be a pickle that somebody put there.
+    if extra := sorted(files.keys() - listed.keys()):
         return f"{extra[0]} is not in {MARKER}"
+
     for name, (size, sha256) in listed.items():
-        path = found[name]
+        path = files[name]
         if path.is_symlink() or not path.is_file():
             return f"{name} is no plain file"
+        # The size is checked first: it needs no read, and it differs where a checkpoint was cut off.
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes where {size} were written"
         if _sha256(path) != sha256:
@@ -65,32 +77,37 @@ def verify(folder: Path) -> str | None:
 
 
 def newest_valid(scratch: Path) -> Path | None:
-    """The checkpoint of the highest step that verifies; those passed over are named with the reason."""
-    for folder in reversed(found(scratch)):
-        reason = verify(folder)
+    """Return the valid checkpoint of the highest step, and log why newer ones were skipped."""
+    for folder in reversed(sorted_checkpoints(scratch)):
+        reason = invalid_reason(folder)
         if reason is None:
             return folder
-        say(f"passed over {folder.name}: {reason}")
+        say(f"skipped {folder.name}: {reason}")
     return None
 
 
-def found(scratch: Path) -> list[Path]:
-    """Every checkpoint folder, complete or not, by step."""
+def sorted_checkpoints(scratch: Path) -> list[Path]:
+    """Return every checkpoint folder, valid or not, in the order of their steps."""
     folders = [path for path in scratch.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name, -1 where there is none."""
+    """Return the optimizer step in a checkpoint folder's name, or -1 where there is none."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Everything in a checkpoint that is not a folder or the marker itself, by relative path."""
+    """Return everything in a checkpoint that is not a folder or the marker itself, by relative path."""
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    own = {MARKER, f"{MARKER}.part"}
-    return {name: path for name, path in names.items() if name not in own and (path.is_symlink() or not path.is_dir())}
+    marker_names = {MARKER, f"{MARKER}.part"}
+    # A link to a folder is listed too, so that `invalid_reason` refuses it.
+    return {
+        name: path
+        for name, path in names.items()
+        if name not in marker_names and (path.is_symlink() or not path.is_dir())
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `auto` becomes: decided once, when the plan is made, and written down with the reason."""
+"""Replace every `auto` by a value: once, when the plan is made, and recorded there with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from qlora_retrain.core.errors import UsageError
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
-_BF16_FLAGS = ("avx512f", "amx_bf16", "bf16")  # where torch multiplies bf16 matrices at full speed
+# CPUs with one of these multiply bf16 matrices at full speed in torch.
+_BF16_FLAGS = ("avx512f", "amx_bf16", "bf16")
 
 
 class Choice(BaseModel):
@@ -26,11 +27,11 @@ class Choice(BaseModel):
     reason: str
 
 
-def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]]:
-    """Every section with nothing left to choose, by its name, and the choices that were made.
+def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]]:
+    """Return every section without any `auto`, by name, and the choices that were made.
 
     Raises:
-        UsageError: If what was set cannot be had together with what was chosen.
+        UsageError: If a setting contradicts an automatic choice, as liger kernels and a CPU do.
     """
     sections = {step.section: config.section(step.section) for step in graph.STEPS}
     choices: list[Choice] = []
@@ -39,12 +40,16 @@ def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]
         choices.append(Choice(field=f"{section}.{name}", value=value, reason=reason))
         sections[section] = sections[section].model_copy(update={name: value})
 
-    if config.data.salt is None:
-        choose("data", "salt", config.line, "not set: the line's name")
+    # The same seed in every run keeps each row on its side of the split.
+    if config.data.split_seed is None:
+        choose("data", "split_seed", config.line, "not set: the line's name")
+
+    # The device first, because the other choices depend on it.
     for name, section in list(sections.items()):
         fields = section.model_dump()
         if fields.get("device") == "auto":
             choose(name, "device", *_device())
+
         device = sections[name].model_dump().get("device", "cpu")
         if fields.get("precision") == "auto":
             choose(name, "precision", *_precision(name, device))
@@ -53,7 +58,7 @@ def resolved(config: LineConfig) -> tuple[dict[str, Section], tuple[Choice, ...]
         if fields.get("kernels") == "auto":
             choose(name, "kernels", *_kernels(device))
         if fields.get("kernels") == "liger" and device != "cuda":
-            raise UsageError(f"{name}.kernels: liger needs {name}.device: cuda, and it is {device}; leave it out")
+            raise UsageError(f"{name}.kernels: liger needs {name}.device: cuda, and it is {device}; set kernels: auto")
     return sections, tuple(choices)
 
 
@@ -66,18 +71,19 @@ def _device() -> tuple[str, str]:
 def _precision(section: str, device: str) -> tuple[str, str]:
     if device == "cuda":
         return "bfloat16", "cuda has bf16 arithmetic"
+    # Training may use the faster type of this CPU, but a verdict must not depend on the CPU.
     if section != "train":
-        return "float32", "on a CPU, so that no verdict depends on which one it was"
+        return "float32", "on every CPU, so that no verdict depends on the machine"
     flags = set(_CPU.read_text().split()) if _CPU.exists() else set()
-    if found := [flag for flag in _BF16_FLAGS if flag in flags]:
-        return "bfloat16", f"this CPU has {found[0]}, with which torch multiplies bf16 matrices fast"
+    if fast_flags := [flag for flag in _BF16_FLAGS if flag in flags]:
+        return "bfloat16", f"this CPU has {fast_flags[0]}, with which torch multiplies bf16 matrices fast"
     return "float32", "this CPU multiplies bf16 matrices slowly: float32 is 10 times faster and holds the same weights"
 
 
 def _attention(device: str) -> tuple[str, str]:
     if device == "cpu":
         return "eager", "faster than sdpa on short rows on a CPU"
-    return "sdpa", "always there on cuda"
+    return "sdpa", "available on every CUDA device"
 
 
 def _kernels(device: str) -> tuple[str, str]:

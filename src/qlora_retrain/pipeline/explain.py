@@ -1,4 +1,4 @@
-"""What a plan will do and why, for a person: what is made, what will run, what changed since the line's last run."""
+"""Explain a plan to a person: which artifacts exist, which steps will run, and what changed since the last run."""
 
 from __future__ import annotations
 
@@ -7,97 +7,107 @@ from typing import Any
 
 from qlora_retrain.core import graph, hashing, progress
 from qlora_retrain.core.errors import Problem, describe
-from qlora_retrain.pipeline import execute
-from qlora_retrain.pipeline.plan import Plan, PlannedStep
-from qlora_retrain.storage import artifact, open_store
+from qlora_retrain.pipeline import run_page, status
+from qlora_retrain.pipeline.plan import Plan, PlannedStep, plan_uri
+from qlora_retrain.storage import open_store
 from qlora_retrain.storage.store import NotFound, Store
 
-_RUNS_LOOKED_AT = 50
+# A line's last run is among the newest runs of the store; a store may have thousands.
+_MAX_RUNS_READ = 50
 
 
 def as_text(plan: Plan) -> str:
-    """The plan as a table, a step a line."""
+    """Return the plan as a table, one line for each step."""
     lines = [f"run {plan.run_id} of line {plan.line}", f"plan {plan.uri}"]
-    champion = plan.champion.version if plan.champion else "none yet"
-    lines.append(f"champion {champion}")
+    lines.append(f"champion {plan.champion.version if plan.champion else 'none yet'}")
     if plan.anchor:
         lines.append(f"anchor {plan.anchor.version}: the best version so far")
     if plan.reference:
         lines.append(f"data reference {plan.reference.version}")
     lines += [f"{c.field} = {c.value}: {c.reason}" for c in plan.choices]
+
     if plan.unchanged:
         lines.append(f"unchanged: production is already {plan.unchanged}, made by this recipe; nothing will run")
         return "\n".join(lines)
-    before = previous(open_store(plan.root), plan)
+
+    # The comparison is with the line's last run, since that is the one that a person remembers.
+    earlier = previous_plan(open_store(plan.root), plan)
     for planned in plan.steps:
-        lines.append(f"  {planned.name:<15} {planned.key[:12]}  {_state(plan, planned, before)}")
+        lines.append(f"  {planned.name:<15} {planned.key[:12]}  {_forecast(plan, planned, earlier)}")
     return "\n".join(lines)
 
 
 def status_text(plan: Plan) -> str:
-    """Where a run stands, a step a line."""
+    """Return the state of a run, one line for each step."""
     store = open_store(plan.root)
     lines = [f"run {plan.run_id} of line {plan.line}"]
     if plan.unchanged:
         return "\n".join([*lines, f"unchanged: production was already {plan.unchanged}"])
+
     for planned in plan.steps:
-        made = execute.manifest(plan, planned.name)
-        if made is not None:
-            text = f"{made.outcome}  {progress.one_line(made.numbers)}" + (f"  {made.reason}" if made.reason else "")
+        manifest = status.find_manifest(plan, planned.name)
+        if manifest is None:
+            text = _progress_text(store, plan, planned.name)
         else:
-            text = _progress(store, plan, planned.name)
+            reason = f"  {manifest.reason}" if manifest.reason else ""
+            text = f"{manifest.outcome}  {progress.format_numbers(manifest.numbers)}{reason}"
         lines.append(f"  {planned.name:<15} {text}")
     return "\n".join(lines)
 
 
-def previous(store: Store, plan: Plan) -> Plan | None:
-    """The line's newest plan before this one, or None."""
-    runs = [r for r in store.children("runs") if r < plan.run_id]
-    for run in sorted(runs, reverse=True)[:_RUNS_LOOKED_AT]:
+def previous_plan(store: Store, plan: Plan) -> Plan | None:
+    """Return the line's newest plan before this one, or None."""
+    runs = [run for run in store.children("runs") if run < plan.run_id]
+    for run in sorted(runs, reverse=True)[:_MAX_RUNS_READ]:
         try:
-            found = Plan.load(f"{store.uri}/runs/{run}/plan.json")
+            earlier = Plan.load(plan_uri(store.uri, run))
         except Problem:
             continue  # a run that never got its plan, or one of another schema
-        if found.line == plan.line:
-            return found
+        if earlier.line == plan.line:
+            return earlier
     return None
 
 
-def _state(plan: Plan, planned: PlannedStep, before: Plan | None) -> str:
-    code = execute.found(plan, planned.name)
+def _forecast(plan: Plan, planned: PlannedStep, earlier: Plan | None) -> str:
+    """Return whether a step will run, and why."""
+    # An artifact in the store counts, whichever run made it.
+    code = status.exit_code(plan, planned.name)
     if code is not None:
         return f"made already: {describe(code)}"
-    old = before.step(planned.name) if before else None
-    if old is None:
+
+    before = earlier.step(planned.name) if earlier else None
+    if before is None:
         return "will run: no earlier run of this line"
-    if old.key == planned.key:
+    if before.key == planned.key:
         return "will run: planned before, but never finished"
-    return "will run: " + ", ".join(_differences(old, planned))
+    return "will run: " + ", ".join(_differences(before, planned))
 
 
-def _differences(old: PlannedStep, new: PlannedStep) -> Iterator[str]:
-    section = graph.step(new.name).section
-    for name in sorted(old.identity.keys() | new.identity.keys()):
-        was, now = old.identity.get(name), new.identity.get(name)
-        if was != now:
-            yield f"{section}.{name} was {was!r}, is {now!r}"
-    for name, key in new.inputs.items():
-        if old.inputs.get(name) != key:
+def _differences(before: PlannedStep, planned: PlannedStep) -> Iterator[str]:
+    """Yield a phrase for each change that gave the step another key."""
+    section = graph.step(planned.name).section
+    for name in sorted(before.identity.keys() | planned.identity.keys()):
+        old, new = before.identity.get(name), planned.identity.get(name)
+        if old != new:
+            yield f"{section}.{name} was {old!r}, is {new!r}"
+
+    # Keys are hashes, which mean nothing to a person: only the names of changed inputs are listed.
+    for name, key in planned.inputs.items():
+        if before.inputs.get(name) != key:
             yield f"new {name}"
-    if old.code != new.code:
+    if before.code != planned.code:
         yield "new code or packages"
 
 
-def _progress(store: Store, plan: Plan, step_name: str) -> str:
+def _progress_text(store: Store, plan: Plan, step_name: str) -> str:
+    """Return the progress of a step that has no artifact yet, or how it last failed."""
+    failure = run_page.last_failure(plan, step_name)
+    if failure is not None:
+        return f"not made  {failure.summary()}"
     try:
-        update: Mapping[str, Any] = hashing.parse(store.read(f"runs/{plan.run_id}/status/{step_name}.json").data)
+        update: Mapping[str, Any] = hashing.parse_json(store.read(f"runs/{plan.run_id}/status/{step_name}.json").data)
     except (NotFound, ValueError):
         return "not made"
+    # The rest of a progress update is what the step measured on the way.
     numbers = {k: v for k, v in update.items() if k not in ("what", "done", "total")}
-    return f"{update['what']} {update['done']:g}/{update['total']:g}  {progress.one_line(numbers)}"
-
-
-def artifact_folder(plan: Plan, step_name: str) -> str | None:
-    """Where in the store the files of what a step made are; None while it is not made."""
-    made = execute.manifest(plan, step_name)
-    return f"{plan.root}/{artifact.folder(made.artifact, made.key)}/{made.attempt}" if made else None
+    return f"{update['what']} {update['done']:g}/{update['total']:g}  {progress.format_numbers(numbers)}"

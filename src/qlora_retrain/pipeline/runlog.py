@@ -1,4 +1,4 @@
-"""What a step said, kept in the run's folder: its log whatever happens, its progress while it works.
+"""Save a step's output in the run's folder: its log when it ends, its progress while it works.
 
 runs/<run_id>/logs/<step>-<id>.log      everything the step printed, written when it ends
 runs/<run_id>/status/<step>.json        the last progress update, a few seconds old at most
@@ -24,7 +24,7 @@ _STATUS_EVERY_SECONDS = 2.0
 
 
 class _Tee:
-    """A text stream that also writes to a log; everything else is the stream's own."""
+    """A text stream that also writes to a log; every other method is the stream's own."""
 
     def __init__(self, stream: TextIO, log: IO[str]) -> None:
         self._stream, self._log = stream, log
@@ -39,16 +39,17 @@ class _Tee:
 
 
 @contextlib.contextmanager
-def kept(store: Store, run_id: str, step: str) -> Iterator[None]:
-    """Keep what a step says in the block; losing a log never fails a step."""
-    run, name = f"runs/{run_id}", f"{step}-{uuid.uuid4().hex[:8]}.log"
-    last = 0.0
+def capture_output(store: Store, run_id: str, step: str) -> Iterator[None]:
+    """Save what a step prints in the block; losing a log never fails a step."""
+    run, log_name = f"runs/{run_id}", f"{step}-{uuid.uuid4().hex[:8]}.log"
+    last_upload = 0.0
 
-    def status(update: progress.Update) -> None:
-        nonlocal last
-        if time.monotonic() - last < _STATUS_EVERY_SECONDS and update["done"] != update["total"]:
+    def upload_status(update: progress.Update) -> None:
+        nonlocal last_upload
+        # Training reports several times a second, and each upload is a request to the store.
+        if time.monotonic() - last_upload < _STATUS_EVERY_SECONDS and update["done"] != update["total"]:
             return
-        last = time.monotonic()
+        last_upload = time.monotonic()
         with _never_fails():
             (folder / f"{step}.json").write_text(json.dumps(dict(update)))
             store.upload(folder, f"{run}/status", [f"{step}.json"])
@@ -57,21 +58,25 @@ def kept(store: Store, run_id: str, step: str) -> Iterator[None]:
         folder = Path(temporary)
         streams = (sys.stdout, sys.stderr)
         try:
-            with (folder / name).open("w", encoding="utf-8", errors="replace") as log, progress.listened(status):
+            with (
+                (folder / log_name).open("w", encoding="utf-8", errors="replace") as log,
+                progress.subscribe(upload_status),
+            ):
+                # Only Python's streams: what a library prints from C goes to the container's log alone.
                 sys.stdout, sys.stderr = _Tee(streams[0], log), _Tee(streams[1], log)
                 yield
         finally:
             sys.stdout, sys.stderr = streams
             with _never_fails():
-                store.upload(folder, f"{run}/logs", [name])
+                store.upload(folder, f"{run}/logs", [log_name])
 
 
 @contextlib.contextmanager
 def _never_fails() -> Iterator[None]:
-    """Nothing that goes wrong here is worth a step; a request to stop is not something that goes wrong."""
+    """Ignore errors, since a lost log must not fail a step; a request to stop is raised."""
     try:
         yield
-    except signals.Stopped:
+    except signals.StoppedBySignal:
         raise
     except (Problem, OSError):
         pass

@@ -5,30 +5,51 @@ Command: `python -m components.<step> --plan URI`
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.arguments import Parser
-from qlora_retrain.core.errors import Problem
-from qlora_retrain.pipeline import execute, kfp_outputs
-from qlora_retrain.pipeline.execute import Run as Run  # what a component's program loads
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Exit, Problem
+from qlora_retrain.pipeline import execute, kfp_outputs, run_endings
+from qlora_retrain.pipeline.execute import StepFunction as StepFunction  # the components import it from here
 from qlora_retrain.pipeline.plan import Plan
 
 
-def main(step_name: str, load: Callable[[], Run]) -> NoReturn:
-    """Run the step of a plan and end the process with its exit code."""
+def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
+    """Run the step of a plan, write its ending and end the process with its exit code."""
     parser = Parser(prog=f"python -m components.{step_name}", description=graph.step(step_name).summary)
     parser.add_argument("--plan", required=True, metavar="URI", help="the run's plan.json")
     parser.add_argument("--report-to", type=Path, metavar="FILE", help="copy the step's report there")
-    parser.add_argument("--executor-input", metavar="JSON", help="Kubeflow's: where it wants the step's numbers")
+    parser.add_argument("--ending-to", type=Path, metavar="FILE", help="write the step's ending (JSON) there")
+    parser.add_argument("--executor-input", metavar="JSON", help="from KFP: says where to write the step's numbers")
     arguments = parser.parse_args()
+
+    # It stays None where the plan cannot be loaded; then the ending is not written to the store.
+    plan = None
     try:
         plan = Plan.load(arguments.plan)
-        code = execute.execute(plan, step_name, load)
-        kfp_outputs.tell(plan, step_name, report_to=arguments.report_to, executor_input=arguments.executor_input)
-        sys.exit(code)
-    except Problem as problem:  # outside the step: no plan, no store, or stopped while its log was kept
-        sys.exit(execute.ended(step_name, problem.exit_code, str(problem)))
+        ending = execute.run_step(plan, step_name, load)
+        kfp_outputs.copy(plan, step_name, report_to=arguments.report_to, executor_input=arguments.executor_input)
+    except Problem as problem:  # outside the step: no plan, no store, or stopped while its log was uploaded
+        ending = Ending.from_problem(step_name, problem)
+        print(ending.sentence(), file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - our own bug, outside the step; it has an ending too
+        traceback.print_exc()
+        ending = Ending.from_exit_code(step_name, Exit.BUG, f"{type(error).__name__}: {error}")
+
+    is_over = run_endings.write(
+        ending,
+        root=plan.root if plan else None,
+        run_id=plan.run_id if plan else None,
+        ending_to=arguments.ending_to,
+    )
+    if not is_over:
+        # A plain exit would wait for the threads of the store's client, for as long as the store does not answer.
+        os._exit(ending.code)
+    sys.exit(ending.code)

@@ -1,4 +1,4 @@
-"""What runs the steps: without an orchestrator (`local`), in Airflow, on Kubernetes, in Docker, on Kubeflow.
+"""The places where steps run: subprocesses without an orchestrator (`local`), Airflow, Kubernetes, Docker, Kubeflow.
 
 Only this package and `demo` may import an orchestrator.
 """

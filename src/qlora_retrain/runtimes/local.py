@@ -1,4 +1,4 @@
-"""The whole pipeline without an orchestrator: a subprocess a step, steps that do not wait for each other side by side.
+"""Run the whole pipeline without an orchestrator: one subprocess per step, independent steps side by side.
 
 Command: `qlora-retrain run CONFIG --root URI`
 """
@@ -14,9 +14,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_retrain.core import graph, progress, supervisor
-from qlora_retrain.core.errors import Exit, Problem, describe, may_retry
-from qlora_retrain.pipeline import execute
+from qlora_retrain.core import endings, graph, progress, supervisor
+from qlora_retrain.core.endings import Ending, Kind
+from qlora_retrain.core.errors import Exit, Problem, describe
+from qlora_retrain.pipeline import run_endings, status
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
 
@@ -24,133 +25,180 @@ _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
 
-def command(step_name: str, plan_uri: str) -> list[str]:
-    """The one command line of a step."""
+def step_command(step_name: str, plan_uri: str) -> list[str]:
+    """Build the one command line of a step."""
     return [sys.executable, "-m", f"components.{step_name}", "--plan", plan_uri]
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, with the components importable."""
+def step_environment() -> dict[str, str]:
+    """Copy this process's environment, with the components importable."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(project_root()), os.environ.get("PYTHONPATH", "")])}
 
 
-class _Child:
-    """A step that runs, its output passed on line by line."""
+class _StepProcess:
+    """A running step, whose output is printed line by line."""
 
     def __init__(self, step: graph.Step, plan: Plan, attempt: int) -> None:
         self.step, self.attempt = step, attempt
+        self._written_ending: Ending | None = None
         self.process = subprocess.Popen(
-            supervisor.command(command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
+            supervisor.supervised_command(step_command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
             cwd=project_root(),
-            env=environment(),
+            env=step_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C is ours to pass on, once
+            start_new_session=True,  # Ctrl-C must not reach the step directly: `run` passes it on, once
         )
-        self._reader = threading.Thread(target=self._pass_on, daemon=True)
+        # Read in a thread, so that a step that prints much never waits for space in the pipe.
+        self._reader = threading.Thread(target=self._forward_output, daemon=True)
         self._reader.start()
 
-    def _pass_on(self) -> None:
+    def _forward_output(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
                 text = line.rstrip()
-                update = progress.parsed(text)
-                if update is None:
+                # Progress updates are JSON, which a person should not have to read.
+                update = progress.parse_update(text)
+                if ending := endings.from_line(text):
+                    self._written_ending = ending
+                elif not text:
+                    continue  # the line break that comes before an ending, for example
+                elif update is None:
                     progress.say(text if text.startswith(f"{self.step.name}:") else f"{self.step.name} | {text}")
                 else:
-                    _show(self.step.name, update)
+                    _print_progress(self.step.name, update)
 
-    def ended(self) -> int | None:
-        """The exit code, once there is one and all output was passed on."""
-        code = self.process.poll()
-        if code is not None:
-            self._reader.join()
-        return code
+    def poll_ending(self) -> Ending | None:
+        """Return how the step ended, once it has and all its output was printed."""
+        # The exit code exists before the last output was read, and the ending is in that output.
+        exit_code = self.process.poll()
+        if exit_code is None:
+            return None
+        self._reader.join()
+        return Ending.from_process(self.step.name, exit_code, self._written_ending)
+
+    @property
+    def has_written_ending(self) -> bool:
+        """Whether the step wrote the ending that counts, and so put it into the run's folder too."""
+        return self._written_ending is not None and self._written_ending.code == self.process.returncode
 
 
 def run(plan: Plan) -> int:
-    """Run every step of a plan that is not made, in the graph's order; stop at the first that fails.
+    """Run every step of a plan whose artifact is missing, in the graph's order; stop at the first that fails.
 
     Returns:
         0, or the exit code of the step that stopped the run; 130 after Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    done: set[str] = set()
-    running: list[_Child] = []
+    # A service manager stops this process with SIGTERM; the steps are then stopped as after Ctrl-C.
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    completed: set[str] = set()
+    running: list[_StepProcess] = []
+
     try:
-        while len(done) < len(graph.STEPS):
-            code = _start_ready(plan, done, running)
-            if code is None:
-                code = _collect(plan, done, running)
-            if code:
-                return code
+        while len(completed) < len(graph.STEPS):
+            exit_code = _start_ready_steps(plan, completed, running)
+            if exit_code is None:
+                exit_code = _reap_ended_steps(plan, completed, running)
+            if exit_code:
+                return exit_code
             time.sleep(_POLL_SECONDS)
         return Exit.DONE
+
     except KeyboardInterrupt:
-        progress.say("stopping: the steps that run get a minute to save their work")
+        progress.say(f"stopping: running steps get {_GRACE_SECONDS:.0f} s to save their work")
         return 130
+
     finally:
+        # Signal all of them before waiting for any, so that their grace periods run at the same time.
         for child in running:
-            child.process.terminate()  # the leash allows the step the grace period, then kills it
+            child.process.terminate()  # the supervisor allows the step its grace period, then kills it
         for child in running:
             child.process.wait()
 
 
-def _start_ready(plan: Plan, done: set[str], running: list[_Child]) -> int | None:
-    """Start what waits for nothing; the exit code of an artifact that was refused before, or None."""
+def _start_ready_steps(plan: Plan, completed: set[str], running: list[_StepProcess]) -> int | None:
+    """Start every step whose inputs are complete.
+
+    Returns:
+        The exit code of an artifact that an earlier run refused; None where there is none.
+    """
     for step in graph.STEPS:
-        if step.name in done or any(c.step is step for c in running) or not done.issuperset(graph.after(step)):
+        if (
+            step.name in completed
+            or any(child.step is step for child in running)
+            or not completed.issuperset(graph.upstream_steps(step))
+        ):
             continue
-        found = execute.found(plan, step.name)
-        if found is None:
-            running.append(_Child(step, plan, attempt=0))
-        elif found:
-            progress.say(execute.refused_before(plan, step.name))
-            return found
+
+        # The artifact may be in the store from an earlier run, or from another orchestrator.
+        exit_code = status.exit_code(plan, step.name)
+        if exit_code is None:
+            running.append(_StepProcess(step, plan, attempt=0))
+        elif exit_code:
+            progress.say(status.earlier_refusal(plan, step.name).sentence())
+            return exit_code
         else:
-            progress.say(f"{step.name}: made already: {progress.one_line(execute.summary(plan, step.name))}")
-            done.add(step.name)
+            progress.say(f"{step.name}: made already: {progress.format_numbers(status.numbers(plan, step.name))}")
+            completed.add(step.name)
     return None
 
 
-def _collect(plan: Plan, done: set[str], running: list[_Child]) -> int | None:
+def _reap_ended_steps(plan: Plan, completed: set[str], running: list[_StepProcess]) -> int | None:
+    """Remove the steps that ended from the list and decide about each: completed, tried again, or the end of the run.
+
+    Returns:
+        The exit code that stops the run; None while it goes on.
+    """
+    # A copy, because the loop changes the list.
     for child in list(running):
-        code = child.ended()
-        if code is None:
+        ending = child.poll_ending()
+        if ending is None:
             continue
+
         running.remove(child)
-        if code == 0 and _made(plan, child.step.name):
-            done.add(child.step.name)
-        elif code == 0:
-            progress.say(f"{child.step.name}: ended as if done, but its {child.step.makes} is not there")
+        # A step that was killed could not write its ending to the run's folder.
+        if ending.code and not child.has_written_ending:
+            run_endings.write_to_store(plan.root, plan.run_id, ending)
+
+        if ending.kind == Kind.DONE and _has_artifact(plan, child.step.name):
+            completed.add(child.step.name)
+        # An exit code of 0 without an artifact is a bug, so it is not retried.
+        elif ending.kind == Kind.DONE:
+            progress.say(f"{child.step.name}: exited with 0, but its {child.step.makes} is not in the store")
             return Exit.BUG
-        elif may_retry(code) and child.attempt < child.step.retries:
-            progress.say(f"{child.step.name}: {describe(code)}; try {child.attempt + 2} of {child.step.retries + 1}")
+        elif ending.retry and child.attempt < child.step.retries:
+            progress.say(
+                f"{child.step.name}: {describe(ending.code)}; try {child.attempt + 2} of {child.step.retries + 1}"
+            )
+            # 1, 2, 4, ... up to 30 seconds: a throttled store or a full disk often recovers in that time.
             time.sleep(min(30.0, 2.0**child.attempt))
-            running.append(_Child(child.step, plan, child.attempt + 1))
+            running.append(_StepProcess(child.step, plan, child.attempt + 1))
         else:
-            log = f"{plan.root}/runs/{plan.run_id}/logs"
-            progress.say(f"run {plan.run_id} stopped at {child.step.name}: {describe(code)} ({code}); logs: {log}")
-            return code
+            logs = f"{plan.root}/runs/{plan.run_id}/logs"
+            progress.say(
+                f"run {plan.run_id} stopped at {child.step.name}: {describe(ending.code)} ({ending.code}); logs: {logs}"
+            )
+            return ending.code
     return None
 
 
-def _made(plan: Plan, step_name: str) -> bool:
-    """Success is judged by the manifest, never by the process's word alone."""
+def _has_artifact(plan: Plan, step_name: str) -> bool:
+    """Return whether the step's manifest says that it succeeded; the exit code of the process alone is no proof."""
     try:
-        return execute.found(plan, step_name) == Exit.DONE
+        return status.exit_code(plan, step_name) == Exit.DONE
     except Problem as problem:
         progress.say(f"{step_name}: {problem}")
         return False
 
 
-def _show(step_name: str, update: Mapping[str, Any]) -> None:
-    line = progress.one_line(progress.numbers_of(update))
-    progress.say(f"{step_name} | {update['what']} {update['done']:g}/{update['total']:g}  {line}")
+def _print_progress(step_name: str, update: Mapping[str, Any]) -> None:
+    # One line for each update and no bar, because several steps may print at the same time.
+    numbers = progress.format_numbers(progress.extra_numbers(update))
+    progress.say(f"{step_name} | {update['what']} {update['done']:g}/{update['total']:g}  {numbers}")
 
 
-def _as_interrupt(number: int, frame: object) -> None:
+def _raise_keyboard_interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt

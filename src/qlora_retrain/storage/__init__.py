@@ -1,4 +1,4 @@
-"""Where artifacts, plans and published versions are kept. `open_store` is the entrance."""
+"""Where artifacts, plans and published versions are stored. `open_store` is the entrance."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from qlora_retrain.storage.store import Store
 
 
 def open_store(uri: str) -> Store:
-    """The store at `uri`: `s3://bucket/prefix`, `file:///folder` or a bare path.
+    """Open the store at `uri`: `s3://bucket/prefix`, `file:///folder` or a bare path.
 
     Raises:
         UsageError: For another scheme, or a URI with a secret in it.
     """
     uri = uris.absolute(uri)
     scheme = urlsplit(uri).scheme
+    # Each backend is imported where it is used: boto3 takes a second and is not installed everywhere.
     if scheme == "file":
         from qlora_retrain.storage.local import LocalStore
 
@@ -25,4 +26,4 @@ def open_store(uri: str) -> Store:
         from qlora_retrain.storage.s3 import S3Store
 
         return S3Store(uri)
-    raise UsageError(f"{uris.masked(uri)}: a store is file:///folder or s3://bucket/prefix")
+    raise UsageError(f"{uris.mask_secrets(uri)}: a store is file:///folder or s3://bucket/prefix")

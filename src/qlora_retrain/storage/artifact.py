@@ -2,6 +2,8 @@
 
 artifacts/<artifact>/<key>/<attempt>/...files     an attempt writes only in its own folder
 artifacts/<artifact>/<key>/_manifest.json         names the attempt that won; written last, only if absent
+
+The field names of `File` and `Manifest` are the JSON of every manifest in every store: never rename one.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_retrain.core import graph, hashing
-from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
+from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, UsageError
 from qlora_retrain.core.outcome import Number
-from qlora_retrain.storage.store import Exists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
 
 
 class File(BaseModel):
-    """One file, relative to its folder."""
+    """One file of a folder; its path is relative to that folder."""
 
     model_config = ConfigDict(frozen=True)
     path: str
@@ -34,8 +36,11 @@ class Manifest(BaseModel):
     """What an artifact is, where its files are, and what made it.
 
     Attributes:
-        inputs: The key of each thing it was made from.
-        read: The content hash of each artifact it was made from: the same key can be made twice, in other bytes.
+        inputs: The key of each input.
+        read: The content hash of each artifact among the inputs. A key does not determine the bytes: an artifact that
+            was dropped and made again has the same key and may have other bytes.
+        config: The identity fields of the step's section.
+        code: The hash of the step's code.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,104 +62,116 @@ class Manifest(BaseModel):
 
     @property
     def prefix(self) -> str:
-        """The folder in the store that holds the files."""
-        return f"{folder(self.artifact, self.key)}/{self.attempt}"
+        """The store's folder that holds the files."""
+        return f"{artifact_folder(self.artifact, self.key)}/{self.attempt}"
 
     @property
     def content_hash(self) -> str:
-        """The hash of its files, whoever made them."""
+        """The hash of the files alone, the same for every attempt that made the same bytes."""
         return hashing.content_hash((f.path, f.sha256) for f in self.files)
 
 
-def new_attempt() -> str:
-    """A name that no other attempt has."""
+def new_attempt_id() -> str:
+    """Return a name that no other attempt has."""
+    # Random, because attempts at one key may run on several machines that do not know of each other.
     return uuid.uuid4().hex[:12]
 
 
-def folder(artifact: str, key: str) -> str:
-    """The store's folder of an artifact."""
+def artifact_folder(artifact: str, key: str) -> str:
+    """Return the store's folder of an artifact."""
     return f"artifacts/{artifact}/{key}"
 
 
 def manifest_path(artifact: str, key: str) -> str:
-    """Where the manifest is, if the artifact exists."""
-    return f"{folder(artifact, key)}/_manifest.json"
+    """Return the path at which the manifest is, once the artifact exists."""
+    return f"{artifact_folder(artifact, key)}/_manifest.json"
 
 
-def find(store: Store, artifact: str, key: str) -> Manifest | None:
-    """The artifact's manifest, or None while there is none.
+def find_manifest(store: Store, artifact: str, key: str) -> Manifest | None:
+    """Return the artifact's manifest, or None while there is none.
 
     Raises:
-        IntegrityError: If what is there is no manifest of that artifact.
+        IntegrityError: If the document at that path is not a manifest of that artifact.
     """
     path = manifest_path(artifact, key)
     try:
         data = store.read(path).data
     except NotFound:
         return None
+
     try:
-        found = Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(f"{store.uri}/{path}: not a manifest: {_drop_hint(store, artifact, key)}") from error
-    if (found.artifact, found.key) != (artifact, key):
+
+    # A manifest that somebody copied to another key would otherwise pass for that key's artifact.
+    if (manifest.artifact, manifest.key) != (artifact, key):
         raise IntegrityError(
-            f"{store.uri}/{path}: names {found.artifact}/{found.key}: {_drop_hint(store, artifact, key)}"
+            f"{store.uri}/{path}: names {manifest.artifact}/{manifest.key}: {_drop_hint(store, artifact, key)}"
         )
-    return found
+    return manifest
 
 
-def check(store: Store, manifest: Manifest) -> None:
-    """Compare the names and sizes in the store with the manifest; hashes are checked where the bytes are used.
+def check_files(store: Store, manifest: Manifest) -> None:
+    """Compare the names and sizes in the store with the manifest.
+
+    This lists a folder and reads no file; hashes are checked where the bytes are used.
 
     Raises:
-        IntegrityError: Naming the file and the command that drops the artifact.
+        IntegrityError: If a file is missing or has another size. The message names the command that drops the artifact.
     """
-    there = {e.path.removeprefix(f"{manifest.prefix}/"): e.size_bytes for e in store.list(manifest.prefix)}
+    # Names relative to the attempt's folder, as the manifest has them.
+    sizes_bytes = {e.path.removeprefix(f"{manifest.prefix}/"): e.size_bytes for e in store.list(manifest.prefix)}
     for file in manifest.files:
-        if there.get(file.path) != file.size_bytes:
-            found = f"{there[file.path]} bytes" if file.path in there else "missing"
-            raise corrupt(store, manifest, f"{file.path}: wanted {file.size_bytes} bytes, found {found}")
+        if sizes_bytes.get(file.path) != file.size_bytes:
+            actual = f"{sizes_bytes[file.path]} bytes" if file.path in sizes_bytes else "missing"
+            raise corruption_error(store, manifest, f"{file.path}: expected {file.size_bytes} bytes, found {actual}")
 
 
-def corrupt(store: Store, manifest: Manifest, what: str) -> IntegrityError:
-    """The error for an artifact whose bytes are not what its manifest promised."""
+def corruption_error(store: Store, manifest: Manifest, fault: str) -> IntegrityError:
+    """Return the error for an artifact whose bytes are not those that its manifest promised."""
     where = f"{store.uri}/{manifest.prefix}"
-    return IntegrityError(f"{where}: {what}: {_drop_hint(store, manifest.artifact, manifest.key)}")
+    return IntegrityError(f"{where}: {fault}: {_drop_hint(store, manifest.artifact, manifest.key)}")
 
 
 def drop(store: Store, artifact: str, key: str) -> list[str]:
-    """Remove an artifact and all that was made from it, manifests first, so that they can be made again.
+    """Remove an artifact and everything that was made from it, so that the next run makes them again.
 
-    What was made from it goes too, because made again it may come out in other bytes.
+    What was made from it is removed too, because the artifact may have other bytes when it is made again.
 
     Returns:
-        `<artifact>/<key>` of each that was removed; none if there was nothing.
+        `<artifact>/<key>` of each artifact that was removed; empty if there was nothing.
 
     Raises:
-        UsageError: If the artifact or the key cannot be one.
+        UsageError: If no artifact has that name, or the key is not a key.
     """
     if artifact not in (s.makes for s in graph.STEPS) or not re.fullmatch(r"[0-9a-f]{64}", key):
         raise UsageError(
-            f"{artifact} {key}: wanted one of {', '.join(s.makes for s in graph.STEPS)} and a key of 64 hex"
+            f"{artifact} {key}: expected one of {', '.join(s.makes for s in graph.STEPS)} and a key of 64 hex"
         )
-    files = [e.path for e in store.list(folder(artifact, key))]
+
+    files = [e.path for e in store.list(artifact_folder(artifact, key))]
     dropped = []
     if files:
+        # The manifest first: without it the artifact does not exist, so no step uses it while its files disappear.
         store.delete([manifest_path(artifact, key)])
         store.delete([path for path in files if path != manifest_path(artifact, key)])
         dropped.append(f"{artifact}/{key}")
+
     for step in graph.STEPS:
         if artifact in (i.name for i in step.reads):
-            for other in store.children(f"artifacts/{step.makes}"):
-                with contextlib.suppress(IntegrityError):  # not readable: its own message names its own command
-                    made = find(store, step.makes, other)
-                    if made is not None and made.inputs.get(artifact) == key:
-                        dropped += drop(store, step.makes, other)
+            for dependent_key in store.children(f"artifacts/{step.makes}"):
+                # One that cannot be read is left; a step that reads it fails and names its `drop` command.
+                with contextlib.suppress(IntegrityError):
+                    manifest = find_manifest(store, step.makes, dependent_key)
+                    if manifest is not None and manifest.inputs.get(artifact) == key:
+                        dropped += drop(store, step.makes, dependent_key)
     return dropped
 
 
 def list_files(root: Path) -> tuple[File, ...]:
-    """Every file below a local folder, with sizes and hashes, sorted by path."""
+    """Return every file below a local folder with its size and hash, sorted by path."""
+    # Sorted, so that the manifest of the same files is the same.
     paths = sorted(p for p in root.rglob("*") if p.is_file())
     return tuple(
         File(path=p.relative_to(root).as_posix(), size_bytes=p.stat().st_size, sha256=hashing.sha256_file(p))
@@ -166,33 +183,39 @@ def complete(store: Store, local: Path, manifest: Manifest) -> Manifest:
     """Upload an attempt's folder and write its manifest last.
 
     Args:
-        store: Where to.
+        store: The store to upload to.
         local: The folder that `manifest.files` describes.
-        manifest: What to promise.
+        manifest: The manifest to write.
 
     Returns:
-        The manifest that counts: ours, or that of the attempt that was first; then ours is removed.
+        The manifest of the attempt that was first. Where that is another attempt, our files are removed.
 
     Raises:
-        IntegrityError: If the winner's files are not what it promised.
+        IntegrityError: If the winner's files are not those that its manifest promised.
         TryAgain: If the winner was dropped meanwhile.
     """
+    # Files before the manifest: its existence means that all of them are there.
     store.upload(local, manifest.prefix, [f.path for f in manifest.files])
+
     data = manifest.model_dump_json(indent=1).encode()
     try:
         store.write_if_absent(manifest_path(manifest.artifact, manifest.key), data)
-    except Exists:
+    except AlreadyExists:
+        # Another attempt at the same key was faster. Its artifact is as good as ours, and there can be only one.
         store.delete([f"{manifest.prefix}/{f.path}" for f in manifest.files])
-        winner = find(store, manifest.artifact, manifest.key)
+        winner = find_manifest(store, manifest.artifact, manifest.key)
         if winner is None:
-            raise TryAgain(f"{store.uri}/{manifest.prefix}: the manifest was there and is gone; run again") from None
-        check(store, winner)
+            raise TryAgain(
+                f"{store.uri}/{manifest.prefix}: another attempt's artifact was there and was dropped; run again",
+                cause=Cause.INPUT_MISSING,
+            ) from None
+        check_files(store, winner)
         return winner
     return manifest
 
 
 def summary(manifest: Manifest) -> Mapping[str, Number]:
-    """Its numbers and its outcome, for a line in a log."""
+    """Return the outcome and the numbers of an artifact, for a line in a log."""
     return {"outcome": manifest.outcome, **manifest.numbers}
 
 

@@ -1,8 +1,10 @@
 """The node cache: inputs as read-only folders on this machine, each file checked by hash at every use.
 
-Pods may share it over a network, so a step's own files, which are larger and read by nobody else, can go elsewhere.
+Pods may share the cache over a network. The files that a step writes are larger and only that step reads them, so they
+can be in another folder, on a local disk.
 
-Environment: `QLORA_RETRAIN_CACHE`, the cache's folder; `QLORA_RETRAIN_WORK`, that of steps at work, else `work` in it.
+Environment: `QLORA_RETRAIN_CACHE`, the cache's folder; `QLORA_RETRAIN_WORK`, the folder for the steps' own files, else
+`work` in the cache.
 """
 
 from __future__ import annotations
@@ -20,31 +22,35 @@ from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage.artifact import File
 
 
-def home() -> Path:
-    """The cache's folder: `QLORA_RETRAIN_CACHE`, else the user's cache folder."""
+def cache_folder() -> Path:
+    """Return the cache's folder: `QLORA_RETRAIN_CACHE`, else the user's cache folder."""
     configured = os.environ.get("QLORA_RETRAIN_CACHE")
     return Path(configured) if configured else Path("~/.cache/qlora-retrain").expanduser()
 
 
 def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[File, ...] | None) -> Path:
-    """A local folder with the content `key`.
+    """Return a local folder with the content `key`, downloading it if the cache does not have it intact.
 
     Args:
         name: The input's name, a folder of the cache.
-        key: Its content's address.
-        download: Fills an empty folder; it is called where the cache has nothing, or something broken.
-        files: What must be there, by hash; None where `download` itself checks and the first use records it.
+        key: The content's address.
+        download: Fills an empty folder. It is called where the cache has no such content, or a damaged copy.
+        files: The files that must be there, by hash. None where `download` checks the content itself; then the hashes
+            of the first download are recorded and checked at every later use.
 
     Raises:
         IntegrityError: If a fresh download is not what `files` promises.
     """
-    target = home() / name / key
+    target = cache_folder() / name / key
     if target.is_dir():
+        # Hashed at every use: a damaged file in a shared cache would harm every run on this node.
         if _fault(target, files, target) is None:
             return target
         _remove(target)
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _folder_in(home() / "work") as work:  # the cache's own disk: a rename puts it in its place
+    # On the cache's own disk, so that one rename puts the complete folder in its place.
+    with _folder_in(cache_folder() / "work") as work:
         temporary = work / name
         temporary.mkdir()
         download(temporary)
@@ -53,49 +59,58 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
         fault = _fault(temporary, files, target)
         if fault is not None:
             raise IntegrityError(f"{name}: {fault}")
+
+        # Read-only, so that a step that writes to its input fails instead of changing what others read.
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(0o444)
         try:
             temporary.rename(target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was first; its folder has the same content
+            # If the folder is there now, another process was first, and its folder has the same content.
+            if not target.is_dir():
                 raise
     return target
 
 
 def _fault(folder: Path, files: tuple[File, ...] | None, target: Path) -> str | None:
-    """What is wrong with a folder, or None."""
+    """Return what is wrong with a folder, or None."""
     if files is None:
         try:
             lines = _record_of(target).read_text().splitlines()
         except OSError:
             return "its record is missing"
-        wanted = [(line[65:], line[:64]) for line in lines]
+        # Each line is 64 hex digits, a space and the path, as sha256sum writes it.
+        expected = [(line[65:], line[:64]) for line in lines]
     else:
-        wanted = [(f.path, f.sha256) for f in files]
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    if extra := sorted(there - {path for path, _ in wanted}):
+        expected = [(f.path, f.sha256) for f in files]
+
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    if extra := sorted(present - {path for path, _ in expected}):
         return f"{extra[0]}: does not belong here"
-    for path, sha256 in wanted:
+
+    for path, sha256 in expected:
         try:
-            found = hashing.sha256_file(folder / path)
+            actual = hashing.sha256_file(folder / path)
         except OSError as error:
             return f"{path}: {error.strerror}"
-        if found != sha256:
-            return f"{path}: wanted sha256 {sha256[:12]}, found {found[:12]}"
+        if actual != sha256:
+            return f"{path}: expected sha256 {sha256[:12]}, found {actual[:12]}"
     return None
 
 
 def _record_of(target: Path) -> Path:
-    """Beside the folder, so that a step sees its input's files and nothing else."""
+    """Return the path of a folder's record of hashes."""
+    # Beside the folder and not in it, so that a step sees its input's files and nothing else.
     return target.with_name(f"{target.name}.sha256")
 
 
 def _record(folder: Path, target: Path) -> None:
+    """Write the hashes of a fresh download beside its target."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     text = "".join(f"{hashing.sha256_file(p)} {p.relative_to(folder).as_posix()}\n" for p in paths)
-    temporary = _record_of(folder)  # in the work folder: it goes with it
+    # First in the work folder, which is removed whatever happens; then in its place with one rename.
+    temporary = _record_of(folder)
     temporary.write_text(text)
     temporary.replace(_record_of(target))
 
@@ -105,14 +120,18 @@ def _remove(folder: Path) -> None:
 
 
 def work_folder() -> contextlib.AbstractContextManager[Path]:
-    """An empty folder for what a step writes: its output, its checkpoints."""
+    """Make an empty folder for the files that a step writes: its output and its checkpoints."""
     configured = os.environ.get("QLORA_RETRAIN_WORK")
-    return _folder_in(Path(configured) if configured else home() / "work")
+    return _folder_in(Path(configured) if configured else cache_folder() / "work")
 
 
 @contextlib.contextmanager
 def _folder_in(parent: Path) -> Iterator[Path]:
-    """An empty folder that goes with the block; folders of processes that died are removed first."""
+    """Make an empty folder that is removed after the block.
+
+    Each folder has a lock file beside it, which its process holds locked. The kernel releases the lock of a process
+    that was killed. So a lock that can be taken marks a folder that nobody uses any more, and that is removed first.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     for stale in parent.glob("*.lock"):
         # Another process may remove it, lock it or own it meanwhile: then it is not ours to clean.
@@ -120,13 +139,14 @@ def _folder_in(parent: Path) -> Iterator[Path]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(stale.with_suffix(""))
             stale.unlink(missing_ok=True)
-    mine = parent / uuid.uuid4().hex[:12]
-    lock = mine.with_suffix(".lock")
+
+    own_folder = parent / uuid.uuid4().hex[:12]
+    lock = own_folder.with_suffix(".lock")
     with lock.open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        mine.mkdir()
+        own_folder.mkdir()
         try:
-            yield mine
+            yield own_folder
         finally:
-            _remove(mine)
+            _remove(own_folder)
             lock.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """The store in a folder of this machine, or of a file system that several machines mount.
 
-A file becomes visible in one step: it is filled under a hidden temporary name beside its place, flushed to the disk,
-then renamed, or hard-linked where nothing may be there yet. A process killed at any moment leaves at most a hidden
-file. `swap` compares and replaces under one lock file in the root (`flock`, which separates threads too).
+A file becomes visible in one step. It is filled under a hidden temporary name beside its place and flushed to the disk.
+Then it is renamed, or hard-linked where no file may be there yet. A process that is killed at any moment leaves at most
+a hidden file. `swap` compares and replaces under one lock file in the root (`flock`, which separates threads too).
 Files are 0644 and folders 0755 whatever the umask: the containers that read them may run as another user.
 """
 
@@ -19,15 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import uris
-from qlora_retrain.core.errors import TryAgain
-from qlora_retrain.storage import files
-from qlora_retrain.storage.store import RESERVED, Conflict, Entry, Exists, NotFound, Stored, checked, joined, probe
+from qlora_retrain.core.errors import Cause, TryAgain
+from qlora_retrain.storage import atomic_files
+from qlora_retrain.storage.store import (
+    RESERVED_PREFIX,
+    AlreadyExists,
+    Conflict,
+    Document,
+    Entry,
+    NotFound,
+    join_path,
+    probe,
+    validate_path,
+)
 
-WORKERS = 8  # copies at once: one stream does not fill a network disk
+# Copies at once: one stream does not use the whole bandwidth of a network disk.
+NUM_WORKERS = 8
 
 
 class LocalStore:
-    """A store in a folder, which the first write creates."""
+    """A store in a folder; the first write creates the folder."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uris.absolute(uri)
@@ -36,131 +47,157 @@ class LocalStore:
     def __repr__(self) -> str:
         return f"LocalStore({self.uri!r})"
 
-    def read(self, path: str) -> Stored:
-        """The document; its tag is the sha256 of its bytes."""
-        with files.disk_errors(self._root):
+    def read(self, path: str) -> Document:
+        """Return the document; its tag is the sha256 of its bytes."""
+        with atomic_files.disk_errors(self._root):
             try:
-                data = self._found(path).read_bytes()
-            except FileNotFoundError:  # removed since it was found
+                data = self._existing(path).read_bytes()
+            except FileNotFoundError:  # removed after the check
                 raise NotFound(f"{self.uri}/{path}") from None
-        return Stored(data, _tag(data))
+        return Document(data, _tag(data))
 
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Hard-link a finished temporary file to its name, which fails if the name is taken."""
-        target = self._root / checked(path)
-        for _ in range(files.TRIES):
+        # Not a rename, which would replace what is there.
+        target = self._root / validate_path(path)
+
+        for _ in range(atomic_files.MAX_ATTEMPTS):
             with contextlib.suppress(FileExistsError):
-                files.place(target, lambda temporary: temporary.write_bytes(data), files.link)
+                atomic_files.write_atomically(
+                    target, lambda temporary: temporary.write_bytes(data), atomic_files.publish_by_link
+                )
                 return _tag(data)
-            with contextlib.suppress(NotFound):  # what was there is removed by now: write again
-                found = self.read(path)
-                if found.data != data:
-                    raise Exists(f"{self.uri}/{path}", found)
-                return found.tag
-        raise TryAgain(f"{self.uri}/{path}: others write and remove it again and again")
+
+            # If the document that was in the way is removed by now, the next round writes again.
+            with contextlib.suppress(NotFound):
+                stored = self.read(path)
+                if stored.data != data:
+                    raise AlreadyExists(f"{self.uri}/{path}", stored)
+                return stored.tag
+        raise TryAgain(
+            f"{self.uri}/{path}: other processes write and remove it again and again; run the same command again",
+            cause=Cause.CONFLICT,
+        )
 
     def swap(self, path: str, data: bytes, expected: str | None) -> str:
         """Compare and rename while holding the lock."""
         try:
             if expected is None:
                 return self.write_if_absent(path, data)
+            # Other swaps wait at the lock. Readers never do: for them the rename is one step.
             with self._lock():
-                found = self.read(path)
-                if found.data != data:
-                    if found.tag != expected:
+                stored = self.read(path)
+                if stored.data != data:
+                    if stored.tag != expected:
                         raise Conflict(f"{self.uri}/{path}")
-                    files.place(self._root / path, lambda temporary: temporary.write_bytes(data), files.replace)
+                    atomic_files.write_atomically(
+                        self._root / path, lambda temporary: temporary.write_bytes(data), atomic_files.publish_by_rename
+                    )
                 return _tag(data)
-        except (Exists, NotFound) as error:
+        except (AlreadyExists, NotFound) as error:
             raise Conflict(str(error)) from None
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Walk the folder."""
         entries = []
-        with files.disk_errors(self._root):
-            for file in files.files(self._folder(prefix)):
-                with contextlib.suppress(FileNotFoundError):  # removed since it was seen
+        with atomic_files.disk_errors(self._root):
+            for file in atomic_files.walk_files(self._folder(prefix)):
+                with contextlib.suppress(FileNotFoundError):  # removed while this walks
                     path = Path(file.path).relative_to(self._root).as_posix()
                     entries.append(Entry(path, file.stat().st_size))
         return iter(sorted(entries, key=lambda entry: entry.path))
 
     def children(self, prefix: str) -> Iterator[str]:
-        """Look into the folder, and into its folders as far as their first file."""
-        with files.disk_errors(self._root):
-            found = files.entries(self._folder(prefix))
-            return iter(sorted(e.name for e in found if not e.is_dir() or any(True for _ in files.files(e.path))))
+        """Look into the folder, and into each of its folders as far as the first file: an empty one does not count."""
+        with atomic_files.disk_errors(self._root):
+            entries = atomic_files.visible_entries(self._folder(prefix))
+            return iter(
+                sorted(e.name for e in entries if not e.is_dir() or any(True for _ in atomic_files.walk_files(e.path)))
+            )
 
     def upload(self, folder: Path, prefix: str, paths: Iterable[str]) -> None:
         """Copy, flush, rename."""
 
-        def one(path: str) -> None:
-            target = self._root / joined(prefix, path)
-            files.place(target, lambda temporary: shutil.copyfile(folder / path, temporary), files.replace)
+        def upload_file(path: str) -> None:
+            target = self._root / join_path(prefix, path)
+            atomic_files.write_atomically(
+                target, lambda temporary: shutil.copyfile(folder / path, temporary), atomic_files.publish_by_rename
+            )
 
-        _parallel(one, paths)
+        _run_parallel(upload_file, paths)
 
     def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
         """Copy, rename. Never a link: what a step does to its input must not reach the store."""
 
-        def one(path: str) -> None:
-            source = joined(prefix, path)
-            files.place(folder / path, lambda temporary: shutil.copyfile(self._found(source), temporary), os.replace)
-
-        _parallel(one, paths)
-
-    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Hard-link, or copy where that cannot be: no file of a store is ever written in place."""
-
-        def one(pair: tuple[str, str]) -> None:
-            source, target = pair
-            files.place(
-                self._root / checked(target),
-                lambda temporary: files.link_or_copy(self._found(source), temporary),
-                files.replace,
+        def download_file(path: str) -> None:
+            source = join_path(prefix, path)
+            atomic_files.write_atomically(
+                folder / path, lambda temporary: shutil.copyfile(self._existing(source), temporary), os.replace
             )
 
-        _parallel(one, pairs)
+        _run_parallel(download_file, paths)
+
+    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Hard-link, or copy where there are no links. A link is safe, since no file of a store is written in place."""
+
+        def copy_file(pair: tuple[str, str]) -> None:
+            source, target = pair
+            atomic_files.write_atomically(
+                self._root / validate_path(target),
+                lambda temporary: atomic_files.link_or_copy(self._existing(source), temporary),
+                atomic_files.publish_by_rename,
+            )
+
+        _run_parallel(copy_file, pairs)
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove the files, and the folders that this empties."""
-        targets = [self._root / checked(path) for path in paths]
+        targets = [self._root / validate_path(path) for path in paths]
         if not self._root.is_dir():
             return
-        with files.disk_errors(self._root), self._lock():  # the lock: a `swap` must not bring back what is removed
+
+        # Under the lock, because a `swap` could bring back a document that is removed at the same time.
+        with atomic_files.disk_errors(self._root), self._lock():
             for target in targets:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     target.unlink()
+            # The deepest folders first, so that their parents are empty when it is their turn.
             for folder in sorted({t.parent for t in targets}, reverse=True):
-                files.prune(folder, self._root)
+                atomic_files.remove_empty_folders(folder, self._root)
 
     def probe(self) -> None:
-        """Try links, renames and the lock for real: some network file systems lack one of them."""
+        """Try links, renames and the lock: some network file systems lack one of them."""
         probe(self)
 
-    def _found(self, path: str) -> Path:
-        with files.disk_errors(self._root):
-            if not (self._root / checked(path)).is_file():
+    def _existing(self, path: str) -> Path:
+        """Return the path of a file that exists; raise `NotFound` where it does not."""
+        with atomic_files.disk_errors(self._root):
+            if not (self._root / validate_path(path)).is_file():
                 raise NotFound(f"{self.uri}/{path}")
         return self._root / path
 
     def _folder(self, prefix: str) -> Path:
-        return self._root / checked(prefix) if prefix else self._root
+        return self._root / validate_path(prefix) if prefix else self._root
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        with files.disk_errors(self._root):
-            files.make_folder(self._root)
-            handle = os.open(self._root / f"{RESERVED}lock", os.O_RDWR | os.O_CREAT, 0o644)
+        """Hold the store's one lock; the kernel releases it when a process dies."""
+        with atomic_files.disk_errors(self._root):
+            atomic_files.make_folder(self._root)
+            handle = os.open(self._root / f"{RESERVED_PREFIX}lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)  # which unlocks
+            os.close(handle)  # which releases the lock
 
 
-def _parallel(one: Callable[[Any], None], items: Iterable[Any]) -> None:
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for _ in pool.map(one, items):  # the first error cancels what has not begun
+def _run_parallel(function: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Call the function for each item, several at once."""
+    # Threads and not processes: Python releases its global lock while it copies.
+    with ThreadPoolExecutor(NUM_WORKERS) as pool:
+        # Reading the results raises the first error, which cancels the calls that have not begun.
+        for _ in pool.map(function, items):
             pass
 
 

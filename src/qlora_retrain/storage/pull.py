@@ -1,7 +1,8 @@
-"""A consumer's side: pull a version that is exactly what was published, or nothing.
+"""Pull a published version to a folder: exactly the bytes that were published, or nothing.
 
-Alias → manifest by hash → every file by hash, into a temporary folder, then renamed. A generation lower than the one
-pulled before is refused: an alias only moves forward, so less means an old copy of the store.
+The alias names a manifest by its hash, and the manifest names every file by its hash. All go into a temporary folder,
+which is then renamed. A generation below that of an earlier pull is refused: the generation of an alias only grows, so
+a lower one comes from an old copy of the store.
 
 Command: `qlora-retrain pull LINE@ALIAS DEST --root URI`
 """
@@ -23,21 +24,25 @@ from qlora_retrain.storage import registry
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import NotFound, Store
 
+# Left in the destination: which version it holds, and the newest generation of every reference pulled into it.
 RECORD = "_pulled.json"
 
 
 def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
-    """The version that `LINE@ALIAS` or `LINE@VERSION` names, and what to remember of it.
+    """Return the version that `LINE@ALIAS` or `LINE@VERSION` names, and the record for the next pull to compare with.
 
     Raises:
         UsageError: If the reference names nothing.
         IntegrityError: If the manifest is not the one that the alias promised.
     """
+    # The part after the @ is tried as an alias first.
     line, at, name = reference.partition("@")
     if not at or not line or not name:
-        raise UsageError(f"{reference}: wanted LINE@ALIAS, e.g. support-intents@production")
-    alias, _ = registry.alias(store, line, name)
+        raise UsageError(f"{reference}: expected LINE@ALIAS, e.g. support-intents@production")
+
+    alias, _ = registry.read_alias(store, line, name)
     if alias is None:
+        # A version has a - between its time and its hash; most aliases have none.
         if "-" not in name:
             raise UsageError(f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it")
         release = registry.read_release(store, line, name)
@@ -54,7 +59,7 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
 
 
 def pull(store: Store, reference: str, destination: Path) -> Release:
-    """Put a verified version at `destination`; whatever an earlier pull put there is replaced, and only that.
+    """Put a verified version at `destination`; this replaces only what an earlier pull put there.
 
     Raises:
         UsageError: If the reference names nothing, or the destination holds something that no pull made.
@@ -62,9 +67,11 @@ def pull(store: Store, reference: str, destination: Path) -> Release:
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - "." needs a name; a link stays a link
     release, record = resolve(store, reference)
-    earlier = _earlier(destination)
-    seen = earlier.get("seen", {})
-    generation, version = seen.get(reference, (0, None))
+
+    previous = _previous_record(destination)
+    known_generations = previous.get("seen", {})
+    generation, version = known_generations.get(reference, (0, None))
+    # One generation is one move of the alias, so it can never name two versions either.
     if record["generation"] < generation or (
         record["generation"] == generation and version not in (None, release.version)
     ):
@@ -73,43 +80,48 @@ def pull(store: Store, reference: str, destination: Path) -> Release:
             f"{generation} with {version}, pulled before into {destination}; this store is an old copy, or was "
             "tampered with"
         )
-    record["seen"] = {**seen, reference: (record["generation"], release.version)}
-    wanted = [("manifest.json", record["manifest_sha256"]), *((f.path, f.sha256) for f in release.files)]
-    if earlier.get("version") == release.version and _fault(destination, wanted) is None:
-        _remember(destination, record)
+    record["seen"] = {**known_generations, reference: (record["generation"], release.version)}
+
+    expected = [("manifest.json", record["manifest_sha256"]), *((f.path, f.sha256) for f in release.files)]
+    if previous.get("version") == release.version and _fault(destination, expected) is None:
+        _write_record(destination, record)
         return release
+
+    # Everything is checked in a folder beside the destination, so that the destination is never half a version.
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir()
         folder = registry.version_folder(release.line, release.version)
-        with contextlib.suppress(NotFound):  # which the next line finds too
-            store.download(folder, [path for path, _ in wanted], temporary)
-        fault = _fault(temporary, wanted)
+        # A file that is missing in the store is reported below, with its name.
+        with contextlib.suppress(NotFound):
+            store.download(folder, [path for path, _ in expected], temporary)
+        fault = _fault(temporary, expected)
         if fault is not None:
             raise IntegrityError(f"{store.uri}/{folder}/{fault}; nothing was written to {destination}")
-        _remember(temporary, record)
+        _write_record(temporary, record)
         _replace(destination, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return release
 
 
-def _earlier(destination: Path) -> dict[str, Any]:
-    """What an earlier pull remembers; empty where there was none."""
+def _previous_record(destination: Path) -> dict[str, Any]:
+    """Return the record of the last pull into the destination; empty where there was none."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return {}
     try:
-        found = json.loads((destination / RECORD).read_text())
-        found["seen"], found["version"]
+        record = json.loads((destination / RECORD).read_text())
+        # A file of that name that no pull wrote lacks these fields.
+        record["seen"], record["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{destination}: is not empty and no pull made it; choose another folder") from error
-    return dict(found)
+    return dict(record)
 
 
-def _fault(folder: Path, wanted: Sequence[tuple[str, str]]) -> str | None:
-    """The first (path, sha256) that is not so, or None."""
-    for name, sha256 in wanted:
+def _fault(folder: Path, expected: Sequence[tuple[str, str]]) -> str | None:
+    """Return what is wrong with the first (path, sha256) that does not hold, or None."""
+    for name, sha256 in expected:
         path = folder / name
         if not path.is_file():
             return f"{name}: missing"
@@ -118,14 +130,16 @@ def _fault(folder: Path, wanted: Sequence[tuple[str, str]]) -> str | None:
     return None
 
 
-def _remember(folder: Path, record: dict[str, Any]) -> None:
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _replace(destination: Path, new: Path) -> None:
+    """Put the new folder in the place of the old one, with two renames; a rename cannot replace a folder with files."""
     if not destination.exists():
         new.rename(destination)
         return
+    # Beside the destination and hidden: on the same file system, so that both are renames.
     old = destination.with_name(f".{destination.name}.old-{uuid.uuid4().hex[:8]}")
     destination.rename(old)
     new.rename(destination)

@@ -2,7 +2,9 @@
 
 models/<line>/versions/<version>/...              files first, manifest.json last: without it there is no version
 models/<line>/aliases/<alias>.json                compare-and-swap
-models/<line>/audit/<generation>-<alias>-<id>.json  one entry a move
+models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
+
+`registry_documents.py` has the documents' fields.
 """
 
 from __future__ import annotations
@@ -14,86 +16,39 @@ import re
 import socket
 import uuid
 from datetime import UTC, datetime
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from qlora_retrain.core import hashing
-from qlora_retrain.core.errors import IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage.artifact import File
-from qlora_retrain.storage.store import Conflict, Exists, NotFound, Store
+from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
+from qlora_retrain.storage.registry_documents import Alias as Alias
+from qlora_retrain.storage.registry_documents import Move as Move
+from qlora_retrain.storage.registry_documents import Release as Release
+from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound, Store
 
+# `latest` only moves forward in time. `production` is what runs compare with and consumers pull; it can be rolled back.
 LATEST = "latest"
 PRODUCTION = "production"
-_MOVES_KEPT = 10
-_SWAP_TRIES = 8
-_ALIAS = r"[a-z][a-z0-9-]{0,31}"
-
-
-class Release(BaseModel):
-    """A version's manifest: its files by hash, and what it was made of.
-
-    Attributes:
-        anchor: The line's best version from this one on, as its merged form was judged; None in older ones: itself.
-    """
-
-    model_config = ConfigDict(frozen=True)
-    schema_version: Literal[1] = 1
-    line: str
-    version: str
-    content_hash: str
-    created_at: str
-    files: tuple[File, ...]
-    adapter_key: str
-    judgement: str
-    anchor: str | None = None
-    keys: dict[str, str | None]
-    base: dict[str, Any]
-    numbers: dict[str, Any]
-    provenance: dict[str, Any]
-
-    def parts(self, *names: str) -> tuple[File, ...]:
-        """The files that have these names or lie in folders of these names."""
-        return tuple(f for f in self.files if f.path in names or f.path.partition("/")[0] in names)
-
-
-class Move(BaseModel):
-    """One earlier state of an alias."""
-
-    model_config = ConfigDict(frozen=True)
-    version: str
-    generation: int
-    at: str
-
-
-class Alias(BaseModel):
-    """What a movable name says."""
-
-    model_config = ConfigDict(frozen=True)
-    version: str
-    manifest_sha256: str
-    generation: int
-    moves: tuple[Move, ...] = ()
-    rejected: tuple[str, ...] = ()
-    request_id: str
-    reason: str
-    actor: str
-    at: str
+# Earlier states that an alias lists, so the number of rollbacks in a row that it allows.
+_MAX_MOVES = 10
+# How often other writers may move an alias between our read and our write.
+_MAX_SWAP_ATTEMPTS = 8
+_ALIAS_PATTERN = r"[a-z][a-z0-9-]{0,31}"
 
 
 def version_folder(line: str, version: str) -> str:
-    """The store's folder of a version."""
+    """Return the store's folder of a version."""
     return f"models/{line}/versions/{version}"
 
 
 def read_release(store: Store, line: str, version: str, *, sha256: str | None = None) -> Release:
-    """A version's manifest.
+    """Read a version's manifest.
 
     Args:
-        store: Where.
+        store: The store.
         line: The line.
         version: The version.
-        sha256: What the manifest's bytes must hash to, where an alias says.
+        sha256: The hash that the manifest's bytes must have, where an alias names it; None: any.
 
     Raises:
         UsageError: If there is no such version.
@@ -104,10 +59,12 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
         data = store.read(path).data
     except NotFound as error:
         raise UsageError(f"{store.uri}: line {line} has no version {version}") from error
+
     if sha256 is not None and hashing.sha256_bytes(data) != sha256:
         raise IntegrityError(
-            f"{store.uri}/{path}: wanted sha256 {sha256[:12]}, found {hashing.sha256_bytes(data)[:12]}"
+            f"{store.uri}/{path}: expected sha256 {sha256[:12]}, found {hashing.sha256_bytes(data)[:12]}"
         )
+
     try:
         release = Release.model_validate_json(data)
     except ValidationError as error:
@@ -118,47 +75,49 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
 
 
 def manifest_sha256(store: Store, line: str, version: str) -> str:
-    """The hash by which an alias names a version."""
+    """Return the hash by which an alias names a version."""
     return hashing.sha256_bytes(store.read(f"{version_folder(line, version)}/manifest.json").data)
 
 
-def find_content(store: Store, line: str, content_hash: str) -> Release | None:
-    """The version that holds exactly this content, or None."""
+def find_by_content(store: Store, line: str, content_hash: str) -> Release | None:
+    """Return the version that holds exactly this content, or None."""
     for name in store.children(f"models/{line}/versions"):
+        # A version's name ends with 12 digits of its content's hash, so few manifests have to be read.
         if name.endswith(f"-{content_hash[:12]}"):
             try:
-                found = read_release(store, line, name)
+                release = read_release(store, line, name)
             except UsageError:
-                continue  # an attempt that died before its manifest
-            if found.content_hash == content_hash:
-                return found
+                continue  # an attempt that died before it wrote its manifest
+            if release.content_hash == content_hash:
+                return release
     return None
 
 
-def complete(store: Store, release: Release) -> Release:
-    """Write a version's manifest, the last of its files; another writer's wins if it was first."""
+def complete_version(store: Store, release: Release) -> Release:
+    """Write a version's manifest, the last of its files; return the manifest of another writer that was first."""
     path = f"{version_folder(release.line, release.version)}/manifest.json"
     try:
         store.write_if_absent(path, release.model_dump_json(indent=1).encode())
-    except Exists:
+    except AlreadyExists:
         return read_release(store, release.line, release.version)
     return release
 
 
-def alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
-    """What an alias says and the tag of that state; (None, None) where it was never set."""
+def read_alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
+    """Return an alias and the tag of its document; (None, None) where it was never set."""
     path = f"models/{line}/aliases/{name}.json"
     try:
         stored = store.read(path)
     except NotFound:
         return None, None
+
     try:
         return Alias.model_validate_json(stored.data), stored.tag
     except ValidationError as error:
         raise IntegrityError(f"{store.uri}/{path}: not an alias") from error
 
 
-def move(
+def move_alias(
     store: Store,
     line: str,
     name: str,
@@ -172,35 +131,44 @@ def move(
     """Point an alias at a version, in one atomic write.
 
     Args:
-        store: Where.
+        store: The store.
         line: The line.
         name: The alias.
-        release: The version that it will name.
-        reason: For the audit trail.
-        expected: The version that the alias must name now (None: none); "" where any will do.
-        override: Move to a version whose content a rollback has rejected.
-        reject_current: Put the content that the alias leaves on its list of rejected ones (a rollback).
+        release: The version that the alias will name.
+        reason: The reason, for the audit trail.
+        expected: The version that the alias must name now (None: none); "" accepts any.
+        override: Allow a version whose content a rollback has rejected.
+        reject_current: Add the content that the alias leaves to its rejected contents, as a rollback does.
 
     Returns:
-        The alias's new state; None where it names that version already, or `latest` would go back in time.
+        The alias's new state. None where it names that version already, or `latest` would go back in time.
 
     Raises:
-        TryAgain: If the alias does not name what was expected, or others keep moving it.
+        TryAgain: If the alias does not name the expected version, or others keep moving it.
         QualityRefused: If the version's content was rejected and there is no override.
         UsageError: If an alias cannot have that name.
     """
-    if not re.fullmatch(_ALIAS, name):
+    if not re.fullmatch(_ALIAS_PATTERN, name):
         raise UsageError(f"{name!r}: an alias is a lower-case letter, then letters, digits and -, 32 in all at most")
-    for _ in range(_SWAP_TRIES):
-        now, tag = alias(store, line, name)
-        current = now.version if now else None
-        if now is not None:
-            _audit(store, line, name, now)  # first: whoever moved it may have died before
+
+    for _ in range(_MAX_SWAP_ATTEMPTS):
+        state, tag = read_alias(store, line, name)
+        current = state.version if state else None
+        if state is not None:
+            # The writer of this state may have died before it wrote the audit entry.
+            _audit(store, line, name, state)
+
+        # An older run that ends after a newer one must not take `latest` back.
         if current == release.version or (name == LATEST and current is not None and current > release.version):
             return None
         if expected not in ("", current):
-            raise TryAgain(f"{name} named {expected or 'nothing'} when the plan was made and {current} now; plan again")
-        rejected = list(now.rejected) if now else []
+            raise TryAgain(
+                f"{name} named {expected or 'nothing'} when the plan was made and {current} now; plan again",
+                cause=Cause.CONFLICT,
+            )
+
+        # By content and not by version, so that the same model under a new version is refused too.
+        rejected = list(state.rejected) if state else []
         if release.content_hash in rejected and not override:
             raise QualityRefused(
                 f"{release.version}: its content was rolled back from {name}; to promote it all the same, run: "
@@ -208,45 +176,53 @@ def move(
             )
         if reject_current and current is not None:
             rejected.append(read_release(store, line, current).content_hash)
-        new = _next(now, release, manifest_sha256(store, line, release.version), reason, rejected)
+
+        new = _next_state(state, release, manifest_sha256(store, line, release.version), reason, rejected)
         try:
             store.swap(f"models/{line}/aliases/{name}.json", new.model_dump_json(indent=1).encode(), tag)
         except Conflict:
-            continue
+            continue  # another writer moved it: decide again from its new state
         _audit(store, line, name, new)
         return new
-    raise TryAgain(f"{name}: others keep moving it; run the same command again")
+    raise TryAgain(f"{line}@{name}: other writers keep moving it; run the same command again", cause=Cause.CONFLICT)
 
 
 def rollback(store: Store, line: str, name: str, *, reason: str) -> Alias:
     """Move an alias back to the newest earlier version that was not rejected, and reject the content that it leaves.
+
+    The rejected content can come back only with `promote --override`, so that the next run does not promote it again.
 
     Raises:
         UsageError: If there is nothing to go back to.
         TryAgain: If the alias moved meanwhile.
     """
     if name == LATEST:
-        raise UsageError(f"{line}@{LATEST}: names the newest version, whatever its worth; roll back {PRODUCTION}")
-    now, _ = alias(store, line, name)
-    for earlier in reversed(now.moves if now else ()):
+        raise UsageError(f"{line}@{LATEST}: always names the newest version, promoted or not; roll back {PRODUCTION}")
+
+    state, _ = read_alias(store, line, name)
+    for earlier in reversed(state.moves if state else ()):
         release = read_release(store, line, earlier.version)
-        if now and release.version != now.version and release.content_hash not in now.rejected:
-            moved = move(store, line, name, release, reason=reason, expected=now.version, reject_current=True)
-            if moved is None:
+        if state and release.version != state.version and release.content_hash not in state.rejected:
+            moved = move_alias(store, line, name, release, reason=reason, expected=state.version, reject_current=True)
+            if moved is None:  # another writer has moved the alias there already
                 break
             return moved
     raise UsageError(f"{line}@{name}: names no earlier version to go back to")
 
 
-def _next(now: Alias | None, release: Release, sha256: str, reason: str, rejected: list[str]) -> Alias:
-    moves = list(now.moves) if now else []
-    if now:
-        moves.append(Move(version=now.version, generation=now.generation, at=now.at))
+def _next_state(state: Alias | None, release: Release, sha256: str, reason: str, rejected: list[str]) -> Alias:
+    """Return the state of an alias after a move."""
+    # The current state becomes the newest of the earlier ones.
+    moves = list(state.moves) if state else []
+    if state:
+        moves.append(Move(version=state.version, generation=state.generation, at=state.at))
+
     return Alias(
         version=release.version,
         manifest_sha256=sha256,
-        generation=now.generation + 1 if now else 1,
-        moves=tuple(moves[-_MOVES_KEPT:]),
+        generation=state.generation + 1 if state else 1,
+        moves=tuple(moves[-_MAX_MOVES:]),
+        # Each content once, in order; with an override the content that comes back is no longer rejected.
         rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
         request_id=uuid.uuid4().hex[:12],
         reason=reason,
@@ -256,14 +232,17 @@ def _next(now: Alias | None, release: Release, sha256: str, reason: str, rejecte
 
 
 def _audit(store: Store, line: str, name: str, state: Alias) -> None:
+    """Write the audit entry of a state, unless it is there."""
+    # The generation with leading zeros, so that the names sort by time.
     path = f"models/{line}/audit/{state.generation:08d}-{name}-{state.request_id}.json"
     data = state.model_dump_json(indent=1).encode()
-    with contextlib.suppress(Exists):  # written by another release of this code, in other bytes
+    # Another release of this code may have written the same entry in other bytes.
+    with contextlib.suppress(AlreadyExists):
         store.write_if_absent(path, data)
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
+    except (KeyError, OSError):  # the user of a container often has no name
         return f"user {os.getuid()}"

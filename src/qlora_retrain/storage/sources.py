@@ -1,4 +1,7 @@
-"""Sources: what no step makes. Pinned when the plan is made, checked against the pin when they are fetched."""
+"""Sources: the inputs that no step makes. They are pinned when the plan is made, and checked against the pin later.
+
+The field names of `PinnedSource` and `PinnedFile` are the JSON of `plan.json`: never rename one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.store import NotFound
 
-# What a Hugging Face repository may give us: never code, never pickles.
+# The files that are taken from a Hugging Face repository: never code, never pickles.
 _HF_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.jsonl", "*.csv", "*.parquet")
 
 
@@ -31,80 +34,93 @@ class PinnedFile(BaseModel):
     pin: str
 
 
-class Pinned(BaseModel):
-    """A source as the plan found it; its key comes from the content, never from the URI."""
+class PinnedSource(BaseModel):
+    """A source as it was when the plan was made. Its key comes from the content, never from the URI."""
 
     model_config = ConfigDict(frozen=True)
     uri: str
     files: tuple[PinnedFile, ...]
     patterns: tuple[str, ...] = ("**",)
 
-    def subset(self, only: Sequence[str]) -> Pinned:
-        """The source with only the files that match; a commit's files are unknown: its patterns shrink."""
+    def subset(self, only: Sequence[str]) -> PinnedSource:
+        """Return the source with only the files that match."""
         if not only:
             return self
+        # The files of a commit are not listed before they are downloaded, so the patterns are narrowed instead.
         if self.uri.startswith("hf://"):
             return self.model_copy(update={"patterns": tuple(only)})
-        return self.model_copy(update={"files": tuple(f for f in self.files if matches(f.path, only))})
+        return self.model_copy(update={"files": tuple(f for f in self.files if matches_any(f.path, only))})
 
     def key(self) -> str:
-        """The content's address."""
+        """Return the content's address."""
         pins = sorted((f.path, f.size_bytes, f.pin) for f in self.files)
-        return hashing.digest({"files": pins, "patterns": self.patterns if self.uri.startswith("hf://") else None})
+        return hashing.sha256_json({"files": pins, "patterns": self.patterns if self.uri.startswith("hf://") else None})
 
 
-def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a relative path matches one of the globs; `**` matches everything, a leading `**/` any folder or none."""
+def matches_any(path: str, patterns: Sequence[str]) -> bool:
+    """Return whether a relative path matches one of the globs.
+
+    `**` matches every path, and a leading `**/` matches any folders or none.
+    """
+    # Python's globs know no `**` before 3.13, so its two common uses are handled here.
     names = [p.removeprefix("**/") for p in patterns]
     return any(p in ("**", path) or fnmatch.fnmatchcase(path, p) or (p and PurePosixPath(path).match(p)) for p in names)
 
 
-def pin(name: str, uri: str, patterns: Sequence[str]) -> Pinned:
-    """Look at a source and fix its content.
+def pin(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
+    """Look at a source and pin its content.
 
     Args:
         name: The source's name, for messages.
         uri: A folder or a file: `file://`, `s3://` or `hf://owner/name@commit`.
-        patterns: Which of its files count.
+        patterns: Globs of the files that count.
 
     Raises:
-        UsageError: If nothing is there, or a Hugging Face source names no commit.
+        UsageError: If there are no such files, or a Hugging Face source names no commit.
         IntegrityError: If a model source holds code or pickles.
     """
     scheme = urlsplit(uri).scheme
+    # A commit pins its files by itself, so nothing is listed or read.
     if scheme == "hf":
         return _pin_commit(name, uri, patterns)
+    # One file: its folder is the source, with that file alone.
     if scheme == "file" and (single := uris.local_path(uri)).is_file():
         uri, files = single.parent.as_uri(), [_pin_file(single, single.parent)]
     else:
         files = _pin_local(name, uri, patterns) if scheme == "file" else _pin_s3(uri, patterns)
+
     if not files:
         hint = "; for one object, give its folder as uri and its name in files" if scheme == "s3" else ""
-        raise UsageError(f"sources.{name}: {uris.masked(uri)} has no files that match {', '.join(patterns)}{hint}")
-    pinned = Pinned(uri=uri, files=tuple(files))
+        raise UsageError(
+            f"sources.{name}: {uris.mask_secrets(uri)} has no files that match {', '.join(patterns)}{hint}"
+        )
+    pinned = PinnedSource(uri=uri, files=tuple(files))
     if name == "base_model":
         _refuse_unsafe(pinned)
     return pinned
 
 
-def documents(source: Pinned, names: Sequence[str]) -> dict[str, Any]:
-    """The JSON objects in the files of these names that the source is known to have; a commit's files are not known.
+def read_json_files(source: PinnedSource, names: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON objects in the source's files of these names.
+
+    The files of a commit are not listed before they are downloaded, so for a commit there are none.
 
     Raises:
-        IntegrityError: If a file holds something else.
+        IntegrityError: If a file holds something else than a JSON object.
     """
-    found: dict[str, Any] = {}
+    documents: dict[str, Any] = {}
     for path in (file.path for file in source.files if file.path in names):
         try:
-            found[path] = json.loads(open_store(source.uri).read(path).data)
+            documents[path] = json.loads(open_store(source.uri).read(path).data)
         except ValueError as error:
-            raise IntegrityError(f"{uris.masked(source.uri)}: {path} is not valid JSON: {error}") from error
-        if not isinstance(found[path], dict):
-            raise IntegrityError(f"{uris.masked(source.uri)}: {path} is not a JSON object")
-    return found
+            raise IntegrityError(f"{uris.mask_secrets(source.uri)}: {path} is not valid JSON: {error}") from error
+
+        if not isinstance(documents[path], dict):
+            raise IntegrityError(f"{uris.mask_secrets(source.uri)}: {path} is not a JSON object")
+    return documents
 
 
-def fetch(source: Pinned, folder: Path) -> None:
+def fetch(source: PinnedSource, folder: Path) -> None:
     """Copy the source's files into `folder` and check each against its pin.
 
     Raises:
@@ -113,31 +129,39 @@ def fetch(source: Pinned, folder: Path) -> None:
     if source.uri.startswith("hf://"):
         _fetch_commit(source, folder)
         return
+
     try:
         open_store(source.uri).download("", [f.path for f in source.files], folder)
     except NotFound as error:
         raise IntegrityError(
-            f"{uris.masked(source.uri)}: {error} is gone since the plan was made; plan again"
+            f"{uris.mask_secrets(source.uri)}: {error} is gone since the plan was made; plan again"
         ) from error
+
     for file in source.files:
-        found = f"sha256:{hashing.sha256_file(folder / file.path)}" if file.pin.startswith("sha256:") else None
-        if (folder / file.path).stat().st_size != file.size_bytes or (found and found != file.pin):
+        actual = f"sha256:{hashing.sha256_file(folder / file.path)}" if file.pin.startswith("sha256:") else None
+        if (folder / file.path).stat().st_size != file.size_bytes or (actual and actual != file.pin):
             raise IntegrityError(
-                f"{uris.masked(source.uri)}: {file.path} is not what the plan pinned; it changed since: plan again"
+                f"{uris.mask_secrets(source.uri)}: {file.path} is not what the plan pinned; "
+                "it changed since: plan again"
             )
+
+    # An ETag cannot be computed from the bytes, so the server is asked again: after the download, because a file that
+    # changed during the download then has another ETag.
     if any(f.pin.startswith("etag:") for f in source.files):
         now = {f.path: f.pin for f in _pin_s3(source.uri, ("**",))}
         changed = [f.path for f in source.files if now.get(f.path) != f.pin]
         if changed:
-            raise IntegrityError(f"{uris.masked(source.uri)}: {changed[0]} changed since the plan was made; plan again")
+            raise IntegrityError(
+                f"{uris.mask_secrets(source.uri)}: {changed[0]} changed since the plan was made; plan again"
+            )
 
 
 def _pin_local(name: str, uri: str, patterns: Sequence[str]) -> list[PinnedFile]:
     path = uris.local_path(uri)
     if not path.is_dir():
-        raise UsageError(f"sources.{name}: {path} does not exist; wanted a file or a folder")
-    found = sorted(p for p in path.rglob("*") if p.is_file() and matches(p.relative_to(path).as_posix(), patterns))
-    return [_pin_file(p, path) for p in found]
+        raise UsageError(f"sources.{name}: {path} does not exist; expected a file or a folder")
+    paths = sorted(p for p in path.rglob("*") if p.is_file() and matches_any(p.relative_to(path).as_posix(), patterns))
+    return [_pin_file(p, path) for p in paths]
 
 
 def _pin_file(path: Path, folder: Path) -> PinnedFile:
@@ -149,37 +173,43 @@ def _pin_file(path: Path, folder: Path) -> PinnedFile:
 
 
 def _pin_s3(uri: str, patterns: Sequence[str]) -> list[PinnedFile]:
-    found = [e for e in open_store(uri).list("") if matches(e.path, patterns)]
-    return [PinnedFile(path=e.path, size_bytes=e.size_bytes, pin=f"etag:{e.tag}") for e in found]
+    """Pin by ETag, which the listing has: to hash the files, the plan would have to download all of them."""
+    entries = [e for e in open_store(uri).list("") if matches_any(e.path, patterns)]
+    return [PinnedFile(path=e.path, size_bytes=e.size_bytes, pin=f"etag:{e.tag}") for e in entries]
 
 
-def _pin_commit(name: str, uri: str, patterns: Sequence[str]) -> Pinned:
+def _pin_commit(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)@([0-9a-f]{40})", uri)
     if match is None:
-        raise UsageError(f"sources.{name}: {uri}: wanted hf://owner/name@<40 hex of a commit>; a branch can move")
+        raise UsageError(f"sources.{name}: {uri}: expected hf://owner/name@<40 hex of a commit>; a branch can move")
+    # The commit pins every file. No request is made, so that a plan needs no access to the hub.
     allowed = tuple(patterns) if tuple(patterns) != ("**",) else _HF_FILES
-    return Pinned(uri=uri, files=(PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}"),), patterns=allowed)
+    return PinnedSource(
+        uri=uri, files=(PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}"),), patterns=allowed
+    )
 
 
-def _fetch_commit(source: Pinned, folder: Path) -> None:
+def _fetch_commit(source: PinnedSource, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    # A 4xx answer (no such commit, no access) stays the same on a retry, and so does the offline mode.
     repository, _, commit = source.uri.removeprefix("hf://").partition("@")
     try:
         snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=list(source.patterns))
     except HfHubHTTPError as error:
-        refused = error.response is not None and 400 <= error.response.status_code < 500
-        raise (UsageError if refused else TryAgain)(f"{source.uri}: cannot be downloaded: {error}") from error
+        is_refused = error.response is not None and 400 <= error.response.status_code < 500
+        raise (UsageError if is_refused else TryAgain)(f"{source.uri}: cannot be downloaded: {error}") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
-        offline = isinstance(error.__cause__ or error, OfflineModeIsEnabled)
-        raise (UsageError if offline else TryAgain)(f"{source.uri}: cannot be reached: {error}") from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes, with times in them: no content
+        is_offline = isinstance(error.__cause__ or error, OfflineModeIsEnabled)
+        raise (UsageError if is_offline else TryAgain)(f"{source.uri}: cannot be reached: {error}") from error
+    # The client's own notes: they hold times, and are no content of the commit.
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
     safety.refuse_unsafe(folder)
 
 
-def _refuse_unsafe(source: Pinned) -> None:
-    """Refuse code and pickles before anything is fetched for real; only the small JSON files are read."""
+def _refuse_unsafe(source: PinnedSource) -> None:
+    """Refuse code and pickles before the plan is made; of the files only the small JSON ones are read."""
     safety.refuse_names(f.path for f in source.files)
     for file in source.files:
         if file.path in safety.MAY_NAME_CODE:

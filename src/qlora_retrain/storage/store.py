@@ -1,10 +1,10 @@
-"""Where artifacts live: one small interface, two backends, one contract (`tests/store`).
+"""Where artifacts live: one small interface, two backends, one contract (`tests/storage/test_store_contract.py`).
 
-Paths are relative to the store's root, with `/`, without `..`. Everything that decides something (a manifest, an
-alias, a plan) goes through `write_if_absent` or `swap`; everything else is written before the thing that names it.
+Paths are relative to the store's root, with `/`, without `..`. Every document that decides something (a manifest, an
+alias, a plan) is written with `write_if_absent` or `swap`. All else is written before the document that names it.
 
-Besides the three exceptions below, methods raise `UsageError` (a path that is not allowed, no permission, no bucket)
-and `TryAgain` (disk full, throttled, no connection), never an exception of the library underneath.
+Methods raise the three exceptions below, `UsageError` (a path that is not allowed, no permission, no bucket) and
+`TryAgain` (disk full, throttled, no connection). They never raise an exception of the library underneath.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import Protocol
 
 from qlora_retrain.core.errors import UsageError
 
-# The local backend's temporary files and lock begin with this; no stored name may, in either backend.
-RESERVED = ".store-"
+# Names of the local backend's temporary files and lock begin with this; no stored name may, in either backend.
+RESERVED_PREFIX = ".store-"
 
 
 class NotFound(Exception):
-    """There is nothing at that path."""
+    """There is no document at that path."""
 
 
-class Exists(Exception):
-    """`write_if_absent` found something else there; `stored` is what it found."""
+class AlreadyExists(Exception):
+    """`write_if_absent` found another document at the path; `stored` is that document."""
 
-    def __init__(self, path: str, stored: Stored) -> None:
+    def __init__(self, path: str, stored: Document) -> None:
         super().__init__(path)
         self.stored = stored
 
 
 class Conflict(Exception):
-    """`swap` found another state than the one expected.
+    """`swap` found another state than the expected one.
 
-    After a lost answer it can also mean that our document was written and has been replaced since: read again.
+    After a lost answer it can also mean that our document was written and has been replaced since. Read it again.
     """
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A small document with the tag of the state it was read in."""
+class Document:
+    """A small document, with the tag of the state in which it was read."""
 
     data: bytes
     tag: str
@@ -51,7 +51,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A listed file; `tag` changes with its content, and is empty where only reading the file could tell."""
+    """A listed file. `tag` changes with the content; it is empty where the backend would have to read the file."""
 
     path: str
     size_bytes: int
@@ -59,93 +59,100 @@ class Entry:
 
 
 class Store(Protocol):
-    """What every backend can do. Folders are not stored: one exists while there is a file below it."""
+    """The operations of every backend. Folders are not stored: a folder exists while there is a file below it."""
 
     uri: str
 
-    def read(self, path: str) -> Stored:
-        """The document at `path`; raises `NotFound`."""
+    def read(self, path: str) -> Document:
+        """Return the document at `path`; raise `NotFound` where there is none."""
         ...
 
     def write_if_absent(self, path: str, data: bytes) -> str:
-        """Write a new document and return its tag; writing the same bytes again is no error; raises `Exists`."""
+        """Write a new document and return its tag; raise `AlreadyExists` where there is another one.
+
+        Writing the same bytes again is no error: it is how a caller repeats a write whose answer was lost.
+        """
         ...
 
     def swap(self, path: str, data: bytes, expected: str | None) -> str:
-        """Replace the document whose tag is `expected` (None: there is none); return the new tag; raises `Conflict`.
+        """Replace the document whose tag is `expected` (None: there is none) and return the new tag.
 
-        Where `data` is there already, whatever `expected` says, it was written by an attempt whose answer was lost:
-        no error. So a document must hold something unique (an id, a generation).
+        Raise `Conflict` where the document has another tag. If `data` is there already, whatever `expected` says, an
+        attempt whose answer was lost wrote it, and that is no error. So a document must hold something unique, such as
+        an id or a generation.
         """
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Every file below the folder `prefix`, sorted by path."""
+        """Return every file below the folder `prefix`, sorted by path."""
         ...
 
     def children(self, prefix: str) -> Iterator[str]:
-        """The names directly below the folder `prefix`, files and folders, sorted."""
+        """Return the names of the files and folders directly below the folder `prefix`, sorted."""
         ...
 
     def upload(self, folder: Path, prefix: str, paths: Iterable[str]) -> None:
         """Copy `folder/<path>` to `prefix/<path>` for each path, in parallel; no half-written file becomes visible.
 
-        Overwrites. A file missing in `folder` is the caller's bug: `FileNotFoundError`.
+        Existing files are overwritten. A file missing in `folder` is the caller's bug: `FileNotFoundError`.
         """
         ...
 
     def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
-        """Copy `prefix/<path>` to `folder/<path>` for each path, in parallel; raises `NotFound`."""
+        """Copy `prefix/<path>` to `folder/<path>` for each path, in parallel; raise `NotFound` for a missing one."""
         ...
 
     def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Copy each (source, target) inside the store, without the bytes passing through this machine on S3.
+        """Copy each (source, target) inside the store; on S3 the bytes do not pass through this machine.
 
-        Overwrites; raises `NotFound`.
+        Existing files are overwritten. Raise `NotFound` for a source that is missing.
         """
         ...
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Remove files; what is not there is no error."""
+        """Remove files; a file that is not there is no error."""
         ...
 
     def probe(self) -> None:
-        """Check that conditional writes are honoured here; raises `UsageError` where they are not."""
+        """Check that the server honours conditional writes; raise `UsageError` where it does not."""
         ...
 
 
-def checked(path: str) -> str:
-    """The path itself, if it may name a file of a store.
+def validate_path(path: str) -> str:
+    """Return the path, if it may name a file of a store.
 
     Raises:
         UsageError: If it is empty or absolute, or has an empty, `.`, `..`, reserved or unprintable part.
     """
+    # What one backend cannot store, the other refuses too: a store may be copied from a folder to S3 and back.
     for part in path.split("/"):
-        if part in ("", ".", "..") or part.startswith(RESERVED) or not part.isprintable():
+        if part in ("", ".", "..") or part.startswith(RESERVED_PREFIX) or not part.isprintable():
             raise UsageError(
-                f"{path!r}: not a path in a store; wanted names joined by /, none of them empty, '.', '..', "
-                f"unprintable or beginning with {RESERVED!r}"
+                f"{path!r}: not a path in a store; expected names joined by /, none of them empty, '.', '..', "
+                f"unprintable or beginning with {RESERVED_PREFIX!r}"
             )
     return path
 
 
-def joined(prefix: str, path: str) -> str:
-    """`prefix/path`, checked; an empty prefix is the root."""
-    return checked(f"{prefix}/{path}" if prefix else path)
+def join_path(prefix: str, path: str) -> str:
+    """Return `prefix/path`, validated; an empty prefix is the root."""
+    return validate_path(f"{prefix}/{path}" if prefix else path)
 
 
 def probe(store: Store) -> None:
-    """Write below `.probe/` what a store without conditional writes would let through; `Store.probe` of both backends.
+    """Try two writes below `.probe/` that a store must refuse; `Store.probe` of both backends.
 
     Raises:
-        UsageError: If it let it through.
+        UsageError: If the store accepts one of them.
     """
+    # A new name for each probe, since several plans may be made at once.
     path = f".probe/{uuid.uuid4().hex}"
     try:
         first = store.write_if_absent(path, b"first")
-        with contextlib.suppress(Exists):
+        with contextlib.suppress(AlreadyExists):
             store.write_if_absent(path, b"second")
             raise _unconditional(store, "overwrote a document that was to be written only if absent")
+
         store.swap(path, b"third", first)
         with contextlib.suppress(Conflict):
             store.swap(path, b"fourth", first)
@@ -154,8 +161,8 @@ def probe(store: Store) -> None:
         store.delete([path])
 
 
-def _unconditional(store: Store, what: str) -> UsageError:
+def _unconditional(store: Store, fault: str) -> UsageError:
     return UsageError(
-        f"{store.uri}: this server ignores conditional writes: it {what}. Two runs could then overwrite each other's "
+        f"{store.uri}: this server ignores conditional writes: it {fault}. Two runs could then overwrite each other's "
         "work unseen; use a server that honours If-Match and If-None-Match, or a folder"
     )

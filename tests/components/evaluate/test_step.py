@@ -1,4 +1,4 @@
-"""The evaluation step on a real tiny model in 4 bits with a trained adapter."""
+"""Run the evaluation step on a real tiny model in 4 bits with a trained adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core.errors import Exit, UsageError
 from qlora_retrain.evaluation.scoring import read_scores
 
-CONFIG = EvaluateConfig(first_release=True, bootstrap_samples=200, device="cpu", batch_tokens=2048)
+CONFIG = EvaluateConfig(allow_first_release=True, bootstrap_samples=200, device="cpu", batch_tokens=2048)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def inputs(tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path) -> dict[str, Pa
     return {"base_model": tiny_model, "base_nf4": tiny_nf4, "adapter": tiny_adapter}
 
 
-def document(evaluation: Path) -> Any:
+def read_document(evaluation: Path) -> Any:
     return json.loads((evaluation / "evaluation.json").read_text())
 
 
@@ -46,17 +46,20 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert report.refused is None
     assert report.numbers["verdict"] == "pass"
     assert report.numbers["rows"] == 36
-    found = document(evaluation)
-    assert set(found["contestants"]) == {"base", "base_nf4", "challenger"}
-    assert found["metric"] == "accuracy"
-    assert set(found["golden"]) == set(found["reference"]) == set(found["contestants"])
-    assert EvaluateConfig.model_validate(found["settings"]) == CONFIG
-    assert [rule["passed"] for rule in found["rules"]] == [True] * len(found["rules"])
+
+    document = read_document(evaluation)
+    assert set(document["contestants"]) == {"base", "base_nf4", "challenger"}
+    assert document["metric"] == "accuracy"
+    assert set(document["golden"]) == set(document["reference"]) == set(document["contestants"])
+    assert EvaluateConfig.model_validate(document["settings"]) == CONFIG
+    assert [rule["passed"] for rule in document["rules"]] == [True] * len(document["rules"])
     names = ["enough_rows", "gain_over_base", "loss_to_champion", "golden", "slices"]
-    assert [rule["name"] for rule in found["rules"]] == names
+    assert [rule["name"] for rule in document["rules"]] == names
+
+    # The metrics of the document are those of the scores.
     scores = read_scores(evaluation / "scores.jsonl")
     rows = [s for s in scores["challenger"] if s.suite == "eval"]
-    assert found["contestants"]["challenger"]["accuracy"] == pytest.approx(sum(bool(s.correct) for s in rows) / 36)
+    assert document["contestants"]["challenger"]["accuracy"] == pytest.approx(sum(bool(s.correct) for s in rows) / 36)
     assert report.numbers["loss_challenger"] == pytest.approx(
         sum(s.loss_nats for s in rows) / sum(s.tokens for s in rows)
     )
@@ -80,6 +83,8 @@ def test_the_4_bit_base_is_scored_with_the_adapter_off(
         reference_data=None,
         evaluation=evaluation,
     )
+
+    # The 4-bit base without any adapter must give the same losses.
     rows = scoring.read_rows(dataset / "eval.jsonl", "eval")
     alone = scoring.score_rows(
         loading.load_nf4(inputs["base_nf4"], dtype="float32"),
@@ -87,14 +92,14 @@ def test_the_4_bit_base_is_scored_with_the_adapter_off(
         rows,
         labels=["delivery", "login", "refund"],
         batch_tokens=2048,
-        what="scoring",
+        description="scoring",
     )
     scores = read_scores(evaluation / "scores.jsonl")
     assert [s.loss_nats for s in scores["base_nf4"]] == pytest.approx([s.loss_nats for s in alone], rel=1e-5)
     assert sum(s.loss_nats for s in scores["challenger"]) < sum(s.loss_nats for s in scores["base_nf4"])
 
 
-def test_packed_4_bit_weights_with_an_adapter_score_labels_as_alone(
+def test_packed_4_bit_weights_with_an_adapter_give_each_label_its_own_score(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     import torch
@@ -104,9 +109,9 @@ def test_packed_4_bit_weights_with_an_adapter_score_labels_as_alone(
 
     labels = ["delivery", "login", "refund"]
     rows = scoring.read_rows(write_dataset(tmp_path / "dataset", rows=4) / "eval.jsonl", "eval")
-    model = loading.attach(loading.load_nf4(inputs["base_nf4"], dtype="bfloat16"), inputs["adapter"])
+    model = loading.attach_adapter(loading.load_nf4(inputs["base_nf4"], dtype="bfloat16"), inputs["adapter"])
     tokenizer = chat.load_tokenizer(inputs["base_nf4"])
-    scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=2048, what="scoring")
+    scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=2048, description="scoring")
     for row, score in zip(rows, scores, strict=True):
         prompt = chat.prompt_ids(tokenizer, row.messages[:1])
         answer = chat.answer_ids(tokenizer, row.messages[:1], row.messages[1]["content"])
@@ -116,15 +121,15 @@ def test_packed_4_bit_weights_with_an_adapter_score_labels_as_alone(
         assert score.loss_nats == pytest.approx(float(expected), rel=0.01)  # all in bf16
 
 
-def test_a_text_task_is_judged_by_loss_and_has_no_accuracy(
+def test_a_text_task_is_compared_by_loss_and_has_no_accuracy(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", task="text")
     report = run(CONFIG, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is None
-    assert document(evaluation)["metric"] == "loss"
-    assert "accuracy" not in document(evaluation)["contestants"]["challenger"]
+    assert read_document(evaluation)["metric"] == "loss"
+    assert "accuracy" not in read_document(evaluation)["contestants"]["challenger"]
     assert not [name for name in report.numbers if name.startswith("accuracy")]
 
 
@@ -132,24 +137,25 @@ def test_a_champion_is_scored_too_and_its_absence_is_insufficient_evidence(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", task="text")
-    later = CONFIG.model_copy(update={"first_release": False})
-    report = run(later, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
+    not_first = CONFIG.model_copy(update={"allow_first_release": False})
+    report = run(not_first, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
-    assert "set evaluate.first_release: true" in str(report.refused)
+    assert "set evaluate.allow_first_release: true" in str(report.refused)
     assert (evaluation / "report.html").is_file()
-    # The base model itself is the weakest champion that there can be. Its data was never profiled: no drift to judge.
+
+    # The base model itself is the weakest champion that there can be. Its data has no profile, so drift is not checked.
     (tmp_path / "version").mkdir()
     (tmp_path / "version" / "model").symlink_to(inputs["base_model"])
-    later = later.model_copy(update={"max_drift": None})
-    report = run(later, dataset, **inputs, champion=tmp_path / "version", anchor=None, golden_data=None,
+    not_first = not_first.model_copy(update={"max_drift_psi": None})
+    report = run(not_first, dataset, **inputs, champion=tmp_path / "version", anchor=None, golden_data=None,
                  reference_data=None, evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     assert report.numbers["loss_champion"] == pytest.approx(report.numbers["loss_base"])
 
 
-def test_the_page_names_labels_but_shows_no_row(
+def test_the_report_names_labels_but_shows_no_row(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset")
@@ -183,32 +189,34 @@ def test_an_empty_evaluation_set_is_insufficient_evidence(
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
-    assert document(evaluation)["verdict"] == "insufficient evidence"
+    assert read_document(evaluation)["verdict"] == "insufficient evidence"
     assert "0 evaluation rows; at least 30 are needed" in str(report.refused)
     assert (evaluation / "report.html").is_file()
 
 
-def profiled(folder: Path, labels: dict[str, int]) -> None:
+def write_profile(folder: Path, labels: dict[str, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "profile.json").write_text(json.dumps({"distributions": {"label": labels}}))
 
 
 @pytest.mark.parametrize(("before", "passed"), [((100, 100, 100), True), ((280, 10, 10), False), (None, None)])
-def test_data_unlike_the_champions_is_refused(
+def test_data_that_drifted_from_the_champions_is_refused(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path,
     before: tuple[int, ...] | None, passed: bool | None,
 ) -> None:  # fmt: skip
     dataset, version = write_dataset(tmp_path / "dataset"), tmp_path / "version"
-    profiled(dataset, {"delivery": 90, "login": 110, "refund": 100})
+    write_profile(dataset, {"delivery": 90, "login": 110, "refund": 100})
     version.mkdir()
     (version / "model").symlink_to(inputs["base_model"])
     if before:
-        profiled(version / "data", dict(zip(["delivery", "login", "refund"], before, strict=True)))
+        write_profile(version / "data", dict(zip(["delivery", "login", "refund"], before, strict=True)))
     run(CONFIG, dataset, **inputs, champion=version, anchor=None, golden_data=None, reference_data=None,
         evaluation=evaluation)  # fmt: skip
-    rule = next(r for r in document(evaluation)["rules"] if r["name"] == "data_drift")
+    rule = next(r for r in read_document(evaluation)["rules"] if r["name"] == "data_drift")
     assert rule["passed"] is passed
-    assert document(evaluation)["verdict"] == {True: "pass", False: "refuse", None: "insufficient evidence"}[passed]
+    assert (
+        read_document(evaluation)["verdict"] == {True: "pass", False: "refuse", None: "insufficient evidence"}[passed]
+    )
 
 
 def test_the_anchor_is_a_contestant_on_the_same_rows(
@@ -217,14 +225,14 @@ def test_the_anchor_is_a_contestant_on_the_same_rows(
     dataset, version = write_dataset(tmp_path / "dataset"), tmp_path / "version"
     version.mkdir()
     (version / "model").symlink_to(inputs["base_model"])
-    settings = CONFIG.model_copy(update={"max_drift": None})
+    settings = CONFIG.model_copy(update={"max_drift_psi": None})
     report = run(settings, dataset, **inputs, champion=version, anchor=version, golden_data=None, reference_data=None,
                  evaluation=evaluation)  # fmt: skip
     assert report.refused is None
     scores = read_scores(evaluation / "scores.jsonl")
     assert list(scores) == ["base", "base_nf4", "challenger", "champion", "anchor"]
     assert [s.id for s in scores["anchor"]] == [s.id for s in scores["challenger"]]
-    assert "loss_to_anchor" in [r["name"] for r in document(evaluation)["rules"]]
+    assert "loss_to_anchor" in [r["name"] for r in read_document(evaluation)["rules"]]
 
 
 def test_overfitting_forgetting_and_intruders_are_in_the_document(
@@ -244,32 +252,43 @@ def test_overfitting_forgetting_and_intruders_are_in_the_document(
         *(f"There are {n} apples in the basket." for n in range(2, 14)),
     )
     (reference / "general.txt").write_text("\n\n".join(passages))
-    settings = CONFIG.model_copy(update={"train_rows": 5, "max_train_eval_gap": 1e-9, "max_forgetting_accuracy": 0.01})
+
+    # Limits that almost any model exceeds, so that each rule has a result to compare.
+    settings = CONFIG.model_copy(
+        update={"train_rows": 5, "max_train_eval_gap_nats": 1e-9, "max_forgetting_accuracy": 0.01}
+    )
     run(settings, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
         evaluation=evaluation)  # fmt: skip
-    found = document(evaluation)
+
+    document = read_document(evaluation)
+
+    # The training rows are evaluation rows here, so their scores are known.
     by_id = {s.id: s for s in read_scores(evaluation / "scores.jsonl")["challenger"]}
     trained = sorted(json.loads(row)["id"] for row in rows[:7])[:5]
     loss = sum(by_id[i].loss_nats for i in trained) / sum(by_id[i].tokens for i in trained)
-    assert found["train_eval_gap"]["train_loss"] == pytest.approx(loss, rel=1e-3)
-    gap = found["contestants"]["challenger"]["loss"] - loss
-    assert found["train_eval_gap"]["gap"] == pytest.approx(gap, abs=1e-4)
-    rules = {rule["name"]: rule for rule in found["rules"]}
-    assert rules["train_eval_gap"]["passed"] is (found["train_eval_gap"]["gap"] <= 1e-9)
+    assert document["train_eval_gap"]["train_loss"] == pytest.approx(loss, rel=1e-3)
+    gap = document["contestants"]["challenger"]["loss"] - loss
+    assert document["train_eval_gap"]["gap"] == pytest.approx(gap, abs=1e-4)
+
+    rules = {rule["name"]: rule for rule in document["rules"]}
+    assert rules["train_eval_gap"]["passed"] is (document["train_eval_gap"]["gap"] <= 1e-9)
     assert rules["forgetting_accuracy"]["passed"] is (rules["forgetting_accuracy"]["high"] <= 0.01)
-    reference_numbers = found["reference"]
+    reference_numbers = document["reference"]
     lost = reference_numbers["base"]["token_accuracy"] - reference_numbers["challenger"]["token_accuracy"]
     assert rules["forgetting_accuracy"]["value"] == pytest.approx(lost)
-    assert len(found["intruder_dimensions"]) == 14
-    assert {s["name"] for s in found["slices"]} >= {"label=refund", "language=latin"}
-    assert {d["against"] for d in found["differences"]} == {"base", "base_nf4"}
+
+    # Two blocks of seven adapted matrices.
+    assert len(document["intruder_dimensions"]) == 14
+    assert {s["name"] for s in document["slices"]} >= {"label=refund", "language=latin"}
+    assert {d["against"] for d in document["differences"]} == {"base", "base_nf4"}
 
 
-def test_golden_answers_are_side_by_side_only_where_the_line_allows_text(
+def test_golden_completions_are_in_the_report_only_where_the_line_allows_text(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:
     dataset = write_dataset(tmp_path / "dataset", golden=12)
     golden = [json.loads(line) for line in (dataset / "golden.jsonl").read_text().splitlines()]
+    # Row text in a published page must not become markup.
     golden[0]["messages"][0]["content"] = "<script>alert(1)</script> my money back"
     (dataset / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in golden))
     settings = CONFIG.model_copy(update={"max_new_tokens": 6})
@@ -277,9 +296,9 @@ def test_golden_answers_are_side_by_side_only_where_the_line_allows_text(
         run(settings.model_copy(update={"text_in_reports": allowed}), dataset, **inputs, champion=None, anchor=None,
             golden_data=None, reference_data=None, evaluation=evaluation)  # fmt: skip
         html = (evaluation / "report.html").read_text()
-        assert ("What contestants wrote" in html) is allowed
+        assert ("Completions of the golden rows" in html) is allowed
         assert (golden[1]["messages"][0]["content"] in html) is allowed
         assert ("&lt;script&gt;alert(1)" in html) is allowed
         assert "<script" not in html
-        everything = (evaluation / "scores.jsonl").read_text() + (evaluation / "evaluation.json").read_text()
-        assert "money back" not in everything
+        other_files = (evaluation / "scores.jsonl").read_text() + (evaluation / "evaluation.json").read_text()
+        assert "money back" not in other_files

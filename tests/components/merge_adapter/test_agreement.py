@@ -1,4 +1,4 @@
-"""KL and greedy agreement against a plain computation, row by row."""
+"""KL and greedy agreement against a plain computation, row by row, and the two halves of the rows."""
 
 from __future__ import annotations
 
@@ -27,44 +27,46 @@ def rows() -> list[Row]:
 
 
 def test_batches_give_what_one_row_at_a_time_gives(tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path) -> None:
-    live = loading.attach(loading.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
-    other, tokenizer = loading.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
-    found = agreement.compare(live, other, tokenizer, rows(), 256, "comparing")
-    for row, ours in zip(rows(), found, strict=True):
+    unmerged = loading.attach_adapter(loading.load_nf4(tiny_nf4, dtype="float32"), tiny_adapter)
+    merged, tokenizer = loading.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
+    agreements = agreement.compare_models(unmerged, merged, tokenizer, rows(), 256, "comparing")
+
+    # Each row alone, without padding, in fp64 and by the definition: sum of p log(p / q).
+    for row, ours in zip(rows(), agreements, strict=True):
         encoded = chat.encode(tokenizer, row.messages)
-        ids, judged = torch.tensor([encoded.input_ids]), torch.tensor(encoded.supervised)[1:]
+        ids, is_target = torch.tensor([encoded.input_ids]), torch.tensor(encoded.supervised)[1:]
         with torch.no_grad():
-            p, q = (model(ids).logits[0, :-1][judged].double().softmax(-1) for model in (live, other))
-        assert (ours.id, ours.tokens) == (row.id, int(judged.sum()))
+            p, q = (model(ids).logits[0, :-1][is_target].double().softmax(-1) for model in (unmerged, merged))
+        assert (ours.id, ours.tokens) == (row.id, int(is_target.sum()))
         assert ours.kl_nats == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3)
-        assert ours.agreed == int((p.argmax(-1) == q.argmax(-1)).sum())
-    assert any(ours.agreed < ours.tokens for ours in found)
+        assert ours.agreed_tokens == int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert any(ours.agreed_tokens < ours.tokens for ours in agreements)
 
 
 def test_a_model_agrees_with_itself(tiny_model: Path) -> None:
     model, tokenizer = loading.load_base(tiny_model, dtype="float32"), chat.load_tokenizer(tiny_model)
-    found = agreement.compare(model, model, tokenizer, rows(), 256, "comparing")
+    agreements = agreement.compare_models(model, model, tokenizer, rows(), 256, "comparing")
     settings = EvaluateConfig(bootstrap_samples=200)
-    for value, expected in ((agreement.kl, 0.0), (agreement.greedy, 1.0)):
-        interval = value(found, settings)
+    for compute, expected in ((agreement.mean_kl, 0.0), (agreement.greedy_agreement, 1.0)):
+        interval = compute(agreements, settings)
         assert interval is not None
         assert (interval.value, interval.low, interval.high) == pytest.approx((expected,) * 3, abs=1e-6)
 
 
 def test_long_rows_weigh_by_their_tokens_and_nan_is_no_number() -> None:
-    found = [Agreement("a", 1, 1.0, 1), Agreement("b", 3, 1.0, 0)]
+    agreements = [Agreement("a", 1, 1.0, 1), Agreement("b", 3, 1.0, 0)]
     settings = EvaluateConfig(bootstrap_samples=200)
-    interval = agreement.kl(found, settings)
+    interval = agreement.mean_kl(agreements, settings)
     assert interval is not None
     assert interval.value == 0.5
-    assert agreement.kl([*found, Agreement("c", 1, float("nan"), 0)], settings) is None
-    assert agreement.kl([], settings) is None
+    assert agreement.mean_kl([*agreements, Agreement("c", 1, float("nan"), 0)], settings) is None
+    assert agreement.mean_kl([], settings) is None
 
 
 def test_halves_depend_on_the_ids_alone_and_cover_them() -> None:
     many = [Row(f"{i:016x}", "eval", TALK) for i in range(101)]
-    chosen, certified = candidates.halves(many)
-    assert (len(chosen), len(certified)) == (50, 51)
-    assert chosen | certified == {row.id for row in many}
-    assert candidates.halves(many[::-1]) == (chosen, certified)
-    assert 10 < len(chosen & {row.id for row in many[:50]}) < 40  # not the file's order
+    selection, certification = candidates.split_halves(many)
+    assert (len(selection), len(certification)) == (50, 51)
+    assert selection | certification == {row.id for row in many}
+    assert candidates.split_halves(many[::-1]) == (selection, certification)
+    assert 10 < len(selection & {row.id for row in many[:50]}) < 40  # not the file's order

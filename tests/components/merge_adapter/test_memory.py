@@ -1,4 +1,4 @@
-"""What a merge takes of memory does not grow with the model."""
+"""The memory of a merge does not grow with the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ merge(base, nf4, adapter, out, dequantized=sys.argv[5] == "dequantized", max_sha
 
 
 def anonymous_bytes(pid: int) -> int:
-    """0 where the process has gone."""
+    """Return the anonymous resident memory of a process; 0 where it has ended."""
+    # RssAnon and not RSS: the pages of mapped files count in RSS, and the system can drop them at any time.
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -44,6 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     work = tmp_path_factory.mktemp("large")
     for name in ("base", "nf4", "adapter"):
         (work / name).mkdir()
+
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(LAYERS)]
     torch.manual_seed(0)
     adapter, index = {}, {}
@@ -52,11 +54,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         file = f"model-{i}.safetensors"
         save_file({f"{name}.weight": weight}, work / "base" / file)
         index[f"{name}.weight"] = file
+
+        # As bitsandbytes stores a model: the codes under the weight's name, the scales and tables beside them.
         packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         parts = {f"{name}.weight.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
         save_file({f"{name}.weight": packed, **parts}, work / "nf4" / file)
         adapter[f"base_model.model.{name}.lora_A.weight"] = torch.empty(8, SIDE).normal_(std=0.02)
         adapter[f"base_model.model.{name}.lora_B.weight"] = torch.empty(SIDE, 8).normal_(std=0.02)
+
     for name in ("base", "nf4"):
         (work / name / "config.json").write_text("{}")
     (work / "base/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
@@ -76,13 +81,16 @@ def test_a_merge_holds_a_few_tensors_however_large_the_model(folders: list[str],
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         before = peak = anonymous_bytes(process.pid)
+
+        # 500 samples a second: a peak between two of them would have to be very short.
         process.stdin.write("go\n")
         process.stdin.close()
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(0.002)
     assert process.returncode == 0
-    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert written > 2 * LAYERS * SIDE * SIDE
-    # Four of the largest tensor in fp32, and a quarter of the model at that: a model in memory would show.
-    assert 0 < peak - before < 4 * 4 * SIDE * SIDE < written / 3
+    output_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert output_bytes > 2 * LAYERS * SIDE * SIDE
+
+    # Four times the largest tensor in fp32, which is a quarter of the model: a model in memory would be noticed.
+    assert 0 < peak - before < 4 * 4 * SIDE * SIDE < output_bytes / 3

@@ -28,16 +28,16 @@ CONFIG = MergeConfig(device="cpu", min_rows=18)
 
 
 def certificate(inputs: dict[str, Path]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((inputs["model"] / "certificate.json").read_text())
-    return found
+    document: dict[str, Any] = json.loads((inputs["model"] / "certificate.json").read_text())
+    return document
 
 
 def test_the_merged_form_is_certified_by_the_rules_of_the_evaluation(inputs: dict[str, Path]) -> None:
     report = run(CONFIG, **inputs)
     assert report.refused is None
-    found = certificate(inputs)
-    names = [rule["name"] for rule in found["rules"]]
-    rules = [
+    document = certificate(inputs)
+    names = [rule["name"] for rule in document["rules"]]
+    expected = [
         "enough_rows",
         "gain_over_base",
         "loss_to_champion",
@@ -47,11 +47,13 @@ def test_the_merged_form_is_certified_by_the_rules_of_the_evaluation(inputs: dic
         "merge_rows",
         "merge_cost",
     ]
-    assert names == rules
-    assert found["verdict"] == "pass"
-    forms = found["forms"]["certification"]
-    cost = found["merge_loss_nats"]["value"]
-    assert cost == pytest.approx(forms[found["base"]]["loss"] - forms["live"]["loss"])
+    assert names == expected
+    assert document["verdict"] == "pass"
+
+    # The cost of merging is the difference of two losses that the certificate states as well.
+    forms = document["forms"]["certification"]
+    cost = document["merge_loss_nats"]["value"]
+    assert cost == pytest.approx(forms[document["base"]]["loss"] - forms["live"]["loss"])
     assert abs(forms["dequantized"]["loss"] - forms["live"]["loss"]) < 0.02  # only the rounding of the sum to bf16
     assert report.numbers["merge_loss_nats"] == cost
     assert "order number" not in (inputs["model"] / "report.html").read_text()
@@ -61,11 +63,13 @@ def test_the_better_candidate_on_one_half_is_what_ships_and_the_other_half_certi
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     run(CONFIG, **inputs)
-    found = certificate(inputs)
-    assert found["rows"] == {"selection": 18, "certification": 18}
+    document = certificate(inputs)
+    assert document["rows"] == {"selection": 18, "certification": 18}
+
+    # Both candidates are merged and scored again, and their losses summed by half here.
     losses: dict[str, dict[bool, float]] = {}
     rows = scoring.read_rows(inputs["dataset"] / "eval.jsonl", "eval")
-    sides = {row.id: row for row in rows}
+    rows_by_id = {row.id: row for row in rows}
     for name in ("original", "dequantized"):
         folder = tmp_path / name
         folder.mkdir()
@@ -73,25 +77,29 @@ def test_the_better_candidate_on_one_half_is_what_ships_and_the_other_half_certi
               dequantized=name == "dequantized", max_shard_gib=5.0)  # fmt: skip
         model, tokenizer = loading.load_base(folder, dtype="float32"), chat.load_tokenizer(folder)
         labels = json.loads((inputs["dataset"] / "dataset.json").read_text())["labels"]
-        scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=4096, what="x")
-        chosen = set(sorted(sides, key=lambda i: hashlib.sha256(f"merge:{i}".encode()).digest())[:18])
+        scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=4096, description="x")
+        selection = set(sorted(rows_by_id, key=lambda i: hashlib.sha256(f"merge:{i}".encode()).digest())[:18])
         losses[name] = {
-            half: sum(s.loss_nats for s in scores if (s.id in chosen) == half)
-            / sum(s.tokens for s in scores if (s.id in chosen) == half)
+            half: sum(s.loss_nats for s in scores if (s.id in selection) == half)
+            / sum(s.tokens for s in scores if (s.id in selection) == half)
             for half in (True, False)
         }
-        assert found["forms"]["selection"][name]["loss"] == pytest.approx(losses[name][True], rel=1e-5)
-        assert found["forms"]["certification"][name]["loss"] == pytest.approx(losses[name][False], rel=1e-5)
-    assert found["base"] == min(losses, key=lambda name: losses[name][True])
+        assert document["forms"]["selection"][name]["loss"] == pytest.approx(losses[name][True], rel=1e-5)
+        assert document["forms"]["certification"][name]["loss"] == pytest.approx(losses[name][False], rel=1e-5)
+
+    # The winner on the selecting half ships, byte by byte.
+    assert document["base"] == min(losses, key=lambda name: losses[name][True])
     shipped = (inputs["model"] / "model.safetensors").read_bytes()
-    assert shipped == (tmp_path / found["base"] / "model.safetensors").read_bytes()
+    assert shipped == (tmp_path / document["base"] / "model.safetensors").read_bytes()
     assert not [path for path in inputs["model"].iterdir() if path.is_dir()]  # nothing is left of the other one
 
 
-def test_the_best_version_is_told_of_the_form_that_ships_and_not_of_the_live_model(inputs: dict[str, Path]) -> None:
+def test_the_form_that_ships_decides_which_version_is_the_best_and_not_the_unmerged_model(
+    inputs: dict[str, Path],
+) -> None:
     path = inputs["evaluation"] / "scores.jsonl"
     scores = read_scores(path)
-    # A live model that is no better than the champion, by its answers: the merged form, whose answers are right, is.
+    # The unmerged model is no better than the champion by its answers; the merged form, whose answers are right, is.
     scores["challenger"] = [replace(s, correct=False) if s.suite == "eval" else s for s in scores["challenger"]]
     scores["champion"] = scores["challenger"]
     write_scores(path, scores)
@@ -103,10 +111,12 @@ def test_a_form_that_ships_like_the_champion_leaves_it_the_best(inputs: dict[str
     scores = read_scores(path)
     scores["champion"] = scores["challenger"]
     write_scores(path, scores)
-    papers = inputs["evaluation"] / "evaluation.json"
-    judged = json.loads(papers.read_text())
-    judged["settings"]["max_loss_to_champion"] = 0.2  # 36 rows answered alike rule out no less than a loss of 0.096
-    papers.write_text(json.dumps(judged))
+
+    # With the default margin 36 rows are too few to rule out a loss, even when all are answered alike.
+    evaluation_json = inputs["evaluation"] / "evaluation.json"
+    evaluation = json.loads(evaluation_json.read_text())
+    evaluation["settings"]["max_loss_to_champion"] = 0.2  # 36 rows answered alike rule out no less than 0.096
+    evaluation_json.write_text(json.dumps(evaluation))
     report = run(MergeConfig(device="cpu", base="dequantized"), **inputs)
     assert report.refused is None
     assert report.numbers["best"] == "champion"
@@ -124,23 +134,26 @@ def test_a_form_that_is_refused_is_never_the_best(inputs: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("base", ["original", "dequantized"])
 def test_a_base_that_is_named_is_certified_on_every_row(inputs: dict[str, Path], base: str) -> None:
+    # Nothing is selected, so no row needs to be kept apart.
     run(MergeConfig(device="cpu", base=base), **inputs)  # type: ignore[arg-type]
-    found = certificate(inputs)
-    assert found["base"] == base
-    assert found["rows"] == {"selection": 0, "certification": 36}
-    assert set(found["forms"]["certification"]) == {"live", base}
-    assert found["forms"]["certification"][base]["rows"] == 36
+    document = certificate(inputs)
+    assert document["base"] == base
+    assert document["rows"] == {"selection": 0, "certification": 36}
+    assert set(document["forms"]["certification"]) == {"live", base}
+    assert document["forms"]["certification"][base]["rows"] == 36
 
 
 def test_halves_that_are_too_small_are_insufficient_evidence(inputs: dict[str, Path]) -> None:
+    # 36 evaluation rows make two halves of 18.
     report = run(MergeConfig(device="cpu", min_rows=19), **inputs)
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
-    assert "18 rows to choose the base on, 18 to certify it on; 19 of each are needed" in str(report.refused)
+    assert "18 rows select the base, 18 rows certify it; 19 of each are needed" in str(report.refused)
     assert certificate(inputs)["verdict"] == "insufficient evidence"
 
 
 def test_kl_and_agreement_are_gates_only_where_a_limit_is_set(inputs: dict[str, Path]) -> None:
+    # No merge into the other base reaches the first limit, any reaches the second.
     report = run(MergeConfig(device="cpu", base="original", max_kl_nats=1e-9, min_agreement=0.5), **inputs)
     rules = {rule["name"]: rule for rule in certificate(inputs)["rules"]}
     form = certificate(inputs)["forms"]["certification"]["original"]
@@ -148,49 +161,53 @@ def test_kl_and_agreement_are_gates_only_where_a_limit_is_set(inputs: dict[str, 
     assert rules["kl_to_live"]["value"] == form["kl"] > 1e-9
     assert rules["agreement"]["passed"] is True
     assert rules["agreement"]["value"] == form["agreement"] >= 0.5
-    assert "KL from the live model" in str(report.refused)
+    assert "KL from the unmerged model" in str(report.refused)
 
 
 def test_what_the_merged_form_forgot_is_measured_on_the_merged_form(inputs: dict[str, Path]) -> None:
     run(MergeConfig(device="cpu", base="original"), **inputs)
-    found = certificate(inputs)
+    document = certificate(inputs)
     model, tokenizer = loading.load_base(inputs["model"], dtype="float32"), chat.load_tokenizer(inputs["model"])
     texts = (inputs["reference_data"] / "general.txt").read_text().split("\n\n")
-    ours = scoring.score_texts(model, tokenizer, texts, batch_tokens=4096, max_tokens=64, what="x")
+    ours = scoring.score_passages(model, tokenizer, texts, batch_tokens=4096, max_tokens=64, description="x")
+
+    # Forgetting is what a token of general text costs more than in the base model.
     base = [s for s in read_scores(inputs["evaluation"] / "scores.jsonl")["base"] if s.suite == "reference"]
     lost = sum(a.loss_nats - b.loss_nats for a, b in zip(ours, base, strict=True)) / sum(s.tokens for s in ours)
-    rule = next(rule for rule in found["rules"] if rule["name"] == "forgetting")
+    rule = next(rule for rule in document["rules"] if rule["name"] == "forgetting")
     assert rule["value"] == pytest.approx(lost, rel=1e-4)
-    assert found["reference"]["merged"]["loss"] != found["reference"]["live"]["loss"]
+    assert document["reference"]["merged"]["loss"] != document["reference"]["live"]["loss"]
 
 
 def plain_loss(inputs: dict[str, Path], dtype: str) -> float:
-    """The live model's loss a token of the evaluation rows, from the full logits of each row alone."""
-    live = loading.attach(loading.load_nf4(inputs["base_nf4"], dtype=dtype), inputs["adapter"])
+    """Return the unmerged model's loss per token of the evaluation rows, from the full logits of each row alone."""
+    unmerged = loading.attach_adapter(loading.load_nf4(inputs["base_nf4"], dtype=dtype), inputs["adapter"])
     tokenizer, nats = chat.load_tokenizer(inputs["base_nf4"]), []
     for line in (inputs["dataset"] / "eval.jsonl").read_text().splitlines():
         row = chat.encode(tokenizer, json.loads(line)["messages"])
         with torch.no_grad():
-            logits = live(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
-        wanted, learnt = torch.tensor(row.input_ids[1:]), torch.tensor(row.supervised[1:])
-        nats += cross_entropy(logits[learnt], wanted[learnt], reduction="none").tolist()
+            logits = unmerged(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
+        targets, is_target = torch.tensor(row.input_ids[1:]), torch.tensor(row.supervised[1:])
+        nats += cross_entropy(logits[is_target], targets[is_target], reduction="none").tolist()
     return sum(nats) / len(nats)
 
 
-def test_the_live_model_is_scored_again_where_the_evaluation_computed_in_another_precision(
+def test_the_unmerged_model_is_scored_again_where_the_evaluation_computed_in_another_precision(
     inputs: dict[str, Path],
 ) -> None:
     evaluated = [s for s in read_scores(inputs["evaluation"] / "scores.jsonl")["challenger"] if s.suite == "eval"]
     in_fp32 = sum(s.loss_nats for s in evaluated) / sum(s.tokens for s in evaluated)
     run(MergeConfig(device="cpu", base="dequantized"), **inputs)
     assert certificate(inputs)["forms"]["certification"]["live"]["loss"] == pytest.approx(in_fp32, rel=1e-9)
+
+    # The evaluation computed in fp32; a merge in bf16 must not compare with these scores.
     shutil.rmtree(inputs["model"])
     inputs["model"].mkdir()
     run(MergeConfig(device="cpu", base="dequantized", precision="bfloat16"), **inputs)
-    live = certificate(inputs)["forms"]["certification"]["live"]["loss"]
+    unmerged = certificate(inputs)["forms"]["certification"]["live"]["loss"]
     in_bf16 = plain_loss(inputs, "bfloat16")
     assert in_fp32 == pytest.approx(plain_loss(inputs, "float32"), rel=1e-4)
-    assert live == pytest.approx(in_bf16, abs=abs(in_bf16 - in_fp32) / 4), "in bf16, as the merged form"
+    assert unmerged == pytest.approx(in_bf16, abs=abs(in_bf16 - in_fp32) / 4), "in bf16, as the merged form"
 
 
 def test_reference_text_other_than_the_evaluations_is_refused(inputs: dict[str, Path]) -> None:
@@ -201,30 +218,35 @@ def test_reference_text_other_than_the_evaluations_is_refused(inputs: dict[str, 
 def test_a_merge_that_costs_too_much_is_refused_with_its_certificate(inputs: dict[str, Path]) -> None:
     path = inputs["evaluation"] / "scores.jsonl"
     scores = read_scores(path)
-    # A live model of half the loss, so that this merge is the worse one.
+    # An unmerged model of half the loss, so that this merge is the worse one.
     scores["challenger"] = [replace(score, loss_nats=score.loss_nats / 2) for score in scores["challenger"]]
     write_scores(path, scores)
+
     report = run(CONFIG, **inputs)
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert "lost by merging" in str(report.refused)
-    found = certificate(inputs)
-    assert found["verdict"] == "refuse"
-    assert found["merge_loss_nats"]["high"] > CONFIG.max_loss_nats
+
+    # The artifact is complete, so that a person can see why.
+    document = certificate(inputs)
+    assert document["verdict"] == "refuse"
+    assert document["merge_loss_nats"]["high"] > CONFIG.max_loss_increase_nats
     assert (inputs["model"] / "report.html").is_file()
 
 
 def test_an_evaluation_of_another_data_set_is_refused(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    other = write_dataset(tmp_path / "other", rows=33, golden=12)
-    with pytest.raises(IntegrityError, match="made from another one"):
-        run(CONFIG, **{**inputs, "dataset": other})
+    other_dataset = write_dataset(tmp_path / "other", rows=33, golden=12)
+    with pytest.raises(IntegrityError, match="made from another data set"):
+        run(CONFIG, **{**inputs, "dataset": other_dataset})
 
 
 @pytest.mark.slow
 def test_plain_transformers_in_a_fresh_process_finds_the_certified_loss(inputs: dict[str, Path]) -> None:
     run(MergeConfig(device="cpu", base="dequantized"), **inputs)
+
+    # The loss by nothing but transformers: the project, PEFT and bitsandbytes are not there.
     program = """
 import json, sys
 sys.modules["peft"] = sys.modules["bitsandbytes"] = None
@@ -246,7 +268,7 @@ for line in open(rows):
 print(loss / tokens)
 """
     command = [sys.executable, "-c", program, str(inputs["model"]), str(inputs["dataset"] / "eval.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
     certified = certificate(inputs)["forms"]["certification"]["dequantized"]["loss"]
-    assert float(done.stdout) == pytest.approx(certified, abs=1e-5)
+    assert float(process.stdout) == pytest.approx(certified, abs=1e-5)

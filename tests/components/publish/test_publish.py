@@ -14,13 +14,13 @@ import pytest
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import QualityRefused
-from qlora_retrain.core.outcome import Report
-from qlora_retrain.pipeline import execute, plan
+from qlora_retrain.core.outcome import StepResult
+from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store, pull, registry
 from qlora_retrain.storage.store import Store
 
-Steps = dict[str, Callable[..., Report]]
+Steps = dict[str, Callable[..., StepResult]]
 RunAll = Callable[[Plan], dict[str, int]]
 
 
@@ -31,27 +31,27 @@ def store(root_uri: str) -> Store:
 
 @pytest.fixture
 def new_plan(line: Path, root_uri: str) -> Callable[..., Plan]:
-    return lambda *overrides: plan.make(line, root_uri, overrides=overrides)
+    return lambda *overrides: make_plan.make_plan(line, root_uri, overrides=overrides)
 
 
-def until_publish(made: Plan, steps: Steps) -> None:
+def run_until_publish(plan: Plan, steps: Steps) -> None:
     for name in list(steps)[:-1]:
-        assert execute.execute(made, name, lambda name=name: steps[name]) == 0  # type: ignore[misc]
+        assert execute.run_step(plan, name, lambda name=name: steps[name]).code == 0  # type: ignore[misc]
 
 
-def publish(made: Plan, steps: Steps) -> int:
-    return execute.execute(made, "publish", lambda: steps["publish"])
+def publish(plan: Plan, steps: Steps) -> int:
+    return execute.run_step(plan, "publish", lambda: steps["publish"]).code
 
 
-def named(store: Store, alias: str, line: str = "intents") -> str | None:
-    found, _ = registry.alias(store, line, alias)
-    return found.version if found else None
+def version_of_alias(store: Store, alias: str, line: str = "intents") -> str | None:
+    state, _ = registry.read_alias(store, line, alias)
+    return state.version if state else None
 
 
-def numbers(store: Store, made: Plan) -> dict[str, Any]:
-    found = artifact.find(store, "release", made.step("publish").key)
-    assert found is not None
-    return dict(found.numbers)
+def numbers(store: Store, plan: Plan) -> dict[str, Any]:
+    manifest = artifact.find_manifest(store, "release", plan.step("publish").key)
+    assert manifest is not None
+    return dict(manifest.numbers)
 
 
 def versions(store: Store) -> list[str]:
@@ -61,10 +61,11 @@ def versions(store: Store) -> list[str]:
 def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
-    made = new_plan()
-    assert run_all(made)["publish"] == 0
+    plan = new_plan()
+    assert run_all(plan)["publish"] == 0
     (version,) = versions(store)
     release = registry.read_release(store, "intents", version)
+
     assert {f.path for f in release.files} == {
         "README.md",
         "LICENCE.md",
@@ -82,12 +83,14 @@ def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
         "reports/evaluation.html",
         "reports/merge.html",
     }
+
     folder = registry.version_folder("intents", version)
     for file in release.files:
         data = store.read(f"{folder}/{file.path}").data
         assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size_bytes, file.sha256)
-    assert release.keys == {s.name: s.key for s in made.steps}
-    assert (release.adapter_key, release.judgement) == (made.step("train_qlora").key, made.judgement)
+
+    assert release.keys == {s.name: s.key for s in plan.steps}
+    assert (release.adapter_key, release.judgement) == (plan.step("train_qlora").key, plan.judgement)
 
 
 def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
@@ -96,15 +99,15 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
     plain = small_steps["merge_adapter"]
 
     @functools.wraps(plain)
-    def merge_adapter(model: Path, **others: Any) -> Report:
+    def merge_adapter(model: Path, **others: Any) -> StepResult:
         (model / "exports/gguf-q8_0").mkdir(parents=True)
         (model / "exports/gguf-q8_0/model-q8_0.gguf").write_bytes(b"GGUF")
-        report: Report = plain(model=model, **others)
+        report: StepResult = plain(model=model, **others)
         return report
 
-    made = new_plan()
-    until_publish(made, {**small_steps, "merge_adapter": merge_adapter})
-    assert publish(made, small_steps) == 0
+    plan = new_plan()
+    run_until_publish(plan, {**small_steps, "merge_adapter": merge_adapter})
+    assert publish(plan, small_steps) == 0
     pulled = tmp_path / "pulled"
     release = pull.pull(store, "intents@production", pulled)
     assert (pulled / "model/exports/gguf-q8_0/model-q8_0.gguf").read_bytes() == b"GGUF"
@@ -112,7 +115,7 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
     assert "model/exports/gguf-q8_0/model-q8_0.gguf" in dict(content)
     assert release.content_hash == hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
     # The next run compares with the form that is judged, and need not fetch the others.
-    seen: list[str] = []
+    champion_files: list[str] = []
 
     def evaluate(
         config: Any,
@@ -125,36 +128,43 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
         golden_data: Path | None,
         reference_data: Path | None,
         evaluation: Path,
-    ) -> Report:
+    ) -> StepResult:
         assert champion is not None
-        seen.extend(sorted(path.relative_to(champion).as_posix() for path in champion.rglob("*") if path.is_file()))
-        return Report()
+        champion_files.extend(
+            sorted(path.relative_to(champion).as_posix() for path in champion.rglob("*") if path.is_file())
+        )
+        return StepResult()
 
     later = new_plan("train.learning_rate=1e-3")
     for name in ("validate_data", "quantize_model", "train_qlora"):
-        assert execute.execute(later, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
-    assert execute.execute(later, "evaluate", lambda: evaluate) == 0
-    assert [path for path in seen if path.startswith("model/")] == ["model/config.json", "model/model.safetensors"]
+        assert execute.run_step(later, name, lambda name=name: small_steps[name]).code == 0  # type: ignore[misc]
+    assert execute.run_step(later, "evaluate", lambda: evaluate).code == 0
+    assert [path for path in champion_files if path.startswith("model/")] == [
+        "model/config.json",
+        "model/model.safetensors",
+    ]
 
 
 def test_a_version_is_named_by_the_plans_time_and_its_content(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
-    made = new_plan()
-    run_all(made)
+    plan = new_plan()
+    run_all(plan)
     (version,) = versions(store)
     release = registry.read_release(store, "intents", version)
     content = sorted((f.path, f.sha256) for f in release.files if f.path.startswith(("adapter/", "model/")))
     expected = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
     assert release.content_hash == expected
-    assert version == f"{made.created_at}-{expected[:12]}"
+    assert version == f"{plan.created_at}-{expected[:12]}"
 
 
 def test_the_same_content_again_is_the_same_version(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
     run_all(new_plan())
-    again = new_plan("evaluate.confidence=0.9")  # judged anew, so not unchanged; the same adapter and model
+    # Another confidence judges anew, so the run is not `unchanged`; the adapter and the model stay the same.
+    again = new_plan("evaluate.confidence=0.9")
     assert again.unchanged is None
     assert run_all(again)["publish"] == 0
     assert len(versions(store)) == 1
@@ -165,19 +175,24 @@ def test_the_same_content_again_is_the_same_version(
 def test_publish_offers_latest_and_moves_the_alias_it_is_told(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
-    made = new_plan("publish.promote_to=staging")
-    run_all(made)
+    plan = new_plan("publish.promote_to=staging")
+    run_all(plan)
     (version,) = versions(store)
-    assert (named(store, "latest"), named(store, "staging"), named(store, "production")) == (version, version, None)
-    assert numbers(store, made)["promoted_to"] == "staging"
+
+    assert (
+        version_of_alias(store, "latest"),
+        version_of_alias(store, "staging"),
+        version_of_alias(store, "production"),
+    ) == (version, version, None)
+    assert numbers(store, plan)["promoted_to"] == "staging"
 
 
 def test_without_an_alias_only_latest_moves(new_plan: Callable[..., Plan], run_all: RunAll, store: Store) -> None:
-    made = new_plan("publish.promote_to=null")
-    assert run_all(made)["publish"] == 0
-    assert named(store, "latest") == versions(store)[0]
-    assert named(store, "production") is None
-    assert numbers(store, made)["moved"] is False
+    plan = new_plan("publish.promote_to=null")
+    assert run_all(plan)["publish"] == 0
+    assert version_of_alias(store, "latest") == versions(store)[0]
+    assert version_of_alias(store, "production") is None
+    assert numbers(store, plan)["moved"] is False
 
 
 def test_publish_refuses_a_failed_evaluation(
@@ -196,17 +211,18 @@ def test_publish_refuses_a_failed_evaluation(
         golden_data: Path | None,
         reference_data: Path | None,
         evaluation: Path,
-    ) -> Report:
+    ) -> StepResult:
         inputs = (dataset, base_model, base_nf4, adapter, champion, anchor, golden_data, reference_data)
-        return Report(passing(config, *inputs, evaluation).numbers, refused=QualityRefused("it is worse"))
+        return StepResult(passing(config, *inputs, evaluation).numbers, refused=QualityRefused("it is worse"))
 
-    made = new_plan()
+    plan = new_plan()
     small_steps["evaluate"] = evaluate
-    assert run_all(made)["evaluate"] == 11
-    assert execute.execute(made, "merge_adapter", lambda: small_steps["merge_adapter"]) == 11
-    assert publish(made, small_steps) in (11, 75)  # its model was never made
+    assert run_all(plan)["evaluate"] == 11
+    assert execute.run_step(plan, "merge_adapter", lambda: small_steps["merge_adapter"]).code == 11
+    # The merge did not run, so there is no model to publish.
+    assert publish(plan, small_steps) in (11, 75)
     assert versions(store) == []
-    assert named(store, "latest") is None
+    assert version_of_alias(store, "latest") is None
 
 
 def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_steps: Steps, store: Store) -> None:
@@ -221,15 +237,15 @@ def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_ste
         evaluation: Path,
         reference_data: Path | None,
         model: Path,
-    ) -> Report:
+    ) -> StepResult:
         passing(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
-        return Report(refused=QualityRefused("merging costs too much"))
+        return StepResult(refused=QualityRefused("merging costs too much"))
 
-    made = new_plan()
+    plan = new_plan()
     for name in ("validate_data", "quantize_model", "train_qlora", "evaluate"):
-        assert execute.execute(made, name, lambda name=name: small_steps[name]) == 0  # type: ignore[misc]
-    assert execute.execute(made, "merge_adapter", lambda: merge_adapter) == 11
-    assert publish(made, small_steps) == 11
+        assert execute.run_step(plan, name, lambda name=name: small_steps[name]).code == 0  # type: ignore[misc]
+    assert execute.run_step(plan, "merge_adapter", lambda: merge_adapter).code == 11
+    assert publish(plan, small_steps) == 11
     assert versions(store) == []
 
 
@@ -237,29 +253,33 @@ def test_an_alias_that_moved_since_the_plan_means_try_again(
     new_plan: Callable[..., Plan], small_steps: Steps, run_all: RunAll, store: Store
 ) -> None:
     slow = new_plan("train.learning_rate=1e-3")
-    until_publish(slow, small_steps)
-    assert run_all(new_plan("train.learning_rate=2e-3"))["publish"] == 0  # another run was faster
-    faster = named(store, "production")
+    run_until_publish(slow, small_steps)
+    # A second run of the line publishes before the first one does.
+    assert run_all(new_plan("train.learning_rate=2e-3"))["publish"] == 0
+    faster = version_of_alias(store, "production")
     assert publish(slow, small_steps) == 75
-    assert named(store, "production") == faster
+    assert version_of_alias(store, "production") == faster
 
 
 def test_content_that_was_rolled_back_is_refused_until_a_person_overrides(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
     run_all(new_plan("train.learning_rate=1e-3"))
-    first = named(store, "production")
+    first = version_of_alias(store, "production")
     run_all(new_plan("train.learning_rate=2e-3"))
-    bad = named(store, "production")
+    bad = version_of_alias(store, "production")
+
     assert bad is not None
     registry.rollback(store, "intents", "production", reason="it swears")
     again = new_plan("train.learning_rate=2e-3")
+
     assert run_all(again)["publish"] == 11
-    assert named(store, "production") == first
+    assert version_of_alias(store, "production") == first
     assert (numbers(store, again)["moved"], numbers(store, again)["promoted_to"]) == (False, None)
+
     release = registry.read_release(store, "intents", bad)
-    assert registry.move(store, "intents", "production", release, reason="a person looked", override=True)
-    assert named(store, "production") == bad
+    assert registry.move_alias(store, "intents", "production", release, reason="a person looked", override=True)
+    assert version_of_alias(store, "production") == bad
 
 
 def test_nothing_published_names_a_place_or_a_secret(
@@ -277,12 +297,14 @@ def test_nothing_published_names_a_place_or_a_secret(
 def test_the_recipe_holds_every_identity_field_and_content_pin(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
-    made = new_plan("train.learning_rate=1e-4")
-    run_all(made)
-    recipe = hashing.parse(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
-    assert recipe["steps"] == {s.name: s.identity for s in made.steps}
+    plan = new_plan("train.learning_rate=1e-4")
+    run_all(plan)
+    recipe = hashing.parse_json(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
+
+    assert recipe["steps"] == {s.name: s.identity for s in plan.steps}
     assert recipe["steps"]["train_qlora"]["learning_rate"] == 0.0001
-    pinned = made.sources["base_model"]
+    pinned = plan.sources["base_model"]
+
     assert pinned is not None
     assert recipe["sources"]["base_model"] == {f.path: f.pin for f in pinned.files}
     assert recipe["sources"]["golden_data"] is None
@@ -303,23 +325,25 @@ def test_the_sbom_lists_every_pinned_package_and_the_base(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
     run_all(new_plan())
-    sbom = hashing.parse(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
+    sbom = hashing.parse_json(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
     assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5")
-    found = {c["name"]: c["version"] for c in sbom["components"]}
-    assert found["torch"] == "2.13.0"
-    assert "base_model" in found
+    versions_by_name = {c["name"]: c["version"] for c in sbom["components"]}
+    assert versions_by_name["torch"] == "2.13.0"
+    assert "base_model" in versions_by_name
 
 
 @pytest.mark.parametrize("fault", ["missing", "changed"])
 def test_an_evaluation_that_is_not_as_it_was_made_is_refused(
     new_plan: Callable[..., Plan], small_steps: Steps, store: Store, tmp_path: Path, fault: str
 ) -> None:
-    made = new_plan()
-    until_publish(made, small_steps)
-    manifest = artifact.find(store, "evaluation", made.step("evaluate").key)
+    plan = new_plan()
+    run_until_publish(plan, small_steps)
+    manifest = artifact.find_manifest(store, "evaluation", plan.step("evaluate").key)
+
     assert manifest is not None
     path = tmp_path / "store" / manifest.prefix / "evaluation.json"
     text = path.read_text()
     path.unlink() if fault == "missing" else path.write_text(text.replace("pass", "fail"))
-    assert publish(made, small_steps) == 13
+
+    assert publish(plan, small_steps) == 13
     assert versions(store) == []

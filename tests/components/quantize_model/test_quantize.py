@@ -1,3 +1,5 @@
+"""Quantizing the tiny model: what is stored, how far it is from the original, and what is refused."""
+
 import json
 import shutil
 import stat
@@ -8,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 
-from components.quantize_model import measure
+from components.quantize_model import quantization_stats
 from components.quantize_model.step import run
 from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core.errors import IntegrityError, UsageError
@@ -19,53 +21,57 @@ NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
 NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
 
 
-def quantized(base: Path, folder: Path, **settings) -> Path:
+def quantize(base: Path, folder: Path, **settings) -> Path:
     folder.mkdir()
     run(QuantizeConfig(**settings), base, folder)
     return folder
 
 
 @pytest.mark.parametrize(("double_quant", "bits"), [(True, 4 + 8 / 64 + 32 / (64 * 256)), (False, 4.5)])
-def test_the_bits_a_weight_are_what_the_method_promises(tiny_model, tmp_path, double_quant, bits):
-    folder = quantized(tiny_model, tmp_path / "nf4", double_quant=double_quant)
+def test_the_bits_per_weight_are_those_of_the_methods_arithmetic(tiny_model, tmp_path, double_quant, bits):
+    folder = quantize(tiny_model, tmp_path / "nf4", double_quant=double_quant)
     document = json.loads((folder / "quantization.json").read_text())
     assert document["bits_per_weight"] == pytest.approx(bits, rel=0.01)
+
     # Counted a second way: every stored byte whose name begins with a quantized layer's.
     tensors = load_file(folder / "model.safetensors")
     layers = {name.removesuffix(".absmax") for name in tensors if name.endswith(".weight.absmax")}
     weights = sum(2 * tensors[name].numel() for name in layers)
-    everything = sum(t.numel() * t.element_size() for n, t in tensors.items() if any(n.startswith(x) for x in layers))
+    stored_bytes = sum(t.numel() * t.element_size() for n, t in tensors.items() if any(n.startswith(x) for x in layers))
     assert document["quantized_weights"] == weights == 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
-    assert document["bits_per_weight_with_tables"] == pytest.approx(8 * everything / weights, abs=1e-4)
+    assert document["bits_per_weight_with_tables"] == pytest.approx(8 * stored_bytes / weights, abs=1e-4)
 
 
 def test_every_weight_becomes_the_nearest_level_of_its_block(tiny_model, tmp_path):
-    folder = quantized(tiny_model, tmp_path / "nf4", double_quant=False)
+    folder = quantize(tiny_model, tmp_path / "nf4", double_quant=False)
     name = "model.layers.0.mlp.up_proj"
     original = load_file(tiny_model / "model.safetensors")[f"{name}.weight"].float().reshape(-1, 64)
     scale = original.abs().amax(1, keepdim=True)
     levels = torch.tensor(NF4)
     nearest = levels[(original / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)] * scale
+
     module = loading.load_nf4(folder, dtype="bfloat16").get_submodule(name)
     stored = dequantize_4bit(module.weight.data, module.weight.quant_state).float().reshape(-1, 64)
-    # A bf16 weight may lie midway between two levels: what counts is that no level is nearer than the one chosen.
+
+    # A bf16 weight may lie midway between two levels: what counts is that no level is nearer than the stored one.
     assert ((original - stored).abs() <= (original - nearest).abs() + 0.005 * scale).all()
-    relative = float((original - nearest).norm() / original.norm())
+
+    relative_error = float((original - nearest).norm() / original.norm())
     document = json.loads((folder / "quantization.json").read_text())
     assert document["relative_error_by_layer"].keys() == {
         "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
     }  # fmt: skip
-    assert document["relative_error_by_layer"]["up_proj"] == pytest.approx(relative, rel=0.05)
+    assert document["relative_error_by_layer"]["up_proj"] == pytest.approx(relative_error, rel=0.05)
 
 
 def test_double_quantization_costs_less_than_a_hundredth_more_error(tiny_model, tmp_path):
-    one, two = (quantized(tiny_model, tmp_path / str(d), double_quant=d) for d in (False, True))
-    errors = [json.loads((f / "quantization.json").read_text())["relative_error"] for f in (one, two)]
+    single, double = (quantize(tiny_model, tmp_path / str(d), double_quant=d) for d in (False, True))
+    errors = [json.loads((f / "quantization.json").read_text())["relative_error"] for f in (single, double)]
     assert errors[0] <= errors[1] < errors[0] * 1.01
 
 
 def test_the_same_base_gives_the_same_bytes_readable_by_everyone(tiny_model, tmp_path):
-    first, second = quantized(tiny_model, tmp_path / "a"), quantized(tiny_model, tmp_path / "b")
+    first, second = quantize(tiny_model, tmp_path / "a"), quantize(tiny_model, tmp_path / "b")
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert {"config.json", "model.safetensors", "quantization.json", "tokenizer.json"} <= set(names)
@@ -76,37 +82,37 @@ def test_the_same_base_gives_the_same_bytes_readable_by_everyone(tiny_model, tmp
     assert (first / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
 
 
-def test_a_library_that_quantizes_otherwise_is_found_out(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "BLOCK", 128)
-    with pytest.raises(IntegrityError, match=r"4\.1\d+ bits a weight are stored where 4\.06\d* are promised"):
-        quantized(tiny_model, tmp_path / "nf4")
+def test_a_bitsandbytes_with_other_blocks_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization_stats, "BLOCK_SIZE", 128)
+    with pytest.raises(IntegrityError, match=r"4\.1\d+ bits per weight are stored where 4\.06\d* are expected"):
+        quantize(tiny_model, tmp_path / "nf4")
 
 
 def test_an_unsafe_base_is_refused(tiny_model, tmp_path):
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     (base / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"pytorch_model\.bin"):
-        quantized(base, tmp_path / "nf4")
+        quantize(base, tmp_path / "nf4")
 
 
 def test_a_base_without_a_chat_template_is_refused(tiny_model, tmp_path):
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     (base / "chat_template.jinja").unlink()
     with pytest.raises(UsageError, match="no chat template"):
-        quantized(base, tmp_path / "nf4")
+        quantize(base, tmp_path / "nf4")
 
 
-def test_a_saved_form_that_loads_with_one_other_bit_is_refused(tiny_model, tmp_path, monkeypatch):
+def test_a_saved_model_that_loads_with_one_bit_flipped_is_refused(tiny_model, tmp_path, monkeypatch):
     load = loading.load_nf4
 
-    def damaged(folder, **how):
-        model = load(folder, **how)
+    def load_damaged(folder, **options):
+        model = load(folder, **options)
         model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0] ^= 1
         return model
 
-    monkeypatch.setattr(loading, "load_nf4", damaged)
-    with pytest.raises(IntegrityError, match="loads as another"):
-        quantized(tiny_model, tmp_path / "nf4")
+    monkeypatch.setattr(loading, "load_nf4", load_damaged)
+    with pytest.raises(IntegrityError, match="loads with other tensors"):
+        quantize(tiny_model, tmp_path / "nf4")
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_model, tmp_path):
@@ -116,4 +122,4 @@ def test_weights_that_are_not_finite_are_refused(tiny_model, tmp_path):
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds numbers that are not finite"):
-        quantized(base, tmp_path / "nf4")
+        quantize(base, tmp_path / "nf4")

@@ -17,12 +17,14 @@ import pytest
 
 import components.train_qlora.step
 from components.quantize_model.step import run as quantize
-from components.train_qlora import processes, training
-from components.train_qlora.result import Trained
+from components.train_qlora import launch
+from components.train_qlora import train as training
+from components.train_qlora.report import TrainingResult
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
+from tests.zygote import Zygote
 
 SMALL: dict[str, Any] = {
-    "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 4, "gradient_accumulation": 2,
+    "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "micro_batch_size": 4, "global_batch_size": 8,
     "max_steps": 14, "device": "cpu", "attention": "eager", "precision": "float32",
 }  # fmt: skip
 PHRASES = {
@@ -33,23 +35,24 @@ PHRASES = {
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of one process trains in this one, where a test can look into it and put faults in.
+def train_in_test_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a single training process in the test's own, where a test can look into it and inject faults.
 
-    What a process of its own adds is for the tests that start the step as a program.
+    Tests that start the step as a program cover what a separate process adds.
     """
 
-    def train(config: TrainConfig, *places: Path) -> Trained:
-        if config.processes > 1:
-            return processes.train_apart(config, *places)
-        training.refuse_what_is_not_here(config)
-        return training.train(config, *places)
+    def train(config: TrainConfig, *folders: Path) -> TrainingResult:
+        if config.num_processes > 1:
+            return launch.launch(config, *folders)
+        training.check_environment(config)
+        return training.train(config, *folders)
 
-    monkeypatch.setattr(components.train_qlora.step, "train_apart", train)
+    monkeypatch.setattr(components.train_qlora.step, "launch", train)
 
 
 @pytest.fixture(scope="session")
 def nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, quantized to 4 bits."""
     folder = tmp_path_factory.mktemp("base_nf4")
     quantize(QuantizeConfig(), tiny_model, folder)
     return folder
@@ -57,21 +60,21 @@ def nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chats():
-    """So many chats of different lengths."""
+    """Make this many chats of different lengths."""
 
-    def made(count: int) -> list[list[dict[str, Any]]]:
-        found = []
+    def make(count: int) -> list[list[dict[str, Any]]]:
+        conversations = []
         for i in range(count):
             intent, phrase = list(PHRASES.items())[i % 3]
             text = f"{phrase} number {1000 + i}" + " and please hurry" * (i % 5)
-            found.append([{"role": "user", "content": text}, {"role": "assistant", "content": intent}])
-        return found
+            conversations.append([{"role": "user", "content": text}, {"role": "assistant", "content": intent}])
+        return conversations
 
-    return made
+    return make
 
 
 class Step:
-    """The step in a folder of its own, run as often as one likes; scratch stays."""
+    """The step in a folder of its own, which can be run again and again; scratch stays between runs."""
 
     def __init__(self, folder: Path, dataset: Path, base_nf4: Path) -> None:
         self.dataset, self.base_nf4 = dataset, base_nf4
@@ -79,8 +82,10 @@ class Step:
         self.scratch.mkdir(parents=True)
 
     def __call__(self, **settings: Any) -> dict[str, Any]:
+        """Run the step and return its numbers."""
         from components.train_qlora.step import run
 
+        # Each attempt of a pipeline gets an empty folder for its output; only scratch survives.
         shutil.rmtree(self.adapter, ignore_errors=True)
         self.adapter.mkdir()
         config = TrainConfig(**(SMALL | settings)).with_reasons({"attention": "faster on <short> rows"})
@@ -91,87 +96,104 @@ class Step:
         return (self.adapter / "adapter_model.safetensors").read_bytes()
 
     @property
-    def papers(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """The content of `training.json`."""
         return dict(json.loads((self.adapter / "training.json").read_text()))
 
 
 @pytest.fixture
 def step(tmp_path: Path, nf4: Path, chats):
-    """Make a step over so many rows, in a folder of that name."""
+    """Make a step over this many rows, in a folder of that name; `edit` changes the text of the training rows."""
 
-    def made(name: str = "run", *, train: int = 44, held_out: int = 10, mark=lambda text: text) -> Step:
+    # 44 rows are 6 steps per epoch, the last of them partial.
+    def make(name: str = "run", *, train: int = 44, held_out: int = 10, edit=lambda text: text) -> Step:
         folder = tmp_path / name
         (folder / "dataset").mkdir(parents=True)
-        found = chats(train + held_out)
-        for part, some in (("train", found[:train]), ("eval", found[train:])):
-            lines = "".join(json.dumps({"messages": turns}) + "\n" for turns in some)
-            (folder / "dataset" / f"{part}.jsonl").write_text(mark(lines) if part == "train" else lines)
+        conversations = chats(train + held_out)
+        for part, subset in (("train", conversations[:train]), ("eval", conversations[train:])):
+            lines = "".join(json.dumps({"messages": turns}) + "\n" for turns in subset)
+            (folder / "dataset" / f"{part}.jsonl").write_text(edit(lines) if part == "train" else lines)
         return Step(folder, folder / "dataset", nf4)
 
-    return made
+    return make
 
 
 class Program:
-    """The step as a program, in a session of its own."""
+    """The step as a program, in an operating system session of its own."""
 
-    def __init__(self, step: Step, fault: str, settings: dict[str, Any], before: list[str]) -> None:
+    def __init__(
+        self, step: Step, fault: str, settings: dict[str, Any], prefix: list[str], zygote: Zygote | None
+    ) -> None:
         step.adapter.mkdir(exist_ok=True)
-        given: dict[str, Any] = {n: str(getattr(step, n)) for n in ("dataset", "base_nf4", "adapter", "scratch")}
-        given["config"] = SMALL | settings
-        self.process = subprocess.Popen(
-            [*before, sys.executable, str(Path(__file__).with_name("program.py")), json.dumps(given)],
+        start = zygote.popen if zygote else subprocess.Popen
+        # A session of its own, so that a test can tell which processes belong to the step.
+        arguments: dict[str, Any] = {n: str(getattr(step, n)) for n in ("dataset", "base_nf4", "adapter", "scratch")}
+        arguments["config"] = SMALL | settings
+        self.process = start(
+            [*prefix, sys.executable, str(Path(__file__).with_name("program.py")), json.dumps(arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             env={
-                **os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1",
+                **os.environ, "FAULT": fault, "FORKED": "1" if zygote else "", "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             },
         )  # fmt: skip
 
-    def ended(self) -> tuple[int, str, str]:
-        """Exit code and what it said; nothing of its session is left."""
-        said, errors = self.process.communicate(timeout=300)
-        assert not self.left()
-        return self.process.returncode, said, errors
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for the end, and return exit code, stdout and stderr; no process of the session may be left."""
+        stdout, stderr = self.process.communicate(timeout=300)
+        assert not self.leftover_processes()
+        return self.process.returncode, stdout, stderr
 
-    def left(self) -> list[str]:
-        """The processes of its session that are there, zombies not counted, a moment after its end."""
-        until = time.monotonic() + 10
-        while (found := self.session()) and time.monotonic() < until:
+    def leftover_processes(self) -> list[str]:
+        """Return the session's processes that are still there 10 s after its end, zombies not counted."""
+        deadline = time.monotonic() + 10
+        while (names := self.session_processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return found
+        return names
 
-    def session(self) -> list[str]:
-        """The names of the processes of its session."""
-        found = []
+    def session_processes(self) -> list[str]:
+        """Return the names of the session's processes."""
+        names = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                name, _, rest = stat.read_text().rpartition(")")
+                name, _, fields = stat.read_text().rpartition(")")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            state, _, _, session = rest.split()[:4]
+            # proc(5): state, parent, process group and session follow the name, which may contain spaces.
+            state, _, _, session = fields.split()[:4]
             if int(session) == self.process.pid and state != "Z":
-                found.append(name)
-        return found
+                names.append(name)
+        return names
 
 
 @pytest.fixture
-def program() -> Iterator[Callable[..., Program]]:
-    """Start the step as a program of its own; `before` are the words before its command."""
-    started: list[Program] = []
+def program(request: pytest.FixtureRequest) -> Iterator[Callable[..., Program]]:
+    """Start the step as a program of its own; `prefix` are words to put before its command.
 
-    def start(step: Step, fault: str = ":", *, before: Sequence[str] = (), **settings: Any) -> Program:
-        started.append(Program(step, fault, settings, list(before)))
-        return started[-1]
+    A `fresh` one is executed, and spawns its training processes; any other is forked from the zygote, as they are.
+    """
+    programs: list[Program] = []
+
+    def start(
+        step: Step, fault: str = ":", *, prefix: Sequence[str] = (), fresh: bool = False, **settings: Any
+    ) -> Program:
+        # Not everything survives a fork: a limit beside what is imported, what the end of an interpreter runs.
+        is_fresh = fresh or bool(prefix) or fault.startswith(("limit", "late"))
+        zygote = None if is_fresh else request.getfixturevalue("zygote")
+        programs.append(Program(step, fault, settings, list(prefix), zygote))
+        return programs[-1]
 
     yield start
-    for one in started:
-        one.process.kill()
-        one.process.communicate()
+
+    # A failed test must not leave a training run behind.
+    for running in programs:
+        running.process.kill()
+        running.process.communicate()
 
 
 @pytest.fixture
 def small_disk() -> Callable[[Path, str], AbstractContextManager[None]]:
-    """Make a folder a real file system of a size, for as long as it lasts."""
+    """Mount a real file system of this size on a folder, for as long as the block lasts."""
 
     @contextmanager
     def mounted(folder: Path, size: str) -> Iterator[None]:

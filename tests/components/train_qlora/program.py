@@ -1,8 +1,8 @@
-"""The step as its runner would start and end it, run as a file: `python program.py '{"config": …, "dataset": …, …}'`.
+"""Run the step as its runner would start and end it: `python program.py '{"config": …, "dataset": …, …}'`.
 
-The processes that train read this file too, so the environment can put a fault into one. `FAULT=what:n` is of the n-th
-forward pass and after it, in process 1 where there are several; `FAULT=limit:n` allows n MiB beyond what torch takes;
-`FAULT=late:0` crashes once the work is done.
+The training processes read this file too, so the environment can inject a fault into one of them. `FAULT=kind:n`
+injects it from the n-th forward pass on, in rank 1 where there are several. `FAULT=limit:n` allows n MiB of memory
+beyond what torch takes. `FAULT=late:0` crashes once the work is done.
 """
 
 from __future__ import annotations
@@ -21,34 +21,48 @@ from typing import Any
 FAULT, AT = os.environ.get("FAULT", ":").split(":")
 
 
-def put_the_fault_in() -> None:
-    """Have the loss of a pass go wrong."""
+def inject_fault() -> None:
+    """Replace the loss of a micro-batch by one that goes wrong."""
     from components.train_qlora import trainer
 
-    plain, passes = trainer.summed_loss, count()
+    correct_loss, calls = trainer.summed_loss, count()
 
-    def spoilt(model: Any, batch: Any) -> Any:
-        loss = plain(model, batch)
-        number = next(passes) - int(AT)
-        if os.environ.get("RANK", "1") != "1" or number < 0:
+    def faulty_loss(model: Any, batch: Any) -> Any:
+        loss = correct_loss(model, batch)
+        calls_since_fault = next(calls) - int(AT)
+        # A single process has no RANK.
+        if os.environ.get("RANK", "1") != "1" or calls_since_fault < 0:
             return loss
+
         if FAULT == "nan":
             return loss * float("nan")
         if FAULT == "memory" and len(batch["input_ids"]) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if FAULT == "bug":
             raise ValueError("a fault of ours")
-        if FAULT.startswith("SIG") and number == 0:
+        if FAULT.startswith("SIG") and calls_since_fault == 0:
             os.kill(os.getpid(), getattr(signal, FAULT))
+        if FAULT == "stop" and calls_since_fault == 0:
+            stop_the_step()
         if FAULT == "orphan":
             leave_an_orphan()
         return loss
 
-    trainer.summed_loss = spoilt
+    trainer.summed_loss = faulty_loss
+
+
+def stop_the_step() -> None:
+    """Ask the step to stop, as the end of a pod does, and wait until it has passed that on to this process."""
+    from qlora_retrain.core import signals
+
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not signals.stop_requested():
+        time.sleep(0.01)
 
 
 def leave_an_orphan() -> None:
-    """Be killed, and leave a process behind that has all pipes of this one but what it would say."""
+    """Be killed, and leave behind a child that holds every pipe of this process except stdin, stdout and stderr."""
+    # The child outlives this process by 8 s, longer than the step waits.
     if os.fork() == 0:
         os.closerange(0, 3)
         time.sleep(8)
@@ -57,36 +71,53 @@ def leave_an_orphan() -> None:
 
 
 def limit_memory() -> None:
-    """Refuse memory beyond what this process has, once it has torch."""
-    import components.train_qlora.training  # noqa: F401
+    """Refuse memory beyond what this process has once torch is imported."""
+    import components.train_qlora.train  # noqa: F401
 
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + int(AT) * 2**20, resource.RLIM_INFINITY))
+    # The limit is on address space, which grows with every large tensor.
+    size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size_bytes + int(AT) * 2**20, resource.RLIM_INFINITY))
+
+
+def inject_fault_into_forked_processes() -> None:
+    """Do for training processes that are forked what importing this file does for those that are spawned."""
+    from components.train_qlora import worker
+
+    plain = worker.main
+
+    def main_with_fault(*arguments: Any) -> None:
+        inject_fault()
+        plain(*arguments)
+
+    worker.main = main_with_fault
 
 
 def main() -> None:
-    """Run the step, print its numbers, end with its code."""
+    """Run the step, print its numbers, and exit with its code."""
     from components.train_qlora.step import run
     from qlora_retrain.config.sections import TrainConfig
     from qlora_retrain.core import signals
     from qlora_retrain.core.errors import Problem
 
-    given = json.loads(sys.argv[1])
-    signals.install(polite=True)
+    arguments = json.loads(sys.argv[1])
+    signals.install(graceful=True)
     print("ready", flush=True)
-    paths = [Path(given[name]) for name in ("dataset", "base_nf4", "adapter")]
+    paths = [Path(arguments[name]) for name in ("dataset", "base_nf4", "adapter")]
     try:
-        print(json.dumps(run(TrainConfig(**given["config"]), *paths, scratch=Path(given["scratch"])).numbers))
+        print(json.dumps(run(TrainConfig(**arguments["config"]), *paths, scratch=Path(arguments["scratch"])).numbers))
     except (Problem, MemoryError) as error:
         print(error, file=sys.stderr)
         sys.exit(137 if isinstance(error, MemoryError) else error.exit_code)
 
 
+# Imported by a training process, which spawn starts anew: the fault goes into that one, not into the step.
 if __name__ == "__main__":
+    if FAULT and os.environ.get("FORKED"):
+        inject_fault_into_forked_processes()
     main()
 elif FAULT == "limit":
     limit_memory()
 elif FAULT == "late":
     atexit.register(os.abort)
 elif FAULT:
-    put_the_fault_in()
+    inject_fault()

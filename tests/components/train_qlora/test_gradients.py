@@ -1,4 +1,4 @@
-"""What of a gradient reaches the weights: nothing that is not finite, and no more than the norm that was set."""
+"""Which gradients reach the weights: only finite ones, clipped to the norm that was set."""
 
 import json
 from typing import Any
@@ -14,41 +14,44 @@ from qlora_retrain.core.errors import Diverged
 
 @pytest.fixture
 def before_each_update():
-    """Look at the trained numbers before each step of any optimizer."""
+    """Call a function with the parameters that have a gradient, before each step of any optimizer."""
     handles = []
 
-    def arrange(look) -> None:
+    def call_before_step(function) -> None:
         def hook(optimizer: Any, *_: Any) -> None:
-            look([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+            function([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 
         handles.append(register_optimizer_step_pre_hook(hook))
 
-    yield arrange
+    yield call_before_step
+
     for handle in handles:
         handle.remove()
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(step, monkeypatch, before_each_update):
-    calls, finite = iter(range(1000)), []
+    calls, is_finite = iter(range(1000)), []
 
-    def steep(model: Any, batch: Any) -> torch.Tensor:
+    def steep_loss(model: Any, batch: Any) -> torch.Tensor:
         loss = summed_loss(model, batch)
+        # From the fifth call on, the value stays as it is and the gradient overflows fp32.
         return loss + (loss - loss.detach()) * 1e38 * 1e38 * (next(calls) >= 4)
 
-    before_each_update(lambda found: finite.append(all(bool(p.grad.isfinite().all()) for p in found)))
-    monkeypatch.setattr(trainer_module, "summed_loss", steep)
+    before_each_update(lambda parameters: is_finite.append(all(bool(p.grad.isfinite().all()) for p in parameters)))
+    monkeypatch.setattr(trainer_module, "summed_loss", steep_loss)
     with pytest.raises(
         Diverged, match=r"step 3 of 14: the (loss|gradient norm) is (inf|nan); there is no checkpoint yet"
     ):
         step()()
-    assert finite == [True, True]
+    assert is_finite == [True, True]
 
 
 def test_gradients_are_clipped_to_the_norm_that_was_set(step, before_each_update):
+    # The log has the norm before clipping, the optimizer sees the gradients after it.
     norms: list[float] = []
-    before_each_update(lambda found: norms.append(float(torch.cat([p.grad.flatten() for p in found]).norm())))
+    before_each_update(lambda parameters: norms.append(float(torch.cat([p.grad.flatten() for p in parameters]).norm())))
     run = step()
     run(max_grad_norm=0.05, max_steps=3)
-    found = [json.loads(line)["grad_norm"] for line in (run.adapter / "loss.jsonl").read_text().splitlines()]
-    assert all(norm > 0.05 for norm in found), "else nothing was to be clipped"
+    logged_norms = [json.loads(line)["grad_norm"] for line in (run.adapter / "loss.jsonl").read_text().splitlines()]
+    assert all(norm > 0.05 for norm in logged_norms), "else there was nothing to clip"
     assert norms == pytest.approx([0.05] * 3, rel=1e-3)

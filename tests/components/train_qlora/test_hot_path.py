@@ -1,4 +1,4 @@
-"""What training computes, against the same computed plainly: adapters, dropout, rows in one line, the loss in parts."""
+"""What training computes, against the same computed plainly: adapters, dropout, packed rows, the loss in chunks."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from components.train_qlora import fused, joined, lean, lora, loss, packed
-from components.train_qlora.rows import IGNORED, Collate
+from components.train_qlora import adapter, fused_lora, liger, loss, memory_efficient, packing
+from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm import chat, loading
 
@@ -23,49 +23,55 @@ PUBLISHED_NF4 = [
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
-REFERENCE = [61.20205, 50.62615]  # see the test
+REFERENCE_LOSSES = [61.20205, 50.62615]  # their origin is in the test that uses them
 
 
-def adapted(nf4: Path, **settings: Any):
+def new_model(nf4: Path, **settings: Any):
     """The 4-bit tiny model with an adapter whose B is not zero, ready to train, in fp32."""
     torch.manual_seed(0)
-    plain: dict[str, Any] = {"rank": 4, "alpha": 12, "dropout": 0.0, "device": "cpu"}
-    base = loading.load_nf4(nf4, dtype=settings.pop("dtype", "float32"), attention=settings.pop("attention", "eager"))
-    model = lora.attach_new(base, TrainConfig(**(plain | settings))).train()
+    defaults: dict[str, Any] = {"rank": 4, "alpha": 12, "dropout": 0.0, "device": "cpu"}
+    base = loading.load_nf4(
+        nf4, dtype=settings.pop("dtype", "float32"), attn_implementation=settings.pop("attention", "eager")
+    )
+    model = adapter.attach_new(base, TrainConfig(**(defaults | settings))).train()
+    # A new adapter has B = 0, and with it no gradient of A.
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     return model
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def take_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """The gradients by parameter name; the model's own are cleared."""
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return gradients
 
 
 @pytest.fixture
-def items(nf4, chats):
+def new_rows(nf4, chats):
+    """Make tokenized rows; with `shared`, all begin with a system turn of `times` sentences."""
     tokenizer = chat.load_tokenizer(nf4)
 
-    def made(count: int, *, shared: bool = True, times: int = 1) -> list[dict[str, list[int]]]:
+    def make(count: int, *, shared: bool = True, times: int = 1) -> list[dict[str, list[int]]]:
         system = {"role": "system", "content": " ".join(["Name the intent."] * times)}
         encoded = [chat.encode(tokenizer, [system, *turns] if shared else turns) for turns in chats(count)]
         return [
             {
                 "input_ids": e.input_ids,
-                "labels": [t if s else IGNORED for t, s in zip(e.input_ids, e.supervised, strict=True)],
+                "labels": [t if s else IGNORE_INDEX for t, s in zip(e.input_ids, e.supervised, strict=True)],
             }
             for e in encoded
         ]
 
-    return made
+    return make
 
 
 def test_the_forward_is_that_of_w_plus_the_scaled_product_of_b_and_a(nf4):
-    model = adapted(nf4, dtype="bfloat16")
+    model = new_model(nf4, dtype="bfloat16")
     layer = model.base_model.model.model.layers[1].mlp.down_proj
     x = torch.randn(2, 5, 128)
+    # In fp64, so that what differs is the layer's own rounding.
     w = dequantize_4bit(layer.base_layer.weight, layer.base_layer.weight.quant_state).double()
     b, a = layer.lora_B["default"].weight.double(), layer.lora_A["default"].weight.double()
     expected = x.double() @ (w + 12 / 4 * (b @ a)).T
@@ -75,270 +81,312 @@ def test_the_forward_is_that_of_w_plus_the_scaled_product_of_b_and_a(nf4):
 def test_stored_codes_are_the_published_nf4_values_times_the_scale_of_their_block(nf4):
     layer = loading.load_nf4(nf4, dtype="bfloat16").model.layers[0].mlp.up_proj
     state = layer.weight.quant_state
+    # A byte holds two codes, the first in its upper half.
     codes = torch.stack([layer.weight.flatten() >> 4, layer.weight.flatten() & 15], dim=1).flatten().long()
-    inner = state.state2  # the scales are themselves in 8 bits, a scale for each 256 of them
+    # Double quantization: the scales are themselves in 8 bits, with a scale for each 256 of them.
+    inner = state.state2
     scales = inner.code[state.absmax.long()] * inner.absmax.repeat_interleave(256)[: len(state.absmax)] + state.offset
     expected = torch.tensor(PUBLISHED_NF4)[codes] * scales.repeat_interleave(64)
     assert torch.equal(dequantize_4bit(layer.weight, state).flatten(), expected.to(torch.bfloat16))
 
 
-def test_joined_layers_give_the_loss_and_the_gradients_of_peft(nf4, items):
-    model = adapted(nf4)
-    plain = get_peft_model(
+def test_fused_layers_have_the_loss_and_the_gradients_of_peft(nf4, new_rows):
+    fused_model = new_model(nf4)
+    peft_model = get_peft_model(
         loading.load_nf4(nf4), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    plain.load_state_dict(model.state_dict())
-    batch = Collate(0)(items(6))
-    found = []
-    for each in (model, plain):
-        output = each(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+    # The weights stay in PEFT's modules, so both models have the same names for them.
+    peft_model.load_state_dict(fused_model.state_dict())
+    batch = PaddingCollator(0)(new_rows(6))
+
+    results = []
+    for model in (fused_model, peft_model):
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
         output.loss.backward()
-        found.append((output.loss.item(), gradients(each)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, gradient in found[1][1].items():
-        assert torch.allclose(found[0][1][name], gradient, rtol=1e-3, atol=1e-6), name
+        results.append((output.loss.item(), take_gradients(model)))
+
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[1][1].items():
+        assert torch.allclose(results[0][1][name], gradient, rtol=1e-3, atol=1e-6), name
 
 
-def test_layers_that_are_given_the_same_tensor_are_computed_together(nf4):
-    model = adapted(nf4)
-    assert joined.join(model) == 2 * 4  # in each of two layers: q k v, o, gate up, down
+def test_layers_that_share_an_input_are_one_group(nf4):
+    model = new_model(nf4)
+    assert fused_lora.fuse_lora_layers(model) == 2 * 4  # in each of two layers: q k v, o, gate up, down
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("beginning", [0, 1, 9])  # times a sentence: nothing, less and more than a row's own tokens
-def test_one_line_of_rows_gives_the_loss_and_the_gradients_of_each_row_alone(nf4, items, attention, beginning):
-    model = adapted(nf4, attention=attention)
-    rows = items(5, shared=beginning > 0, times=beginning)
-    grid = packed.pack(Collate(0)(rows), torch.float32).grid
-    assert (grid.shared > grid.ask.shape[1]) == (beginning == 9)
+@pytest.mark.parametrize("sentences", [0, 1, 9])  # in the prefix: none, fewer and more tokens than a row's own
+def test_packed_rows_have_the_loss_and_the_gradients_of_each_row_alone(nf4, new_rows, attention, sentences):
+    model = new_model(nf4, attention=attention)
+    rows = new_rows(5, shared=sentences > 0, times=sentences)
+    layout = packing.pack(PaddingCollator(0)(rows), torch.float32).layout
+    assert (layout.prefix_len > layout.query_tokens.shape[1]) == (sentences == 9)
+
     for row in rows:  # unpadded, full logits, torch's own loss
         labels = torch.tensor(row["labels"][1:])
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-        cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").backward()
-    expected = gradients(model)
-    loss.summed_loss(model, Collate(0)(rows)).backward()
-    for name, gradient in gradients(model).items():
+        cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").backward()
+    expected = take_gradients(model)
+
+    loss.summed_loss(model, PaddingCollator(0)(rows)).backward()
+    for name, gradient in take_gradients(model).items():
         assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
 
 
-def test_what_all_rows_begin_with_is_computed_once(items):
-    rows = items(5)
-    line = packed.pack(Collate(0)(rows), torch.float32)
-    beginning = next(i for i in range(99) if len({row["input_ids"][i] for row in rows}) > 1)
-    assert line.shared == beginning > 5
-    needed = [max(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
-    assert line.input_ids.shape[1] == packed.TOKENS * math.ceil((sum(needed) - 4 * beginning) / packed.TOKENS)
-    assert int((line.labels != IGNORED).sum()) == sum(label != IGNORED for row in rows for label in row["labels"][1:])
+def test_the_shared_prefix_is_computed_once(new_rows):
+    rows = new_rows(5)
+    packed = packing.pack(PaddingCollator(0)(rows), torch.float32)
+    prefix_len = next(i for i in range(99) if len({row["input_ids"][i] for row in rows}) > 1)
+    assert packed.prefix_len == prefix_len > 5
+    # The last label's own position predicts nothing, so a row needs as many tokens as that position's number.
+    needed = [max(i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX) for row in rows]
+    assert packed.input_ids.shape[1] == packing.TOKENS_MULTIPLE * math.ceil(
+        (sum(needed) - 4 * prefix_len) / packing.TOKENS_MULTIPLE
+    )
+    assert int((packed.labels != IGNORE_INDEX).sum()) == sum(
+        label != IGNORE_INDEX for row in rows for label in row["labels"][1:]
+    )
 
 
-def test_a_token_that_is_to_predict_something_is_never_shared():
-    rows = [{"input_ids": [7, 8, 9, end], "labels": [IGNORED, IGNORED, 9, end]} for end in (1, 2)]
-    line = packed.pack(Collate(0)(rows), torch.float32)
-    assert line.shared == 1  # 8 predicts the supervised 9, in each row
-    same = [{"input_ids": [7, 8], "labels": [IGNORED, IGNORED]}] * 2
-    assert packed.pack(Collate(0)(same), torch.float32).shared == 0  # never a whole row
+def test_a_token_that_predicts_a_label_is_never_in_the_shared_prefix():
+    rows = [{"input_ids": [7, 8, 9, end], "labels": [IGNORE_INDEX, IGNORE_INDEX, 9, end]} for end in (1, 2)]
+    packed = packing.pack(PaddingCollator(0)(rows), torch.float32)
+    assert packed.prefix_len == 1  # 8 predicts the supervised 9, in each row
+    equal_rows = [{"input_ids": [7, 8], "labels": [IGNORE_INDEX, IGNORE_INDEX]}] * 2
+    assert packing.pack(PaddingCollator(0)(equal_rows), torch.float32).prefix_len == 0  # never a whole row
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 20])
-@pytest.mark.parametrize("beginning", [0, 1, 9])
-def test_a_pass_has_no_more_tokens_than_its_rows_would_have_with_padding_and_no_fewer_passes_would_do(
-    items, rows, beginning
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 20])
+@pytest.mark.parametrize("sentences", [0, 1, 9])
+def test_a_micro_batch_has_at_most_the_tokens_of_its_padded_rows_and_fewer_micro_batches_would_not_do(
+    new_rows, micro_batch_size, sentences
 ):
-    made = items(20, shared=beginning > 0, times=beginning)
-    batch = Collate(0)(sorted(made, key=lambda row: -len(row["input_ids"])))
-    longest = max(packed.passes(batch, rows, packs=True), 1)
+    rows = new_rows(20, shared=sentences > 0, times=sentences)
+    batch = PaddingCollator(0)(sorted(rows, key=lambda row: -len(row["input_ids"])))
+    count = max(packing.num_micro_batches(batch, micro_batch_size, is_packed=True), 1)
 
-    def most(count: int) -> int:  # tokens of the longest pass, before they are rounded
-        lines = [packed.pack(part, torch.float32) for part in packed.cut(batch, count)]
-        return max(line.input_ids.shape[1] for line in lines)
+    def max_tokens(count: int) -> int:  # of the longest micro-batch
+        packed = [packing.pack(part, torch.float32) for part in packing.split_batch(batch, count)]
+        return max(each.input_ids.shape[1] for each in packed)
 
-    after = batch["labels"][:, 1:] != IGNORED
-    limit = rows * max(int(row.nonzero().max()) + 1 for row in after)
-    assert most(longest) < limit + packed.TOKENS
-    assert longest == 1 or most(longest - 1) > limit
-    assert packed.passes(batch, rows, packs=False) == math.ceil(20 / rows) >= longest
+    is_labelled = batch["labels"][:, 1:] != IGNORE_INDEX
+    limit = micro_batch_size * max(int(row.nonzero().max()) + 1 for row in is_labelled)
+    assert max_tokens(count) < limit + packing.TOKENS_MULTIPLE  # the limit holds before tokens are rounded up
+    assert count == 1 or max_tokens(count - 1) > limit
+    assert (
+        packing.num_micro_batches(batch, micro_batch_size, is_packed=False) == math.ceil(20 / micro_batch_size) >= count
+    )
 
 
 def test_many_short_rows_beside_a_long_one_do_not_fill_attention_with_padding():
     """64 short rows and a long one have few tokens; padded to the long one they would be four times sixteen rows."""
     lengths = [1000, *[50] * 63]
-    batch = Collate(0)([{"input_ids": [*range(n)], "labels": [*range(n)]} for n in lengths])
-    count = packed.passes(batch, 16, packs=True)
+    batch = PaddingCollator(0)([{"input_ids": [*range(n)], "labels": [*range(n)]} for n in lengths])
+    count = packing.num_micro_batches(batch, 16, is_packed=True)
     assert count == 2
-    assert packed.passes(batch, 64, packs=True) == 1
-    places = [packed.pack(part, torch.float32).grid.bias.shape[:2].numel() for part in packed.cut(batch, count)]
-    assert max(places) <= 2 * 16 * 1000
+    assert packing.num_micro_batches(batch, 64, is_packed=True) == 1
+    # Positions of attention, its padding included.
+    num_positions = [
+        packing.pack(part, torch.float32).layout.attn_bias.shape[:2].numel()
+        for part in packing.split_batch(batch, count)
+    ]
+    assert max(num_positions) <= 2 * 16 * 1000
 
 
-def test_a_batch_in_parts_gives_the_gradients_of_the_whole(nf4, items):
-    model, batch = adapted(nf4), Collate(0)(items(5))
+def test_a_split_batch_has_the_gradients_of_the_whole(nf4, new_rows):
+    # Without dropout, which draws other positions for other micro-batches.
+    model, batch = new_model(nf4), PaddingCollator(0)(new_rows(5))
     loss.summed_loss(model, batch).backward()
-    expected = gradients(model)
+    expected = take_gradients(model)
     for count in (2, 5, 7):  # more parts than rows: from some nothing is learnt
-        for part in packed.cut(batch, count):
+        for part in packing.split_batch(batch, count):
             loss.summed_loss(model, part).backward()
-        for name, gradient in gradients(model).items():
+        for name, gradient in take_gradients(model).items():
             assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_line_and_a_padded_batch_have_the_same_loss(nf4, items, attention, shared, monkeypatch):
-    model = loading.load_nf4(nf4, attention=attention)
-    batch = Collate(0)(items(7, shared=shared))
+def test_a_packed_and_a_padded_batch_have_the_same_loss(nf4, new_rows, attention, shared, monkeypatch):
+    model = loading.load_nf4(nf4, attn_implementation=attention)
+    batch = PaddingCollator(0)(new_rows(7, shared=shared))
     with torch.no_grad():
-        found = float(loss.summed_loss(model, batch))
-        monkeypatch.setattr(packed, "can_pack", lambda _: False)
-        assert found == pytest.approx(float(loss.summed_loss(model, batch)), rel=1e-5)
+        packed_loss = float(loss.summed_loss(model, batch))
+        monkeypatch.setattr(packing, "can_pack", lambda _: False)
+        assert packed_loss == pytest.approx(float(loss.summed_loss(model, batch)), rel=1e-5)
 
 
-def test_a_model_whose_attention_has_a_window_is_given_padded_batches():
+def test_a_model_whose_attention_has_a_window_gets_padded_batches():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    window = MistralForCausalLM(MistralConfig(vocab_size=50, num_key_value_heads=1, sliding_window=4, **sizes))
-    window.set_attn_implementation("eager")
-    assert not packed.can_pack(window)
-    with packed.attention_by_rows(window):
-        assert window.config._attn_implementation == "eager"
-    window.config.sliding_window = None
-    assert packed.can_pack(window)
-    with packed.attention_by_rows(window), packed.attention_by_rows(window):
-        assert packed.can_pack(window)
-    assert window.config._attn_implementation == "eager"
-    plain = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-    plain.set_attn_implementation("eager")
-    assert packed.can_pack(plain)
+    mistral = MistralForCausalLM(MistralConfig(vocab_size=50, num_key_value_heads=1, sliding_window=4, **sizes))
+    mistral.set_attn_implementation("eager")
+    assert not packing.can_pack(mistral)
+    with packing.packed_attention(mistral):
+        assert mistral.config._attn_implementation == "eager"
+
+    mistral.config.sliding_window = None
+    assert packing.can_pack(mistral)
+    # Nested, as in a training step: the outer one spans backward too.
+    with packing.packed_attention(mistral), packing.packed_attention(mistral):
+        assert packing.can_pack(mistral)
+    assert mistral.config._attn_implementation == "eager"
+
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    llama.set_attn_implementation("eager")
+    assert packing.can_pack(llama)
 
 
-def test_the_loss_in_parts_is_the_loss_and_the_gradient_of_the_whole(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 7)
+def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_POSITIONS", 7)
     torch.manual_seed(0)
     hidden, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (30,))
+    # The factor shows that the gradient is scaled by that of the loss, which 1 would not.
     (3 * cross_entropy(linear(hidden, head), labels, reduction="sum")).backward()
     expected, hidden.grad = hidden.grad, None
-    found = loss.ChunkedCrossEntropy.apply(hidden, head, None, labels)
-    assert found.item() == pytest.approx(cross_entropy(linear(hidden, head), labels, reduction="sum").item(), rel=1e-5)
-    (3 * found).backward()
+
+    chunked = loss.ChunkedCrossEntropy.apply(hidden, head, None, labels)
+    assert chunked.item() == pytest.approx(
+        cross_entropy(linear(hidden, head), labels, reduction="sum").item(), rel=1e-5
+    )
+    (3 * chunked).backward()
     assert torch.allclose(hidden.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5])
 def test_dropout_leaves_out_the_share_that_was_asked_for(probability):
     torch.manual_seed(0)
-    kept = torch.ones(1000, 1001)
-    kept.view(-1)[joined.drawn(kept.numel(), probability, kept.device)] = 0
-    assert float(kept.mean()) == pytest.approx(1 - probability, abs=0.002)
-    for by in (kept.mean(0), kept.mean(1)):  # no column and no row is favoured
-        assert float(by.std()) == pytest.approx((probability * (1 - probability) / 1000) ** 0.5, rel=0.1)
+    mask = torch.ones(1000, 1001)
+    mask.view(-1)[fused_lora.sample_dropout_indices(mask.numel(), probability, mask.device)] = 0
+    assert float(mask.mean()) == pytest.approx(1 - probability, abs=0.002)
+    for means in (mask.mean(0), mask.mean(1)):  # no column and no row is favoured
+        assert float(means.std()) == pytest.approx((probability * (1 - probability) / 1000) ** 0.5, rel=0.1)
 
 
 def test_dropout_of_a_handful_of_numbers_has_the_probability_that_was_asked_for():
     torch.manual_seed(0)
     counts = torch.zeros(5)
     for _ in range(4000):
-        counts[joined.drawn(5, 0.4, counts.device).unique()] += 1
+        counts[fused_lora.sample_dropout_indices(5, 0.4, counts.device).unique()] += 1
+    # A whole number of draws cannot give 0.4 exactly; with the nearest number of draws it is this.
     assert counts.div(4000).tolist() == pytest.approx([1 - 0.8 ** round(math.log(0.6) / math.log(0.8))] * 5, abs=0.03)
 
 
 def test_dropout_touches_the_adapter_alone_and_keeps_its_mean(nf4):
-    model = adapted(nf4, dropout=0.5)
+    model = new_model(nf4, dropout=0.5)
     layer = model.base_model.model.model.layers[0].self_attn.o_proj
     x = torch.randn(1, 3, 64)
     with torch.no_grad():
-        clean = layer.base_layer(x)
+        base_output = layer.base_layer(x)
         outputs = torch.stack([layer(x) for _ in range(4000)])
-        expected = clean + 3 * linear(linear(x, layer.lora_A["default"].weight), layer.lora_B["default"].weight)
+        expected = base_output + 3 * linear(linear(x, layer.lora_A["default"].weight), layer.lora_B["default"].weight)
+        # Four standard errors of the mean of 4000 draws.
         assert torch.allclose(outputs.mean(0), expected, atol=4 * float(outputs.std(0).max()) / 4000**0.5 + 1e-4)
         assert float(outputs.std(0).min()) > 0
         layer.lora_B["default"].weight.zero_()
-        assert torch.equal(layer(x), clean)
+        assert torch.equal(layer(x), base_output)
 
 
-def test_the_gradient_of_dropped_inputs_is_that_of_the_mask_that_was_drawn():
+def test_the_gradient_with_dropout_is_that_of_the_mask_that_was_sampled():
     torch.manual_seed(0)
-    frozen = torch.nn.Linear(6, 5, bias=False).requires_grad_(False)
+    base_layer = torch.nn.Linear(6, 5, bias=False).requires_grad_(False)
     x, a, b = torch.randn(4, 6), torch.randn(2, 6), torch.randn(5, 2)
-    dropped = torch.tensor([1, 8, 8, 21])
-    kept = torch.ones(24).index_fill(0, dropped, 0).view(4, 6)
-    mine = [t.clone().requires_grad_() for t in (x, a, b)]
+    # Positions are drawn with replacement, so one may come twice.
+    dropout_index = torch.tensor([1, 8, 8, 21])
+    mask = torch.ones(24).index_fill(0, dropout_index, 0).view(4, 6)
+
+    fused = [t.clone().requires_grad_() for t in (x, a, b)]
     plain = [t.clone().requires_grad_() for t in (x, a, b)]
-    joined.Joined.apply(mine[0], torch.Tensor.detach, [mine[0]], dropped, 2.0, [frozen], *mine[1:])[
-        0
-    ].square().sum().backward()
-    (frozen(plain[0]) + 2.0 * (plain[0] * kept) @ plain[1].T @ plain[2].T).square().sum().backward()
-    for one, other in zip(mine, plain, strict=True):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    fused_lora.FusedLoRAFunction.apply(
+        fused[0], torch.Tensor.detach, [fused[0]], dropout_index, 2.0, [base_layer], *fused[1:]
+    )[0].square().sum().backward()
+    (base_layer(plain[0]) + 2.0 * (plain[0] * mask) @ plain[1].T @ plain[2].T).square().sum().backward()
+    for actual, expected in zip(fused, plain, strict=True):
+        assert torch.allclose(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_the_first_losses_are_those_of_the_reference(nf4, items):
+def test_the_first_losses_are_those_of_the_reference(nf4, new_rows):
     # Origin: PEFT's own modules and torch's cross entropy over the full logits of padded batches, in fp32.
-    model = adapted(nf4)
-    rows = items(8)
-    found = [loss.summed_loss(model, Collate(0)(rows[i : i + 4])).item() for i in (0, 4)]
-    assert found == pytest.approx(REFERENCE, rel=1e-4)
+    model = new_model(nf4)
+    rows = new_rows(8)
+    losses = [loss.summed_loss(model, PaddingCollator(0)(rows[i : i + 4])).item() for i in (0, 4)]
+    assert losses == pytest.approx(REFERENCE_LOSSES, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lean_norms_and_gates_compute_what_the_modules_do_and_the_same_gradients(dtype):
+def test_patched_norms_and_mlps_compute_what_the_modules_do_and_the_same_gradients(dtype):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).to(dtype).requires_grad_(False)
     layer = model.model.layers[0]
+    # A new norm's weight is 1, which would hide a wrong use of it.
     with torch.no_grad():
         layer.input_layernorm.weight.copy_(torch.rand(32) + 0.5)
-    found = []
-    for _ in range(2):  # as they are, then lean
+
+    results = []
+    for _ in range(2):  # as they are, then patched
         x = torch.linspace(-3, 3, 5 * 32, dtype=dtype).view(1, 5, 32).requires_grad_()
         y = layer.mlp(layer.input_layernorm(x))
         y.square().sum().backward()
-        found.append((y.detach(), x.grad))
-        assert lean.slim(model) == 4 or found[1:]  # three norms and an MLP
-    assert torch.equal(found[0][0], found[1][0])
+        results.append((y.detach(), x.grad))
+        assert memory_efficient.patch_norms_and_mlps(model) == 4 or results[1:]  # three norms and an MLP
+
+    assert torch.equal(results[0][0], results[1][0])
+    # The backward pass rounds elsewhere than autograd's: fp32 in between, where autograd has bf16.
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    assert torch.allclose(found[0][1], found[1][1], rtol=tolerance, atol=tolerance * float(found[0][1].abs().max()))
+    assert torch.allclose(
+        results[0][1], results[1][1], rtol=tolerance, atol=tolerance * float(results[0][1].abs().max())
+    )
 
 
-def kept_and_gradients(model: Any, batch: Any) -> tuple[int, dict[str, torch.Tensor]]:
-    """How many bytes a forward pass keeps for the backward pass, and what the latter gives; always the same dropout."""
-    kept: dict[int, int] = {}
+def saved_bytes_and_gradients(model: Any, batch: Any) -> tuple[int, dict[str, torch.Tensor]]:
+    """The bytes that a forward pass saves for the backward pass, and the gradients; always with the same dropout."""
+    saved_bytes: dict[int, int] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        # By storage, since views of one tensor take its memory once.
+        saved_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     torch.manual_seed(1)
-    with packed.attention_by_rows(model):
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            computed = loss.summed_loss(model, batch)
-        computed.backward()
-    return sum(kept.values()), gradients(model)
+    with packing.packed_attention(model):  # backward recomputes checkpointed layers, so it is inside too
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            total_loss = loss.summed_loss(model, batch)
+        total_loss.backward()
+    return sum(saved_bytes.values()), take_gradients(model)
 
 
-def test_what_norms_and_gates_give_is_not_kept_and_the_gradients_are_the_same_bits(nf4, items, monkeypatch):
-    model, batch = adapted(nf4, dropout=0.1), Collate(0)(items(6))
-    lean_kept, found = kept_and_gradients(model, batch)
-    monkeypatch.setattr(joined, "made_again_by", lambda how, of, x: x)
-    kept, expected = kept_and_gradients(model, batch)
-    tokens = packed.pack(batch, torch.float32).input_ids.shape[1]
+def test_outputs_of_norms_and_mlps_are_not_saved_and_the_gradients_are_bit_equal(nf4, new_rows, monkeypatch):
+    model, batch = new_model(nf4, dropout=0.1), PaddingCollator(0)(new_rows(6))
+    patched_bytes, gradients = saved_bytes_and_gradients(model, batch)
+    # Without the mark on its input, a fused layer saves the input itself.
+    monkeypatch.setattr(fused_lora, "recompute_from", lambda recompute, sources, x: x)
+    saved_bytes, expected = saved_bytes_and_gradients(model, batch)
+
+    tokens = packing.pack(batch, torch.float32).input_ids.shape[1]
     widths = 2 * (64 + 64 + 128)  # in each of two layers: two norms and a gate
     instead = 64 * tokens + 64  # the embeddings and the first norm's weight, which nothing else needs
-    assert kept - lean_kept == 4 * (tokens * widths - instead)
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    # 4 bytes per number in fp32.
+    assert saved_bytes - patched_bytes == 4 * (tokens * widths - instead)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_bits(nf4, items):
-    batch = Collate(0)(items(6))
-    kept, expected = kept_and_gradients(adapted(nf4, dropout=0.1), batch)
-    for every, share in ((1, 4.5), (2, 1.5)):
-        less, found = kept_and_gradients(adapted(nf4, dropout=0.1, gradient_checkpointing=every), batch)
-        assert less < kept / share
-        assert len(found) == len(expected) > 0
-        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+def test_gradient_checkpointing_saves_fewer_bytes_and_the_gradients_are_bit_equal(nf4, new_rows):
+    batch = PaddingCollator(0)(new_rows(6))
+    saved_bytes, expected = saved_bytes_and_gradients(new_model(nf4, dropout=0.1), batch)
+    for every_n_layers, factor in ((1, 4.5), (2, 1.5)):
+        fewer_bytes, gradients = saved_bytes_and_gradients(
+            new_model(nf4, dropout=0.1, gradient_checkpointing=every_n_layers), batch
+        )
+        assert fewer_bytes < saved_bytes / factor
+        assert len(gradients) == len(expected) > 0
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
-def test_a_module_that_computes_something_else_is_left_alone():
-    class Shifted(torch.nn.Module):  # a norm whose weight is counted from one, as some models have it
+def test_a_module_that_computes_something_else_is_not_patched():
+    class OffsetNorm(torch.nn.Module):  # a norm whose weight is counted from one, as some models have it
         def __init__(self) -> None:
             super().__init__()
             self.weight, self.variance_epsilon = torch.nn.Parameter(torch.rand(8)), 1e-6
@@ -351,14 +399,14 @@ def test_a_module_that_computes_something_else_is_left_alone():
 
         def __init__(self) -> None:
             super().__init__()
-            self.norm = Shifted()
+            self.norm = OffsetNorm()
 
     model = Model()
-    assert lean.slim(model) == 0
+    assert memory_efficient.patch_norms_and_mlps(model) == 0
     assert "forward" not in vars(model.norm)
 
 
-class Gate(torch.nn.Module):
+class GatedMLP(torch.nn.Module):
     """An MLP as decoders have it, in bf16."""
 
     def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -373,13 +421,14 @@ class Gate(torch.nn.Module):
 
 
 @pytest.mark.parametrize("activation", [torch.nn.functional.silu, torch.nn.functional.gelu])
-def test_a_kernel_is_asked_for_silu_alone_and_left_out_where_it_rounds_otherwise(activation, monkeypatch, capsys):
-    model = torch.nn.Sequential(Gate(activation))
+def test_liger_is_tried_for_silu_alone_and_not_used_where_its_results_differ(activation, monkeypatch, capsys):
+    model = torch.nn.Sequential(GatedMLP(activation))
     model.device, model.dtype = torch.device("cpu"), torch.bfloat16
-    gated = activation is torch.nn.functional.silu
-    monkeypatch.setattr(lean, "close", lambda *_: True)  # as a probe in bf16 might say
-    monkeypatch.setattr(fused, "mlp", lean._mlp)
-    assert lean.slim(model, "liger") == gated
-    monkeypatch.setattr(lean, "close", lambda *_: False)
-    assert lean.slim(model, "liger") == gated
-    assert ("liger computes 1 of 1 norms and gates otherwise" in capsys.readouterr().out) == gated
+    is_silu = activation is torch.nn.functional.silu
+    # As a probe in bf16 might say. With it, only the bit-for-bit check can refuse gelu.
+    monkeypatch.setattr(memory_efficient, "is_close", lambda *_: True)
+    monkeypatch.setattr(liger, "mlp_forward", memory_efficient.mlp_forward)
+    assert memory_efficient.patch_norms_and_mlps(model, "liger") == is_silu
+    monkeypatch.setattr(memory_efficient, "is_close", lambda *_: False)
+    assert memory_efficient.patch_norms_and_mlps(model, "liger") == is_silu
+    assert ("liger's results differ too much for 1 of 1 norms and MLPs" in capsys.readouterr().out) == is_silu

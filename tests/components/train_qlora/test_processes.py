@@ -1,21 +1,25 @@
 """Several processes that share an optimizer step: real ones, over gloo, on the tiny model."""
 
 import json
-import signal
-import time
 from itertools import chain
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.train_qlora.rows import IGNORED, Collate, Order, Rows, Steps
+from components.train_qlora.data import (
+    IGNORE_INDEX,
+    DistributedBatchSampler,
+    LengthGroupedSampler,
+    PaddingCollator,
+    TokenizedDataset,
+)
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm import checkpoints
 
 SETTINGS = {
-    "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation": 4,
-    "max_steps": 9, "device": "cpu", "attention": "eager", "precision": "float32", "processes": 2,
+    "rank": 4, "alpha": 8, "dropout": 0.1, "learning_rate": 5e-3, "micro_batch_size": 2, "global_batch_size": 8,
+    "max_steps": 9, "device": "cpu", "attention": "eager", "precision": "float32", "num_processes": 2,
 }  # fmt: skip
 
 
@@ -25,18 +29,32 @@ def program(program):
     return lambda step, fault=":", **settings: program(step, fault, **SETTINGS | settings)
 
 
+@pytest.fixture
+def train(program):
+    """Run the step to its end, and return its numbers and what it printed."""
+
+    def run(step, **settings):
+        exit_code, stdout, stderr = program(step, **settings).finish()
+        assert exit_code == 0, stderr
+        return json.loads(stdout.splitlines()[-1]), stdout
+
+    return run
+
+
 def log(step) -> list[dict[str, float]]:
     return [json.loads(line) for line in (step.adapter / "loss.jsonl").read_text().splitlines()]
 
 
-def same(one, other, *, rel: float) -> None:
-    """The same work, and the same losses and adapter but for the order in which floats were added."""
-    for a, b in zip(log(one), log(other), strict=True):
+def assert_same_training(expected, actual, *, rel: float) -> None:
+    """Assert the same work, and the same losses and adapter except for the order in which floats were added."""
+    for a, b in zip(log(expected), log(actual), strict=True):
         for name in ("step", "tokens", "supervised_tokens", "learning_rate"):
             assert a[name] == b[name], name
         assert b["loss"] == pytest.approx(a["loss"], rel=rel)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=10 * rel)
-    weights = [load_file(step.adapter / "adapter_model.safetensors") for step in (one, other)]
+
+    # An element may differ by that much of the tensor's largest one.
+    weights = [load_file(step.adapter / "adapter_model.safetensors") for step in (expected, actual)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], rtol=0, atol=10 * rel * float(tensor.abs().max())), name
@@ -44,191 +62,207 @@ def same(one, other, *, rel: float) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_losses_and_the_adapter_of_one(step, capsys):
-    """41 rows are 5 steps of 8 and one of a single row, from which the second process learns nothing."""
-    one, two = step("one", train=41, held_out=9), step("two", train=41, held_out=9)
-    settings = SETTINGS | {"dropout": 0.0, "evaluations": 3}
-    alone = one(**settings | {"processes": 1})
-    shared = two(**settings)
-    same(one, two, rel=1e-5)
-    assert [entry["tokens"] for entry in log(one)][5] < 60  # the step of a single row
-    assert one.papers["evaluation_losses"] == [
-        [step, pytest.approx(loss, rel=1e-5)] for step, loss in two.papers["evaluation_losses"]
+    """41 rows are 5 steps of 8 and one of a single row, in which the second process has nothing to learn."""
+    single, double = step("single", train=41, held_out=9), step("double", train=41, held_out=9)
+    settings = SETTINGS | {"dropout": 0.0, "num_evals": 3}
+    expected = single(**settings | {"num_processes": 1})
+    numbers = double(**settings)
+    assert_same_training(single, double, rel=1e-5)
+    assert [entry["tokens"] for entry in log(single)][5] < 60  # the step of a single row
+
+    assert single.document["evaluation_losses"] == [
+        [step, pytest.approx(loss, rel=1e-5)] for step, loss in double.document["evaluation_losses"]
     ]
-    assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
-    assert (shared["processes"], shared["rows_a_pass"]) == (2, 2)
-    assert shared["peak_rss_mib"] > 1.5 * 300  # of both
-    said = capsys.readouterr().out
-    assert "2 processes share 8 rows a step (ddp)" in said
-    assert said.count("optimizer: ") == 2  # once a run: one process talks
+    assert numbers["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    assert (numbers["num_processes"], numbers["micro_batch_size"]) == (2, 2)
+    assert numbers["peak_rss_mib"] > 1.5 * 300  # of both processes
+
+    # Only rank 0 prints, so each line is there once per run.
+    output = capsys.readouterr().out
+    assert "2 processes share 8 rows per step (ddp)" in output
+    assert output.count("optimizer: ") == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_base_in_parts_trains_as_a_whole_one(step, precision, capsys):
+def test_a_sharded_base_trains_as_a_whole_one(step, train, precision):
     """float32 unpacks the 4-bit weights; bfloat16 shards them as they are."""
-    one, two = step("one"), step("two")
-    settings = SETTINGS | {"dropout": 0.0, "max_steps": 4, "precision": precision}
-    one(**settings)
-    two(**settings | {"parallel": "fsdp"})
-    same(one, two, rel=1e-7)  # DDP over two whole bases: the same arithmetic in the same order
-    words = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fsdp: ")).split()
+    ddp, fsdp = step("ddp"), step("fsdp")
+    settings = {"dropout": 0.0, "max_steps": 4, "precision": precision}
+    train(ddp, **settings)
+    _, stdout = train(fsdp, **settings, parallel="fsdp")
+    assert_same_training(ddp, fsdp, rel=1e-7)  # DDP over two whole bases: the same arithmetic in the same order
+
+    words = next(line for line in stdout.splitlines() if line.startswith("fsdp: ")).split()
     assert words[1] == "2"
-    assert int(words[4]) == 2 * int(words[-1])
+    assert int(words[4]) == 2 * int(words[-3])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_stopped_and_killed_two_processes_end_with_the_bytes_of_an_uninterrupted_run(step, program, parallel):
+def test_stopped_and_killed_two_processes_end_with_the_bytes_of_an_uninterrupted_run(step, program, train, parallel):
     whole, parts = step("whole"), step("parts")
-    settings = {**SETTINGS, "parallel": parallel}
-    whole(**settings)
-    # A signal to the whole step, as a pod's end sends it.
-    running = program(parts, checkpoint_minutes=1e-9, parallel=parallel)
-    until = time.monotonic() + 200
-    while not (parts.scratch / "checkpoint-2" / checkpoints.MARKER).exists() and time.monotonic() < until:
-        time.sleep(0.002)
-    running.process.send_signal(signal.SIGTERM)
-    code, said, errors = running.ended()
-    assert (code, "saved as checkpoint-" in errors, "asked to stop" in errors) == (75, True, True), errors
-    assert "Traceback" not in errors
+    train(whole, parallel=parallel)
+
+    # A signal to the step alone, as the end of a pod sends it.
+    exit_code, stdout, stderr = program(parts, "stop:4", checkpoint_minutes=1e-9, parallel=parallel).finish()
+    assert (exit_code, "saved as checkpoint-" in stderr, "asked to stop" in stderr) == (75, True, True), stderr
+    assert "Traceback" not in stderr
     reached = checkpoints.step_of(checkpoints.newest_valid(parts.scratch))
     assert 2 <= reached < 9
-    # One of the processes asked alone: all of them stop.
-    code, said, errors = program(parts, "SIGTERM:0", parallel=parallel).ended()
-    assert code == 75, errors
-    assert f"step {reached + 1} of 9, saved as checkpoint-{reached + 1}: asked to stop" in errors
-    assert f"going on from checkpoint-{reached} of 9 steps" in said
-    # One of them killed, as the kernel does where memory is short.
-    code, said, errors = program(parts, "SIGKILL:1", checkpoint_minutes=1e-9, parallel=parallel).ended()
-    assert code == 75
-    assert "process 1 of 2 was ended by SIGKILL, as when memory runs out; the others were stopped" in errors
-    assert "Traceback" not in errors
-    assert parts(**settings)["steps"] == 9
+
+    # A signal to one of the processes: all of them stop after the same step.
+    exit_code, stdout, stderr = program(parts, "SIGTERM:0", parallel=parallel).finish()
+    assert exit_code == 75, stderr
+    assert f"step {reached + 1} of 9, saved as checkpoint-{reached + 1}: asked to stop" in stderr
+    assert f"resuming from checkpoint-{reached} of 9 steps" in stdout
+
+    # One of them is killed, as the kernel does where memory is short.
+    exit_code, stdout, stderr = program(parts, "SIGKILL:1", checkpoint_minutes=1e-9, parallel=parallel).finish()
+    assert exit_code == 75
+    assert "process 1 of 2 was ended by SIGKILL, as happens when memory runs out; the others were stopped" in stderr
+    assert "Traceback" not in stderr
+
+    numbers, _ = train(parts, parallel=parallel)
+    assert numbers["steps"] == 9
     assert parts.weights == whole.weights
     assert log(parts) == log(whole)
 
 
 @pytest.mark.slow
-def test_the_death_of_the_step_is_the_death_of_its_processes(step, program):
+def test_the_training_processes_die_with_the_step(step, program):
     run = step()
-    running = program(run, max_steps=100_000)
+    # It trains once it reports progress.
+    running = program(run, fresh=True, max_steps=100_000)
     for line in running.process.stdout:
         if '"training"' in line:
             break
-    assert len([name for name in running.session() if "python" in name]) >= 3
+    assert len([name for name in running.session_processes() if "python" in name]) >= 3
+
+    # SIGKILL leaves the step no chance to end them: the kernel does.
     running.process.kill()
     running.process.wait()
-    assert not running.left()
+    assert not running.leftover_processes()
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_a_number_in_one_process_names_the_rows_of_all(step, program):
-    code, _, errors = program(step(), "nan:4", checkpoint_minutes=1e-9).ended()
-    assert code == 14, errors
-    what, rows = errors.splitlines()[-1].split("; its rows are ")
-    assert what == "step 3 of 9: the loss is nan; the last good checkpoint is checkpoint-2"
+    exit_code, _, stderr = program(step(), "nan:4", checkpoint_minutes=1e-9).finish()
+    assert exit_code == 14, stderr
+    # Rank 1 alone saw the NaN, in the third step; all 8 rows of that step are named.
+    reason, rows = stderr.splitlines()[-1].split("; its rows are ")
+    assert reason == "step 3 of 9: the loss is nan; the last good checkpoint is checkpoint-2"
     assert len(set(rows.partition(".")[0].split(", "))) == 8
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(step, program):
+def test_out_of_memory_in_one_process_halves_the_micro_batches_of_all(step, program):
     run = step()
-    code, said, errors = program(run, "memory:3", max_steps=3, checkpoint_minutes=1e-9).ended()
-    assert code == 0, errors
-    assert "out of memory with 2 rows a pass, the longest row having" in said
-    assert "going on with 1 x 8" in said
-    assert "going on from checkpoint-1 of 3 steps" in said
-    numbers = json.loads(said.splitlines()[-1])
-    assert (numbers["steps"], numbers["rows_a_pass"], numbers["out_of_memory"]) == (3, 1, 1)
+    exit_code, stdout, stderr = program(run, "memory:3", max_steps=3, checkpoint_minutes=1e-9).finish()
+    assert exit_code == 0, stderr
+    assert "out of memory with a micro-batch size of 2 (the longest row has" in stdout
+    assert "continuing with a micro-batch size of 1, 8 per step" in stdout
+    assert "resuming from checkpoint-1 of 3 steps" in stdout
+    # The numbers are the program's last line.
+    numbers = json.loads(stdout.splitlines()[-1])
+    assert (numbers["steps"], numbers["micro_batch_size"], numbers["out_of_memory"]) == (3, 1, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_that_would_learn_nothing_is_refused_by_all_processes_before_it_begins(step, program, parallel):
+def test_all_processes_refuse_a_run_that_would_learn_nothing_before_it_begins(step, program, parallel):
     run = step()
-    code, _, errors = program(run, max_steps=1000, learning_rate=1e-9, parallel=parallel).ended()
-    assert code == 12, errors
-    assert "preflight: 8 rows were shown 40 times" in errors
-    assert not checkpoints.found(run.scratch)
+    exit_code, _, stderr = program(run, max_steps=1000, learning_rate=1e-9, parallel=parallel).finish()
+    assert exit_code == 12, stderr
+    assert "preflight: the model does not learn. In 40 steps" in stderr
+    assert not checkpoints.sorted_checkpoints(run.scratch)
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_try_of_all_processes_and_harms_nothing(step, program, small_disk):
+def test_a_full_disk_ends_the_attempt_of_all_processes_and_damages_nothing(step, program, small_disk):
     run = step()
+    # 700 KiB hold one checkpoint of rank 16 and not two.
     with small_disk(run.scratch, "700k"):
-        code, _, errors = program(run, checkpoint_minutes=1e-9, rank=16, max_steps=3).ended()
-        assert code == 75, errors
-        assert "no space for a checkpoint in scratch; free some and run it again" in errors
-        assert all(checkpoints.verify(folder) is None for folder in checkpoints.found(run.scratch))
+        exit_code, _, stderr = program(run, checkpoint_minutes=1e-9, rank=16, max_steps=3).finish()
+        assert exit_code == 75, stderr
+        assert "no space for a checkpoint in scratch; free some space" in stderr
+        assert all(checkpoints.invalid_reason(folder) is None for folder in checkpoints.sorted_checkpoints(run.scratch))
 
 
 @pytest.mark.slow
-def test_a_fault_of_ours_in_one_process_is_told_with_its_traceback(step, program):
-    code, _, errors = program(step(), "bug:1").ended()
-    assert code == 1
-    assert "RuntimeError: process 1: ValueError: a fault of ours" in errors
-    assert "in spoilt" in errors
+def test_a_bug_in_one_process_is_reported_with_its_traceback(step, program):
+    exit_code, _, stderr = program(step(), "bug:1").finish()
+    assert exit_code == 1
+    assert "RuntimeError: process 1: ValueError: a fault of ours" in stderr
+    assert "in faulty_loss" in stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-@pytest.mark.parametrize("rows_a_step", [8, 6, 7, 2])
-def test_the_processes_share_every_step_and_repeat_no_row(processes, rows_a_step):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("global_batch_size", [8, 6, 7, 2])
+def test_the_processes_share_every_step_and_repeat_no_row(world_size, global_batch_size):
     lengths = [10 + 7 * i % 31 for i in range(101)]  # whole steps, and one that is not
-    order = Order(lengths, rows_a_step, seed=3)
-    whole = list(order)
-    steps = [whole[i : i + rows_a_step] for i in range(0, len(whole), rows_a_step)]
-    each = [list(Steps(order, process, processes)) for process in range(processes)]
-    assert {len(found) for found in each} == {len(Steps(order, 0, processes))} == {len(steps)}
+    sampler = LengthGroupedSampler(lengths, global_batch_size, seed=3)
+    order = list(sampler)
+    steps = [order[i : i + global_batch_size] for i in range(0, len(order), global_batch_size)]
+
+    batches = [list(DistributedBatchSampler(sampler, rank, world_size)) for rank in range(world_size)]
+    num_steps = len(DistributedBatchSampler(sampler, 0, world_size))
+    assert {len(own_batches) for own_batches in batches} == {num_steps} == {len(steps)}
     for number, step in enumerate(steps):
-        shares = [[row for row in found[number] if row >= 0] for found in each]
-        assert all(found[number] for found in each)
+        # Where a step has fewer rows than there are processes, some get a filler row, whose index is below 0.
+        shares = [[row for row in own_batches[number] if row >= 0] for own_batches in batches]
+        assert all(own_batches[number] for own_batches in batches)
         assert sorted(chain(*shares)) == sorted(step)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_the_processes_get_equally_many_tokens():
     lengths = [10 + 7 * i % 97 for i in range(960)]
-    order = Order(lengths, rows_per_step=32, seed=0)
-    tokens = [[sum(lengths[row] for row in rows) for rows in Steps(order, process, 4)] for process in range(4)]
-    assert max(max(now) / min(now) for now in zip(*tokens, strict=True)) < 1.03
+    sampler = LengthGroupedSampler(lengths, global_batch_size=32, seed=0)
+    tokens = [
+        [sum(lengths[row] for row in rows) for rows in DistributedBatchSampler(sampler, rank, 4)] for rank in range(4)
+    ]
+    # A step lasts as long as its slowest process: 3 % is the most that the others wait.
+    assert max(max(step_tokens) / min(step_tokens) for step_tokens in zip(*tokens, strict=True)) < 1.03
 
 
-def test_a_pass_without_a_row_of_its_own_has_nothing_to_learn():
-    rows = Rows([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}] * 2)
-    batch = Collate(0)([rows[~0]])
+def test_a_filler_row_has_nothing_to_learn():
+    dataset = TokenizedDataset([{"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, 6, 7]}] * 2)
+    batch = PaddingCollator(0)([dataset[~0]])
     assert batch["input_ids"].tolist() == [[5]]
-    assert batch["rows"].tolist() == [-1]
-    assert (batch["labels"] == IGNORED).all()
+    assert batch["row_indices"].tolist() == [-1]
+    assert (batch["labels"] == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("settings", "message"),
     [
-        ({"processes": 3, "batch_size": 1, "gradient_accumulation": 2}, "3 cannot share a step of 2 examples"),
-        ({"parallel": "fsdp"}, "fsdp shares the base among processes, and processes is 1"),
+        ({"num_processes": 3, "micro_batch_size": 1, "global_batch_size": 2}, "3 cannot share a step of 2 rows"),
+        ({"parallel": "fsdp"}, "fsdp shares the base among processes, and num_processes is 1"),
     ],
 )
-def test_processes_with_nothing_to_share_are_refused(settings, what):
-    with pytest.raises(ValueError, match=what):
+def test_processes_with_nothing_to_share_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
 
 
 def test_the_number_of_processes_is_part_of_the_recipe():
-    assert TrainConfig().identity() != TrainConfig(processes=2).identity()
-    assert TrainConfig(processes=2).identity() != TrainConfig(processes=2, parallel="fsdp").identity()
+    assert TrainConfig().identity() != TrainConfig(num_processes=2).identity()
+    assert TrainConfig(num_processes=2).identity() != TrainConfig(num_processes=2, parallel="fsdp").identity()
 
 
-def gpus() -> int:
+def num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(gpus() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(num_gpus() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_gpus_train_to_the_losses_of_one(step, parallel):
-    one, two = step("one"), step("two")
+    single, double = step("single"), step("double")
     settings = SETTINGS | {"dropout": 0.0, "device": "cuda", "attention": "sdpa", "precision": "bfloat16"}
-    alone = one(**settings | {"processes": 1})
-    shared = two(**settings | {"parallel": parallel})
-    assert shared["train_loss"] == pytest.approx(alone["train_loss"], rel=0.01)
-    assert shared["tokens"] == alone["tokens"]
+    expected = single(**settings | {"num_processes": 1})
+    numbers = double(**settings | {"parallel": parallel})
+    # bf16 products, added in another order.
+    assert numbers["train_loss"] == pytest.approx(expected["train_loss"], rel=0.01)
+    assert numbers["tokens"] == expected["tokens"]

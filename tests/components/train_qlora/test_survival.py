@@ -1,4 +1,4 @@
-"""What happens to pods: killed at any moment, memory and disks that are full, checkpoints that are harmed."""
+"""What happens to pods: kills at any moment, memory that runs out, full disks, damaged checkpoints."""
 
 import json
 import random
@@ -10,174 +10,222 @@ from typing import Any
 import psutil
 import pytest
 
-from components.train_qlora import memory, packed
+from components.train_qlora import memory, packing
 from components.train_qlora import trainer as trainer_module
-from components.train_qlora.shrinking import shrinking
+from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import signals
 from qlora_retrain.core.errors import TryAgain
-from qlora_retrain.lm import checkpoints
+from qlora_retrain.lm import checkpoints, oom
 
 
-def killed_again_and_again(step, program, kills: int, optimizer: str) -> None:
-    """Kill the step at random moments, most of them inside saves, so often; then it ends bit-equal."""
+def stop_inside_a_save(process, scratch: Path) -> None:
+    """Stop the training process in the middle of a save, however fast or slow the machine is."""
+    newest = max(map(checkpoints.step_of, checkpoints.sorted_checkpoints(scratch)), default=0)
+
+    def is_saving() -> bool:
+        # What an earlier kill left is not being saved now.
+        folders = [f for f in checkpoints.sorted_checkpoints(scratch) if checkpoints.step_of(f) > newest]
+        return any(not (folder / checkpoints.MARKER).exists() for folder in folders)
+
+    while process.poll() is None:
+        if is_saving():
+            workers = psutil.Process(process.pid).children(recursive=True)
+            for worker in workers:
+                worker.suspend()
+            if is_saving():
+                return
+            for worker in workers:
+                worker.resume()
+        time.sleep(0.001)
+
+
+def assert_survives_kills(step, program, kills: int, optimizer: str) -> None:
+    """Kill the step at random moments, most of them inside saves, and then let it end; the bytes must be the same."""
     settings = {
-        "rank": 64, "alpha": 64, "dropout": 0.1, "learning_rate": 5e-3, "batch_size": 4, "gradient_accumulation": 2,
-        "max_steps": 8 * kills + 8, "optimizer": optimizer, "evaluations": 5, "device": "cpu", "precision": "float32",
+        "rank": 64, "alpha": 64, "dropout": 0.1, "learning_rate": 5e-3, "micro_batch_size": 4, "global_batch_size": 8,
+        "max_steps": 8 * kills + 8, "optimizer": optimizer, "num_evals": 5, "device": "cpu", "precision": "float32",
         "attention": "eager", "checkpoint_minutes": 1e-9,
     }  # fmt: skip
-    whole, parts, moments = step("whole"), step("parts"), random.Random(0)
+    whole, parts, rng = step("whole"), step("parts"), random.Random(0)
     whole(**settings)
-    reached, inside = 0, 0
+
+    reached, kills_inside_a_save = 0, 0
     for number in range(kills):
         running = program(parts, **settings)
         process = running.process
         process.stdout.readline()  # ready
-        goal = parts.scratch / f"checkpoint-{reached + moments.randint(1, 4)}"
-        until = time.monotonic() + (moments.uniform(0, 1) if number % 5 == 4 else 60)  # now and then while it starts
-        while not goal.exists() and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.06))
+        if number % 5 == 4:  # while the step starts, or soon after
+            time.sleep(rng.uniform(0, 1))
+        elif number % 2 == 0:
+            stop_inside_a_save(process, parts.scratch)
+        else:
+            goal = parts.scratch / f"checkpoint-{reached + rng.randint(1, 4)}"
+            while not goal.exists() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.06))
         process.send_signal(signal.SIGKILL)
-        code, _, errors = running.ended()
-        assert code == -signal.SIGKILL, errors
-        inside += any(not (folder / checkpoints.MARKER).exists() for folder in checkpoints.found(parts.scratch))
+        exit_code, _, stderr = running.finish()
+        assert exit_code == -signal.SIGKILL, stderr
+
+        kills_inside_a_save += any(
+            not (folder / checkpoints.MARKER).exists() for folder in checkpoints.sorted_checkpoints(parts.scratch)
+        )
         newest = checkpoints.newest_valid(parts.scratch)
         before, reached = reached, checkpoints.step_of(newest) if newest else 0
         assert reached >= before, "a kill lost a step that had been saved"
+
     assert reached > 0
-    assert inside > kills // 4, "few of the kills were inside a save"
-    code, _, errors = program(parts, **settings).ended()
-    assert code == 0, errors
+    assert kills_inside_a_save > kills // 4, "few of the kills were inside a save"
+    exit_code, _, stderr = program(parts, **settings).finish()
+    assert exit_code == 0, stderr
     assert parts.weights == whole.weights
     assert (parts.adapter / "loss.jsonl").read_text() == (whole.adapter / "loss.jsonl").read_text()
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_was_not(step, program):
-    killed_again_and_again(step, program, kills=3, optimizer="paged_adamw_32bit")
+    assert_survives_kills(step, program, kills=3, optimizer="paged_adamw_32bit")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_a_run_that_is_killed_twenty_times_ends_with_the_bytes_of_one_that_was_not(step, program, optimizer):
-    killed_again_and_again(step, program, kills=20, optimizer=optimizer)
+    assert_survives_kills(step, program, kills=20, optimizer=optimizer)
 
 
-def cut_off(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def flip_a_bit(file: Path) -> None:
-    spoilt = bytearray(file.read_bytes())
-    spoilt[len(spoilt) // 2] ^= 1
-    file.write_bytes(spoilt)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
-        (lambda folder: cut_off(folder / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors has"),
+        (lambda folder: truncate(folder / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors has"),
         (lambda folder: flip_a_bit(folder / "optimizer.pt"), "optimizer.pt has another sha256"),
         (lambda folder: [(folder / name).unlink() for name in ("scheduler.pt", "rng_state.pth")], " is missing"),
     ],
     ids=["truncated", "bit-flipped", "half-deleted"],
 )
-def test_a_harmed_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monkeypatch, capsys, harm, reason):
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(step, monkeypatch, capsys, damage, reason):
     whole, parts = step("whole"), step("parts")
     whole(max_steps=5)
-    asked = iter(range(100))
+    # Stopped after step 4 of 5, with a checkpoint after every step.
+    checks = iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr("qlora_retrain.core.signals.requested", lambda: next(asked) >= 4)
+        patch.setattr("qlora_retrain.core.signals.stop_requested", lambda: next(checks) >= 4)
         with pytest.raises(TryAgain):
             parts(max_steps=5, checkpoint_minutes=1e-9)
-    newest = checkpoints.found(parts.scratch)[-1]
-    harm(newest)
+
+    # The one before it is still valid, and its steps are computed again.
+    newest = checkpoints.sorted_checkpoints(parts.scratch)[-1]
+    damage(newest)
     parts(max_steps=5)
-    said = capsys.readouterr().out
-    assert f"passed over {newest.name}: " in said
-    assert reason in said
+    output = capsys.readouterr().out
+    assert f"skipped {newest.name}: " in output
+    assert reason in output
     assert parts.weights == whole.weights
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("everybody", [False, True], ids=["the step", "all its processes"])
-def test_a_stop_in_the_middle_is_saved_within_seconds(step, program, everybody):
+@pytest.mark.parametrize("signal_all", [False, True], ids=["the step", "all its processes"])
+def test_a_stop_while_training_is_saved_within_seconds(step, program, signal_all):
     run = step()
+    # Kubernetes signals the container's first process; a person's Ctrl-C signals all of them.
     running = program(run, max_steps=5000)
     assert any('"training"' in line for line in running.process.stdout), "it trains"
-    asked = time.monotonic()
+
+    stop_time = time.monotonic()
     process = psutil.Process(running.process.pid)
-    for one in [*(process.children(recursive=True) if everybody else []), process]:
-        one.terminate()
-    code, _, errors = running.ended()
-    assert time.monotonic() - asked < 10  # a pod has 120 s
-    assert code == 75
-    assert "saved as checkpoint-" in errors
-    assert "asked to stop" in errors
+    for target in [*(process.children(recursive=True) if signal_all else []), process]:
+        target.terminate()
+    exit_code, _, stderr = running.finish()
+    # What a pod is given. On a quiet machine it takes a second; 5000 steps would take longer than the limit.
+    assert time.monotonic() - stop_time < 120
+    assert exit_code == 75
+    assert "saved as checkpoint-" in stderr
+    assert "asked to stop" in stderr
     assert checkpoints.newest_valid(run.scratch)
 
 
 @pytest.mark.slow
-def test_a_crash_once_the_result_is_told_costs_nothing(step, program):
-    """As of a driver or a library while the interpreter ends: the next try would crash just so."""
+def test_a_crash_after_the_result_was_sent_is_ignored(step, program):
+    """A driver or a library may crash while the interpreter exits, and would crash in the next attempt just so."""
     run = step()
-    code, said, errors = program(run, "late:0", max_steps=2).ended()
-    assert code == 0, errors
-    assert json.loads(said.splitlines()[-1])["steps"] == 2
+    exit_code, stdout, stderr = program(run, "late:0", max_steps=2).finish()
+    assert exit_code == 0, stderr
+    assert json.loads(stdout.splitlines()[-1])["steps"] == 2
 
 
 @pytest.mark.slow
-def test_a_death_is_noticed_though_something_holds_the_pipe_open(step, program):
+def test_the_death_of_a_worker_is_noticed_though_an_orphan_holds_its_pipe_open(step, program):
+    # The orphan holds the writing end for 8 s, so the pipe's end alone would be noticed too late.
     running = program(step(), "orphan:3", checkpoint_minutes=1e-9)
     assert running.process.wait(timeout=300) == 75
-    assert running.session(), "it is there still"
-    _, _, errors = running.ended()
-    assert "the process that trains was ended by SIGKILL" in errors
+    assert running.session_processes(), "the orphan is still there"
+    _, _, stderr = running.finish()
+    assert "the training process was ended by SIGKILL" in stderr
 
 
-def test_what_a_killed_process_left_half_written_is_not_part_of_the_adapter(step, program):
+def test_a_half_written_file_of_a_killed_process_is_not_part_of_the_adapter(step, program):
+    # As a library leaves it that writes under a temporary name, and is killed before it renames the file.
     run = step()
     run.adapter.mkdir()
     (run.adapter / ".tmpzQixOn").write_bytes(b"half of it")
-    code, _, errors = program(run, max_steps=2).ended()
-    assert code == 0, errors
+    exit_code, _, stderr = program(run, max_steps=2).finish()
+    assert exit_code == 0, stderr
     assert not (run.adapter / ".tmpzQixOn").exists()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_short_of_memory_goes_on_with_smaller_passes_and_says_so(step, program):
-    run = step(train=64, mark=lambda text: text.replace("order", "order " * 300))
-    code, output, errors = program(run, "limit:350", batch_size=32, gradient_accumulation=1, max_steps=2).ended()
-    assert code == 0, errors[-3000:]
-    papers = run.papers
-    assert papers["rows_a_pass"] < 32
-    assert len(papers["out_of_memory"]) >= 1
-    assert "out of memory with 32 rows a pass, the longest row having" in papers["out_of_memory"][0]
-    assert f"going on with {papers['rows_a_pass']} x {32 // papers['rows_a_pass']}" in output
-    assert "out of memory with 32 rows a pass" in (run.adapter / "report.html").read_text()
+def test_a_run_that_is_short_of_memory_continues_with_smaller_micro_batches_and_says_so(step, program):
+    # 350 MiB beyond torch hold a few rows of some 300 tokens, and not 32.
+    run = step(train=64, edit=lambda text: text.replace("order", "order " * 300))
+    exit_code, output, stderr = program(
+        run, "limit:350", micro_batch_size=32, global_batch_size=32, max_steps=2
+    ).finish()
+    assert exit_code == 0, stderr[-3000:]
+
+    # How often it must halve depends on what the libraries of this machine take.
+    document = run.document
+    rows = document["micro_batch_size"]
+    assert rows < 32
+    assert len(document["out_of_memory"]) >= 1
+    assert "out of memory with a micro-batch size of 32 (the longest row has" in document["out_of_memory"][0]
+    assert f"continuing with a micro-batch size of {rows}, {32 // rows} per step" in output
+    assert "out of memory with a micro-batch size of 32" in (run.adapter / "report.html").read_text()
 
 
-def test_a_try_after_memory_ran_out_begins_with_the_smaller_passes_and_the_papers_say_why(step, monkeypatch):
-    run, asked = step(), iter(range(100))
-    plain = trainer_module.summed_loss
+def test_an_attempt_after_memory_ran_out_starts_with_the_smaller_micro_batches_and_reports_why(step, monkeypatch):
+    run, checks = step(), iter(range(100))
+    correct_loss = trainer_module.summed_loss
 
-    def short_of_memory(model: Any, batch: Any) -> Any:
+    def loss_short_of_memory(model: Any, batch: Any) -> Any:
         if len(batch["input_ids"]) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return plain(model, batch)
+        return correct_loss(model, batch)
 
-    monkeypatch.setattr(trainer_module, "summed_loss", short_of_memory)
-    monkeypatch.setattr(packed, "can_pack", lambda _: False)  # so that rows a pass are what the config says
+    # Without packing a micro-batch has exactly as many rows as the config says.
+    monkeypatch.setattr(trainer_module, "summed_loss", loss_short_of_memory)
+    monkeypatch.setattr(packing, "can_pack", lambda _: False)
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "requested", lambda: next(asked) >= 6)
+        patch.setattr(signals, "stop_requested", lambda: next(checks) >= 6)
         with pytest.raises(TryAgain, match="saved as checkpoint-"):
             run()
-    monkeypatch.setattr(trainer_module, "summed_loss", plain)  # this try would have memory enough
+
+    # The second attempt would have enough memory for the larger ones.
+    monkeypatch.setattr(trainer_module, "summed_loss", correct_loss)
     numbers = run()
-    assert (numbers["rows_a_pass"], numbers["out_of_memory"]) == (2, 1)
-    assert run.papers["out_of_memory"] == ["out of memory in an earlier try, which went on with 2 x 4"]
-    assert "out of memory in an earlier try, which went on with 2 x 4" in (run.adapter / "report.html").read_text()
+    message = "out of memory in an earlier attempt, which continued with a micro-batch size of 2, 4 per step"
+    assert (numbers["micro_batch_size"], numbers["out_of_memory"]) == (2, 1)
+    assert run.document["out_of_memory"] == [message]
+    assert message in (run.adapter / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -190,43 +238,45 @@ def test_a_try_after_memory_ran_out_begins_with_the_smaller_passes_and_the_paper
         "[]",
     ],
 )
-def test_a_checkpoint_that_does_not_say_how_it_was_made_changes_nothing(tmp_path, state):
+def test_a_checkpoint_without_a_usable_batch_size_changes_nothing(tmp_path, state):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(state)
-    config = TrainConfig(batch_size=4, gradient_accumulation=2)
-    assert shrinking(config, tmp_path, lambda config: config.batch_size) == (4, config, [])
+    config = TrainConfig(micro_batch_size=4, global_batch_size=8)
+    assert retry_with_smaller_micro_batches(config, tmp_path, lambda config: config.micro_batch_size) == (4, config, [])
 
 
-def test_passes_are_halved_as_long_as_the_step_stays_the_same(tmp_path):
-    tried: list[tuple[int, int]] = []
+def test_micro_batches_are_halved_to_divisors_of_the_global_batch(tmp_path):
+    sizes: list[tuple[int, int]] = []
 
     def train(config: TrainConfig) -> str:
-        tried.append((config.batch_size, config.gradient_accumulation))
-        with memory.noted(config, 77):
-            if config.batch_size > 2:
+        sizes.append((config.micro_batch_size, config.global_batch_size // config.micro_batch_size))
+        with memory.as_memory_error(config, 77):
+            if config.micro_batch_size > 2:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return "trained"
 
-    config = TrainConfig(batch_size=10, gradient_accumulation=3)
-    result, used, told = shrinking(config, tmp_path, train)
+    config = TrainConfig(micro_batch_size=10, global_batch_size=30)
+    result, final_config, oom_messages = retry_with_smaller_micro_batches(config, tmp_path, train)
+    # 2 and not 3, which is more than half of 5.
     assert result == "trained"
-    assert tried == [(10, 3), (5, 6), (2, 15)]
-    assert (used.batch_size, used.gradient_accumulation, len(told)) == (2, 15, 2)
+    assert sizes == [(10, 3), (5, 6), (2, 15)]
+    assert (final_config.micro_batch_size, final_config.global_batch_size) == (2, 30)
+    assert len(oom_messages) == 2
 
 
-def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers(tmp_path):
+def test_running_out_of_memory_with_one_row_ends_the_run_with_the_numbers(tmp_path):
     def train(config: TrainConfig) -> None:
-        with memory.noted(config, 77):
+        with memory.as_memory_error(config, 77):
             raise MemoryError("no more")
 
     with pytest.raises(
-        MemoryError, match=r"with 1 rows a pass, the longest row having 77 tokens, \d+ MiB held; no more"
+        MemoryError, match=r"with a micro-batch size of 1 \(the longest row has 77 tokens, \d+ MiB in use\): no more"
     ):
-        shrinking(TrainConfig(batch_size=2), tmp_path, train)
+        retry_with_smaller_micro_batches(TrainConfig(micro_batch_size=2, global_batch_size=2), tmp_path, train)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "message",
     [
         "CUDA error: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
@@ -234,47 +284,50 @@ def test_memory_that_does_not_do_for_one_row_ends_the_run_with_the_numbers(tmp_p
         "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
     ],
 )
-def test_what_libraries_say_of_memory_is_understood(words):
-    assert memory.is_out_of_memory(RuntimeError(words))
+def test_every_librarys_out_of_memory_error_is_recognized(message):
+    assert oom.is_out_of_memory(RuntimeError(message))
 
 
-def test_an_error_that_is_not_about_memory_is_left_alone(tmp_path):
+def test_an_error_that_is_not_about_memory_is_raised_as_it_is(tmp_path):
     def train(config: TrainConfig) -> None:
-        with memory.noted(config, 77):
+        with memory.as_memory_error(config, 77):
             raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        shrinking(TrainConfig(batch_size=2), tmp_path, train)
+        retry_with_smaller_micro_batches(TrainConfig(micro_batch_size=2, global_batch_size=2), tmp_path, train)
 
 
-def test_a_full_disk_ends_the_try_and_harms_nothing(step, small_disk):
+def test_a_full_disk_ends_the_attempt_and_damages_nothing(step, small_disk):
     """The scratch folder is a real file system with no room for a second checkpoint."""
     run = step()
     with small_disk(run.scratch, "700k"):
-        with pytest.raises(TryAgain, match="no space for a checkpoint in scratch; free some and run it again"):
+        with pytest.raises(TryAgain, match="no space for a checkpoint in scratch; free some space"):
             run(checkpoint_minutes=1e-9, rank=16)
-        assert all(checkpoints.verify(folder) is None for folder in checkpoints.found(run.scratch))
+        assert all(checkpoints.invalid_reason(folder) is None for folder in checkpoints.sorted_checkpoints(run.scratch))
 
 
-def test_old_checkpoints_go(step):
+def test_only_the_last_two_checkpoints_are_kept(step):
     run = step()
     run(checkpoint_minutes=1e-9, max_steps=6)
-    assert [folder.name for folder in checkpoints.found(run.scratch)] == ["checkpoint-5", "checkpoint-6"]
+    assert [folder.name for folder in checkpoints.sorted_checkpoints(run.scratch)] == ["checkpoint-5", "checkpoint-6"]
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_losses_of_a_cpu(step):
     on_cpu, on_gpu = step("cpu"), step("gpu")
-    one = on_cpu(dropout=0.0)
-    other = on_gpu(dropout=0.0, device="cuda", attention="sdpa")
-    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=0.01)
-    paged = int(other["optimizer"].split(", ")[1].split()[0])
-    assert paged > 0, other["optimizer"]
+    expected = on_cpu(dropout=0.0)
+    numbers = on_gpu(dropout=0.0, device="cuda", attention="sdpa")
+    assert numbers["train_loss"] == pytest.approx(expected["train_loss"], rel=0.01)
+
+    # "paged_adamw_32bit, 28 of 56 state tensors paged (...)"
+    paged_tensors = int(numbers["optimizer"].split(", ")[1].split()[0])
+    assert paged_tensors > 0, numbers["optimizer"]
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_uses_dropout_and_comes_back_from_a_checkpoint(step):
+def test_a_run_on_a_gpu_with_dropout_resumes_from_a_checkpoint(step):
     run = step()
+    # The budget ends the first attempt after one step.
     with pytest.raises(TryAgain):
         run(device="cuda", attention="sdpa", precision="bfloat16", max_hours=1e-9)
     assert run(device="cuda", attention="sdpa", precision="bfloat16")["steps"] == 14

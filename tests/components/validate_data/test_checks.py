@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from components.validate_data.checks import REASONS, Row, check, explain, measure, special_tokens
-from components.validate_data.reading import RawRow
+from components.validate_data.checks import REASONS, Row, check_row, explain_fault, measure_lengths, special_token_texts
+from components.validate_data.raw_rows import RawRow
 from qlora_retrain.config.sections import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat
@@ -25,8 +25,8 @@ def tokenizer(tiny_model: Path) -> Any:
 
 def checked(messages: object, tokenizer: Any, **settings: Any) -> Row:
     config = DataConfig(**settings)
-    row = check(RawRow("tickets.jsonl", 417, messages), config, special_tokens(tokenizer))
-    measure([row], config, tokenizer)
+    row = check_row(RawRow("tickets.jsonl", 417, messages), config, special_token_texts(tokenizer))
+    measure_lengths([row], config, tokenizer)
     return row
 
 
@@ -60,11 +60,11 @@ def test_a_fault_has_its_reason(reason: str, messages: object, tokenizer: Any) -
     row = checked(messages, tokenizer)
     assert row.reason == reason
     assert row.messages == []
-    assert explain(row, DataConfig()).startswith("tickets.jsonl:417: ")
+    assert explain_fault(row, DataConfig()).startswith("tickets.jsonl:417: ")
 
 
 def test_an_explanation_says_what_was_wanted(tokenizer: Any) -> None:
-    assert explain(checked([USER], tokenizer), DataConfig()) == (
+    assert explain_fault(checked([USER], tokenizer), DataConfig()) == (
         'tickets.jsonl:417: "messages" has no assistant turn; a conversation needs a user turn and an assistant turn'
     )
     assert all(text.format(field="f", limit=1) for text in REASONS.values())
@@ -98,8 +98,8 @@ def test_lengths_are_those_of_the_tokenizer_and_the_limit_is_inclusive(tokenizer
 def test_many_rows_are_measured_as_each_alone(tokenizer: Any) -> None:
     config = DataConfig()
     raw = [RawRow("a", i, [{"role": "user", "content": "word " * (i % 7 + 1)}, ANSWER]) for i in range(2500)]
-    rows = [check(item, config, []) for item in raw]
-    measure(rows, config, tokenizer)
+    rows = [check_row(item, config, []) for item in raw]
+    measure_lengths(rows, config, tokenizer)
     lengths = [len(chat.encode(tokenizer, rows[i].messages).input_ids) for i in range(7)]
     assert [row.tokens for row in rows] == [lengths[i % 7] for i in range(2500)]
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.validate_data.checks import Row
-from components.validate_data.splitting import prompt_text, quarantine_repeats, share, split
+from components.validate_data.splitting import assign_splits, hash_fraction, prompt_text, quarantine_repeats
 from qlora_retrain.config.sections import DataConfig
 
-TEXT = DataConfig(salt="line", eval_fraction=0.3)
-LABELS = DataConfig(salt="line", eval_fraction=0.3, task="labels")
+TEXT = DataConfig(split_seed="line", eval_fraction=0.3)
+LABELS = DataConfig(split_seed="line", eval_fraction=0.3, task="labels")
 
 
 def row(prompt: str, answer: str = "refund", number: int = 1, system: str | None = None) -> Row:
@@ -23,15 +23,15 @@ def row(prompt: str, answer: str = "refund", number: int = 1, system: str | None
 
 def sides(rows: list[Row], config: DataConfig = TEXT) -> list[str | None]:
     quarantine_repeats(rows, config, ())
-    split(rows, config)
+    assign_splits(rows, config)
     return [item.split for item in rows]
 
 
-def test_the_share_is_the_first_64_bits_of_a_hash_of_salt_and_prompt() -> None:
+def test_the_fraction_is_the_first_64_bits_of_a_hash_of_seed_and_prompt() -> None:
     bits = "".join(f"{byte:08b}" for byte in hashlib.sha256(b"line\nuser: where is it?").digest())
     expected = sum(int(bit) / 2 ** (i + 1) for i, bit in enumerate(bits[:64]))
-    assert abs(share("line", prompt_text(row("WHERE  is it?"))) - expected) < 1e-12
-    assert share(None, "x") == share("", "x") != share("line", "x")
+    assert abs(hash_fraction("line", prompt_text(row("WHERE  is it?"))) - expected) < 1e-12
+    assert hash_fraction(None, "x") == hash_fraction("", "x") != hash_fraction("line", "x")
 
 
 @settings(deadline=None)
@@ -40,15 +40,15 @@ def test_a_row_never_crosses_the_split_as_data_grows(old: list[str], new: list[s
     few = TEXT.model_copy(update={"max_eval_rows": 3})
     before, after = [row(p) for p in old], [row(p, "login") for p in new] + [row(p) for p in old]
     was, now = sides(before, few), sides(after, few)[len(new) :]
-    for one, two in zip(was, now, strict=True):
-        assert (one == "train") == (two == "train") or two is None or one is None
+    for old_side, new_side in zip(was, now, strict=True):
+        assert (old_side == "train") == (new_side == "train") or new_side is None or old_side is None
 
 
-def test_about_the_wanted_share_is_evaluation_and_each_side_is_a_function_of_the_prompt() -> None:
+def test_about_the_configured_fraction_is_evaluation_and_each_side_is_a_function_of_the_prompt() -> None:
     rows = [row(f"prompt {i}") for i in range(4000)]
-    found = sides(rows)
-    assert abs(found.count("eval") / 4000 - 0.3) < 0.03  # four standard deviations
-    assert [share("line", prompt_text(item)) < 0.3 for item in rows] == [side == "eval" for side in found]
+    row_sides = sides(rows)
+    assert abs(row_sides.count("eval") / 4000 - 0.3) < 0.03  # four standard deviations
+    assert [hash_fraction("line", prompt_text(item)) < 0.3 for item in rows] == [side == "eval" for side in row_sides]
 
 
 def test_the_system_turn_case_and_spacing_do_not_move_a_row() -> None:
@@ -70,9 +70,9 @@ def test_labels_that_contradict_each_other_all_leave_and_texts_stay_on_one_side(
     sides(labels, LABELS)
     reasons = ["conflicting_answer", "exact_duplicate", "conflicting_answer", None]
     assert [item.reason for item in labels] == reasons
-    found = sides(texts, TEXT)
+    row_sides = sides(texts, TEXT)
     assert [item.reason for item in texts] == [None, "exact_duplicate", None, None]
-    assert found[0] == found[2] is not None
+    assert row_sides[0] == row_sides[2] is not None
 
 
 def test_golden_prompts_leave_whatever_their_answer() -> None:
@@ -85,7 +85,10 @@ def test_too_many_evaluation_rows_keep_the_smallest_hashes_and_never_go_to_train
     rows = [row(f"prompt {i}") for i in range(200)]
     everything = sides(rows)
     limited = sides(rows, TEXT.model_copy(update={"max_eval_rows": 10}))
+
     assert [side == "train" for side in limited] == [side == "train" for side in everything]
     assert limited.count("eval") == 10
-    places = {side: [share("line", prompt_text(r)) for r in rows if r.split == side] for side in ("eval", "dropped")}
+    places = {
+        side: [hash_fraction("line", prompt_text(r)) for r in rows if r.split == side] for side in ("eval", "dropped")
+    }
     assert max(places["eval"]) < min(places["dropped"])

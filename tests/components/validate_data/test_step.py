@@ -16,12 +16,12 @@ from components.validate_data import expectations
 from components.validate_data.step import run
 from qlora_retrain.config.sections import DataConfig
 from qlora_retrain.core.errors import Exit, UsageError
-from qlora_retrain.core.outcome import Report
+from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import chat
 
 FILES = {"train.jsonl", "eval.jsonl", "golden.jsonl", "dataset.json", "profile.json", "quarantine.jsonl", "report.html"}
 INTENTS = ("refund", "delivery", "login")
-Gate = Callable[..., tuple[Report, Path]]
+Gate = Callable[..., tuple[StepResult, Path]]
 
 
 def pair(prompt: str, answer: str) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
 
     def call(
         rows: list[Any], golden: list[Any] | None = None, version: Path | None = None, **settings: Any
-    ) -> tuple[Report, Path]:
+    ) -> tuple[StepResult, Path]:
         folder = tmp_path / str(next(runs))
         for name, content in (("raw", rows), ("golden", golden or [])):
             (folder / name).mkdir(parents=True)
             text = "".join(json.dumps(row) + "\n" for row in content)
             (folder / name / f"{'tickets' if name == 'raw' else name}.jsonl").write_text(text, encoding="utf-8")
         (folder / "dataset").mkdir()
-        config = DataConfig(**{"task": "labels", "salt": "line", "min_eval_rows": 10, **settings})
+        config = DataConfig(**{"task": "labels", "split_seed": "line", "min_eval_rows": 10, **settings})
         report = run(
             config, folder / "raw", tiny_model, folder / "golden" if golden else None, version, folder / "dataset"
         )
@@ -60,18 +60,21 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
 
 
 def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path) -> None:
-    report, made = gate(good(300), golden=[pair("a golden question", "login")], system="Answer with the intent.")
+    report, dataset = gate(good(300), golden=[pair("a golden question", "login")], system="Answer with the intent.")
     assert report.refused is None
-    assert {path.name for path in made.iterdir()} == FILES
-    train, evaluation, golden = (lines(made / f"{side}.jsonl") for side in ("train", "eval", "golden"))
+    assert {path.name for path in dataset.iterdir()} == FILES
+
+    train, evaluation, golden = (lines(dataset / f"{side}.jsonl") for side in ("train", "eval", "golden"))
     assert len(train) + len(evaluation) == 300
     assert not {row["id"] for row in train} & {row["id"] for row in evaluation}
+
     tokenizer = chat.load_tokenizer(tiny_model)
     for row in train + evaluation + golden:
         assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
         assert row["id"] == chat.row_id(row["messages"])
     supervised = [sum(chat.encode(tokenizer, row["messages"]).supervised) for row in train]
-    assert json.loads((made / "dataset.json").read_text()) == {
+
+    assert json.loads((dataset / "dataset.json").read_text()) == {
         "task": "labels",
         "labels": sorted(INTENTS),
         "system": "Answer with the intent.",
@@ -93,9 +96,11 @@ def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path) -> No
         "supervised_tokens_train": sum(supervised),
         "labels": 3,
     }
-    profile = json.loads((made / "profile.json").read_text())
+
+    profile = json.loads((dataset / "profile.json").read_text())
     assert sum(profile["length_histogram"].values()) == 300
     assert profile["train"]["supervised_tokens_p50"] == sorted(supervised)[(len(train) + 1) // 2 - 1]
+
     counts = Counter(row["messages"][-1]["content"] for row in train)
     assert {label: sides["train"] for label, sides in profile["labels"]["rows"].items()} == counts
 
@@ -104,11 +109,13 @@ def test_every_row_read_is_accounted_for_and_a_quarantined_row_can_be_found(gate
     rows = good(300)
     rows[7] = {"messages": [{"role": "user", "content": "no answer"}]}
     rows[11] = rows[10]
-    rows[13] = pair("zebra question number 12", "login")  # number 12 says refund
+    # Row number 12 says refund.
+    rows[13] = pair("zebra question number 12", "login")
     rows[17] = pair("golden", "refund")
     rows[19] = pair("long " * 2000, "refund")
-    report, made = gate(rows, golden=[pair("Golden", "refund")], max_eval_rows=12)
-    quarantine = lines(made / "quarantine.jsonl")
+    report, dataset = gate(rows, golden=[pair("Golden", "refund")], max_eval_rows=12)
+    quarantine = lines(dataset / "quarantine.jsonl")
+
     assert [(row["file"], row["row"], row["reason"]) for row in quarantine] == [
         ("tickets.jsonl", 8, "no_assistant_turn"),
         ("tickets.jsonl", 12, "exact_duplicate"),
@@ -119,11 +126,17 @@ def test_every_row_read_is_accounted_for_and_a_quarantined_row_can_be_found(gate
     ]
     assert {len(row["hash"]) for row in quarantine} == {12}
     assert set(quarantine[0]) == {"file", "row", "reason", "hash"}
-    counted = json.loads((made / "profile.json").read_text())["rows"]
-    assert counted.pop("golden") == 1
-    assert counted.pop("read") == 300 == sum(counted.values())
-    assert (counted["quarantined"], counted["duplicates"], counted["in_golden_set"], counted["eval"]) == (4, 1, 1, 12)
-    assert counted["eval_beyond_max_eval_rows"] > 0
+
+    row_counts = json.loads((dataset / "profile.json").read_text())["rows"]
+    assert row_counts.pop("golden") == 1
+    assert row_counts.pop("read") == 300 == sum(row_counts.values())
+    assert (row_counts["quarantined"], row_counts["duplicates"], row_counts["in_golden_set"], row_counts["eval"]) == (
+        4,
+        1,
+        1,
+        12,
+    )
+    assert row_counts["eval_beyond_max_eval_rows"] > 0
     assert report.refused is None
 
 
@@ -136,9 +149,10 @@ def test_only_the_datasets_own_rows_hold_row_text(gate: Gate, capfd: pytest.Capt
     rows = good(300)
     for i in range(0, 40, 2):
         rows[i] = {"messages": [{"role": "user", "content": f"zebra secret {i}"}]}
-    report, made = gate(rows, system="Answer with the intent.")
+    report, dataset = gate(rows, system="Answer with the intent.")
     for name in ("profile.json", "quarantine.jsonl", "report.html"):
-        assert "zebra" not in (made / name).read_text(encoding="utf-8")
+        assert "zebra" not in (dataset / name).read_text(encoding="utf-8")
+
     assert report.refused is not None
     assert "zebra" not in str(report.refused)
     assert "zebra" not in capfd.readouterr().out
@@ -146,11 +160,11 @@ def test_only_the_datasets_own_rows_hold_row_text(gate: Gate, capfd: pytest.Capt
 
 def test_free_text_called_labels_is_refused_and_not_listed(gate: Gate) -> None:
     rows = [pair(f"question {i}", f"zebra answer {i if i > 20 else 0}") for i in range(300)]
-    report, made = gate(rows)
+    report, dataset = gate(rows)
     assert report.refused is not None
     assert "different labels" in str(report.refused)
     for name in ("profile.json", "report.html"):
-        assert "zebra" not in (made / name).read_text(encoding="utf-8")
+        assert "zebra" not in (dataset / name).read_text(encoding="utf-8")
 
 
 def test_too_many_bad_rows_are_refused_with_the_first_of_each_reason(gate: Gate) -> None:
@@ -158,82 +172,92 @@ def test_too_many_bad_rows_are_refused_with_the_first_of_each_reason(gate: Gate)
     for i in range(4, 24):
         rows[i] = {"messages": [{"role": "user", "content": f"no answer {i}"}]}
     rows[2] = pair("  ", "refund")
-    report, made = gate(rows)
+    report, dataset = gate(rows)
+
     assert report.refused is not None
     assert report.refused.exit_code == Exit.DATA_REFUSED
     assert str(report.refused) == (
-        "data refused: share of rows that are bad: 0.07, wanted at most 0.05 (max_quarantined); "
+        "data refused: share of rows that are bad: 0.07, expected at most 0.05 (max_quarantined_fraction); "
         'tickets.jsonl:5: "messages" has no assistant turn; a conversation needs a user turn and an assistant turn '
         '(no_assistant_turn: 20 of 300 rows); tickets.jsonl:3: "messages" holds a turn '
         "without text (empty_content: 1 of 300 rows)"
     )
-    assert {path.name for path in made.iterdir()} == FILES
-    assert "tickets.jsonl:5: &quot;messages&quot; has no assistant turn" in (made / "report.html").read_text()
+    assert {path.name for path in dataset.iterdir()} == FILES
+    assert "tickets.jsonl:5: &quot;messages&quot; has no assistant turn" in (dataset / "report.html").read_text()
 
 
 def test_the_limits_are_inclusive(gate: Gate) -> None:
     rows = good(300)
     for i in range(15):
         rows[i] = {"messages": []}
-    assert gate(rows, max_quarantined=0.05)[0].refused is None
-    assert gate(rows, max_quarantined=0.049)[0].refused is not None
+    assert gate(rows, max_quarantined_fraction=0.05)[0].refused is None
+    assert gate(rows, max_quarantined_fraction=0.049)[0].refused is not None
 
 
-def test_only_bad_rows_are_refused_whatever_is_allowed(gate: Gate) -> None:
-    report, made = gate([{"messages": []}] * 200, max_quarantined=1.0, task="text")
+def test_data_without_a_good_row_is_refused_whatever_the_limit(gate: Gate) -> None:
+    report, dataset = gate([{"messages": []}] * 200, max_quarantined_fraction=1.0, task="text")
     assert "every row is bad (200 of 200); tickets.jsonl:1: " in str(report.refused)
-    assert (made / "train.jsonl").read_text() == ""
-    assert {path.name for path in made.iterdir()} == FILES
+    assert (dataset / "train.jsonl").read_text() == ""
+    assert {path.name for path in dataset.iterdir()} == FILES
 
 
 def test_too_many_duplicates_are_refused_apart_from_bad_rows(gate: Gate) -> None:
-    report, _ = gate(good(200) + good(100), max_quarantined=0.0)
-    assert "share of rows that repeat another: 0.3333, wanted at most 0.2 (max_duplicates)" in str(report.refused)
+    report, _ = gate(good(200) + good(100), max_quarantined_fraction=0.0)
+    assert "share of rows that repeat another: 0.3333, expected at most 0.2 (max_duplicates_fraction)" in str(
+        report.refused
+    )
     assert "tickets.jsonl:201: an earlier row has the same prompt" in str(report.refused)
-    assert "max_quarantined" not in str(report.refused)
+    assert "max_quarantined_fraction" not in str(report.refused)
 
 
 @pytest.mark.parametrize("knob", ["min_train_rows", "min_eval_rows"])
 def test_too_few_rows_are_refused(gate: Gate, knob: str) -> None:
     report, _ = gate(good(300), **{knob: 299})
-    assert f"wanted at least 299 ({knob})" in str(report.refused)
+    assert f"expected at least 299 ({knob})" in str(report.refused)
 
 
 def test_one_label_is_not_a_choice(gate: Gate) -> None:
     report, _ = gate([pair(f"question {i}", "refund") for i in range(300)])
     assert "different labels" in str(report.refused)
-    assert "wanted at least 2" in str(report.refused)
+    assert "expected at least 2" in str(report.refused)
 
 
 @pytest.mark.parametrize(
-    ("golden", "said"),
+    ("golden", "message"),
     [
         (
             [pair("a", "refund"), {"messages": [{"role": "user", "content": "b"}]}],
             'golden.jsonl:2: "messages" has no assi',
         ),
-        ([pair("a", "refund"), pair("A", "login")], "golden.jsonl:1: another row gives this prompt another label"),
+        (
+            [pair("a", "refund"), pair("A", "login")],
+            "golden.jsonl:1: another row has the same prompt with another label",
+        ),
         ([pair("a", "refund"), pair("a", "refund")], "golden.jsonl:2: an earlier row has the same prompt"),
     ],
 )
-def test_a_bad_golden_row_is_an_error(gate: Gate, golden: list[Any], said: str) -> None:
+def test_a_bad_golden_row_is_an_error(gate: Gate, golden: list[Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         gate(good(300), golden=golden)
-    assert str(caught.value).startswith(f"golden_data: {said}")
+    assert str(caught.value).startswith(f"golden_data: {message}")
 
 
-def test_what_is_odd_but_usable_is_a_warning(gate: Gate) -> None:
+def test_odd_but_usable_data_is_a_warning(gate: Gate) -> None:
     rows = good(300)
     rows += [pair(f"odd \ufffd question {i}", "Refund") for i in range(9)] + [pair("one of its kind", "unique")]
-    report, made = gate(rows)
+    report, dataset = gate(rows)
+
     assert report.refused is None
-    found = {e["name"]: e for e in json.loads((made / "profile.json").read_text())["expectations"]}
-    warned = {name for name, e in found.items() if e["outcome"] == "warn"}
+    expectations_by_name = {e["name"]: e for e in json.loads((dataset / "profile.json").read_text())["expectations"]}
+    warned = {name for name, e in expectations_by_name.items() if e["outcome"] == "warn"}
+
     assert warned >= {"replacement_characters", "labels_misspelt", "labels_once"}
-    assert found["labels_misspelt"]["observed"] == 109  # 100 of refund, 9 of Refund
-    assert found["replacement_characters"]["observed"] == pytest.approx(9 / 310 * 100)
-    assert "unique" not in (made / "profile.json").read_text()  # a label that occurs once may be anything
-    assert "look at:" in (made / "report.html").read_text()
+    # 100 rows of refund and 9 of Refund.
+    assert expectations_by_name["labels_misspelt"]["observed"] == 109
+    assert expectations_by_name["replacement_characters"]["observed"] == pytest.approx(9 / 310 * 100)
+    # A label that occurs once may be any text.
+    assert "unique" not in (dataset / "profile.json").read_text()
+    assert "warnings:" in (dataset / "report.html").read_text()
 
 
 def test_an_expectation_that_cannot_be_computed_is_an_error_and_not_bad_data(
@@ -246,52 +270,55 @@ def test_an_expectation_that_cannot_be_computed_is_an_error_and_not_bad_data(
 
 
 def test_nothing_is_reported_over_the_network(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[object] = []
-    monkeypatch.setattr(socket.socket, "connect", lambda _, address: tried.append(address))
+    addresses: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: addresses.append(address))
     gate(good(300))
-    assert tried == []
+    assert addresses == []
     assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
 
 
-def version_of(made: Path, folder: Path) -> Path:
+def version_of(dataset: Path, folder: Path) -> Path:
     """A version's folder with the data profile of a data set."""
     (folder / "data").mkdir(parents=True)
-    (folder / "data" / "profile.json").write_bytes((made / "profile.json").read_bytes())
+    (folder / "data" / "profile.json").write_bytes((dataset / "profile.json").read_bytes())
     return folder
 
 
 def test_data_unlike_the_referenced_versions_is_refused_before_training(gate: Gate, tmp_path: Path) -> None:
-    _, made = gate(good(300))
-    version = version_of(made, tmp_path / "version")
-    settings = {"reference": "20260131T000000Z-0123456789ab"}
+    _, dataset = gate(good(300))
+    version = version_of(dataset, tmp_path / "version")
+    settings = {"reference_version": "20260131T000000Z-0123456789ab"}
+
     assert gate(good(330), version=version, **settings)[0].refused is None
     others = [pair(f"zebra question number {i}", "refund" if i % 10 else "login") for i in range(300)]
     refused = gate(others, version=version, **settings)[0].refused
+
     assert refused is not None
     assert refused.exit_code == Exit.DATA_REFUSED
     assert "drift from the data of 20260131T000000Z-0123456789ab: label moved most" in str(refused)
-    assert gate(others, version=version, max_drift=100.0, **settings)[0].refused is None
+    assert gate(others, version=version, max_drift_psi=100.0, **settings)[0].refused is None
+
     (version / "data" / "profile.json").unlink()
     assert "has no data profile" in str(gate(good(300), version=version, **settings)[0].refused)
 
 
 def test_the_profile_counts_slices_and_labels(gate: Gate) -> None:
     rows = [*good(300), pair("где посылка", "delivery")]
-    _, made = gate(rows)
-    found = json.loads((made / "profile.json").read_text())["distributions"]
-    assert found["label"] == {"delivery": 101, "login": 100, "refund": 100}
-    assert found["language"] == {"cyrillic": 1, "latin": 300}
-    assert found["length"] == {"0-31": 301}
+    _, dataset = gate(rows)
+    distributions = json.loads((dataset / "profile.json").read_text())["distributions"]
+    assert distributions["label"] == {"delivery": 101, "login": 100, "refund": 100}
+    assert distributions["language"] == {"cyrillic": 1, "latin": 300}
+    assert distributions["length"] == {"0-31": 301}
 
 
 def test_a_language_field_travels_with_its_row_where_it_is_a_tag(gate: Gate) -> None:
-    said = ["de", "pt-BR", "a secret of a person", 7, None]
-    rows = [{**row, "lang": said[i % 5]} for i, row in enumerate(good(300))]
-    _, made = gate(rows, language_field="lang")
-    kept = [row.get("language") for side in ("train", "eval") for row in lines(made / f"{side}.jsonl")]
-    assert Counter(kept) == {"de": 60, "pt-br": 60, None: 180}
-    assert json.loads((made / "profile.json").read_text())["distributions"]["language"]["latin"] == 180
-    assert "secret" not in "".join(p.read_text() for p in made.iterdir())
+    tags = ["de", "pt-BR", "a secret of a person", 7, None]
+    rows = [{**row, "lang": tags[i % 5]} for i, row in enumerate(good(300))]
+    _, dataset = gate(rows, language_field="lang")
+    languages = [row.get("language") for side in ("train", "eval") for row in lines(dataset / f"{side}.jsonl")]
+    assert Counter(languages) == {"de": 60, "pt-br": 60, None: 180}
+    assert json.loads((dataset / "profile.json").read_text())["distributions"]["language"]["latin"] == 180
+    assert "secret" not in "".join(p.read_text() for p in dataset.iterdir())
 
 
 def test_a_language_field_that_a_table_lacks_is_named(gate: Gate, tmp_path: Path, tiny_model: Path) -> None:
@@ -299,5 +326,5 @@ def test_a_language_field_that_a_table_lacks_is_named(gate: Gate, tmp_path: Path
     (tmp_path / "csv" / "a.csv").write_text("text,intent\nhi,refund\n")
     (tmp_path / "made").mkdir()
     config = DataConfig(prompt_field="text", response_field="intent", language_field="lang")
-    with pytest.raises(UsageError, match=r'wanted a field "lang"'):
+    with pytest.raises(UsageError, match=r'there is no field "lang"'):
         run(config, tmp_path / "csv", tiny_model, None, None, tmp_path / "made")

@@ -1,4 +1,4 @@
-"""The operators, with real plans and real subprocesses: a project whose steps are tiny programs."""
+"""Airflow's operators with real plans and real subprocesses, in a project whose steps are tiny programs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.core import graph
-from qlora_retrain.pipeline import code_identity
+from qlora_retrain.core import endings, graph
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause
+from qlora_retrain.pipeline import code_identity, run_endings
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
-# What a step does is written in `behaviour.py` of the project; the count of its runs in `runs`.
+# Every step runs `behaviour.py` of the project, and adds its arguments as a line to `runs`.
 PROGRAM = """
 import pathlib, runpy, sys
 with open("runs", "a") as log:
@@ -41,25 +43,30 @@ def project(tmp_path: Path, tickets: Path, tiny_model: Path, monkeypatch: pytest
     (root / "line.yaml").write_text(f"line: tickets\nsources: {{raw_data: {tickets}, base_model: {tiny_model}}}\n")
     monkeypatch.setattr(code_identity, "project_root", lambda: root)
     monkeypatch.setenv("QLORA_RETRAIN_ROOT", (tmp_path / "store").as_uri())
-    code_identity.identity.cache_clear()
+    code_identity.code_hash.cache_clear()
     yield root
-    code_identity.identity.cache_clear()
+    code_identity.code_hash.cache_clear()
 
 
 @pytest.fixture
 def context() -> Context:
-    return run_context("manual__../../etc")
+    return dag_run_context("manual__../../etc")
 
 
-def run_context(run_id: str, *, tries: int = 1, **params: object) -> Context:
+def dag_run_context(run_id: str, *, try_number: int = 1, **params: object) -> Context:
     from airflow.sdk.execution_time.context import OutletEventAccessors
 
     # An asset-triggered run: no logical date.
-    run = SimpleNamespace(
+    dag_run = SimpleNamespace(
         dag_id="tickets", run_id=run_id, run_after=datetime(2026, 1, 31, 3, tzinfo=UTC), logical_date=None
     )
     events = OutletEventAccessors()
-    return {"dag_run": run, "params": params, "ti": SimpleNamespace(try_number=tries), "outlet_events": events}
+    return {
+        "dag_run": dag_run,
+        "params": params,
+        "ti": SimpleNamespace(try_number=try_number),
+        "outlet_events": events,
+    }
 
 
 def plan_task(project: Path) -> Any:
@@ -75,7 +82,7 @@ def step_task(step: str = "validate_data") -> Any:
 
 
 @pytest.fixture
-def planned(project: Path, context: Context) -> Plan:
+def plan(project: Path, context: Context) -> Plan:
     from qlora_retrain.runtimes.airflow.operators import plan_uri
 
     plan_task(project).execute(context)
@@ -83,16 +90,18 @@ def planned(project: Path, context: Context) -> Plan:
 
 
 @pytest.fixture
-def behave(project: Path, planned: Plan) -> Callable[[str], None]:
+def write_program(project: Path, plan: Plan) -> Callable[[str], None]:
     def write(program: str) -> None:
         (project / "behaviour.py").write_text(program)
 
     return write
 
 
-MAKE = """
+MAKE_ARTIFACT = """
 import pathlib, sys, tempfile
-from qlora_retrain.core import graph
+from qlora_retrain.core import endings, graph
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause
 from qlora_retrain.storage import artifact
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store
@@ -109,57 +118,57 @@ def make(uri, step, refused=None, **numbers):
     )
     artifact.complete(open_store(plan.root), folder, manifest)
 """
-# The least that a step does: complete its artifact, as its runner would.
-WORK = MAKE + "make(sys.argv[2], step, published=True, moved=False, version='v1')\n"
+# The least that a step must do: complete its artifact, as the real runner would.
+COMPLETE_ARTIFACT = MAKE_ARTIFACT + "make(sys.argv[2], step, published=True, moved=False, version='v1')\n"
 
 
 def make(plan: Plan, step: str, **numbers: Any) -> None:
-    """Complete the artifact of a step, here and now."""
+    """Complete the artifact of a step in this process."""
     names: dict[str, Any] = {}
-    exec(MAKE, names)
+    exec(MAKE_ARTIFACT, names)
     names["make"](plan.uri, step, **numbers)
 
 
-def test_every_task_finds_the_same_plan_and_a_cleared_run_keeps_it(
-    project: Path, context: Context, planned: Plan
-) -> None:
+def test_every_task_finds_the_same_plan_and_a_cleared_run_keeps_it(project: Path, context: Context, plan: Plan) -> None:
     from qlora_retrain.runtimes.airflow.operators import plan_uri
 
-    assert planned.run_id.startswith("20260131T030000Z-")
+    assert plan.run_id.startswith("20260131T030000Z-")
     assert ".." not in plan_uri(context)
+
     line = project / "line.yaml"
     line.write_text(line.read_text() + "train: {rank: 4}\n")
     plan_task(project).execute(context)
-    assert Plan.load(plan_uri(context)) == planned
-    other = run_context("manual__2")
-    plan_task(project).execute(other)
-    assert Plan.load(plan_uri(other)).step("train_qlora").config["rank"] == 4
+    assert Plan.load(plan_uri(context)) == plan
+
+    another_run = dag_run_context("manual__2")
+    plan_task(project).execute(another_run)
+    assert Plan.load(plan_uri(another_run)).step("train_qlora").config["rank"] == 4
 
 
-def test_what_the_form_turned_is_in_the_plan_and_the_rest_is_the_lines(project: Path) -> None:
+def test_a_field_changed_in_the_form_is_in_the_plan_and_the_others_are_the_lines(project: Path) -> None:
     from qlora_retrain.runtimes.airflow.operators import plan_uri
 
-    turned = run_context("manual__3", **{"train.learning_rate": 5e-5, "train.rank": 16})
-    plan_task(project).execute(turned)
-    assert Plan.load(plan_uri(turned)).step("train_qlora").config["learning_rate"] == 5e-5
+    changed = dag_run_context("manual__3", **{"train.learning_rate": 5e-5, "train.rank": 16})
+    plan_task(project).execute(changed)
+    assert Plan.load(plan_uri(changed)).step("train_qlora").config["learning_rate"] == 5e-5
 
 
 def test_another_runs_plan_can_be_finished_but_not_another_lines(
-    project: Path, planned: Plan, behave: Callable[[str], None]
+    project: Path, plan: Plan, write_program: Callable[[str], None]
 ) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
-    behave(WORK)
-    resumed = run_context("manual__4", plan_uri=planned.uri)
+    write_program(COMPLETE_ARTIFACT)
+    resumed = dag_run_context("manual__4", plan_uri=plan.uri)
     plan_task(project).execute(resumed)
     step_task().execute(resumed)
-    assert (project / "runs").read_text() == f"--plan {planned.uri}\n"
+    assert (project / "runs").read_text() == f"--plan {plan.uri}\n"
     line = project / "line.yaml"
     line.write_text(line.read_text().replace("line: tickets", "line: mails"))
     with pytest.raises(AirflowFailException, match="is a plan of line tickets"):
         plan_task(project).execute(resumed)
-    with pytest.raises(AirflowFailException, match=r"config or usage \(12\).*there is no plan here"):
-        step_task().execute(run_context("manual__5", plan_uri=planned.uri.replace("Z-", "Z-0")))
+    with pytest.raises(AirflowFailException, match=r"config or usage error \(12\).*there is no plan here"):
+        step_task().execute(dag_run_context("manual__5", plan_uri=plan.uri.replace("Z-", "Z-0")))
 
 
 def test_a_config_error_fails_the_plan_at_once_with_every_line(project: Path, context: Context) -> None:
@@ -176,33 +185,79 @@ def test_a_config_error_fails_the_plan_at_once_with_every_line(project: Path, co
 @pytest.mark.parametrize(
     ("ending", "retried", "reason"),
     [
-        ("sys.exit(1)", False, r"our bug \(1\)"),
+        ("sys.exit(1)", False, r"internal error \(1\)"),
         ("sys.exit(10)", False, r"data refused \(10\)"),
         ("sys.exit(11)", False, r"quality refused or insufficient evidence \(11\)"),
-        ("sys.exit(12)", False, r"config or usage \(12\)"),
+        ("sys.exit(12)", False, r"config or usage error \(12\)"),
         ("sys.exit(13)", False, r"integrity or security \(13\)"),
         ("sys.exit(14)", False, r"training diverged \(14\)"),
         ("sys.exit(75)", True, r"try again \(75\)"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", True, r"killed for memory \(137\)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", True, r"out of memory \(137\)"),
         ("os.kill(os.getpid(), signal.SIGUSR1)", True, r"ended by signal 10 \(138\)"),
     ],
 )
 def test_an_exit_code_ends_the_task_as_the_table_says(
-    behave: Callable[[str], None], context: Context, ending: str, retried: bool, reason: str
+    write_program: Callable[[str], None], context: Context, ending: str, retried: bool, reason: str
 ) -> None:
     from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-    behave(f"import os, signal, sys\nprint('working')\nprint('validate_data: because of x', flush=True)\n{ending}")
-    with pytest.raises(AirflowException, match=reason + ": validate_data: because of x") as caught:
+    write_program(
+        f"import os, signal, sys\nprint('working')\nprint('validate_data: because of x', flush=True)\n{ending}"
+    )
+    with pytest.raises(AirflowException, match=reason + ": working\nvalidate_data: because of x") as caught:
         step_task().execute(context)
     assert isinstance(caught.value, AirflowFailException) is not retried
 
 
-def test_a_made_artifact_starts_no_process(project: Path, planned: Plan, context: Context) -> None:
+def test_the_ending_that_a_step_wrote_is_the_tasks_and_is_kept_in_the_runs_folder(
+    write_program: Callable[[str], None], plan: Plan, context: Context
+) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
-    make(planned, "quantize_model")
-    make(planned, "validate_data", refused="7 % of the rows are bad")
+    ending = Ending(137, Cause.GPU_OOM, "the GPU ran out of memory", "validate_data", "ab" * 32, "attempt-1")
+    write_program(f"import sys\nprint({endings.MARK + ending.as_json()!r})\nprint('more output')\nsys.exit(137)")
+    with pytest.raises(AirflowFailException) as caught:
+        step_task().execute(context)
+    assert str(caught.value) == "out of memory (137): the GPU ran out of memory"
+    assert run_endings.read(open_store(plan.root), plan.run_id, "validate_data") == ending
+
+
+def test_an_earlier_trys_ending_is_gone_once_the_next_begins(
+    write_program: Callable[[str], None], plan: Plan, context: Context
+) -> None:
+    run_endings.write_to_store(plan.root, plan.run_id, Ending(75, Cause.THROTTLED, "busy", "validate_data"))
+    # A program that never gets as far as to remove the ending itself.
+    write_program(COMPLETE_ARTIFACT)
+    step_task().execute(context)
+    assert run_endings.read(open_store(plan.root), plan.run_id, "validate_data") is None
+
+
+def test_a_mistyped_plan_is_refused_and_nothing_is_written_there(project: Path, tmp_path: Path) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    uri = f"{(tmp_path / 'elsewhere').as_uri()}/runs/mistyped/plan.json"
+    context = dag_run_context("manual__6", plan_uri=uri)
+    with pytest.raises(AirflowFailException, match="there is no plan here"):
+        plan_task(project).execute(context)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_an_ending_that_does_not_fit_the_exit_code_does_not_count(
+    write_program: Callable[[str], None], context: Context
+) -> None:
+    from airflow.sdk.exceptions import AirflowException
+
+    ending = Ending(0, None, "", "validate_data")
+    write_program(f"import sys\nprint({endings.MARK + ending.as_json()!r})\nprint('more output')\nsys.exit(75)")
+    with pytest.raises(AirflowException, match=r"try again \(75\): more output"):
+        step_task().execute(context)
+
+
+def test_a_made_artifact_starts_no_process(project: Path, plan: Plan, context: Context) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    make(plan, "quantize_model")
+    make(plan, "validate_data", refused="7 % of the rows are bad")
     step_task("quantize_model").execute(context)
     with pytest.raises(AirflowFailException, match=r"data refused \(10\): as before: 7 % of the rows are bad"):
         step_task("validate_data").execute(context)
@@ -210,30 +265,31 @@ def test_a_made_artifact_starts_no_process(project: Path, planned: Plan, context
 
 
 def test_a_step_gets_no_setting_of_airflow_and_runs_in_the_project(
-    project: Path, behave: Callable[[str], None], context: Context, monkeypatch: pytest.MonkeyPatch
+    project: Path, write_program: Callable[[str], None], context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://user:secret@host/db")
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
-    behave(
+    write_program(
         "import os, pathlib\nassert os.environ['AWS_REGION'] == 'eu-west-1'\n"
-        "assert not [k for k in os.environ if 'AIRFLOW' in k]\npathlib.Path('here').touch()\n" + WORK
+        "assert not [k for k in os.environ if 'AIRFLOW' in k]\npathlib.Path('here').touch()\n" + COMPLETE_ARTIFACT
     )
     step_task().execute(context)
     assert (project / "here").exists()
 
 
 def test_a_killed_task_lets_its_step_save_and_is_tried_again(
-    project: Path, behave: Callable[[str], None], context: Context
+    project: Path, write_program: Callable[[str], None], context: Context
 ) -> None:
     from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-    behave(
+    write_program(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), sys.exit(75)))\n"
         "pathlib.Path('ready').touch()\ntime.sleep(60)"
     )
     task = step_task()
 
+    # Airflow calls `on_kill` in the signal handler of the task's process; a thread does it here.
     def kill() -> None:
         while not (project / "ready").exists():
             time.sleep(0.05)
@@ -249,37 +305,50 @@ def test_a_killed_task_lets_its_step_save_and_is_tried_again(
 
 
 def test_the_asset_event_is_emitted_only_for_a_new_version(
-    behave: Callable[[str], None], planned: Plan, context: Context
+    write_program: Callable[[str], None], plan: Plan, context: Context
 ) -> None:
     from airflow.sdk import AssetAlias
 
-    def events(told: Context) -> list[Any]:
-        return list(told["outlet_events"][AssetAlias("tickets")].asset_alias_events)
+    def events_of(task_context: Context) -> list[Any]:
+        return list(task_context["outlet_events"][AssetAlias("tickets")].asset_alias_events)
 
-    behave(WORK.replace("published=True", "published=False"))
+    write_program(COMPLETE_ARTIFACT.replace("published=True", "published=False"))
     step_task("publish").execute(context)
-    assert events(context) == []  # the same content as before
-    artifact.drop(open_store(planned.root), "release", planned.step("publish").key)
-    behave(WORK)
+    assert events_of(context) == []  # the content equals an earlier version's
+
+    artifact.drop(open_store(plan.root), "release", plan.step("publish").key)
+    write_program(COMPLETE_ARTIFACT)
     step_task("publish").execute(context)
-    event = events(context)[0]
-    assert event.dest_asset_key.uri == f"{planned.root}/models/tickets"
+    event = events_of(context)[0]
+    assert event.dest_asset_key.uri == f"{plan.root}/models/tickets"
     assert event.extra == {"version": "v1", "published": True, "moved": False}
-    found, retried = run_context(context["dag_run"].run_id), run_context(context["dag_run"].run_id, tries=2)
-    step_task("publish").execute(found)
-    assert events(found) == []  # somebody else made it, and told
-    step_task("publish").execute(retried)
-    assert [e.extra for e in events(retried)] == [event.extra]  # the first try may have died before it told
+
+    first_try, second_try = (
+        dag_run_context(context["dag_run"].run_id),
+        dag_run_context(context["dag_run"].run_id, try_number=2),
+    )
+    step_task("publish").execute(first_try)
+    assert events_of(first_try) == []  # another run published it, and emitted the event
+    step_task("publish").execute(second_try)
+    # The first try may have died between publishing and emitting the event.
+    assert [e.extra for e in events_of(second_try)] == [event.extra]
 
 
-def test_a_step_that_ends_well_without_its_artifact_fails(behave: Callable[[str], None], context: Context) -> None:
+def test_a_step_that_ends_well_without_its_artifact_fails(
+    write_program: Callable[[str], None], context: Context
+) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
-    behave("")
-    with pytest.raises(AirflowFailException, match="validate_data ended well, but made no dataset"):
+    write_program("")
+    with pytest.raises(AirflowFailException, match="validate_data exited with 0, but its dataset is not in the store"):
         step_task().execute(context)
 
 
-def test_output_without_a_line_break_does_not_fill_the_memory(behave: Callable[[str], None], context: Context) -> None:
-    behave("import sys\nfor _ in range(64): sys.stdout.write('x' * 65536)\nsys.stdout.buffer.write(b'\\xff')\n" + WORK)
+def test_output_without_a_line_break_does_not_fill_the_memory(
+    write_program: Callable[[str], None], context: Context
+) -> None:
+    write_program(
+        "import sys\nfor _ in range(64): sys.stdout.write('x' * 65536)\nsys.stdout.buffer.write(b'\\xff')\n"
+        + COMPLETE_ARTIFACT
+    )
     step_task().execute(context)

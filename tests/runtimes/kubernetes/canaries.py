@@ -1,4 +1,4 @@
-"""A secret in every way in which one can come to Airflow, as environment; none may be found anywhere afterwards."""
+"""A fake secret for every way in which one can reach Airflow through its environment; none may be found afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES = {
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Every channel but Kubernetes' own; its files are in `folder`."""
+    """Return the variables for every channel but Kubernetes' own; their files are in `folder`."""
     for name, text in FILES.items():
         (folder / name.lower()).write_text(text)
     return {**VARIABLES, **{name: str(folder / name.lower()) for name in FILES}}
@@ -34,7 +34,7 @@ SERVICE_ACCOUNT = "canary-service-account-e1f3"
 
 
 def connection(kubeconfig: Path) -> dict[str, str]:
-    """Airflow's connection to the cluster with everything in it, the kubeconfig and its token too."""
+    """Return Airflow's connection to the cluster, which contains the kubeconfig with its token."""
     extra = {"kube_config": kubeconfig.read_text()}
     document = {"conn_type": "kubernetes", "password": "canary-connection-8a60", "extra": extra}
     return {"AIRFLOW_CONN_KUBERNETES_DEFAULT": json.dumps(document)}

@@ -1,4 +1,4 @@
-"""The restricted Pod Security Standard of Kubernetes 1.32, control by control of its text; it includes `baseline`."""
+"""The restricted Pod Security Standard of Kubernetes 1.32, control by control, as in its text; with `baseline`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ APPARMOR = "container.apparmor.security.beta.kubernetes.io/"
 
 
 def restricted(pod: dict[str, Any]) -> list[str]:
-    """What the standard finds in a pod, as `where: control`; empty where the cluster would take it."""
-    return [*_pod(pod), *_anywhere("pod", pod["spec"].get("securityContext") or {}), *_containers(pod["spec"])]
+    """List a pod's violations of the standard, as `where: control`; empty where the cluster would accept it."""
+    return [
+        *_pod_violations(pod),
+        *_context_violations("pod", pod["spec"].get("securityContext") or {}),
+        *_container_violations(pod["spec"]),
+    ]
 
 
-def _pod(pod: dict[str, Any]) -> Iterator[str]:
+def _pod_violations(pod: dict[str, Any]) -> Iterator[str]:
     spec = pod["spec"]
     yield from (f"pod: {key}" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key))
     yield from (f"volume {v['name']}" for v in spec.get("volumes") or () if set(v) - {"name"} - VOLUMES)
@@ -39,34 +43,35 @@ def _pod(pod: dict[str, Any]) -> Iterator[str]:
             yield f"pod: annotation {name}"
 
 
-def _anywhere(where: str, context: dict[str, Any]) -> Iterator[str]:
-    """What neither a pod's security context nor a container's may say, whatever the other says."""
+def _context_violations(where: str, context: dict[str, Any]) -> Iterator[str]:
+    """List what is forbidden in a pod's security context and in a container's, each on its own."""
     selinux = context.get("seLinuxOptions") or {}
-    faults = {
+    violations = {
         "root": context.get("runAsUser") == 0,
         "seccomp": (context.get("seccompProfile") or {}).get("type", "Localhost") not in PROFILES,
         "AppArmor": (context.get("appArmorProfile") or {}).get("type", "Localhost") not in PROFILES,
         "SELinux": selinux.get("type") not in SELINUX or bool(selinux.get("user") or selinux.get("role")),
         "hostProcess": bool((context.get("windowsOptions") or {}).get("hostProcess")),
     }
-    yield from (f"{where}: {fault}" for fault, is_so in faults.items() if is_so)
+    yield from (f"{where}: {violation}" for violation, is_present in violations.items() if is_present)
 
 
-def _containers(spec: dict[str, Any]) -> Iterator[str]:
-    whole = spec.get("securityContext") or {}
+def _container_violations(spec: dict[str, Any]) -> Iterator[str]:
+    # The pod's security context applies where the container's own is silent.
+    pod_context = spec.get("securityContext") or {}
     kinds = ("initContainers", "containers", "ephemeralContainers")
     for container in [c for kind in kinds for c in spec.get(kind) or ()]:
-        own = container.get("securityContext") or {}
-        capabilities = own.get("capabilities") or {}
-        faults = {
-            "privileged": bool(own.get("privileged")),
-            "escalation": own.get("allowPrivilegeEscalation") is not False,
-            "runAsNonRoot": own.get("runAsNonRoot", whole.get("runAsNonRoot")) is not True,
-            "no seccomp": not (own.get("seccompProfile") or whole.get("seccompProfile")),
+        context = container.get("securityContext") or {}
+        capabilities = context.get("capabilities") or {}
+        violations = {
+            "privileged": bool(context.get("privileged")),
+            "escalation": context.get("allowPrivilegeEscalation") is not False,
+            "runAsNonRoot": context.get("runAsNonRoot", pod_context.get("runAsNonRoot")) is not True,
+            "no seccomp": not (context.get("seccompProfile") or pod_context.get("seccompProfile")),
             "capabilities": "ALL" not in (capabilities.get("drop") or ()),
             "added": bool(set(capabilities.get("add") or ()) - {"NET_BIND_SERVICE"}),
-            "procMount": own.get("procMount", "Default") != "Default",
+            "procMount": context.get("procMount", "Default") != "Default",
             "hostPort": any(port.get("hostPort") for port in container.get("ports") or ()),
         }
-        yield from (f"{container['name']}: {fault}" for fault, is_so in faults.items() if is_so)
-        yield from _anywhere(container["name"], own)
+        yield from (f"{container['name']}: {violation}" for violation, is_present in violations.items() if is_present)
+        yield from _context_violations(container["name"], context)

@@ -1,6 +1,6 @@
-"""What Airflow does with a task that waits in the triggerer: each part as the process does it that has it.
+"""The life of a deferrable task, one function for each part: worker, triggerer, worker again.
 
-The trigger is Airflow's own, made from what was serialized, as the triggerer does it.
+The trigger is Airflow's own. It is rebuilt from its serialized form, as the triggerer does it.
 """
 
 from __future__ import annotations
@@ -14,55 +14,64 @@ from typing import Any
 
 import pytest
 
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause
 from qlora_retrain.pipeline.plan import Plan
 
 
-def context(made: Plan, tries: int = 1, most: int = 9) -> dict[str, Any]:
-    """The context of a task's try, of so many at most."""
-    run = SimpleNamespace(dag_id="tickets", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
+def task_context(plan: Plan, try_number: int = 1, total_tries: int = 9) -> dict[str, Any]:
+    """Make the context of one try of a task."""
+    dag_run = SimpleNamespace(dag_id="tickets", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
     return {
-        "dag_run": run,
-        "params": {"plan_uri": made.uri},
-        "ti": SimpleNamespace(try_number=tries, max_tries=most - 1),
+        "dag_run": dag_run,
+        "params": {"plan_uri": plan.uri},
+        "ti": SimpleNamespace(try_number=try_number, max_tries=total_tries - 1),
     }
 
 
-def begin(task: Any, run: dict[str, Any]) -> Any:
-    """Run the task up to where it leaves the worker."""
+def run_until_deferred(task: Any, context: dict[str, Any]) -> Any:
+    """Run the task up to the point where it leaves the worker; return the TaskDeferred that it raised."""
     from airflow.sdk.exceptions import TaskDeferred
 
-    with pytest.raises(TaskDeferred) as left:
-        task.execute(run)
-    return left.value
+    with pytest.raises(TaskDeferred) as deferred:
+        task.execute(context)
+    return deferred.value
 
 
-def trigger_of(left: Any) -> Any:
-    """The trigger as another process makes it: from its name and arguments."""
-    path, arguments = left.trigger.serialize()
+def rebuild_trigger(deferred: Any) -> Any:
+    """Make the trigger as another process does: from its class name and arguments."""
+    path, arguments = deferred.trigger.serialize()
     module, _, name = path.rpartition(".")
     trigger = getattr(importlib.import_module(module), name)(**arguments)
-    trigger.startup_check_interval = 0.1
+    trigger.startup_check_interval = 0.1  # seconds
     return trigger
 
 
-def event_of(left: Any) -> dict[str, Any]:
+def first_event(deferred: Any) -> dict[str, Any]:
+    """Run the trigger until it fires; return its event."""
+
     async def first() -> dict[str, Any]:
-        trigger = trigger_of(left)
+        trigger = rebuild_trigger(deferred)
         async for event in trigger.run():
             payload: dict[str, Any] = event.payload
             return payload
-        raise AssertionError("the trigger said nothing")
+        raise AssertionError("the trigger ended without an event")
 
     return asyncio.run(first())
 
 
-def go_on(left: Any, task: Any, run: dict[str, Any]) -> None:
-    """Wait in the trigger, then take the task up in a process that knows nothing of the first."""
-    task.resume_execution(left.method_name, {"event": event_of(left)}, run)
+def resume(deferred: Any, task: Any, context: dict[str, Any]) -> None:
+    """Wait in the trigger, then resume the task as a process does that knows nothing of the first."""
+    task.resume_execution(deferred.method_name, {"event": first_event(deferred)}, context)
 
 
-def ends(run: Callable[[], object]) -> tuple[str, bool]:
-    """How a task ends that fails: what it says, and whether Airflow tries it again."""
+def written_ending(exit_code: int, cause: Cause, reason: str) -> str:
+    """Write what a step leaves in its pod's termination log."""
+    return Ending(exit_code, cause, reason, "validate_data", "ab" * 32, "attempt-1").as_json()
+
+
+def failure_of(run: Callable[[], object]) -> tuple[str, bool]:
+    """Run a task that must fail; return its message, and whether Airflow would retry it."""
     from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
     with pytest.raises(AirflowException) as caught:

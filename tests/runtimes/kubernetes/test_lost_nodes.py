@@ -8,92 +8,104 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qlora_retrain.core.errors import Cause
 from qlora_retrain.pipeline.plan import Plan
-from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
+from tests.runtimes.kubernetes.tasks import (
+    failure_of,
+    rebuild_trigger,
+    resume,
+    run_until_deferred,
+    task_context,
+    written_ending,
+)
 
 if TYPE_CHECKING:
-    from tests.runtimes.kubernetes.cluster import Cluster
+    from tests.runtimes.kubernetes.cluster import FakeCluster
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
     pytest.mark.timeout(120),
 ]
-SHOWN = ["falls_silent", "wants_gone"]  # for five minutes, and from then on
+# What the cluster shows of a pod on a lost node: not ready for five minutes, from then on "being deleted".
+LOST_NODE_STATES = ["lose_node", "overstay_deletion"]
 
 
-@pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.parametrize("lost_node_state", LOST_NODE_STATES)
 def test_a_pod_whose_node_is_lost_is_given_up_after_ten_minutes_and_another_takes_its_place(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], shown: str
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], lost_node_state: str
 ) -> None:
-    left = begin(step(), context(made))
-    name = left.trigger.pod_name
-    getattr(cluster, shown)(minutes=11)
-    said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert said.startswith("try again (75): ")
-    assert said.endswith(" UTC: node lost")
-    assert again
-    assert (cluster.created(), cluster.emulator.forced) == (1, []), "nothing goes before another comes"
-    begin(step(), context(made, tries=2))
-    assert (cluster.created(), cluster.emulator.forced) == (2, [name])
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    pod_name = deferred.trigger.pod_name
+    getattr(cluster, lost_node_state)(minutes=11)
+
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert message.startswith("try again (75): ")
+    assert message.endswith(" UTC: node lost")
+    assert is_retried
+    assert (cluster.created_count(), cluster.emulator.force_deleted) == (1, []), "nothing goes before another comes"
+
+    run_until_deferred(make_task(), task_context(plan, try_number=2))
+    assert (cluster.created_count(), cluster.emulator.force_deleted) == (2, [pod_name])
     assert cluster.pod()["status"]["phase"] == "Pending"
 
 
-@pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.parametrize("lost_node_state", LOST_NODE_STATES)
 def test_a_worker_that_dies_with_the_node_leaves_a_pod_that_the_next_try_replaces_at_once(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], shown: str
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], lost_node_state: str
 ) -> None:
-    begin(step(), context(made))
-    getattr(cluster, shown)(minutes=11)
-    begin(step(), context(made, tries=2))
-    assert cluster.created() == 2
+    run_until_deferred(make_task(), task_context(plan))
+    getattr(cluster, lost_node_state)(minutes=11)
+    run_until_deferred(make_task(), task_context(plan, try_number=2))
+    assert cluster.created_count() == 2
 
 
 def test_a_node_that_is_silent_for_a_few_minutes_may_come_back_and_its_pod_is_followed(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.falls_silent(minutes=9)
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.lose_node(minutes=9)
 
-    async def fires() -> bool:
-        event = asyncio.create_task(anext(trigger_of(left).run()))
+    async def fires_within_a_second() -> bool:
+        event = asyncio.create_task(anext(rebuild_trigger(deferred).run()))
         await asyncio.sleep(1)
-        fired = event.done()
+        has_fired = event.done()
         event.cancel()
-        return fired
+        return has_fired
 
-    assert not asyncio.run(fires())
-    left = begin(step(), context(made, tries=2))
-    assert (cluster.created(), cluster.emulator.forced) == (1, [])
-    cluster.ends(14, said="validate_data: training diverged (14): nan")
-    said, _ = ends(lambda: go_on(left, step(), context(made, tries=2)))
-    assert said == "validate_data: training diverged (14): nan"
+    assert not asyncio.run(fires_within_a_second())
+
+    deferred = run_until_deferred(make_task(), task_context(plan, try_number=2))
+    assert (cluster.created_count(), cluster.emulator.force_deleted) == (1, [])
+    cluster.end_container(14, termination_message=written_ending(14, Cause.DIVERGED, "the loss is nan"))
+    message, _ = failure_of(lambda: resume(deferred, make_task(), task_context(plan, try_number=2)))
+    assert message == "training diverged (14): the loss is nan"
 
 
-def test_a_container_that_is_not_ready_since_long_ago_because_it_ended_is_judged_by_its_end(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+def test_a_container_that_is_not_ready_for_an_hour_because_it_ended_keeps_its_own_exit_code(
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.falls_silent(minutes=60)
-    cluster.ends(12, said="validate_data: config or usage (12): no")
-    said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert (said, again) == ("validate_data: config or usage (12): no", False)
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.lose_node(minutes=60)
+    cluster.end_container(12, termination_message=written_ending(12, Cause.USAGE, "no"))
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert (message, is_retried) == ("config or usage error (12): no", False)
 
 
 def test_a_log_that_cannot_be_read_for_a_while_costs_no_try(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.runs()
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.start_container()
     cluster.emulator.logs_fail = True
 
-    async def status() -> str:
-        trigger = trigger_of(left)
-        trigger.logging_interval = 0.1
+    async def event_status() -> str:
+        trigger = rebuild_trigger(deferred)
+        trigger.logging_interval = 0.1  # seconds, so that it reads the log several times while the API fails
         event = asyncio.create_task(anext(trigger.run()))
         await asyncio.sleep(1.5)
         assert not event.done(), "it waits on"
-        cluster.ends(75)
+        cluster.end_container(75)
         return str((await asyncio.wait_for(event, 20)).payload["status"])
 
-    assert asyncio.run(status()) == "failed"
-    assert ("get", "pods/log") in cluster.emulator.verbs
+    assert asyncio.run(event_status()) == "failed"
+    assert ("get", "pods/log") in cluster.emulator.used_verbs

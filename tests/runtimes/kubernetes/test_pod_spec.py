@@ -1,7 +1,7 @@
-"""Every pod that the operator would submit: valid, confined, without a secret, and as it was when somebody reviewed it.
+"""Every pod that the operator would submit: valid, confined, without a secret, and equal to the reviewed golden file.
 
-After a change that is meant, run `QLORA_RETRAIN_ACCEPT_PODS=1 pytest tests/runtimes/kubernetes/test_pod_spec.py` and
-read the difference.
+After an intended change, run `QLORA_RETRAIN_ACCEPT_PODS=1 pytest tests/runtimes/kubernetes/test_pod_spec.py` and read
+the difference.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
+from qlora_retrain.config.cluster_profile import ClusterProfile
+from qlora_retrain.config.cluster_profile import load as load_profile
 from qlora_retrain.config.line import load
-from qlora_retrain.config.profile import Profile
-from qlora_retrain.config.profile import load as load_profile
 from qlora_retrain.config.sections import RuntimeConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
@@ -32,49 +32,50 @@ KUBERNETES = "1.32"
 DIGEST = "@sha256:" + "7" * 64
 
 
-def profile(name: str) -> Profile:
-    """A profile of the repository; in the production one, the images by some digest."""
+def repository_profile(name: str) -> ClusterProfile:
+    """Load a profile of the repository; in the production one, replace the images' tags by a digest."""
     path = PROJECT / "manifests" / "profiles" / f"{name}.yaml"
     if name != "production":
         return load_profile(path)
     document = yaml.safe_load(path.read_text())
     images = {kind: document[kind].rpartition(":")[0] + DIGEST for kind in ("light_image", "train_image")}
-    return Profile.model_validate({**document, **images})
+    return ClusterProfile.model_validate({**document, **images})
 
 
-def pod(step: str, line: str, cluster: Profile, runtime: RuntimeConfig, **more: Any) -> dict[str, Any]:
-    """The pod as it would be sent, for a run of some day."""
+def render_pod(step: str, line: str, profile: ClusterProfile, runtime: RuntimeConfig, **kwargs: Any) -> dict[str, Any]:
+    """Render the pod as the operator would send it, for one fixed run."""
     from kubernetes.client import ApiClient
 
     from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
-    task = KubernetesStepOperator(task_id=step, step=step, line=line, runtime=runtime, profile=cluster, **more)
-    task.prepare(
+    task = KubernetesStepOperator(task_id=step, step=step, line=line, runtime=runtime, profile=profile, **kwargs)
+    task.prepare_pod(
         "s3://models/team/runs/20260131T030000Z-0123456789ab/plan.json", "c" * 64, "20260131T030000Z-0123456789ab"
     )
-    made = ApiClient().sanitize_for_serialization(task.build_pod_request_obj(dry_run=True))
-    assert isinstance(made, dict)
-    made["metadata"]["labels"].pop("airflow_version")
-    return made
+
+    pod = ApiClient().sanitize_for_serialization(task.build_pod_request_obj(dry_run=True))
+    assert isinstance(pod, dict)
+    pod["metadata"]["labels"].pop("airflow_version")  # it changes with every update of Airflow
+    return pod
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("cluster", ["gpu", "production"])
+@pytest.mark.parametrize("profile_name", ["gpu", "production"])
 @pytest.mark.parametrize("line", LINES, ids=lambda path: path.stem)
-def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, cluster: str, step: str) -> None:
+def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, profile_name: str, step: str) -> None:
     config = load(line)
-    made = pod(step, config.line, profile(cluster), config.runtime)
-    kubernetes_validate.validate(made, KUBERNETES, strict=True)
-    assert restricted(made) == []
-    (container,) = made["spec"]["containers"]
+    pod = render_pod(step, config.line, repository_profile(profile_name), config.runtime)
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    assert restricted(pod) == []
+    (container,) = pod["spec"]["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert made["spec"]["automountServiceAccountToken"] is False
-    assert made["spec"]["restartPolicy"] == "Never"
-    assert len(made["metadata"]["name"]) <= 63
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert pod["spec"]["restartPolicy"] == "Never"
+    assert len(pod["metadata"]["name"]) <= 63
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("changes", "violation"),
     [
         ({"privileged": True}, "privileged"),
         ({"allowPrivilegeEscalation": True}, "escalation"),
@@ -91,20 +92,20 @@ def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, cluster: st
         ({"procMount": "Unmasked"}, "procMount"),
     ],
 )
-def test_the_check_of_pod_security_finds_what_a_container_may_not(change: dict[str, Any], found: str) -> None:
-    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
-    (container,) = made["spec"]["containers"]
-    bad = {**container, "name": "bad", "securityContext": {**container["securityContext"], **change}}
+def test_the_check_of_pod_security_finds_what_a_container_may_not(changes: dict[str, Any], violation: str) -> None:
+    pod = render_pod("train_qlora", "tickets", repository_profile("gpu"), RuntimeConfig())
+    (container,) = pod["spec"]["containers"]
+    bad = {**container, "name": "bad", "securityContext": {**container["securityContext"], **changes}}
     for spec in (
         {"containers": [bad]},
         {"initContainers": [bad]},
         {"ephemeralContainers": [bad]},
     ):
-        assert restricted({**made, "spec": {**made["spec"], **spec}}) == [f"bad: {found}"]
+        assert restricted({**pod, "spec": {**pod["spec"], **spec}}) == [f"bad: {violation}"]
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("changes", "violation"),
     [
         ({"hostNetwork": True}, "pod: hostNetwork"),
         ({"hostPID": True}, "pod: hostPID"),
@@ -117,37 +118,40 @@ def test_the_check_of_pod_security_finds_what_a_container_may_not(change: dict[s
         ({"securityContext": {"windowsOptions": {"hostProcess": True}}}, "pod: hostProcess"),
     ],
 )
-def test_the_check_of_pod_security_finds_what_a_pod_may_not(change: dict[str, Any], found: str) -> None:
-    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
-    assert restricted({**made, "spec": {**made["spec"], **change}}) == [found]
-    annotated = {**made["metadata"], "annotations": {f"{APPARMOR}base": "unconfined"}}
-    assert restricted({**made, "metadata": annotated}) == [f"pod: annotation {APPARMOR}base"]
+def test_the_check_of_pod_security_finds_what_a_pod_may_not(changes: dict[str, Any], violation: str) -> None:
+    pod = render_pod("train_qlora", "tickets", repository_profile("gpu"), RuntimeConfig())
+    assert restricted({**pod, "spec": {**pod["spec"], **changes}}) == [violation]
+    annotated = {**pod["metadata"], "annotations": {f"{APPARMOR}base": "unconfined"}}
+    assert restricted({**pod, "metadata": annotated}) == [f"pod: annotation {APPARMOR}base"]
 
 
 def test_the_check_of_pod_security_takes_what_the_standard_allows() -> None:
-    made = pod("train_qlora", "tickets", profile("gpu"), RuntimeConfig())
-    (container,) = made["spec"]["containers"]
+    pod = render_pod("train_qlora", "tickets", repository_profile("gpu"), RuntimeConfig())
+    (container,) = pod["spec"]["containers"]
     allowed = {
         **container["securityContext"],
         "capabilities": {"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]},
         "seLinuxOptions": {"type": "container_t", "level": "s0:c1,c2"},
         "appArmorProfile": {"type": "RuntimeDefault"},
     }
-    whole = {**made["spec"]["securityContext"], "sysctls": [{"name": "net.ipv4.tcp_syncookies", "value": "1"}]}
-    spec = {**made["spec"], "securityContext": whole, "containers": [{**container, "securityContext": allowed}]}
-    assert restricted({**made, "spec": spec}) == []
-    bare = {key: value for key, value in container["securityContext"].items() if key != "seccompProfile"}
-    spec = {"containers": [{**container, "securityContext": bare}]}
+    pod_context = {**pod["spec"]["securityContext"], "sysctls": [{"name": "net.ipv4.tcp_syncookies", "value": "1"}]}
+    spec = {**pod["spec"], "securityContext": pod_context, "containers": [{**container, "securityContext": allowed}]}
+    assert restricted({**pod, "spec": spec}) == []
+
+    context_without_seccomp = {
+        key: value for key, value in container["securityContext"].items() if key != "seccompProfile"
+    }
+    spec = {"containers": [{**container, "securityContext": context_without_seccomp}]}
     assert restricted({"metadata": {}, "spec": spec}) == ["base: no seccomp"], (
-        "neither the pod says it nor the container"
+        "it is neither in the pod's security context nor in the container's"
     )
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("cluster", ["gpu", "production"])
-def test_the_pods_are_those_that_somebody_reviewed(cluster: str, step: str) -> None:
-    file = GOLDEN / cluster / f"{step}.yaml"
-    text = yaml.safe_dump(pod(step, "tickets", profile(cluster), RuntimeConfig()), width=120)
+@pytest.mark.parametrize("profile_name", ["gpu", "production"])
+def test_the_pods_are_those_that_somebody_reviewed(profile_name: str, step: str) -> None:
+    file = GOLDEN / profile_name / f"{step}.yaml"
+    text = yaml.safe_dump(render_pod(step, "tickets", repository_profile(profile_name), RuntimeConfig()), width=120)
     if os.environ.get("QLORA_RETRAIN_ACCEPT_PODS"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -155,56 +159,66 @@ def test_the_pods_are_those_that_somebody_reviewed(cluster: str, step: str) -> N
 
 
 def test_gpus_are_asked_for_where_the_graph_does_and_nowhere_else() -> None:
-    for cluster in (profile("gpu"), profile("gpu").model_copy(update={"gpu_resource": None})):
+    for profile in (
+        repository_profile("gpu"),
+        repository_profile("gpu").model_copy(update={"gpu_resource": None}),
+    ):
         for step in graph.STEPS:
-            made = pod(step.name, "tickets", cluster, RuntimeConfig())["spec"]
-            resources = made["containers"][0]["resources"]
-            wanted = str(step.gpus) if step.gpus and cluster.gpu_resource else None
-            assert resources["limits"].get("nvidia.com/gpu") == wanted
-            assert resources["requests"].get("nvidia.com/gpu") == wanted
-            assert bool(made.get("tolerations")) == bool(wanted)
+            pod = render_pod(step.name, "tickets", profile, RuntimeConfig())["spec"]
+            resources = pod["containers"][0]["resources"]
+            expected = str(step.gpus) if step.gpus and profile.gpu_resource else None
+            assert resources["limits"].get("nvidia.com/gpu") == expected
+            assert resources["requests"].get("nvidia.com/gpu") == expected
+            assert bool(pod.get("tolerations")) == bool(expected)
 
 
 def test_the_lines_memory_disk_and_cores_go_before_the_profiles() -> None:
     runtime = RuntimeConfig(kind="kubernetes", memory_gib=20, disk_gib=30, cpus=1.5)
-    made = pod("validate_data", "tickets", profile("gpu"), runtime)["spec"]
-    resources = made["containers"][0]["resources"]
+    pod = render_pod("validate_data", "tickets", repository_profile("gpu"), runtime)["spec"]
+    resources = pod["containers"][0]["resources"]
     assert resources["limits"] == {"memory": "20Gi", "ephemeral-storage": "32Gi"}, "30, 1 for /tmp and 1 for the log"
     assert resources["requests"] == {"cpu": "1.5", "memory": "20Gi", "ephemeral-storage": "32Gi"}
-    assert {v["name"]: v.get("emptyDir") for v in made["volumes"]}["work"] == {"sizeLimit": "30Gi"}
-    made = pod("validate_data", "tickets", profile("production"), runtime)["spec"]
-    claim = made["volumes"][0]["ephemeral"]["volumeClaimTemplate"]
+    assert {v["name"]: v.get("emptyDir") for v in pod["volumes"]}["work"] == {"sizeLimit": "30Gi"}
+
+    # With a volume of its own, the pod needs the node's disk only for /tmp and the log.
+    pod = render_pod("validate_data", "tickets", repository_profile("production"), runtime)["spec"]
+    claim = pod["volumes"][0]["ephemeral"]["volumeClaimTemplate"]
     assert claim["spec"]["resources"] == {"requests": {"storage": "30Gi"}}
-    resources = made["containers"][0]["resources"]
+    resources = pod["containers"][0]["resources"]
     assert resources["requests"]["ephemeral-storage"] == resources["limits"]["ephemeral-storage"] == "2Gi"
 
 
-@pytest.mark.parametrize("cluster", ["gpu", "production"])
-def test_a_step_works_on_the_pods_own_disk_wherever_the_cache_is(cluster: str) -> None:
-    (container,) = pod("train_qlora", "tickets", profile(cluster), RuntimeConfig())["spec"]["containers"]
-    told = {item["name"]: item["value"] for item in container["env"]}
+@pytest.mark.parametrize("profile_name", ["gpu", "production"])
+def test_a_step_works_on_the_pods_own_disk_wherever_the_cache_is(profile_name: str) -> None:
+    (container,) = render_pod("train_qlora", "tickets", repository_profile(profile_name), RuntimeConfig())["spec"][
+        "containers"
+    ]
+    variables = {item["name"]: item["value"] for item in container["env"]}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
 
-    def volume(variable: str) -> str:
-        return next(mounts[str(path)] for path in Path(told[variable]).parents if str(path) in mounts)
+    def volume_of(variable: str) -> str:
+        return next(mounts[str(path)] for path in Path(variables[variable]).parents if str(path) in mounts)
 
-    assert volume("QLORA_RETRAIN_WORK") == "work"
-    assert mounts.get(told["QLORA_RETRAIN_CACHE"]) == ("cache" if cluster == "production" else None)
+    assert volume_of("QLORA_RETRAIN_WORK") == "work"
+    assert mounts.get(variables["QLORA_RETRAIN_CACHE"]) == ("cache" if profile_name == "production" else None)
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("cluster", ["gpu", "production"])
-def test_no_pod_is_evicted_while_its_volumes_and_its_log_are_within_their_sizes(cluster: str, step: str) -> None:
-    """A kubelet counts what is on its own disk together, and evicts above the limit."""
-    made = pod(step, "tickets", profile(cluster), RuntimeConfig())["spec"]
-    empty = [volume["emptyDir"] for volume in made["volumes"] if "emptyDir" in volume]
-    on_disk = sum(parse_quantity(e["sizeLimit"]) for e in empty if e.get("medium") != "Memory")
-    log = 50 * 2**20  # the kubelet's own default: five files of 10 MiB
-    assert on_disk + log <= parse_quantity(made["containers"][0]["resources"]["limits"]["ephemeral-storage"])
+@pytest.mark.parametrize("profile_name", ["gpu", "production"])
+def test_no_pod_is_evicted_while_its_volumes_and_its_log_are_within_their_sizes(profile_name: str, step: str) -> None:
+    """A kubelet adds up what a pod has on the node's disk, and evicts the pod above its limit."""
+    pod = render_pod(step, "tickets", repository_profile(profile_name), RuntimeConfig())["spec"]
+    empty_dirs = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
+    volume_bytes = sum(parse_quantity(e["sizeLimit"]) for e in empty_dirs if e.get("medium") != "Memory")
+    log_bytes = 50 * 2**20  # the kubelet's own default: five files of 10 MiB
+    assert volume_bytes + log_bytes <= parse_quantity(pod["containers"][0]["resources"]["limits"]["ephemeral-storage"])
 
 
 def test_publish_alone_runs_as_the_account_that_may_write_versions() -> None:
-    accounts = {s: pod(s, "tickets", profile("gpu"), RuntimeConfig())["spec"]["serviceAccountName"] for s in STEPS}
+    accounts = {
+        s: render_pod(s, "tickets", repository_profile("gpu"), RuntimeConfig())["spec"]["serviceAccountName"]
+        for s in STEPS
+    }
     assert {step for step, account in accounts.items() if account == "qlora-retrain-publish"} == {"publish"}
     assert {account for step, account in accounts.items() if step != "publish"} == {"qlora-retrain"}
 
@@ -213,26 +227,28 @@ def test_nothing_of_the_workers_environment_is_in_a_pod(monkeypatch: pytest.Monk
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "canary-of-the-worker")
     for step in STEPS:
-        assert "canary" not in str(pod(step, "tickets", profile("gpu"), RuntimeConfig()))
+        assert "canary" not in str(render_pod(step, "tickets", repository_profile("gpu"), RuntimeConfig()))
 
 
 def test_a_sidecar_that_airflow_adds_is_as_confined_as_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is none, since nothing is handed over by XCom; this adds one as Airflow would."""
+    """Pods have no sidecar, because no task pushes an XCom; this test adds one as Airflow would."""
     from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
     monkeypatch.setenv("AIRFLOW_CONN_KUBERNETES_DEFAULT", '{"conn_type": "kubernetes"}')
     monkeypatch.setattr(
         KubernetesStepOperator, "do_xcom_push", property(lambda self: True, lambda self, value: None), raising=False
     )
-    made = pod("publish", "tickets", profile("gpu"), RuntimeConfig())
-    assert [container["name"] for container in made["spec"]["containers"]] == ["base", "airflow-xcom-sidecar"]
-    assert restricted(made) == []
+    pod = render_pod("publish", "tickets", repository_profile("gpu"), RuntimeConfig())
+    assert [container["name"] for container in pod["spec"]["containers"]] == ["base", "airflow-xcom-sidecar"]
+    assert restricted(pod) == []
 
 
 def test_the_production_profile_is_refused_until_its_images_are_digests() -> None:
-    with pytest.raises(UsageError, match=r"light_image is 'registry\.example/.*:0\.1\.0'; require_digests wants name@"):
+    with pytest.raises(
+        UsageError, match=r"light_image is 'registry\.example/.*:0\.1\.0'; require_digests allows only name@"
+    ):
         load_profile(PROJECT / "manifests" / "profiles" / "production.yaml")
-    assert profile("production").train_image.endswith(DIGEST)
+    assert repository_profile("production").train_image.endswith(DIGEST)
 
 
 def test_a_line_on_kubernetes_cannot_name_images_that_would_not_be_used(tmp_path: Path) -> None:

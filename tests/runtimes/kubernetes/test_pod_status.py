@@ -1,4 +1,4 @@
-"""The Kubernetes operator against the API over HTTP: how a pod ends decides what comes next."""
+"""The Kubernetes operator against the API over HTTP: how a pod ended decides whether it is tried again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from qlora_retrain.core import endings
+from qlora_retrain.core.errors import Cause
 from qlora_retrain.pipeline.plan import Plan
-from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on
+from tests.runtimes.kubernetes.tasks import failure_of, resume, run_until_deferred, task_context, written_ending
 
 if TYPE_CHECKING:
-    from tests.runtimes.kubernetes.cluster import Cluster
+    from tests.runtimes.kubernetes.cluster import FakeCluster
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
@@ -25,7 +27,7 @@ NO_DRIVER = (
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "said", "again"),
+    ("exit_code", "status", "expected_message", "is_retried"),
     [
         (137, {"reason": "Evicted", "message": "The node was low on resource: memory."}, "low on resource", True),
         (143, {"reason": "Preempting", "message": "Preempted for a critical pod"}, "critical pod", True),
@@ -44,151 +46,191 @@ NO_DRIVER = (
             "DisruptionTarget, PreemptionByScheduler",
             True,
         ),
-        (137, {"because": "ContainerStatusUnknown"}, "the node lost its container", True),
+        (137, {"container_reason": "ContainerStatusUnknown"}, "the node lost its container", True),
         (75, {}, "try again (75)", True),
-        (75, {"because": "OOMKilled"}, "try again (75)", True),
+        (75, {"container_reason": "OOMKilled"}, "try again (75)", True),
         (
             137,
-            {"because": "OOMKilled", "reason": "Evicted", "message": "DiskPressure"},
+            {"container_reason": "OOMKilled", "reason": "Evicted", "message": "DiskPressure"},
             "try again (75): Evicted",
             True,
         ),
-        (137, {}, "ended by signal 9 (-9): nothing says that it was for memory", True),
-        (128, {"because": "StartError", "said": NO_DRIVER}, f"did not start: StartError: {NO_DRIVER}", True),
-        (127, {"because": "ContainerCannotRun", "said": NO_DRIVER}, f"ContainerCannotRun: {NO_DRIVER}", True),
-        (14, {"because": "OOMKilled"}, "training diverged (14)", False),
+        (137, {}, "ended by signal 9 (-9): nothing shows that memory ran out", True),
+        (
+            128,
+            {"container_reason": "StartError", "termination_message": NO_DRIVER},
+            f"did not start: StartError: {NO_DRIVER}",
+            True,
+        ),
+        (
+            127,
+            {"container_reason": "ContainerCannotRun", "termination_message": NO_DRIVER},
+            f"ContainerCannotRun: {NO_DRIVER}",
+            True,
+        ),
+        (14, {"container_reason": "OOMKilled"}, "training diverged (14)", False),
         (
             137,
-            {"said": "validate_data: killed for memory (137): the GPU's memory does not do: take a smaller batch"},
-            "(137): more of the host's memory would not help; validate_data: killed for memory (137): the GPU's memory",
+            {"termination_message": written_ending(137, Cause.GPU_OOM, "the GPU ran out of memory")},
+            "out of memory (137): more of the host's memory would not help; the GPU ran out of memory",
             False,
         ),
-        (1, {}, "our bug (1)", False),
+        (
+            137,
+            {"termination_message": "validate_data: killed for memory (137): an older sentence"},
+            "ended by signal 9 (-9): nothing shows that memory ran out; last output: validate_data: killed",
+            True,
+        ),
+        (1, {}, "internal error (1)", False),
         (13, {}, "integrity or security (13)", False),
         (10, {}, "data refused (10)", False),
     ],
 )
 def test_what_ended_a_pod_decides_whether_it_is_tried_again(
-    cluster: Cluster,
-    made: Plan,
-    step: Callable[..., Any],
-    code: int,
+    cluster: FakeCluster,
+    plan: Plan,
+    make_task: Callable[..., Any],
+    exit_code: int,
     status: dict[str, Any],
-    said: str,
-    again: bool,
+    expected_message: str,
+    is_retried: bool,
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.ends(code, **status)
-    told, may_retry = ends(lambda: go_on(left, step(), context(made)))
-    assert said in told
-    assert may_retry is again
-    if again:
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.end_container(exit_code, **status)
+    message, may_retry = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert expected_message in message
+    assert may_retry is is_retried
+
+    # The next pod gets the same memory: nothing here was for want of it.
+    if is_retried:
         memory = cluster.pod()["spec"]["containers"][0]["resources"]["limits"]["memory"]
-        begin(step(), context(made, tries=2))
-        assert cluster.created() == 2
+        run_until_deferred(make_task(), task_context(plan, try_number=2))
+        assert cluster.created_count() == 2
         assert cluster.pod()["spec"]["containers"][0]["resources"]["limits"]["memory"] == memory
 
 
 def test_a_pod_that_is_killed_for_memory_gets_half_as_much_more_until_the_profile_says_enough(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
     limits = []
-    for tries in range(1, 6):
-        left = begin(step(), context(made, tries))
+    # One try more than the limits can grow, so that the loop would notice a limit above the maximum.
+    for try_number in range(1, 6):
+        deferred = run_until_deferred(make_task(), task_context(plan, try_number))
         limits.append(cluster.pod()["spec"]["containers"][0]["resources"]["limits"]["memory"])
-        cluster.ends(137, because="OOMKilled")
-        said, again = ends(lambda left=left, tries=tries: go_on(left, step(), context(made, tries)))  # type: ignore[misc]
-        assert "killed for memory (137)" in said
-        if not again:
+        cluster.end_container(137, container_reason="OOMKilled")
+        message, is_retried = failure_of(
+            lambda deferred=deferred, try_number=try_number: resume(
+                deferred, make_task(), task_context(plan, try_number)
+            )
+        )  # type: ignore[misc]
+        assert "out of memory (137)" in message
+        if not is_retried:
             break
+
     assert limits == ["8Gi", "12Gi", "18Gi", "27Gi", "32Gi"], "the profile's light.max_memory_gib is 32"
-    assert not again
-    assert "max_memory_gib (32)" in said
+    assert not is_retried
+    assert "max_memory_gib (32)" in message
 
 
 def test_a_step_that_says_itself_that_memory_ran_out_gets_more_too(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.ends(137, said="validate_data: killed for memory (137): out of memory: can't allocate memory")
-    said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert ("the next try gets 12 GiB" in said, again) == (True, True)
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.end_container(137, termination_message=written_ending(137, Cause.HOST_OOM, "can't allocate memory"))
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert ("the next try gets 12 GiB" in message, is_retried) == (True, True)
+
+
+def test_an_ending_that_only_the_log_has_counts_too(
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
+) -> None:
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    line = endings.MARK + written_ending(137, Cause.GPU_OOM, "the GPU ran out of memory")
+    cluster.emulator.logs[deferred.trigger.pod_name] = f"epoch 3\n{line}\n"
+    cluster.end_container(137)
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert ("the GPU ran out of memory" in message, is_retried) == (True, False)
 
 
 @pytest.mark.parametrize("phase", ["its container ended", "no container is left to ask"])
 @pytest.mark.parametrize(
-    ("message", "setting"),
+    ("eviction_message", "setting"),
     [
-        ('Usage of EmptyDir volume "work" exceeds the limit "100Gi". ', "work_gib"),
-        ('Container base exceeded its local ephemeral storage limit "101Gi". ', "work_gib"),
+        ('Usage of EmptyDir volume "work" exceeds the limit "100Gi". ', "disk_gib"),
+        ('Container base exceeded its local ephemeral storage limit "101Gi". ', "disk_gib"),
         ("Pod ephemeral local storage usage exceeds the total limit of containers 101Gi. ", "runtime.disk_gib"),
-        ('Usage of EmptyDir volume "tmp" exceeds the limit "1Gi". ', "No setting gives more"),
+        ('Usage of EmptyDir volume "tmp" exceeds the limit "1Gi". ', "no setting raises this limit"),
     ],
 )
 def test_a_pod_that_is_evicted_for_its_own_disk_fails_now_and_names_the_setting(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], message: str, setting: str, phase: str
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], eviction_message: str, setting: str, phase: str
 ) -> None:
-    left = begin(step(), context(made))
+    deferred = run_until_deferred(make_task(), task_context(plan))
     if phase == "its container ended":
-        cluster.ends(137, reason="Evicted", message=message)
+        cluster.end_container(137, reason="Evicted", message=eviction_message)
     else:
-        cluster.set(left.trigger.pod_name, phase="Failed", reason="Evicted", message=message)
-    said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert said.startswith(f"config or usage (12): Evicted: {message}")
-    assert setting in said
-    assert (again, cluster.pods()) == (False, [])
+        cluster.set_status(deferred.trigger.pod_name, phase="Failed", reason="Evicted", message=eviction_message)
+
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert message.startswith(f"config or usage error (12): Evicted: {eviction_message}")
+    assert setting in message
+    assert (is_retried, cluster.pods()) == (False, [])
 
 
 class Bucket:
-    """S3 that can be out of reach for a while, and has what it had when it is back."""
+    """A local S3 that can be stopped and started again; moto keeps its objects in this process."""
 
     def __init__(self) -> None:
         self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.server.start()
         _, self.port = self.server.get_host_and_port()
 
-    def down(self) -> None:
+    def stop(self) -> None:
         self.server.stop()
 
-    def back(self) -> None:
+    def restart(self) -> None:
         self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
         self.server.start()
 
 
 @pytest.fixture
-def bucket(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    made = Bucket()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
+def bucket(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    bucket = Bucket()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{bucket.port}")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     boto3.client("s3").create_bucket(Bucket="models")
-    yield made
-    made.down()
+    yield bucket
+    bucket.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_store_that_is_out_of_reach_costs_a_try_whoever_finds_it_so_and_the_next_one_does_the_work(
-    cluster: Cluster,
+    cluster: FakeCluster,
     bucket: Bucket,
     plan_in: Callable[..., Plan],
-    step: Callable[..., Any],
+    make_task: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = plan_in("s3://models/team")
-    left = begin(step(), context(made))
-    bucket.down()
-    assert cluster.does_the_work() == 75, "the step, after boto3's own tries"
-    assert "try again (75)" in cluster.emulator.logs[left.trigger.pod_name]
-    monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: None)  # between boto3's tries, in the task
-    said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert (said.startswith("try again (75): "), again) == (True, True), said
-    said, again = ends(lambda: step().execute(context(made, tries=2)))
-    assert (said.startswith("try again (75): "), again) == (True, True), said
-    assert cluster.created() == 1, "the task that cannot look for the artifact makes no pod"
-    bucket.back()
-    said, again = ends(lambda: step().execute(context(made, tries=3)))
-    assert again, "the pod's own end had not been judged yet"
-    left = begin(step(), context(made, tries=4))
-    assert cluster.does_the_work() == 0
-    go_on(left, step(), context(made, tries=4))
-    assert (cluster.created(), cluster.pods()) == (2, [])
+    plan = plan_in("s3://models/team")
+    deferred = run_until_deferred(make_task(), task_context(plan))
+
+    bucket.stop()
+    assert cluster.run_step() == 75, "the step, after boto3's own tries"
+    assert "try again (75)" in cluster.emulator.logs[deferred.trigger.pod_name]
+
+    # The task asks the store too; boto3 would sleep for many seconds between its own tries.
+    monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: None)
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert (message.startswith("try again (75): "), is_retried) == (True, True), message
+    message, is_retried = failure_of(lambda: make_task().execute(task_context(plan, try_number=2)))
+    assert (message.startswith("try again (75): "), is_retried) == (True, True), message
+    assert cluster.created_count() == 1, "the task that cannot look for the artifact makes no pod"
+
+    bucket.restart()
+    message, is_retried = failure_of(lambda: make_task().execute(task_context(plan, try_number=3)))
+    assert is_retried, "the pod's own ending had not been checked yet"
+    deferred = run_until_deferred(make_task(), task_context(plan, try_number=4))
+    assert cluster.run_step() == 0
+    resume(deferred, make_task(), task_context(plan, try_number=4))
+    assert (cluster.created_count(), cluster.pods()) == (2, [])

@@ -1,4 +1,4 @@
-"""The Kubernetes operator against the API over HTTP: a pod that is not taken, or does not begin, and why."""
+"""The Kubernetes operator against the API over HTTP: a pod that is rejected or does not start, and why."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qlora_retrain.pipeline.plan import Plan
-from tests.runtimes.kubernetes.tasks import begin, context, ends, go_on, trigger_of
+from tests.runtimes.kubernetes.tasks import failure_of, rebuild_trigger, resume, run_until_deferred, task_context
 
 if TYPE_CHECKING:
-    from tests.runtimes.kubernetes.cluster import Cluster
+    from tests.runtimes.kubernetes.cluster import FakeCluster
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
@@ -21,81 +21,95 @@ pytestmark = [
 
 
 def test_an_image_that_cannot_be_pulled_is_named_and_its_pod_removed(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.waits("ImagePullBackOff", "Back-off pulling image: not found")
-    said, again = ends(lambda: go_on(left, step(), context(made)))
-    assert "ImagePullBackOff (qlora-retrain-light:0.1.0)" in said
-    assert again
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.set_waiting("ImagePullBackOff", "Back-off pulling image: not found")
+    message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    assert "ImagePullBackOff (qlora-retrain-light:0.1.0)" in message
+    assert is_retried
     assert cluster.pods() == []
 
 
 @pytest.mark.parametrize("reason", ["InvalidImageName", "CreateContainerConfigError", "CreateContainerError"])
 def test_a_container_that_can_never_be_made_fails_now(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], reason: str
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], reason: str
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.waits(reason, "it is wrong")
-    event = {"status": "timeout", "name": left.trigger.pod_name, "namespace": "qlora-retrain", "message": "too long"}
-    said, again = ends(lambda: step().resume_execution(left.method_name, {"event": event}, context(made)))
-    assert said == f"config or usage (12): the pod did not start: {reason} (qlora-retrain-light:0.1.0): it is wrong"
-    assert not again
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.set_waiting(reason, "it is wrong")
+    event = {
+        "status": "timeout",
+        "name": deferred.trigger.pod_name,
+        "namespace": "qlora-retrain",
+        "message": "too long",
+    }
+    message, is_retried = failure_of(
+        lambda: make_task().resume_execution(deferred.method_name, {"event": event}, task_context(plan))
+    )
+    assert (
+        message
+        == f"config or usage error (12): the pod did not start: {reason} (qlora-retrain-light:0.1.0): it is wrong"
+    )
+    assert not is_retried
     assert cluster.pods() == []
 
 
-def too_late(left: Any, task: Any, run: dict[str, Any]) -> tuple[str, bool]:
-    """How the task ends when half an hour is over and its container did not begin."""
-    trigger = trigger_of(left)
-    trigger.schedule_timeout = trigger.startup_timeout = 0
+def fail_by_startup_timeout(deferred: Any, task: Any, context: dict[str, Any]) -> tuple[str, bool]:
+    """Let the startup timeout pass; return the task's message, and whether Airflow would retry it."""
+    trigger = rebuild_trigger(deferred)
+    trigger.schedule_timeout = trigger.startup_timeout = 0  # seconds, instead of half an hour
     event = asyncio.run(anext(trigger.run())).payload
     assert event["status"] == "timeout"
-    return ends(lambda: task.resume_execution(left.method_name, {"event": event}, run))
+    return failure_of(lambda: task.resume_execution(deferred.method_name, {"event": event}, context))
 
 
 def test_a_pod_that_no_node_takes_is_removed_with_the_schedulers_words(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
+    deferred = run_until_deferred(make_task(), task_context(plan))
     words = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
-    cluster.set(left.trigger.pod_name, conditions=[condition])
-    assert too_late(left, step(), context(made)) == (f"try again (75): no node takes the pod: {words}", True)
+    cluster.set_status(deferred.trigger.pod_name, conditions=[condition])
+    assert fail_by_startup_timeout(deferred, make_task(), task_context(plan)) == (
+        f"try again (75): no node takes the pod: {words}",
+        True,
+    )
     assert cluster.pods() == []
 
 
 @pytest.mark.parametrize("kind", ["secret", "configmap"])
 def test_a_secret_that_is_missing_fails_when_the_time_to_start_is_over_and_is_named(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], kind: str
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], kind: str
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.set(left.trigger.pod_name, conditions=[{"type": "PodScheduled", "status": "True"}])
-    cluster.waits("ContainerCreating", "")
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.set_status(deferred.trigger.pod_name, conditions=[{"type": "PodScheduled", "status": "True"}])
+    cluster.set_waiting("ContainerCreating", "")
     missing = f'MountVolume.SetUp failed for volume "secret-0" : {kind} "qlora-retrain-store" not found'
-    cluster.warns("FailedMount", missing, minutes=2)
-    cluster.warns("FailedMount", "Unable to attach or mount volumes: timed out waiting for the condition")
-    said, again = too_late(left, step(), context(made))
-    assert said == f"config or usage (12): the pod did not start: FailedMount: {missing}"
-    assert (again, cluster.pods()) == (False, [])
+    cluster.add_warning("FailedMount", missing, minutes=2)
+    cluster.add_warning("FailedMount", "Unable to attach or mount volumes: timed out waiting for the condition")
+    message, is_retried = fail_by_startup_timeout(deferred, make_task(), task_context(plan))
+    assert message == f"config or usage error (12): the pod did not start: FailedMount: {missing}"
+    assert (is_retried, cluster.pods()) == (False, [])
 
 
 def test_a_pod_that_takes_too_long_to_start_is_removed_with_the_clusters_last_warning_of_it(
-    cluster: Cluster, made: Plan, step: Callable[..., Any]
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
-    left = begin(step(), context(made))
-    cluster.set(left.trigger.pod_name, conditions=[{"type": "PodScheduled", "status": "True"}])
-    cluster.waits("ContainerCreating", "")
-    cluster.warns("FailedAttachVolume", "the disk is on another node", minutes=2)
-    cluster.warns("FailedScheduling", "no room", minutes=20)
-    cluster.warns("FailedMount", 'secret "x" not found', uid="of an earlier pod of this name")
-    said, again = too_late(left, step(), context(made))
-    assert said.startswith("try again (75): Pod took too long to start.")
-    assert said.endswith("; FailedAttachVolume: the disk is on another node")
-    assert (again, cluster.pods()) == (True, [])
+    deferred = run_until_deferred(make_task(), task_context(plan))
+    cluster.set_status(deferred.trigger.pod_name, conditions=[{"type": "PodScheduled", "status": "True"}])
+    cluster.set_waiting("ContainerCreating", "")
+    # Of three warnings one is older than another, and one is about an earlier pod.
+    cluster.add_warning("FailedAttachVolume", "the disk is on another node", minutes=2)
+    cluster.add_warning("FailedScheduling", "no room", minutes=20)
+    cluster.add_warning("FailedMount", 'secret "x" not found', uid="of an earlier pod of this name")
+    message, is_retried = fail_by_startup_timeout(deferred, make_task(), task_context(plan))
+    assert message.startswith("try again (75): Pod took too long to start.")
+    assert message.endswith("; FailedAttachVolume: the disk is on another node")
+    assert (is_retried, cluster.pods()) == (True, [])
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "said", "again"),
+    ("status", "api_message", "expected_message", "is_retried"),
     [
         (403, 'pods "x" is forbidden: exceeded quota: qlora-retrain', "quota is used up", True),
         (403, 'pods is forbidden: User "airflow" cannot create resource', "may not manage pods", False),
@@ -105,13 +119,20 @@ def test_a_pod_that_takes_too_long_to_start_is_removed_with_the_clusters_last_wa
     ],
 )
 def test_a_pod_that_the_api_does_not_take_is_explained(
-    cluster: Cluster, made: Plan, step: Callable[..., Any], status: int, message: str, said: str, again: bool
+    cluster: FakeCluster,
+    plan: Plan,
+    make_task: Callable[..., Any],
+    status: int,
+    api_message: str,
+    expected_message: str,
+    is_retried: bool,
 ) -> None:
-    cluster.emulator.refuses["POST"] = (status, message)
-    told, may_retry = ends(lambda: step().execute(context(made)))
-    assert said in told
-    assert may_retry is again
+    cluster.emulator.rejections["POST"] = (status, api_message)
+    message, may_retry = failure_of(lambda: make_task().execute(task_context(plan)))
+    assert expected_message in message
+    assert may_retry is is_retried
     assert cluster.pods() == []
-    cluster.emulator.refuses.clear()
-    begin(step(), context(made, tries=2))
-    assert len(cluster.pods()) == 1, "the next try, or whoever clears the task, finds nothing in the way"
+
+    cluster.emulator.rejections.clear()
+    run_until_deferred(make_task(), task_context(plan, try_number=2))
+    assert len(cluster.pods()) == 1, "nothing prevents the next try, or that of a cleared task"

@@ -1,1 +1,1 @@
-"""Numbers of a contestant: of what it wrote (`texts`), and of all its rows together (`measures`)."""
+"""Compute a contestant's metrics: of single completions (`completion_metrics`), of whole suites (`suite_metrics`)."""

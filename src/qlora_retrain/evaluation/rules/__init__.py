@@ -1,1 +1,1 @@
-"""The rules of a verdict, one idea a module. `evaluation.verdict` applies them, `docs/verdict.md` explains them."""
+"""Check the rules of a verdict. `evaluation.verdict` applies them, `docs/verdict.md` explains them."""

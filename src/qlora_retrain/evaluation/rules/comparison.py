@@ -1,7 +1,7 @@
-"""Two contestants on the same rows: how much better one is, and how sure that is.
+"""Compare two contestants on the same rows: how much better one of them is, and how certain that is.
 
-Everything is said as a gain: above 0 the challenger is better, whatever the metric. Shares of right answers are
-compared by McNemar's test and its interval (`stats.paired_proportions`), all else by the paired bootstrap.
+Every comparison is a gain: above 0 the challenger is better, whatever the metric. Shares of right answers use the
+interval of McNemar's test (`stats.paired_proportion_interval`); every other metric uses the paired bootstrap.
 """
 
 from __future__ import annotations
@@ -9,118 +9,127 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from qlora_retrain.config.evaluate import EvaluateConfig
-from qlora_retrain.evaluation import stats
+from qlora_retrain.evaluation import bootstrap, stats
+from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.rows import RowScore
 from qlora_retrain.evaluation.stats import Interval
 
-Metric = str  # `accuracy`, `loss`, `token_accuracy`, or a name of `RowScore.values`
+Metric = str  # `accuracy`, `loss`, `token_accuracy`, or a name in `RowScore.values`
 Scores = Mapping[str, Sequence[RowScore]]  # by contestant: the same rows in the same order
-_UNITS = {"loss": "nats a token", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "chrf": "chrF",
-          "json_validity": "JSON validity"}  # fmt: skip
-YES_OR_NO = ("accuracy", "exact_match", "json_validity")  # of one row: right or wrong
+_DISPLAY_NAMES = {"loss": "nats per token", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "chrf": "chrF",
+                  "json_validity": "JSON validity"}  # fmt: skip
+BINARY_METRICS = ("accuracy", "exact_match", "json_validity")  # each row is right or wrong
 
 
-def metric_of(scores: Scores, settings: EvaluateConfig | None = None) -> Metric:
-    """What contestants are compared by: the line's `primary`; else accuracy for labels, loss for all other tasks."""
-    if settings is not None and settings.primary is not None:
-        return settings.primary
+def primary_metric(scores: Scores, settings: EvaluateConfig | None = None) -> Metric:
+    """Return the metric that contestants are compared by.
+
+    It is the line's `primary_metric`. Where that is not set, it is accuracy for label tasks and loss for all others.
+    """
+    if settings is not None and settings.primary_metric is not None:
+        return settings.primary_metric
+    # Only label tasks set `correct`.
     return "accuracy" if any(s.correct is not None for s in scores["challenger"]) else "loss"
 
 
-def unit(metric: Metric) -> str:
-    """The metric's name in a sentence."""
-    return _UNITS.get(metric, metric.replace("_", " "))
+def display_name(metric: Metric) -> str:
+    """Return the metric's name as sentences and tables show it."""
+    return _DISPLAY_NAMES.get(metric, metric.replace("_", " "))
 
 
-def suite(rows: Sequence[RowScore], name: str) -> list[RowScore]:
-    """The rows of a suite."""
-    return [s for s in rows if s.suite == name]
+def rows_of_suite(rows: Sequence[RowScore], suite: str) -> list[RowScore]:
+    """Select the rows of one suite."""
+    return [row for row in rows if row.suite == suite]
 
 
-def paired(ours: Sequence[RowScore], theirs: Sequence[RowScore], name: str) -> tuple[list[RowScore], list[RowScore]]:
-    """The rows of a suite that two contestants were scored on.
+def pair_rows(
+    ours: Sequence[RowScore], theirs: Sequence[RowScore], suite: str
+) -> tuple[list[RowScore], list[RowScore]]:
+    """Select the rows of a suite from the scores of two contestants.
 
     Raises:
-        ValueError: If they are not the same rows.
+        ValueError: If they were not scored on the same rows.
     """
-    first, second = suite(ours, name), suite(theirs, name)
+    first, second = rows_of_suite(ours, suite), rows_of_suite(theirs, suite)
     if [s.id for s in first] != [s.id for s in second]:
-        raise ValueError(f"contestants were scored on different {name} rows: {len(first)} and {len(second)}")
+        raise ValueError(f"contestants were scored on different {suite} rows: {len(first)} and {len(second)}")
     return first, second
 
 
-def known(row: RowScore, metric: Metric) -> bool:
-    """Whether the metric says something of the row: of tokens, where any was judged."""
+def has_metric(row: RowScore, metric: Metric) -> bool:
+    """Return whether the metric is defined for the row; a metric of tokens needs at least one scored token."""
+    # Hits are counted on reference text only.
     if metric in ("loss", "token_accuracy"):
         return row.tokens > 0 and (metric == "loss" or row.hits is not None)
     return row.correct is not None if metric == "accuracy" else metric in row.values
 
 
-def value(row: RowScore, metric: Metric) -> float:
-    """A row's number where it is the mean over rows that counts: higher is better."""
+def metric_value(row: RowScore, metric: Metric) -> float:
+    """Return a row's value of a metric that is a plain mean over rows; higher is better."""
     return float(bool(row.correct)) if metric == "accuracy" else row.values[metric]
 
 
-def gain(
+def gain_interval(
     scores: Scores,
-    over: str,
-    name: str,
+    rival: str,
+    suite: str,
     metric: Metric,
     settings: EvaluateConfig,
     *,
-    within: Collection[str] | None = None,
+    row_ids: Collection[str] | None = None,
     confidence: float | None = None,
 ) -> Interval:
-    """How much better the challenger is than another contestant on a suite, paired by row; above 0 is better.
+    """Compute how much better the challenger is than another contestant on a suite; above 0 it is better.
 
     Args:
-        scores: Of both.
-        over: The other contestant.
-        name: The suite.
-        metric: What is compared.
-        settings: For the intervals.
-        within: The ids of the suite's rows that count; None: all.
-        confidence: Of the interval; None: the settings'.
+        scores: The scores of both.
+        rival: The other contestant.
+        suite: The suite whose rows are compared.
+        metric: The metric that is compared.
+        settings: The settings of the intervals.
+        row_ids: The ids of the rows to compare; None: all rows of the suite.
+        confidence: The confidence of the interval; None: that of the settings.
 
     Raises:
-        ValueError: If they were scored on different rows, or the metric is known of none.
+        ValueError: If they were scored on different rows, or the metric is defined for no row.
     """
-    ours, theirs = paired(scores["challenger"], scores[over], name)
+    ours, theirs = pair_rows(scores["challenger"], scores[rival], suite)
     pairs = [
-        (a, b) for a, b in zip(ours, theirs, strict=True) if known(a, metric) and (within is None or a.id in within)
+        (a, b)
+        for a, b in zip(ours, theirs, strict=True)
+        if has_metric(a, metric) and (row_ids is None or a.id in row_ids)
     ]
-    sure = settings.confidence if confidence is None else confidence
-    if metric in YES_OR_NO:
-        return stats.paired_proportions(
-            [value(a, metric) > 0 for a, _ in pairs], [value(b, metric) > 0 for _, b in pairs], confidence=sure
+    options = BootstrapSettings.from_config(settings, confidence)
+
+    # Where both answer every row alike, a bootstrap has width 0 and would pass challengers that it should refuse.
+    if metric in BINARY_METRICS:
+        return stats.paired_proportion_interval(
+            [metric_value(a, metric) > 0 for a, _ in pairs],
+            [metric_value(b, metric) > 0 for _, b in pairs],
+            confidence=options.confidence,
         )
+
     weights: list[float] | None = None
     if metric == "loss":
-        # One denominator for both: where tokenizers differ, a loss per own token would compare different units.
+        # The rival minus the challenger, because a lower loss is better.
+        # One denominator for both, because a loss per token has another unit with another tokenizer.
         differences, weights = [b.loss_nats - a.loss_nats for a, b in pairs], [a.tokens for a, _ in pairs]
     elif metric == "token_accuracy":
         differences, weights = [float((a.hits or 0) - (b.hits or 0)) for a, b in pairs], [a.tokens for a, _ in pairs]
     else:
-        differences = [value(a, metric) - value(b, metric) for a, b in pairs]
-    return stats.difference_interval(
-        differences,
-        weights,
-        confidence=sure,
-        samples=settings.bootstrap_samples,
-        seed=settings.seed,
-        bounded=metric != "loss",
-    )
+        differences = [metric_value(a, metric) - metric_value(b, metric) for a, b in pairs]
+    # Every metric but the loss lies in [0, 1], so its differences lie in [-1, 1].
+    return bootstrap.difference_interval(differences, weights, options, bounded=metric != "loss")
 
 
-def level(rows: Sequence[RowScore], metric: Metric, settings: EvaluateConfig) -> Interval:
-    """A contestant's own value of a metric that is a mean over rows, with its interval.
+def metric_interval(rows: Sequence[RowScore], metric: Metric, settings: EvaluateConfig) -> Interval:
+    """Compute a contestant's own value of a metric that is a mean over rows, with its interval.
 
     Raises:
-        ValueError: If the metric is known of no row.
+        ValueError: If the metric is defined for no row.
     """
-    values = [value(row, metric) for row in rows if known(row, metric)]
-    if metric in YES_OR_NO:
-        return stats.proportion(sum(x > 0 for x in values), len(values), confidence=settings.confidence)
-    return stats.ratio_interval(
-        values, None, confidence=settings.confidence, samples=settings.bootstrap_samples, seed=settings.seed
-    )
+    values = [metric_value(row, metric) for row in rows if has_metric(row, metric)]
+    # A bootstrap of answers that are all right would have no width.
+    if metric in BINARY_METRICS:
+        return stats.proportion_interval(sum(x > 0 for x in values), len(values), confidence=settings.confidence)
+    return bootstrap.ratio_interval(values, None, BootstrapSettings.from_config(settings))

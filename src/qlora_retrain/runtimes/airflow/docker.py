@@ -1,14 +1,15 @@
 """An Airflow task that runs a step in a container on the local engine (Docker, or Podman's Docker API).
 
-The container is named from the step's key and the run. A task that is tried again adopts the container of that name
-while it runs, and removes it once it ended, so there are never two. What it gets is in `containers.py`.
+The container is named from the step's key and the run. A retried task adopts the container of that name while it
+runs, and removes it once it ended, so there are never two. What the container gets is in `container_spec.py`.
 
-Environment: `DOCKER_HOST`, the engine's socket; and what `containers.py` names.
+Environment: `DOCKER_HOST`, the engine's socket; and the variables that `container_spec.py` names.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import time
@@ -21,9 +22,11 @@ from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Mount
 
 from qlora_retrain.core import errors, graph
-from qlora_retrain.core.errors import TryAgain, UsageError
-from qlora_retrain.runtimes.airflow.operators import StepOperator, fail
-from qlora_retrain.runtimes.docker import container_spec, sweep
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause, TryAgain, UsageError
+from qlora_retrain.runtimes import foreign_messages
+from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
+from qlora_retrain.runtimes.docker import cleanup, container_spec
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from qlora_retrain.pipeline.plan import Plan
 
 
-_AGAIN_SECONDS = 0.5
+_RECONNECT_SECONDS = 0.5
 
 
 class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
@@ -49,96 +52,117 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             **kwargs,
         )
         self.runtime = runtime
-        self._sweep: subprocess.Popen[bytes] | None = None
+        self._cleanup_process: subprocess.Popen[bytes] | None = None
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Start the container, or adopt the one that an earlier try left running; follow it to its end."""
-        self.container_name = name_of(plan, self.step)
+        self.container_name = step_container_name(plan, self.step)
         try:
             with contextlib.closing(self.cli):
-                reason, status = self._followed(plan)
-        except (DockerException, OSError, AirflowException) as error:  # the last as the provider's hook says it
-            raise TryAgain(f"{self.step}: the container engine at {self.docker_url} failed: {error}") from error
-        if status == errors.Exit.OUT_OF_MEMORY:
-            limit = f"runtime.memory_gib is {self.runtime.memory_gib}" if self.runtime.memory_gib else "the machine's"
-            reason = f"killed, as for memory (limit: {limit}); last: {reason}"
-        if status != errors.Exit.DONE:
-            fail(status, reason)
+                output, exit_code = self._follow_to_end(plan)
+        # The provider's hook raises AirflowException where it cannot connect.
+        except (DockerException, OSError, AirflowException) as error:
+            raise TryAgain(
+                f"the container engine at {self.docker_url} failed: {error}", cause=Cause.THROTTLED
+            ) from error
 
-    def _followed(self, plan: Plan) -> tuple[str, int]:
-        """The container's last lines and its exit code."""
-        found = self._earlier()
-        if found is None:
+        ending = Ending.from_process(self.step, exit_code, output.ending, output.last_lines)
+        if exit_code == errors.Exit.OUT_OF_MEMORY and output.ending is None:
+            # Engines report no reason for 137. If the step wrote no ending, it was most likely killed for memory.
+            limit = f"runtime.memory_gib is {self.runtime.memory_gib:g}" if self.runtime.memory_gib else "the machine's"
+            reason = f"killed, probably for its memory (limit: {limit}); last output: {output.last_lines}"
+            ending = dataclasses.replace(ending, reason=reason)
+        if exit_code != errors.Exit.DONE:
+            fail_task(context, ending)
+
+    def _follow_to_end(self, plan: Plan) -> tuple[StepOutput, int]:
+        """Copy the container's log until the container ends; return the step's output and the exit code."""
+        container_id = self._adopt_running_container()
+        if container_id is None:
             self._pull_if_absent()
-            found = self._created(plan)
-            self.cli.start(found)
+            container_id = self._create_container(plan)
+            self.cli.start(container_id)
         else:
             self.log.info("container %s runs already: following it", self.container_name)
-        reason, since = "", 1  # the log from its beginning: the engine takes no 0
+
+        output = StepOutput(None, "")
+        since = 1  # Unix time in seconds: from the beginning of the log; docker-py refuses 0
         while True:
-            with self._log(found, since) as chunks:
-                reason = self.last_lines(_lines(chunks)) or reason
+            with self._stream_log(container_id, since) as chunks:
+                latest = self.copy_output(_split_lines(chunks))
+            output = StepOutput(latest.ending or output.ending, latest.last_lines or output.last_lines)
+
+            # The end of the stream is no proof, because engines sometimes end it early. The container's state is.
             since = int(time.time())
-            status = self._status(found)
-            if status is not None:
-                return reason, status
-            self.log.warning("the engine ended the log of a container that still runs: following it again")
-            time.sleep(_AGAIN_SECONDS)
+            exit_code = self._exit_code_if_ended(container_id)
+            if exit_code is not None:
+                return output, exit_code
+            self.log.warning("the engine ended the log of a container that still runs; following the log again")
+            time.sleep(_RECONNECT_SECONDS)
 
     @contextlib.contextmanager
-    def _log(self, container: str, since: int) -> Iterator[Iterator[bytes]]:
-        """The log from then on, as it is written. docker-py never closes the connection of one that is cut off."""
-        answers: list[Any] = []
+    def _stream_log(self, container_id: str, since: int) -> Iterator[Iterator[bytes]]:
+        """Stream the log from `since` (Unix time in seconds) on, as it is written.
 
-        def note(answer: Any, **_: Any) -> None:
-            answers.append(answer)
+        docker-py never closes the connection of a stream that is cut off, so this collects the responses and closes
+        them itself.
+        """
+        responses: list[Any] = []
 
-        self.cli.hooks["response"].append(note)
+        def record_response(response: Any, **_: Any) -> None:
+            responses.append(response)
+
+        # `hooks` is of requests, on which docker-py's client is built: it gets every response.
+        self.cli.hooks["response"].append(record_response)
         try:
-            with contextlib.closing(self.cli.logs(container, stream=True, follow=True, since=since)) as chunks:
+            with contextlib.closing(self.cli.logs(container_id, stream=True, follow=True, since=since)) as chunks:
                 yield chunks
         finally:
-            self.cli.hooks["response"].remove(note)
-            for answer in answers:
-                answer.close()
+            self.cli.hooks["response"].remove(record_response)
+            for response in responses:
+                response.close()
 
     def on_kill(self) -> None:
-        """Have the container stopped and removed by a process that outlives this task's five seconds."""
+        """Start a process that stops and removes the container; Airflow gives this task itself only five seconds."""
         if self.container_name:
-            self._sweep = subprocess.Popen(
-                [sys.executable, "-I", sweep.__file__, self.docker_url, self.container_name],
+            self._cleanup_process = subprocess.Popen(
+                [sys.executable, "-I", cleanup.__file__, self.docker_url, self.container_name],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
 
-    def _status(self, container: str) -> int | None:
-        """The exit code of a container that ended, which is removed; None while it runs.
+    def _exit_code_if_ended(self, container_id: str) -> int | None:
+        """Remove a container that ended and return its exit code; None while it runs.
 
-        One that is gone was stopped from outside.
+        A missing container was removed by somebody else, so the step is tried again (75).
         """
         try:
-            state = self.cli.inspect_container(container)["State"]
+            state = self.cli.inspect_container(container_id)["State"]
             if state["Running"]:
                 return None
-            status = int(self.cli.wait(container)["StatusCode"])
-        except APIError as error:  # Podman says it with a 500 while the container is being removed
-            if not isinstance(error, NotFound) and "no such container" not in str(error):
+            exit_code = int(self.cli.wait(container_id)["StatusCode"])
+        # Podman answers 500 instead of 404 while the container is being removed.
+        except APIError as error:
+            if not isinstance(error, NotFound) and not foreign_messages.CONTAINER_GONE.search(str(error)):
                 raise
             return int(errors.Exit.TRY_AGAIN)
-        self._remove(container)
-        return status
 
-    def _earlier(self) -> str | None:
-        """The id of a running container of this name; one that ended is removed."""
+        self._remove_container(container_id)
+        return exit_code
+
+    def _adopt_running_container(self) -> str | None:
+        """Return the id of a running container of this name; remove one that ended."""
         try:
-            found = self.cli.inspect_container(self.container_name)
+            description = self.cli.inspect_container(self.container_name)
         except NotFound:
             return None
-        if found["State"]["Running"]:
-            return str(found["Id"])
-        self._remove(found["Id"])
+
+        # Of a container that ended unseen nothing is lost: the task has looked for its artifact before.
+        if description["State"]["Running"]:
+            return str(description["Id"])
+        self._remove_container(description["Id"])
         return None
 
     def _pull_if_absent(self) -> None:
@@ -148,61 +172,68 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             self.log.info("pulling %s", self.image)
             try:
                 self.cli.pull(self.image)
+                # `pull` reports some failures only in its output stream, so look again.
                 self.cli.inspect_image(self.image)
             except APIError as error:
                 raise UsageError(
-                    f"{self.step}: image {self.image} is not on this engine, nor to be pulled ({error.explanation}); "
+                    f"image {self.image} is not on this engine and cannot be pulled ({error.explanation}); "
                     "build it with `make images`, or set runtime.light_image and runtime.train_image"
                 ) from error
 
-    def _created(self, plan: Plan) -> str:
+    def _create_container(self, plan: Plan) -> str:
+        """Create the container without starting it; return its id."""
         step = graph.step(self.step)
-        gpus = container_spec.gpus(step, plan.step(self.step).config)
-        sources = [source.uri for source in plan.sources.values() if source is not None]
-        user = container_spec.user(plan.root)
-        host = self.cli.create_host_config(
-            **container_spec.confinement(self.runtime),
+        gpus = container_spec.gpu_count(step, plan.step(self.step).config)
+        source_uris = [source.uri for source in plan.sources.values() if source is not None]
+        user = container_spec.container_user(plan.root)
+
+        # One named volume for all containers of a user, so that the node cache outlives each of them.
+        host_config = self.cli.create_host_config(
+            **container_spec.host_config_options(self.runtime),
             mounts=[
-                Mount(container_spec.WORK, container_spec.volume(user), type="volume"),
+                Mount(container_spec.WORK_DIR, container_spec.work_volume_name(user), type="volume"),
                 *(
-                    Mount(inside, outside, type="bind", read_only=read_only)
-                    for outside, inside, read_only in container_spec.mounts(plan.root, sources)
+                    Mount(container_path, host_path, type="bind", read_only=read_only)
+                    for host_path, container_path, read_only in container_spec.bind_mounts(plan.root, source_uris)
                 ),
             ],
             device_requests=[DeviceRequest(count=gpus, capabilities=[["gpu"]])] if gpus else None,
             shm_size=container_spec.SHARED_MEMORY_BYTES if gpus > 1 else None,
         )
-        made = self.cli.create_container(
+
+        # If this worker dies before the container is started, the next try finds it by its name and removes it.
+        container = self.cli.create_container(
             self.image,
             name=self.container_name,
-            command=container_spec.command(self.step, plan.uri),
+            command=container_spec.step_command(self.step, plan.uri),
             environment={
-                **container_spec.environment(self.runtime, [plan.root, *sources]),
+                **container_spec.environment(self.runtime, [plan.root, *source_uris]),
                 "QLORA_RETRAIN_IMAGE": self.image,
             },
             user=user,
-            host_config=host,
-            labels={container_spec.LABEL: self.step},
+            host_config=host_config,
+            labels={container_spec.STEP_LABEL: self.step},
         )
-        return str(made["Id"])
+        return str(container["Id"])
 
-    def _remove(self, container: str) -> None:
+    def _remove_container(self, container_id: str) -> None:
         try:
-            self.cli.remove_container(container, force=True)
-        except APIError as error:  # gone, or going: nothing depends on it any more
+            self.cli.remove_container(container_id, force=True)
+        except APIError as error:  # it is missing, or being removed already
             self.log.info("container %s was not removed: %s", self.container_name, error.explanation)
 
 
-def name_of(plan: Plan, step: str) -> str:
-    """A container's name: one for a key and a run, whichever try."""
+def step_container_name(plan: Plan, step: str) -> str:
+    """Name a step's container: one for each key and run, the same for every try."""
     return f"qlora-retrain-{step}-{plan.step(step).key[:12]}-{plan.run_id}"
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Whole lines of a stream that comes in any pieces."""
-    rest = b""
+def _split_lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Split a byte stream into whole lines, however its chunks are cut."""
+    # A chunk may end within a line, and even within a character of it.
+    remainder = b""
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode("utf-8", "replace") for line in whole)
-    if rest:
-        yield rest.decode("utf-8", "replace")
+        *complete, remainder = (remainder + chunk).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in complete)
+    if remainder:
+        yield remainder.decode("utf-8", "replace")

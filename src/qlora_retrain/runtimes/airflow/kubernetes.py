@@ -1,12 +1,13 @@
 """An Airflow task that runs a step as a pod on Kubernetes, and waits for it in the triggerer, without a worker.
 
-The pod is named from the step's key and the run, so the cluster refuses a second one: a task that is tried again
-follows the pod of that name while it runs, judges it if it ended unseen, and replaces it once it was judged, or was
-given up with its node. What a pod gets is in `pods.py`, what is asked of the API in `pod_api.py`, how a pod's end is
-read in `pod_endings.py`. Where the artifact is made already, no pod is made.
+The pod is named from the step's key and the run, so the cluster refuses a second one. A retried task looks for the
+pod of that name. It follows a pod that runs, reads the ending of one that nobody has checked, and replaces one that
+was checked or whose node is lost. Where the artifact is complete already, it creates no pod.
 
-A failed pod is kept for `kubectl describe` until the next try, which learns from it (`pod_tries.py`). One that no try
-follows is deleted once its log is in the task's: its volume would fill the namespace's quota.
+`pod_spec.py` has what a pod gets, `pod_api.py` the calls to the API, `pod_status.py` how a pod's ending is read.
+
+A failed pod is kept for `kubectl describe` until the next try, which learns from it (`retries.py`). After the last
+try it is deleted once its log is in the task's log, because its volume would fill the namespace's quota.
 
 Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE`, for the DAG.
 """
@@ -17,33 +18,35 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from airflow.sdk.exceptions import AirflowFailException
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from qlora_retrain.core import errors, graph
-from qlora_retrain.core.errors import Problem, TryAgain
-from qlora_retrain.runtimes.airflow.operators import StepOperator, fail, plan_uri
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause, Problem, TryAgain
+from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task, plan_uri
 from qlora_retrain.runtimes.airflow.pod_trigger import PodTrigger
 from qlora_retrain.runtimes.docker import container_spec
-from qlora_retrain.runtimes.kubernetes import api, pod_spec, pod_status, retries
-from qlora_retrain.runtimes.kubernetes.api import PodApi
-from qlora_retrain.runtimes.kubernetes.pod_status import Ending
+from qlora_retrain.runtimes.kubernetes import pod_api, pod_spec, pod_status, retries
+from qlora_retrain.runtimes.kubernetes.pod_api import PodApi
+from qlora_retrain.runtimes.kubernetes.pod_status import PodEnding
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from qlora_retrain.config.profile import Profile
+    from qlora_retrain.config.cluster_profile import ClusterProfile
     from qlora_retrain.config.sections import RuntimeConfig
     from qlora_retrain.pipeline.plan import Plan
 
-_START_SECONDS = 1800  # a node pool may have to grow, and the image is gigabytes
-_LOG_SECONDS = 30
-_POLL_SECONDS = 5
-# A full quota, a drain or a lost node lasts longer than a store's bad minute; at least half an hour in all.
+_STARTUP_TIMEOUT_SECONDS = 1800  # a node pool may have to grow, and the image is several gigabytes
+_LOGGING_INTERVAL_SECONDS = 30
+_POLL_INTERVAL_SECONDS = 5
+# A full quota, a drain or a lost node lasts longer than a throttled store; these retries span at least half an hour.
 _RETRIES = 8
 _BACKOFF: dict[str, Any] = {"retry_delay": timedelta(seconds=15), "max_retry_delay": timedelta(minutes=10)}
-_GONE = Ending(errors.Exit.TRY_AGAIN, "the pod is gone: its node was lost, or somebody deleted it")
+_POD_IS_GONE = PodEnding(
+    errors.Exit.TRY_AGAIN, Cause.NODE_LOST, "the pod is gone: its node was lost, or somebody deleted it"
+)
 
 
 class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: ignore[misc]
@@ -51,23 +54,23 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     Args:
         step: The step's name.
-        line: The line.
-        runtime: The line's section of that name.
-        profile: The cluster's.
+        line: The line's name.
+        runtime: The line's `runtime` section.
+        profile: The cluster's profile.
     """
 
-    def __init__(self, *, step: str, line: str, runtime: RuntimeConfig, profile: Profile, **kwargs: Any) -> None:
+    def __init__(self, *, step: str, line: str, runtime: RuntimeConfig, profile: ClusterProfile, **kwargs: Any) -> None:
         super().__init__(
             step=step,
             line=line,
-            **pod_spec.arguments(graph.step(step), line, profile, runtime),
+            **pod_spec.operator_arguments(graph.step(step), line, profile, runtime),
             random_name_suffix=False,
             deferrable=True,
             do_xcom_push=False,
             get_logs=True,
-            logging_interval=_LOG_SECONDS,
-            poll_interval=_POLL_SECONDS,
-            startup_timeout_seconds=_START_SECONDS,
+            logging_interval=_LOGGING_INTERVAL_SECONDS,
+            poll_interval=_POLL_INTERVAL_SECONDS,
+            startup_timeout_seconds=_STARTUP_TIMEOUT_SECONDS,
             on_finish_action="delete_succeeded_pod",
             on_kill_action="delete_pod",
             log_pod_spec_on_failure=False,
@@ -75,85 +78,104 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         )
         self.runtime, self.profile = runtime, profile
 
-    def prepare(self, plan_uri: str, key: str, run_id: str) -> None:
-        """Say which pod it is; before that, nothing depends on the run."""
-        self.name = pod_spec.name(self.step, key, run_id)
-        self.arguments = container_spec.command(self.step, plan_uri)  # after Airflow's templating: no `{{` in it counts
+    def prepare_pod(self, plan_uri: str, key: str, run_id: str) -> None:
+        """Fill in what depends on the run: the pod's name, its command and its labels."""
+        self.name = pod_spec.pod_name(self.step, key, run_id)
+        # Set after Airflow rendered its templates, so a `{{` in a URI is never evaluated.
+        self.arguments = container_spec.step_command(self.step, plan_uri)
         self.labels = {**pod_spec.labels(self.step, self.line), "qlora-retrain.run": run_id}
         self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
-        self.pod = self.pod_request_obj  # what `on_kill` deletes
+        self.pod = self.pod_request_obj  # the pod that `on_kill` deletes
 
     def run_step(self, plan: Plan, context: Context) -> None:
-        """Make the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
-        self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
+        """Create the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
+        self.prepare_pod(plan.uri, plan.step(self.step).key, plan.run_id)
         try:
-            pod = self._earlier()
+            pod = self._find_pod_to_follow()
             if pod is None:
-                pod = self._api.create(self.pod_request_obj)
-                self.log.info("pod %s made in namespace %s", self.name, self.namespace)
+                pod = self._pod_api.create(self.pod_request_obj)
+                self.log.info("pod %s created in namespace %s", self.name, self.namespace)
         except ApiException as error:
-            api.refused(self.step, self.namespace, error)
+            pod_api.raise_for_rejected_pod(self.namespace, error)
         except HTTPError as error:
-            raise TryAgain(f"{self.step}: the Kubernetes API does not answer: {error}") from error
-        ended = pod_status.ending(pod)
-        if ended is None:
-            self._wait()
-        self._end(plan, context, pod, ended)
+            raise TryAgain(f"the Kubernetes API does not answer: {error}", cause=Cause.THROTTLED) from error
 
-    def tidy(self, plan: Plan) -> None:
-        """Remove the pod that nobody saw end; what it wrote is kept first."""
-        self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
+        # A pod that ended before anything followed it is judged here, without waiting.
+        ending = pod_status.read_ending(pod)
+        if ending is None:
+            self._defer_to_triggerer()
+        self._finish(plan, context, pod, ending)
+
+    def remove_leftovers(self, plan: Plan) -> None:
+        """Copy the log of a pod that no task has followed to its end, then delete the pod."""
+        self.prepare_pod(plan.uri, plan.step(self.step).key, plan.run_id)
         try:
-            if self._api.read() is not None:
-                self._log(None)
-                self._api.delete()
+            if self._pod_api.read() is not None:
+                self._copy_log(None)
+                self._pod_api.delete()
+        # The artifact is complete, so a failing API must not fail the task.
         except (ApiException, HTTPError) as error:
-            self.log.warning("pod %s may be left: %s", self.name, error)
+            self.log.warning("pod %s could not be looked up and may be left: %s", self.name, error)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
-        """Where the task goes on when the triggerer has something to say of the pod."""
+        """Resume the task after the trigger fired."""
         from qlora_retrain.pipeline.plan import Plan
 
         try:
             plan = Plan.load(plan_uri(context))
-            self.prepare(plan.uri, plan.step(self.step).key, plan.run_id)
+            self.prepare_pod(plan.uri, plan.step(self.step).key, plan.run_id)
             try:
-                self._go_on(plan, context, event)
+                self._handle_event(plan, context, event)
             except (ApiException, HTTPError) as error:
-                raise TryAgain(f"{self.step}: the Kubernetes API failed, the pod goes on: {error}") from error
-            self.judge(plan, context)
+                raise TryAgain(
+                    f"the Kubernetes API failed; the pod is not affected: {error}", cause=Cause.THROTTLED
+                ) from error
+            self.check_artifact(plan, context)
         except Problem as problem:
-            fail(problem.exit_code, str(problem))
+            fail_task(context, Ending.from_problem(self.step, problem))
 
-    def _go_on(self, plan: Plan, context: Context, event: dict[str, Any]) -> None:
-        """Return where the pod did its work; wait on, or end the task, where it did not."""
-        pod = self._api.read()
-        ended = _GONE if pod is None else pod_status.ending(pod)
-        hindered = None if pod is None or ended else pod_status.stuck(pod)
-        if hindered is None and ended is None and event["status"] == "timeout" and not pod_status.running(pod):
-            hindered = pod_status.late(pod, self._api.warnings(pod.metadata.uid), str(event["message"]))
-        if hindered is not None:
-            self._api.delete()
-            fail(hindered.code, hindered.why)
-        if ended is None and (lost := pod_status.lost(pod)):
-            fail(lost.code, lost.why)  # the next try takes its place
-        if ended is None:  # the triggerer lost sight of it, or gave it up just before it began
-            times = int(event.get("_redefer_count", 0))
-            if times >= self.MAX_REDEFER_ATTEMPTS:
-                raise TryAgain(f"{self.step}: the triggerer cannot follow the pod: {event.get('message')}")
-            self._wait(event.get("last_log_time"), _redefer_count=times + 1)
-        self._end(plan, context, pod, ended, event.get("last_log_time"))
+    def _handle_event(self, plan: Plan, context: Context, event: dict[str, Any]) -> None:
+        """Return if the pod did its work; otherwise defer again, or fail the task."""
+        pod = self._pod_api.read()
+        ending = _POD_IS_GONE if pod is None else pod_status.read_ending(pod)
 
-    def _wait(self, last_log_time: Any = None, **carried: Any) -> NoReturn:
-        """Leave the worker. The trigger finds its own way to the cluster: no credential of this worker is in it.
+        # A pod that did not start would hold its quota and its GPU's pool slots for nothing.
+        startup_failure = None if pod is None or ending else pod_status.startup_failure(pod)
+        if (
+            startup_failure is None
+            and ending is None
+            and event["status"] == "timeout"
+            and not pod_status.is_running(pod)
+        ):
+            startup_failure = pod_status.startup_timeout(
+                pod, self._pod_api.warnings(pod.metadata.uid), str(event["message"])
+            )
+        if startup_failure is not None:
+            self._pod_api.delete()
+            fail_task(context, startup_failure.as_ending(self.step))
 
-        By itself it looks for a kubeconfig and not for the service account that a pod has, so it is told.
+        if ending is None and (lost_node := pod_status.lost_node(pod)):
+            fail_task(context, lost_node.as_ending(self.step))  # the next try replaces the pod
+
+        # The pod runs. The trigger lost its connection to the API, or timed out just before the container started.
+        if ending is None:
+            redefer_count = int(event.get("_redefer_count", 0))
+            if redefer_count >= self.MAX_REDEFER_ATTEMPTS:
+                raise TryAgain(f"the triggerer cannot follow the pod: {event.get('message')}", cause=Cause.THROTTLED)
+            self._defer_to_triggerer(event.get("last_log_time"), _redefer_count=redefer_count + 1)
+        self._finish(plan, context, pod, ending, event.get("last_log_time"))
+
+    def _defer_to_triggerer(self, last_log_time: Any = None, **trigger_kwargs: Any) -> NoReturn:
+        """Free the worker until the trigger fires.
+
+        The trigger connects to the cluster by itself, so no credential of this worker is in its arguments. It looks for
+        a kubeconfig by default; with `in_cluster` it uses the service account's token instead.
         """
         trigger = PodTrigger(
             pod_name=self.name,
             pod_namespace=self.namespace,
             trigger_start_time=datetime.now(UTC),
-            base_container_name=pod_spec.CONTAINER,
+            base_container_name=pod_spec.CONTAINER_NAME,
             kubernetes_conn_id=self.kubernetes_conn_id,
             in_cluster=self.hook.is_in_cluster or None,
             poll_interval=self.poll_interval,
@@ -163,78 +185,100 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             termination_grace_period=self.termination_grace_period,
             last_log_time=last_log_time,
             logging_interval=self.logging_interval,
-            trigger_kwargs=carried,
+            trigger_kwargs=trigger_kwargs,
         )
         self.defer(trigger=trigger, method_name="trigger_reentry")
         raise AssertionError("unreachable")
 
-    def _end(self, plan: Plan, context: Context, pod: Any, ended: Ending, last_log_time: Any = None) -> None:
-        """Copy the log; then delete the pod that did its work, or end the task."""
-        from qlora_retrain.pipeline import execute
+    def _finish(self, plan: Plan, context: Context, pod: Any, ending: PodEnding, last_log_time: Any = None) -> None:
+        """Copy the log; then delete the pod if it did its work, otherwise fail the task."""
+        from qlora_retrain.pipeline import status
 
-        logged = self._log(last_log_time) if pod is not None else ""
-        made = execute.found(plan, self.step)
-        if made is not None and made != ended.code:  # it made its artifact, and was taken away before it could end
-            said = "" if made == errors.Exit.DONE else execute.refused_before(plan, self.step)
-            ended = Ending(made, said=said)
-        if ended.code == errors.Exit.DONE:
-            self._api.delete()
+        output = self._copy_log(last_log_time) if pod is not None else StepOutput(None, "")
+        # The kubelet may have kept no message, or only a part; the log has the ending too.
+        if ending.step_ending is None and output is not None and output.ending is not None:
+            ending = pod_status.read_ending(pod, output.ending) or ending
+
+        # A pod may complete its artifact and be evicted before it exits. Then the manifest counts, not the exit code.
+        exit_code = status.exit_code(plan, self.step)
+        if exit_code is not None and exit_code != ending.exit_code:
+            refusal = None if exit_code == errors.Exit.DONE else status.earlier_refusal(plan, self.step)
+            ending = PodEnding(exit_code, step_ending=refusal)
+        if ending.exit_code == errors.Exit.DONE:
+            self._pod_api.delete()
             return
-        may, told = retries.again(pod, ended.code, graph.step(self.step), self.profile)
-        if pod is not None:
-            another = may and context["ti"].try_number <= context["ti"].max_tries
-            self._leave(pod, keep=another or logged is None)
-        last = self.reason_in(ended.said.splitlines()) or logged
-        reason = "; ".join(filter(None, (told, "; last: ".join(filter(None, (ended.why, last))))))
-        if errors.may_retry(ended.code) and not may:
-            raise AirflowFailException(f"{errors.describe(ended.code)} ({ended.code}): {reason}")
-        fail(ended.code, reason)
 
-    def _leave(self, pod: Any, *, keep: bool) -> None:
-        """Mark a pod as judged where the next try learns from it, or its log is nowhere else; or else delete it."""
+        # How often this step died before, and with how much memory, is in the pod's annotations.
+        may_retry, explanation = retries.decide_retry(pod, ending, graph.step(self.step), self.profile)
+        if pod is not None:
+            has_next_try = may_retry and context["ti"].try_number <= context["ti"].max_tries
+            self._keep_or_delete(pod, keep=has_next_try or output is None)
+
+        # The pod's status has the end of the output only where the kubelet could still save it.
+        log_lines = output.last_lines if output else ""
+        step_ending = ending.as_ending(self.step, explanation=explanation, log_lines=log_lines)
+        fail_task(context, step_ending, is_last_try=not may_retry)
+
+    def _keep_or_delete(self, pod: Any, *, keep: bool) -> None:
+        """Mark a kept pod as checked, so that the next try replaces it; delete any other.
+
+        A pod is kept where the next try learns from it, or where its log could not be copied.
+        """
         if keep:
+            # The label is Airflow's own: a pod without it may hold the result of a try that nobody judged.
             self.patch_already_checked(pod, reraise=False)
             return
         try:
-            self._api.delete()
+            self._pod_api.delete()
         except (ApiException, HTTPError) as error:
-            self.log.warning("pod %s is left: %s", self.name, error)
+            self.log.warning("pod %s could not be deleted: %s", self.name, error)
 
-    def _earlier(self) -> Any:
-        """The pod of this name that runs or ended unseen; one that was judged, goes or is given up is replaced."""
-        pod = self._api.read()
+    def _find_pod_to_follow(self) -> Any:
+        """Return the pod of this name that runs, or that ended and was not checked; None where there is none.
+
+        A pod that was checked, that is being deleted or whose node is lost is removed first, since its name is needed.
+        """
+        pod = self._pod_api.read()
         if pod is None:
             return None
-        judged = (pod.metadata.labels or {}).get(self.POD_CHECKED_KEY) == "True"
-        lost = pod_status.lost(pod)
-        if not (judged or lost or pod.metadata.deletion_timestamp):
-            self.log.info("pod %s is there already: following it", self.name)
+
+        is_checked = (pod.metadata.labels or {}).get(self.POD_CHECKED_KEY) == "True"
+        lost_node = pod_status.lost_node(pod)
+        if not (is_checked or lost_node or pod.metadata.deletion_timestamp):
+            self.log.info("pod %s exists already: following it", self.name)
             return pod
+
         self._learn_from(pod)
-        if lost is not None:  # where its container still runs, the store sees to it that only one of the two counts
-            self.log.warning("pod %s is given up: %s", self.name, lost.why)
-            self._api.delete(grace_seconds=0)
-        elif judged:
-            self._api.delete()
-        self._api.wait_until_gone()
+        if lost_node is not None:
+            self.log.warning("pod %s is replaced: %s", self.name, lost_node.reason)
+            # Its container may still run. That is safe: of two attempts the store accepts only the first to complete.
+            self._pod_api.delete(grace_period_seconds=0)
+        elif is_checked:
+            self._pod_api.delete()
+        self._pod_api.wait_until_deleted()
         return None
 
     def _learn_from(self, pod: Any) -> None:
-        """Have the next pod made with what this one's end tells."""
-        step, ended = graph.step(self.step), pod_status.ending(pod)
-        memory = retries.memory_gib(pod, ended, step, self.profile, self.runtime)
-        self.container_resources = pod_spec.resources(step, self.profile, self.runtime, memory)
-        self.annotations = {**pod_spec.ANNOTATIONS, **retries.counts(pod, ended, memory)}
+        """Set the next pod's memory and its annotations by how this one ended."""
+        # The operator built its request before this pod was known, so the request is built again at the end.
+        step, ending = graph.step(self.step), pod_status.read_ending(pod)
+        memory_gib = retries.next_memory_gib(pod, ending, step, self.profile, self.runtime)
+        self.container_resources = pod_spec.resource_requirements(step, self.profile, self.runtime, memory_gib)
+        self.annotations = {**pod_spec.ANNOTATIONS, **retries.death_annotations(pod, ending, memory_gib)}
         self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
 
     @property
-    def _api(self) -> PodApi:
+    def _pod_api(self) -> PodApi:
         return PodApi(self.client, self.namespace, self.name)
 
-    def _log(self, since: Any) -> str | None:
-        """Copy what the step wrote since then to the task's log; return what to read, None where it cannot be had."""
+    def _copy_log(self, since: Any) -> StepOutput | None:
+        """Copy what the step printed since that time to the task's log.
+
+        Returns:
+            The ending and the last lines in that output; None where the log cannot be read.
+        """
         try:
-            return self.last_lines(self._api.log(since))
+            return self.copy_output(self._pod_api.log(since))
         except (ApiException, HTTPError) as error:
             self.log.warning("the pod's log cannot be read: %s", getattr(error, "reason", error))
             return None

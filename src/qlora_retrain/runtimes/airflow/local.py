@@ -1,7 +1,7 @@
 """An Airflow task that runs a step as a subprocess of the worker, in the same virtual environment.
 
-The step's output goes to the task's log. A task that is killed asks its step to stop and allows it a minute (`leash`).
-Nothing is put through a shell.
+The step's output goes to the task's log. When Airflow kills the task, `supervisor.py` asks the step to stop and allows
+it a minute to save its work. No command goes through a shell.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.core import errors, supervisor
+from qlora_retrain.core.endings import Ending
 from qlora_retrain.pipeline import code_identity
 from qlora_retrain.runtimes import local
-from qlora_retrain.runtimes.airflow.operators import StepOperator, fail
+from qlora_retrain.runtimes.airflow.operators import StepOperator, fail_task
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -21,22 +22,22 @@ if TYPE_CHECKING:
     from qlora_retrain.pipeline.plan import Plan
 
 GRACE_SECONDS = 60.0
-_LONGEST_LINE = 64 * 1024
+_MAX_LINE_CHARACTERS = 64 * 1024
 
 
 class LocalStepOperator(StepOperator):
-    """One step of the graph as a subprocess; arguments as `StepOperator`'s."""
+    """One step of the graph as a subprocess; its arguments are those of `StepOperator`."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._process: subprocess.Popen[str] | None = None
 
     def run_step(self, plan: Plan, context: Context) -> None:
-        """Run it on a leash."""
+        """Run the step under the supervisor, and copy its output to the task's log."""
         with subprocess.Popen(
-            supervisor.command(local.command(self.step, plan.uri), grace_seconds=GRACE_SECONDS),
+            supervisor.supervised_command(local.step_command(self.step, plan.uri), grace_seconds=GRACE_SECONDS),
             cwd=code_identity.project_root(),
-            env=_environment(),
+            env=_environment_without_airflow(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -47,17 +48,22 @@ class LocalStepOperator(StepOperator):
         ) as self._process:
             stream = self._process.stdout
             assert stream is not None
-            reason = self.last_lines(iter(lambda: stream.readline(_LONGEST_LINE), ""))
-        if self._process.returncode != errors.Exit.DONE:
-            fail(self._process.returncode, reason)
+
+            # `readline` with a limit: output without a line break must not fill the worker's memory.
+            output = self.copy_output(iter(lambda: stream.readline(_MAX_LINE_CHARACTERS), ""))
+
+        exit_code = self._process.returncode
+        if exit_code != errors.Exit.DONE:
+            fail_task(context, Ending.from_process(self.step, exit_code, output.ending, output.last_lines))
 
     def on_kill(self) -> None:
-        """Ask the step to stop; the leash allows it `GRACE_SECONDS` and outlives this task if need be."""
+        """Request the step to stop; the supervisor allows it `GRACE_SECONDS`, longer than Airflow allows this task."""
         if self._process is not None:
             self._process.terminate()
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment without Airflow's own settings, which hold its database and signing keys."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}
-    return {**kept, "PYTHONUNBUFFERED": "1"}
+def _environment_without_airflow() -> dict[str, str]:
+    """Copy this process's environment without Airflow's own settings, which hold its database and signing keys."""
+    # A step runs code and loads files that Airflow does not control; it must not see Airflow's keys.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}
+    return {**inherited, "PYTHONUNBUFFERED": "1"}

@@ -1,19 +1,21 @@
-"""What every Airflow runtime of this project shares: the plan as task 0, and a step that looks before it runs.
+"""The operators that every Airflow runtime shares: the plan as task 0, and a step that runs only if it has to.
 
-`PlanOperator` writes the run's plan. `StepOperator` looks for the step's artifact and, where there is none, has its
-subclass run `python -m components.<step> --plan URI` somewhere, then judges by the artifact's manifest.
+`PlanOperator` writes the run's plan. `StepOperator` looks for the step's artifact. Where there is none, its subclass
+runs `python -m components.<step> --plan URI` somewhere; then the artifact's manifest decides whether that succeeded.
 
-Every task computes the plan's URI from the run itself, so nothing travels by XCom and a cleared run keeps its plan.
-Exit codes end a task as `errors.py` says: retried within the step's retries, or failed now with the step's last line.
+Every task computes the plan's URI from the DAG run, so no task passes anything by XCom and a cleared run keeps its
+plan. The step's ending decides whether a failed task is retried within the step's retries or fails at once. The ending
+is the message of the failure, and it is saved in the run's folder.
 
-Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it `.state/store` in the project's folder.
+Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` in the project's folder.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from airflow.sdk import Asset, AssetAlias, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from qlora_retrain.core import errors, graph
+from qlora_retrain.core import endings, errors, graph, progress
+from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.pipeline import code_identity
 from qlora_retrain.runtimes.airflow import params
@@ -32,9 +35,9 @@ if TYPE_CHECKING:
     from qlora_retrain.pipeline.plan import Plan
 
 ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
-_REASON_LINES = 3
+_LAST_LINES = 3
 
-# Airflow's default is five minutes; "try again" here is preemption, throttling or a moved champion.
+# Airflow's default delay is five minutes; "try again" here means preemption, throttling or a moved champion.
 _BACKOFF: dict[str, Any] = {
     "retry_delay": timedelta(seconds=5),
     "retry_exponential_backoff": 2.0,
@@ -43,27 +46,28 @@ _BACKOFF: dict[str, Any] = {
 
 
 def store_root() -> str:
-    """The store's URI: the environment's, or the project's own folder."""
+    """Return the store's URI: the environment's, or the project's own folder."""
     return os.environ.get(ROOT_VARIABLE) or (code_identity.project_root() / ".state" / "store").as_uri()
 
 
-def run_name(context: Context) -> str:
-    """The run's name in the store; the same for every task and every try of a DAG run.
+def plan_run_id(context: Context) -> str:
+    """Return the run's id in the store; it is the same for every task and every try of a DAG run.
 
-    `run_after` is there for every run, also one that an asset started, which has no logical date.
+    It is made from `run_after`, which every DAG run has. A run that an asset started has no logical date.
     """
     from qlora_retrain.pipeline import plan
 
+    # `run_after` and both ids stay the same when tasks are cleared, so a cleared run finds its plan.
     dag_run = context["dag_run"]
     return plan.run_id(dag_run.run_after, dag_run.dag_id, dag_run.run_id)
 
 
 def plan_uri(context: Context) -> str:
-    """Where the plan of this DAG run is, or the one that its form names."""
+    """Return the URI of this DAG run's plan, or of the plan that its form names."""
     from qlora_retrain.pipeline import plan
 
-    given = context["params"].get(params.PLAN_URI)
-    return str(given) if given else plan.plan_uri(store_root(), run_name(context))
+    resumed_uri = context["params"].get(params.PLAN_URI)
+    return str(resumed_uri) if resumed_uri else plan.plan_uri(store_root(), plan_run_id(context))
 
 
 class PlanOperator(BaseOperator):  # type: ignore[misc]
@@ -73,56 +77,75 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
         config_path: The line's YAML.
     """
 
-    # A plan reads sources and the store: throttling passes, everything else fails at once by its exit code.
     def __init__(self, *, config_path: Path | str, **kwargs: Any) -> None:
+        # Retries help only while a source or the store is throttled; every other error fails the task at once.
         super().__init__(**{"retries": 2, **_BACKOFF, **kwargs})
         self.config_path = str(config_path)
 
     def execute(self, context: Context) -> None:
-        """Write or check the plan; the log says what will run and why."""
+        """Write or check the plan, and log what will run and why."""
+        # Imported here and below, because the DAG processor imports this module every time that it parses the DAGs.
         from qlora_retrain.pipeline import explain
 
         try:
-            plan = self._plan(context)
+            plan = self._make_or_load_plan(context)
         except Problem as problem:
-            fail(problem.exit_code, str(problem))
+            fail_task(context, Ending.from_problem(graph.PLAN_TASK, problem))
         for line in explain.as_text(plan).splitlines():
             self.log.info("%s", line)
 
-    def _plan(self, context: Context) -> Plan:
+    def _make_or_load_plan(self, context: Context) -> Plan:
         from qlora_retrain.config.line import load
-        from qlora_retrain.pipeline import plan
+        from qlora_retrain.pipeline.make_plan import make_plan
+        from qlora_retrain.pipeline.plan import Plan
 
+        # Read again for each run: the DAG file was parsed by another process, perhaps before the YAML changed.
         config = load(Path(self.config_path), [])
         if context["params"].get(params.PLAN_URI):
-            found = plan.Plan.load(plan_uri(context))
-            if found.line != config.line:
-                raise UsageError(f"{found.uri}: is a plan of line {found.line}; trigger that DAG, not {config.line}")
-            return found
-        turned = params.overrides(config, context["params"])
-        for item in turned:
-            self.log.info("changed by hand: %s", item)
-        return plan.make(Path(self.config_path), store_root(), run_id=run_name(context), overrides=turned)
+            resumed = Plan.load(plan_uri(context))
+            if resumed.line != config.line:
+                raise UsageError(
+                    f"{resumed.uri}: is a plan of line {resumed.line}; trigger that DAG, not {config.line}"
+                )
+            return resumed
+
+        overrides = params.overrides(config, context["params"])
+        for override in overrides:
+            self.log.info("changed by hand: %s", override)
+        return make_plan(Path(self.config_path), store_root(), run=plan_run_id(context), overrides=overrides)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step's output says about its end.
+
+    Attributes:
+        ending: The ending that the step wrote; None where it was killed before.
+        last_lines: The last lines of its other output, for a person.
+    """
+
+    ending: Ending | None
+    last_lines: str
 
 
 class BrokenLineOperator(BaseOperator):  # type: ignore[misc]
-    """Stands in for a line whose YAML cannot be used: fails with the file's errors.
+    """Stand in for a line whose YAML cannot be used: fail with the file's errors.
 
     Args:
-        why: The errors, one a line.
+        reason: The errors, one a line.
     """
 
-    def __init__(self, *, why: str, **kwargs: Any) -> None:
+    def __init__(self, *, reason: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.why = why
+        self.reason = reason
 
     def execute(self, context: Context) -> None:
-        """Fail, and say why."""
-        fail(errors.Exit.USAGE, self.why)
+        """Fail with the reason."""
+        fail_task(context, Ending.from_exit_code(graph.PLAN_TASK, errors.Exit.USAGE, self.reason))
 
 
 class StepOperator(BaseOperator):  # type: ignore[misc]
-    """One step of the graph; a subclass says where it runs.
+    """One step of the graph; a subclass decides where it runs.
 
     Args:
         step: The step's name.
@@ -130,84 +153,115 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
     """
 
     def __init__(self, *, step: str, line: str, **kwargs: Any) -> None:
-        outlets = [AssetAlias(line)] if graph.step(step).store else []
+        # An alias and not an asset, because the asset's URI has the store, which is known only when the task runs.
+        outlets = [AssetAlias(line)] if graph.step(step).kind == graph.StepKind.PUBLISH else []
         super().__init__(**{"retries": graph.step(step).retries, "outlets": outlets, **_BACKOFF, **kwargs})
         self.step = step
         self.line = line
 
     def run_step(self, plan: Plan, context: Context) -> None:
-        """Run the step's one command line to its end; end the task with `fail` where that is not 0."""
+        """Run the step's one command line to its end; call `fail_task` unless its exit code is 0."""
         raise NotImplementedError
 
-    def tidy(self, plan: Plan) -> None:
-        """Remove what an earlier try left, now that the artifact is made."""
+    def remove_leftovers(self, plan: Plan) -> None:
+        """Remove the container or pod of an earlier try; called when the artifact is complete already."""
 
     def execute(self, context: Context) -> None:
-        """Return at once where the artifact is made; otherwise make it."""
-        from qlora_retrain.pipeline import execute as runner
+        """Return at once where the artifact is complete; otherwise run the step."""
+        from qlora_retrain.pipeline import status
         from qlora_retrain.pipeline.plan import Plan
 
         try:
             plan = Plan.load(plan_uri(context))
-            found = runner.found(plan, self.step)
-            if found is None:
+            exit_code = status.exit_code(plan, self.step)
+            self._clear_earlier_ending(plan)
+            if exit_code is None:
                 self.run_step(plan, context)
-                self.judge(plan, context)
+                self.check_artifact(plan, context)
                 return
-            self.tidy(plan)
-            if errors.refusal(found):
-                fail(found, runner.refused_before(plan, self.step))
+
+            self.remove_leftovers(plan)
+            if errors.is_refusal(exit_code):
+                fail_task(context, status.earlier_refusal(plan, self.step))
             else:
                 self.log.info("%s", f"unchanged: {plan.unchanged}" if plan.unchanged else "made already")
-                if context["ti"].try_number > 1:  # the first may have published, and died before it could tell
-                    self._tell(plan, context)
+                # The first try may have published and then died before it emitted the event.
+                if context["ti"].try_number > 1:
+                    self._emit_asset_event(plan, context)
         except Problem as problem:
-            fail(problem.exit_code, str(problem))
+            fail_task(context, Ending.from_problem(self.step, problem))
 
-    def judge(self, plan: Plan, context: Context) -> None:
-        """What a step that ended well really made: the manifest's word counts, not the process's."""
-        from qlora_retrain.pipeline import execute as runner
+    def _clear_earlier_ending(self, plan: Plan) -> None:
+        """Remove how an earlier try ended, now that another begins.
 
-        if runner.found(plan, self.step) != errors.Exit.DONE:
-            fail(errors.Exit.BUG, f"{self.step} ended well, but made no {graph.step(self.step).makes}")
-        self._tell(plan, context)
+        The step does so itself when it begins. That is late for a pod that waits for a node. It never happens where
+        this try follows a container that runs already, or where the earlier one was stopped with its artifact complete.
+        """
+        from qlora_retrain.pipeline import run_endings
+        from qlora_retrain.storage import open_store
 
-    def last_lines(self, lines: Iterable[str]) -> str:
-        """Copy the step's output to the task's log; return what the person on call should read of it."""
+        store = open_store(plan.root)
+        earlier = run_endings.read(store, plan.run_id, self.step)
+        if earlier is not None and earlier.code != errors.Exit.DONE:
+            run_endings.clear(store, plan.run_id, self.step)
 
-        def logged() -> Iterator[str]:
-            for line in lines:
-                self.log.info("%s", line.rstrip())
-                yield line
+    def check_artifact(self, plan: Plan, context: Context) -> None:
+        """Fail unless the artifact's manifest says that the step succeeded; its exit code alone is no proof."""
+        from qlora_retrain.pipeline import status
 
-        return self.reason_in(logged())
+        if status.exit_code(plan, self.step) != errors.Exit.DONE:
+            reason = f"{self.step} exited with 0, but its {graph.step(self.step).makes} is not in the store"
+            fail_task(context, Ending.from_exit_code(self.step, errors.Exit.BUG, reason))
+        self._emit_asset_event(plan, context)
 
-    def reason_in(self, lines: Iterable[str]) -> str:
-        """What the person on call should read of a step's output: the line it ended with, else its last ones."""
-        last: deque[str] = deque(maxlen=_REASON_LINES)
-        for text in map(str.rstrip, lines):
-            if text and not text.startswith('{"time"'):
+    def copy_output(self, lines: Iterable[str]) -> StepOutput:
+        """Copy the step's output to the task's log, except the ending; return the ending and the last lines."""
+        ending, last = None, deque[str](maxlen=_LAST_LINES)
+        for line in lines:
+            text = line.rstrip()
+            if step_ending := endings.from_line(text):
+                ending = step_ending
+                continue
+            self.log.info("%s", text)
+            # Progress would push out the lines that say what went wrong.
+            if text and progress.parse_update(text) is None:
                 last.append(text)
-        ending = [text for text in last if text.startswith(f"{self.step}: ")]
-        return "\n".join(ending[-1:] or last)
+        return StepOutput(ending, "\n".join(last))
 
-    def _tell(self, plan: Plan, context: Context) -> None:
-        """Emit the asset's event if there is a new version, or an alias moved."""
-        from qlora_retrain.pipeline import execute as runner
+    def _emit_asset_event(self, plan: Plan, context: Context) -> None:
+        """Emit the asset's event if a version was published or an alias moved, so that other DAGs can start on it."""
+        from qlora_retrain.pipeline import status
 
         if not self.outlets or plan.unchanged:
             return
-        numbers = runner.summary(plan, self.step)
+
+        numbers = status.numbers(plan, self.step)
         if numbers.get("published") or numbers.get("moved"):
             asset = Asset(f"{plan.root}/models/{plan.line}", group="model")
             extra: dict[str, Any] = {name: numbers.get(name) for name in ("version", "published", "moved")}
             context["outlet_events"][AssetAlias(self.line)].add(asset, extra=extra)
 
 
-def fail(status: int, reason: str) -> NoReturn:
-    """End the task as the exit code says; `reason` is what the person on call reads first."""
-    ending = f"{errors.describe(status)} ({status})"
-    message = reason if ending in reason else f"{ending}: {reason}".rstrip(": ")  # a runner's last line says it already
-    if errors.may_retry(status):
-        raise AirflowException(message)
-    raise AirflowFailException(message)
+def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) -> NoReturn:
+    """Fail the task as the ending says, and write the ending to the run's folder.
+
+    Args:
+        context: The task's context.
+        ending: How the step, or the attempt to run it, ended. Its reason is what the person on call reads first.
+        is_last_try: Do not let Airflow retry, whatever the ending says.
+
+    Raises:
+        AirflowException: For an ending that may be retried.
+        AirflowFailException: For any other, so that Airflow does not retry.
+    """
+    from qlora_retrain.pipeline import run_endings
+
+    # Task 0 fails for a plan URI that is mistyped or of another line; nothing may be written there.
+    if ending.step == graph.PLAN_TASK:
+        root, run_id = store_root(), plan_run_id(context)
+    else:
+        root, _, run_id = plan_uri(context).removesuffix("/plan.json").rpartition("/runs/")
+    run_endings.write_to_store(root, run_id, ending)
+    if ending.retry and not is_last_try:
+        raise AirflowException(ending.summary())
+    raise AirflowFailException(ending.summary())

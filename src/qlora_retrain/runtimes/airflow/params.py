@@ -1,7 +1,7 @@
-"""The form of a hand-started run: which knobs a person may turn, as JSON schema, and what they turned as overrides.
+"""The form for a run that a person starts: its knobs as JSON schemas, and the changed ones as overrides.
 
-Reads the line's config; makes what Airflow's Params need. Bounds, choices and explanations are those of the config's
-own models, so the form and the REST API refuse what the plan would refuse.
+Reads the line's config and builds what Airflow's Params need. Bounds, choices and descriptions come from the config's
+models, so the form and the REST API refuse what the plan would refuse.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from qlora_retrain.config.line import LineConfig
+from qlora_retrain.config.renamed import renamed_to
 from qlora_retrain.core.errors import UsageError
 
 KNOBS = (
@@ -19,17 +20,18 @@ KNOBS = (
     "train.rank",
     "train.epochs",
     "train.max_steps",
-    "train.batch_size",
+    "train.micro_batch_size",
+    "train.global_batch_size",
     "train.max_hours",
-    "data.max_quarantined",
-    "evaluate.first_release",
+    "data.max_quarantined_fraction",
+    "evaluate.allow_first_release",
     "evaluate.max_loss_to_champion",
     "publish.promote_to",
 )
 PLAN_URI = "plan_uri"
 _PLAN_URI_SCHEMA = {
     "type": ["null", "string"],
-    # No user info, no query: a URI never carries a secret.
+    # Neither user info nor a query can match, so the URI cannot carry a secret.
     "pattern": r"^(file:///|s3://)[A-Za-z0-9._/~%+=-]+/plan\.json$",
     "title": PLAN_URI,
     "description": "finish the plan of another run (…/runs/<run id>/plan.json); every other field is then unused",
@@ -37,54 +39,66 @@ _PLAN_URI_SCHEMA = {
 }
 
 
-def fields(config: LineConfig) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Every field of the form as name -> (the line's value, JSON schema)."""
-    found = {path: (value(config, path), schema(path)) for path in KNOBS}
-    return {**found, PLAN_URI: (None, _PLAN_URI_SCHEMA)}
+def form_fields(config: LineConfig) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """List every field of the form as name -> (the line's value, JSON schema)."""
+    fields = {knob: (line_value(config, knob), knob_schema(knob)) for knob in KNOBS}
+    # Not a knob of the line: it replaces the whole plan.
+    return {**fields, PLAN_URI: (None, _PLAN_URI_SCHEMA)}
 
 
-def overrides(config: LineConfig, filled: Mapping[str, Any]) -> list[str]:
-    """`section.field=value` for every knob that was turned away from the line's value.
+def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
+    """Return `section.field=value` for every knob that differs from the line's value.
 
     Raises:
-        UsageError: If a name is no field of the form: who triggers by REST would believe that it was heeded.
+        UsageError: If a name is no field of the form. A typo in a REST call would otherwise be ignored in silence.
     """
-    if unknown := sorted(set(filled) - {*KNOBS, PLAN_URI}):
+    if unknown := sorted(set(form_values) - {*KNOBS, PLAN_URI}):
+        renamed = "".join(f"; {sentence}" for name in unknown if (sentence := renamed_to(name)))
         raise UsageError(
             f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, PLAN_URI))}; "
-            "all else is changed in the line's YAML"
+            f"change other settings in the line's YAML{renamed}"
         )
-    return [f"{p}={json.dumps(filled[p])}" for p in KNOBS if p in filled and filled[p] != value(config, p)]
+    # Overrides are read as YAML, and every JSON value is also a YAML value.
+    return [
+        f"{knob}={json.dumps(form_values[knob])}"
+        for knob in KNOBS
+        if knob in form_values and form_values[knob] != line_value(config, knob)
+    ]
 
 
-def value(config: LineConfig, path: str) -> Any:
-    """The line's value of the knob, as JSON holds it."""
-    section, name = path.split(".")
-    return config.section(section).model_dump(mode="json")[name]
+def line_value(config: LineConfig, knob: str) -> Any:
+    """Return the line's value of the knob, as JSON holds it."""
+    section, field = knob.split(".")
+    return config.section(section).model_dump(mode="json")[field]
 
 
 @cache
-def schema(path: str) -> dict[str, Any]:
-    """The knob's JSON schema, in the flat shape that Airflow's form understands (no `$ref`, no `anyOf`)."""
-    section, name = path.split(".")
+def knob_schema(knob: str) -> dict[str, Any]:
+    """Return the knob's JSON schema, in the flat shape that Airflow's form understands (no `$ref`, no `anyOf`)."""
+    # Airflow's form shows one plain input for each field, so references and unions are resolved here.
+    section, field = knob.split(".")
     document = LineConfig.model_json_schema()
-    model = _resolved(document, document["properties"][section])
-    flat = _flat(document, model["properties"][name])
+    section_schema = _resolve_refs(document, document["properties"][section])
+    flat = _flatten_schema(document, section_schema["properties"][field])
+    # The default is the line's own value, which `form_fields` gives; `operational` is a key of ours.
     flat.pop("default", None)
     flat.pop("operational", None)
-    return {**flat, "title": path, "section": section.capitalize()}
+    return {**flat, "title": knob, "section": section.capitalize()}
 
 
-def _resolved(document: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+def _resolve_refs(document: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
     while "$ref" in node:
         node = {**document["$defs"][node["$ref"].rpartition("/")[2]], **{k: v for k, v in node.items() if k != "$ref"}}
     return dict(node)
 
 
-def _flat(document: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    """`anyOf: [{number, bounds}, {null}]` as `type: [number, null]` with the bounds, which bind numbers only."""
-    node = _resolved(document, node)
-    branches = [_flat(document, branch) for branch in node.pop("anyOf", [])]
+def _flatten_schema(document: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn `anyOf: [{number, bounds}, {null}]` into `type: [number, null]` with the bounds.
+
+    In JSON schema bounds apply to numbers alone, so the null is still accepted.
+    """
+    node = _resolve_refs(document, node)
+    branches = [_flatten_schema(document, branch) for branch in node.pop("anyOf", [])]
     merged = {key: item for branch in branches for key, item in branch.items() if key != "type"}
     types = [branch["type"] for branch in branches]
     return {**merged, **node, **({"type": types} if types else {})}

@@ -1,6 +1,7 @@
-"""What waits for a pod in the triggerer: Airflow's trigger, which also notices that its node will never say its end.
+"""A trigger that waits for a pod: Airflow's own, extended to notice that the pod's node is lost.
 
-Airflow's own goes by the container's state, and on a lost node that is shown as running while the pod is there.
+Airflow's trigger looks only at the container's state. If the node is lost, Kubernetes shows the container as running
+for as long as the pod exists.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from qlora_retrain.runtimes.kubernetes import pod_status
 
 
 class PodTrigger(KubernetesPodTrigger):  # type: ignore[misc]
-    """Fires when the pod's container ended, or when the pod is given up; the task then looks at the pod itself."""
+    """Fire when the pod's container ended, or when its node is lost; the task then reads the pod's status itself."""
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        """By this class's own name: Airflow's method gives its own."""
+        """Return this class's path for the triggerer; Airflow's method would return that of its own class."""
         return f"{__name__}.{type(self).__name__}", super().serialize()[1]
 
     def define_pod_container_state(self, pod: Any) -> ContainerState:
-        """The container's state; failed where the pod is given up."""
-        return ContainerState.FAILED if pod_status.lost(pod) else super().define_pod_container_state(pod)
+        """Return the container's state; failed where its node is lost."""
+        return ContainerState.FAILED if pod_status.lost_node(pod) else super().define_pod_container_state(pod)

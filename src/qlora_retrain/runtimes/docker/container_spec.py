@@ -1,10 +1,11 @@
-"""What a step's container gets, whoever starts it: how it is confined, what it is told, what it sees of the host.
+"""What a step's container gets: its limits and confinement, its environment, its mounts.
 
-The names are those of Docker's own API, which Podman speaks too. Standard library only.
+The names are those of Docker's API, which Podman has too. The Kubernetes and Kubeflow runtimes use the parts that are
+the same for every container: the command, the work folder, the step's label. Standard library only.
 
-Environment of whoever starts it: `PASSED_ON` are settings, passed on as they are; `FILES` name files that hold or lead
-to credentials, and each is mounted read-only. No other credential enters a container, so none can be in its settings:
-a secret in `AWS_SECRET_ACCESS_KEY` stays with the worker.
+Environment of the process that starts it: `FORWARDED_VARIABLES` are settings, which are passed on unchanged.
+`CREDENTIAL_FILE_VARIABLES` name files that hold credentials or lead to them; each file is mounted read-only. No other
+credential enters a container, so none can appear in its settings: `AWS_SECRET_ACCESS_KEY` stays with the worker.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     from qlora_retrain.config.sections import RuntimeConfig
     from qlora_retrain.core.graph import Step
 
-SHARED_MEMORY_BYTES = 2**30  # of a container with several GPUs: NCCL's, engines allow 64 MiB by themselves
-WORK = "/workspace"  # the node cache and the step's own files
-SECRETS = "/run/secrets"
-LABEL = "qlora-retrain.step"
-PASSED_ON = (
+SHARED_MEMORY_BYTES = 2**30  # for NCCL in a container with several GPUs; an engine's default is 64 MiB
+WORK_DIR = "/workspace"  # the node cache and the step's own files
+SECRETS_DIR = "/run/secrets"
+STEP_LABEL = "qlora-retrain.step"
+FORWARDED_VARIABLES = (
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
     "AWS_PROFILE",
@@ -34,16 +35,25 @@ PASSED_ON = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_ROLE_ARN",
 )
-FILES = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE")
+CREDENTIAL_FILE_VARIABLES = (
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CA_BUNDLE",
+)
 
 
-def command(step: str, plan_uri: str) -> list[str]:
-    """The one command line of a step, as the image's first process gets it."""
+def step_command(step: str, plan_uri: str) -> list[str]:
+    """Build the one command line of a step, which the image's entrypoint runs."""
     return ["python", "-m", f"components.{step}", "--plan", plan_uri]
 
 
-def confinement(runtime: RuntimeConfig) -> dict[str, Any]:
-    """A read-only root, no capabilities, no new privileges, the engine's own seccomp profile, and limits."""
+def host_config_options(runtime: RuntimeConfig) -> dict[str, Any]:
+    """Confine a container: a read-only root, no capabilities, no new privileges, and limits.
+
+    The engine's default seccomp profile stays in force, because no option here replaces it.
+    """
+    # Limits that the line does not set are None, which the engine reads as "no limit".
     return {
         "read_only": True,
         "cap_drop": ["ALL"],
@@ -57,68 +67,84 @@ def confinement(runtime: RuntimeConfig) -> dict[str, Any]:
     }
 
 
-def gpus(step: Step, config: Mapping[str, Any]) -> int:
-    """How many GPUs a step's container gets: one for each of its processes, none where the plan says `cpu`."""
-    return int(config.get("processes", step.gpus)) if step.gpus and config.get("device") == "cuda" else 0
+def gpu_count(step: Step, config: Mapping[str, Any]) -> int:
+    """Return the number of GPUs of a step's container: one for each process, none where the plan says `cpu`."""
+    # Only training may have several processes; for the other steps the graph has the number.
+    return int(config.get("num_processes", step.gpus)) if step.gpus and config.get("device") == "cuda" else 0
 
 
-def environment(runtime: RuntimeConfig, places: Iterable[str]) -> dict[str, str]:
-    """What a container is told beside its image's name; never a secret.
+def environment(runtime: RuntimeConfig, store_and_source_uris: Iterable[str]) -> dict[str, str]:
+    """Build a container's environment variables, except its image's name; never a secret.
 
     Args:
         runtime: The line's section of that name.
-        places: The URIs of the store and of the sources.
+        store_and_source_uris: The URIs that the step reads and writes.
 
     Raises:
         UsageError: If S3 is on this machine's loopback, and the container has a loopback of its own.
     """
-    needs_s3 = any(uri.startswith("s3:") for uri in places)
-    found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    needs_s3 = any(uri.startswith("s3:") for uri in store_and_source_uris)
+    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+
+    # Without this check the step would fail with "connection refused", minutes later and without the reason.
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        host = urlsplit(found.get(name, "")).hostname or ""
+        host = urlsplit(variables.get(name, "")).hostname or ""
         if needs_s3 and runtime.network != "host" and (host in ("localhost", "::1") or host.startswith("127.")):
             raise UsageError(
-                f"{name} is {found[name]}, and runtime.network is {runtime.network}: in a container that is the "
+                f"{name} is {variables[name]}, and runtime.network is {runtime.network}: in a container that is the "
                 "container itself; set runtime.network: host, or an address that containers reach"
             )
-    return {**found, **{name: _inside(name) for name in _files()}, "QLORA_RETRAIN_CACHE": f"{WORK}/cache"}
+
+    return {
+        **variables,
+        **{name: _container_path(name) for name in _credential_files()},
+        "QLORA_RETRAIN_CACHE": f"{WORK_DIR}/cache",
+    }
 
 
-def mounts(root: str, source_uris: Iterable[str]) -> list[tuple[str, str, bool]]:
-    """(on the host, in the container, read-only) of what it sees: sources and a `file://` store at their own paths."""
+def bind_mounts(root: str, source_uris: Iterable[str]) -> list[tuple[str, str, bool]]:
+    """List the host paths that a container sees, as (path on the host, path in the container, read-only).
+
+    Sources and a `file://` store are mounted at their own paths, so that their URIs mean the same inside.
+    """
+    # A set, because two sources may be the same path, and an engine refuses a path that is mounted twice.
     sources = sorted({uris.local_path(uri) for uri in source_uris if uri.startswith("file:")})
-    found = [(str(path), str(path), True) for path in sources]
+    mounts = [(str(path), str(path), True) for path in sources]
     if root.startswith("file:"):
-        found.append((str(uris.local_path(root)), str(uris.local_path(root)), False))
-    return found + [(str(path), _inside(name), True) for name, path in _files().items()]
+        mounts.append((str(uris.local_path(root)), str(uris.local_path(root)), False))
+    return mounts + [(str(path), _container_path(name), True) for name, path in _credential_files().items()]
 
 
-def user(root: str) -> str | None:
-    """Whom it runs as: the image's own user, or whoever owns the folder that is the store.
+def container_user(root: str) -> str | None:
+    """Choose the user that a container runs as: the owner of a `file://` store, otherwise the image's own (None).
 
     Raises:
         UsageError: If that would be root.
     """
+    # With S3 nothing on this machine is written, so the user of the image is right.
     if not root.startswith("file:"):
         return None
+
+    # The store's files then belong to one user, whether a container or a local step wrote them.
     folder = uris.local_path(root)
     owner = folder.stat()
     if owner.st_uid == 0:
         raise UsageError(
-            f"{folder}: the store belongs to root, and a container must not run as root: give the folder to another "
-            "user (10001 is the images' own), or keep the store in S3"
+            f"{folder}: the store belongs to root, and a container must not run as root: chown the folder to another "
+            "user (10001 is that of the images), or keep the store in S3"
         )
     return f"{owner.st_uid}:{owner.st_gid}"
 
 
-def volume(user: str | None) -> str:
-    """The engine's volume for `WORK`: one a user, for what one user keeps another may not touch."""
+def work_volume_name(user: str | None) -> str:
+    """Name the engine's volume for `WORK_DIR`; one for each user, since a user cannot write another's files."""
     return "qlora-retrain-work" + (f"-{user.partition(':')[0]}" if user else "")
 
 
-def _files() -> Mapping[str, Path]:
-    return {name: Path(os.environ[name]).resolve() for name in FILES if os.environ.get(name)}
+def _credential_files() -> Mapping[str, Path]:
+    return {name: Path(os.environ[name]).resolve() for name in CREDENTIAL_FILE_VARIABLES if os.environ.get(name)}
 
 
-def _inside(name: str) -> str:
-    return f"{SECRETS}/{name.lower().replace('_', '-')}"
+def _container_path(variable: str) -> str:
+    """Return where the file that a variable names is mounted in the container."""
+    return f"{SECRETS_DIR}/{variable.lower().replace('_', '-')}"

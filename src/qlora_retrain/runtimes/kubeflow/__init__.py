@@ -1,1 +1,1 @@
-"""The pipeline on Kubeflow Pipelines: its components, its API, its local runner."""
+"""The pipeline as a Kubeflow pipeline: its tasks, runs on a cluster, and runs on the local engine."""

@@ -1,8 +1,8 @@
-"""The Kubeflow pipeline in containers on the local engine (Docker, or Podman's Docker API), without a cluster.
+"""Run the Kubeflow pipeline in containers on the local engine (Docker, or Podman's Docker API), without a cluster.
 
-kfp's own runner orders the containers and fills in their commands; they are confined as those of the docker runtime are
-(`containers.py`). It tries a failed step again whatever its exit code, as a cluster does. How the run ended
-is read from the store.
+kfp's own local runner orders the containers and fills in their commands. They are confined like those of the docker
+runtime (`container_spec.py`). The runner retries a failed step whatever its exit code, as a cluster does. How the run
+ended is read from the store.
 
 Environment: `DOCKER_HOST`, the engine's socket.
 Command: `.venv-kfp/bin/qlora-retrain kfp run LINE.yaml --root URI`
@@ -26,16 +26,16 @@ from docker.types import Mount
 from kfp import local
 from kfp.local import docker_task_handler
 
+from qlora_retrain.config.cluster_profile import ClusterProfile
 from qlora_retrain.config.line import LineConfig, document, load
-from qlora_retrain.config.profile import Profile
 from qlora_retrain.core import uris
-from qlora_retrain.core.errors import Exit, TryAgain, UsageError
+from qlora_retrain.core.errors import Cause, Exit, TryAgain, UsageError
 from qlora_retrain.core.graph import STEPS
 from qlora_retrain.core.progress import say
-from qlora_retrain.pipeline import execute, explain, run_page
+from qlora_retrain.pipeline import explain, run_page, status
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.runtimes.docker import container_spec, sweep
-from qlora_retrain.runtimes.kubeflow import components
+from qlora_retrain.runtimes.docker import cleanup, container_spec
+from qlora_retrain.runtimes.kubeflow import tasks
 
 RUN_LABEL = "qlora-retrain.kfp-run"
 _ENGINE_FAILED = "the container engine at {} failed: {}; DOCKER_HOST names another"
@@ -44,7 +44,7 @@ _ENGINE_FAILED = "the container engine at {} failed: {}; DOCKER_HOST names anoth
 def run(
     config_path: Path,
     root: str,
-    profile: Profile,
+    profile: ClusterProfile,
     *,
     plan_uri: str,
     overrides: Sequence[str],
@@ -55,13 +55,13 @@ def run(
     Args:
         config_path: The line's YAML.
         root: The store's URI.
-        profile: Its images; nothing else of a cluster counts here.
-        plan_uri: Finish this plan; empty: make one.
+        profile: Names the images; nothing else of it applies here.
+        plan_uri: The plan to finish; empty: make one.
         overrides: `section.field=value` strings.
-        outputs: Keep in this folder what KFP's UI would show; None: do not.
+        outputs: A folder to keep what KFP's UI would show; None: keep nothing.
 
     Returns:
-        0, the code of the step that refused, or 75 where the same plan can be gone on with.
+        0, the exit code of the step that refused, or 75 where the same plan can be finished by another run.
 
     Raises:
         UsageError: For a line, an image or a store that cannot be used.
@@ -69,110 +69,128 @@ def run(
     """
     config = load(config_path, overrides)
     root = uris.absolute(root)
-    images = {name: _on_this_engine(getattr(profile, name)) for name in ("light_image", "train_image")}
+    images = {name: _local_image_name(getattr(profile, name)) for name in ("light_image", "train_image")}
     profile = profile.model_copy(update={**images, "gpu_resource": None})
+    # Containers run as the folder's owner, and an engine mounts no folder that is missing.
     if root.startswith("file:"):
         uris.local_path(root).mkdir(parents=True, exist_ok=True)
-    name, codes = uuid.uuid4().hex, _Containers()
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    run_label, run_container = uuid.uuid4().hex, _ContainerRunner()
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+
     with tempfile.TemporaryDirectory(prefix="qlora-retrain-kfp-") as temporary:
-        folder = (outputs or Path(temporary)).resolve() / name
+        folder = (outputs or Path(temporary)).resolve() / run_label
         folder.mkdir(parents=True)
-        folder.chmod(0o1777)  # the container's user is another
+        folder.chmod(0o1777)  # the containers run as another user
         try:
-            docker_task_handler.run_docker_container = codes
-            local.init(_runner(root, config, name), pipeline_root=str(folder), raise_on_error=False)
+            docker_task_handler.run_docker_container = run_container
+            local.init(_docker_runner(root, config, run_label), pipeline_root=str(folder), raise_on_error=False)
+            # Without the overrides, which are a parameter of their own, so that the plan records them.
             line = document(load(config_path))
-            components.pipeline(profile)(line=line, root=root, plan_uri=plan_uri, overrides=list(overrides))
+            tasks.load_pipeline(profile)(line=line, root=root, plan_uri=plan_uri, overrides=list(overrides))
         except DockerException as error:
-            raise TryAgain(_ENGINE_FAILED.format(_engine(), error)) from error
+            raise TryAgain(_ENGINE_FAILED.format(_docker_host(), error), cause=Cause.THROTTLED) from error
         finally:
-            _sweep(name)
-        made = next(folder.rglob("uri"), None)
-        if made is None:
-            say("the run ended before it had a plan; its first task says why above")
-            return codes.first or Exit.BUG
-        return _judged(Plan.load(made.read_text()), config_path, root)
+            _stop_containers(run_label)
+
+        # KFP writes the plan task's output `uri` into a file of that name.
+        plan_uri_file = next(folder.rglob("uri"), None)
+        if plan_uri_file is None:
+            say("the run ended before it had a plan; the output of its first task above says why")
+            return run_container.plan_exit_code or Exit.BUG
+        return _read_outcome(Plan.load(plan_uri_file.read_text()), config_path, root)
 
 
-class _Containers:
-    """Runs a container to its end, in place of kfp's function of that name.
+class _ContainerRunner:
+    """Run a container to its end, in place of kfp's `run_docker_container`.
 
-    kfp's has the engine remove a container as soon as it ends; then its log is lost, and it is taken for one that
-    succeeded (kubeflow/pipelines #13332). This goes when that is mended.
+    kfp's function lets the engine remove a container as soon as it ends. Then its log is lost, and a failed container
+    counts as one that succeeded (kubeflow/pipelines #13332). This class can be deleted when that issue is fixed.
     """
 
     def __init__(self) -> None:
-        self.first: int | None = None  # the exit code of task 0
+        self.plan_exit_code: int | None = None  # of task 0, which is the first container
 
     def __call__(
         self, client: docker.DockerClient, image: str, command: list[str], volumes: Any, **settings: Any
     ) -> int:
-        made = client.containers.run(image, command, detach=True, volumes=volumes, **settings)
-        for line in made.logs(stream=True, follow=True):
+        container = client.containers.run(image, command, detach=True, volumes=volumes, **settings)
+        for line in container.logs(stream=True, follow=True):
             print(line.decode("utf-8", "replace"), end="")
-        code = int(made.wait(timeout=None)["StatusCode"])
-        made.remove(force=True)  # not where this is interrupted: then it is stopped first, and may save
-        self.first = code if self.first is None else self.first
-        return code
+        exit_code = int(container.wait(timeout=None)["StatusCode"])
+
+        # Not in a `finally`: after Ctrl-C the container is stopped first, so that its step can save its work.
+        container.remove(force=True)
+        self.plan_exit_code = exit_code if self.plan_exit_code is None else self.plan_exit_code
+        return exit_code
 
 
-def _judged(plan: Plan, config_path: Path, root: str) -> int:
-    """What the store says of the run, whatever the engine said."""
+def _read_outcome(plan: Plan, config_path: Path, root: str) -> int:
+    """Print the run's state and return its exit code, both read from the store and not from kfp's runner."""
     say(explain.status_text(plan))
     say(run_page.sentence(plan))
-    refused = run_page.refusal_of(plan)
-    if refused is not None:
-        return refused.exit_code
-    if all(execute.found(plan, step.name) == Exit.DONE for step in STEPS):
+    refusal = run_page.find_refusal(plan)
+    if refusal is not None:
+        return refusal.exit_code
+    if all(status.exit_code(plan, step.name) == Exit.DONE for step in STEPS):
         return Exit.DONE
+
     command = ["qlora-retrain", "kfp", "run", str(config_path), "--root", root, "--plan", plan.uri]
-    say(f"to go on where it stopped: {shlex.join(command)}")
+    say(f"to continue this run: {shlex.join(command)}")
     return Exit.TRY_AGAIN
 
 
-def _runner(root: str, config: LineConfig, name: str) -> local.DockerRunner:
-    user = container_spec.user(root) or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else None)
-    sources = config.sources.given().values()
-    mounts = [Mount(container_spec.WORK, container_spec.volume(user), type="volume")]
+def _docker_runner(root: str, config: LineConfig, run_label: str) -> local.DockerRunner:
+    user = container_spec.container_user(root) or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else None)
+    source_uris = config.sources.declared_uris().values()
+    mounts = [Mount(container_spec.WORK_DIR, container_spec.work_volume_name(user), type="volume")]
     mounts += [
-        Mount(i, o, type="bind", read_only=ro)
-        for o, i, ro in container_spec.mounts(root, config.sources.given().values())
+        Mount(container_path, host_path, type="bind", read_only=read_only)
+        for host_path, container_path, read_only in container_spec.bind_mounts(
+            root, config.sources.declared_uris().values()
+        )
     ]
-    settings: dict[str, Any] = {k: v for k, v in container_spec.confinement(config.runtime).items() if v is not None}
+
+    # kfp passes every option on to docker-py's `run`, which accepts no None for some of them.
+    options: dict[str, Any] = {
+        name: value for name, value in container_spec.host_config_options(config.runtime).items() if value is not None
+    }
     return local.DockerRunner(
-        **settings,
+        **options,
         mounts=mounts,
-        environment=container_spec.environment(config.runtime, [root, *sources]),
-        labels={RUN_LABEL: name, container_spec.LABEL: "kfp"},
+        environment=container_spec.environment(config.runtime, [root, *source_uris]),
+        labels={RUN_LABEL: run_label, container_spec.STEP_LABEL: "kfp"},
         **({"user": user} if user else {}),
     )
 
 
-def _on_this_engine(ref: str) -> str:
-    """The image's name as the engine lists it: kfp looks for that text, and Podman's has a host in front."""
+def _local_image_name(ref: str) -> str:
+    """Return the image's name as the engine lists it.
+
+    kfp searches the list for that exact text, and Podman's names begin with a host.
+    """
     try:
         client = docker.from_env()
         image = client.images.get(ref)
     except ImageNotFound as error:
         raise UsageError(f"image {ref} is not on this engine; build it with `make images`") from error
     except DockerException as error:
-        raise TryAgain(_ENGINE_FAILED.format(_engine(), error)) from error
+        raise TryAgain(_ENGINE_FAILED.format(_docker_host(), error), cause=Cause.THROTTLED) from error
     return next((tag for tag in image.tags if tag == ref or tag.endswith(f"/{ref}")), ref)
 
 
-def _engine() -> str:
+def _docker_host() -> str:
     return os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 
 
-def _sweep(name: str) -> None:
-    """Stop what is left of an interrupted run; a step that trains saves its work first."""
-    with contextlib.suppress(DockerException, OSError):  # an engine that went away has its own error already
-        client = docker.from_env(timeout=sweep.GRACE_SECONDS + 30)
-        for left in client.containers.list(filters={"label": f"{RUN_LABEL}={name}"}):
-            say(f"stopping container {left.name}")
-            sweep.sweep(client.api, left.id)
+def _stop_containers(run_label: str) -> None:
+    """Stop the containers that an interrupted run left; a step that trains saves its work first."""
+    # If the engine is gone, its error was raised before.
+    with contextlib.suppress(DockerException, OSError):
+        client = docker.from_env(timeout=cleanup.GRACE_SECONDS + 30)
+        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run_label}"}):
+            say(f"stopping container {container.name}")
+            cleanup.stop_and_remove(client.api, container.id)
 
 
-def _as_interrupt(number: int, frame: object) -> NoReturn:
+def _raise_keyboard_interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt

@@ -1,25 +1,24 @@
-"""How a pod ended, as an exit code of `errors.py`: what the container says, and what the cluster did to it.
+"""Read how a pod ended: from the ending that the step wrote, the container's state, and what the cluster did to it.
 
     the container's own exit code             stands, unless the cluster ended it (below)
-    OOMKilled, or 137 that the step explains  137: tried again, with more memory where the profile allows it
-    OOMKilled, and a code that a step chose   stands: the kernel killed one of its processes, and it went on
-    137 that nobody explains                  -9: killed by a signal, tried again as it was
+    OOMKilled, or 137 in the step's ending    137: tried again, with more memory where the profile allows it
+    OOMKilled, and a code that a step chose   stands: the kernel killed one of its processes, and the step went on
+    137 for no reported reason                -9: killed by a signal, tried again with the same memory
     Evicted, Preempting, DisruptionTarget,    75: tried again, from the last checkpoint
       a node that shuts down, restarts or is lost
-    Evicted for more disk than the pod may    12: it would need as much again; the message names the setting
-    a container that the runtime cannot start 75: a node whose GPU driver is broken, say; there are others
-    a pod that is gone                        75: its node went, or somebody deleted it
-    a pod whose node is silent for long       75: given up, though the cluster still shows it as running
+    Evicted for more disk than the pod may    12: the next try would need as much; the message names the setting
+    a container that the runtime cannot start 75: for example a node with a broken GPU driver; other nodes may work
+    a pod that is gone                        75: its node is lost, or a person deleted it
+    a pod whose node reports nothing          75: replaced after ten minutes, although the cluster shows it as running
     an image that cannot be pulled            75: registries fail for minutes; the message names the image
-    a name that is wrong, a secret that is    12: nothing gets better by waiting
-      missing
+    a wrong image name, a missing secret      12: waiting does not help
 
 Pure functions of a pod as the API shows it.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,153 +27,190 @@ from typing import Any
 
 from kubernetes.utils.quantity import parse_quantity
 
-from qlora_retrain.core.errors import Exit
-from qlora_retrain.runtimes.kubernetes.pod_spec import CONTAINER
+from qlora_retrain.core import endings
+from qlora_retrain.core.endings import Ending
+from qlora_retrain.core.errors import Cause, Exit
+from qlora_retrain.runtimes import foreign_messages
+from qlora_retrain.runtimes.kubernetes.pod_spec import CONTAINER_NAME
 
-# A silent node is not ready within a minute, Kubernetes deletes its pods after five more, and they have two of grace.
-LOST_SECONDS = 600
-_UNPULLED = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable")
-_UNSTARTED = ("StartError", "ContainerCannotRun", "RunContainerError")
-_UNUSABLE = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
-_CHOSEN = set(Exit) - {Exit.BUG, Exit.OUT_OF_MEMORY}
-_BY_THE_CLUSTER = (Exit.OUT_OF_MEMORY, Exit.TRY_AGAIN, 143)  # exit codes that a pod has when it is taken away
-# As the kubelet says it of a pod's own limits; a node whose disk is full is "low on resource".
-_ITS_DISK = re.compile('EmptyDir volume "work" exceeds|local ephemeral storage limit|ephemeral local storage usage')
-_ITS_VOLUME = re.compile("EmptyDir volume .* exceeds")
-_MISSING = re.compile('(secret|configmap) "[^"]*" not found')
+# A node that reports nothing becomes "not ready" within a minute. Kubernetes deletes its pods five minutes later, and
+# they have two minutes of grace. So after ten minutes no report of the pod's end will come.
+LOST_NODE_SECONDS = 600
+_PULL_FAILURES = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable")
+_START_FAILURES = ("StartError", "ContainerCannotRun", "RunContainerError")
+_PERMANENT_FAILURES = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
+# Codes that only our own code returns; 1 and 137 also come from Python and from the kernel.
+_STEP_EXIT_CODES = set(Exit) - {Exit.BUG, Exit.OUT_OF_MEMORY}
+# Of a container that the cluster stopped (143: SIGTERM) or killed (137: SIGKILL).
+_TERMINATED_EXIT_CODES = (Exit.OUT_OF_MEMORY, Exit.TRY_AGAIN, 143)
 
 
 @dataclass(frozen=True)
-class Ending:
+class PodEnding:
     """How a pod ended.
 
     Attributes:
-        code: 0, or what `errors.describe` explains.
-        why: What the cluster says of it; empty where the step's own output says it.
-        said: The end of the step's output, where the kubelet kept it.
+        exit_code: 0, or a code that `errors.describe` explains.
+        cause: The cause, where the cluster reports one; None: that of the step's ending or of the exit code.
+        reason: The cluster's message; empty where the cluster did not end the pod.
+        step_ending: The ending that the step wrote; None where it was killed before, or never ran.
+        last_lines: The end of the step's output, where it wrote no ending and the kubelet kept its output.
     """
 
-    code: int
-    why: str = ""
-    said: str = ""
+    exit_code: int
+    cause: Cause | None = None
+    reason: str = ""
+    step_ending: Ending | None = None
+    last_lines: str = ""
+
+    def as_ending(self, step: str, *, explanation: str = "", log_lines: str = "") -> Ending:
+        """Return the ending of the step that ran in the pod.
+
+        Args:
+            step: The step.
+            explanation: What the runtime adds for the person on call, e.g. the memory of the next try.
+            log_lines: The end of the step's log; used where the pod's status has none of the output.
+        """
+        ending = Ending.from_process(step, self.exit_code, self.step_ending)
+        last_output = (self.step_ending.reason if self.step_ending else "") or self.last_lines or log_lines
+        # The cluster's message first: it is why the step's output ends where it does.
+        message = "; last output: ".join(filter(None, (self.reason, last_output)))
+        reason = "; ".join(filter(None, (explanation, message)))
+        return dataclasses.replace(ending, cause=self.cause or ending.cause, reason=reason)
 
 
-def ending(pod: Any) -> Ending | None:
-    """How a pod ended; None while it may go on by itself.
+def read_ending(pod: Any, log_ending: Ending | None = None) -> PodEnding | None:
+    """Return how a pod ended; None while it runs or may still start.
 
     Args:
         pod: A V1Pod.
+        log_ending: The ending in the step's log; used where the pod's termination message has none.
     """
     status = pod.status
-    done = _terminated(pod)
-    taken = _taken_away(pod)
-    if done is None:
+    terminated = _terminated_state(pod)
+    disruption = _disruption(pod)
+
+    if terminated is None:
         if status.phase in ("Failed", "Succeeded"):
-            return _away(taken or f"the pod {status.phase.lower()} before its container ran")
+            return _disruption_ending(disruption or f"the pod {status.phase.lower()} before its container ran")
         return None
-    said = done.message or ""
-    if done.reason in _UNSTARTED:  # the message is the runtime's, and there is no output
-        return Ending(Exit.TRY_AGAIN, f"the container did not start: {done.reason}: {said}".rstrip(": "))
-    if done.reason == "ContainerStatusUnknown":  # 137 too, though nothing was killed for memory
-        return Ending(Exit.TRY_AGAIN, "ContainerStatusUnknown: the node lost its container, as when it restarts", said)
-    if taken and done.exit_code in _BY_THE_CLUSTER:  # before OOMKilled, which may be of a process that is long gone
-        return _away(taken, said)
-    if done.reason == "OOMKilled" and done.exit_code not in _CHOSEN:
-        return Ending(Exit.OUT_OF_MEMORY, "OOMKilled", said)
-    if done.exit_code == Exit.OUT_OF_MEMORY and f"({int(Exit.OUT_OF_MEMORY)})" not in said:
-        return Ending(-signal.SIGKILL, "nothing says that it was for memory", said)
-    return Ending(int(done.exit_code), said=said)
+
+    message = terminated.message or ""
+    # Here the message is from the container runtime: the step never ran, so it printed nothing.
+    if terminated.reason in _START_FAILURES:
+        reason = f"the container did not start: {terminated.reason}: {message}".rstrip(": ")
+        return PodEnding(Exit.TRY_AGAIN, Cause.NOT_STARTED, reason)
+
+    step_ending = endings.from_output(message) or log_ending
+    last_lines = "" if step_ending else message.strip()
+    # Its exit code is 137 too, although nothing was killed for memory.
+    if terminated.reason == "ContainerStatusUnknown":
+        reason = "ContainerStatusUnknown: the node lost its container, as when it restarts"
+        return PodEnding(Exit.TRY_AGAIN, Cause.NODE_LOST, reason, step_ending, last_lines)
+    # Before OOMKilled, which may be about a process that died long before the eviction.
+    if disruption and terminated.exit_code in _TERMINATED_EXIT_CODES:
+        return _disruption_ending(disruption, step_ending, last_lines)
+
+    has_explained_137 = step_ending is not None and step_ending.code == Exit.OUT_OF_MEMORY
+    if terminated.reason == "OOMKilled" and terminated.exit_code not in _STEP_EXIT_CODES:
+        cause = None if has_explained_137 else Cause.HOST_OOM
+        return PodEnding(Exit.OUT_OF_MEMORY, cause, "OOMKilled", step_ending, last_lines)
+    if terminated.exit_code == Exit.OUT_OF_MEMORY and not has_explained_137:
+        # More memory would be a guess, so the signal is reported as what it is.
+        reason = "nothing shows that memory ran out"
+        return PodEnding(-signal.SIGKILL, Cause.KILLED, reason, step_ending, last_lines)
+    return PodEnding(int(terminated.exit_code), step_ending=step_ending, last_lines=last_lines)
 
 
-def lost(pod: Any) -> Ending | None:
-    """Why a pod is given up that the cluster still shows; None where its node may yet say how it ended.
+def lost_node(pod: Any) -> PodEnding | None:
+    """Return the ending of a pod whose node is lost; None while the node may still report the pod's end.
 
-    A node that nobody reaches says nothing more: its container is shown as running, the pod as not ready, then as being
-    deleted, until somebody removes the node.
+    Kubernetes shows the container on a lost node as running, and the pod as not ready or as being deleted. This lasts
+    until a person or the cloud provider removes the node.
     """
-    ready = next((c for c in pod.status.conditions or () if c.type == "Ready" and c.status != "True"), None)
-    silent = ready.last_transition_time if ready is not None and running(pod) else None
+    not_ready = next((c for c in pod.status.conditions or () if c.type == "Ready" and c.status != "True"), None)
+    silent_since = not_ready.last_transition_time if not_ready is not None and is_running(pod) else None
     if _is_long_ago(pod.metadata.deletion_timestamp):
-        return Ending(
-            Exit.TRY_AGAIN, f"the pod was to be gone by {pod.metadata.deletion_timestamp:%H:%M} UTC: node lost"
-        )
-    if _is_long_ago(silent):
-        return Ending(Exit.TRY_AGAIN, f"nothing was heard of the pod's node since {silent:%H:%M} UTC: node lost")
+        reason = f"the pod should have been removed by {pod.metadata.deletion_timestamp:%H:%M} UTC: node lost"
+        return PodEnding(Exit.TRY_AGAIN, Cause.NODE_LOST, reason)
+    if _is_long_ago(silent_since):
+        reason = f"the pod's node has reported nothing since {silent_since:%H:%M} UTC: node lost"
+        return PodEnding(Exit.TRY_AGAIN, Cause.NODE_LOST, reason)
     return None
 
 
-def stuck(pod: Any) -> Ending | None:
-    """Why a pod does not begin; None where nothing hinders it, or it runs."""
-    waiting = next((s.state.waiting for s in pod.status.container_statuses or () if s.name == CONTAINER), None)
-    if waiting is not None and waiting.reason in (*_UNPULLED, *_UNSTARTED, *_UNUSABLE):
-        image = next(c.image for c in pod.spec.containers if c.name == CONTAINER)
-        code = Exit.USAGE if waiting.reason in _UNUSABLE else Exit.TRY_AGAIN
-        return Ending(code, f"the pod did not start: {waiting.reason} ({image}): {waiting.message or ''}".rstrip(": "))
+def startup_failure(pod: Any) -> PodEnding | None:
+    """Return the ending of a pod whose container cannot start; None where it runs, or nothing prevents its start."""
+    waiting = next((s.state.waiting for s in pod.status.container_statuses or () if s.name == CONTAINER_NAME), None)
+    if waiting is not None and waiting.reason in (*_PULL_FAILURES, *_START_FAILURES, *_PERMANENT_FAILURES):
+        image = next(c.image for c in pod.spec.containers if c.name == CONTAINER_NAME)
+        exit_code = Exit.USAGE if waiting.reason in _PERMANENT_FAILURES else Exit.TRY_AGAIN
+        reason = f"the pod did not start: {waiting.reason} ({image}): {waiting.message or ''}".rstrip(": ")
+        return PodEnding(exit_code, Cause.NOT_STARTED, reason)
     return None
 
 
-def late(pod: Any, warnings: Sequence[Any], waited: str) -> Ending:
-    """Why a pod has not begun in the time that it has for that.
+def startup_timeout(pod: Any, warnings: Sequence[Any], trigger_message: str) -> PodEnding:
+    """Return the ending of a pod whose container has not started within the startup timeout.
 
     Args:
         pod: A V1Pod.
-        warnings: The cluster's, of this pod, as events; the last one counts.
-        waited: What the trigger says.
+        warnings: The cluster's warning events about this pod, oldest first; the last one counts.
+        trigger_message: The trigger's message about the timeout.
     """
-    told = [f"{event.reason}: {event.message}" for event in warnings]
-    if missing := next((text for text in told if _MISSING.search(text)), None):
-        return Ending(Exit.USAGE, f"the pod did not start: {missing}")
+    # A missing secret is reported only as an event; the pod's status just says ContainerCreating.
+    messages = [f"{event.reason}: {event.message}" for event in warnings]
+    if missing := next((text for text in messages if foreign_messages.MISSING_SECRET.search(text)), None):
+        return PodEnding(Exit.USAGE, Cause.NOT_STARTED, f"the pod did not start: {missing}")
+
+    # The scheduler's message names what no node has, e.g. a GPU or the memory.
     conditions = pod.status.conditions or ()
     unscheduled = next((c for c in conditions if c.type == "PodScheduled" and c.status == "False"), None)
     if unscheduled:
-        return Ending(Exit.TRY_AGAIN, f"no node takes the pod: {unscheduled.message or unscheduled.reason}")
-    return Ending(Exit.TRY_AGAIN, "; ".join((waited, *told[-1:])))
+        reason = f"no node takes the pod: {unscheduled.message or unscheduled.reason}"
+        return PodEnding(Exit.TRY_AGAIN, Cause.NOT_STARTED, reason)
+    return PodEnding(Exit.TRY_AGAIN, Cause.NOT_STARTED, "; ".join((trigger_message, *messages[-1:])))
 
 
-def running(pod: Any) -> bool:
-    """Whether its container runs, as far as the cluster knows."""
-    return any(s.state and s.state.running for s in pod.status.container_statuses or () if s.name == CONTAINER)
+def is_running(pod: Any) -> bool:
+    """Return whether the pod's container runs, as far as the cluster knows."""
+    return any(s.state and s.state.running for s in pod.status.container_statuses or () if s.name == CONTAINER_NAME)
 
 
-def said(pod: Any) -> str:
-    """What its container left to be read; empty where there is no pod, or nothing."""
-    done = _terminated(pod) if pod is not None else None
-    return (done.message or "") if done is not None else ""
-
-
-def memory_gib(pod: Any) -> float | None:
-    """The memory that the step was allowed; None without a limit."""
-    container = next(c for c in pod.spec.containers if c.name == CONTAINER)
+def memory_limit_gib(pod: Any) -> float | None:
+    """Return the memory that the step was allowed, in GiB; None without a limit."""
+    container = next(c for c in pod.spec.containers if c.name == CONTAINER_NAME)
     limit = (container.resources.limits or {}).get("memory") if container.resources else None
     return float(parse_quantity(limit)) / 2**30 if limit else None
 
 
-def _terminated(pod: Any) -> Any:
+def _terminated_state(pod: Any) -> Any:
+    """Return the `terminated` state of the step's container; None while it has none."""
     statuses = pod.status.container_statuses or ()
-    return next((s.state.terminated for s in statuses if s.name == CONTAINER and s.state), None)
+    return next((s.state.terminated for s in statuses if s.name == CONTAINER_NAME and s.state), None)
 
 
-def _is_long_ago(then: datetime | None) -> bool:
-    return then is not None and (datetime.now(UTC) - then).total_seconds() > LOST_SECONDS
+def _is_long_ago(moment: datetime | None) -> bool:
+    return moment is not None and (datetime.now(UTC) - moment).total_seconds() > LOST_NODE_SECONDS
 
 
-def _taken_away(pod: Any) -> str:
-    """What the cluster says of a pod that it ended; empty where it did not."""
+def _disruption(pod: Any) -> str:
+    """Return the cluster's message about a pod that it ended; empty where it did not end the pod."""
     status = pod.status
-    disruption = next((c for c in status.conditions or () if c.type == "DisruptionTarget" and c.status == "True"), None)
+    condition = next((c for c in status.conditions or () if c.type == "DisruptionTarget" and c.status == "True"), None)
     if status.reason:  # Evicted, Preempting, NodeLost, Shutdown, OutOfcpu, UnexpectedAdmissionError, ...
         return f"{status.reason}: {status.message or 'the cluster ended the pod'}"
-    if disruption is not None:
-        return f"DisruptionTarget, {disruption.reason}: {disruption.message or 'the cluster ended the pod'}"
+    if condition is not None:
+        return f"DisruptionTarget, {condition.reason}: {condition.message or 'the cluster ended the pod'}"
     return "the pod was deleted while it ran" if pod.metadata.deletion_timestamp else ""
 
 
-def _away(taken: str, said: str = "") -> Ending:
-    """The end of a pod that the cluster took away: for others, or because it took more disk than it may."""
-    if _ITS_DISK.search(taken):
-        return Ending(
-            Exit.USAGE, f"{taken.strip()} More is runtime.disk_gib in the line, work_gib in the profile", said
-        )
-    if _ITS_VOLUME.search(taken):
-        return Ending(Exit.USAGE, f"{taken.strip()} No setting gives more", said)
-    return Ending(Exit.TRY_AGAIN, taken, said)
+def _disruption_ending(disruption: str, step_ending: Ending | None = None, last_lines: str = "") -> PodEnding:
+    """Return the ending of a pod that the cluster ended: to make room, or because the pod used too much disk."""
+    if foreign_messages.WORK_VOLUME_FULL.search(disruption):
+        reason = f"{disruption.strip()} Set a larger runtime.disk_gib in the line, or disk_gib in the profile"
+        return PodEnding(Exit.USAGE, Cause.DISK_FULL, reason, step_ending, last_lines)
+    if foreign_messages.OTHER_VOLUME_FULL.search(disruption):
+        reason = f"{disruption.strip()} The size of that volume is fixed: no setting raises this limit"
+        return PodEnding(Exit.USAGE, Cause.DISK_FULL, reason, step_ending, last_lines)
+    return PodEnding(Exit.TRY_AGAIN, Cause.PREEMPTED, disruption, step_ending, last_lines)

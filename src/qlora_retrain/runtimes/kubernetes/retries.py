@@ -1,72 +1,102 @@
-"""What a try learns from the pod of the one before: the memory that it gets, and whether it would only end so again.
+"""Decide from the pod of the last try how much memory the next one gets, and whether there is a next one.
 
-A failed pod is kept until the next try, so it is where this is remembered: its limit, and in its annotations how often
-the step died before. Killed for memory, the next one gets half as much more, up to the profile's `max_memory_gib`;
-where there is no more to give, one plain retry finds out whether it was the node. Any other signal is tried again
-within the graph's retries of the step. What the cluster does to a pod is not counted: Airflow's retries bound it.
-After the last try the pod goes, and a task that is cleared begins anew.
+A failed pod is kept until the next try, so its status and annotations pass on what later tries need: its memory
+limit, and how often the step died with each exit code.
 
-Pure functions of a pod as the API shows it.
+    killed for memory:            again, with 1.5 times the memory, up to the profile's `max_memory_gib`
+    the same, and no              one more try with the same memory, in case the node was the problem
+      `max_memory_gib`:
+    any other signal:             again, within the graph's retries of the step
+    ended by the cluster:         not counted here; Airflow's retries are the limit
+
+After the last try the pod is deleted, so a task that is cleared starts from the beginning. The functions here are pure:
+they read a pod as the API shows it, and change nothing.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.core.errors import OF_THE_GPU, Exit, may_retry
+from qlora_retrain.core.errors import Cause, Exit, may_retry
 from qlora_retrain.runtimes.kubernetes import pod_spec, pod_status
-from qlora_retrain.runtimes.kubernetes.pod_status import Ending
+from qlora_retrain.runtimes.kubernetes.pod_status import PodEnding
 
 if TYPE_CHECKING:
-    from qlora_retrain.config.profile import Profile
+    from qlora_retrain.config.cluster_profile import ClusterProfile
     from qlora_retrain.config.sections import RuntimeConfig
     from qlora_retrain.core.graph import Step
 
-_DIED = "qlora-retrain.died-of-"  # and the exit code
+_DEATHS_ANNOTATION = "qlora-retrain.died-of-"  # followed by the exit code
 
 
-def memory_gib(pod: Any, ended: Ending | None, step: Step, profile: Profile, runtime: RuntimeConfig) -> float | None:
-    """GiB for the pod after this one: more if it was killed for memory, never less than it had or than is set now."""
-    had = pod_status.memory_gib(pod)
-    killed = ended is not None and ended.code == Exit.OUT_OF_MEMORY
-    more = pod_spec.more_memory(had, step, profile) if killed else None
-    return max(filter(None, (had, more, pod_spec.memory_of(step, profile, runtime))), default=None)
+def next_memory_gib(
+    pod: Any, ending: PodEnding | None, step: Step, profile: ClusterProfile, runtime: RuntimeConfig
+) -> float | None:
+    """Return the memory in GiB for the next pod: more if this one was killed for memory.
+
+    It is never less than this pod had, nor less than the settings say now.
+    """
+    # The pod's own limit is the only record of how far earlier tries have raised the memory.
+    previous_gib = pod_status.memory_limit_gib(pod)
+    killed_for_memory = ending is not None and ending.exit_code == Exit.OUT_OF_MEMORY
+    increased_gib = pod_spec.increased_memory_gib(previous_gib, step, profile) if killed_for_memory else None
+    return max(
+        filter(None, (previous_gib, increased_gib, pod_spec.first_memory_gib(step, profile, runtime))), default=None
+    )
 
 
-def counts(pod: Any, ended: Ending | None, memory_gib: float | None) -> dict[str, str]:
-    """How often the step died, as annotations of the pod after this one, which gets `memory_gib`."""
-    found = {name: text for name, text in (pod.metadata.annotations or {}).items() if name.startswith(_DIED)}
-    if ended is not None and _is_signal(ended.code):
-        found[f"{_DIED}{ended.code}"] = str(_died(pod, ended.code) + 1)
-    if memory_gib != pod_status.memory_gib(pod):
-        found.pop(f"{_DIED}{int(Exit.OUT_OF_MEMORY)}", None)
-    return found
+def death_annotations(pod: Any, ending: PodEnding | None, memory_gib: float | None) -> dict[str, str]:
+    """Count how often the step died, as annotations of the next pod, which gets `memory_gib`."""
+    counts = {
+        name: text for name, text in (pod.metadata.annotations or {}).items() if name.startswith(_DEATHS_ANNOTATION)
+    }
+    if ending is not None and _is_signal(ending.exit_code):
+        counts[f"{_DEATHS_ANNOTATION}{ending.exit_code}"] = str(_previous_deaths(pod, ending.exit_code) + 1)
+
+    # Deaths with less memory say nothing about the pod that gets more.
+    if memory_gib != pod_status.memory_limit_gib(pod):
+        counts.pop(f"{_DEATHS_ANNOTATION}{int(Exit.OUT_OF_MEMORY)}", None)
+    return counts
 
 
-def again(pod: Any, code: int, step: Step, profile: Profile) -> tuple[bool, str]:
-    """Whether a pod that ended with this code is followed by another, and what is told of it."""
-    if not _is_signal(code):
-        return may_retry(code), ""
-    before = _died(pod, code)
-    if code != Exit.OUT_OF_MEMORY:
-        return before < step.retries, f"{before + 1} times by now" if before else ""
-    if OF_THE_GPU in pod_status.said(pod):
+def decide_retry(pod: Any, ending: PodEnding, step: Step, profile: ClusterProfile) -> tuple[bool, str]:
+    """Decide whether another pod is created after one with this ending.
+
+    Returns:
+        The decision, and an explanation for the task's message; empty where there is nothing to add.
+    """
+    exit_code = ending.exit_code
+    if not _is_signal(exit_code):
+        return may_retry(exit_code), ""
+
+    previous_deaths = _previous_deaths(pod, exit_code)
+    if exit_code != Exit.OUT_OF_MEMORY:
+        return previous_deaths < step.retries, f"{previous_deaths + 1} such ends by now" if previous_deaths else ""
+    if ending.as_ending(step.name).cause == Cause.GPU_OOM:
         return False, "more of the host's memory would not help"
-    had, most = pod_status.memory_gib(pod), profile.pod(step).max_memory_gib
-    limit = f"its limit was {had:g} GiB" if had else "it had no limit of its own"
-    if more := pod_spec.more_memory(had, step, profile):
-        return True, f"{limit}, the next try gets {more:g} GiB"
-    if had and most:
-        return False, f"{limit}, all that the profile's max_memory_gib ({most:g}) allows: lower the batch, or raise it"
-    if before:
-        return False, f"{limit}, as the last time: set memory_gib and max_memory_gib in the profile, or lower the batch"
-    return True, f"{limit}, the next try gets the same, once (no max_memory_gib)"
+
+    # From the pod itself, because the profile may have changed since it was created.
+    previous_gib, max_gib = pod_status.memory_limit_gib(pod), profile.pod(step).max_memory_gib
+    limit = f"its limit was {previous_gib:g} GiB" if previous_gib else "it had no limit of its own"
+    if increased_gib := pod_spec.increased_memory_gib(previous_gib, step, profile):
+        return True, f"{limit}; the next try gets {increased_gib:g} GiB"
+    if previous_gib and max_gib:
+        return (
+            False,
+            f"{limit}, the profile's max_memory_gib ({max_gib:g}) allows no more; raise it, or use smaller batches",
+        )
+    if previous_deaths:
+        return (
+            False,
+            f"{limit}, as in an earlier try; set memory_gib and max_memory_gib in the profile, or use smaller batches",
+        )
+    return True, f"{limit}; the next try gets the same, once, because max_memory_gib is not set"
 
 
-def _is_signal(code: int) -> bool:
-    return may_retry(code) and code != Exit.TRY_AGAIN
+def _is_signal(exit_code: int) -> bool:
+    return may_retry(exit_code) and exit_code != Exit.TRY_AGAIN
 
 
-def _died(pod: Any, code: int) -> int:
-    """How many pods of this run ended so before this one."""
-    return int((pod.metadata.annotations or {}).get(f"{_DIED}{int(code)}", "0"))
+def _previous_deaths(pod: Any, exit_code: int) -> int:
+    """Count the pods of this run that ended with this exit code before this one."""
+    return int((pod.metadata.annotations or {}).get(f"{_DEATHS_ANNOTATION}{int(exit_code)}", "0"))

@@ -1,0 +1,151 @@
+"""Attach a new LoRA adapter to the base, and save and load its weights."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Linear
+from transformers import PreTrainedModel
+
+from components.train_qlora.fused_lora import fuse_lora_layers
+from components.train_qlora.memory_efficient import patch_norms_and_mlps
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.core.errors import UsageError
+
+BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
+ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """Attach a new adapter to the frozen base; A is random (seed it before), B is zero, both are fp32.
+
+    Raises:
+        UsageError: If `target_modules` names no layer of this model, or the model does not support
+            gradient checkpointing.
+    """
+    # A whole number is stored as an integer, since other tools write `32` to adapter_config.json and not `32.0`.
+    alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    lora_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=target_modules(model, config.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model.config.use_cache = False
+    peft_model = get_peft_model(model, lora_config)
+    peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
+
+    # Both run a probe through the model before they replace forward methods. So the adapter must be attached, and
+    # eval mode turns dropout off.
+    patch_norms_and_mlps(peft_model.eval(), config.kernels)
+    fuse_lora_layers(peft_model)
+
+    if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(
+                f"train.gradient_checkpointing: {type(model).__name__} does not support it; leave the setting out"
+            )
+        model.activation_checkpointing_enable(every_n_layers=config.gradient_checkpointing)
+    return peft_model
+
+
+def target_modules(model: PreTrainedModel, requested_modules: str | list[str]) -> list[str]:
+    """Return the sorted names of the requested linear layers; never the output layer, which stays in 16 bits.
+
+    Raises:
+        UsageError: If a name is unknown (the message names the nearest one), or no layer matches.
+    """
+    lm_head = model.get_output_embeddings()
+    paths = [name for name, module in model.named_modules() if isinstance(module, Linear) and module is not lm_head]
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+
+    if requested_modules == "all-linear":
+        selected = names
+    elif requested_modules == "attention":
+        # "model.layers.0.self_attn.q_proj": the block's name is the last but one.
+        in_attention = {
+            p.rsplit(".", 1)[-1] for p in paths if any(word in p.rsplit(".", 2)[-2] for word in ATTENTION_MODULE_NAMES)
+        }
+        selected = sorted(in_attention)
+    else:
+        for name in requested_modules:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise UsageError(
+                    f"train.target_modules: no layer is called {name!r}, there are {', '.join(names)}{hint}"
+                )
+        selected = sorted(set(requested_modules))
+
+    if not selected:
+        raise UsageError(
+            f"train.target_modules: {requested_modules!r} matches no layer, there are {', '.join(names) or 'none'}"
+        )
+    return selected
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`: the same bytes for the same adapter."""
+    # Training never changes the vocabulary; the default "auto" would look up the base model on the hub to find out.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template; publishing writes a real one
+
+    path = folder / CONFIG_FILE
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    document["target_modules"] = sorted(document["target_modules"])  # PEFT keeps a set, whose order changes
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # safetensors writes files that only their owner can read; whoever serves the adapter may be another user.
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def save_weights(weights: dict[str, Tensor], config_folder: Path, folder: Path) -> None:
+    """Write weights that the model does not hold now, beside the config that `save` wrote to `config_folder`."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(config_folder / CONFIG_FILE, folder / CONFIG_FILE)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def copy_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Copy the adapter's weights to host memory."""
+    return {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+
+
+def set_weights(model: PeftModel, weights: dict[str, Tensor]) -> None:
+    """Copy weights into the adapter, in its own precision."""
+    set_peft_model_state_dict(model, weights)
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the weights that `save` or `save_weights` wrote."""
+    weights: dict[str, Tensor] = load_file(folder / WEIGHTS_FILE)
+    return weights
+
+
+def trainable_by_layer(model: PeftModel) -> list[tuple[str, int, int]]:
+    """Return (layer name, number of such layers, trainable parameters in all of them) for adapted layers, sorted."""
+    sizes_by_name: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sizes_by_name.setdefault(name.split(".lora_")[0].rsplit(".", 1)[-1], []).append(parameter.numel())
+    # Each layer has two trainable parameters, A and B.
+    return [(name, len(sizes) // 2, sum(sizes)) for name, sizes in sorted(sizes_by_name.items())]
+
+
+def trainable_parameters(model: PeftModel) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,190 @@
+"""The verbs on lines and runs: graph, check, plan, run, status."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_retrain.cli.options import Options, json_list
+from qlora_retrain.core.arguments import store_root
+from qlora_retrain.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from qlora_retrain.pipeline.plan import Plan
+
+
+def add_verbs(verbs: Any, options: Options) -> None:
+    """Add the verbs to a parser's subparsers."""
+    verb = verbs.add_parser("graph", help="print the pipeline's graph", parents=[options.common])
+    verb.add_argument("--format", choices=("text", "mermaid"), default="text")
+    verb.set_defaults(run=_graph)
+
+    parents = [options.common, options.settings]
+    verb = verbs.add_parser("check", help="check a line's YAML: all errors at once", parents=parents)
+    verb.add_argument("config", type=Path)
+    verb.set_defaults(run=_check)
+
+    parents = [options.stored, options.settings, options.orchestrator]
+    verb = verbs.add_parser("plan", help="print what exists already, what would run, and why", parents=parents)
+    # An orchestrator passes the line as text, because a cluster has no copy of the checkout that submits it.
+    line = verb.add_mutually_exclusive_group(required=True)
+    line.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
+    line.add_argument("--document", metavar="TEXT", help="the line itself, as YAML or JSON text")
+    verb.add_argument("--plan", metavar="URI", help="check this existing plan instead of making one; empty: make one")
+    verb.add_argument(
+        "--set-json", type=json_list, default=[], metavar="LIST", help="like --set, but all changes as one JSON list"
+    )
+    verb.add_argument("--uri-to", type=Path, metavar="FILE", help="write the plan's URI there")
+    verb.set_defaults(run=_plan)
+
+    parents = [options.stored, options.settings]
+    verb = verbs.add_parser("run", help="run the whole pipeline here, each step as a subprocess", parents=parents)
+    verb.add_argument("config", type=Path, nargs="?")
+    verb.add_argument("--plan", metavar="URI", help="finish this plan instead of making one")
+    verb.set_defaults(run=_run)
+
+    parents = [options.stored, options.orchestrator]
+    verb = verbs.add_parser("status", help="print the state of a run", parents=parents)
+    run = verb.add_mutually_exclusive_group(required=True)
+    run.add_argument("run_id", metavar="RUN", nargs="?", help="the run's id, or latest")
+    run.add_argument(
+        "--document", metavar="TEXT", help="the line itself, as YAML or JSON text; its run is that of --orchestrator-id"
+    )
+    verb.add_argument("--plan", metavar="URI", help="the run of this plan, whatever else names one")
+    verb.add_argument("--page", type=Path, metavar="FILE", help="write the state as an HTML page there")
+    verb.set_defaults(run=_status)
+
+
+def _graph(args: argparse.Namespace) -> int:
+    from qlora_retrain.core import graph
+
+    print(graph.as_mermaid() if args.format == "mermaid" else graph.as_text())
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from qlora_retrain.config.line import load
+
+    # Raises `UsageError` with every error of the file at once.
+    config = load(args.config, args.set)
+    print(f"{args.config}: line {config.line} is valid")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from qlora_retrain.pipeline import explain, kfp_outputs, make_plan
+
+    # A person writes --set; an orchestrator fills a list parameter in as one --set-json.
+    overrides = [*args.set, *args.set_json]
+    if args.plan:
+        plan = _load_plan_of_line(args, overrides)
+    else:
+        plan = make_plan.make_plan(
+            _line(args), store_root(args), overrides=overrides, orchestrator=args.orchestrator_id
+        )
+
+    text = explain.as_text(plan)
+    print(text)
+    # KFP shows Markdown; the fences keep the columns of the table aligned.
+    if args.report_to is not None:
+        kfp_outputs.write_file(args.report_to, f"```\n{text}\n```\n")
+    if args.uri_to is not None:
+        kfp_outputs.write_file(args.uri_to, plan.uri)
+    return 0
+
+
+def _line(args: argparse.Namespace) -> Path | str:
+    """Return the line: a file, or the document itself."""
+    line: Path | str = args.config or args.document
+    return line
+
+
+def _load_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
+    """Load the plan of another run, and check that it is one of this line.
+
+    Raises:
+        UsageError: If it is a plan of another line, or if there are overrides, too.
+    """
+    from qlora_retrain.config.line import load
+    from qlora_retrain.pipeline.plan import Plan
+
+    # A plan is a lock file: changed settings would have other keys.
+    if overrides:
+        raise UsageError(
+            f"--plan with {', '.join(overrides)}: a plan's settings are fixed; leave out --plan to change settings"
+        )
+    line, plan = load(_line(args)).line, Plan.load(args.plan)
+    if plan.line != line:
+        raise UsageError(f"{plan.uri}: is a plan of line {plan.line}; expected one of line {line}")
+    return plan
+
+
+def _run(args: argparse.Namespace) -> int:
+    from qlora_retrain.pipeline import explain, make_plan
+    from qlora_retrain.pipeline.plan import Plan
+    from qlora_retrain.runtimes import local
+
+    if args.plan is not None:
+        plan = Plan.load(args.plan)
+    elif args.config is not None:
+        plan = make_plan.make_plan(args.config, store_root(args), overrides=args.set)
+    else:
+        raise UsageError("run: expected a CONFIG, or --plan URI to finish another run's plan")
+
+    # Flushed, so that the plan stands before the output of the steps.
+    print(explain.as_text(plan), flush=True)
+    # The version in production was made by the same recipe, so there is nothing to run.
+    if plan.unchanged:
+        return 0
+    code = local.run(plan)
+    if code == 0:
+        print(explain.status_text(plan))
+    return code
+
+
+def _status(args: argparse.Namespace) -> int:
+    from qlora_retrain.pipeline import explain, kfp_outputs, run_page
+    from qlora_retrain.pipeline.plan import Plan
+
+    uri = args.plan or _plan_uri_of_run(args)
+    # KFP's exit handler runs whatever happened, also when the plan task failed.
+    if uri is None:
+        text = page = report = "The run ended before it had a plan; the log of its first task says why."
+    else:
+        plan = Plan.load(uri)
+        text, page, report = explain.status_text(plan), run_page.page(plan), run_page.decisive_page(plan)
+
+    print(text)
+    if args.page is not None:
+        kfp_outputs.write_file(args.page, page)
+    if args.report_to is not None:
+        kfp_outputs.write_file(args.report_to, report)
+    return 0
+
+
+def _plan_uri_of_run(args: argparse.Namespace) -> str | None:
+    """Return the URI of the run's plan; None where the run of an orchestrator ended before it had one.
+
+    Raises:
+        UsageError: If the store has no runs, and the latest is asked for.
+    """
+    from qlora_retrain.config.line import load
+    from qlora_retrain.pipeline.make_plan import find_run
+    from qlora_retrain.pipeline.plan import plan_uri
+    from qlora_retrain.storage import open_store
+
+    store = open_store(store_root(args))
+    run = args.run_id
+
+    # An orchestrator knows the run by ids of its own; a person gives the run's id in the store.
+    if args.document is not None:
+        run = find_run(store, load(args.document).line, args.orchestrator_id)
+        return plan_uri(store.uri, run) if run else None
+    if run == "latest":
+        # A run whose plan could not be made has only the ending that says why.
+        runs = sorted(store.children("runs"), reverse=True)
+        run = next((run for run in runs if "plan.json" in store.children(f"runs/{run}")), None)
+        if run is None:
+            raise UsageError(f"{store.uri}: the store has no runs yet")
+    return plan_uri(store.uri, run)

@@ -1,0 +1,101 @@
+"""The verbs on published versions and artifacts: pull, promote, rollback, drop, ask."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qlora_retrain.cli.options import Options
+from qlora_retrain.core.arguments import store_root
+from qlora_retrain.core.errors import UsageError
+
+
+def add_verbs(verbs: Any, options: Options) -> None:
+    """Add the verbs to a parser's subparsers."""
+    verb = verbs.add_parser("pull", help="download a published version and verify every file", parents=[options.stored])
+    verb.add_argument("reference", metavar="LINE@ALIAS", help="or LINE@VERSION")
+    verb.add_argument("destination", metavar="DEST", type=Path, help="a new folder, or that of an earlier pull")
+    verb.set_defaults(run=_pull)
+
+    verb = verbs.add_parser("promote", help="point an alias at a version", parents=[options.stored])
+    verb.add_argument("line", help="the line's name")
+    verb.add_argument("version", help="a published version of the line")
+    verb.add_argument("--alias", default="production", help="default: production")
+    verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
+    verb.add_argument("--override", action="store_true", help="promote content that a rollback has rejected")
+    verb.set_defaults(run=_promote)
+
+    verb = verbs.add_parser(
+        "rollback", help="move an alias back, and reject the version that it leaves", parents=[options.stored]
+    )
+    verb.add_argument("line", help="the line's name")
+    verb.add_argument("--alias", default="production", help="default: production")
+    verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
+    verb.set_defaults(run=_rollback)
+
+    verb = verbs.add_parser("drop", help="delete an artifact, and all that was made from it", parents=[options.stored])
+    verb.add_argument("artifact", help="e.g. dataset; `qlora-retrain graph` lists them")
+    verb.add_argument("key", help="all 64 hex digits")
+    verb.set_defaults(run=_drop)
+
+    description = "ask a pulled version, or any model folder, questions"
+    verb = verbs.add_parser("ask", help=description, parents=[options.common])
+    verb.add_argument("folder", type=Path, help="a pulled version, or a model folder")
+    verb.add_argument("question", nargs="+", help="each is asked separately; with several, each answer is one line")
+    verb.add_argument("--system", help="the system turn; default: that of the version's training")
+    verb.set_defaults(run=_ask)
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import open_store, pull
+
+    # Every file is verified before any of them appears at the destination.
+    release = pull.pull(open_store(store_root(args)), args.reference, args.destination)
+    print(f"{release.line} {release.version}: {len(release.files)} files verified in {args.destination}")
+    return 0
+
+
+def _promote(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import open_store, registry
+
+    # `latest` names the newest version. Moved by hand, it would be wrong until the next publication.
+    if args.alias == registry.LATEST:
+        raise UsageError(f"{registry.LATEST} names the newest version by itself; promote another alias")
+
+    store = open_store(store_root(args))
+    release = registry.read_release(store, args.line, args.version)
+    has_moved = registry.move_alias(store, args.line, args.alias, release, reason=args.reason, override=args.override)
+    print(f"{args.line}@{args.alias}: {release.version}" + ("" if has_moved else " (already)"))
+    return 0
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import open_store, registry
+
+    # Rejected by content: the next run may make the same model again and must not promote it.
+    alias = registry.rollback(open_store(store_root(args)), args.line, args.alias, reason=args.reason)
+    print(f"{args.line}@{args.alias}: {alias.version}, generation {alias.generation}; the version it left is rejected")
+    return 0
+
+
+def _drop(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import artifact, open_store
+
+    store = open_store(store_root(args))
+    dropped = artifact.drop(store, args.artifact, args.key)
+    if not dropped:
+        raise UsageError(f"{store.uri}: no artifact {args.artifact}/{args.key}")
+    print(f"dropped {', '.join(dropped)}; the next run makes them again")
+    return 0
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from qlora_retrain.cli import ask
+
+    # A model answers best under the system turn that it was trained with.
+    folder, system = ask.model_folder(args.folder)
+    answers = ask.answers(folder, args.question, args.system or system)
+    for answer in answers:
+        print(answer if len(answers) == 1 else " ".join(answer.split()))  # of several, each is one line
+    return 0

@@ -1,0 +1,163 @@
+"""A cluster's profile: on which nodes the steps' pods run, their resources, and which secrets they see.
+
+A profile belongs to a cluster and not to a line, and nothing in it changes a result. It can hold no secret, only the
+names of secrets. Airflow's Kubernetes runtime and Kubeflow read the same file. `manifests/profiles/gpu.yaml` is one to
+start from; `manifests/profiles/production.yaml` accepts images by digest only.
+
+Environment: `QLORA_RETRAIN_PROFILE`, the file that Airflow uses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qlora_retrain.config.fields import Section, operational
+from qlora_retrain.config.sections import ImagesConfig
+from qlora_retrain.config.yaml_reader import load_section
+from qlora_retrain.core import images, uris
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.graph import Step
+
+PROFILE_VARIABLE = "QLORA_RETRAIN_PROFILE"
+# A name of a Kubernetes object (RFC 1123 subdomain).
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
+# Environment variables of these names hold secrets in most tools.
+_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE|CREDENTIAL", re.IGNORECASE)
+
+
+class Toleration(Section):
+    """A taint of nodes that a pod tolerates."""
+
+    key: str = operational(..., "the taint's key, e.g. nvidia.com/gpu")
+    operator: Literal["Exists", "Equal"] = operational("Exists", "Equal: only where the taint has `value`")
+    value: str | None = operational(None, "the taint's value; with Equal")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = operational(None, "null: every effect")
+
+
+class PodConfig(Section):
+    """The resources that a kind of pod requests, and the nodes where it may run."""
+
+    cpus: float | None = operational(None, "cores requested; null: the cluster's default", gt=0.0, le=1024)
+    memory_gib: float | None = operational(None, "request and limit: above it the pod is killed", gt=0.0, le=4096)
+    max_memory_gib: float | None = operational(
+        None,
+        "Airflow: a step killed for memory is retried with 1.5 times as much, up to this; null: once, with the same",
+        gt=0.0,
+        le=4096,
+    )
+    node_selector: dict[str, str] = operational({}, "labels that a node must have")
+    tolerations: tuple[Toleration, ...] = operational((), "taints of nodes where the pod may run all the same")
+
+
+class SecretMount(Section):
+    """A Kubernetes secret as a read-only folder.
+
+    It never becomes environment variables, because everyone who may read a pod can read those.
+    """
+
+    name: Name = operational(..., "the secret's name")
+    mount: Folder = operational(..., "the folder in which each of its keys is a file")
+
+
+class ClusterProfile(ImagesConfig):
+    """Everything about a cluster that a pipeline needs.
+
+    Some fields begin with `Airflow:` and have no effect in Kubeflow, which has no such setting for a task.
+    """
+
+    # Images and accounts.
+    require_digests: bool = operational(False, "refuse images other than name@sha256:...; a tag could be moved")
+    image_pull_secrets: tuple[Name, ...] = operational((), "secrets that the images are pulled with")
+    service_account: Name | None = operational(None, "the pods' service account; null: the namespace's default")
+    publish_service_account: Name | None = operational(
+        None, "Airflow: the service account of `publish`, the only step that writes `models/`; null: as the others"
+    )
+    namespace: Name = operational("qlora-retrain", "Airflow: where the pods are; KFP uses its own")
+    priority_class: Name | None = operational(
+        None, "Airflow: which pods may preempt which; null: the cluster's default"
+    )
+    # GPUs.
+    gpu_pool: Name | None = operational(None, "Airflow: the pool that counts GPUs in use; null: no pool")
+    gpu_resource: str | None = operational("nvidia.com/gpu", "the resource name of a GPU; null: no GPUs")
+    train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.num_processes", ge=1, le=64)
+    # The environment of a step, and its disk.
+    env: dict[Variable, str] = operational({}, "settings, e.g. AWS_DEFAULT_REGION; secrets are refused")
+    secrets: tuple[SecretMount, ...] = operational((), "folders of files that every step sees")
+    disk_gib: float = operational(
+        100.0, "a pod's own disk, for output and checkpoints, and without cache_claim for inputs", gt=0.0, le=65_536
+    )
+    storage_class: Name | None = operational(
+        None, "Airflow: that disk is a volume of this class, which lives as long as the pod; null: the node's own disk"
+    )
+    cache_claim: Name | None = operational(
+        None, "Airflow: a claim (ReadWriteMany) that keeps fetched inputs between pods; null: each pod fetches its own"
+    )
+    # Resources by the kind of the step.
+    light: PodConfig = operational(PodConfig(), "steps without torch")
+    train: PodConfig = operational(PodConfig(), "steps with torch that take no GPU")
+    gpu: PodConfig = operational(PodConfig(), "steps that take a GPU; unused where gpu_resource is null")
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            # AWS_SHARED_CREDENTIALS_FILE and the like name a mounted file, which is the right way.
+            if _SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH")):
+                raise ValueError(
+                    f"{name} looks like a secret, and everyone who may read a pod can read it; mount it with `secrets`"
+                )
+            uris.refuse_secrets(text)
+        return value
+
+    @model_validator(mode="after")
+    def _digests_where_required(self) -> ClusterProfile:
+        # A digest always names the same image, so a plan and its steps cannot run different code.
+        for name in ("light_image", "train_image") if self.require_digests else ():
+            if not images.has_digest(getattr(self, name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; require_digests allows only name@sha256:<64 hex>, "
+                    "as the registry prints it after a push"
+                )
+        return self
+
+    def gpus(self, step: Step) -> int:
+        """Return how many GPUs a step requests on this cluster."""
+        if not self.gpu_resource:
+            return 0
+        # A Kubeflow pipeline is compiled before a line, and so its train.num_processes, is known.
+        return self.train_gpus if step.section == "train" else step.gpus
+
+    def pod(self, step: Step) -> PodConfig:
+        """Return the resources that a step's pod requests."""
+        return self.gpu if self.gpus(step) else {"light": self.light, "train": self.train}[step.image]
+
+
+def from_environment() -> ClusterProfile:
+    """Load the profile that `QLORA_RETRAIN_PROFILE` names.
+
+    Raises:
+        UsageError: If the variable is not set, or with every error of the file.
+    """
+    path = os.environ.get(PROFILE_VARIABLE)
+    if not path:
+        raise UsageError(
+            f"runtime.kind is kubernetes, and {PROFILE_VARIABLE} is not set: it names the cluster's profile, a file "
+            "such as manifests/profiles/production.yaml, wherever Airflow parses or runs DAGs"
+        )
+    return load(Path(path))
+
+
+def load(path: Path) -> ClusterProfile:
+    """Read a profile.
+
+    Raises:
+        UsageError: With every error of the file, one per line.
+    """
+    return load_section(ClusterProfile, path)

@@ -1,0 +1,154 @@
+"""Apply the rules over slices: no slice may be broken, and none may be below its floor.
+
+With k slices of enough rows, each interval has the confidence 1 - (1 - confidence) / k (Bonferroni). So a challenger
+that equals its rival is refused for a slice no more often than by a single rule.
+
+A slice is broken where the challenger is certainly worse there and the measured loss is above a limit. If it had to be
+certainly worse by more than the limit, nothing would be detected in slices of a dozen rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.evaluation.rows import RowScore
+from qlora_retrain.evaluation.rules.comparison import (
+    Metric,
+    Scores,
+    display_name,
+    gain_interval,
+    has_metric,
+    metric_value,
+    primary_metric,
+    rows_of_suite,
+)
+from qlora_retrain.evaluation.rules.rule_result import RuleResult
+from qlora_retrain.evaluation.stats import Interval
+
+_MAX_SLICES_IN_SENTENCE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SliceResult:
+    """How the challenger does on the rows of one slice.
+
+    Attributes:
+        name: The slice, e.g. `label=refund`.
+        rows: The number of evaluation rows in it.
+        value: The challenger's primary metric there; a loss is in nats per token.
+        gain: The gain over `against` with its widened interval; None where the slice has too few rows.
+        against: The rival: `champion`, or `base` where there is no champion.
+    """
+
+    name: str
+    rows: int
+    value: float
+    against: str
+    gain: Interval | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the slice as `evaluation.json` holds it."""
+        return asdict(self)
+
+
+def compare_slices(scores: Scores, settings: EvaluateConfig) -> list[SliceResult]:
+    """Compare every slice of the evaluation rows with the rival; the worst first, those with too few rows last."""
+    metric = primary_metric(scores, settings)
+    rows = [row for row in rows_of_suite(scores["challenger"], "eval") if has_metric(row, metric)]
+    counts = Counter(name for row in rows for name in row.slices)
+    large_enough = [name for name, count in counts.items() if count >= settings.min_slice_rows]
+
+    # Bonferroni: the chance of a false alarm is shared among the slices.
+    confidence = 1 - (1 - settings.confidence) / max(1, len(large_enough))
+    rival = "champion" if "champion" in scores else "base"
+    results = []
+    for name, count in counts.items():
+        slice_rows = [row for row in rows if name in row.slices]
+        # A slice with too few rows is shown with its value, but not compared.
+        gain = None
+        if name in large_enough:
+            ids = {row.id for row in slice_rows}
+            gain = gain_interval(scores, rival, "eval", metric, settings, row_ids=ids, confidence=confidence)
+        results.append(SliceResult(name, count, _mean_metric(slice_rows, metric), rival, gain))
+    return sorted(results, key=lambda s: (s.gain is None, s.gain.value if s.gain else 0.0, s.name))
+
+
+def apply(scores: Scores, settings: EvaluateConfig, slices: Sequence[SliceResult]) -> Iterator[RuleResult]:
+    """Apply the rules over slices that the line's settings ask for."""
+    metric = primary_metric(scores, settings)
+    if settings.max_slice_regression is not None and slices:
+        yield _no_broken_slice(slices, metric, settings.max_slice_regression, settings.min_slice_rows)
+
+    if settings.slice_floor is None and not settings.slice_floors:
+        return
+    if metric == "loss":
+        text = "a loss has no floor; name another evaluate.primary_metric, or set no floor for slices"
+        yield RuleResult("slice_floors", text)
+        return
+
+    if settings.slice_floor is not None:
+        yield _common_floor(slices, settings.slice_floor, settings.min_slice_rows)
+    by_name = {s.name: s for s in slices}
+    for name, limit in settings.slice_floors.items():
+        yield _named_floor(name, by_name.get(name), limit, settings.min_slice_rows)
+
+
+def _no_broken_slice(slices: Sequence[SliceResult], metric: Metric, limit: float, min_rows: int) -> RuleResult:
+    """Check that the challenger is in no slice certainly worse and by more than the limit."""
+    compared = [s for s in slices if s.gain is not None]
+    if not compared:
+        text = f"no slice has {min_rows} rows (evaluate.min_slice_rows), so none was compared"
+        return RuleResult("slices", text, limit=limit)
+
+    # `slices` has the worst first.
+    broken = [s for s in compared if s.gain and s.gain.high < 0 and s.gain.negated.value > limit]
+    worst = compared[0]
+    # For mypy: every slice in `compared` has a gain.
+    assert worst.gain is not None
+    loss = worst.gain.negated
+    listed = broken[:_MAX_SLICES_IN_SENTENCE] or [worst]
+    descriptions = "; ".join(
+        f"{s.name}: {s.gain.negated.value:+.4f} (at least {s.gain.negated.low:+.4f}) on {s.rows} rows"
+        for s in listed
+        if s.gain
+    )
+
+    text = f"{display_name(metric)} lost to the {worst.against} in the worst of {len(compared)} slices: {descriptions}"
+    text += f"; none may be certainly worse, by more than {limit:g}"
+    if len(compared) < len(slices):
+        text += f"; {len(slices) - len(compared)} slices with fewer than {min_rows} rows were not compared"
+    return RuleResult.from_interval("slices", text, loss, limit, not broken)
+
+
+def _common_floor(slices: Sequence[SliceResult], limit: float, min_rows: int) -> RuleResult:
+    """Check the measured value of every slice of enough rows against one floor."""
+    large_enough = [s for s in slices if s.rows >= min_rows]
+    if not large_enough:
+        return RuleResult("slice_floor", f"a floor for slices is set, but none has {min_rows} rows", limit=limit)
+    # The rule uses the measured value and not its lower end, so a slice exactly at the floor mostly passes.
+    below = sorted((s for s in large_enough if s.value < limit), key=lambda s: s.value)
+    worst = min(large_enough, key=lambda s: s.value)
+    listed = below[:_MAX_SLICES_IN_SENTENCE] or [worst]
+    descriptions = ", ".join(f"{s.name} {s.value:.4f} on {s.rows} rows" for s in listed)
+    text = f"{len(below)} of {len(large_enough)} slices lie below {limit:g}; the worst: {descriptions}"
+    return RuleResult("slice_floor", text, worst.value, limit=limit, passed=not below)
+
+
+def _named_floor(name: str, result: SliceResult | None, limit: float, min_rows: int) -> RuleResult:
+    """Check a slice that the line names against its own floor; there, too few rows are missing evidence."""
+    rows = result.rows if result else 0
+    rule = f"slice_floor {name}"
+    if result is None or rows < min_rows:
+        return RuleResult(rule, f"{name} has {rows} evaluation rows; at least {min_rows} are needed", limit=limit)
+    text = f"{name}: {result.value:.4f} on {rows} rows; the floor is {limit:g}"
+    return RuleResult(rule, text, result.value, limit=limit, passed=result.value >= limit)
+
+
+def _mean_metric(rows: Sequence[RowScore], metric: Metric) -> float:
+    if metric == "loss":  # a mean over tokens, not over rows
+        return sum(row.loss_nats for row in rows) / max(1, sum(row.tokens for row in rows))
+    return sum(metric_value(row, metric) for row in rows) / len(rows)

@@ -1,0 +1,233 @@
+"""Apply the rules over whole suites: gain over the base, losses to champion and anchor, floors, golden, forgetting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.evaluation import bootstrap, stats
+from qlora_retrain.evaluation.bootstrap import BootstrapSettings
+from qlora_retrain.evaluation.rules.comparison import (
+    BINARY_METRICS,
+    Metric,
+    Scores,
+    display_name,
+    gain_interval,
+    has_metric,
+    metric_interval,
+    metric_value,
+    pair_rows,
+    primary_metric,
+    rows_of_suite,
+)
+from qlora_retrain.evaluation.rules.rule_result import RuleResult, format_interval
+
+# With 16 passages, at most 5 % of 2,000 simulated challengers that forgot exactly the limit pass by chance. The rates
+# for 6, 12 and 16 passages are 5.8, 5.1 and 3.5 % where the losses of passages are exponentially distributed. They are
+# 26, 7.8 and 4.1 % where one passage in five loses a quarter of its right tokens and the others lose none.
+_MIN_PASSAGES = 16
+
+
+def apply(scores: Scores, settings: EvaluateConfig) -> Iterator[RuleResult]:
+    """Apply every rule over whole suites that the line's settings ask for."""
+    metric = primary_metric(scores, settings)
+    rows = count_rows_with_metric(scores, "eval", metric)
+    # Without enough values of the primary metric no comparison means anything, so no other rule is applied.
+    if rows == 0:
+        text = f"{display_name(metric)} is the primary metric, but it is defined for no evaluation row"
+        yield RuleResult("primary_metric", text)
+        return
+    if rows < settings.min_rows:
+        text = f"{display_name(metric)} is the primary metric, and it is defined for {rows} evaluation rows; at least "
+        yield RuleResult("primary_metric", f"{text}{settings.min_rows} are needed", rows, limit=settings.min_rows)
+        return
+
+    yield gain_over_base(scores, metric, settings)
+    yield from losses_to_rivals(scores, metric, settings)
+
+    if settings.min_accuracy is not None:
+        yield metric_floor("accuracy_floor", "accuracy", scores, settings, settings.min_accuracy)
+    for name, limit in settings.floors.items():
+        yield metric_floor(f"{name}_floor", name, scores, settings, limit)
+
+    if rows_of_suite(scores["challenger"], "golden"):
+        yield golden_rows(scores, metric, settings)
+
+    if settings.max_forgetting_nats is not None:
+        yield forgetting(scores, settings, "loss", settings.max_forgetting_nats)
+    if settings.max_forgetting_accuracy is not None:
+        yield forgetting(scores, settings, "token_accuracy", settings.max_forgetting_accuracy)
+
+
+def count_rows_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
+    """Count the rows of a suite for which the metric is defined."""
+    return sum(has_metric(row, metric) for row in rows_of_suite(scores["challenger"], suite))
+
+
+def gain_over_base(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
+    """Check that the challenger is certainly better than the base."""
+    # The rule uses the lower end and not the value, because a measured gain may be due to chance.
+    gain, limit = gain_interval(scores, "base", "eval", metric, settings), settings.min_gain_over_base
+    text = f"{display_name(metric)} against the base: {format_interval(gain)}; its lower end must lie above {limit:g}"
+    text += _mcnemar_note(scores, "base", metric)
+    return RuleResult.from_interval("gain_over_base", text, gain, limit, gain.low > limit)
+
+
+def losses_to_rivals(scores: Scores, metric: Metric, settings: EvaluateConfig) -> Iterator[RuleResult]:
+    """Check that the challenger is not worse than the champion, nor than the line's best version, by a margin.
+
+    Where the champion is the best version, `anchor` is not among the scores, and the champion stands in for it.
+    """
+    limit = settings.max_loss_to_champion
+    if "champion" not in scores:
+        if settings.allow_first_release:
+            text = "there is no champion yet; allow_first_release allows that"
+            yield RuleResult("loss_to_champion", text, limit=limit, passed=True)
+            return
+        text = "there is no champion to compare with; set evaluate.allow_first_release: true to allow the first version"
+        yield RuleResult("loss_to_champion", text, limit=limit)
+        return
+
+    # Each version may be a little worse than its champion, so only the anchor stops ten small losses in a row.
+    yield _loss_to_rival("champion", "champion", scores, metric, settings, limit)
+    limit = limit if settings.max_loss_to_anchor is None else settings.max_loss_to_anchor
+    anchor = "anchor" if "anchor" in scores else "champion"
+    yield _loss_to_rival("anchor", anchor, scores, metric, settings, limit)
+
+
+def _loss_to_rival(
+    role: str, rival: str, scores: Scores, metric: Metric, settings: EvaluateConfig, limit: float
+) -> RuleResult:
+    """Check the loss to the contestant `rival`, which has the role `champion` or `anchor`."""
+    loss = gain_interval(scores, rival, "eval", metric, settings).negated
+    title = "champion" if role == "champion" else "best version so far" + (", the champion" if rival != role else "")
+    text = f"{display_name(metric)} lost to the {title}: {format_interval(loss)}; "
+    text += f"its upper end must not lie above {limit:g}"
+
+    # With too few rows not even equal answers could pass. That is missing evidence, not a worse challenger.
+    rows = count_rows_with_metric(scores, "eval", metric)
+    excludable = stats.smallest_excludable_loss(rows, settings.confidence)
+    if metric in BINARY_METRICS and loss.high > limit >= loss.value and excludable > limit:
+        text += f". {rows} rows can rule out no loss below {excludable:.3f}, even if all are answered alike"
+        return RuleResult.from_interval(f"loss_to_{role}", text, loss, limit)
+
+    text += _mcnemar_note(scores, rival, metric)
+    return RuleResult.from_interval(f"loss_to_{role}", text, loss, limit, loss.high <= limit)
+
+
+def metric_floor(name: str, metric: Metric, scores: Scores, settings: EvaluateConfig, limit: float) -> RuleResult:
+    """Check that the measured value of a metric is not below a limit."""
+    rows = [
+        row for row in rows_of_suite(scores["challenger"], "eval") if metric == "macro_f1" or has_metric(row, metric)
+    ]
+    if not rows or (metric == "macro_f1" and not has_metric(rows[0], "accuracy")):
+        text = f"a floor for {display_name(metric)} is set, but this task has no {display_name(metric)} to measure"
+        return RuleResult(name, text, limit=limit)
+
+    if metric == "macro_f1":  # the one metric that is no mean over rows
+        interval = bootstrap.macro_f1_interval(
+            [_true_label(row.slices, row.predicted, row.correct) for row in rows],
+            [str(row.predicted) for row in rows],
+            BootstrapSettings.from_config(settings),
+        )
+    else:
+        interval = metric_interval(rows, metric, settings)
+    # The rule uses the measured value and not its lower end, because a floor is a target and not a proof.
+    text = f"{display_name(metric)} {format_interval(interval, sign='')}; the floor is {limit:g}"
+    return RuleResult.from_interval(name, text, interval, limit, interval.value >= limit)
+
+
+def golden_rows(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
+    """Check that the challenger is not certainly worse than the champion, or the base, on the golden rows."""
+    rows = count_rows_with_metric(scores, "golden", metric)
+    if rows < settings.min_golden_rows:  # which is at least 1
+        undefined = len(rows_of_suite(scores["challenger"], "golden")) - rows
+        text = f"{rows} golden rows"
+        text += f" beside {undefined} for which {display_name(metric)} is not defined" if undefined else ""
+        text += f"; at least {settings.min_golden_rows} are needed (evaluate.min_golden_rows)"
+        return RuleResult("golden", text, rows, limit=settings.min_golden_rows)
+
+    # Only a certain loss refuses, since with so few rows almost every challenger may be worse.
+    rival = "champion" if "champion" in scores else "base"
+    loss = gain_interval(scores, rival, "golden", metric, settings).negated
+    text = f"{display_name(metric)} lost to the {rival} on the golden rows: {format_interval(loss)}; "
+    text += "it must not lie wholly above 0"
+    return RuleResult.from_interval("golden", text, loss, 0.0, loss.low <= 0.0)
+
+
+def forgetting(scores: Scores, settings: EvaluateConfig, metric: Metric, limit: float) -> RuleResult:
+    """Check the loss on reference text against the base, in nats per token or in the share of right next tokens."""
+    name = "forgetting" if metric == "loss" else "forgetting_accuracy"
+    passages = count_rows_with_metric(scores, "reference", metric)
+    if passages < _MIN_PASSAGES:
+        text = f"a limit on forgetting is set, but there are {passages} passages of reference text and "
+        text += f"at least {_MIN_PASSAGES} are needed; set sources.reference_data to general text"
+        return RuleResult(name, text, passages, limit=limit)
+
+    # Compared with the base and not with the champion, because forgetting adds up from version to version.
+    loss = gain_interval(scores, "base", "reference", metric, settings).negated
+    text = f"{display_name(metric)} lost on reference text: {format_interval(loss)}; "
+    text += f"its upper end must not lie above {limit:g}"
+    return RuleResult.from_interval(name, text, loss, limit, loss.high <= limit)
+
+
+def best_contestant(scores: Scores, settings: EvaluateConfig) -> str:
+    """Return which contestant is the line's best version from now on: `challenger`, `anchor` or `champion`.
+
+    The challenger takes that place only where it is certainly better. Otherwise each version of a series could be a
+    little worse by chance, and the best version would get worse with them.
+    """
+    # There is an anchor only where the champion is not itself the best version.
+    holder = next((name for name in ("anchor", "champion") if name in scores), None)
+    if holder is None:
+        return "challenger"
+    gain = gain_interval(scores, holder, "eval", primary_metric(scores, settings), settings)
+    return "challenger" if gain.low > 0 else holder
+
+
+def compare_contestants(scores: Scores, settings: EvaluateConfig) -> list[dict[str, Any]]:
+    """Compare the challenger with every contestant, for the report's forest plot and `evaluation.json`.
+
+    A gain above 0 means that the challenger is better.
+    """
+    metric = primary_metric(scores, settings)
+    champion, anchor = settings.max_loss_to_champion, settings.max_loss_to_anchor
+    # The limits on losses, as limits on gains.
+    limits = {
+        "base": settings.min_gain_over_base,
+        "champion": -champion,
+        "anchor": -(champion if anchor is None else anchor),
+    }
+
+    differences: list[dict[str, Any]] = []
+    for suite in ("eval", "golden"):
+        if not any(has_metric(row, metric) for row in rows_of_suite(scores["challenger"], suite)):
+            continue
+        for rival in (r for r in ("base", "base_nf4", "champion", "anchor") if r in scores):
+            # The rule on golden rows has no limit that a plot could show.
+            gain = gain_interval(scores, rival, suite, metric, settings)
+            limit = limits.get(rival) if suite == "eval" else None
+            differences.append({"suite": suite, "against": rival, "metric": metric, "limit": limit,
+                                "value": gain.value, "low": gain.low, "high": gain.high})  # fmt: skip
+    return differences
+
+
+def _true_label(slices: tuple[str, ...], predicted: str | None, correct: bool | None) -> str:
+    """Return a row's true label: what was predicted where that is right, else the label among its slices."""
+    # A score does not hold the row's answer. Where there are labels, the answer is the label slice.
+    if correct:
+        return str(predicted)
+    return next((name.removeprefix("label=") for name in slices if name.startswith("label=")), "")
+
+
+def _mcnemar_note(scores: Scores, rival: str, metric: Metric) -> str:
+    """Return the exact p-value of McNemar's test in brackets; empty where the metric is not right or wrong."""
+    if metric not in BINARY_METRICS:
+        return ""
+    ours, theirs = pair_rows(scores["challenger"], scores[rival], "eval")
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if has_metric(a, metric)]
+    p = stats.mcnemar_p_value(
+        [metric_value(a, metric) > 0 for a, _ in pairs], [metric_value(b, metric) > 0 for _, b in pairs]
+    )
+    return f" (exact McNemar p {p:.3g})"

@@ -1,0 +1,111 @@
+"""Fetch what a step reads: manifests from the store, folders through the node cache, which checks every file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, is_refusal
+from qlora_retrain.pipeline.plan import FILE_SETS, Plan, PlannedStep
+from qlora_retrain.storage import artifact, cache, registry, sources
+from qlora_retrain.storage.artifact import Manifest
+from qlora_retrain.storage.store import NotFound, Store
+
+
+def input_manifests(plan: Plan, step: graph.Step, store: Store) -> dict[str, Manifest]:
+    """Return the manifests of the artifacts that the step reads. Some may be missing where one is a refusal.
+
+    Raises:
+        TryAgain: If one is missing, and none of the others is a refusal.
+    """
+    makers = [(item.name, maker) for item in step.reads if (maker := graph.producer(item.name))]
+    by_name = {name: artifact.find_manifest(store, name, plan.step(maker.name).key) for name, maker in makers}
+    manifests = {name: manifest for name, manifest in by_name.items() if manifest is not None}
+
+    # A refusal among the inputs decides, whatever else is missing: the step will not run.
+    if any(is_refusal(manifest.exit_code) for manifest in manifests.values()):
+        return manifests
+
+    for name, maker in makers:
+        if name not in manifests:
+            message = f"its input {name} is not in the store: not made yet, or removed since; run {maker.name} first"
+            raise TryAgain(message, cause=Cause.INPUT_MISSING)
+    return manifests
+
+
+def refuse_mixed_inputs(store: Store, inputs: Mapping[str, Manifest]) -> None:
+    """Refuse inputs of which one was dropped and made again with other bytes after another had been made from it.
+
+    Raises:
+        IntegrityError: For such inputs; the message names both.
+    """
+    for manifest in inputs.values():
+        for name, content_hash in manifest.read.items():
+            if name in inputs and inputs[name].content_hash != content_hash:
+                raise artifact.corruption_error(store, manifest, f"was made from another {name} than the one there now")
+
+
+def fetch_input(
+    plan: Plan, planned: PlannedStep, store: Store, item: graph.Input, inputs: Mapping[str, Manifest]
+) -> Path | None:
+    """Return a local folder with one input, or None for an optional source that is absent.
+
+    Raises:
+        TryAgain: If the artifact was dropped while it was fetched.
+        IntegrityError: If a file is missing or differs from its manifest.
+    """
+    # The plan has None for an optional source that the line does not set.
+    key = planned.inputs[item.name]
+    if key is None:
+        return None
+    if item.name in inputs:
+        return _fetch_artifact(store, inputs[item.name])
+    if item.name in graph.VERSION_PARTS:
+        return _fetch_version(plan, store, item.name)
+    # What is left is a source, whose files were pinned by their hashes when the plan was made.
+    source = plan.sources[item.name]
+    assert source is not None
+    subset = source.subset(FILE_SETS[item.files])
+    return cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), None)
+
+
+def _fetch_artifact(store: Store, manifest: Manifest) -> Path:
+    """Return a local folder with the files of an artifact, each checked against its manifest."""
+    paths = [f.path for f in manifest.files]
+    # The cache is shared by all runs on this node; it verifies every file before a step sees it.
+    try:
+        return cache.fetch(
+            manifest.artifact,
+            manifest.key,
+            lambda folder: store.download(manifest.prefix, paths, folder),
+            manifest.files,
+        )
+    except IntegrityError as error:
+        raise artifact.corruption_error(store, manifest, str(error)) from error
+    except NotFound as error:
+        # A dropped artifact will be made again. If its manifest is still there, the store has lost a file.
+        if artifact.find_manifest(store, manifest.artifact, manifest.key) != manifest:
+            message = f"{manifest.artifact} was dropped while it was fetched; run again"
+            raise TryAgain(message, cause=Cause.INPUT_MISSING) from error
+        raise artifact.corruption_error(store, manifest, f"{error}: missing") from error
+
+
+def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
+    """Return a local folder with the parts of a published version that a step reads."""
+    pinned = plan.pinned_version(name)
+    assert pinned is not None
+    release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
+    # Only the form that is judged: further exports may be as large, and no step of ours runs them.
+    files = tuple(f for f in release.parts(*graph.VERSION_PARTS[name]) if not f.path.startswith("model/exports/"))
+    prefix = registry.version_folder(plan.line, pinned.version)
+
+    try:
+        return cache.fetch(
+            name, pinned.manifest_sha256, lambda f: store.download(prefix, [x.path for x in files], f), files
+        )
+    except (IntegrityError, NotFound) as error:
+        role = {"champion": "the version in production", "anchor": "the line's best version"}.get(name, pinned.version)
+        raise IntegrityError(
+            f"{store.uri}/{prefix}: {error}: {role} is broken; promote or roll back to another"
+        ) from error

@@ -1,0 +1,224 @@
+"""Make a run's plan: resolve settings, pin sources, compute keys, then write it if the run has none.
+
+Reads a line's YAML, its sources, the champion's manifest and this machine's hardware. Refuses (12) a config or a source
+that cannot be used, and (13) a base model that could run code.
+
+Command: `qlora-retrain plan CONFIG --root URI`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qlora_retrain.config.fields import Section
+from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.core import graph, hashing
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import gguf_names
+from qlora_retrain.pipeline import code_identity
+from qlora_retrain.pipeline.auto_settings import resolve_auto_settings
+from qlora_retrain.pipeline.plan import FILE_SETS, PinnedVersion, Plan, PlannedStep, plan_uri, run_id, utc_stamp
+from qlora_retrain.storage import open_store, registry, sources
+from qlora_retrain.storage.sources import PinnedSource
+from qlora_retrain.storage.store import AlreadyExists, Store
+
+_PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "reference_data")
+
+
+def make_plan(
+    line: Path | str,
+    root: str,
+    *,
+    run: str | None = None,
+    overrides: Sequence[str] = (),
+    orchestrator: Sequence[str] = (),
+    at: datetime | None = None,
+) -> Plan:
+    """Make a run's plan, or return the plan that the run has already.
+
+    Args:
+        line: The line's YAML file, or the document itself.
+        root: The store's URI.
+        run: The run's id, where the orchestrator chose it; an existing plan of that run is returned unchanged.
+        overrides: `section.field=value` strings.
+        orchestrator: The run's ids in the orchestrator. The same ids of the same line find the same plan.
+        at: The plan's time.
+
+    Raises:
+        UsageError: With every error of the config at once, or for a source or store that cannot be used.
+        IntegrityError: For an unsafe base model.
+    """
+    at = at or datetime.now(UTC)
+    store = open_store(root)
+    if run is not None:
+        with contextlib.suppress(UsageError):  # it has no plan yet
+            return Plan.load(plan_uri(store.uri, run))
+
+    config = load(line, overrides)
+    # KFP names a run by ids of its own, and calls this task again when it retries.
+    if run is None and orchestrator:
+        run = find_run(store, config.line, orchestrator)
+        if run:
+            with contextlib.suppress(UsageError):  # it has no plan yet
+                return Plan.load(plan_uri(store.uri, run))
+
+    # Without an id from outside, a person started the run on the command line; it gets a random one.
+    run = run or _new_run_id(at, config.line, orchestrator)
+    store.probe()  # before gigabytes of sources are read
+    plan = _build(config, store, run, at)
+    try:
+        store.write_if_absent(f"runs/{run}/plan.json", plan.model_dump_json(indent=1).encode())
+    except AlreadyExists:  # another try of the same task was faster, and its plan counts
+        return Plan.load(plan.uri)
+    return plan
+
+
+def find_run(store: Store, line: str, orchestrator: Sequence[str]) -> str | None:
+    """Return the run that an orchestrator's ids name, if there is one.
+
+    The ids alone identify it, because a retry has another time stamp than the try that made the plan.
+    """
+    # A run's id is a time stamp, a hyphen and 12 hex digits of these ids: only the last 13 characters are compared.
+    tail = _new_run_id(datetime.now(UTC), line, orchestrator)[-13:]
+    return next((run for run in store.children("runs") if run.endswith(tail)), None)
+
+
+def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:
+    return run_id(at, line, *(orchestrator or (uuid.uuid4().hex,)))
+
+
+def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
+    """Build the plan, without writing it."""
+    pinned = {name: _pin(name, config) for name in _PINNED_SOURCES}
+    _refuse_exports(config, pinned["base_model"])
+    versions, champion_release = _pin_versions(config, store)
+    target, _ = registry.read_alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)
+
+    # The plan records what `auto` became, so that every pod of the run computes in the same way.
+    settings, choices = resolve_auto_settings(config)
+    steps = _plan_steps(settings, pinned, versions, target)
+
+    judgement = _judgement_hash(steps)
+    adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
+    # The champion was trained with the same data, settings and code, and judged by the same rules. A new run would only
+    # repeat it.
+    is_unchanged = champion_release is not None and (
+        (champion_release.adapter_key, champion_release.judgement) == (adapter_key, judgement)
+    )
+    return Plan(
+        run_id=run,
+        created_at=utc_stamp(at),
+        root=store.uri,
+        line=config.line,
+        sources=pinned,
+        champion=versions["champion"],
+        anchor=versions["anchor"],
+        reference=versions["reference_profile"],
+        target=target.version if target else None,
+        judgement=judgement,
+        unchanged=champion_release.version if champion_release and is_unchanged else None,
+        choices=choices,
+        steps=steps,
+    )
+
+
+def _pin(name: str, config: LineConfig) -> PinnedSource | None:
+    source = getattr(config.sources, name)
+    return None if source is None else sources.pin(name, source.uri, source.files)
+
+
+def _pin_versions(config: LineConfig, store: Store) -> tuple[dict[str, PinnedVersion | None], registry.Release | None]:
+    """Return the published versions that steps read, by source, and the champion's release."""
+    versions: dict[str, PinnedVersion | None] = dict.fromkeys(graph.VERSION_PARTS)
+    if config.data.reference_version is not None:
+        versions["reference_profile"] = _pin_version(store, config.line, config.data.reference_version)
+    # The alias names the hash of the manifest, so a manifest that was exchanged is noticed.
+    production, _ = registry.read_alias(store, config.line, registry.PRODUCTION)
+    if production is None:
+        return versions, None
+
+    release = registry.read_release(store, config.line, production.version, sha256=production.manifest_sha256)
+    versions["champion"] = PinnedVersion(
+        version=release.version, manifest_sha256=production.manifest_sha256, content_hash=release.content_hash
+    )
+    # The champion's own manifest names the anchor, so a rollback brings back the anchor of that time. A best version
+    # that was rolled back since is not used as an anchor.
+    if release.anchor not in (None, release.version):
+        best = _pin_version(store, config.line, release.anchor)
+        versions["anchor"] = None if best.content_hash in production.rejected else best
+    return versions, release
+
+
+def _pin_version(store: Store, line: str, version: str) -> PinnedVersion:
+    release = registry.read_release(store, line, version)
+    return PinnedVersion(
+        version=version,
+        manifest_sha256=registry.manifest_sha256(store, line, version),
+        content_hash=release.content_hash,
+    )
+
+
+def _refuse_exports(config: LineConfig, base: PinnedSource | None) -> None:
+    """Refuse export forms that the base does not support, before hours of training and not after them."""
+    if base is not None and any(name.startswith("gguf") for name in config.merge.exports):
+        gguf_names.refuse_unsupported(sources.read_json_files(base, gguf_names.METADATA_FILES))
+
+
+def _plan_steps(
+    settings: Mapping[str, Section],
+    pinned: Mapping[str, PinnedSource | None],
+    versions: Mapping[str, PinnedVersion | None],
+    target: registry.Alias | None,
+) -> tuple[PlannedStep, ...]:
+    """Compute every step's key from its settings, its inputs' keys and its code."""
+    # The graph's order is topological, so the keys of a step's inputs are known before its own is computed.
+    artifact_keys: dict[str, str] = {}
+    planned = []
+    for step in graph.STEPS:
+        inputs: dict[str, str | None] = {}
+        for item in step.reads:
+            source = pinned.get(item.name)
+            if item.name in versions:  # its manifest's hash covers its model and its data profile
+                version = versions[item.name]
+                inputs[item.name] = version.manifest_sha256 if version else None
+            elif item.name in artifact_keys:
+                inputs[item.name] = artifact_keys[item.name]
+            else:
+                inputs[item.name] = source.subset(FILE_SETS[item.files]).key() if source else None
+
+        # The step moves an alias. Once the alias names another version, the same work has to be done again.
+        if step.kind == graph.StepKind.PUBLISH:
+            inputs["target"] = f"{target.version} of generation {target.generation}" if target else None
+
+        section = settings[step.section]
+        identity = section.identity()
+        code_hash = code_identity.code_hash(step.name)
+        # Operational settings are left out, so that a changed log interval does not retrain a model.
+        key = hashing.step_key(step.name, identity, inputs, code_hash)
+        artifact_keys[step.makes] = key
+        planned.append(
+            PlannedStep(
+                name=step.name,
+                config=section.model_dump(mode="json"),
+                identity=identity,
+                inputs=inputs,
+                code=code_hash,
+                key=key,
+            )
+        )
+    return tuple(planned)
+
+
+def _judgement_hash(steps: Sequence[PlannedStep]) -> str:
+    """Hash the settings, code and data that decide about a challenger, without the adapter and the champion."""
+    judging_steps = {}
+    for step in steps:
+        if step.name in graph.descendants("adapter"):
+            # The adapter's and the champion's keys are left out: they change with every run.
+            data_keys = {n: k for n, k in step.inputs.items() if n in ("golden_data", "reference_data")}
+            judging_steps[step.name] = {"config": step.identity, "code": step.code, "inputs": data_keys}
+    return hashing.sha256_json(judging_steps)

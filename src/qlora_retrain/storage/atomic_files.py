@@ -1,0 +1,189 @@
+"""Files that become visible in one step, and the errors of a disk in plain words: the parts of the local store.
+
+`write_atomically` fills a hidden file beside the target and then publishes it with `publish_by_rename` or
+`publish_by_link`. Both flush the file to the disk before, and its folder after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qlora_retrain.core.errors import Cause, TryAgain, UsageError
+from qlora_retrain.storage.store import RESERVED_PREFIX
+
+# How often the deletes of other processes may get in the way of one write before it fails.
+MAX_ATTEMPTS = 8
+# A hidden file of this age has no writer any more, on whichever machine the writer was.
+STALE_SECONDS = 24 * 3600
+# The errors of `link` where there can be no link: another file system, one without links, too many links, no such call.
+NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Translate the operating system's errors about a disk into ours.
+
+    Raises:
+        TryAgain: If the disk is full.
+        UsageError: If we may not use `folder`, or cannot have a file of that name in it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TryAgain(
+                f"{folder}: the disk is full ({error.strerror}); make room, then run again", cause=Cause.DISK_FULL
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(
+                f"{folder}: {error.strerror}: {error.filename}; let this user read and write that folder"
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise UsageError(f"{folder}: {error.strerror}: {error.filename}; choose another name") from error
+        raise
+
+
+def write_atomically(target: Path, fill: Callable[[Path], object], publish: Callable[[Path, Path], object]) -> None:
+    """Fill a hidden file beside `target`, then publish it; the hidden file is removed whatever happens.
+
+    Args:
+        target: The file that becomes visible.
+        fill: Writes the hidden file.
+        publish: Moves or links the hidden file to `target`.
+    """
+    # The name says which process of which machine writes it, so that others can tell when that writer is gone.
+    temporary = target.with_name(f"{RESERVED_PREFIX}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}")
+
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        with disk_errors(target.parent):
+            try:
+                make_folder(target.parent)
+                fill(temporary)
+                publish(temporary, target)
+                return
+            except FileNotFoundError:
+                # A delete of another process took the hidden file, or the folder while that was still empty.
+                if attempt == MAX_ATTEMPTS:
+                    raise
+            finally:
+                # Also after a rename, which does nothing where both names are links to one file already.
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    temporary.unlink()
+
+
+def publish_by_rename(temporary: Path, target: Path) -> None:
+    """Put the file at `target` and replace what is there."""
+    _settle(temporary)
+    temporary.replace(target)
+    _flush(target.parent)
+
+
+def publish_by_link(temporary: Path, target: Path) -> None:
+    """Put the file at `target`; raise `FileExistsError` where there is a file already."""
+    _settle(temporary)
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # A folder of that name is no document that was written before: it is another error.
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "there is a folder of that name", str(target)) from None
+        raise
+    _flush(target.parent)
+
+
+def _settle(temporary: Path) -> None:
+    """Make the file readable by all, whatever the umask, and flush it to the disk."""
+    if temporary.stat().st_mode & 0o777 != 0o644:
+        temporary.chmod(0o644)
+    _flush(temporary)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or a folder to the disk: after a power cut, a name without its content would be a damaged file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give the file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        shutil.copyfile(source, target)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it, readable by all."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            folder.chmod(0o755)
+
+
+def remove_empty_folders(folder: Path, root: Path) -> None:
+    """Remove the folder and its parents below the root, while they hold nothing but hidden files of dead writers."""
+    while folder != root:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for leftover in folder.glob(f"{RESERVED_PREFIX}*"):
+                if _is_abandoned(leftover):
+                    leftover.unlink(missing_ok=True)
+
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError:  # not empty: it holds somebody's file
+            return
+        folder = folder.parent
+
+
+def _is_abandoned(hidden: Path) -> bool:
+    """Return whether a hidden file's writer is gone.
+
+    This can be wrong: in a container the same host name and process id may mean another process. It does no harm, since
+    `write_atomically` then fills another hidden file.
+    """
+    # .store-<host>-<process id>-<random>; a host's name may hold hyphens too.
+    host, _, pid = hidden.name.removeprefix(RESERVED_PREFIX).rpartition("-")[0].rpartition("-")
+    if host == platform.node() and pid.isdigit():
+        try:
+            os.kill(int(pid), 0)  # signal 0 only asks whether there is such a process
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # there is one, of another user
+            return False
+
+    # The writer is on another machine, or its process id is in use, perhaps by another process: only the age can tell.
+    return time.time() - hidden.stat().st_mtime > STALE_SECONDS
+
+
+def visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return the entries of the folder that are not hidden; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as scan:
+            return [entry for entry in scan if not entry.name.startswith(RESERVED_PREFIX)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def walk_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Yield every file below the folder that is not hidden; links to folders are followed."""
+    for entry in visible_entries(folder):
+        if entry.is_dir():
+            yield from walk_files(entry.path)
+        else:
+            yield entry

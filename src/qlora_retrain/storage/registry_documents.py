@@ -1,0 +1,76 @@
+"""The documents of published models: a version's manifest, and an alias.
+
+The field names are the JSON of every store in use, which older releases read and wrote too. Never rename one, and give
+every new one a default. `tests/storage/test_older_stores.py` reads documents of an older release.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qlora_retrain.storage.artifact import File
+
+
+class Release(BaseModel):
+    """A version's manifest: its files by hash, and what it was made of.
+
+    Attributes:
+        adapter_key: The key of the adapter.
+        judgement: The hash of the rules, settings and data by which the version was judged.
+        anchor: The line's best version, this one included, by the verdict on the merged form. Older manifests have
+            none, which means the version itself.
+        keys: The key of what each step of the run made, by the step's name.
+        base: The pins of the base model's files.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    schema_version: Literal[1] = 1
+    line: str
+    version: str
+    content_hash: str
+    created_at: str
+    files: tuple[File, ...]
+    adapter_key: str
+    judgement: str
+    anchor: str | None = None
+    keys: dict[str, str | None]
+    base: dict[str, Any]
+    numbers: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def parts(self, *names: str) -> tuple[File, ...]:
+        """Return the files that have these names or are in folders of these names."""
+        return tuple(f for f in self.files if f.path in names or f.path.partition("/")[0] in names)
+
+
+class Move(BaseModel):
+    """One earlier state of an alias."""
+
+    model_config = ConfigDict(frozen=True)
+    version: str
+    generation: int
+    at: str
+
+
+class Alias(BaseModel):
+    """The document of an alias: the version that it names, and its earlier states.
+
+    Attributes:
+        generation: The number of moves so far.
+        moves: The newest earlier states, the last one at the end; a rollback goes back through them.
+        rejected: The content hashes of versions that were rolled back.
+        request_id: Makes every document unique, so that a repeated write is recognised as our own.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    version: str
+    manifest_sha256: str
+    generation: int
+    moves: tuple[Move, ...] = ()
+    rejected: tuple[str, ...] = ()
+    request_id: str
+    reason: str
+    actor: str
+    at: str
