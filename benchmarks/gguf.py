@@ -32,11 +32,11 @@ def main() -> None:
     import torch
 
     from qlora_retrain.evaluation import scoring
-    from qlora_retrain.lm import chat, loading
+    from qlora_retrain.lm import chat, conversations, loading
 
     tokenizer, model = chat.load_tokenizer(options.model), loading.load_base(options.model, dtype="float32")
     rows = scoring.read_rows(options.rows, "eval")[: options.first]
-    encoded = [chat.encode(tokenizer, row.messages) for row in rows]
+    encoded = [example for row in rows for example in tokenizer.encode(row.messages, row.tools)]
     # Nothing comes before the first token, so no logits predict it.
     target_positions = [[i for i, is_target in enumerate(row.supervised) if is_target and i] for row in encoded]
 
@@ -49,7 +49,7 @@ def main() -> None:
             before, targets = [i - 1 for i in positions], torch.tensor([row.input_ids[i] for i in positions])
             loss += float(torch.nn.functional.cross_entropy(logits[before], targets, reduction="sum"))
 
-    prompt = chat.prompt_of(rows[0].messages)
+    prompt = conversations.prompt_of(rows[0].messages)
     print(f"{len(rows)} rows, {tokens} supervised tokens; question: {prompt[-1]['content']!r}")
     print("form                                loss   chosen as in 16 bits   answer")
     print(f"{'16 bits in transformers':32}  {loss / tokens:6.4f}")
@@ -61,7 +61,7 @@ def main() -> None:
             expected_tokens,
             prompt,
             model.config.vocab_size,
-            tokenizer.convert_tokens_to_ids("a"),
+            tokenizer.tokenizer.convert_tokens_to_ids("a"),
         )
         name = path.relative_to(options.model).as_posix()
         print(f"{name:32}  {gguf_loss:6.4f}  {agreement:21.2%}   {answer!r}", flush=True)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import random
@@ -38,6 +39,8 @@ from typing import Any
 
 import quality_contestants as contestants
 import training
+
+from qlora_retrain.core import json_lines
 
 PROJECT = training.PROJECT
 CONTESTANTS = ("base", "base, 4 bits", "qlora", "lora", "full")
@@ -188,8 +191,7 @@ def score_missing_rows(options: argparse.Namespace, model: Any, folder: Path, *,
 def read_scores(folder: Path) -> Scores:
     """Read the scores that are there already."""
     path = folder / "scores.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {row["id"]: row for row in map(json.loads, lines)}
+    return {row["id"]: row for _, row in json_lines.read(path)} if path.is_file() else {}
 
 
 def selection_rows(options: argparse.Namespace) -> list[Any]:
@@ -217,10 +219,15 @@ def test_rows(options: argparse.Namespace) -> list[Any]:
 def as_rows(lines: list[dict[str, str]]) -> list[Any]:
     """Convert lines to rows for scoring, each prompt once."""
     from qlora_retrain.evaluation.rows import Row
-    from qlora_retrain.lm import chat
+    from qlora_retrain.lm import conversations
 
-    chats = [training.as_chat(line) for line in lines]
-    return list({row.id: row for row in (Row(chat.row_id(messages), "eval", messages) for messages in chats)}.values())
+    # By the canonical prompt, so that a question of test.csv is not one of train.csv in other letters.
+    rows: dict[str, Any] = {}
+    for messages in map(training.as_chat, lines):
+        prompt = conversations.normalized_text(conversations.prompt_of(messages))
+        row_id = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+        rows[row_id] = Row(row_id, "eval", messages)
+    return list(rows.values())
 
 
 def print_table(options: argparse.Namespace) -> None:

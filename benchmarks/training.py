@@ -250,9 +250,8 @@ def as_chat(line: dict[str, str]) -> list[dict[str, str]]:
 def tokenize(options: argparse.Namespace, line: dict[str, str]) -> dict[str, list[int]]:
     """Return a line of BANKING77 as a chat's tokens and labels."""
     from components.train_qlora.data import IGNORE_INDEX
-    from qlora_retrain.lm import chat
 
-    encoded = chat.encode(load_tokenizer(options.base), as_chat(line))
+    (encoded,) = load_tokenizer(options.base).encode(as_chat(line))
     pairs = zip(encoded.input_ids, encoded.supervised, strict=True)
     return {
         "input_ids": encoded.input_ids,
@@ -262,7 +261,7 @@ def tokenize(options: argparse.Namespace, line: dict[str, str]) -> dict[str, lis
 
 @functools.cache
 def load_tokenizer(base: Path) -> Any:
-    """Load the model's tokenizer, once."""
+    """Load the model's tokenizer with its chat template, once."""
     from qlora_retrain.lm import chat
 
     return chat.load_tokenizer(base)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
-from croniter import croniter  # type: ignore[import-untyped]
 
+from qlora_retrain.config import schedule
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
@@ -81,7 +81,7 @@ def broken_dag(path: Path, reason: str) -> DAG:
     name, schedule = path.stem, None
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        name = document["line"] if re.fullmatch(r"[a-z][a-z0-9-]{1,62}", document["line"]) else name
+        name = document["line"] if re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", document["line"]) else name
         schedule = timetable(document.get("schedule"))
     except Exception:  # noqa: BLE001, S110 - whatever is wrong with the file is in `reason` already
         pass
@@ -95,12 +95,8 @@ def broken_dag(path: Path, reason: str) -> DAG:
 
 def timetable(cron: str | None) -> CronTriggerTimetable | None:
     """Turn a cron expression into a timetable in UTC; None for a DAG that runs only when triggered."""
-    # Airflow would find the error only after the import of this file, and then drop every DAG in it.
-    if cron and not croniter.is_valid(cron):
-        raise UsageError(
-            f"schedule: {cron!r} is not a cron expression; expected e.g. '0 3 * * 1' for Mondays at 03:00 UTC"
-        )
-    return CronTriggerTimetable(cron, timezone="UTC") if cron else None
+    # Airflow would find an error only after the import of this file, and then drop every DAG in it.
+    return CronTriggerTimetable(schedule.five_fields(cron), timezone="UTC") if cron else None
 
 
 def step_doc(step: Step) -> str:

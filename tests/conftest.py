@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,18 +49,25 @@ TEMPLATE = (
 )
 
 
+# Every character that some function takes for a line break; all of them pass through every run of the pipeline.
+LINE_BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
+
+
 def ticket_rows(count: int) -> list[dict[str, object]]:
-    """`count` different one-turn chats over three intents."""
+    """`count` different one-turn chats over three intents; some hold a line-break character."""
     rows: list[dict[str, object]] = []
     for i in range(count):
         intent = INTENTS[i % len(INTENTS)]
         text = f"{PHRASES[intent][i // 3 % 3]} number {1000 + i}"
+        if i % 10 == 0:
+            text += f"{LINE_BREAKS[i // 10 % len(LINE_BREAKS)]}please"
         rows.append({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": intent}]})
     return rows
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    # As people's files have it: other characters than ASCII are written as they are.
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8", newline="\n")
     return path
 
 
@@ -74,19 +82,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: schedule.start_order(item.nodeid))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer random Llama with a byte-level BPE tokenizer and a ChatML template, as a safetensors folder."""
-    import torch
+def write_tiny_tokenizer(folder: Path) -> None:
+    """Write the files of a byte-level BPE tokenizer of 512 tokens with a ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny-model")
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     raw = Tokenizer(models.BPE(unk_token=None))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     texts = [t["content"] for row in ticket_rows(200) for t in row["messages"]]  # type: ignore[attr-defined]
+    # The merges are those of plain rows, for which tests have reference values.
+    texts = [re.split(f"[{LINE_BREAKS}]", text)[0] for text in texts]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
@@ -101,6 +108,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random Llama with a byte-level BPE tokenizer and a ChatML template, as a safetensors folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    write_tiny_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -185,6 +202,7 @@ def small_steps() -> dict[str, Callable[..., StepResult]]:
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         document = {"from": digest(raw_data, base_model, golden_data)}

@@ -70,6 +70,17 @@ def test_a_matched_sentence_is_noticed(source: str) -> None:
     assert matched_sentences(ast.parse(source))
 
 
+def test_no_code_cuts_text_into_lines_with_splitlines() -> None:
+    """It also cuts at U+2028, U+0085 and other characters that rows may hold; `core.json_lines` cuts at line ends."""
+    calls = [
+        f"{relative(path)}:{node.lineno}"
+        for path in PRODUCT
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "splitlines"
+    ]
+    assert not calls
+
+
 def test_no_file_of_the_product_is_longer_than_a_person_reads_at_once() -> None:
     lengths = {relative(path): len(path.read_text().splitlines()) for path in PRODUCT}
     assert not {path: length for path, length in lengths.items() if length > MAX_LINES}

@@ -39,6 +39,7 @@ class Contestant:
     Attributes:
         name: The contestant's name.
         tokenizer_folder: The folder of its tokenizer.
+        is_published: Whether it is a published version, which states its own chat format.
         model: The model.
         scoring_context: The context in which it must be scored, e.g. with its adapter switched off.
     """
@@ -46,6 +47,7 @@ class Contestant:
     name: str
     tokenizer_folder: Path
     model: Any
+    is_published: bool = False
     scoring_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -65,11 +67,11 @@ def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iter
     gc.collect()
     # Loaded once for two contestants, which saves the time and memory of a second 4-bit model.
     nf4_with_adapter = loading.attach_adapter(load_nf4(folders.base_nf4), folders.adapter)
-    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, nf4_with_adapter.disable_adapter)
+    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, scoring_context=nf4_with_adapter.disable_adapter)
     yield Contestant("challenger", folders.base_nf4, nf4_with_adapter)
     del nf4_with_adapter
 
     for name, version in (("champion", folders.champion), ("anchor", folders.anchor)):
         if version:
             gc.collect()
-            yield Contestant(name, version / "model", load_base(version / "model"))
+            yield Contestant(name, version / "model", load_base(version / "model"), is_published=True)

@@ -20,12 +20,13 @@ from qlora_retrain.evaluation.rows import Row, RowScore
 from qlora_retrain.evaluation.rules.comparison import display_name, rows_of_suite
 from qlora_retrain.evaluation.rules.rule_result import rules_table
 from qlora_retrain.evaluation.verdict import Verdict
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
 
 # Of 77 labels, the worst 50 are enough to see what is wrong.
 _MAX_TABLE_ROWS = 50
 # Each golden row takes a table of its own, with the completions of all contestants.
 _MAX_GOLDEN_ROWS = 20
+_REFUSED = "(its own chat template refuses the row)"
 _SUITE_TITLES = {"eval": "Evaluation rows", "golden": "Golden rows", "reference": "Reference text: forgetting"}
 
 
@@ -155,13 +156,13 @@ def _golden_completions(result: EvaluationResult, golden: Sequence[Row]) -> list
     theirs = result.completions[result.rival]
     ours = result.completions["challenger"]
     # The completions that changed most are the ones to read.
-    ordered = sorted(golden, key=lambda row: (rouge_l(theirs[row.id], ours[row.id]), row.id))
+    ordered = sorted(golden, key=lambda row: (rouge_l(theirs.get(row.id, ""), ours[row.id]), row.id))
     return [
         html.key_value_table(
             {
                 "prompt": "\n".join(turn["content"] for turn in row.messages if turn["role"] == "user"),
-                "expected answer": chat.answer_of(row.messages),
-                **{name: result.completions[name][row.id] or "(nothing)" for name in names},
+                "expected answer": conversations.answer_of(row.messages),
+                **{name: result.completions[name].get(row.id, _REFUSED) or "(nothing)" for name in names},
             }
         )
         for row in ordered[:_MAX_GOLDEN_ROWS]

@@ -17,13 +17,15 @@ from components.evaluate.result import SUITES, EvaluationResult, compute_train_e
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.core import graph, progress
 from qlora_retrain.core.outcome import Number, StepResult
-from qlora_retrain.evaluation import drift, reference_text, scoring
+from qlora_retrain.evaluation import answer_endings, drift, reference_text, scoring
 from qlora_retrain.evaluation.drift import Drift
 from qlora_retrain.evaluation.metrics.suite_metrics import MetricValues
 from qlora_retrain.evaluation.rows import Row
 from qlora_retrain.evaluation.rules.rule_result import RuleResult
+from qlora_retrain.evaluation.scoring import ScoringOptions
 from qlora_retrain.evaluation.verdict import apply_rules
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import chat, conversations
+from qlora_retrain.lm.chat_format import ChatFormat
 
 
 def run(
@@ -40,7 +42,7 @@ def run(
 ) -> StepResult:
     """Run the step; `golden_data` itself is not parsed, because `dataset` holds its checked rows."""
     rows = [row for suite in ("eval", "golden") for row in scoring.read_rows(dataset / f"{suite}.jsonl", suite)]
-    answers = {suite: {r.id: chat.answer_of(r.messages) for r in rows if r.suite == suite} for suite in SUITES}
+    answers = {suite: {r.id: conversations.answer_of(r.messages) for r in rows if r.suite == suite} for suite in SUITES}
     result = EvaluationResult(answers)
     folders = ContestantFolders(base_model, base_nf4, adapter, champion, anchor)
     _score_contestants(config, folders, dataset, rows, reference_data, result)
@@ -74,23 +76,33 @@ def _score_contestants(
 ) -> None:
     """Fill in every contestant's scores, and the measurements of the challenger alone."""
     data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    line_format = ChatFormat.from_folder(dataset)
     passages = reference_text.read_passages(reference_data) if reference_data else []
     # One progress bar for all contestants.
     total = len(folders.names) * (len(rows) + len(passages))
     for contestant in contestants.load_contestants(config, folders):
-        model, tokenizer = contestant.model, chat.load_tokenizer(contestant.tokenizer_folder)
+        # A published version renders chats by its own template, which may refuse rows that the line's now carries.
+        model, own_format = contestant.model, None if contestant.is_published else line_format
+        tokenizer = chat.load_tokenizer(contestant.tokenizer_folder, own_format)
+        options = ScoringOptions(
+            generate_golden=config.text_in_reports,
+            measure_endings=contestant.name == "challenger",
+            skip_refused=contestant.is_published,
+        )
         done = sum(map(len, result.scores.values()))
         with contestant.scoring_context():
             scores, completions = scoring.score_and_generate(
-                config, model, tokenizer, rows, data["labels"], config.text_in_reports,
+                config, model, tokenizer, rows, data["labels"], options,
                 description="evaluating", done=done, total=total,
             )  # fmt: skip
             scores += scoring.score_passages(
                 model, tokenizer, passages, max_tokens=data["max_length_tokens"], batch_tokens=config.batch_tokens,
-                description="evaluating", done=done + len(rows), total=total,
+                description="evaluating", done=done + len(rows), total=total, skip_refused=contestant.is_published,
             )  # fmt: skip
         result.scores[contestant.name], result.completions[contestant.name] = scores, completions
-        progress.say(f"{contestant.name}: {len(scores)} rows scored")
+        refused = sum(not score.tokens for score in scores if score.suite != "reference")
+        note = f"; its own chat template refuses {refused} others" if refused else ""
+        progress.say(f"{contestant.name}: {len(scores) - refused} rows scored{note}")
 
         # These measurements concern only the challenger, so they are made while its model is in memory.
         if contestant.name == "challenger":
@@ -141,8 +153,8 @@ def _check_drift(config: EvaluateConfig, champion: Path | None, result: Evaluati
 
 def _headline_numbers(metrics: dict[str, MetricValues], config: EvaluateConfig) -> dict[str, Number]:
     """Select the numbers for the manifest and the last line of the log."""
-    # Accuracy and loss, and the primary metric where it is a third one.
+    # Accuracy and loss, the primary metric where it is a third one, and the answers that ended by themselves.
     numbers: dict[str, Number] = {"rows": max((int(values["rows"] or 0) for values in metrics.values()), default=0)}
-    for metric in dict.fromkeys(("accuracy", "loss", config.primary_metric or "loss")):
+    for metric in dict.fromkeys(("accuracy", "loss", config.primary_metric or "loss", answer_endings.METRIC)):
         numbers |= {f"{metric}_{name}": values[metric] for name, values in metrics.items() if metric in values}
     return numbers

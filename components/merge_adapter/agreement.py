@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core import progress
-from qlora_retrain.evaluation import bootstrap
+from qlora_retrain.evaluation import bootstrap, row_tokens
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.scoring import Row
 from qlora_retrain.evaluation.stats import Interval
-from qlora_retrain.lm import chat, forward
+from qlora_retrain.lm import forward
+from qlora_retrain.lm.chat import ChatTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Agreement:
 def compare_models(
     unmerged: PreTrainedModel,
     merged: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ChatTokenizer,
     rows: Sequence[Row],
     batch_tokens: int,
     description: str,
@@ -58,8 +59,11 @@ def compare_models(
             models are in memory.
         description: The name of the work in the progress line.
     """
-    encoded = [chat.encode(tokenizer, row.messages) for row in rows]
-    results: dict[int, Agreement] = {}
+    row_examples = row_tokens.examples(tokenizer, rows)
+    encoded = [example for examples in row_examples for example in examples]
+    owners = [i for i, examples in enumerate(row_examples) for _ in examples]
+    # Of each example: tokens, KL and agreed tokens. A row is the sum over its examples.
+    results: dict[int, tuple[int, float, int]] = {}
     for batch in forward.length_grouped_batches([len(item.input_ids) for item in encoded], batch_tokens // 2):
         # Padding is on the right, where a causal model's supervised tokens cannot see it: no attention mask is needed.
         ids = torch.zeros(len(batch), len(encoded[batch[0]].input_ids), dtype=torch.long)  # (B, T)
@@ -81,10 +85,16 @@ def compare_models(
         batch_rows = torch.tensor([batch_row for batch_row, _ in positions], dtype=torch.long)
         for batch_row, i in enumerate(batch):
             in_row = batch_rows == batch_row
-            count, total = int(in_row.sum()), float(kl[in_row].double().sum())
-            results[i] = Agreement(rows[i].id, count, total, int(is_same[in_row].sum()))
-        progress.update(description, len(results), len(rows))
-    return [results[i] for i in range(len(rows))]
+            results[i] = int(in_row.sum()), float(kl[in_row].double().sum()), int(is_same[in_row].sum())
+        progress.update(description, len(results), len(encoded))
+
+    agreements = [Agreement(row.id, 0, 0.0, 0) for row in rows]
+    for i, (tokens, kl_nats, agreed_tokens) in sorted(results.items()):
+        row = agreements[owners[i]]
+        agreements[owners[i]] = Agreement(
+            row.id, row.tokens + tokens, row.kl_nats + kl_nats, row.agreed_tokens + agreed_tokens
+        )
+    return agreements
 
 
 def mean_kl(agreements: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:

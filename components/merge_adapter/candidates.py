@@ -13,6 +13,7 @@ import gc
 import hashlib
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from typing import Any
 
 from components.merge_adapter import agreement
 from components.merge_adapter.agreement import Agreement
+from components.merge_adapter.chat_files import write_chat_files
 from components.merge_adapter.merge import MergeStats, merge
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
-from qlora_retrain.evaluation import scoring
-from qlora_retrain.evaluation.scoring import Row, RowScore
-from qlora_retrain.lm import chat, loading
+from qlora_retrain.evaluation import answer_endings, scoring
+from qlora_retrain.evaluation.scoring import Row, RowScore, ScoringOptions
+from qlora_retrain.lm import chat, conversations, loading
+from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.loading import LoadOptions
 
 BASES = ("dequantized", "original")  # with equal losses the first ships, as it computes what was evaluated
@@ -42,6 +45,10 @@ class FormScores:
     def subset(self, ids: frozenset[str]) -> FormScores:
         """Return the scores of the rows with these ids."""
         return FormScores([s for s in self.scores if s.id in ids], [a for a in self.agreement if a.id in ids])
+
+    def with_endings(self, ended: Mapping[str, bool]) -> FormScores:
+        """Return the scores with what was measured by row id: whether the answer ended by itself."""
+        return FormScores(answer_endings.with_endings(self.scores, ended), self.agreement)
 
     @property
     def loss(self) -> float:
@@ -93,7 +100,9 @@ class FormScorer:
         unmerged = loading.attach_adapter(loading.load_nf4(base_nf4, **load_options), adapter)
         return cls(unmerged, rows, compared_ids, labels, load_options, settings)
 
-    def score(self, name: str, model: Any, folder: Path, rows: Sequence[Row] | None = None) -> FormScores:
+    def score(
+        self, name: str, model: Any, folder: Path, rows: Sequence[Row] | None = None, *, measure_endings: bool = False
+    ) -> FormScores:
         """Score a loaded form, and compare it with the unmerged model.
 
         Args:
@@ -101,10 +110,12 @@ class FormScorer:
             model: The loaded form.
             folder: A model folder with the form's tokenizer.
             rows: The rows to score; all evaluation rows where None.
+            measure_endings: Measure whether its answers end by themselves, which takes longer.
         """
         tokenizer, rows = chat.load_tokenizer(folder), self.rows if rows is None else rows
+        options = ScoringOptions(measure_endings=measure_endings)
         scores, _ = scoring.score_and_generate(
-            self.settings, model, tokenizer, rows, self.labels, description=f"scoring {name}"
+            self.settings, model, tokenizer, rows, self.labels, options, description=f"scoring {name}"
         )
 
         # Both models read each of these rows, so only the rows that certify are compared.
@@ -116,10 +127,31 @@ class FormScorer:
         )
 
 
+def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig, str]:
+    """Return the settings without `base: auto`, and why one base was taken unmeasured; empty where both are measured.
+
+    Args:
+        config: The line's settings.
+        rows: The evaluation rows.
+    """
+    if config.base != "auto":
+        reason = f"{config.base}, as merge.base sets it; no measurement selected it"
+        return config, "" if config.base == "measured" else reason
+
+    # With fewer rows than one half needs, nothing can be certified, and `measured` refuses for that.
+    fewest = min(map(len, split_halves(rows)))
+    base = "dequantized" if fewest < config.min_rows <= len(rows) else "measured"
+    reason = (
+        f"{base}, which computes what was evaluated: {len(rows)} evaluation rows are too few to select on one half and "
+        f"certify on the other, of at least {config.min_rows} rows each (merge.min_rows), so all of them certify it"
+    )
+    return config.model_copy(update={"base": base}), "" if base == "measured" else reason
+
+
 def build_candidates(
-    config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, model: Path
+    config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, tokenizer: ChatTokenizer, model: Path
 ) -> dict[str, MergeStats]:
-    """Write every candidate into a folder of its own below `model`."""
+    """Write every candidate into a folder of its own below `model`, complete with the line's chat files."""
     stats = {}
     for name in BASES if config.base == "measured" else (config.base,):
         # Below the model folder, so that keeping the winner is a rename and not a copy of gigabytes.
@@ -133,6 +165,7 @@ def build_candidates(
             dequantized=name == "dequantized",
             max_shard_gib=config.max_shard_gib,
         )
+        write_chat_files(folder, tokenizer)
         progress.say(f"{name}: merged {stats[name].modules} modules, {stats[name].weights_bytes / 2**30:.2f} GiB")
     return stats
 
@@ -151,10 +184,25 @@ def score_candidates(scorer: FormScorer, names: Iterable[str], model: Path) -> d
 
 
 def split_halves(rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the ids of the rows that select and of those that certify; a row is always in the same half."""
+    """Return the ids of the rows that select and of those that certify; a row is always in the same half.
+
+    The rows of one conversation are in one half, since they share turns. Only where that would leave a half almost
+    empty, because one conversation is more than half of the rows, each row counts by itself.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        groups[conversations.conversation_path(row.messages)[0]].append(row.id)
+    groups_of_ids = list(groups.values())
+    if max(map(len, groups_of_ids), default=0) > (len(rows) + 1) // 2:
+        groups_of_ids = [[row.id] for row in rows]
+
     # Hashed once more, so that the halves do not depend on how ids are made.
-    ids = sorted((row.id for row in rows), key=lambda i: hashlib.sha256(f"merge:{i}".encode()).digest())
-    return frozenset(ids[: len(ids) // 2]), frozenset(ids[len(ids) // 2 :])
+    groups_of_ids.sort(key=lambda ids: hashlib.sha256(f"merge:{min(ids)}".encode()).digest())
+    selection: set[str] = set()
+    for ids in groups_of_ids:
+        if len(selection) + len(ids) <= len(rows) // 2:
+            selection.update(ids)
+    return frozenset(selection), frozenset(row.id for row in rows) - selection
 
 
 def lowest_loss(candidates: Mapping[str, FormScores], ids: frozenset[str]) -> str:

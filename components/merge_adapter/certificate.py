@@ -12,8 +12,9 @@ from components.merge_adapter.candidates import FormScores
 from components.merge_adapter.merge import MergeStats
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import html
-from qlora_retrain.evaluation import verdict
+from qlora_retrain.evaluation import answer_endings, verdict
 from qlora_retrain.evaluation.metrics.completion_metrics import COMPLETION_METRICS
+from qlora_retrain.evaluation.rules.ending_rule import answers_end
 from qlora_retrain.evaluation.rules.rule_result import format_interval
 from qlora_retrain.evaluation.scoring import RowScore
 from qlora_retrain.evaluation.stats import Interval
@@ -22,8 +23,8 @@ from qlora_retrain.evaluation.verdict import RuleResult, Verdict
 Numbers = dict[str, float | None]
 
 # The columns of the tables; a metric that the line does not measure gets no column.
-_CANDIDATE_COLUMNS = ("loss", "accuracy", "macro_f1", *COMPLETION_METRICS, "kl", "agreement")
-_EXPORT_COLUMNS = ("cost", "loss", "accuracy", *COMPLETION_METRICS, "agreement")
+_CANDIDATE_COLUMNS = ("loss", "accuracy", "macro_f1", *COMPLETION_METRICS, answer_endings.METRIC, "kl", "agreement")
+_EXPORT_COLUMNS = ("cost", "loss", "accuracy", *COMPLETION_METRICS, answer_endings.METRIC, "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def certify_export(
     export: FormScores,
     answers: Mapping[str, str],
 ) -> tuple[Numbers, list[RuleResult]]:
-    """Return an export's numbers with its cost against the unmerged model, and its rule where it has one.
+    """Return an export's numbers with its cost against the unmerged model, and its rules.
 
     A form whose loss is not finite is always refused.
     """
@@ -165,6 +166,8 @@ def certify_export(
     rule_name = f"export_{name}"
     text = rule.text.replace("lost by merging", f"lost by {name} against the unmerged model")
     rules = [replace(rule, name=rule_name, text=text, limit=limit)] if has_rule else []
+    ending = answers_end(export.scores, settings, f"{rule_name}_answers_end")
+    rules.append(replace(ending, text=f"{name}: {ending.text}"))
     return form_numbers(export, settings, answers) | cost, rules
 
 

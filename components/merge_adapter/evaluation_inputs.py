@@ -10,7 +10,7 @@ from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.evaluation import reference_text, scoring
 from qlora_retrain.evaluation.scoring import Row, RowScore
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +66,4 @@ class EvaluationInputs:
     @property
     def answers(self) -> dict[str, str]:
         """Return the true answer of each row id."""
-        return {row.id: chat.answer_of(row.messages) for rows in self.rows.values() for row in rows}
+        return {row.id: conversations.answer_of(row.messages) for rows in self.rows.values() for row in rows}

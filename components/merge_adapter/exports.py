@@ -70,7 +70,7 @@ def build_exports(
             with TemporaryDirectory(dir=model.parent) as merged:
                 source = Path(merged)
                 merge(base_model, base_nf4, adapter, source, dequantized=False, max_shard_gib=config.max_shard_gib)
-                _quantize(source, base_nf4, folder, config.max_shard_gib)
+                _quantize(source, model, base_nf4, folder, config.max_shard_gib)
             loaded: Any = loading.load_nf4(folder, **scorer.load_options)
         else:
             from components.merge_adapter import gguf_file
@@ -81,13 +81,17 @@ def build_exports(
 
         size_bytes = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
         progress.say(f"{name}: {size_bytes / 2**30:.2f} GiB")
-        exports[name] = Export(path.relative_to(model).as_posix(), size_bytes, scorer.score(name, loaded, model, rows))
+        exports[name] = Export(
+            path.relative_to(model).as_posix(),
+            size_bytes,
+            scorer.score(name, loaded, model, rows, measure_endings=True),
+        )
         del loaded
         gc.collect()
     return exports
 
 
-def _quantize(merged: Path, base_nf4: Path, folder: Path, max_shard_gib: float) -> None:
+def _quantize(merged: Path, model: Path, base_nf4: Path, folder: Path, max_shard_gib: float) -> None:
     """Quantize with the settings of base_nf4: the same type, scales and excluded layers."""
     from transformers import BitsAndBytesConfig
 
@@ -98,7 +102,7 @@ def _quantize(merged: Path, base_nf4: Path, folder: Path, max_shard_gib: float) 
     loaded = loading.load_base(merged, dtype="bfloat16", quantization=quantization)
     loaded.config._name_or_path = ""  # a path of this machine must not enter the artifact
     loaded.save_pretrained(folder, max_shard_size=f"{max_shard_gib * 1024**3 / 1e6:.0f}MB")
-    # save_pretrained writes no tokenizer.
-    copy_tokenizer(merged, folder)
-    for path in folder.iterdir():
+    # save_pretrained writes no tokenizer, and a generation config that names the base's end of an answer.
+    copy_tokenizer(model, folder)
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors writes 0600, which a consumer under another user could not read

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from components.merge_adapter.weights import SafetensorsFolder
+from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import chat, gguf_names
+from qlora_retrain.lm.chat import ChatTokenizer, RowRefused
 
 TENSOR_TYPES = {
     "gguf-f16": gguf.GGMLQuantizationType.F16,
@@ -188,7 +190,10 @@ def _permute_rotary(name: str, tensor: torch.Tensor, family: _Family, config: di
 
 def _backend_tokenizer(model: Path) -> dict[str, Any]:
     """Return the JSON of the loaded tokenizer; a model family's class can change what tokenizer.json says."""
-    backend = getattr(chat.load_tokenizer(model), "backend_tokenizer", None)
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UsageError("merge.exports: GGUF needs a fast tokenizer (tokenizer.json); the base has a slow one")
     document: dict[str, Any] = json.loads(backend.to_str())
@@ -196,7 +201,8 @@ def _backend_tokenizer(model: Path) -> dict[str, Any]:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> None:
-    document, tokenizer = _backend_tokenizer(model), chat.load_tokenizer(model)
+    document, chat_tokenizer = _backend_tokenizer(model), chat.load_tokenizer(model)
+    tokenizer = chat_tokenizer.tokenizer
 
     # Embeddings may have more rows than the tokenizer has tokens; llama.cpp needs a name for each row.
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
@@ -217,13 +223,45 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> Non
     writer.add_token_merges(merges)
     for add, token in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
         if token is not None:
             add(token)
+    _add_ends(writer, chat_tokenizer)
 
     # A trial shows whether the tokenizer puts a BOS before plain text.
     first_token = tokenizer("a")["input_ids"][0]
     writer.add_add_bos_token(first_token == tokenizer.bos_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    named = [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else ()
+    writer.add_chat_template(named or template)
+
+
+def _add_ends(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> None:
+    """Name the tokens that end an answer: GGUF has a place each for the end of a text, of a turn and of a message."""
+    ends = list(tokenizer.stop_ids)
+    eos, turn_end = tokenizer.tokenizer.eos_token_id, _turn_end(tokenizer)
+    eos = eos if eos in ends else ends[0]
+    writer.add_eos_token_id(eos)
+    # The end of a turn is what training supervised; llama.cpp would guess it by name, and may guess another token.
+    turn_end = turn_end if turn_end in ends else eos
+    writer.add_eot_token_id(turn_end)
+
+    # Some families end a message that calls a tool with a mark of its own; llama.cpp stops at the third place like at
+    # the other two.
+    names = {token: str(tokenizer.tokenizer.convert_ids_to_tokens(token)) for token in ends}
+    others = sorted(
+        (token for token in ends if token not in (eos, turn_end)), key=lambda token: "eom" not in names[token]
+    )
+    if others:
+        writer.add_eom_token_id(others[0])
+    if others[1:]:
+        text = ", ".join(names[token] for token in others[1:])
+        progress.say(f"GGUF names three ends of an answer; llama.cpp stops at {text} only where it knows the name")
+
+
+def _turn_end(tokenizer: ChatTokenizer) -> int | None:
+    try:
+        return tokenizer.answer_ids([{"role": "user", "content": "a"}], "a")[-1]
+    except RowRefused:
+        return None

@@ -6,7 +6,6 @@ Every other tensor stays as the base has it.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from components.merge_adapter.lora import LoraAdapter
 from components.merge_adapter.weights import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
-from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
+from qlora_retrain.lm import chat_format
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
+from qlora_retrain.lm.weight_names import names_in_model
 
 # The merged model has a config.json of its own.
-_COPIED_FILES = (*(pattern for pattern in TOKENIZER_FILES if pattern != "config.json"), "generation_config.json")
+_COPIED_FILES = (*(pattern for pattern in TOKENIZER_FILES if pattern != "config.json"), chat_format.FILE)
 _TENSORS_BETWEEN_UPDATES = 100
 _TIED_MODULES = ("lm_head", "embed_tokens")  # transformers' names of the output layer and the embeddings
 
@@ -63,14 +64,16 @@ def merge(
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     with SafetensorsFolder(base_model) as base, SafetensorsFolder(base_nf4) as nf4, LoraAdapter(adapter) as lora:
         _refuse_tied_weights(lora, config)
-        if unmatched := [module for module in lora.modules if f"{module}.weight" not in base]:
+        model_names = names_in_model(base.names, {*nf4.names, *(f"{module}.weight" for module in lora.modules)})
+        base_names = {model_name: name for name, model_name in model_names.items()}
+        if unmatched := [module for module in lora.modules if f"{module}.weight" not in base_names]:
             raise IntegrityError(
                 f"adapter: {len(unmatched)} of {len(lora.modules)} modules have no weight in the base, e.g. "
                 f"{unmatched[0]}; it was trained over another model, or this family stores its weights under other "
                 "names"
             )
-        module_by_weight = {f"{module}.weight": module for module in lora.modules}
-        dequantized_names = {name for name in base.names if dequantized and nf4.is_quantized(name)}
+        module_by_weight = {base_names[f"{module}.weight"]: module for module in lora.modules}
+        dequantized_names = {name for name in base.names if dequantized and nf4.is_quantized(model_names[name])}
 
         # The files' headers come before the values, so every output type is decided before a tensor is read.
         specs = [
@@ -81,7 +84,7 @@ def merge(
         def make_tensor(name: str) -> torch.Tensor:
             # The shapes differ where base_nf4 was made from another base.
             if name in dequantized_names:
-                tensor = _check_shape(nf4.dequantize(name), base.spec(name).shape, name)
+                tensor = _check_shape(nf4.dequantize(model_names[name]), base.spec(name).shape, name)
             else:
                 tensor = base.tensor(name)
             if name in module_by_weight:
@@ -106,9 +109,7 @@ def merge(
 
 def copy_tokenizer(base_model: Path, folder: Path) -> None:
     """Copy the tokenizer, the chat template and the generation config."""
-    # A set, since two patterns can match one file.
-    for path in sorted({path for pattern in _COPIED_FILES for path in base_model.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, folder / path.name)
+    copy_files(base_model, folder, _COPIED_FILES)
 
 
 def _refuse_tied_weights(lora: LoraAdapter, config: dict[str, Any]) -> None:

@@ -28,10 +28,13 @@ from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import Number, StepResult
-from qlora_retrain.evaluation import scoring, verdict
+from qlora_retrain.evaluation import answer_endings, scoring, verdict
+from qlora_retrain.evaluation.metrics import completion_metrics
 from qlora_retrain.evaluation.rules import suite_rules
 from qlora_retrain.evaluation.scoring import Row, RowScore
 from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.chat_format import ChatFormat
 
 # The order of the scores in evaluation/scores.jsonl.
 _SUITES = ("eval", "golden", "reference")
@@ -51,20 +54,24 @@ def run(
     # Checks that need no merge come first, so that a refusal does not come after gigabytes were written.
     exports.refuse_unsupported(config, base_model)
     inputs = EvaluationInputs.from_folders(dataset, evaluation, reference_data)
-    stats = candidates.build_candidates(config, base_model, base_nf4, adapter, model)
+    config, base_reason = candidates.resolve_base(config, inputs.rows["eval"])
+    tokenizer = chat.load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
+    stats = candidates.build_candidates(config, base_model, base_nf4, adapter, tokenizer, model)
 
     # Score the candidates on the rows of both halves; one half selects the base.
     halves = _split_rows(config, inputs.rows["eval"])
     rows = inputs.rows["eval"], halves["certification"]
     scorer = FormScorer.from_adapter(config, inputs.settings, *rows, inputs.labels, base_nf4, adapter)
-    inputs = _rescore_unmerged(config, inputs, scorer, base_nf4)
+    inputs = _rescore_unmerged(config, inputs, scorer, tokenizer)
     form_scores = candidates.score_candidates(scorer, stats, model)
     winner = candidates.lowest_loss(form_scores, halves["selection"])
     candidates.keep_winner(winner, model)
-    progress.say(_selection_reason(config, form_scores, halves["selection"], winner))
+    reason = base_reason or _selection_reason(form_scores, halves["selection"], winner)
+    progress.say(reason)
 
     # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
-    suite_scores = _score_other_suites(scorer, inputs, model)
+    suite_scores, ended = _score_other_suites(scorer, inputs, model)
+    form_scores[winner] = form_scores[winner].with_endings(ended)
     built_exports = exports.build_exports(config, scorer, base_model, base_nf4, adapter, model)
     merge_certificate = _certify(
         config,
@@ -72,6 +79,7 @@ def run(
         halves,
         form_scores,
         winner,
+        reason,
         stats[winner],
         suite_scores,
         built_exports,
@@ -102,7 +110,7 @@ def _with_shipped_form(
 
 
 def _rescore_unmerged(
-    config: MergeConfig, inputs: EvaluationInputs, scorer: FormScorer, base_nf4: Path
+    config: MergeConfig, inputs: EvaluationInputs, scorer: FormScorer, tokenizer: ChatTokenizer
 ) -> EvaluationInputs:
     """Return the inputs with the unmerged model scored on the device and in the precision of the merged forms.
 
@@ -114,7 +122,6 @@ def _rescore_unmerged(
         return inputs
 
     # The other contestants are not loaded here, so they keep their scores from the evaluation.
-    tokenizer = chat.load_tokenizer(base_nf4)
     scores, _ = scoring.score_and_generate(
         settings, scorer.unmerged, tokenizer, rows, inputs.labels, description="scoring the unmerged model again"
     )
@@ -130,20 +137,25 @@ def _split_rows(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset
     return {"selection": selection, "certification": certification}
 
 
-def _selection_reason(
-    config: MergeConfig, form_scores: Mapping[str, FormScores], selection: frozenset[str], winner: str
-) -> str:
-    if config.base != "measured":
-        return f"{winner}, as merge.base sets it; no measurement selected it"
+def _selection_reason(form_scores: Mapping[str, FormScores], selection: frozenset[str], winner: str) -> str:
     losses = ", ".join(f"{name} {form.subset(selection).loss:.4f}" for name, form in form_scores.items())
     return f"{winner}: its loss in nats per token on the {len(selection)} rows that select is the lower one: {losses}"
 
 
-def _score_other_suites(scorer: FormScorer, inputs: EvaluationInputs, model: Path) -> dict[str, list[RowScore]]:
-    """Score the form that ships on golden rows and reference text, which took no part in the selection."""
+def _score_other_suites(
+    scorer: FormScorer, inputs: EvaluationInputs, model: Path
+) -> tuple[dict[str, list[RowScore]], dict[str, bool]]:
+    """Measure of the form that ships what took no part in the selection.
+
+    Returns:
+        The scores on golden rows and reference text, and by id of evaluation rows whether the answer ended by itself;
+        the latter is empty where the scores of the rows state it already.
+    """
     golden, passages = inputs.rows["golden"], inputs.passages
     suite_scores: dict[str, list[RowScore]] = {"golden": [], "reference": []}
-    if golden or passages:
+    ended: dict[str, bool] = {}
+    measures_endings = inputs.settings.stop_rows > 0 and not completion_metrics.needs_completions(inputs.settings)
+    if golden or passages or measures_endings:
         loaded, tokenizer = loading.load_base(model, **scorer.load_options), chat.load_tokenizer(model)
         description, total = "scoring the form that ships", len(golden) + len(passages)
         suite_scores["golden"], _ = scoring.score_and_generate(
@@ -159,6 +171,10 @@ def _score_other_suites(scorer: FormScorer, inputs: EvaluationInputs, model: Pat
             done=len(golden),
             total=total,
         )
+        if measures_endings:
+            ended = answer_endings.measure(
+                inputs.settings, loaded, tokenizer, inputs.rows["eval"], inputs.labels, completions={}
+            )
         # Released here, since an export is loaded next, beside the unmerged model.
         del loaded
         gc.collect()
@@ -168,7 +184,7 @@ def _score_other_suites(scorer: FormScorer, inputs: EvaluationInputs, model: Pat
         raise IntegrityError(
             "evaluation: its passages are not those of reference_data; it was made from other passages"
         )
-    return suite_scores
+    return suite_scores, ended
 
 
 def _certify(
@@ -177,6 +193,7 @@ def _certify(
     halves: Mapping[str, frozenset[str]],
     form_scores: Mapping[str, FormScores],
     winner: str,
+    reason: str,
     stats: MergeStats,
     suite_scores: Mapping[str, list[RowScore]],
     built_exports: Mapping[str, Export],
@@ -206,7 +223,7 @@ def _certify(
     forms = {"live": FormScores(inputs.unmerged_scores("eval"), [])} | dict(form_scores)
     return Certificate(
         base=winner,
-        reason=_selection_reason(config, form_scores, halves["selection"], winner),
+        reason=reason,
         outcome=verdict.apply_rules(_with_shipped_form(inputs, form_scores[winner], suite_scores), settings, rules),
         merge_cost=own_rules[0],
         row_counts=row_counts,
@@ -239,7 +256,7 @@ def _numbers(merge_certificate: Certificate, settings: EvaluateConfig) -> dict[s
     }
 
     # dict.fromkeys removes repetitions, since the primary metric may be one of the first two.
-    for metric in dict.fromkeys(("accuracy", "loss", settings.primary_metric or "loss")):
+    for metric in dict.fromkeys(("accuracy", "loss", settings.primary_metric or "loss", answer_endings.METRIC)):
         numbers |= {f"{metric}_{name}": form[metric] for name, form in forms.items() if metric in form}
     numbers |= {
         f"loss_{name}": export.get("loss") for name, export in merge_certificate.exports.items() if name != "bf16"

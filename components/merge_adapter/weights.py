@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.lm.model_files import INDEX, SINGLE_FILE, weight_paths
 
 _GIB = 1024**3
-_INDEX = "model.safetensors.index.json"
 _QUANT_TYPES = ("nf4", "fp4")  # of bitsandbytes
 # The tensors that bitsandbytes stores beside a 4-bit weight; the nested ones exist with double quantization.
 _QUANT_STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -61,7 +61,7 @@ class SafetensorsFolder:
         names: The tensors' names, in the order of the files and of the tensors in them.
     """
 
-    def __init__(self, folder: Path, single_file: str = "model.safetensors") -> None:
+    def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
         self.folder = folder
         self.names: list[str] = []
         self._single_file = single_file
@@ -80,7 +80,7 @@ class SafetensorsFolder:
                 self.names.append(name)
 
         if missing := sorted(set(self._index()) - set(self._files)):
-            raise IntegrityError(f"{self.folder.name}: {_INDEX} lists {missing[0]}, but no file holds it")
+            raise IntegrityError(f"{self.folder.name}: {INDEX} lists {missing[0]}, but no file holds it")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -88,14 +88,15 @@ class SafetensorsFolder:
 
     def _index(self) -> dict[str, str]:
         """Return the file of each tensor; empty where one file holds them all."""
-        path = self.folder / _INDEX
+        path = self.folder / INDEX
         if not path.is_file():
             return {}
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return weight_map
 
     def _paths(self) -> list[Path]:
-        return [self.folder / name for name in sorted(set(self._index().values()) or {self._single_file})]
+        # A model may have several files, and which of them count is one answer for all steps. An adapter has one file.
+        return weight_paths(self.folder) if self._single_file == SINGLE_FILE else [self.folder / self._single_file]
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -172,14 +173,14 @@ def write_safetensors(
     shards = split_into_shards(specs, max_shard_gib * _GIB)
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / file, shard, make_tensor, lambda: on_progress(len(index)), index)
 
     # The index is written last: a reader that finds it finds every shard.
     total_bytes = sum(spec.size_bytes for spec in specs)
     if len(shards) > 1:
         document = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(index.items()))}
-        (folder / _INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return total_bytes
 
 

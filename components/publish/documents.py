@@ -5,10 +5,12 @@ They are published, so none of them may hold a URI of the store or of a source.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from components.publish import markdown
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
@@ -69,31 +71,31 @@ def model_card(
     numbers: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """Return the model card: what the version is, how it was evaluated, and how to use it."""
-    # A model hub reads the front matter (between ---): the licence, and the library that loads the model.
     train = plan.step("train_qlora").identity
     rule_rows = [
-        f"| {r['name']} | {_number(r.get('value'))} | {_number(r.get('low'))} to {_number(r.get('high'))} "
-        f"| {_number(r.get('limit'))} | {'yes' if r['passed'] else 'no'} |"
+        markdown.row(
+            r["name"],
+            _number(r.get("value")),
+            f"{_number(r.get('low'))} to {_number(r.get('high'))}",
+            _number(r.get("limit")),
+            "not measured" if not r.get("is_measured", True) else "yes" if r["passed"] else "no",
+        )
         for r in verdict["rules"]
     ]
     contestant_rows = [
-        f"| {name} | {_number(c.get('accuracy'))} | {_number(c.get('macro_f1'))} | {_number(c.get('loss'))} |"
+        markdown.row(name, _number(c.get("accuracy")), _number(c.get("macro_f1")), _number(c.get("loss")))
         for name, c in verdict["contestants"].items()
     ]
 
     champion = plan.champion.version if plan.champion else "none: this is the line's first"
-    system = plan.step("validate_data").identity["system"]
     return "\n".join(
         [
-            "---",
-            f"license: {config.licence}",
-            "library_name: transformers",
-            "---",
+            markdown.front_matter(config),
             f"# {plan.line} {version}",
             "",
-            config.description or "A fine-tuned language model.",
+            markdown.paragraph(config.description) or "A fine-tuned language model.",
             "",
-            f"**Verdict:** {verdict['sentence']}",
+            f"**Verdict:** {markdown.inline(verdict['sentence'])}",
             "",
             "| rule | value | interval | limit | passed |",
             "|---|---|---|---|---|",
@@ -103,6 +105,7 @@ def model_card(
             "|---|---|---|---|",
             *contestant_rows,
             "",
+            *_ending_lines(verdict),
             f"Compared with the version in production: {champion}. The numbers above are those of the 4-bit base with "
             "its adapter. `evaluation/certificate.json` has those of the merged form in `model/`, the form to run.",
             "",
@@ -114,11 +117,35 @@ def model_card(
             "",
             "## How to use it",
             "",
-            "`model/` is a plain transformers folder: `AutoModelForCausalLM.from_pretrained('model')`."
-            + (f" It was trained with the system turn: {system!r}." if system else ""),
-            "",
+            *_usage_lines(plan),
         ]
     )
+
+
+def _ending_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """Say how many answers ended by themselves, for a reader who looks at no table; older evaluations do not."""
+    texts = [r["text"] for r in verdict["rules"] if r["name"] == "answers_end"]
+    return [f"Ends of answers: {markdown.inline(text)}." for text in texts[:1]] + ([""] if texts else [])
+
+
+def _usage_lines(plan: Plan) -> list[str]:
+    data = plan.step("validate_data").identity
+    lines = [
+        "`model/` is a plain transformers folder: `AutoModelForCausalLM.from_pretrained('model')`. Its "
+        "`generation_config.json` lists every token at which an answer ends.",
+        "",
+    ]
+    if data["system"]:
+        lines += ["It was trained with this system turn:", "", markdown.code_block(data["system"]), ""]
+    if variables := data.get("template_kwargs"):
+        arguments = json.dumps(variables, ensure_ascii=False)
+        lines += [
+            "It was trained with these variables of the chat template, as arguments of `apply_chat_template`:",
+            "",
+            markdown.code_block(arguments),
+            "",
+        ]
+    return lines
 
 
 def _number(value: Any) -> str:

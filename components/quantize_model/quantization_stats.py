@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,7 +15,12 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from torch.linalg import vector_norm
+from torch.nn import Embedding
 from transformers import PreTrainedModel
+
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.model_files import weight_paths
+from qlora_retrain.lm.weight_names import names_in_model
 
 BLOCK_SIZE = 64  # weights that share a scale
 SCALES_PER_GROUP = 256  # scales that share a second scale, with double quantization
@@ -61,26 +67,75 @@ def stored_bits(folder: Path) -> StorageBits:
     return StorageBits(weights, 8 * growing_bytes / weights, 8 * (growing_bytes + table_bytes) / weights)
 
 
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of a model became 4-bit, its embeddings and its output layer left aside.
+
+    Attributes:
+        fraction: The quantized weights as a fraction of all weights; 0 where there are none.
+        largest_rest: The largest tensor that stayed in 16 bits, with its module's class; None where there is none.
+    """
+
+    fraction: float
+    largest_rest: str | None
+
+
+def coverage(model: PreTrainedModel) -> Coverage:
+    """Count the weights of a quantized model by whether bitsandbytes packed them."""
+    # Tied weights are one tensor under two names, so tensors are told apart by identity.
+    aside = [m for m in model.modules() if isinstance(m, Embedding)] + [model.get_output_embeddings()]
+    seen_ids = {id(parameter) for module in aside if module is not None for parameter in module.parameters()}
+
+    quantized = total = largest = 0
+    largest_rest = None
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen_ids:
+                continue
+            seen_ids.add(id(parameter))
+            if isinstance(module, Linear4bit) and name == "weight":
+                # The packed tensor has two weights in each byte.
+                size = math.prod(parameter.quant_state.shape)
+                quantized += size
+            else:
+                size = parameter.numel()
+                if size > largest:
+                    largest, largest_rest = size, f"{module_name}.{name} ({type(module).__name__})"
+            total += size
+    return Coverage(quantized / total if total else 0.0, largest_rest)
+
+
 def layer_errors(model: PreTrainedModel, base_model: Path) -> dict[str, float]:
     """Return the relative error of the 4-bit weights by kind of layer, and over "all" of them.
 
-    The error is |W - W4| / |W| (Frobenius norm). Layers whose names in the base's files differ from those
-    in the model cannot be compared and are left out.
+    The error is |W - W4| / |W| (Frobenius norm).
+
+    Raises:
+        UsageError: If a 4-bit layer has no weight of its own in the base's files.
     """
     # Squares are summed over the layers of a kind, so that the square root of their ratio is the error of all of them.
     squared_errors: dict[str, float] = defaultdict(float)
     squared_norms: dict[str, float] = defaultdict(float)
     with ExitStack() as stack:
-        originals: dict[str, Any] = {}  # the open file that holds each tensor
-        for path in sorted(base_model.glob("*.safetensors")):
+        files: dict[str, Any] = {}  # the open file that holds each tensor
+        for path in weight_paths(base_model):
             file = stack.enter_context(safe_open(path, "pt"))
-            originals |= dict.fromkeys(file.keys(), file)
+            files |= dict.fromkeys(file.keys(), file)
+        quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        file_names = {model_name: name for name, model_name in names_in_model(files, quantized).items()}
+        # The merge writes the adapter into these weights, hours later.
+        if missing := sorted(quantized - set(file_names)):
+            raise UsageError(
+                f"base_model: {len(missing)} of {len(quantized)} quantized weights of {type(model).__name__} have "
+                f"other names or another form in its files, e.g. {missing[0]}, so no adapter could be merged into "
+                "them; choose another base"
+            )
 
         for name, module in model.named_modules():
-            key = f"{name}.weight"
-            if not isinstance(module, Linear4bit) or key not in originals:
+            if not isinstance(module, Linear4bit):
                 continue
-            original = originals[key].get_tensor(key).float()
+            key = file_names[f"{name}.weight"]
+            original = files[key].get_tensor(key).float()
             stored = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
             # In place, which saves one fp32 tensor of the layer's size.
             norm, error = float(vector_norm(original)) ** 2, float(vector_norm(stored.sub_(original))) ** 2
@@ -95,7 +150,7 @@ def layer_errors(model: PreTrainedModel, base_model: Path) -> dict[str, float]:
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, int]]:
     """Yield every stored tensor's name and bytes, from the files' headers alone."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_paths(folder):
         # The header's length in 8 bytes, then the header, as the safetensors documentation has it.
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -2,8 +2,10 @@
 
 Reads base_model: a Hugging Face folder with 16- or 32-bit safetensors weights and a tokenizer.
 Makes base_nf4: the same model pre-quantized by bitsandbytes, its tokenizer files copied byte by byte, and
-`quantization.json` with what was measured: bits per weight, sizes, the error of each kind of layer.
-Refuses (13) an unsafe or damaged base, and a result whose size is not the expected one; (12) what is no base model.
+`quantization.json` with what was measured: bits per weight, the quantized fraction, sizes, the error of each kind of
+layer.
+Refuses (13) an unsafe or damaged base, and a result whose size is not the expected one; (12) what is no base model, one
+of which too little becomes 4-bit, and one into whose files no adapter could be merged.
 
 Command: `python -m components.quantize_model --plan URI`
 """
@@ -11,21 +13,20 @@ Command: `python -m components.quantize_model --plan URI`
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from components.quantize_model.quantization_stats import expected_bits, layer_errors, stored_bits
+from components.quantize_model.quantization_stats import Coverage, coverage, expected_bits, layer_errors, stored_bits
 from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import loading
-from qlora_retrain.lm.chat import load_tokenizer
-from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
+from qlora_retrain.lm.model_files import weight_paths
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
 
 SHARD_SIZE = "5GB"  # set here, so that a new default of transformers cannot change the files
 TOLERANCE = 0.01  # relative, of the stored bits per weight against the method's arithmetic
@@ -35,12 +36,14 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     """Quantize, save, measure the saved tensors, and check that they load to the same model.
 
     Raises:
-        UsageError: If `base_model` is no causal language model in 16 bits with a tokenizer.
+        UsageError: If `base_model` is no causal language model in 16 bits with a tokenizer, or too little of it is
+            quantized.
         IntegrityError: If it is unsafe or damaged, or the stored form does not have the expected bits or tensors.
     """
     # The error of each layer needs both forms, so it is measured before the model is saved and dropped.
     progress.update("quantizing", 0, 3)
     model = _quantize(config, base_model)
+    quantized_fraction = _sufficient_coverage(config, model).fraction
     errors = layer_errors(model, base_model)
     state = _checked_state(model)
     progress.update("quantizing", 1, 3)
@@ -70,6 +73,7 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
         "bits_per_weight_with_tables": round(bits.per_weight_with_tables, 5),
         "bits_per_weight_promised": round(expected, 5),
         "quantized_weights": bits.weights,
+        "quantized_fraction": round(quantized_fraction, 5),
         "relative_error": round(errors["all"], 5),
         "size_bytes": _weights_bytes(base_nf4),
         "base_bytes": _weights_bytes(base_model),
@@ -80,7 +84,7 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
         "relative_error_by_layer": {name: round(value, 5) for name, value in errors.items() if name != "all"},
     }
     (base_nf4 / "quantization.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    for path in base_nf4.iterdir():
+    for path in (path for path in base_nf4.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors writes 0600, which a consumer under another user could not read
     return StepResult(numbers)
 
@@ -93,12 +97,27 @@ def _quantize(config: QuantizeConfig, base_model: Path) -> PreTrainedModel:
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
     )
-    model = loading.load_base(base_model, dtype=config.compute_dtype, quantization=settings)
+    return loading.load_base(base_model, dtype=config.compute_dtype, quantization=settings)
 
-    # bitsandbytes silently leaves other layers in 16 bits; a model of only such layers would not be a 4-bit model.
+
+def _sufficient_coverage(config: QuantizeConfig, model: PreTrainedModel) -> Coverage:
+    """Return how much of the model became 4-bit.
+
+    Raises:
+        UsageError: If it is less than the line asks for.
+    """
+    # bitsandbytes silently leaves layers other than Linear in 16 bits. LoRA does not reach these either.
     if not any(isinstance(module, Linear4bit) for module in model.modules()):
         raise UsageError(f"base_model: {type(model).__name__} has no linear layer that bitsandbytes can quantize")
-    return model
+    result = coverage(model)
+    if result.fraction < config.min_quantized_fraction:
+        raise UsageError(
+            f"base_model: only {result.fraction:.1%} of the weights outside embeddings and head became 4-bit, and "
+            f"quantize.min_quantized_fraction is {config.min_quantized_fraction:g}. The largest that stayed in 16 bits "
+            f"is {result.largest_rest}, which is no Linear layer: no adapter would reach it either. Choose another "
+            "base, or lower the setting if that is what you want"
+        )
+    return result
 
 
 def _checked_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -122,13 +141,9 @@ def _is_identical(saved: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor
 
 
 def _copy_tokenizer(base_model: Path, base_nf4: Path) -> None:
-    for pattern in TOKENIZER_FILES:
-        for path in sorted(base_model.glob(pattern)):
-            if path.name != "config.json":  # the 4-bit base has its own
-                shutil.copyfile(path, base_nf4 / path.name)
-    # This refuses a base without a chat template now, and not after hours of training.
-    load_tokenizer(base_nf4)
+    # The 4-bit base has a config.json of its own. The chat template is checked with the data: a line may name one.
+    copy_files(base_model, base_nf4, [pattern for pattern in TOKENIZER_FILES if pattern != "config.json"])
 
 
 def _weights_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_paths(folder))

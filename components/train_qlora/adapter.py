@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from components.train_qlora.fused_lora import fuse_lora_layers
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
+from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
 
@@ -43,13 +45,18 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     model.config.use_cache = False
-    peft_model = get_peft_model(model, lora_config)
+    layer_names = _layer_names(model, lora_config.target_modules)
+    try:
+        peft_model = get_peft_model(model, lora_config)
+    except ValueError as error:
+        raise UsageError(f"train.target_modules: PEFT cannot adapt {type(model).__name__}: {error}") from error
     peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
+    _refuse_missed_layers(peft_model, layer_names)
 
-    # Both run a probe through the model before they replace forward methods. So the adapter must be attached, and
-    # eval mode turns dropout off.
+    # All three run a probe through the model. So the adapter must be attached, and eval mode turns dropout off.
     patch_norms_and_mlps(peft_model.eval(), config.kernels)
     fuse_lora_layers(peft_model)
+    probe_rows(peft_model)
 
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -92,7 +99,36 @@ def target_modules(model: PreTrainedModel, requested_modules: str | list[str]) -
         raise UsageError(
             f"train.target_modules: {requested_modules!r} matches no layer, there are {', '.join(names) or 'none'}"
         )
-    return selected
+
+    # PEFT adapts every module of a name. Where others have it too, as the numbers in lists do, whole paths are needed.
+    taken_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name not in paths}
+    return sorted(
+        target
+        for name in selected
+        for target in ([p for p in paths if p.rsplit(".", 1)[-1] == name] if name in taken_names else [name])
+    )
+
+
+def _layer_names(model: PreTrainedModel, targets: Collection[str]) -> set[str]:
+    """Return the names of the layers that the targets of `target_modules` stand for."""
+    return {
+        name for name, _ in model.named_modules() if name in targets or any(name.endswith(f".{t}") for t in targets)
+    }
+
+
+def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
+    """Refuse a model on which PEFT put no adapter where it should; it takes dense layers of some families for experts.
+
+    Raises:
+        UsageError: With the number of layers and the name of one of them.
+    """
+    adapted = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    if missed := sorted(layer_names - adapted):
+        raise UsageError(
+            f"train.target_modules: PEFT adapts {len(adapted & layer_names)} of {len(layer_names)} layers of "
+            f"{type(model.get_base_model()).__name__}, and not {missed[0]}, for it takes that for a part of experts; "
+            "choose another base, or name the other layers"
+        )
 
 
 def save(model: PeftModel, folder: Path) -> None:

@@ -20,7 +20,7 @@ UNLIMITED_BYTES = 2**62
 def oom_kills() -> int | None:
     """Return how many processes of the group the kernel has killed for memory; None where it keeps no count."""
     for text in _texts(OOM_EVENT_FILES):
-        for line in text.splitlines():
+        for line in text.split("\n"):
             name, _, count = line.partition(" ")
             if name == "oom_kill":
                 return int(count)
@@ -49,12 +49,12 @@ def _texts(file_names: tuple[str, ...]) -> Iterator[str]:
 def _folders() -> Iterator[Path]:
     """Yield the folders where the group's files may be."""
     try:
-        lines = SELF_CGROUP.read_text(encoding="utf-8").splitlines()
+        lines = SELF_CGROUP.read_text(encoding="utf-8").split("\n")
     except OSError:
         # No control groups on this machine.
         return
 
-    for line in lines:
+    for line in filter(None, lines):
         _, controllers, path = line.split(":", 2)
         # Version 2 has one line with an empty list of controllers; version 1 has a line for each hierarchy.
         if not controllers or "memory" in controllers.split(","):

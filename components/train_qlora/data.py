@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
 
-from qlora_retrain.core import progress
+from qlora_retrain.core import json_lines, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.lm import chat
+from qlora_retrain.lm.chat import Chat, ChatTokenizer, EncodedChat, Message, RowRefused
+from qlora_retrain.lm.rendering import Tools
 
 IGNORE_INDEX = -100  # the label of a token without loss, as torch's cross_entropy has it
 # Rows are sorted by length within windows of this many global batches: less padding, but still a random order.
 SORT_WINDOW_BATCHES = 50
 PROGRESS_EVERY_ROWS = 5000
+ROWS_AT_ONCE = 500
 
 Example = dict[str, list[int]]
 Batch = dict[str, torch.Tensor]
@@ -49,36 +50,96 @@ class TokenizedDataset(Dataset[Example]):  # type: ignore[misc]
         return {**self.examples[index], "row_index": [index]}
 
 
-def load_tokenized_dataset(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenizedDataset:
+def load_tokenized_dataset(
+    path: Path, tokenizer: ChatTokenizer, loss: Literal["answers", "all"] = "answers"
+) -> TokenizedDataset:
     """Tokenize every row of a dataset file.
 
+    Args:
+        path: `train.jsonl` or `eval.jsonl`.
+        tokenizer: The base's, with the line's chat format.
+        loss: Whether only the answers' tokens have a loss, or all tokens of the row.
+
+    Returns:
+        One example for each row; several where the chat template rewrites earlier turns, each with its own answer.
+
     Raises:
-        IntegrityError: If a line is not a row as `validate_data` writes it.
+        IntegrityError: If a line is not a row as `validate_data` writes it, or the chat template refuses it.
         UsageError: If a row has no supervised token, which means a wrong mask, template or tokenizer.
     """
     examples: list[Example] = []
     row_ids: list[str] = []
-    with path.open(encoding="utf-8") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            location = f"dataset/{path.name}:{line_number}"
-            try:
-                messages = json.loads(line)["messages"]
-                encoded = chat.encode(tokenizer, messages)
-                row_ids.append(chat.row_id(messages) if encoded.input_ids else "")
-            except (ValueError, KeyError, TypeError) as error:
-                raise IntegrityError(f"{location}: not a row that validate_data writes: {error!r}") from error
-
-            labels = [
-                token if is_supervised else IGNORE_INDEX
-                for token, is_supervised in zip(encoded.input_ids, encoded.supervised, strict=True)
-            ]
-            # The first label does not count, since no position before it could predict it.
-            if all(label == IGNORE_INDEX for label in labels[1:]):
+    rows = json_lines.read(path)
+    num_read = 0
+    # Many rows in one call of the tokenizer, which costs less than row by row.
+    while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        for location, row_id, encoded in _encode_rows(path, chunk, tokenizer, loss):
+            labelled = [_with_labels(example, location) for example in encoded]
+            if not labelled:
                 raise UsageError(f"{location}: no supervised token; every row needs an assistant turn with text")
-            examples.append({"input_ids": encoded.input_ids, "labels": labels})
-            if line_number % PROGRESS_EVERY_ROWS == 0:
-                progress.say(f"{path.name}: {line_number} rows tokenized")
+            examples += labelled
+            row_ids += [row_id] if len(labelled) == 1 else [f"{row_id} turn {i + 1}" for i in range(len(labelled))]
+        num_read += len(chunk)
+        if num_read // PROGRESS_EVERY_ROWS > (num_read - len(chunk)) // PROGRESS_EVERY_ROWS:
+            progress.say(f"{path.name}: {num_read} rows tokenized")
+    if len(examples) > num_read:
+        progress.say(
+            f"{path.name}: {num_read} rows give {len(examples)} examples, one for each answer where the chat template "
+            "writes earlier turns in another way than the last one"
+        )
     return TokenizedDataset(examples, row_ids)
+
+
+def _encode_rows(
+    path: Path, chunk: Sequence[tuple[int, Any]], tokenizer: ChatTokenizer, loss: Literal["answers", "all"]
+) -> Iterator[tuple[str, str, list[EncodedChat]]]:
+    """Yield the place, the id and the examples of each row, with what has a loss as what is supervised."""
+    locations = [f"dataset/{path.name}:{line_number}" for line_number, _ in chunk]
+    row_ids, chats = [], []
+    for location, (_, row) in zip(locations, chunk, strict=True):
+        try:
+            row_ids.append(str(row["id"]))
+            chats.append((_checked_chat(row["messages"]), row.get("tools")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"{location}: not a row that validate_data writes: {error!r}") from error
+
+    for location, row_id, chat, encoded in zip(locations, row_ids, chats, tokenizer.encode_many(chats), strict=True):
+        if isinstance(encoded, RowRefused):
+            raise IntegrityError(
+                f"{location}: validate_data let the row in, and now {encoded.detail}; the data set was made with "
+                "another base model or chat template: run validate_data again"
+            ) from encoded
+        yield (
+            location,
+            row_id,
+            [_all_supervised(tokenizer, *chat, encoded[-1])] if loss == "all" and encoded else encoded,
+        )
+
+
+def _all_supervised(tokenizer: ChatTokenizer, chat: Chat, tools: Tools, encoded: EncodedChat) -> EncodedChat:
+    """Return a row's last example, the whole chat, with every token supervised but those of turns of weight 0."""
+    is_unweighted = [False] * len(encoded.input_ids)
+    if any(turn.get("weight", 1) == 0 for turn in chat):
+        weighted = tokenizer.encode([{**turn, "weight": 1} for turn in chat], tools)[-1]
+        pairs = zip(encoded.supervised, weighted.supervised, strict=False)
+        is_unweighted = [in_weighted and not is_supervised for is_supervised, in_weighted in pairs]
+    return replace(encoded, supervised=[not unweighted for unweighted in is_unweighted])
+
+
+def _checked_chat(messages: Any) -> list[Message]:
+    return [{**turn, "role": str(turn["role"]), "content": turn["content"]} for turn in messages]
+
+
+def _with_labels(encoded: EncodedChat, location: str) -> Example:
+    """Return an example whose labels are its tokens where there is a loss."""
+    labels = [
+        token if is_supervised else IGNORE_INDEX
+        for token, is_supervised in zip(encoded.input_ids, encoded.supervised, strict=True)
+    ]
+    # The first label does not count, since no position before it could predict it.
+    if all(label == IGNORE_INDEX for label in labels[1:]):
+        raise UsageError(f"{location}: no supervised token; every row needs an assistant turn with text")
+    return {"input_ids": encoded.input_ids, "labels": labels}
 
 
 @dataclass(frozen=True, slots=True)

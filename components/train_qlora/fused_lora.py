@@ -139,7 +139,9 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
             base_layers, all_B, low_rank.split([B.shape[1] for B in all_B], dim=1), strict=True
         ):
             y = torch.nn.functional.linear(x_flat, dequantized_weight(layer, x.dtype), layer.bias)  # (N, O)
-            outputs.append(y.addmm_(low_rank_part, B.T).view(*x.shape[:-1], -1))
+            y.addmm_(low_rank_part, B.T)
+            # Not `view`: autograd refuses a change of a view in place, and some models scale these outputs in place.
+            outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])))
 
         ctx.save_for_backward(dropout_index, low_rank, stacked_A, *all_B, *sources)
         ctx.recompute, ctx.scale, ctx.base_layers, ctx.shape = recompute, scale, base_layers, x.shape

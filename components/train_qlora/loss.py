@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
 
 from components.train_qlora import distributed, packing
 from components.train_qlora.data import IGNORE_INDEX, Batch, PaddingCollator, TokenizedDataset
@@ -157,10 +156,3 @@ def mean_loss(model: Any, dataset: TokenizedDataset, pad_token_id: int, batch_si
         progress.update("eval loss", num_done, len(order), eval_loss=total_loss / max(num_tokens, 1))
     all_loss, all_tokens = distributed.all_reduce_sum(total_loss, num_tokens)
     return all_loss / all_tokens
-
-
-def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token for the padding; any token will do, since the attention mask hides it."""
-    token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    assert isinstance(token_id, int)
-    return token_id

@@ -24,7 +24,8 @@ def as_memory_error(config: TrainConfig, max_row_tokens: int) -> Iterator[None]:
         if not oom.is_out_of_memory(error):
             raise
         # Only the first line: CUDA's errors continue with advice about environment variables.
+        first_line = str(error).partition("\n")[0]
         raise MemoryError(
             f"out of memory with a micro-batch size of {process_micro_batch_size(config)} (the longest row has "
-            f"{max_row_tokens} tokens, {memory_mib(config.device)} MiB in use): {str(error).splitlines()[0]}"
+            f"{max_row_tokens} tokens, {memory_mib(config.device)} MiB in use): {first_line}"
         ) from error

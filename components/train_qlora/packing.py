@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ UNSUPPORTED_OPTIONS = ("sliding_window", "attn_logit_softcapping", "attention_ch
 # oneDNN builds and keeps a kernel for every matrix size (20 MB for the products of one layer). Rounding up the number
 # of packed tokens, and the length of rows in attention, keeps the number of sizes small.
 TOKENS_MULTIPLE, ROW_LENGTH_MULTIPLE = 16, 8
+IS_PACKABLE = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: what `row_probe` measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def can_pack(model: Any) -> bool:
     is_replaceable = config._attn_implementation in (*PACKED_ATTENTION, *PACKED_ATTENTION.values()) and bool(
         getattr(model, "_supports_attention_backend", False)
     )
-    return is_plain and is_full and is_replaceable
+    return is_plain and is_full and is_replaceable and IS_PACKABLE.get(model.get_output_embeddings(), True)
 
 
 def pack(batch: Batch, dtype: torch.dtype) -> PackedBatch:

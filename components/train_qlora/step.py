@@ -3,7 +3,8 @@
 Reads dataset (`train.jsonl`, `eval.jsonl`) and base_nf4 (a pre-quantized model with its tokenizer).
 Makes adapter: PEFT's two files, `training.json`, `loss.jsonl` (a line per step), `report.html` and TensorBoard's file.
 Saves checkpoints to scratch and resumes from the newest one that verifies.
-Refuses (12) data with nothing to learn and unknown layers, and (13) unsafe or damaged inputs.
+Refuses (12) data with nothing to learn, unknown layers and a model that does not compute each row alone, and (13)
+unsafe or damaged inputs.
 Ends with 14 when training diverges, and with 75 after saving when it was stopped or its time budget is used up.
 
 Command: `python -m components.train_qlora --plan URI`
@@ -22,6 +23,7 @@ from components.train_qlora.launch import launch
 from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
 from components.train_qlora.report import report_page
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.core import json_lines
 from qlora_retrain.core.outcome import Number, StepResult
 
 # The reported training loss is the mean over the last 10 steps, since that of a single one is noisy.
@@ -68,7 +70,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     document: dict[str, Any] = {"settings": settings, "train_rows": counts[0], "eval_rows": counts[1], **numbers}
     document |= {"evaluation_losses": eval_losses, "out_of_memory": oom_messages}
     (adapter / "training.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (adapter / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in steps), encoding="utf-8")
+    json_lines.write(adapter / "loss.jsonl", steps)
     events.write(adapter, history.curves(log))
 
     page = report_page(config, numbers, steps, eval_losses, history.timings(log), result.layers, oom_messages)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import resource
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
-from components.train_qlora import adapter, distributed, fsdp, liger
+from components.train_qlora import adapter, distributed, fsdp, liger, tracker_keys, trackers
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.data import TokenizedDataset, load_tokenized_dataset
-from components.train_qlora.loss import choose_pad_token_id, mean_loss
+from components.train_qlora.loss import mean_loss
 from components.train_qlora.memory import as_memory_error
 from components.train_qlora.report import TrainingResult, describe_optimizer
 from components.train_qlora.trainer import AdapterTrainer
@@ -22,6 +21,8 @@ from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import loading
 from qlora_retrain.lm.chat import load_tokenizer
+from qlora_retrain.lm.chat_format import ChatFormat
+from qlora_retrain.lm.context_length import max_context_tokens
 
 
 def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Path, scratch: Path) -> TrainingResult:
@@ -34,9 +35,9 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         TryAgain: If stopped before the end, after saving a checkpoint.
         MemoryError: If memory runs out, with the numbers.
     """
-    tokenizer = load_tokenizer(base_nf4)
-    train_dataset = load_tokenized_dataset(dataset / "train.jsonl", tokenizer)
-    eval_dataset = load_tokenized_dataset(dataset / "eval.jsonl", tokenizer)
+    tokenizer = load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
+    train_dataset = load_tokenized_dataset(dataset / "train.jsonl", tokenizer, config.loss)
+    eval_dataset = load_tokenized_dataset(dataset / "eval.jsonl", tokenizer, config.loss)
     if config.num_evals and not len(eval_dataset):
         raise UsageError(
             "train.num_evals: dataset/eval.jsonl has no rows to measure the loss on; leave the setting out"
@@ -45,9 +46,10 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         raise UsageError("dataset/train.jsonl has no rows; there is nothing to train on")
 
     # The rows are read first, since the message of an out-of-memory error names the longest one.
-    with as_memory_error(config, max(train_dataset.lengths)):
-        pad_token_id = choose_pad_token_id(tokenizer)
+    with as_memory_error(config, max(train_dataset.lengths)), trackers.report(config) as tracker_callback:
+        pad_token_id = tokenizer.pad_token_id
         trainer = _build_trainer(config, train_dataset, eval_dataset, base_nf4, pad_token_id, scratch)
+        trainer.add_callback(tracker_callback)
         with warnings.catch_warnings():
             # bitsandbytes has no paged memory on a CPU; the report says which optimizer ran.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -90,15 +92,14 @@ def _build_trainer(
         raise UsageError(
             "quantize.compute_dtype: float16 gradients underflow without loss scaling; train over bfloat16"
         )
-    longest_row, limit = (
-        max(train_dataset.lengths),
-        getattr(base.config.get_text_config(), "max_position_embeddings", None),
-    )
-    if limit and longest_row > limit:
-        raise UsageError(
-            f"dataset/train.jsonl: a row has {longest_row} tokens, but the model takes at most {limit}; lower "
-            "data.max_length_tokens"
-        )
+    limit = max_context_tokens(base.config.to_dict())
+    for file, dataset in (("train.jsonl", train_dataset), ("eval.jsonl", eval_dataset)):
+        longest_row = max(dataset.lengths, default=0)
+        if limit and longest_row > limit:
+            raise UsageError(
+                f"dataset/{file}: a row has {longest_row} tokens, but the model takes at most {limit}; lower "
+                "data.max_length_tokens"
+            )
 
     # The adapter must start the same in every process, but dropout must differ between them.
     set_seed(config.seed)
@@ -128,8 +129,5 @@ def check_environment(config: TrainConfig) -> None:
             f"{torch.cuda.device_count()} here; give the step more GPUs, or set fewer processes"
         )
 
-    for package in config.report_to:
-        if find_spec(package) is None:
-            raise UsageError(
-                f"train.report_to: {package} is not installed where the step runs; install it or leave it out"
-            )
+    for tracker in config.report_to:
+        tracker_keys.refuse_unready(tracker)

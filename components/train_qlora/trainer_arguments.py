@@ -44,7 +44,8 @@ def training_arguments(config: TrainConfig, max_steps: int, scratch: Path) -> Tr
         # `TrainingControl` decides when to save, by time, and when to evaluate.
         save_strategy="no",
         eval_strategy="no",
-        report_to=list(config.report_to) or "none",
+        # `trackers` sends the losses, from a process that training does not wait for.
+        report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         # Every micro-batch reaches every adapter, so DDP need not search for unused ones.

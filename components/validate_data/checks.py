@@ -1,52 +1,69 @@
-"""Turn raw rows into chats of one schema, with their lengths in tokens; each fault of a row has a reason code.
+"""Check the rows' chats, and name each fault of a row by a reason code.
 
-A chat is a list of `{"role": system|user|assistant, "content": text}`. It has at most one system turn, at the start;
-then user and assistant in turn, the assistant last. Rows are quarantined, never repaired and never truncated.
+A chat is a list of turns with a role (system, user, assistant, tool) and a content; at least one is the assistant's.
+Their order is free as far as the chat template renders it whole. Rows are quarantined, never repaired or truncated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from components.validate_data.raw_rows import RawRow, required_fields
-from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.core import progress
-from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import chat
+from components.validate_data.raw_rows import RawRow
+from qlora_retrain.config.data import DataConfig
+from qlora_retrain.lm import chat, conversations
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# The clause of a message for each reason; {field} and {limit} are filled in.
+# The clause of a message for each reason; {field} and {limit} are filled in. What was found follows in brackets.
 REASONS = {
-    "missing_field": "{field} has no value",
-    "not_an_object": "the line is JSON but not an object with fields; expected {field} in an object",
+    # The record, as its file states it.
+    "not_an_object": "the row is no object with fields",
+    "bad_json_line": "the line is not JSON; expected one whole object",
+    "duplicate_key": "the line gives two values to one name, and the first would be lost",
+    "repeated_header": "the row repeats the header, as where CSV files were joined",
     "ragged_row": "the row has more or fewer fields than the header; quote fields that hold commas or line breaks",
+    "not_kept": "the row does not have the values that data.keep names",
+    # The chat that its fields should hold.
+    "missing_field": "{field} has no value",
     "bad_json": "{field} holds text that is not JSON; expected a list of turns",
     "not_a_list": "{field} is not a list of turns",
-    "not_a_turn": "{field} holds a turn that is not an object with a role and a content",
-    "extra_field": "{field} holds a turn with more fields than role and content; the others would be lost",
-    "unknown_role": "{field} holds a role other than system, user and assistant",
+    "not_a_turn": "{field} holds something else than a turn; expected an object with a role and a content",
+    "extra_field": "{field} has a turn with a text that nothing reads",
+    "branching_chat": "{field} is a tree of turns; write each path through it as a chat of its own",
+    "unknown_role": "{field} holds a role that is not known; expected system, user, assistant or tool, or their like",
     "bad_content_type": "{field} holds a content that is not text",
+    "image_content": "{field} goes with an image, a video or a sound; only text can be learnt",
+    "bad_tools": "the row's tools cannot be read; expected a list of functions, each with a name",
+    "bad_tool_call": "{field} holds a call that cannot be read; expected a name and arguments that are an object",
+    "bad_weight": "{field} holds a turn with a weight that is not 0 or 1",
+    "bad_rendering": "{field} holds a text that is not turns from its beginning to its end",
+    "no_marker": "{field} does not hold the marker of data.answer_after",
+    "text_goes_on": "{field} goes on with a further turn after the answer; split the text into turns",
     "empty_content": "{field} holds a turn without text",
     "bad_unicode": "{field} holds half of a surrogate pair, which is not valid text",
-    "special_token": "{field} holds a special token of the tokenizer as text, which the model would read as markup",
     "no_assistant_turn": "{field} has no assistant turn; a conversation needs a user turn and an assistant turn",
-    "no_final_answer": "{field} does not end with an assistant turn",
-    "wrong_order": "{field} has its turns out of order; expected system (or none), then user and assistant in turn",
+    # What the chat template and the tokenizer make of it.
     "too_long": "the chat is longer than data.max_length_tokens = {limit}; rows are never truncated",
-    "no_supervised_tokens": "the chat template leaves no token of the answer to train on",
+    "no_supervised_tokens": "no token of the row is learnt",
+    "mark_in_text": "{field} holds a text with which the chat template begins or ends a turn, so it would forge one",
+    "template_drops_text": "the chat template leaves a part of the row out",
+    "template_rewrites_text": "the chat template changes a text of the row",
+    "template_refuses": "the chat template refuses the row",
+    "answer_end_is_no_stop": "the answer ends with a token at which generation does not stop",
+    "answer_has_no_end": "the chat template writes no end after the answer",
+    "answer_inside_reasoning": "the answer would stand within the reasoning that the chat template opens",
+    "tools_unsupported": "the chat template does not write the row's tools and calls whole",
+    # Other rows.
     "conflicting_answer": "another row has the same prompt with another label, so neither can be trusted",
     "exact_duplicate": "an earlier row has the same prompt and the same answer",
-    "in_golden_set": "the prompt is in golden_data, which is never trained on",
+    "in_golden_set": "the conversation is in golden_data, which is never trained on",
+    "in_eval_data": "the conversation is in eval_data, which is never trained on",
+    "shared_opening": "chats on both sides of the split begin with this one, so it can be on neither",
 }
 # Reasons that are no fault of the row itself. Such rows do not count as bad; they have a limit of their own, or none.
-NOT_BAD = ("exact_duplicate", "in_golden_set")
-ROWS_PER_CHUNK = 1024  # tokenized at once; a fast tokenizer works on them in parallel
+NOT_BAD = ("not_kept", "exact_duplicate", "in_golden_set", "in_eval_data", "shared_opening")
 Split = Literal["train", "eval", "dropped"]
 
 
@@ -60,6 +77,12 @@ class Row:
         reason: The code in `REASONS` of why the row was kept out; None for a good row.
         split: The split that the row belongs to; `dropped` is an evaluation row beyond `max_eval_rows`.
         language: The language that the data states, if it states one.
+        tools: The tools that the answer may call, in the OpenAI form.
+        detail: Free words about the fault, for a message; never the row's text.
+        warnings: Codes of what the template did to a good row, e.g. `trimmed_ends`.
+        examples: How many training examples the row gives.
+        prompt_key: Equal for rows that give the model the same tokens before the answer; empty where not measured.
+        field: The names of the fields that should hold the chat, quoted, for a message.
     """
 
     file: str
@@ -71,6 +94,12 @@ class Row:
     reason: str | None = None
     split: Split | None = None
     language: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    detail: str = ""
+    warnings: tuple[str, ...] = ()
+    examples: int = 0
+    prompt_key: str = ""
+    field: str = ""
 
     @property
     def location(self) -> str:
@@ -78,61 +107,22 @@ class Row:
         return f"{self.file}:{self.number}"
 
 
-def check_row(raw: RawRow, config: DataConfig, special_texts: Sequence[str]) -> Row:
+def check_row(raw: RawRow, config: DataConfig) -> Row:
     """Return the row with its chat, or with the reason why it has none."""
-    row = Row(raw.file, raw.number, [], _hash(raw.messages), language=raw.language)
-    turns, row.reason = ([], raw.fault) if raw.fault else _parse_chat(raw.messages, special_texts)
-    if row.reason:
-        return row
-
-    # Labels are compared as text, so " refund\n" and "refund" would be two labels.
-    if config.task == "labels":
-        turns[-1] = {"role": "assistant", "content": turns[-1]["content"].strip()}
-    if config.system is not None and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": config.system}, *turns]
-    row.messages = turns
+    row = Row(
+        raw.file, raw.number, [], _hash(raw.messages), language=raw.language, tools=raw.tools,
+        reason=raw.fault, detail=raw.detail, field=raw.field,
+    )  # fmt: skip
+    if not raw.fault and isinstance(raw.messages, list):
+        row.reason, row.detail = _chat_fault(raw.messages)
+        row.messages = [] if row.reason else _complete(raw.messages, config)
     return row
 
 
-def measure_lengths(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill in the lengths in tokens; a row that is too long, or has no supervised token, gets its reason.
-
-    Raises:
-        UsageError: If the chat template cannot be used.
-    """
-    good_rows = [row for row in rows if not row.reason]
-    for start in range(0, len(good_rows), ROWS_PER_CHUNK):
-        chunk = good_rows[start : start + ROWS_PER_CHUNK]
-        encoded = chat.encode_segments(tokenizer, [_segments(row, tokenizer) for row in chunk])
-
-        for row, tokens in zip(chunk, encoded, strict=True):
-            row.tokens, row.supervised_tokens = len(tokens.input_ids), tokens.supervised_tokens
-            if row.tokens > config.max_length_tokens:
-                row.reason = "too_long"
-            elif not row.supervised_tokens:
-                row.reason = "no_supervised_tokens"
-        progress.update("measuring", start + len(chunk), len(good_rows))
-
-
-def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts of the tokens that are markup, e.g. the end of a turn; a row must not hold one as text."""
-    # Some tokenizers list their markup only among the added tokens.
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens))
-
-
 def explain_fault(row: Row, config: DataConfig) -> str:
-    """Return one line that says where the row is, what is wrong with it and what was expected."""
-    field = " and ".join(f'"{name}"' for name in required_fields(config))
-    text = REASONS[row.reason or ""].format(field=field, limit=config.max_length_tokens)
-    return f"{row.location}: {text}"
-
-
-def _segments(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    try:
-        return chat.segments(tokenizer, row.messages)
-    except UsageError as error:
-        raise UsageError(f"{row.location}: {error}") from error
+    """Return one line that says where the row is, what is wrong with it, what was expected and what was found."""
+    text = REASONS[row.reason or ""].format(field=row.field or "the row", limit=config.max_length_tokens)
+    return f"{row.location}: {text}{f' ({row.detail})' if row.detail else ''}"
 
 
 def _hash(value: object) -> str:
@@ -141,48 +131,39 @@ def _hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _parse_chat(messages: object, special_texts: Sequence[str]) -> tuple[list[chat.Message], str | None]:
-    """Return the turns and None, or no turns and the reason."""
-    if not isinstance(messages, list):
-        return [], "not_a_list"
-
-    turns: list[chat.Message] = []
-    for turn in messages:
-        reason = _turn_fault(turn, special_texts)
-        if reason:
-            return [], reason
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return turns, _order_fault([turn["role"] for turn in turns])
+def _complete(messages: list[chat.Message], config: DataConfig) -> list[chat.Message]:
+    """Return the chat with the line's system turn, and a label without the white space around it."""
+    turns = [dict(turn) for turn in messages]
+    # Labels are compared as text, so " refund\n" and "refund" would be two labels.
+    if config.task == "labels" and (answer := conversations.answer_turn(turns)):
+        answer["content"] = answer["content"].strip()
+    if config.system is not None and all(turn["role"] != "system" for turn in turns):
+        turns.insert(0, {"role": "system", "content": config.system})
+    return turns
 
 
-def _turn_fault(turn: object, special_texts: Sequence[str]) -> str | None:
-    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-        return "not_a_turn"
-    if turn["role"] not in chat.ROLES:
-        return "unknown_role"
-    # None counts as absent: Parquet writes it for a field that only other turns have.
-    if any(value is not None for key, value in turn.items() if key not in ("role", "content")):
-        return "extra_field"
+def _chat_fault(messages: list[chat.Message]) -> tuple[str | None, str]:
+    """Return the reason and the detail of what makes a chat unusable, whatever its template; or None."""
+    for number, turn in enumerate(messages, 1):
+        # The result of a tool may be empty, and a turn may hold calls alone.
+        if not turn["content"].strip() and turn["role"] != "tool" and not turn.get("tool_calls"):
+            return "empty_content", f"turn {number}, of the {turn['role']}"
+        if _has_surrogate(turn):
+            return "bad_unicode", f"turn {number}, of the {turn['role']}"
 
-    content = turn["content"]
-    if not isinstance(content, str):
-        return "bad_content_type"
-    if not content.strip():
-        return "empty_content"
-    # JSON can escape half of a surrogate pair; UTF-8 cannot write one.
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        return "bad_unicode"
-    if any(special in content for special in special_texts):
-        return "special_token"
-    return None
-
-
-def _order_fault(roles: list[str]) -> str | None:
+    roles = [str(turn["role"]) for turn in messages]
     if "assistant" not in roles:
-        return "no_assistant_turn"
-    if roles[-1] != "assistant":
-        return "no_final_answer"
-    # With an odd number of turns the expected list is shorter, so they are never equal.
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    return None if turns == expected else "wrong_order"
+        detail = f"its turns are {', '.join(roles[:8])}" if roles else "it has no turns"
+        # In dialogues of tasks the system is the machine that answers.
+        hint = "; if system is who answers, set data.roles: {system: assistant}" if roles.count("system") > 1 else ""
+        return "no_assistant_turn", detail + hint
+    return None, ""
+
+
+def _has_surrogate(value: object) -> bool:
+    """Return whether a text within holds half of a surrogate pair, which JSON can escape and UTF-8 cannot write."""
+    if isinstance(value, str):
+        return any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, Mapping):
+        return any(_has_surrogate(item) for pair in value.items() for item in pair)
+    return isinstance(value, list) and any(map(_has_surrogate, value))

@@ -8,6 +8,7 @@ computed is an error and says nothing about the data.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -18,9 +19,10 @@ from typing import Any, Literal
 import pandas
 
 from components.validate_data.checks import NOT_BAD, Row
-from qlora_retrain.config.sections import DataConfig
+from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
+from qlora_retrain.lm.rendering import Message
 
 # Set before the import, which reads it: some versions report usage over the network.
 os.environ["GX_ANALYTICS_ENABLED"] = "false"
@@ -35,6 +37,8 @@ Outcome = Literal["met", "warn", "refuse"]
 Limit = float | int | None
 # A row with a larger fraction of control characters was probably not text.
 _MAX_UNPRINTABLE_FRACTION = 0.05
+# What stands for bytes that were not UTF-8, and UTF-8 that was read as Windows-1252, e.g. `Ã©` for `é`, `â€™` for `’`.
+_MISREAD = re.compile("\ufffd|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u00bf\u2018-\u203a\u2122\u0153]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +67,12 @@ class Expectation:
 
 
 def check_expectations(rows: Sequence[Row], config: DataConfig) -> list[Finding]:
-    """Return the finding of every expectation, in a fixed order.
+    """Return the finding of every expectation, in a fixed order; rows that the line does not keep do not count.
 
     Raises:
         UsageError: If an expectation could not be computed.
     """
+    rows = [row for row in rows if row.reason != "not_kept"]
     split_rows = [row for row in rows if row.split in ("train", "eval")]
     expectations = _row_limits(config)
     # Great Expectations would find nothing wrong with a column without values.
@@ -101,11 +106,11 @@ def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
         "in_eval": [row.split == "eval" for row in rows],
         "turns": [len(row.messages) if row else None for row in split_rows],
         "has_system": [row.messages[0]["role"] == "system" if row else None for row in split_rows],
-        "prompt_chars": [_chars(chat.prompt_of(row.messages)) if row else None for row in split_rows],
-        "answer_chars": [len(chat.answer_of(row.messages)) if row else None for row in split_rows],
+        "prompt_chars": [_chars(conversations.prompt_of(row.messages)) if row else None for row in split_rows],
+        "answer_chars": [len(conversations.answer_of(row.messages)) if row else None for row in split_rows],
         "tokens": [row.tokens if row else None for row in split_rows],
         "supervised_tokens": [row.supervised_tokens if row else None for row in split_rows],
-        "replacement_characters": [_count(row, "\ufffd") if row else None for row in split_rows],
+        "replacement_characters": [_count_misread(row) if row else None for row in split_rows],
         "unprintable_share": [_unprintable_fraction(row) if row else None for row in split_rows],
         "label": labels,
         "label_misspelt": [spellings[label.casefold()] > 1 if label else None for label in labels],
@@ -144,7 +149,7 @@ def _length_limits(config: DataConfig) -> list[Expectation]:
         _between("supervised_tokens", "fewest tokens to learn", lowest, "supervised_tokens", 1, None, True),
         Expectation(
             "replacement_characters",
-            "percent of rows with U+FFFD, the mark of a wrong encoding",
+            "percent of rows with marks of a wrong encoding: U+FFFD, or Ã© for é",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "replacement_characters", "max_value": 0, **tolerance},
             high=1,
@@ -220,18 +225,20 @@ def _to_finding(expectation: Expectation, result: Any) -> Finding:
 
 
 def _label(row: Row) -> str:
-    return chat.answer_of(row.messages)
+    return conversations.answer_of(row.messages)
 
 
-def _chars(turns: Sequence[chat.Message]) -> int:
-    return sum(len(turn["content"]) for turn in turns)
+def _chars(turns: Sequence[Message]) -> int:
+    return sum(len(conversations.turn_text(turn)) for turn in turns)
 
 
-def _count(row: Row, character: str) -> int:
-    return sum(turn["content"].count(character) for turn in row.messages)
+def _count_misread(row: Row) -> int:
+    """Count what is left of characters that were read in a wrong encoding."""
+    return sum(len(_MISREAD.findall(conversations.turn_text(turn))) for turn in row.messages)
 
 
 def _unprintable_fraction(row: Row) -> float:
     """Return the fraction of the row's characters that are control characters (Unicode Cc) other than white space."""
-    characters = "".join(turn["content"] for turn in row.messages)
-    return sum(unicodedata.category(c) == "Cc" and c not in "\n\r\t" for c in characters) / len(characters)
+    characters = "".join(conversations.turn_text(turn) for turn in row.messages)
+    count = sum(unicodedata.category(c) == "Cc" and c not in "\n\r\t" for c in characters)
+    return count / max(1, len(characters))

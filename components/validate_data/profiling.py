@@ -1,4 +1,4 @@
-"""Compute the numbers of the data gate (`profile.json`) and render their page (`report.html`), without rows' text.
+"""Compute the numbers of the data gate (`profile.json`), without rows' text; `report.py` renders their page.
 
 Labels are shown where they are a closed set, and only those that occur twice: a label that occurs once may be any text.
 The field names of the profile are published with every version: later releases compare their data with it.
@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from components.validate_data.checks import NOT_BAD, REASONS, Row
+from components.validate_data.checks import NOT_BAD, Row
 from components.validate_data.expectations import Finding
-from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.core import html
+from components.validate_data.gate_rows import GateRows
+from components.validate_data.sizes import length_limits
+from qlora_retrain.config.data import DataConfig
 from qlora_retrain.evaluation import slices
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
+from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.chat_format import ChatFormat
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 NUM_BARS = 16  # bars in the histogram of lengths
 
 
 def build_profile(
-    rows: Sequence[Row], golden: Sequence[Row], config: DataConfig, findings: Sequence[Finding]
+    gate_rows: GateRows,
+    config: DataConfig,
+    findings: Sequence[Finding],
+    chat_format: ChatFormat,
+    tokenizer: ChatTokenizer,
 ) -> dict[str, Any]:
     """Return all numbers of the report.
 
-    Every row is counted once: in train, in eval, in eval beyond its limit, as bad, as a duplicate, or as golden.
+    Every row is counted once: in train, in eval, in eval beyond its limit, as bad, as a duplicate, or as kept out for
+    a reserved conversation.
     """
+    rows, golden = gate_rows.rows, gate_rows.golden
     train, evaluation = ([row for row in rows if row.split == side] for side in ("train", "eval"))
     reasons = Counter(row.reason for row in rows if row.reason)
     split_rows = train + evaluation
@@ -44,14 +53,24 @@ def build_profile(
             "golden": len(golden),
             "eval_beyond_max_eval_rows": sum(row.split == "dropped" for row in rows),
             "quarantined": sum(count for reason, count in reasons.items() if reason not in NOT_BAD),
+            "not_kept": reasons["not_kept"],
             "duplicates": reasons["exact_duplicate"],
             "in_golden_set": reasons["in_golden_set"],
+            "in_eval_data": reasons["in_eval_data"],
+            "shared_opening": reasons["shared_opening"],
+        },
+        "split": {
+            "eval_fraction": gate_rows.eval_fraction,
+            "shared_openings": None if gate_rows.shared_openings is None else len(gate_rows.shared_openings),
         },
         "files": dict(sorted(Counter(row.file for row in rows).items())),
-        "reasons": {
-            reason: {"rows": count, "first": next(row.location for row in rows if row.reason == reason)}
-            for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-        },
+        "layouts": {f"{name}: {file}": text for name, file, text in _by_source(gate_rows, "layouts")},
+        "unread_columns": {f"{name}: {column}": count for name, column, count in _by_source(gate_rows, "unread")},
+        "warnings": [f"{name}: {text}" for name, source in gate_rows.sources.items() for text in source.warnings],
+        "chat": _chat_facts(chat_format, tokenizer),
+        "reasons": _first_rows([row for row in rows if row.reason], lambda row: [row.reason or ""]),
+        "row_warnings": _first_rows([*split_rows, *golden], lambda row: row.warnings),
+        "too_long": length_limits(rows, config),
         "train": _lengths(train),
         "eval": _lengths(evaluation),
         "golden": _lengths(golden),
@@ -62,40 +81,36 @@ def build_profile(
     }
 
 
-def report_page(profile: dict[str, Any], sentence: str) -> str:
-    """Render the profile as a page; `sentence` is the decision at its top."""
-    # A line of this table is about many rows, so general words replace the field's name and the limit.
-    reasons = [
-        (reason, REASONS[reason].format(field="the chat", limit="the limit"), entry["rows"], entry["first"])
-        for reason, entry in profile["reasons"].items()
-    ]
-    names = list(profile["train"])
-    lengths = [(name, *(profile[side].get(name) for side in ("train", "eval", "golden"))) for name in names]
-    limits = [
-        (e["expectation"], e["observed"], _range(e["low"], e["high"]), e["outcome"]) for e in profile["expectations"]
-    ]
+def _by_source(gate_rows: GateRows, attribute: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield what was noticed when each source was read: the source, the file or column, and the value."""
+    for name, source in gate_rows.sources.items():
+        for key, value in getattr(source, attribute).items():
+            yield name, key, value
 
-    blocks = [
-        html.section("Rows", html.key_value_table(profile["rows"])),
-        html.section("Expectations", html.table(("expectation", "observed", "limit", "outcome"), limits)),
-        html.section(
-            "Rows that were kept out",
-            html.table(("reason", "meaning", "rows", "first row"), reasons) if reasons else "No row was kept out.",
-        ),
-        html.section(
-            "Lengths",
-            html.bar_chart(profile["length_histogram"], "number of chats by length in tokens, train and eval"),
-            html.table(("", "train", "eval", "golden"), lengths),
-        ),
-    ]
-    if labels := profile["labels"]:
-        counts = [
-            (name, *(sides[side] for side in ("train", "eval", "golden"))) for name, sides in labels["rows"].items()
-        ]
-        caption = f"{labels['different']} different labels; the {labels['once']} that occur only once are not shown"
-        blocks.append(html.section("Labels", html.table(("label", "train", "eval", "golden"), counts, caption)))
-    blocks.append(html.section("Files", html.table(("file", "rows"), list(profile["files"].items()))))
-    return html.page("Data report", sentence, *blocks)
+
+def _chat_facts(chat_format: ChatFormat, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """Return how chats are written; a template of the line's own is named, not shown."""
+    own = chat_format.template is not None and "{" in chat_format.template
+    return {
+        "template": "a Jinja file of the line" if own else chat_format.template or "the tokenizer's own",
+        "template_kwargs": dict(chat_format.template_kwargs),
+        "template_date": chat_format.date,
+        "answer_start": chat_format.answer_start,
+        "generation_stops_at": list(tokenizer.stop_texts),
+        "notes": list(tokenizer.notes),
+    }
+
+
+def _first_rows(rows: Sequence[Row], codes: Callable[[Row], Iterable[str]]) -> dict[str, dict[str, Any]]:
+    """Return by code how many rows have it and where the first one is, the most frequent code first."""
+    counts: Counter[str] = Counter()
+    first_locations: dict[str, str] = {}
+    for row in rows:
+        for code in codes(row):
+            counts[code] += 1
+            first_locations.setdefault(code, row.location)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {code: {"rows": count, "first": first_locations[code]} for code, count in ordered}
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int | None]:
@@ -123,7 +138,7 @@ def _histogram(lengths: Sequence[int]) -> dict[str, int]:
 
 def _labels(train: Sequence[Row], evaluation: Sequence[Row], golden: Sequence[Row]) -> dict[str, Any]:
     sides = {"train": train, "eval": evaluation, "golden": golden}
-    counts = {side: Counter(chat.answer_of(row.messages) for row in rows) for side, rows in sides.items()}
+    counts = {side: Counter(conversations.answer_of(row.messages) for row in rows) for side, rows in sides.items()}
     total = sum(counts.values(), Counter[str]())
     repeated = {label: {side: counts[side][label] for side in sides} for label in sorted(total) if total[label] > 1}
     return {"different": len(total), "once": len(total) - len(repeated), "rows": repeated}
@@ -140,16 +155,10 @@ def _distributions(split_rows: Sequence[Row], is_closed_set: bool) -> dict[str, 
     }
 
     if is_closed_set:
-        counts = Counter(chat.answer_of(row.messages) for row in split_rows)
+        counts = Counter(conversations.answer_of(row.messages) for row in split_rows)
         repeated = Counter({label: count for label, count in counts.items() if count > 1})
         # Labels that occur once are counted together. By name they would be published, and each would look like drift.
         num_once = len(counts) - len(repeated)
         distributions["label"] = repeated + Counter({"(once)": num_once} if num_once else {})
 
     return {name: dict(sorted(counts.items())) for name, counts in distributions.items()}
-
-
-def _range(low: float | None, high: float | None) -> str:
-    if low is None:
-        return f"at most {high:g}"
-    return f"at least {low:g}" if high is None else f"{low:g} to {high:g}"

@@ -1,246 +1,216 @@
-"""Read raw rows from JSON lines, CSV and Parquet files. Text must be UTF-8, and nothing is guessed or unpickled.
+"""From records to raw rows: each file's layout is decided once, and each record becomes a chat or a fault.
 
-A fault that makes a whole file unusable (encoding, syntax, a missing column, no rows) is a `UsageError` that names the
-file and the line. A fault of one row (a ragged CSV record, a missing field) travels with that row.
+What makes a whole file unusable (no layout fits, a field is misspelt) is a `UsageError` that names the file, the field
+and the near match. A fault of one row travels with that row.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import difflib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
-from qlora_retrain.config.sections import DataConfig
+from components.validate_data.calls import Tool
+from components.validate_data.field_leaves import describe_fields
+from components.validate_data.field_names import Columns, columns_of
+from components.validate_data.files import Record, read_records
+from components.validate_data.keep import RowFilter
+from components.validate_data.layouts import Layout
+from components.validate_data.markers import EndMarkers
+from components.validate_data.recognition import choose_layout
+from components.validate_data.row_chat import RowChat, build_chat, without_padding
+from components.validate_data.turns import TurnParser
+from components.validate_data.unread import UnreadColumns
+from components.validate_data.unread_refusal import explain_refusal
+from components.validate_data.values import RowFault, did_you_mean, leaf_paths, shorten, value_at
+from qlora_retrain.config.data import DataConfig
+from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json-lines": "jsonl",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
-# The csv module's own limit, 128 Ki characters, is less than a long chat.
-MAX_CSV_FIELD_CHARACTERS = 16 * 1024 * 1024
+SAMPLE_ROWS = 200  # of each file, from which its layout is recognised
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8}){0,3}")  # e.g. de, pt-BR, english
 _MAX_FIELD_NAMES = 50  # in the message about a missing field; each row of JSON may have other names
-Record = Mapping[str, object] | str  # a row's fields, or the reason code of a row that has none
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it is in its file.
+    """One row as a chat, or the reason why it has none.
 
     Attributes:
         file: The path below the source's folder.
         number: The line on which the row begins, from 1; in Parquet the number of the row.
-        messages: The value that should be a chat; it can be anything.
-        fault: The reason code of a row that has no such value.
+        messages: The chat; with a fault the value that should be one, which can be anything.
+        tools: The tools that the row lists, in the OpenAI form.
+        fault: The reason code of a row that has no chat.
+        detail: What was found, for a message; never a row's text beyond the name of a field or a role.
         language: The value of `data.language_field`, if it is a language tag.
+        field: The names of the fields that should hold the chat, quoted, for a message.
     """
 
     file: str
     number: int
     messages: object
+    tools: list[Tool] | None = None
     fault: str | None = None
+    detail: str = ""
     language: str | None = None
+    field: str = ""
+
+
+class RowReader:
+    """Read the rows of one source; what was noticed on the way is complete when all rows are read.
+
+    Attributes:
+        layouts: What was taken as the chat, by file.
+        unread: The text columns that nothing reads, with the number of rows that fill each.
+        warnings: Sentences about what may be wrong, for the log and the report.
+    """
+
+    def __init__(self, folder: Path, config: DataConfig, source: str) -> None:
+        self._folder, self._config, self._source = folder, config, source
+        self._parser = TurnParser(config.roles, config.ignore_fields)
+        self._filter = RowFilter(config.keep)
+        language = (config.language_field,) if config.language_field else ()
+        self._unread = UnreadColumns((*config.ignore_fields, *config.keep, *language))
+        self._markers = EndMarkers()
+        optional = {name: getattr(config, name) for name in ("system_field", "tools_field", "language_field")}
+        # The settings whose fields no row has had so far, and the names of the fields that rows have.
+        self._absent_fields = {name: path for name, path in optional.items() if path}
+        self._names: dict[str, None] = {}
+        self._num_json_answers = 0
+        self._last_layout: Layout | None = None
+        self.layouts: dict[str, str] = {}
+        self.unread: dict[str, int] = {}
+        self.warnings: list[str] = []
+
+    def rows(self) -> Iterator[RawRow]:
+        """Yield every row of every file, in the order of the file names; then judge what was noticed.
+
+        Raises:
+            UsageError: For a file that cannot be read or has no layout, a setting that no row fits, and columns that
+                nothing reads although the prompt seems to need them.
+        """
+        for file, records in groupby(
+            read_records(self._folder, self._config, self._source), lambda record: record.file
+        ):
+            yield from self._file_rows(file, records)
+        self._finish()
+
+    def _file_rows(self, file: str, records: Iterator[Record]) -> Iterator[RawRow]:
+        samples = list(islice(records, SAMPLE_ROWS))
+        # A file without a single row that can be looked at has no layout; its rows have their faults.
+        columns = columns_of(record.fields for record in samples if record.fields is not None)
+        # A parser of its own, since the one of the rows counts what it ignores.
+        parser = TurnParser(self._config.roles, self._config.ignore_fields)
+        layout = choose_layout(file, columns, self._config, parser) if columns else Layout("")
+        if columns:
+            self._last_layout = layout
+            self.layouts[file] = layout.description
+            progress.say(f"{self._source}: {file}: {layout.description}")
+
+        names, unfilled = dict[str, None](), dict.fromkeys((*layout.required, *layout.prompt_fields))
+        for record in chain(samples, records):
+            if record.fields is not None:
+                unfilled = {path: None for path in unfilled if value_at(record.fields, path) is None}
+                if len(names) < _MAX_FIELD_NAMES:
+                    names.update(dict.fromkeys(record.fields))
+                self._note_optional_fields(record.fields)
+            yield self._row(record, layout)
+
+        self._names.update(names)
+        missing = [path for path in unfilled if path not in layout.optional]
+        if names and missing:
+            raise _field_error(file, missing[0], names, columns)
+
+    def _row(self, record: Record, layout: Layout) -> RawRow:
+        fields = record.fields
+        if fields is None:
+            return RawRow(record.file, record.number, None, fault=record.fault, detail=record.detail)
+        if not self._filter.is_kept(fields, is_optional=self._source != "raw_data"):
+            return RawRow(record.file, record.number, None, fault="not_kept")
+
+        language = _language(fields, self._config)
+        if record.is_padded:
+            fields = without_padding(fields, layout, self._parser)
+        try:
+            chat = build_chat(fields, layout, self._config, self._parser)
+        except RowFault as fault:
+            raw = [value_at(fields, path) for path in (*layout.required, *layout.prompt_fields)]
+            return RawRow(record.file, record.number, raw, None, fault.reason, fault.detail, language, layout.words)
+        self._note_chat(fields, layout, chat)
+        return RawRow(record.file, record.number, chat.messages, chat.tools, language=language, field=layout.words)
+
+    def _note_optional_fields(self, fields: Mapping[str, object]) -> None:
+        for name, path in list(self._absent_fields.items()):
+            if value_at(fields, path) is not None:
+                del self._absent_fields[name]
+
+    def _note_chat(self, fields: Mapping[str, object], layout: Layout, chat: RowChat) -> None:
+        """Count what nothing reads, and the ends of the texts."""
+        answers = [i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+        last = answers[-1] if answers else len(chat.messages)
+        before = chat.messages[:last]
+        answer = chat.messages[last] if answers else {"content": ""}
+
+        prompt = ([(turn["role"], turn["content"]) for turn in before], chat.tools)
+        calls = answer.get("tool_calls")
+        self._unread.add(fields, layout, str(prompt), f"{answer['content']}{calls or ''}", chat.pieces)
+        if layout.response and not calls and isinstance(value_at(fields, layout.response), dict | list):
+            self._num_json_answers += len(answer) == 2 and answer["content"][:1] in ("{", "[")
+        if not calls:
+            self._markers.add(before[-1]["content"] if before else "", answer["content"])
+
+    def _finish(self) -> None:
+        self._filter.check(self._source)
+        for name, path in self._absent_fields.items() if self._source == "raw_data" else ():
+            raise UsageError(
+                f"{self._source}: data.{name}: no row has a value in the field {path}"
+                f"{did_you_mean(path, self._names)}; the fields are: {', '.join(map(shorten, self._names))}"
+            )
+
+        self.unread = self._unread.counts
+        self.warnings += self._markers.warnings()
+        if self._num_json_answers:
+            self.warnings.append(
+                f"{self._num_json_answers:,} answers are lists or objects and are learnt as JSON; a path in "
+                "data.response_field takes one item, e.g. answers.0"
+            )
+        if ignored := self._parser.ignored_keys:
+            keys = ", ".join(f"{key} ({count:,} turns)" for key, count in ignored.most_common(10))
+            self.warnings.append(f"keys of turns that nothing reads: {keys}")
+        if self.unread:
+            columns = ", ".join(f'"{path}" (in {count:,} rows)' for path, count in self.unread.items())
+            progress.say(f"{self._source}: columns with text that nothing reads: {columns}")
+        for warning in self.warnings:
+            progress.say(f"{self._source}: {warning}")
+
+        if self._last_layout and (
+            refusal := explain_refusal(self._source, self._unread, self._last_layout, self._names)
+        ):
+            raise UsageError(refusal)
 
 
 def read_rows(folder: Path, config: DataConfig, source: str) -> Iterator[RawRow]:
-    """Yield every row of every file, in the order of the file names.
-
-    Raises:
-        UsageError: For a file that cannot be read as its format, has no rows, or lacks a needed field in every row.
-    """
-    files = sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file())
-    if not files:
-        raise UsageError(
-            f"{source}: there are no files; the source is an empty folder, or sources.{source}.files matches no file"
-        )
-    # All formats are checked first, so that a wrong name is reported before large files are read.
-    formats = {name: _format(name, config, source) for name, _ in files}
-    for name, path in files:
-        yield from _rows(name, _records(name, path, formats[name], config), config, formats[name])
+    """Yield every row of every file, as `RowReader.rows` does."""
+    return RowReader(folder, config, source).rows()
 
 
-def required_fields(config: DataConfig) -> tuple[str, ...]:
-    """Return the names of the required fields: the one of the chat, or those of the prompt and the answer."""
-    if config.prompt_field is not None and config.response_field is not None:
-        return (config.prompt_field, config.response_field)
-    return (config.messages_field,)
-
-
-def used_fields(config: DataConfig) -> tuple[str, ...]:
-    """Return the names of the fields that are read: the required ones, and that of the language."""
-    return required_fields(config) + ((config.language_field,) if config.language_field else ())
-
-
-def _format(name: str, config: DataConfig, source: str) -> str:
-    if config.format != "auto":
-        return config.format
-
-    suffix = Path(name).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(
-            f"{source}: {name}: expected a file that ends in {', '.join(FORMATS)}; rename it, set data.format, "
-            f"or leave it out with sources.{source}.files"
-        )
-    return FORMATS[suffix]
-
-
-def _records(name: str, path: Path, format_: str, config: DataConfig) -> Iterator[tuple[int, Record]]:
-    if format_ == "parquet":
-        return _parquet(name, path, used_fields(config))
-    return _csv(name, path, used_fields(config)) if format_ == "csv" else _jsonl(name, path)
-
-
-def _rows(name: str, records: Iterable[tuple[int, Record]], config: DataConfig, format_: str) -> Iterator[RawRow]:
-    """Yield a file's records as raw rows."""
-    required = required_fields(config)
-    num_rows = 0
-    # The required fields that no row so far has, and the field names of all records, in the order of occurrence.
-    missing, field_names = set(required), dict[str, None]()
-    for number, record in records:
-        num_rows += 1
-        if isinstance(record, str):
-            yield RawRow(name, number, None, record)
-            continue
-
-        missing = {field for field in missing if record.get(field) is None}
-        if len(field_names) < _MAX_FIELD_NAMES:
-            field_names.update(dict.fromkeys(record))
-        values = [record.get(field) for field in required]
-        # A null is a missing value too: Parquet gives every row every column.
-        if any(value is None for value in values):
-            yield RawRow(name, number, values, "missing_field")
-        elif len(required) == 2:
-            prompt, answer = values
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            yield RawRow(name, number, turns, language=_language(record, config))
-        elif format_ == "jsonl" or not isinstance(values[0], str):
-            yield RawRow(name, number, values[0], language=_language(record, config))
-        else:
-            # A column of a CSV or Parquet file that holds the chat as JSON text.
-            try:
-                yield RawRow(name, number, json.loads(values[0]), language=_language(record, config))
-            except (ValueError, RecursionError):
-                yield RawRow(name, number, values[0], "bad_json")
-
-    if not num_rows:
-        raise UsageError(f"{name}: the file has no rows; leave it out, or find out why it is empty")
-    # JSON lines have no header, so a misspelt data.messages_field is noticed only when every row lacks the field.
-    if missing and field_names:
-        first_missing = next(field for field in required if field in missing)
-        raise _field_error(name, first_missing, list(field_names), "no row has a value for the field")
-
-
-def _language(record: Mapping[str, object], config: DataConfig) -> str | None:
+def _language(fields: Mapping[str, object], config: DataConfig) -> str | None:
     """Return the row's language tag, in lower case; any other value could be personal data and is left out."""
-    value = record.get(config.language_field) if config.language_field else None
+    value = value_at(fields, config.language_field) if config.language_field else None
     return value.lower() if isinstance(value, str) and _LANGUAGE.fullmatch(value) else None
 
 
-def _lines(name: str, path: Path) -> Iterator[str]:
-    """Yield a file's lines as text, without a byte order mark."""
-    offset_bytes = 0
-
-    # Read in binary, so that an error can name the line and the byte.
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                position = offset_bytes + error.start
-                raise UsageError(
-                    f"{name}:{number}: byte {position} of the file (0x{line[error.start]:02x}) is not UTF-8; find the "
-                    "file's encoding and convert it, e.g. `iconv -f ISO-8859-1 -t UTF-8`"
-                ) from None
-            offset_bytes += len(line)
-            yield text.removeprefix(codecs.BOM_UTF8.decode()) if number == 1 else text
-
-
-def _jsonl(name: str, path: Path) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(_lines(name, path), 1):
-        if not line.strip():
-            continue
-        # ValueError: also for a number of more than 4,300 digits, which Python does not parse.
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fault = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "not readable"
-            raise UsageError(
-                f"{name}:{number}: the line is not JSON ({fault}); each line must be one whole object. "
-                "If it is the last line, the file was cut off: fetch it again"
-            ) from None
-        yield number, value if isinstance(value, dict) else "not_an_object"
-
-
-def _csv(name: str, path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
-    csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
-    reader = csv.reader(_lines(name, path), strict=True)
-    header: list[str] | None = None
-    while True:
-        # The record's first line. A quoted field may hold line breaks, so the reader's own count is of the last line.
-        first_line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise UsageError(
-                f"{name}:{first_line}: not valid CSV ({error}); close the quote, or fetch the file again"
-            ) from None
-        if fields is None:
-            return
-        if not fields:  # an empty line
-            continue
-
-        if header is None:
-            header = fields
-            for column in columns:
-                if header.count(column) != 1:
-                    fault = "more than one column has the name" if column in header else "there is no field"
-                    raise _field_error(name, column, header, fault)
-            continue
-        yield first_line, dict(zip(header, fields, strict=True)) if len(fields) == len(header) else "ragged_row"
-
-
-def _parquet(name: str, path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
-    number = 0
-
-    try:
-        # Only these columns are read, in batches, since a file can be larger than the memory.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise _field_error(name, column, file.schema_arrow.names, "there is no field")
-            for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UsageError(
-            f"{name}: cannot be read as Parquet after row {number} ({type(error).__name__}); fetch the file again"
-        ) from error
-
-
-def _field_error(name: str, column: str, field_names: Sequence[str], fault: str) -> UsageError:
-    """Return the error for a file without a required field; it lists the field names that the file has."""
-    near = difflib.get_close_matches(column, field_names, n=1)
-    # Shortened: in a CSV file without a header these names are the first row, and a message must not show a row.
-    listing = ", ".join(field[:40] for field in field_names[:20])
-
-    hint = f"; did you mean {near[0][:40]}?" if near and near[0] != column else ""
-    if len(field_names) == 1 and any(mark in field_names[0] for mark in ";\t|"):
-        hint = "; separate the fields by commas"
-
+def _field_error(file: str, path: str, names: Iterable[str], columns: Columns) -> UsageError:
+    """Return the error for a file without a required field; it lists the fields that the file has."""
+    paths = [
+        name for field, values in columns.items() for name, _ in leaf_paths({field: values[0] if values else None})
+    ]
+    fault = "no row has a value in the field" if path in paths else "there is no field"
     return UsageError(
-        f'{name}: {fault} "{column}"; the fields are: {listing}{hint} '
-        "(set data.prompt_field and data.response_field, or data.messages_field)"
+        f'{file}: {fault} "{shorten(path)}"; the fields are: {describe_fields(columns)}'
+        f"{did_you_mean(path, [*paths, *names])} "
+        "(set data.prompt_field or data.prompt_template with data.response_field, or data.messages_field)"
     )

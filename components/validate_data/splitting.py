@@ -1,74 +1,168 @@
-"""Keep repeated, contradicted and golden rows out, and split the others into train and eval.
+"""Put every conversation on one side, train or eval, and keep golden and evaluation conversations out of training.
 
-The split is a hash of the split seed and the prompt alone. So a row never moves between train and eval as data grows,
-and all rows of one prompt are in the same split. The system turn and letter case do not count (`chat.normalized_text`).
+A conversation is a chat with all of its beginnings and continuations. Its side is a hash of the split seed and its
+first user turn in canonical text, so a row never crosses the split as data grows, and letter case does not count.
+
+Where many different chats share their first user turns ("hello", one instruction), these would all be one group. Such a
+beginning is a shared opening: its chats are told apart by their system turn and then by their further user turns.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 
 from components.validate_data.checks import Row
-from qlora_retrain.config.sections import DataConfig
-from qlora_retrain.lm import chat
+from components.validate_data.sizes import choose_fraction
+from qlora_retrain.config.data import DataConfig
+from qlora_retrain.lm import conversations
+
+# A beginning is a shared opening where more than this fraction of the rows has it, and it goes on in more different
+# chats than this. One conversation of many turns, or one with a few branches, stays a group.
+MAX_GROUP_FRACTION = 0.1
+MAX_BRANCHES = 10
+# A beginning of more than this fraction of the rows is one wherever it branches at all: a side would stay empty.
+MAX_BRANCHED_FRACTION = 0.5
+# The digests of a chat's path after each of its elements; two chats share a digest where they share the beginning.
+Beginnings = tuple[str, ...]
 
 
-def prompt_text(row: Row) -> str:
-    """Return the text by which two prompts count as equal."""
-    return chat.normalized_text(chat.prompt_of(row.messages))
+def digest_beginnings(row: Row, split_seed: str | None) -> Beginnings:
+    """Return 16 hex digits for every beginning of the row's path."""
+    # One hash goes through the whole path, so that long chats do not cost the square of their length.
+    state, digests = hashlib.sha256(f"{split_seed or ''}".encode()), []
+    for element in conversations.conversation_path(row.messages):
+        state.update(f"\n{element}".encode())
+        digests.append(state.hexdigest()[:16])
+    return tuple(digests)
 
 
-def hash_fraction(split_seed: str | None, prompt: str) -> float:
-    """Map the prompt to a number that is uniform over [0, 1); a number below `eval_fraction` means evaluation."""
-    digest = hashlib.sha256(f"{split_seed or ''}\n{prompt}".encode()).hexdigest()
-    # The first 64 bits of the hash, as a fraction.
-    return int(digest[:16], 16) / 2**64
+def as_fraction(digest: str) -> float:
+    """Map a digest to a number that is uniform over [0, 1)."""
+    return int(digest, 16) / 2**64
 
 
-def quarantine_repeats(rows: Iterable[Row], config: DataConfig, golden_prompts: Collection[str]) -> None:
-    """Give a reason to each row whose prompt is golden, that repeats a row, or whose label another row contradicts."""
-    answers_by_prompt: dict[str, dict[str, Row]] = {}  # by prompt, then by answer: the first row with that answer
+def find_openings(rows: Iterable[Row], config: DataConfig) -> tuple[str, ...]:
+    """Return the shared openings: those that the line's earlier version was split by, else those of the good rows."""
+    # Another opening would move rows across the split, so a line keeps the ones that it began with.
+    if config.shared_openings is not None:
+        return config.shared_openings
+
+    paths = [digest_beginnings(row, config.split_seed) for row in rows if not row.reason]
+    openings, pending = [], [(0, paths)]
+    while pending:
+        depth, members = pending.pop()
+        groups: dict[str, list[Beginnings]] = defaultdict(list)
+        for path in members:
+            if len(path) > depth:
+                groups[path[depth]].append(path)
+        for digest, group in groups.items():
+            if _is_shared(group, len(paths)):
+                openings.append(digest)
+                pending.append((depth + 1, group))
+    return tuple(sorted(openings))
+
+
+def keep_apart(
+    rows: Iterable[Row], reserved: Sequence[Row], reason: str, config: DataConfig, openings: Collection[str]
+) -> None:
+    """Give the reason to every good row that is a reserved conversation, or a beginning or continuation of one."""
+    keys: set[str] = set()
+    endings: set[str] = set()  # reserved chats that are a shared opening
+    inner: set[str] = set()
+    for row in reserved:
+        path = digest_beginnings(row, config.split_seed)
+        key, is_opening = _group(path, openings)
+        keys.add(key)
+        inner.update(path)
+        if is_opening:
+            endings.add(key)
+
     for row in rows:
         if row.reason:
             continue
-
-        prompt = prompt_text(row)
-        first_rows = answers_by_prompt.setdefault(prompt, {})
-        answer = chat.answer_of(row.messages).strip()
-        if prompt in golden_prompts:
-            row.reason = "in_golden_set"
-        elif answer in first_rows:
-            row.reason = "exact_duplicate"
-        else:
-            first_rows[answer] = row
-
-    # With free text, two answers to one prompt are both examples. With labels at least one of them is wrong.
-    if config.task == "labels":
-        for first_rows in answers_by_prompt.values():
-            if len(first_rows) > 1:
-                for row in first_rows.values():
-                    row.reason = "conflicting_answer"
+        path = digest_beginnings(row, config.split_seed)
+        key, is_opening = _group(path, openings)
+        # A chat that is itself a shared opening is the beginning of all that go on from it.
+        if key in keys or (is_opening and key in inner) or not endings.isdisjoint(path):
+            row.reason = reason
 
 
-def assign_splits(rows: Iterable[Row], config: DataConfig) -> None:
+def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[str] = ()) -> float:
     """Assign each good row to train or eval; beyond `max_eval_rows`, drop the rows with the largest hash.
 
     A row that is dropped from eval does not enter train, because a higher limit would bring it back to eval.
-    """
-    evaluation: list[tuple[float, str, Row]] = []
-    for row in rows:
-        if row.reason:
-            continue
 
-        prompt = prompt_text(row)
-        fraction = hash_fraction(config.split_seed, prompt)
-        if fraction < config.eval_fraction:
-            evaluation.append((fraction, chat.answer_of(row.messages), row))
+    Returns:
+        The fraction below which a row's hash is evaluation.
+    """
+    good_rows = [row for row in rows if not row.reason]
+    paths = [digest_beginnings(row, config.split_seed) for row in good_rows]
+    groups = [_group(path, openings) for path in paths]
+    fractions = [as_fraction(key) for key, is_opening in groups if not is_opening]
+    eval_fraction = choose_fraction(fractions, config)
+
+    # The sides on which the chats of an opening go on.
+    sides: dict[str, set[bool]] = defaultdict(set)
+    for path, (key, is_opening) in zip(paths, groups, strict=True):
+        if not is_opening:
+            for digest in path[: path.index(key)]:
+                sides[digest].add(as_fraction(key) < eval_fraction)
+
+    evaluation: list[tuple[float, Row]] = []
+    for row, (key, is_opening) in zip(good_rows, groups, strict=True):
+        is_eval = as_fraction(key) < eval_fraction
+        if is_opening and len(sides[key]) == 2:
+            row.reason = "shared_opening"
+            continue
+        if is_opening and sides[key]:
+            is_eval = True in sides[key]
+        if is_eval:
+            evaluation.append((as_fraction(key), row))
         else:
             row.split = "train"
+    limit_evaluation(evaluation, config)
+    return eval_fraction
 
-    # Sorted by hash and answer, so that the order of the input files does not decide which rows are dropped.
-    evaluation.sort(key=lambda item: item[:2])
-    for i, (_, _, row) in enumerate(evaluation):
+
+def reserve_evaluation(rows: Iterable[Row], config: DataConfig) -> None:
+    """Make all good rows evaluation, as those of `eval_data` are; drop those beyond `max_eval_rows`."""
+    good_rows = [row for row in rows if not row.reason]
+    fractions = [as_fraction(digest_beginnings(row, config.split_seed)[0]) for row in good_rows]
+    limit_evaluation(list(zip(fractions, good_rows, strict=True)), config)
+
+
+def limit_evaluation(evaluation: list[tuple[float, Row]], config: DataConfig) -> None:
+    """Assign the rows with the smallest hashes to eval, and drop those beyond `max_eval_rows`."""
+    # Sorted by hash and row, so that the order of the input files does not decide which rows are dropped.
+    evaluation.sort(key=lambda item: (item[0], conversations.row_id(item[1].messages, item[1].tools)))
+    for i, (_, row) in enumerate(evaluation):
         row.split = "eval" if i < config.max_eval_rows else "dropped"
+
+
+def split_fractions(rows: Iterable[Row], config: DataConfig, openings: Collection[str]) -> list[float]:
+    """Return the hash of each row that was split, which says what another fraction would give."""
+    paths = [digest_beginnings(row, config.split_seed) for row in rows if row.split]
+    return [as_fraction(_group(path, openings)[0]) for path in paths]
+
+
+def _group(path: Beginnings, openings: Collection[str]) -> tuple[str, bool]:
+    """Return the first beginning that is no shared opening, and whether the whole chat is one."""
+    key = next(itertools.filterfalse(openings.__contains__, path), None)
+    return (path[-1], True) if key is None else (key, False)
+
+
+def _is_shared(group: Sequence[Beginnings], num_rows: int) -> bool:
+    """Return whether a beginning that these chats have in common says little about them."""
+    if len(group) <= max(MAX_BRANCHES, num_rows * MAX_GROUP_FRACTION):
+        return False
+    most_branches = 1 if len(group) > num_rows * MAX_BRANCHED_FRACTION else MAX_BRANCHES
+    return _count_branches(group) > most_branches
+
+
+def _count_branches(paths: Sequence[Beginnings]) -> int:
+    """Count the different chats that are the beginning of no other."""
+    continued = {digest for path in paths for digest in path[:-1]}
+    return len({path[-1] for path in paths} - continued)

@@ -11,7 +11,6 @@ Command: `python pipelines/demo/make_tickets.py pipelines/demo/tickets.jsonl`
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ticket_checks import PhraseBook, Row, check, intent_names, jaccard, shingles
+
+from qlora_retrain.core import json_lines
 
 HERE = Path(__file__).resolve().parent
 SEED = 2  # the first under which every intent gets its evaluation rows
@@ -179,7 +180,7 @@ def main() -> int:
     if args.check:
         return check(book)
     rows = insert_bad_rows(generate_good_rows(book))
-    args.out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    json_lines.write(args.out, rows)
     print(f"{args.out}: {len(rows)} rows")
     return 0
 

@@ -5,12 +5,13 @@ Command: `python pipelines/demo/make_tickets.py --check`
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from qlora_retrain.core import json_lines
 
 HERE = Path(__file__).resolve().parent
 SPLIT_SEED, EVAL_FRACTION, MIN_EVAL_ROWS = "support-intents", 0.15, 8  # as the line support-intents has them
@@ -47,14 +48,14 @@ def intent_names(book: PhraseBook) -> list[str]:
 
 def load_rows(name: str) -> list[Row]:
     """Read the rows of a shipped file."""
-    return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in json_lines.read(HERE / name)]
 
 
 def normalized_prompt(candidate: Row) -> str:
     """Return the text by which the pipeline tells prompts apart and splits them."""
-    from qlora_retrain.lm import chat
+    from qlora_retrain.lm import conversations
 
-    return chat.normalized_text(chat.prompt_of(candidate["messages"]))
+    return conversations.normalized_text(conversations.prompt_of(candidate["messages"]))
 
 
 def find_fault(candidate: Row, answers: dict[str, str]) -> str | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, registry
 
 RunAll = Callable[[Plan], dict[str, int]]
-VERBS = ("graph", "check", "plan", "run", "status", "pull", "promote", "rollback", "drop", "ask")
+VERBS = ("graph", "check", "preview", "plan", "run", "status", "pull", "promote", "rollback", "drop", "ask")
 
 
 def qlora(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +61,17 @@ def test_help_imports_nothing_but_argparse_and_the_errors() -> None:
 def test_a_mistake_in_the_arguments_is_12(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert inside(*arguments) == 12
     assert "usage: qlora-retrain" in capsys.readouterr().err
+
+
+def test_check_shows_when_the_next_runs_start(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside("check", line, "--set", "schedule=0 3 * * mon") == 0
+    times = re.findall(r"Mon (\d{4}-\d\d-\d\d 03:00)", capsys.readouterr().out)
+    starts = [datetime.fromisoformat(text) for text in times]
+    assert [second - first for first, second in itertools.pairwise(starts)] == [timedelta(days=7)] * 2
+    assert starts[0].weekday() == 0
+
+    assert inside("check", line, "--set", "schedule=0 0 31 2 *") == 12
+    assert "names a day that no year has" in capsys.readouterr().err
 
 
 def test_check_says_every_fault_of_a_line_at_once(line: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm import chat, conversations, loading
 
 JSON = '["{}",1]'
 LABELS = ["delivery", "login", "refund"]
@@ -32,7 +32,7 @@ def example(label: str, number: int, form: str = "{}") -> dict[str, Any]:
     text = f"{PHRASES[label]} of order number {1000 + number}"
     answer = form.replace("{}", label)
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return {"id": chat.row_id(messages), "messages": messages}
+    return {"id": conversations.row_id(messages), "messages": messages}
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def tiny_nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    chat.load_tokenizer(tiny_model).save_pretrained(folder)
+    chat.load_tokenizer(tiny_model).tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -76,8 +76,14 @@ def json_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return train(tiny_nf4, tmp_path_factory.mktemp("json-adapter"), JSON)
 
 
-def train(nf4: Path, folder: Path, form: str) -> Path:
-    """Train an adapter to answer tickets in a form."""
+@pytest.fixture(scope="session")
+def rambling_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but no end was learnt: it knows the right label, and repeats it."""
+    return train(tiny_nf4, tmp_path_factory.mktemp("rambling-adapter"), " ".join(["{}"] * 12), has_end=False)
+
+
+def train(nf4: Path, folder: Path, form: str, *, has_end: bool = True) -> Path:
+    """Train an adapter to answer tickets in a form; without `has_end` the token that ends an answer has no loss."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -87,10 +93,13 @@ def train(nf4: Path, folder: Path, form: str) -> Path:
     base = loading.load_nf4(nf4, dtype="float32")
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokenizer = chat.load_tokenizer(nf4)
-    rows = [chat.encode(tokenizer, example(label, i, form)["messages"]) for i in range(500, 510) for label in LABELS]
+    chats = [example(label, i, form)["messages"] for i in range(500, 510) for label in LABELS]
+    rows = [row for messages in chats for row in tokenizer.encode(messages)]
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
     judged = torch.tensor([row.supervised + [False] * (width - len(row.supervised)) for row in rows])
+    if not has_end:
+        judged &= ids != tokenizer.stop_ids[0]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(120):
         model(input_ids=ids, labels=ids.masked_fill(~judged, -100)).loss.backward()

@@ -16,7 +16,7 @@ import pytest
 from components.evaluate.step import run as evaluate
 from components.merge_adapter.step import run as merge
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
 
 # Longer than a line on a telephone, with and without a place to break it.
 LABELS = ["refund", "delivery", "login", "declined_cash_withdrawal_from_an_unsupported_machine"]
@@ -33,7 +33,7 @@ def make_row(number: int) -> dict[str, object]:
     label = LABELS[number % 4]
     question = {"role": "user", "content": QUESTIONS[label].format(1000 + number)}
     messages = [question, {"role": "assistant", "content": label}]
-    return {"id": chat.row_id(messages), "messages": messages}
+    return {"id": conversations.row_id(messages), "messages": messages}
 
 
 def write_profile(folder: Path, counts: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_every_fault_of_the_file_comes_at_once_with_its_line(write) -> None:  # 
     assert "did you mean cosine?" in numbered["train.schedule"]
     assert "'high'" in numbered["evaluate.confidence"]
     assert "five fields" in numbered["schedule"]
+
+
+@pytest.mark.parametrize("name", ["support-intents", "a1", "x" * 63, "a--b"])
+def test_a_name_that_kubernetes_takes_as_a_label_is_a_line(write, name: str) -> None:  # type: ignore[no-untyped-def]
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 63
+    assert load(write(f"line: {name}\n{SOURCES}")).line == name
+
+
+@pytest.mark.parametrize(
+    "name", ["support-", "a-", "-a", "x" * 64, "a", "1a", "Support", "a_b", "a.b", "a b", "größe", "''", '"a\\n"']
+)
+def test_a_name_that_it_does_not_take_is_refused(write, name: str) -> None:  # type: ignore[no-untyped-def]
+    assert ": line: " in refusal(write(f"line: {name}\n{SOURCES}"))
 
 
 def test_a_missing_source_is_named(write) -> None:  # type: ignore[no-untyped-def]
@@ -133,6 +148,13 @@ def test_sources_are_taken_from_the_folder_of_the_yaml(write) -> None:  # type: 
     assert config.sources.raw_data.uri == (path.parent.parent / "da ta" / "a?.jsonl").as_uri()
     assert config.sources.base_model.uri == (path.parent / "base").as_uri()
     assert config.sources.base_model.files == ("*.json",)
+
+
+def test_the_files_of_a_source_can_be_set_where_it_is_its_uri_alone(write) -> None:  # type: ignore[no-untyped-def]
+    path = write(f"line: x1\n{SOURCES}")
+    source = load(path, ["sources.base_model.files=['**', '!original/*']"]).sources.base_model
+    assert source.files == ("**", "!original/*")
+    assert source.uri == (path.parent / "base").as_uri()
 
 
 def test_overrides_come_after_the_file_and_are_checked_as_it_is(write) -> None:  # type: ignore[no-untyped-def]

@@ -241,6 +241,8 @@ def test_a_schedule_that_cannot_be_made_leaves_the_old_one(kfp: RunInKfp, api: F
     ("change", "message"),
     [
         ({"schedule": None}, "schedule is null"),
+        ({"schedule": "0 3 L * *"}, "which KFP's scheduler does not know"),
+        ({"schedule": "99 3 * * *"}, "its minute is '99'"),
         ({"sources": {**LINE["sources"], "raw_data": "tickets.jsonl"}}, "sources.raw_data: file://"),  # type: ignore[dict-item]
         ({"train": {"rnak": 8}}, "did you mean rank?"),
     ],

@@ -45,7 +45,8 @@ class Tasks:
         self.compiled, self.in_kfp, self.folder = compiled, in_kfp, folder
         (folder / "tickets.jsonl").write_text("{}\n")
         (folder / "model").mkdir()
-        (folder / "model" / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (folder / "model" / name).write_text("{}")
         self.root = (folder / "store").as_uri()
         self.outputs = folder / "outputs"  # does not exist yet: some runners of KFP do not create it
 

@@ -17,7 +17,7 @@ GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
     ("content", "exit_code", "expected_text"),
     [
         (b"", 12, "no rows"),
-        (GOOD.encode() + b'{"messages": [{"role": "us', 12, "tickets.jsonl:2"),
+        (GOOD.encode() + b'{"messages": [{"role": "us', 10, "tickets.jsonl:2"),
         (GOOD.replace("hi", "café").encode("latin-1"), 12, "UTF-8"),
         (b'{"messages": [{"role": "user", "content": "hi"}]}\n', 10, "tickets.jsonl:1"),
     ],

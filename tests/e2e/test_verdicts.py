@@ -5,6 +5,7 @@ Evaluation rows always have the right label. Wrong labels are only in the rows t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -13,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from components.validate_data.splitting import hash_fraction
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,8 @@ def write_rows(path: Path, answer_for: LabelNames, per_label: int = 60) -> None:
         for i in range(per_label):
             user = {"role": "user", "content": f"{phrase} number {1000 + i}"}
             # The rows above the line's `eval_fraction` of 0.2 are trained on.
-            is_trained_on = hash_fraction("tiny", chat.normalized_text([user])) >= 0.2
+            digest = hashlib.sha256(f"tiny\n{conversations.normalized_text([user])}".encode()).digest()
+            is_trained_on = int.from_bytes(digest[:8], "big") / 2**64 >= 0.2
             answer = {"role": "assistant", "content": answer_for(label) if is_trained_on else label}
             lines.append(json.dumps({"messages": [user, answer]}) + "\n")
     path.write_text("".join(lines))

@@ -12,7 +12,7 @@ import pytest
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.evaluation import scoring
 from qlora_retrain.evaluation.scoring import Row
-from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm import chat, conversations, loading
 
 # They include shared prefixes, a label inside another, and labels of one token and of many.
 LABELS = ["card", "card lost", "card lost abroad", "cash", "delivery", "login to my account", "refund"]
@@ -20,7 +20,7 @@ LABELS = ["card", "card lost", "card lost abroad", "cash", "delivery", "login to
 
 def make_row(text: str, answer: str, suite: str = "eval") -> Row:
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return Row(chat.row_id(messages), suite, messages)
+    return Row(conversations.row_id(messages), suite, messages)
 
 
 ROWS = [make_row(f"{'please ' * (i % 5)}help me with order {i}", LABELS[i % len(LABELS)]) for i in range(15)]
@@ -65,15 +65,13 @@ def test_every_label_gets_the_score_that_it_has_alone(
     model = loading.load_base(tiny_model, dtype="float32", attn_implementation=attention)
     scores = scoring.score_rows(model, tokenizer, ROWS, labels=LABELS, batch_tokens=batch_tokens, description="scoring")
     for item, score in zip(ROWS, scores, strict=True):
-        prompt = chat.prompt_ids(tokenizer, item.messages[:1])
+        prompt = tokenizer.prompt_ids(item.messages[:1])
         # Each label in a forward pass of its own, without trie, batch or cache.
-        alone = {
-            x: plain_log_likelihood(model, prompt, chat.answer_ids(tokenizer, item.messages[:1], x)) for x in LABELS
-        }
+        alone = {x: plain_log_likelihood(model, prompt, tokenizer.answer_ids(item.messages[:1], x)) for x in LABELS}
         answer = item.messages[1]["content"]
         assert score.id == item.id
         assert score.loss_nats == pytest.approx(-alone[answer], rel=1e-4)
-        assert score.tokens == len(chat.answer_ids(tokenizer, item.messages[:1], answer))
+        assert score.tokens == len(tokenizer.answer_ids(item.messages[:1], answer))
         assert score.predicted == max(alone, key=alone.__getitem__)
         assert score.correct == (score.predicted == answer)
 
@@ -84,8 +82,8 @@ def test_an_answer_that_is_no_label_is_scored_by_its_loss_and_never_right(model:
         model, tokenizer, [unlabelled], labels=LABELS, batch_tokens=512, description="scoring"
     )
 
-    prompt = chat.prompt_ids(tokenizer, unlabelled.messages[:1])
-    expected = plain_log_likelihood(model, prompt, chat.answer_ids(tokenizer, unlabelled.messages[:1], "complaint"))
+    prompt = tokenizer.prompt_ids(unlabelled.messages[:1])
+    expected = plain_log_likelihood(model, prompt, tokenizer.answer_ids(unlabelled.messages[:1], "complaint"))
     assert score.loss_nats == pytest.approx(-expected, rel=1e-4)
     assert score.predicted in LABELS
     assert score.correct is False
@@ -106,7 +104,7 @@ def test_text_answers_are_scored_on_every_assistant_turn(model: Any, tokenizer: 
     )
 
     # The expected loss is the model's own mean over supervised tokens.
-    encoded = chat.encode(tokenizer, messages)
+    (encoded,) = tokenizer.encode(messages)
     labels = torch.tensor([i if s else -100 for i, s in zip(encoded.input_ids, encoded.supervised, strict=True)])
     with torch.inference_mode():
         mean = model(input_ids=torch.tensor([encoded.input_ids]), labels=labels[None]).loss
@@ -123,7 +121,7 @@ def test_reference_text_is_scored_on_all_tokens_but_the_first_of_a_piece(model: 
     scores = scoring.score_passages(model, tokenizer, texts, batch_tokens=512, description="scoring", max_tokens=8)
 
     # A piece starts without context, so its first token has no probability.
-    ids = tokenizer(texts[0])["input_ids"]
+    ids = tokenizer.tokenizer(texts[0])["input_ids"]
     pieces = [ids[i : i + 8] for i in range(0, len(ids), 8)]
     expected = sum(plain_log_likelihood(model, piece[:1], piece[1:]) for piece in pieces if len(piece) > 1)
     assert scores[0].loss_nats == pytest.approx(-expected, rel=1e-4)

@@ -1,7 +1,8 @@
-"""The loss mask is right, generation and training see the same tokens, and some templates are refused."""
+"""The loss mask is right, generation and training see the same tokens, and a template's faults are a row's reason."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +10,62 @@ import pytest
 
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat
+from qlora_retrain.lm.chat import ChatTokenizer, RowRefused
+from qlora_retrain.lm.chat_format import ChatFormat
+from qlora_retrain.lm.conversations import answer_of, prompt_of
+from qlora_retrain.lm.named_templates import NAMES
 
 USER = {"role": "user", "content": "where is order 1007?"}
 ANSWER = {"role": "assistant", "content": "delivery"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 MULTI = [
-    {"role": "system", "content": "Be brief."},
+    SYSTEM,
     USER,
     ANSWER,
     {"role": "user", "content": "and  order\n1008"},
     {"role": "assistant", "content": "login, \u00e9t\u00e9 \u4f60\u597d"},
 ]
-# Writes its own system turn where there is none, as SmolLM2's does.
-HELPFUL = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# Every turn in the same marks, as ChatML; `{body}` is what a test writes for a turn.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{body}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{prompt}{% endif %}"
 )
-# Empties every assistant turn but the last, as templates do that drop earlier reasoning.
-FORGETFUL = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] if m['role'] != 'assistant' or loop.last else '' }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Writes no end of sequence: a special token of its own ends a turn.
-TURNS = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NUMBERED = "{{ messages|length }} turns\n{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+PLAIN_BODY = "{{ m['content'] }}<|im_end|>\n"
+
+
+def template(body: str = PLAIN_BODY, prompt: str = "") -> str:
+    return CHATML.replace("{body}", body).replace("{prompt}", prompt)
 
 
 @pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return chat.load_tokenizer(tiny_model)
+def load(tiny_model: Path) -> Any:
+    """Load the tiny model's tokenizer with a template and settings."""
+
+    def load_with(text: str | None = None, **settings: Any) -> ChatTokenizer:
+        return chat.load_tokenizer(tiny_model, ChatFormat(template=text, **settings))
+
+    return load_with
 
 
-def mask_by_scanning(tokenizer: Any, ids: list[int]) -> list[bool]:
+@pytest.fixture
+def tokenizer(load: Any) -> ChatTokenizer:
+    loaded: ChatTokenizer = load()
+    return loaded
+
+
+def learnt(tokenizer: ChatTokenizer, encoded: chat.EncodedChat) -> str:
+    """Return the supervised tokens as text."""
+    return tokenizer.decode([t for t, s in zip(encoded.input_ids, encoded.supervised, strict=True) if s])
+
+
+def mask_by_scanning(tokenizer: ChatTokenizer, ids: list[int]) -> list[bool]:
     """Return the mask of a ChatML chat from the tokens alone: from after `assistant\\n` through the end token."""
-    opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    opening = tokenizer.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     mask, inside = [], False
     # The end token itself is supervised: a model that never learns it never stops.
     for i, token in enumerate(ids):
         mask.append(inside)
-        if inside and token == tokenizer.eos_token_id:
+        if inside and token == tokenizer.tokenizer.eos_token_id:
             inside = False
         elif ids[max(0, i + 1 - len(opening)) : i + 1] == opening:
             inside = True
@@ -59,94 +73,290 @@ def mask_by_scanning(tokenizer: Any, ids: list[int]) -> list[bool]:
 
 
 @pytest.mark.parametrize("turns", [[USER, ANSWER], MULTI], ids=["one turn", "two turns"])
-@pytest.mark.parametrize("template", [None, HELPFUL], ids=["plain", "adds a system turn"])
+@pytest.mark.parametrize("adds_system", [False, True], ids=["plain", "adds a system turn"])
 def test_the_mask_covers_every_answer_and_its_end_token_and_nothing_else(
-    tokenizer: Any, turns: chat.Chat, template: str | None
+    load: Any, turns: chat.Chat, adds_system: bool
 ) -> None:
-    tokenizer.chat_template = template or tokenizer.chat_template
-    encoded = chat.encode(tokenizer, turns)
+    system = "{% if loop.first and m['role'] != 'system' %}system\nYou help.<|im_end|>\n<|im_start|>{% endif %}"
+    text = template().replace("<|im_start|>{{", f"<|im_start|>{system}{{{{", 1) if adds_system else None
+    tokenizer = load(text)
+    (encoded,) = tokenizer.encode(turns)
     assert encoded.supervised == mask_by_scanning(tokenizer, encoded.input_ids)
 
     # As text: the supervised tokens decode to the answers and nothing else.
-    learned = [t for t, s in zip(encoded.input_ids, encoded.supervised, strict=True) if s]
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    assert tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in answers)
-    assert encoded.supervised_tokens == len(learned)
+    assert learnt(tokenizer, encoded) == "".join(f"{text}<|im_end|>" for text in answers)
+    assert encoded.supervised_tokens == sum(encoded.supervised)
 
 
-def test_the_tokens_are_those_of_the_whole_text_up_to_the_last_end_token(tokenizer: Any) -> None:
-    whole = tokenizer(chat.render(tokenizer, MULTI), add_special_tokens=False)["input_ids"]
-    last = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
-    assert chat.encode(tokenizer, MULTI).input_ids == whole[:last]
+def test_the_tokens_are_those_of_the_whole_text_up_to_the_last_end_token(tokenizer: ChatTokenizer) -> None:
+    whole = tokenizer.tokenizer.apply_chat_template(MULTI, return_dict=False)
+    last = len(whole) - whole[::-1].index(tokenizer.tokenizer.eos_token_id)
+    assert tokenizer.encode(MULTI)[0].input_ids == whole[:last]
 
 
 @pytest.mark.parametrize("turns", [[USER, ANSWER], MULTI], ids=["one turn", "two turns"])
 def test_training_sees_the_tokens_that_generation_would_start_from_and_produce(
-    tokenizer: Any, turns: chat.Chat
+    tokenizer: ChatTokenizer, turns: chat.Chat
 ) -> None:
-    prompt, answer = chat.prompt_of(turns), chat.answer_of(turns)
-    prompt_ids = chat.prompt_ids(tokenizer, prompt)
-    encoded = chat.encode(tokenizer, turns)
-    assert encoded.input_ids == prompt_ids + chat.answer_ids(tokenizer, prompt, answer)
+    prompt, answer = prompt_of(turns), answer_of(turns)
+    prompt_ids = tokenizer.prompt_ids(prompt)
+    (encoded,) = tokenizer.encode(turns)
+    assert prompt_ids == tokenizer.prompt_ids(prompt, answer=answer)
+    assert encoded.input_ids == prompt_ids + tokenizer.answer_ids(prompt, answer)
     assert encoded.supervised[len(prompt_ids) - 1 :] == [False] + [True] * (len(encoded.input_ids) - len(prompt_ids))
 
 
-def test_many_chats_at_once_are_encoded_as_each_alone(tokenizer: Any) -> None:
+def test_many_chats_at_once_are_encoded_as_each_alone(tokenizer: ChatTokenizer) -> None:
     chats = [[USER, ANSWER], MULTI, [USER], MULTI[:3]]
-    together = chat.encode_segments(tokenizer, [chat.segments(tokenizer, turns) for turns in chats])
-    assert together == [chat.encode(tokenizer, turns) for turns in chats]
-    assert together[2] == chat.EncodedChat([], [])
+    together = tokenizer.encode_many([(turns, None) for turns in chats])
+    assert isinstance(together[2], RowRefused)
+    assert together[2].reason == "no_assistant_turn"
+    assert [together[i] for i in (0, 1, 3)] == [tokenizer.encode(chats[i]) for i in (0, 1, 3)]
 
 
-def test_a_template_that_adds_a_system_turn_by_itself_is_part_of_the_prompt(tokenizer: Any) -> None:
-    plain = chat.encode(tokenizer, [USER, ANSWER])
-    tokenizer.chat_template = HELPFUL
-    with_system = chat.encode(tokenizer, [USER, ANSWER])
-    assert len(with_system.input_ids) > len(plain.input_ids)
-    assert with_system.supervised_tokens == plain.supervised_tokens
-    assert with_system == chat.encode(tokenizer, [{"role": "system", "content": "You help."}, USER, ANSWER])
+# What a template does to a turn -> the row's reason and words of its detail.
+DROPS_SYSTEM = "{% if m['role'] == 'system' %}<|im_end|>\n{% else %}" + PLAIN_BODY + "{% endif %}"
+FAULTS = {
+    "drops the system turn": (DROPS_SYSTEM, "template_drops_text", r"leaves out text of turn 1 \(system\)"),
+    "rewrites a turn": (
+        PLAIN_BODY.replace("m['content']", "m['content']|upper"),
+        "template_rewrites_text",
+        r"rewrites the text of turn 1",
+    ),
+    "raises": ("{{ raise_exception('no such turns') }}", "template_refuses", "raises: no such turns"),
+    "fails": ("{{ m['content'] + 1 }}", "template_refuses", "raises: can only concatenate str"),
+    "asks in another way": (
+        PLAIN_BODY + "{% if loop.last and m['role'] == 'user' %}now {% endif %}",
+        "template_rewrites_text",
+        "asks for an answer with 'now",
+    ),
+    "counts the turns": (
+        "{{ messages|length }} turns " + PLAIN_BODY,
+        "template_rewrites_text",
+        "changes earlier turns when an answer is added",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_template_does_to_a_row_is_the_rows_reason(load: Any, fault: str) -> None:
+    body, reason, words = FAULTS[fault]
+    with pytest.raises(RowRefused, match=words) as refusal:
+        load(template(body)).encode([SYSTEM, USER, ANSWER])
+    assert refusal.value.reason == reason
+
+
+def test_trimmed_ends_are_a_warning_and_what_is_learnt_is_the_answer_as_rendered(load: Any) -> None:
+    tokenizer = load(template(PLAIN_BODY.replace("m['content']", "m['content']|trim")))
+    (encoded,) = tokenizer.encode([USER, {"role": "assistant", "content": "\n  delivery \n"}])
+    assert learnt(tokenizer, encoded) == "delivery<|im_end|>"
+    assert encoded.warnings == ("trimmed_ends",)
+
+
+def test_a_short_answer_is_not_taken_for_a_part_of_a_mark(tokenizer: ChatTokenizer) -> None:
+    for text in ("a", "user", "assistant", "im_end", "<", "\n"):
+        row = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        (encoded,) = tokenizer.encode(row)
+        assert learnt(tokenizer, encoded) == f"{text}<|im_end|>"
+
+
+def test_an_answer_ends_at_the_first_stop_and_nothing_after_it_is_learnt(load: Any) -> None:
+    # As Phi-3's: a second mark ends the whole chat, and no earlier turn has it.
+    tokenizer = load(template() + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}")
+    (encoded,) = tokenizer.encode(MULTI)
+    assert learnt(tokenizer, encoded) == "delivery<|im_end|>login, \u00e9t\u00e9 \u4f60\u597d<|im_end|>"
+
+
+def test_the_end_that_only_a_next_turn_shows_is_learnt(load: Any) -> None:
+    # As Qwen 1.5's: the last turn has no end mark. Another turn would come after it.
+    body = "{{ m['content'] }}{% if add_generation_prompt or not loop.last %}<|im_end|>\n{% endif %}"
+    tokenizer = load(template(body))
+    (encoded,) = tokenizer.encode(MULTI)
+    assert learnt(tokenizer, encoded).endswith("\u4f60\u597d<|im_end|>")
+    assert learnt(tokenizer, encoded).count("<|im_end|>") == 2
+    assert "end_from_next_turn" in encoded.warnings
+
+    # As GLM's: the next turn's mark is the stop.
+    tokenizer = load(template("{{ m['content'] }}"), stop_tokens=("<|im_start|>",))
+    (encoded,) = tokenizer.encode(MULTI)
+    assert learnt(tokenizer, encoded) == "delivery<|im_start|>login, \u00e9t\u00e9 \u4f60\u597d<|im_start|>"
+
+
+def test_an_end_that_the_template_lacks_is_appended_or_refused(load: Any) -> None:
+    body = "{% if m['role'] == 'user' %}Q: {% else %}A: {% endif %}{{ m['content'] }}\n"
+    text = "{% for m in messages %}" + body + "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    examples = load(text).encode([USER, ANSWER, USER, ANSWER])
+
+    # In the middle of the text there is no end to learn, so each answer is the last of an example of its own.
+    assert [learnt(load(text), example) for example in examples] == [" delivery<|im_end|>"] * 2
+    assert all("end_appended" in example.warnings for example in examples)
+    with pytest.raises(RowRefused, match=r"no token at which generation stops.*missing_end"):
+        load(text, missing_end="refuse").encode([USER, ANSWER])
+
+
+def test_an_end_mark_that_is_no_stop_is_refused_with_both_tokens_named(load: Any, tiny_model: Path) -> None:
+    # As ERNIE's: servers stop at the end-of-sequence token alone, and the template writes another one.
+    def load_with_token(**settings: Any) -> ChatTokenizer:
+        text = template("{{ m['content'] }}<|end_of_sentence|>\n")
+        tokenizer = load(text).tokenizer
+        tokenizer.add_tokens(["<|end_of_sentence|>"], special_tokens=True)
+        return ChatTokenizer(tokenizer, ChatFormat(template=text, **settings), tiny_model)
+
+    with pytest.raises(RowRefused, match=r"with <\|end_of_sentence\|>, and generation stops at <\|im_end") as refusal:
+        load_with_token().encode([USER, ANSWER])
+    assert refusal.value.reason == "answer_end_is_no_stop"
+    tokenizer = load_with_token(stop_tokens=("<|end_of_sentence|>",))
+    assert learnt(tokenizer, tokenizer.encode([USER, ANSWER])[0]) == "delivery<|end_of_sentence|>"
+
+
+def test_history_that_is_rewritten_gives_an_example_for_each_answer_as_it_was_generated(load: Any) -> None:
+    # As Qwen 3's: earlier answers lose their reasoning.
+    body = "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|im_end|>\n"
+    tokenizer = load(template(body))
+    first = {"role": "assistant", "content": "<think>hm</think>yes"}
+    row = [USER, first, USER, ANSWER]
+    examples = tokenizer.encode(row)
+
+    assert [learnt(tokenizer, e) for e in examples] == ["<think>hm</think>yes<|im_end|>", "delivery<|im_end|>"]
+    for example, turns in zip(examples, (row[:2], row), strict=True):
+        whole = tokenizer.tokenizer.apply_chat_template(turns, return_dict=False)
+        assert example.input_ids == whole[: len(example.input_ids)]
+
+
+def test_where_the_generation_prompt_opens_reasoning_the_answer_starts_as_in_the_history(load: Any) -> None:
+    tokenizer = load(template(prompt="<think>\n"))
+    (encoded,) = tokenizer.encode([USER, ANSWER])
+    assert learnt(tokenizer, encoded) == "delivery<|im_end|>"
+    assert "answer_start_from_history" in encoded.warnings
+
+    # An answer that begins with the reasoning begins after the prompt that opens it.
+    thoughtful = {"role": "assistant", "content": "<think>\nhm</think>yes"}
+    (encoded,) = tokenizer.encode([USER, thoughtful])
+    assert learnt(tokenizer, encoded) == "hm</think>yes<|im_end|>"
+
+    # Who asks without knowing the answer asks as the line's rows were.
+    prompt = tokenizer.decode(load(template(prompt="<think>\n"), answer_start="history").prompt_ids([USER]))
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(tokenizer.prompt_ids([USER])).endswith("<think>\n")
+
+
+def test_an_answer_inside_of_a_reasoning_block_that_nobody_closes_is_refused(load: Any) -> None:
+    body = "{{ '<think>\n' if m['role'] == 'assistant' }}{{ m['content'] }}<|im_end|>\n"
+    with pytest.raises(RowRefused, match="enable_thinking") as refusal:
+        load(template(body, prompt="<think>\n")).encode([USER, ANSWER])
+    assert refusal.value.reason == "answer_inside_reasoning"
+
+
+def test_reasoning_of_its_own_field_is_rendered_or_a_reason(load: Any) -> None:
+    turn = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    body = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" + PLAIN_BODY
+    tokenizer = load(template(body))
+    assert learnt(tokenizer, tokenizer.encode([USER, turn])[0]) == "<think>hm</think>yes<|im_end|>"
+    with pytest.raises(RowRefused, match=r"turn 2 \(assistant\), its reasoning"):
+        load().encode([USER, turn])
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learnt(tokenizer: ChatTokenizer) -> None:
+    row = [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+    (encoded,) = tokenizer.encode(row)
+    assert learnt(tokenizer, encoded) == "delivery<|im_end|>"
+    assert encoded.input_ids == tokenizer.encode([USER, ANSWER, USER, ANSWER])[0].input_ids
+    assert encoded.supervised.index(True) > len(encoded.input_ids) // 2
+
+
+def test_turns_after_the_last_answer_are_left_out_with_a_warning(tokenizer: ChatTokenizer) -> None:
+    (encoded,) = tokenizer.encode([*MULTI, USER])
+    assert encoded == tokenizer.encode(MULTI)[0]
+    assert "turns_after_the_last_answer" in encoded.warnings
+
+
+TOOLS = [{"type": "function", "function": {"name": "find_order", "parameters": {"type": "object"}}}]
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "find_order", "arguments": {"number": 7, "c": "\u00e9"}}}],
+}
+RESULT = {"role": "tool", "content": '{"state": "sent"}'}
+WRITES_TOOLS = "{% if tools %}{{ tools|tojson }}\n{% endif %}"
+WRITES_CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {ARGS}</call>{% endfor %}"
+
+
+@pytest.mark.parametrize("arguments", ["c.function.arguments|tojson", "c.function.arguments"], ids=["object", "text"])
+def test_calls_are_rendered_with_arguments_in_the_form_that_the_template_takes(load: Any, arguments: str) -> None:
+    calls = WRITES_CALLS.replace("{ARGS}", "{{ " + arguments + " }}")
+    tokenizer = load(WRITES_TOOLS + template(calls + PLAIN_BODY))
+    (encoded,) = tokenizer.encode([USER, CALL, RESULT, ANSWER], TOOLS)
+    written = json.dumps(CALL["tool_calls"][0]["function"]["arguments"], ensure_ascii=False)
+    assert learnt(tokenizer, encoded) == f"<call>find_order {written}</call><|im_end|>delivery<|im_end|>"
+    assert '"find_order"' in tokenizer.decode(encoded.input_ids).partition("<|im_start|>")[0]
 
 
 @pytest.mark.parametrize(
-    ("template", "turns"), [(FORGETFUL, MULTI), (NUMBERED, [USER, ANSWER])], ids=["drops answers", "counts turns"]
+    ("text", "words"),
+    [(template(), "the chat template writes no tools"), (WRITES_TOOLS + template(), 'the call of "find_order"')],
+    ids=["no tools", "no calls"],
 )
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any, template: str, turns: chat.Chat) -> None:
-    tokenizer.chat_template = template
-    with pytest.raises(UsageError, match="changes earlier turns"):
-        chat.encode(tokenizer, turns)
+def test_a_template_without_tools_or_calls_is_a_reason(load: Any, text: str, words: str) -> None:
+    with pytest.raises(RowRefused, match=words) as refusal:
+        load(text).encode([USER, CALL, RESULT, ANSWER], TOOLS)
+    assert refusal.value.reason == "tools_unsupported"
 
 
-def test_a_template_that_refuses_a_chat_is_a_usage_error(tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+def test_a_template_that_reads_the_clock_sees_the_lines_day(load: Any) -> None:
+    text = "{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}\n" + template()
+    rendered = load(text, date="2026-02-03").render([USER])
+    assert rendered.startswith("03 Feb 2026 2026-02-03\n<|im_start|>user")
+    # Without a day of the line it is the same on every day.
+    assert load(text).render([USER]).startswith("01 Jan 2025 2025-01-01\n")
+
+
+def test_variables_of_the_template_are_the_lines(load: Any) -> None:
+    text = template(prompt="{{ '<think></think>' if enable_thinking is false }}")
+    assert (
+        load(text, template_kwargs={"enable_thinking": False})
+        .render([USER], add_generation_prompt=True)
+        .endswith("assistant\n<think></think>")
     )
-    with pytest.raises(UsageError, match="refuses this chat: no system role"):
-        chat.encode(tokenizer, MULTI)
+    assert load(text).render([USER], add_generation_prompt=True).endswith("assistant\n")
+
+
+def test_contents_are_given_as_parts_to_a_template_that_reads_nothing_else(load: Any) -> None:
+    body = "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n"
+    tokenizer = load(template(body))
+    assert tokenizer.encode(MULTI) == load().encode(MULTI)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_template_carries_a_chat_and_ends_its_answers(load: Any, name: str) -> None:
+    tokenizer = load(name)
+    examples = tokenizer.encode(MULTI)
+    text = "".join(learnt(tokenizer, example) for example in examples)
+    assert [part.strip() for part in text.split("<|im_end|>")] == ["delivery", MULTI[-1]["content"], ""]
+
+    # What generation starts from is what training had before the answer.
+    prompt = tokenizer.prompt_ids(MULTI[:4])
+    assert examples[-1].input_ids[: len(prompt)] == prompt
+    assert examples[-1].supervised[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+    for turn in MULTI:
+        assert turn["content"] in tokenizer.decode(examples[-1].input_ids)
+
+
+def test_the_line_or_the_tokenizer_must_have_a_template(tiny_model: Path, tmp_path: Path) -> None:
+    for path in tiny_model.iterdir():
+        if path.is_file() and path.name != "chat_template.jinja":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(UsageError, match=r"no chat template; name one in data\.template \(chatml, alpaca"):
+        chat.load_tokenizer(tmp_path)
+    assert chat.load_tokenizer(tmp_path, ChatFormat(template="chatml")).encode(MULTI)
+    with pytest.raises(UsageError, match=r"no template 'chatlm'.*chatml"):
+        chat.load_tokenizer(tmp_path, ChatFormat(template="chatlm"))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tokenizer that can be loaded"):
         chat.load_tokenizer(tmp_path)
-
-
-def test_an_answer_ends_where_its_template_ends_one(tokenizer: Any) -> None:
-    assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
-
-    # A special token that the template does not write changes nothing.
-    tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
-    assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
-    tokenizer.chat_template = TURNS
-    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id, end]
-
-    # A template without a special token at the end, and one with a special token at the beginning of an answer.
-    for turn in ("{{ m['content'] }}.\n", "<end_of_turn>{{ m['content'] }}"):
-        tokenizer.chat_template = TURNS.replace("{{ m['content'] }}<end_of_turn>\n", turn)
-        assert chat.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
-
-
-def test_chats_count_as_equal_apart_from_case_white_space_width_and_system_turn() -> None:
-    # A no-break space, and a full-width o, which NFKC maps to the plain letter.
-    wide = [{"role": "system", "content": "x"}, {"role": "user", "content": " WHERE is\u00a0\uff4frder\n1007? "}]
-    assert chat.normalized_text(wide) == chat.normalized_text([USER]) == "user: where is order 1007?"
-    assert chat.row_id([*wide, ANSWER]) == chat.row_id([USER, {"role": "assistant", "content": "other"}])

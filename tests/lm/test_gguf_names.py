@@ -47,6 +47,22 @@ def test_a_tokenizer_is_refused_only_where_its_file_is_what_will_be_loaded(
         gguf_names.refuse_unsupported(files)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+    ],
+    ids=str,
+)
+def test_a_setting_that_gguf_has_no_place_for_is_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"merge.exports: GGUF has no place for {list(fields)[-1]}"):
+        gguf_names.refuse_unsupported({"config.json": {**LLAMA, **fields}})
+    gguf_names.refuse_unsupported({"config.json": {**LLAMA, "hidden_act": "silu", "attention_bias": False}})
+
+
 def test_a_base_whose_files_the_plan_does_not_know_is_left_to_the_step() -> None:
     gguf_names.refuse_unsupported({})
 

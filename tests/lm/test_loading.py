@@ -36,6 +36,25 @@ def test_the_base_loads_in_the_precision_asked_for_and_in_evaluation_mode(base):
     assert model.config._attn_implementation == "eager"
 
 
+def test_a_family_without_sdpa_computes_with_eager_attention_and_says_so(base, capsys):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=512, num_key_value_heads=1, head_dim=16, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(base)
+    # As a plan on a machine with a GPU has it.
+    model = loading.load_base(base, dtype="float32", attn_implementation="sdpa")
+    assert model.config._attn_implementation == "eager"
+    assert "base_model: Gemma2ForCausalLM has no sdpa attention" in capsys.readouterr().out
+    assert torch.equal(model(IDS).logits, loading.load_base(base, dtype="float32")(IDS).logits)
+
+
+def test_a_family_with_sdpa_computes_with_it(base):
+    model = loading.load_base(base, dtype="float32", attn_implementation="sdpa")
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", ["modeling_tiny.py", "pytorch_model.bin", "sub/state.pt", "old.PKL", "last.ckpt"])
 def test_a_folder_with_code_or_pickles_is_refused(base, name):
     (base / name).parent.mkdir(exist_ok=True)

@@ -45,6 +45,7 @@ def failing(error: BaseException) -> Callable[[], Callable[..., StepResult]]:
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "half").write_text("half")
@@ -107,6 +108,7 @@ def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "report.html").write_text("why")
@@ -174,6 +176,7 @@ def test_of_two_attempts_at_once_both_end_as_the_first_and_the_other_leaves_noth
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         inner.append(execute.run_step(made_plan, "validate_data", lambda: small_steps["validate_data"]).code)
@@ -258,6 +261,7 @@ def test_inputs_that_were_not_made_from_each_other_are_refused(
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "dataset.json").write_text('"the same key in other bytes"')
@@ -281,7 +285,7 @@ def test_a_run_whose_parameters_are_not_the_graphs_is_refused_with_both(
 
     assert execute.run_step(made_plan, "validate_data", lambda: run).code == 1
     err = capsys.readouterr().err
-    assert "the graph passes (base_model, config, dataset, golden_data, raw_data, reference_profile)" in err
+    assert "the graph passes (base_model, config, dataset, eval_data, golden_data, raw_data, reference_profile)" in err
     assert "it takes (config, data, dataset)" in err
 
 
@@ -292,6 +296,7 @@ def test_what_is_no_report_is_our_bug(made_plan: Plan, capsys: pytest.CaptureFix
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> Any:
         return {"rows": 1}
@@ -329,6 +334,7 @@ def test_a_step_sees_only_read_only_copies_of_its_inputs(made_plan: Plan, line: 
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         inputs["files"] = sorted(p.name for p in base_model.iterdir())
@@ -393,6 +399,7 @@ def test_the_log_and_the_last_progress_of_a_step_are_in_the_runs_folder(made_pla
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         progress.say("halfway")
@@ -408,7 +415,7 @@ def test_the_log_and_the_last_progress_of_a_step_are_in_the_runs_folder(made_pla
     assert len(logs) == 2
     text = store.read(logs[-1]).data.decode()
     assert "halfway" in text
-    assert "data.min_train_rows = 100" in text
+    assert "data.min_train_rows = 10" in text
     assert "validate_data: done: rows 30" in text
     progress_document = json.loads(store.read(f"runs/{made_plan.run_id}/status/validate_data.json").data)
     assert progress_document == {"what": "reading", "done": 10, "total": 10, "rows": 30}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import code_identity, make_plan, plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, registry
@@ -151,12 +154,13 @@ def test_after_a_rollback_the_next_plan_does_not_count_the_old_release_as_done(
 def test_a_plan_leaves_nothing_automatic_and_says_why(with_settings: Callable[..., Plan]) -> None:
     resolved = with_settings()
     left = {f"{s.name}.{field}" for s in resolved.steps for field, value in s.config.items() if value == "auto"}
-    assert left == {"validate_data.format"}  # by each file's ending
+    # By each file's ending, and by the number of its rows.
+    assert left == {"validate_data.format", "validate_data.eval_fraction", "merge_adapter.base"}
     choices = {c.field: c.value for c in resolved.choices}
     assert {"data.split_seed", "train.device", "train.attention", "evaluate.device", "merge.device"} <= choices.keys()
     for field, value in choices.items():
         section, _, name = field.partition(".")
-        assert [s.config[name] for s in resolved.steps if graph.step(s.name).section == section] == [value]
+        assert [str(s.config[name]) for s in resolved.steps if graph.step(s.name).section == section] == [value]
     assert all(c.reason for c in resolved.choices)
 
 
@@ -202,3 +206,70 @@ def test_a_root_with_a_secret_is_refused_and_not_repeated(line: Path) -> None:
     message = refused(line, "s3://AKIAUSER:hunter2/x@bucket/prefix")
     assert "hunter2" not in message
     assert "AKIAUSER" not in message
+
+
+def test_later_data_is_split_as_that_of_the_version_in_production(
+    with_settings: Callable[..., Plan],
+    run_all: RunAll,
+    small_steps: dict[str, Callable[..., StepResult]],
+    line: Path,
+) -> None:
+    gate = small_steps["validate_data"]
+
+    @functools.wraps(gate)
+    def validate_data(**inputs: Any) -> StepResult:
+        gate(**inputs)
+        return StepResult({"rows_train": 27, "eval_fraction": 0.4, "shared_openings": "0123456789abcdef"})
+
+    small_steps["validate_data"] = validate_data
+    first = with_settings()
+    run_all(first)
+    # With the same data there is nothing to do.
+    assert with_settings().unchanged is not None
+    assert changed(first, with_settings("data.min_eval_rows=31")) >= {"validate_data"}
+
+    (line.parent / "tickets.jsonl").write_text("more data\n")
+    grown = with_settings()
+    data = grown.step("validate_data").config
+    assert (data["min_eval_fraction"], data["shared_openings"]) == (0.4, ["0123456789abcdef"])
+    reasons = grown.choice_reasons("data")
+    assert "the version in production" in reasons["min_eval_fraction"]
+    # The version that follows hands the same on, so its data is not made again either.
+    assert set(run_all(grown).values()) == {0}
+    assert with_settings().unchanged is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ((), 30),
+        (("evaluate.min_rows=50",), 50),
+        (("evaluate.min_rows=10", "merge.min_rows=20"), 20),
+        (("merge.base=measured",), 60),
+        (("merge.base=original", "evaluate.min_rows=12"), 12),
+        (("data.min_eval_rows=70", "merge.base=measured"), 70),
+    ],
+)
+def test_the_data_gate_asks_for_the_rows_that_the_later_gates_need(
+    with_settings: Callable[..., Plan], overrides: tuple[str, ...], needed: int
+) -> None:
+    assert with_settings(*overrides).step("validate_data").config["min_eval_rows"] == needed
+
+
+def test_a_data_gate_that_lets_too_little_through_is_refused_before_training(
+    with_settings: Callable[..., Plan],
+) -> None:
+    with pytest.raises(UsageError, match=r"data\.min_eval_rows: 10 .* evaluate\.min_rows needs 30"):
+        with_settings("data.min_eval_rows=10")
+    with pytest.raises(UsageError, match=r"data\.min_eval_rows: 50 .* merge\.min_rows needs 60"):
+        with_settings("data.min_eval_rows=50", "merge.base=measured")
+
+
+def test_golden_rows_are_asked_for_as_the_evaluation_needs_them(with_settings: Callable[..., Plan], line: Path) -> None:
+    (line.parent / "golden.jsonl").write_text("golden\n")
+    plans = [
+        with_settings("sources.golden_data=golden.jsonl", f"evaluate.min_golden_rows={count}") for count in (10, 3)
+    ]
+    assert [p.step("validate_data").config["min_golden_rows"] for p in plans] == [10, 3]
+    # Fewer rows refuse before anything is made, so the number is no part of what is made.
+    assert plans[0].step("validate_data").key == plans[1].step("validate_data").key

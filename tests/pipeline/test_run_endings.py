@@ -92,6 +92,7 @@ def failing(error: Exception) -> Callable[[], Callable[..., StepResult]]:
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         raise error
@@ -119,6 +120,7 @@ def test_a_refusal_names_its_attempt_and_its_key(made_plan: Plan) -> None:
         base_model: Path,
         golden_data: Path | None,
         reference_profile: Path | None,
+        eval_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         return StepResult(refused=DataRefused("half of the rows are bad"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import conversations
 
 DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "demo"
 TICKETS, GOLDEN = DEMO / "tickets.jsonl", DEMO / "golden.jsonl"
@@ -63,7 +63,7 @@ def test_without_its_bad_lines_the_file_is_clean() -> None:
         assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
         assert all(isinstance(turn["content"], str) and turn["content"].strip() for turn in row["messages"])
         # Equal up to case and white space counts as a duplicate, as in the data gate.
-        prompts.append(chat.normalized_text(chat.prompt_of(row["messages"])))
+        prompts.append(conversations.normalized_text(conversations.prompt_of(row["messages"])))
     assert len(prompts) == len(set(prompts)) == 12 * 64
 
 
@@ -111,7 +111,7 @@ def test_the_split_of_the_line_leaves_every_intent_eight_evaluation_rows(fractio
     eval_rows: Counter[str] = Counter()
     for row in good_rows():
         question, answer = row["messages"]
-        text = "support-intents\n" + chat.normalized_text([question])
+        text = "support-intents\n" + conversations.normalized_text([question])
         share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         eval_rows[answer["content"]] += question != disputed and share < fraction
     assert len(eval_rows) == 12

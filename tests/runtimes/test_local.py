@@ -142,6 +142,13 @@ def test_steps_run_after_what_they_read_side_by_side_where_they_can_and_never_tw
     assert capsys.readouterr().out.count("made already: outcome done") == 6
 
 
+def test_a_run_until_a_step_runs_what_that_step_needs_and_no_more(steps: ScriptedSteps, plan: Plan) -> None:
+    assert local.run(plan, until="quantize_model") == 0
+    assert [steps.try_count(s.name) for s in graph.STEPS] == [0, 1, 0, 0, 0, 0]
+    assert local.run(plan, until="train_qlora") == 0
+    assert [steps.try_count(s.name) for s in graph.STEPS] == [1, 1, 1, 0, 0, 0]
+
+
 def test_a_step_that_says_try_again_or_was_killed_is_tried_again(steps: ScriptedSteps, plan: Plan) -> None:
     steps.script(train_qlora=[75, -9, 0], quantize_model=[137], evaluate=[12])
     assert local.run(plan) == 12

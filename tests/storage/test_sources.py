@@ -67,15 +67,36 @@ def test_a_single_file_is_pinned_without_its_neighbours(tmp_path: Path, name: st
         ("sub/a.jsonl", "other/*.jsonl", False),
         ("rows[1].csv", "rows[1].csv", True),
         ("a", "", False),
+        ("data/a.jsonl", "data/**/*.jsonl", True),
+        ("data/x/y/a.jsonl", "data/**/*.jsonl", True),
+        ("data/a.jsonl", "data", True),
+        ("data/x/a.jsonl", "./data/", True),
+        ("database/a.jsonl", "data", False),
+        ("a.csv", "*.{jsonl,csv}", True),
+        ("{train,test}/a.txt", "{train,test}/a.txt", True),
+        ("test/a.csv", "{train,dev}/*.{csv,tsv}", False),
     ],
 )
 def test_which_files_count(path: str, pattern: str, expected: bool) -> None:
     assert bool(sources.matches_any(path, [pattern])) is expected
 
 
+def test_a_glob_in_the_place_of_a_folder_is_refused_with_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        sources.pin("raw_data", (tmp_path / "data" / "*.jsonl").as_uri(), ["**"])
+    assert f'Globs belong in files: {{uri: {tmp_path}/data, files: ["*.jsonl"]}}' in str(caught.value)
+
+
+def test_data_of_a_commit_may_be_packed_and_a_base_has_the_patterns_it_had(tmp_path: Path) -> None:
+    uri = f"hf://owner/name@{COMMIT}"
+    assert {"*.jsonl", "*.gz", "*.arrow"} <= {*sources.pin("raw_data", uri, ["**"]).patterns}
+    assert "*.gz" not in sources.pin("base_model", uri, ["**"]).patterns
+    assert sources.pin("raw_data", uri, ["data"]).patterns == ("data",)
+
+
 def test_the_tokenizer_files_are_a_part_with_a_key_of_its_own(base: Path) -> None:
     part = sources.pin("base_model", base.as_uri(), ["**"]).subset(TOKENIZER_FILES)
-    assert sorted(f.path for f in part.files) == ["config.json", "tokenizer.json"]
+    assert sorted(f.path for f in part.files) == ["config.json", "generation_config.json", "tokenizer.json"]
     (base / "model.safetensors").write_text("others")
     assert sources.pin("base_model", base.as_uri(), ["**"]).subset(TOKENIZER_FILES).key() == part.key()
 

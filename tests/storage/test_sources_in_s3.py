@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.pipeline import make_plan
 from qlora_retrain.storage import open_store, sources
 
 
@@ -43,3 +46,25 @@ def test_an_object_that_changed_since_the_plan_is_refused(bucket_folder: str, tm
 def test_an_object_given_as_a_folder_is_told_how_to_be_named(bucket_folder: str) -> None:
     with pytest.raises(UsageError, match="give its folder as uri and its name in files"):
         sources.pin("raw_data", f"{bucket_folder}/rows.jsonl", ["**"])
+
+
+def test_a_base_model_in_a_bucket_is_asked_what_a_folder_is(
+    s3_uri: str, tiny_model: Path, tickets: Path, tmp_path: Path
+) -> None:
+    # Without the type in config.json, only the header of the weights has it.
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"n_routed_experts": 8}
+    (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))
+    open_store(s3_uri).upload(base, "", [p.name for p in base.iterdir()])
+
+    messages = []
+    for uri in (base.as_uri(), s3_uri):
+        line = tmp_path / "line.yaml"
+        line.write_text(f"line: tickets\nsources: {{raw_data: {tickets}, base_model: '{uri}'}}\n")
+        settings = ["quantize.compute_dtype=float16", "train.precision=float32"]
+        with pytest.raises(UsageError) as caught:
+            make_plan.make_plan(line, (tmp_path / "store").as_uri(), overrides=settings)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "n_routed_experts: 8" in messages[1]
+    assert "is stored in bfloat16" in messages[1]

@@ -319,3 +319,14 @@ def test_open_store_refuses_other_schemes_and_secrets() -> None:
         with pytest.raises(UsageError) as caught:
             open_store(uri)
         assert "secret" not in str(caught.value)
+
+
+def test_the_start_of_a_file_is_read_alone(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "long").write_bytes(bytes(range(256)) * 1000)
+    (tmp_path / "empty").write_bytes(b"")
+    store.upload(tmp_path, "folder", ["long", "empty"])
+    assert store.read_start("folder/long", 8) == bytes(range(8))
+    assert store.read_start("folder/long", 300_000) == bytes(range(256)) * 1000
+    assert store.read_start("folder/empty", 8) == b""
+    with pytest.raises(NotFound):
+        store.read_start("folder/none", 8)

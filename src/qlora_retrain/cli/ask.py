@@ -1,6 +1,9 @@
 """Ask a model folder questions with plain transformers, as a consumer of a published version would.
 
-Command: `qlora-retrain ask FOLDER QUESTION... [--system TEXT]`
+Chats are rendered as in training: the version's `chat_format.json` has the system turn, the template's variables, its
+date and the tokens at which an answer ends.
+
+Command: `qlora-retrain ask FOLDER QUESTION... [--system TEXT] [--max-new-tokens 64]`
 """
 
 from __future__ import annotations
@@ -11,9 +14,8 @@ from pathlib import Path
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import chat
-
-_MAX_NEW_TOKENS = 64
+from qlora_retrain.lm import chat, generation
+from qlora_retrain.lm.generation import Completion
 
 
 def model_folder(folder: Path) -> tuple[Path, str | None]:
@@ -25,7 +27,7 @@ def model_folder(folder: Path) -> tuple[Path, str | None]:
     # A published version has its settings in recipe.json, beside the folder of the model.
     recipe = folder / "recipe.json"
     if recipe.is_file():
-        system = json.loads(recipe.read_text())["steps"][graph.producer_name("dataset")]["system"]
+        system = json.loads(recipe.read_text(encoding="utf-8"))["steps"][graph.producer_name("dataset")]["system"]
         return folder / "model", system
     if not (folder / "config.json").is_file():
         raise UsageError(
@@ -34,29 +36,28 @@ def model_folder(folder: Path) -> tuple[Path, str | None]:
     return folder, None
 
 
-def answers(folder: Path, questions: Sequence[str], system: str | None) -> list[str]:
-    """Return the model's greedy answer to each question, without special tokens."""
-    import torch
+def answers(folder: Path, questions: Sequence[str], system: str | None, max_new_tokens: int) -> list[Completion]:
+    """Return the model's greedy answer to each question.
 
+    Args:
+        folder: A model folder.
+        questions: Each is asked by itself.
+        system: The system turn; None: the one that the folder's `chat_format.json` states, if any.
+        max_new_tokens: A longer answer is cut after this many tokens.
+
+    Raises:
+        UsageError: If the folder is no model, or its chat template refuses a question.
+    """
     from qlora_retrain.lm.loading import load_base
 
     tokenizer = chat.load_tokenizer(folder)
     model = load_base(folder, dtype="auto")
+    system = system or tokenizer.chat_format.system
     turns = [{"role": "system", "content": system}] if system else []
-    answers = []
+    try:
+        prompts = [tokenizer.prompt_ids([*turns, {"role": "user", "content": question}]) for question in questions]
+    except chat.RowRefused as refusal:
+        raise UsageError(f"{folder}: {refusal.detail}") from refusal
 
     # One question at a time: batches would need padding, which changes answers in 16 bits.
-    for question in questions:
-        ids = torch.tensor([chat.prompt_ids(tokenizer, [*turns, {"role": "user", "content": question}])])
-        # Greedy and without sampling, so that asking twice gives the same answer.
-        with torch.inference_mode():
-            output_ids = model.generate(  # (1, T)
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=_MAX_NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        answers.append(str(tokenizer.decode(output_ids[0, ids.shape[1] :], skip_special_tokens=True)).strip())
-    return answers
+    return [generation.generate_batch(model, tokenizer, [prompt], max_new_tokens)[0] for prompt in prompts]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options, json_list
+from qlora_retrain.core import graph
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import UsageError
 
 if TYPE_CHECKING:
     from qlora_retrain.pipeline.plan import Plan
+
+_SHOWN_STARTS = 3
 
 
 def add_verbs(verbs: Any, options: Options) -> None:
@@ -23,7 +28,15 @@ def add_verbs(verbs: Any, options: Options) -> None:
     parents = [options.common, options.settings]
     verb = verbs.add_parser("check", help="check a line's YAML: all errors at once", parents=parents)
     verb.add_argument("config", type=Path)
+    verb.add_argument("--data", action="store_true", help="read the data too, and say what validate_data would")
     verb.set_defaults(run=_check)
+
+    verb = verbs.add_parser(
+        "preview", help="print rows as the model sees them, before anything is planned", parents=parents
+    )
+    verb.add_argument("config", type=Path)
+    verb.add_argument("--rows", type=int, default=5, metavar="N", help="how many rows (5)")
+    verb.set_defaults(run=_preview)
 
     parents = [options.stored, options.settings, options.orchestrator]
     verb = verbs.add_parser("plan", help="print what exists already, what would run, and why", parents=parents)
@@ -42,6 +55,9 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb = verbs.add_parser("run", help="run the whole pipeline here, each step as a subprocess", parents=parents)
     verb.add_argument("config", type=Path, nargs="?")
     verb.add_argument("--plan", metavar="URI", help="finish this plan instead of making one")
+    verb.add_argument(
+        "--until", choices=[step.name for step in graph.STEPS], metavar="STEP", help="stop after this step"
+    )
     verb.set_defaults(run=_run)
 
     parents = [options.stored, options.orchestrator]
@@ -57,19 +73,32 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
 
 def _graph(args: argparse.Namespace) -> int:
-    from qlora_retrain.core import graph
-
     print(graph.as_mermaid() if args.format == "mermaid" else graph.as_text())
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
+    from qlora_retrain.config import schedule
     from qlora_retrain.config.line import load
+    from qlora_retrain.runtimes import data_preview
 
     # Raises `UsageError` with every error of the file at once.
     config = load(args.config, args.set)
     print(f"{args.config}: line {config.line} is valid")
-    return 0
+    # The times show what the expression means: `0 0 1 * 1` is every first of the month and every Monday.
+    if config.schedule is not None:
+        times = schedule.next_starts(config.schedule, datetime.now(UTC), _SHOWN_STARTS)
+        print(f"its next runs start at {', '.join(f'{time:%a %Y-%m-%d %H:%M}' for time in times)} (UTC)")
+    # Flushed, so that it stands before the output of the program that reads the data.
+    sys.stdout.flush()
+    return data_preview.check(config) if args.data else 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from qlora_retrain.config.line import load
+    from qlora_retrain.runtimes import data_preview
+
+    return data_preview.preview(load(args.config, args.set), args.rows)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -137,9 +166,11 @@ def _run(args: argparse.Namespace) -> int:
     # The version in production was made by the same recipe, so there is nothing to run.
     if plan.unchanged:
         return 0
-    code = local.run(plan)
+    code = local.run(plan, args.until)
     if code == 0:
         print(explain.status_text(plan))
+        if args.until:
+            print(f"stopped after {args.until}, as --until says; go on with: qlora-retrain run --plan {plan.uri}")
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument("folder", type=Path, help="a pulled version, or a model folder")
     verb.add_argument("question", nargs="+", help="each is asked separately; with several, each answer is one line")
     verb.add_argument("--system", help="the system turn; default: that of the version's training")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="TOKENS",
+        default=64,
+        help="a longer answer is cut, with a note; default: 64",
+    )
     verb.set_defaults(run=_ask)
 
 
@@ -95,7 +103,16 @@ def _ask(args: argparse.Namespace) -> int:
 
     # A model answers best under the system turn that it was trained with.
     folder, system = ask.model_folder(args.folder)
-    answers = ask.answers(folder, args.question, args.system or system)
-    for answer in answers:
-        print(answer if len(answers) == 1 else " ".join(answer.split()))  # of several, each is one line
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
+    answers = ask.answers(folder, args.question, args.system or system, args.max_new_tokens)
+    for number, answer in enumerate(answers, 1):
+        print(answer.text if len(answers) == 1 else " ".join(answer.text.split()))  # of several, each is one line
+        # On the other stream, so that a program reads answers alone.
+        if not answer.ended:
+            print(
+                f"note: answer {number} was cut after {len(answer.ids)} tokens; the model had not ended it. "
+                "--max-new-tokens allows more",
+                file=sys.stderr,
+            )
     return 0

@@ -18,11 +18,16 @@ Metric = Literal[
     "chrf",
     "json_validity",
     "field_accuracy",
+    "tool_call_match",
 ]
 # Metrics in [0, 1]; the floor of accuracy is `min_accuracy`.
-FloorMetric = Literal["macro_f1", "exact_match", "rouge_l", "chrf", "json_validity", "field_accuracy"]
+FloorMetric = Literal[
+    "macro_f1", "exact_match", "rouge_l", "chrf", "json_validity", "field_accuracy", "tool_call_match"
+]
 # Metrics with a value for each row: the rules compare contestants row by row.
-PrimaryMetric = Literal["loss", "accuracy", "exact_match", "rouge_l", "chrf", "json_validity", "field_accuracy"]
+PrimaryMetric = Literal[
+    "loss", "accuracy", "exact_match", "rouge_l", "chrf", "json_validity", "field_accuracy", "tool_call_match"
+]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -32,8 +37,8 @@ class EvaluateConfig(Section):
     # What is measured.
     metrics: tuple[Metric, ...] = identity(
         ("loss", "perplexity", "accuracy", "macro_f1"),
-        "what the report shows; exact_match, rouge_l, chrf, json_validity and field_accuracy have every contestant "
-        "generate its answers, which takes longer",
+        "what the report shows; exact_match, rouge_l, chrf, json_validity, field_accuracy and tool_call_match make "
+        "every contestant generate its answers, which takes longer",
     )
     primary_metric: PrimaryMetric | None = identity(
         None, "the metric by which the rules compare contestants; null: accuracy for labels, else loss"
@@ -42,6 +47,12 @@ class EvaluateConfig(Section):
         "likelihood", "likelihood: the likeliest label, fast and always a label; generation: the generated text"
     )
     max_new_tokens: int = identity(128, "a generated answer is cut after this many tokens", ge=1, le=32_768)
+    stop_rows: int = identity(
+        200, "rows, at most, whose answer is generated to see whether it ends by itself; 0: none", ge=0, le=100_000
+    )
+    min_stopped_fraction: Fraction | None = identity(
+        None, "refuse when fewer greedy answers end by themselves; null: 0.9 for labels, 0.8 for text"
+    )
 
     # How much evidence the rules need.
     min_rows: int = identity(30, "fewer evaluation rows than this are insufficient evidence", ge=1)

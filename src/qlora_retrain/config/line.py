@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from qlora_retrain.config import sections
+from qlora_retrain.config import schedule, sections
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
+
+_TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
 class SourceConfig(Section):
@@ -42,6 +44,7 @@ class SourcesConfig(Section):
     raw_data: SourceConfig
     base_model: SourceConfig
     golden_data: SourceConfig | None = None
+    eval_data: SourceConfig | None = None
     reference_data: SourceConfig | None = None
 
     @field_validator("*", mode="before")
@@ -58,8 +61,9 @@ class SourcesConfig(Section):
 class LineConfig(Section):
     """A line: a named series of versions, its schedule, its sources and one section per step."""
 
-    # It is part of paths in the store, of Airflow's DAG ids and of Kubernetes labels (63 characters).
-    line: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,62}$")]
+    # It is part of paths in the store, of Airflow's DAG ids and of Kubernetes labels, which have at most 63 characters
+    # and end with a letter or a digit.
+    line: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
     description: str = operational("", "shown in the Airflow UI")
     schedule: str | None = operational(None, "cron expression in UTC; null: runs start by hand only")
     sources: SourcesConfig
@@ -73,11 +77,19 @@ class LineConfig(Section):
 
     @field_validator("schedule")
     @classmethod
-    def _five_fields(cls, value: str | None) -> str | None:
-        # `@daily` and the like have one word. Airflow's DAG file checks the rest of the syntax, with croniter.
-        if value is not None and not value.startswith("@") and len(value.split()) != 5:
-            raise ValueError("a cron expression has five fields: minute hour day month weekday")
+    def _has_a_next_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            schedule.five_fields(value)
         return value
+
+    @model_validator(mode="after")
+    def _text_is_learnt_whole(self) -> LineConfig:
+        if self.data.text_field and not self.data.answer_after and self.train.loss != "all":
+            raise ValueError(
+                "data.text_field: a text without turns has no answer to learn; set train.loss: all to learn every "
+                "token, or data.answer_after to the marker after which the answer begins"
+            )
+        return self
 
     def section(self, name: str) -> Section:
         """Return the section of that name, e.g. `train`."""
@@ -99,14 +111,19 @@ def load(source: Path | str, overrides: Sequence[str] = ()) -> LineConfig:
 
     Args:
         source: The YAML file, or the document itself as YAML or JSON text. Relative sources are taken from the file's
-            folder. A text has no folder, so its sources must be URIs or absolute paths.
+            folder, and so is a file in `data.template`. A text has no folder, so its sources must be URIs or absolute
+            paths.
         overrides: `section.field=value` strings, with the value in YAML.
 
     Raises:
         UsageError: With every error of the document and of the overrides, one per line.
     """
     folder = None if isinstance(source, str) else source.parent.resolve()
-    return load_section(LineConfig, source, overrides, lambda document: _with_absolute_sources(document, folder))
+
+    def prepare(document: dict[str, Any]) -> dict[str, Any]:
+        return _with_template_text(_with_absolute_sources(document, folder), folder)
+
+    return load_section(LineConfig, source, overrides, prepare)
 
 
 def document(config: LineConfig) -> dict[str, Any]:
@@ -143,3 +160,30 @@ def _with_absolute_sources(document: dict[str, Any], folder: Path | None) -> dic
             source = {**source, "uri": (folder or Path("/")).joinpath(source["uri"]).resolve().as_uri()}
         sources[name] = source
     return {**document, "sources": sources}
+
+
+def _with_template_text(document: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Return the document with a template's file replaced by its text, because pods get the document alone.
+
+    Raises:
+        UsageError: For a file that is not there, or is no Jinja template.
+    """
+    data = document.get("data")
+    if not isinstance(data, dict):
+        return document
+    name = data.get("template")
+    if not isinstance(name, str) or "{%" in name or "{{" in name:
+        return document
+    if "/" not in name and Path(name).suffix not in _TEMPLATE_SUFFIXES:
+        return document
+
+    if folder is None and not Path(name).is_absolute():
+        raise UsageError(f"data.template: {name} is relative, and this document is not in a folder; give its text")
+    path = (folder or Path("/")) / name
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data.template: {path} cannot be read: {error}") from error
+    if "{%" not in text and "{{" not in text:
+        raise UsageError(f"data.template: {path} is no Jinja template: it has neither {{% nor {{{{")
+    return {**document, "data": {**data, "template": text}}

@@ -6,58 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qlora_retrain.config import licences
+from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
-from qlora_retrain.core import images
+from qlora_retrain.core import images, uris
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import Image
 
-Version = Annotated[str, Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{12}$")]
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-
-
-class DataConfig(Section):
-    """How raw files become chats, which rows are good enough, and which of them are for evaluation."""
-
-    # Where a row has its chat.
-    format: Literal["auto", "jsonl", "csv", "parquet"] = identity("auto", "auto: by each file's suffix")
-    messages_field: str = identity("messages", "field that holds the chat; unused where prompt_field is set")
-    prompt_field: str | None = identity(None, "field that holds the user's text (one-turn data, e.g. a CSV)")
-    response_field: str | None = identity(None, "field that holds the answer; needed with prompt_field")
-    system: str | None = identity(None, "system turn for rows that have none; it is part of every prompt")
-    task: Literal["text", "labels"] = identity("text", "labels: the answers are a closed set, scored by accuracy")
-    language_field: str | None = identity(None, "field that holds a row's language, for slices; null: by its script")
-
-    # Drift from a version that the line names.
-    reference_version: Version | None = identity(
-        None, "version to compare the data with: refuse drift before training; null: only `evaluate` checks drift"
-    )
-    max_drift_psi: float = identity(
-        0.25, "with reference_version: refuse when the data has certainly drifted further (PSI)", gt=0.0
-    )
-
-    # The split and the limits.
-    split_seed: str | None = identity(
-        None, "seeds the split by hash; null: the line's name. Another seed moves rows across the split"
-    )
-    eval_fraction: float = identity(0.1, "fraction of prompts for evaluation, chosen by hash", gt=0.0, lt=1.0)
-    max_eval_rows: int = identity(
-        2000, "largest number of evaluation rows; higher: narrower intervals, slower", ge=1, le=1_000_000
-    )
-    max_length_tokens: int = identity(1024, "longer rows are quarantined, never truncated", ge=16, le=131_072)
-    min_train_rows: int = identity(100, "refuse data with fewer good rows than this", ge=1)
-    min_eval_rows: int = identity(30, "refuse data with fewer evaluation rows than this", ge=1)
-    max_quarantined_fraction: float = identity(0.05, "refuse when a larger fraction of the rows is bad", ge=0.0, le=1.0)
-    max_duplicates_fraction: float = identity(
-        0.2, "refuse when a larger fraction of the rows repeats another", ge=0.0, le=1.0
-    )
-
-    @model_validator(mode="after")
-    def _fields_go_together(self) -> DataConfig:
-        if (self.prompt_field is None) != (self.response_field is None):
-            raise ValueError("prompt_field and response_field go together: set both, or neither for chats")
-        return self
 
 
 class QuantizeConfig(Section):
@@ -68,10 +26,18 @@ class QuantizeConfig(Section):
     compute_dtype: Literal["bfloat16", "float16"] = identity(
         "bfloat16", "the type to which weights are dequantized for computing"
     )
+    min_quantized_fraction: float = identity(
+        0.9, "refuse a base of which less than this, outside embeddings and head, becomes 4-bit", ge=0.0, le=1.0
+    )
 
 
 class TrainConfig(Section):
     """LoRA over the frozen 4-bit base."""
+
+    # What is learnt.
+    loss: Literal["answers", "all"] = identity(
+        "answers", "answers: only the assistant's tokens are learnt; all: every token, as text without turns needs"
+    )
 
     # The adapter.
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
@@ -183,8 +149,10 @@ class TrainConfig(Section):
 class MergeConfig(Section):
     """How the adapter becomes part of a 16-bit model, and in which forms that model ships."""
 
-    base: Literal["measured", "original", "dequantized"] = identity(
-        "measured", "measured: build both, choose on half the evaluation rows, certify on the other half"
+    base: Literal["auto", "measured", "original", "dequantized"] = identity(
+        "auto",
+        "measured: build both, choose on half the evaluation rows, certify on the other half; auto: that, or the "
+        "dequantized base, certified on all rows, where a half would have fewer than min_rows",
     )
 
     # The limits, each against the unmerged model: the 4-bit base with its adapter.
@@ -225,8 +193,33 @@ class PublishConfig(Section):
     """What consumers see."""
 
     promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
-    licence: str = identity("unspecified", "SPDX name of the model's licence, for the model card")
+    licence: str = identity(
+        "unspecified",
+        "the model's licence, for its card: SPDX, a name of the Hugging Face Hub such as llama3.1, or other",
+    )
+    licence_name: str | None = identity(None, "with licence: other, the licence's own name")
+    licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
     description: str = identity("", "a sentence for the model card")
+
+    @field_validator("licence")
+    @classmethod
+    def _is_a_licence(cls, value: str) -> str:
+        return licences.canonical(value)
+
+    @field_validator("licence_link")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        if value is not None:
+            uris.refuse_secrets(value)
+        return value
+
+    @model_validator(mode="after")
+    def _other_has_a_name(self) -> PublishConfig:
+        if self.licence == licences.OTHER_LICENCE and not (self.licence_name or "").strip():
+            raise ValueError("licence: other needs licence_name, since the model card has to say which one it is")
+        if self.licence_name is not None and self.licence != licences.OTHER_LICENCE:
+            raise ValueError(f"licence_name goes with licence: other, and the licence is {self.licence}; leave it out")
+        return self
 
 
 class ImagesConfig(Section):

@@ -90,6 +90,7 @@ SOURCES = (
         meaning="the data profile of the version that `data.reference_version` names",
     ),
     Source("golden_data", optional=True, meaning="examples kept by hand, which are never trained on"),
+    Source("eval_data", optional=True, meaning="evaluation examples, instead of a part of raw_data"),
     Source("reference_data", optional=True, meaning="general text, to measure what the model forgot"),
 )
 
@@ -104,6 +105,7 @@ STEPS = (
             Input("base_model", files="tokenizer"),
             Input("golden_data"),
             Input("reference_profile"),
+            Input("eval_data"),
         ),
         makes="dataset",
         image="light",
@@ -216,6 +218,17 @@ def upstream_steps(item: Step) -> tuple[str, ...]:
     """Return the names of the steps that `item` runs after, in graph order."""
     makers = {maker.name for i in item.reads if (maker := producer(i.name))}
     return tuple(s.name for s in STEPS if s.name in makers)
+
+
+def steps_until(name: str | None) -> tuple[Step, ...]:
+    """Return the step of that name and every step that it needs, in graph order; None: all steps."""
+    if name is None:
+        return STEPS
+    names = {name}
+    for item in reversed(STEPS):
+        if item.name in names:
+            names.update(upstream_steps(item))
+    return tuple(item for item in STEPS if item.name in names)
 
 
 def edges() -> tuple[tuple[str, str], ...]:

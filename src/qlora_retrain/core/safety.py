@@ -24,12 +24,19 @@ _UNSAFE = {
 MAY_NAME_CODE = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
-def refuse_names(paths: Iterable[str]) -> None:
-    """Raise `IntegrityError` for a file that is code, or may run code when it is loaded."""
-    for path in paths:
-        kind = _UNSAFE.get(PurePosixPath(path).suffix.lower())
-        if kind is not None:
-            raise IntegrityError(f"base_model: {path} is {kind}; only safetensors models without code are loaded")
+def refuse_names(paths: Iterable[str], hint: str = "") -> None:
+    """Raise `IntegrityError` for a file that is code, or may run code when it is loaded.
+
+    Args:
+        paths: The names of all files.
+        hint: Where files can be left out; the message then has the patterns that leave out all unsafe ones.
+    """
+    unsafe = {path: kind for path in paths if (kind := _UNSAFE.get(PurePosixPath(path).suffix.lower()))}
+    for path, kind in unsafe.items():
+        patterns = dict.fromkeys(f"'!*{PurePosixPath(path).suffix}'" for path in unsafe)
+        convert = "; save_pretrained of transformers writes a model as safetensors" if kind == "a pickle" else ""
+        way = f"; {hint}: ['**', {', '.join(patterns)}]" if hint else convert
+        raise IntegrityError(f"base_model: {path} is {kind}; only safetensors models without code are loaded{way}")
 
 
 def refuse_code(path: str, data: bytes) -> None:

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_retrain.config.line import LineConfig, load
-from qlora_retrain.core import graph, uris
+from qlora_retrain.core import graph, json_lines, uris
 from qlora_retrain.core.errors import Exit, Problem, UsageError
 from qlora_retrain.demo.airflow_api import FINAL_STATES, TaskState
 from qlora_retrain.demo.progress_board import ProgressBoard
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
+from qlora_retrain.lm import conversations
 from qlora_retrain.pipeline import code_identity, run_endings, status
 from qlora_retrain.pipeline import plan as plans
 from qlora_retrain.pipeline.plan import Plan
@@ -192,8 +193,9 @@ def print_answers(plan: Plan, config: LineConfig, pulled: Path, verdict: Mapping
     if is_labels_task:
         print(f"in all    {right} of {len(rows)} right; by the evaluation {_accuracy_by_suite(verdict)}")
 
-    # The base model's answer to the same question shows what the training changed.
-    if config.sources.base_model.uri.startswith("file:"):
+    # The base model's answer to the same question shows what the training changed. Without a template of its own it
+    # cannot be asked.
+    if config.sources.base_model.uri.startswith("file:") and config.data.template is None:
         system = ["--system", config.data.system] if config.data.system else []
         answer = ask_model(uris.local_path(config.sources.base_model.uri), [rows[0][1]], *system)[0]
         print(f"base      to the first: {textwrap.shorten(answer, _MAX_ANSWER_CHARACTERS, placeholder=' ...')}")
@@ -208,10 +210,11 @@ def sample_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows = []
     for suite, count in _ROWS_PER_SUITE.items():
         text = open_store(plan.root).read(f"{dataset.prefix}/{suite}.jsonl").data.decode()
-        for line in text.splitlines()[:count]:
-            # The last two turns: the user's question and the expected answer.
-            turns = json.loads(line)["messages"]
-            rows.append((suite, " ".join(turns[-2]["content"].split()), turns[-1]["content"]))
+        for line in json_lines.split_lines(text)[:count]:
+            messages = json.loads(line)["messages"]
+            questions = [turn["content"] for turn in conversations.prompt_of(messages) if turn["role"] == "user"]
+            if questions:
+                rows.append((suite, " ".join(questions[-1].split()), conversations.answer_of(messages)))
     return rows
 
 
@@ -228,9 +231,10 @@ def ask_model(folder: Path, questions: Sequence[str], *options: str) -> list[str
     command = [sys.executable, "-m", "qlora_retrain.cli", "ask", str(folder), *options, "--", *questions]
     completed = subprocess.run(command, check=False, capture_output=True, text=True, cwd=code_identity.project_root())
     if completed.returncode:
-        raise UsageError(f"{folder}: `qlora-retrain ask` failed: {completed.stderr.strip().splitlines()[-1:]}")
+        last_line = completed.stderr.strip().rpartition("\n")[2]
+        raise UsageError(f"{folder}: `qlora-retrain ask` failed: {last_line}")
 
-    answers = completed.stdout.splitlines()
+    answers = json_lines.split_lines(completed.stdout)
     return answers if len(questions) > 1 else [" ".join(completed.stdout.split())]
 
 

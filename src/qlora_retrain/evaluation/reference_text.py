@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from qlora_retrain.core import json_lines
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat
 
@@ -28,14 +29,13 @@ def read_passages(folder: Path) -> list[Passage]:
         if path.suffix not in (".jsonl", ".txt"):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".txt":
+                passages += _split_paragraphs(path.read_text(encoding="utf-8-sig"))
+            else:
+                lines = json_lines.read_lines(path)
+                passages += [_parse_passage(line, f"{path.name}:{number}") for number, line in lines]
         except UnicodeDecodeError as error:
             raise UsageError(f"reference_data: {path.name}: the file is not UTF-8 text, convert it: {error}") from error
-        if path.suffix == ".txt":
-            passages += _split_paragraphs(text)
-        else:
-            lines = enumerate(text.splitlines(), 1)
-            passages += [_parse_passage(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
 
     # A repeated passage would count twice, and so narrow the interval without new evidence.
     unique = {passage_id(p): p for p in passages if p and (not isinstance(p, str) or p.strip())}
@@ -56,7 +56,7 @@ def passage_id(passage: Passage) -> str:
 def _split_paragraphs(text: str) -> list[str]:
     """Split a text at its empty lines."""
     paragraphs: list[list[str]] = [[]]
-    for line in text.splitlines():
+    for line in json_lines.split_lines(text):
         if line.strip():
             paragraphs[-1].append(line)
         elif paragraphs[-1]:

@@ -5,13 +5,13 @@ Text is read and never written: a score holds a row's id, its slices, and number
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_retrain.core import json_lines
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm import chat
 
@@ -20,12 +20,21 @@ UNPARSABLE = "(no label)"  # the prediction of a model that was to generate a la
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A chat to be scored; `language` is what the data states, if it states one."""
+    """A chat to be scored.
+
+    Attributes:
+        id: Names this row alone among those of its suite; scores and completions are looked up by it.
+        suite: `eval`, `golden` or `train`.
+        messages: The turns.
+        language: What the data states, if it states one.
+        tools: The tools that the answer may call, in the OpenAI form.
+    """
 
     id: str
     suite: str
     messages: chat.Chat
     language: str | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +74,32 @@ def read_rows(path: Path, suite: str) -> list[Row]:
     """Read the rows of `eval.jsonl` or `golden.jsonl`.
 
     Raises:
-        IntegrityError: If a line is not a row.
+        IntegrityError: If a line is not a row, or has the id of an earlier one.
     """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    rows: list[Row] = []
+    first_numbers: dict[str, int] = {}
+    for number, row in json_lines.read(path):
         try:
-            row = json.loads(line)
-            rows.append(Row(str(row["id"]), suite, row["messages"], row.get("language")))
+            rows.append(Row(str(row["id"]), suite, row["messages"], row.get("language"), row.get("tools")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = f'{path.name}:{number}: the line is not a row; it must be {{"id", "messages"}}: {error!r}'
             raise IntegrityError(text) from error
+
+        # One row would be credited with the completion that was generated for the other.
+        first = first_numbers.setdefault(rows[-1].id, number)
+        if first != number:
+            raise IntegrityError(f"{path.name}:{number}: has the id of line {first}; make the dataset again")
     return rows
 
 
 def write_scores(path: Path, scores: Mapping[str, Sequence[RowScore]]) -> None:
     """Write `scores.jsonl`: one line per contestant and row."""
-    with path.open("w", encoding="utf-8") as file:
-        for contestant, contestant_scores in scores.items():
-            for score in contestant_scores:
-                file.write(json.dumps({"contestant": contestant, **score.as_json()}) + "\n")
+    records = (
+        {"contestant": contestant, **score.as_json()}
+        for contestant, contestant_scores in scores.items()
+        for score in contestant_scores
+    )
+    json_lines.write(path, records)
 
 
 def read_scores(path: Path) -> dict[str, list[RowScore]]:
@@ -93,9 +109,8 @@ def read_scores(path: Path) -> dict[str, list[RowScore]]:
         IntegrityError: If a line is not a score.
     """
     scores: dict[str, list[RowScore]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, record in json_lines.read(path):
         try:
-            record = json.loads(line)
             # JSON has no NaN and no infinity, so such a loss was written as null.
             loss = math.nan if record["loss_nats"] is None else float(record["loss_nats"])
             fields = {k: v for k, v in record.items() if k != "contestant"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import chat, conversations
 
 _SHORTEST_CHARACTERS = 32  # all prompts shorter than this form one slice
 _MAX_LETTERS = 500  # the script is decided by this many letters of the prompt
@@ -20,7 +20,7 @@ def slice_names(messages: chat.Chat, language: str | None = None, *, has_labels:
     """Return the names of a row's slices; with a label only where the answers are a closed set."""
     text = user_text(messages)
     names = [f"length={length_range(text)}", f"language={language or dominant_script(text)}"]
-    return tuple([f"label={chat.answer_of(messages)}", *names] if has_labels else names)
+    return tuple([f"label={conversations.answer_of(messages)}", *names] if has_labels else names)
 
 
 def user_text(messages: chat.Chat) -> str:

@@ -121,7 +121,10 @@ def _decide(rules: Sequence[RuleResult], gains: str) -> Verdict:
         return Verdict("refuse", "refused: " + "; ".join(failed), tuple(rules))
     if undecided:
         return Verdict("insufficient evidence", "insufficient evidence: " + "; ".join(undecided), tuple(rules))
-    return Verdict("pass", f"passed {len(rules)} rules: {gains}", tuple(rules))
+    # A person must not take a rule that could not be applied for one that was passed.
+    not_measured = [r.text for r in rules if not r.is_measured]
+    text = f"passed {len(rules) - len(not_measured)} rules: {gains}"
+    return Verdict("pass", "; ".join([text, *not_measured]), tuple(rules))
 
 
 def _summarize_gains(scores: Scores, settings: EvaluateConfig) -> str:

@@ -1,35 +1,46 @@
-"""Render and tokenize chats, with one template and one loss mask for the data gate, training and scoring.
+"""Render and tokenize chats, with one template and one loss mask for the data gate, training, scoring and generation.
 
-A chat is a list of `{"role": ..., "content": ...}` turns. Few chat templates mark the answer's tokens. So they are
-found by difference: the rendering up to a turn is compared with the rendering that includes it.
+Command: none; `load_tokenizer` gives the `ChatTokenizer` that every step uses.
 """
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.answers import Answer, common_length, cut_answer
+from qlora_retrain.lm.chat_format import ChatFormat
+from qlora_retrain.lm.named_templates import choose_template, missing_marks, older_template
+from qlora_retrain.lm.rendering import Chat as Chat
+from qlora_retrain.lm.rendering import Message as Message
+from qlora_retrain.lm.rendering import Renderer, Tools
+from qlora_retrain.lm.rendering import RowRefused as RowRefused
+from qlora_retrain.lm.stop_tokens import find_stop_ids
+from qlora_retrain.lm.tool_calls import fit_calls
+from qlora_retrain.lm.turn_marks import TurnMarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-Chat = Sequence[Message]
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+Row = tuple[Chat, Tools]
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChat:
-    """A tokenized chat; `supervised[i]` says whether the model must learn to produce token i."""
+    """A tokenized chat; `supervised[i]` says whether the model must learn to produce token i.
+
+    Attributes:
+        warnings: Codes of what the template or the tokenizer did to the row, e.g. `trimmed_ends`.
+    """
 
     input_ids: list[int]
     supervised: list[bool]
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def supervised_tokens(self) -> int:
@@ -37,181 +48,231 @@ class EncodedChat:
         return sum(self.supervised)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder, offline and without remote code.
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """The text of one example, and where its supervised parts begin and end, in characters."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    appended: str | None
+    warnings: tuple[str, ...]
+    spaces: tuple[tuple[int, int], ...] = ()
+
+
+class ChatTokenizer:
+    """A model's tokenizer with the line's chat format.
+
+    Attributes:
+        tokenizer: The model's, from transformers; its `chat_template` is the one in use.
+        chat_format: The settings of chats.
+        stop_ids: The tokens that end a generation, the one that is appended first.
+        notes: Sentences about the template in use that a person should read.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, folder: Path, notes: Sequence[str] = ()
+    ) -> None:
+        self.tokenizer, self.chat_format, self.notes = tokenizer, chat_format, tuple(notes)
+        self._renderer = Renderer(tokenizer, chat_format)
+        self.stop_ids = find_stop_ids(tokenizer, self._renderer, folder)
+        self._stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        # Reasoning may follow an answer's mark, and a call is no end.
+        self._added_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+
+    @property
+    def pad_token_id(self) -> int:
+        """A token for padding; any will do, since an attention mask hides it."""
+        token_id = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if token_id is None else int(token_id)
+
+    def encode(self, chat: Chat, tools: Tools = None) -> list[EncodedChat]:
+        """Tokenize a chat and mask it: every assistant turn is supervised, up to the token that ends it.
+
+        Returns:
+            One example; or, where the template writes an earlier answer in another way than it was generated, one
+            example for each assistant turn. No token is supervised twice.
+
+        Raises:
+            RowRefused: If the template does not carry the chat.
+        """
+        return self._tokenize_examples([self._examples(chat, tools)])[0]
+
+    def encode_many(self, rows: Sequence[Row]) -> list[list[EncodedChat] | RowRefused]:
+        """Tokenize many chats in one call, which costs less than one by one; a refused row has its refusal."""
+        examples: list[list[_Example] | RowRefused] = []
+        for chat, tools in rows:
+            try:
+                examples.append(self._examples(chat, tools))
+            except RowRefused as refusal:
+                examples.append(refusal)
+
+        encoded = iter(self._tokenize_examples([e for e in examples if not isinstance(e, RowRefused)]))
+        return [e if isinstance(e, RowRefused) else next(encoded) for e in examples]
+
+    def prompt_ids(self, prompt: Chat, tools: Tools = None, answer: Message | str | None = None) -> list[int]:
+        """Return the tokens that the model reads before it answers.
+
+        Args:
+            prompt: The turns before the answer.
+            tools: What may be called.
+            answer: The row's own answer, if it has one; a prompt may end otherwise before another kind of answer.
+        """
+        if answer is None and self.chat_format.answer_start == "history":
+            answer = "a"
+        if answer is None:
+            return self._ids([self.render(prompt, tools, add_generation_prompt=True)])[0]
+        return self.split(prompt, answer, tools)[0]
+
+    def answer_ids(self, prompt: Chat, answer: Message | str, tools: Tools = None) -> list[int]:
+        """Return the tokens that the model must produce for this answer, the one that ends it included."""
+        return self.split(prompt, answer, tools)[1]
+
+    def render(self, chat: Chat, tools: Tools = None, *, add_generation_prompt: bool = False) -> str:
+        """Return the chat as the template writes it.
+
+        Raises:
+            RowRefused: If the template raises.
+        """
+        chat = fit_calls(self._renderer, chat, tools)
+        return self._renderer.render(chat, tools, add_generation_prompt=add_generation_prompt)
+
+    def find_mark(self, text: str, role: str = "user") -> str | None:
+        """Return a mark in the text with which the template begins or ends turns; None where there is none."""
+        return self.marks.find(text, role)
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """The tokens of `stop_ids` as text."""
+        return list(self._stops)
+
+    @cached_property
+    def marks(self) -> TurnMarks:
+        """The marks of turns, learnt from the template."""
+        return TurnMarks(self.tokenizer, self._renderer)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the tokens as text, with no white space cleaned away."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _examples(self, chat: Chat, tools: Tools) -> list[_Example]:
+        turns = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+        if not turns:
+            raise RowRefused("no_assistant_turn", "there is no assistant turn")
+        warnings = ("turns_after_the_last_answer",) if turns[-1] != len(chat) - 1 else ()
+        chat = fit_calls(self._renderer, chat[: turns[-1] + 1], tools)
+        answers = [
+            cut_answer(self._renderer, chat[: i + 1], tools, self._stops, self._added_tokens, chat[i + 1 : i + 2])
+            for i in turns
+        ]
+        supervised = [chat[i].get("weight", 1) != 0 for i in turns]
+        warnings = tuple(dict.fromkeys([*warnings, *(code for answer in answers for code in answer.warnings)]))
+
+        # One example, where the whole chat has every answer as the model would generate it.
+        if _grows(answers):
+            spans = tuple(
+                (a.start, len(a.with_end) if a is not answers[-1] else len(a.text))
+                for a, is_supervised in zip(answers, supervised, strict=True)
+                if is_supervised
+            )
+            appended = answers[-1].appended if supervised[-1] else None
+            return [_Example(answers[-1].text, spans, appended, warnings, answers[-1].spaces)]
+        return [
+            _Example(a.text, ((a.start, len(a.text)),), a.appended, warnings, a.spaces)
+            for a, is_supervised in zip(answers, supervised, strict=True)
+            if is_supervised
+        ]
+
+    def split(self, prompt: Chat, answer: Message | str, tools: Tools = None) -> tuple[list[int], list[int]]:
+        """Return `prompt_ids` and `answer_ids` of a row, which costs half of asking for each."""
+        turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else {**answer, "weight": 1}
+        chat = fit_calls(self._renderer, [*prompt, turn], tools)
+        cut = cut_answer(self._renderer, chat, tools, self._stops, self._added_tokens, ())
+        example = _Example(cut.text, ((cut.start, len(cut.text)),), cut.appended, ())
+        encoded = self._tokenize_examples([[example]])[0][0]
+        num_prompt = encoded.supervised.index(True) if True in encoded.supervised else len(encoded.input_ids)
+        return encoded.input_ids[:num_prompt], encoded.input_ids[num_prompt:]
+
+    def _tokenize_examples(self, rows: Sequence[Sequence[_Example]]) -> list[list[EncodedChat]]:
+        """Tokenize whole texts, and find the borders of the mask as the lengths of their tokenized beginnings."""
+        texts: list[str] = []
+        for example in (example for examples in rows for example in examples):
+            texts.append(example.text)
+            texts += [example.text[:border] for border in _borders(example)]
+        token_ids = iter(self._ids(texts))
+        return [[self._masked(example, token_ids) for example in examples] for examples in rows]
+
+    def _masked(self, example: _Example, token_ids: Iterator[list[int]]) -> EncodedChat:
+        ids = next(token_ids)
+        positions = {0: 0, len(example.text): len(ids)}
+        for border in _borders(example):
+            # A token that spans the border belongs to the answer, of which nothing may be lost.
+            positions[border] = common_length(ids, next(token_ids))
+
+        mask = [False] * len(ids)
+        for start, end in example.answers:
+            mask[positions[start] : positions[end]] = [True] * (positions[end] - positions[start])
+        if example.appended is not None:
+            ids = [*ids, self.stop_ids[self._stops.index(example.appended)]]
+            mask.append(True)
+        warnings = example.warnings
+        if self._greedy_marks and any(self._is_taken(example.text, place) for place in example.spaces):
+            warnings = tuple(dict.fromkeys([*warnings, "trimmed_ends"]))
+        return EncodedChat(ids, mask, warnings)
+
+    def _is_taken(self, text: str, place: tuple[int, int]) -> bool:
+        """Return whether white space at the end of a content makes no difference to the tokens."""
+        shorter = text[: place[0]] + text[place[1] :]
+        return self._ids([text])[0] == self._ids([shorter])[0]
+
+    @cached_property
+    def _greedy_marks(self) -> bool:
+        """Whether marks take the white space beside them, as Phi-4's do."""
+        return any(token.lstrip or token.rstrip for token in self.tokenizer.added_tokens_decoder.values())
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # A tokenizer refuses an empty batch.
+        if not texts:
+            return []
+        # The template has already written all special tokens. A BOS before a text would break the chat.
+        return [[int(i) for i in ids] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatTokenizer:
+    """Load the tokenizer of a model folder with the line's chat format, offline and without remote code.
+
+    Args:
+        folder: The model's.
+        chat_format: The line's; None: the one that the folder states, as a published version does.
 
     Raises:
-        UsageError: If there is none, or it has no chat template or no end-of-sequence token.
+        UsageError: If there is none, or it has no chat template and the line names none, or no answer could end.
     """
     from transformers import AutoTokenizer
 
+    chat_format = ChatFormat.from_folder(folder) if chat_format is None else chat_format
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"base_model: no tokenizer that can be loaded: {error}") from error
-
-    # Refused here, before data is read or time on a GPU is paid for.
-    if not tokenizer.chat_template:
-        raise UsageError(
-            "base_model: its tokenizer has no chat template; choose an instruction-tuned model, or add a template"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UsageError("base_model: its tokenizer has no end-of-sequence token, so answers could not end")
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
+    tokenizer.chat_template = tokenizer.chat_template or older_template(folder)
+    tokenizer.chat_template = choose_template(tokenizer, chat_format.template)
+    return ChatTokenizer(tokenizer, chat_format, folder, missing_marks(chat_format.template, tokenizer))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, add_generation_prompt: bool = False) -> str:
-    """Render the chat by the model's template.
-
-    Args:
-        tokenizer: With a chat template.
-        chat: The turns.
-        add_generation_prompt: Whether the text ends where the assistant's next turn begins, as in transformers.
-
-    Raises:
-        UsageError: If the template refuses the chat, as some do with a system turn.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise UsageError(f"base_model: its chat template refuses this chat: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Chat, answer: str) -> str:
-    """Return what the template adds to the rendered prompt when the assistant answers `answer`.
-
-    Raises:
-        UsageError: If the template rewrites earlier turns, so that no mask can be computed.
-    """
-    rendered_prompt = render(tokenizer, prompt, add_generation_prompt=True)
-    return _added_text(render(tokenizer, [*prompt, {"role": "assistant", "content": answer}]), rendered_prompt)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Chat) -> list[int]:
-    """Return the tokens that the model reads before it answers."""
-    return _tokenize(tokenizer, [render(tokenizer, prompt, add_generation_prompt=True)])[0]
-
-
-def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Chat, answer: str) -> list[int]:
-    """Return the tokens that the model must produce for this answer, its end-of-sequence token included."""
-    return _tokenize(tokenizer, [_until_eos(tokenizer, answer_text(tokenizer, prompt, answer))])[0]
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer.
-
-    These are the end-of-sequence token and the special token that the template writes in its place, if there is one.
-    """
-    # Two different answers of one character: the ending that both renderings share comes from the template.
-    first, second = (answer_ids(tokenizer, [{"role": "user", "content": "a"}], text) for text in ("a", "b"))
-    reversed_suffix = [
-        i for i, _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(second), strict=False))
-    ]
-
-    # Only a special token ends an answer, since a plain one, such as a full stop, may also occur inside it.
-    special = [i for i in reversed(reversed_suffix) if getattr(tokenizer.added_tokens_decoder.get(i), "special", False)]
-    return list(dict.fromkeys([int(tokenizer.eos_token_id), *special[:1]]))
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> EncodedChat:
-    """Tokenize a chat and mask it: every assistant turn is supervised, up to its end-of-sequence token.
-
-    Prompt and answer are tokenized apart, as they are when the model generates. Nothing follows the last answer.
-
-    Raises:
-        UsageError: If the template rewrites earlier turns, so that no mask can be computed.
-    """
-    return encode_segments(tokenizer, [segments(tokenizer, chat)])[0]
-
-
-def segments(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[str]:
-    """Cut the rendered chat where the mask changes: prompt, answer, next prompt, next answer, and so on."""
-    texts: list[str] = []
-    previous_text = ""
-    for i, turn in enumerate(chat):
-        if turn["role"] != "assistant":
-            continue
-        rendered_prompt = render(tokenizer, chat[:i], add_generation_prompt=True)
-        answer = _until_eos(tokenizer, _added_text(render(tokenizer, chat[: i + 1]), rendered_prompt))
-
-        # The text after an answer's end token, often a line break, belongs to the next prompt.
-        texts += [_added_text(rendered_prompt, previous_text), answer]
-        previous_text = rendered_prompt + answer
-    return texts
-
-
-def encode_segments(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[str]]) -> list[EncodedChat]:
-    """Tokenize the `segments` of many chats in one call."""
-    # One call for all chats, since a call costs more than tokenizing a short text.
-    token_ids = iter(_tokenize(tokenizer, [segment for texts in chats for segment in texts]))
-
-    encoded = []
-    for texts in chats:
-        chat = EncodedChat([], [])
-        # Segments alternate between prompt and answer, so the odd ones are supervised.
-        for i in range(len(texts)):
-            ids = next(token_ids)
-            chat.input_ids.extend(ids)
-            chat.supervised.extend([i % 2 == 1] * len(ids))
-        encoded.append(chat)
-    return encoded
-
-
-def prompt_of(chat: Chat) -> list[Message]:
-    """Return everything before the last assistant turn."""
-    # Turns after the last answer are left out too, since no answer follows them.
-    last = max(i for i, turn in enumerate(chat) if turn["role"] == "assistant")
-    return list(chat[:last])
-
-
-def answer_of(chat: Chat) -> str:
-    """Return the content of the last assistant turn."""
-    return next(turn["content"] for turn in reversed(chat) if turn["role"] == "assistant")
-
-
-def normalized_text(chat: Chat) -> str:
-    """Return the text by which two chats count as equal: NFKC, case folded, white space collapsed.
-
-    System turns are left out, so the same question under another instruction counts as the same question.
-    """
-    turns = (
-        f"{t['role']}: {' '.join(unicodedata.normalize('NFKC', t['content']).casefold().split())}"
-        for t in chat
-        if t["role"] != "system"
+def _grows(answers: Sequence[Answer]) -> bool:
+    """Return whether the whole chat contains every earlier answer as it was generated."""
+    whole = answers[-1]
+    return all(
+        whole.text.startswith(a.with_end) and (a.appended is None or a.continues) and len(a.with_end) <= whole.start
+        for a in answers[:-1]
     )
-    return "\n".join(turns)
 
 
-def row_id(chat: Chat) -> str:
-    """Return 16 hex digits that name a row by its normalized prompt; they are the same in every data set."""
-    return hashlib.sha256(normalized_text(prompt_of(chat)).encode()).hexdigest()[:16]
-
-
-def _added_text(text: str, prefix: str) -> str:
-    """Return what `text` adds to `prefix`, which it must begin with."""
-    if not text.startswith(prefix):
-        raise UsageError(
-            "base_model: its chat template changes earlier turns when one is added, so the answer's tokens cannot "
-            "be told from the prompt's; use a template that only appends text when a turn is added"
-        )
-    return text[len(prefix) :]
-
-
-def _until_eos(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
-    """Cut the rendered answer after its end-of-sequence token; return all of it where the template writes none."""
-    end = str(tokenizer.eos_token)
-    return answer[: answer.rindex(end) + len(end)] if end in answer else answer
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # A tokenizer refuses an empty batch.
-    if not texts:
-        return []
-
-    # The template has already written all special tokens. A BOS before every segment would break the chat.
-    return [[int(i) for i in ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+def _borders(example: _Example) -> list[int]:
+    """Return the characters at which the mask changes, other than the text's own ends."""
+    borders = {border for span in example.answers for border in span}
+    return sorted(border for border in borders if 0 < border < len(example.text))

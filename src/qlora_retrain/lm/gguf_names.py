@@ -13,6 +13,8 @@ from typing import Any
 from qlora_retrain.core.errors import UsageError
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Settings of these families that GGUF does not store, with the value that its readers take.
+_FIXED_SETTINGS = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
 METADATA_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # How a tokenizer splits text before its merges (the `pre_tokenizer` of tokenizer.json), and llama.cpp's name for that.
 # Both regular expressions must equal those of the models' own files, character by character.
@@ -49,7 +51,7 @@ def architecture(config: Mapping[str, Any]) -> str:
     """Return the class that a config.json names, one of `ARCHITECTURES`.
 
     Raises:
-        UsageError: If it is none of them, or its rotary embeddings are scaled.
+        UsageError: If it is none of them, its rotary embeddings are scaled, or GGUF has no place for a setting.
     """
     name = (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
@@ -62,6 +64,12 @@ def architecture(config: Mapping[str, Any]) -> str:
         raise UsageError(
             f"merge.exports: GGUF is written for rotary embeddings without scaling; the base has {rope_type}"
         )
+    for field, value in _FIXED_SETTINGS.items():
+        if config.get(field) not in (None, value):
+            raise UsageError(
+                f"merge.exports: GGUF has no place for {field}: {config[field]}, so the export would be read with "
+                f"{value}; remove the gguf exports from the list"
+            )
     return str(name)
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.safety import refuse_unsafe
+from qlora_retrain.lm import model_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 
 class LoadOptions(TypedDict):
@@ -113,6 +115,7 @@ def load_gguf(
             dtype=_resolve_dtype(dtype, device),
             quantization=quantization,
             gguf_file=path.name,
+            config=_gguf_config(path),
         )
 
 
@@ -187,11 +190,15 @@ def _from_pretrained(
     # Checked before any file is opened, since loading could run code of the folder.
     silence_transformers()
     refuse_unsafe(folder)
+    is_gguf = "gguf_file" in kwargs
+    if not is_gguf:
+        # transformers would make its own choice among several candidates, and other readers another.
+        model_files.weight_paths(folder, f"{folder.name}: cannot be loaded")
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation="eager" if attn_implementation == "auto" else attn_implementation,
+            attn_implementation=_supported_attention(folder, attn_implementation, is_gguf=is_gguf),
             device_map={"": "cpu" if device == "auto" else device},
             **({"quantization_config": quantization} if quantization else {}),
             use_safetensors=True,
@@ -202,7 +209,8 @@ def _from_pretrained(
         )
     except SafetensorError as error:
         raise IntegrityError(f"{folder.name}: its weights are damaged: {error}") from error
-    except (OSError, ValueError, ImportError) as error:
+    # A KeyError is an index without "metadata", or a config.json without what its family needs.
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise UsageError(f"{folder.name}: cannot be loaded as a causal language model: {error}") from error
     except RuntimeError as error:  # the weights have other shapes than config.json says
         raise IntegrityError(f"{folder.name}: its weights do not fit its config.json: {error}") from error
@@ -219,6 +227,39 @@ def _from_pretrained(
             module.support_avx512bf16_for_cpu = False
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _gguf_config(path: Path) -> PreTrainedConfig:
+    """Return the config of a GGUF file, with the width of heads, which transformers reads for some families alone."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path.name}: cannot be loaded as a causal language model: {error}") from error
+    reader = GGUFReader(path)
+    arch = reader.get_field("general.architecture")
+    field = reader.get_field(f"{arch.contents()}.attention.key_length") if arch else None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if field and field.contents() != head_dim:
+        config.head_dim = int(field.contents())
+    return config
+
+
+def _supported_attention(folder: Path, attn_implementation: str, *, is_gguf: bool) -> str:
+    """Return the implementation to load with; eager computes the same where a family has no other, as Gemma 2."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    # All families that are read from GGUF have it.
+    if attn_implementation != "sdpa" or is_gguf:
+        return "eager" if attn_implementation == "auto" else attn_implementation
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None or model_class._supports_sdpa:
+        return attn_implementation
+    progress.say(f"{folder.name}: {model_class.__name__} has no sdpa attention, so it computes with eager attention")
+    return "eager"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

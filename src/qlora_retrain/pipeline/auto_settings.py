@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,18 +32,21 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
     """Return every section without any `auto`, by name, and the choices that were made.
 
     Raises:
-        UsageError: If a setting contradicts an automatic choice, as liger kernels and a CPU do.
+        UsageError: If a setting contradicts an automatic choice, as liger kernels and a CPU do, or if the data gate
+            would let data through that a later gate surely refuses.
     """
     sections = {step.section: config.section(step.section) for step in graph.STEPS}
     choices: list[Choice] = []
 
-    def choose(section: str, name: str, value: str, reason: str) -> None:
-        choices.append(Choice(field=f"{section}.{name}", value=value, reason=reason))
+    def choose(section: str, name: str, value: str | int, reason: str) -> None:
+        choices.append(Choice(field=f"{section}.{name}", value=str(value), reason=reason))
         sections[section] = sections[section].model_copy(update={name: value})
 
     # The same seed in every run keeps each row on its side of the split.
     if config.data.split_seed is None:
         choose("data", "split_seed", config.line, "not set: the line's name")
+    for name, value, reason in _evidence(config):
+        choose("data", name, value, reason)
 
     # The device first, because the other choices depend on it.
     for name, section in list(sections.items()):
@@ -60,6 +64,26 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
         if fields.get("kernels") == "liger" and device != "cuda":
             raise UsageError(f"{name}.kernels: liger needs {name}.device: cuda, and it is {device}; set kernels: auto")
     return sections, tuple(choices)
+
+
+def _evidence(config: LineConfig) -> Iterator[tuple[str, int, str]]:
+    """Yield how many rows the data gate must ask for, so that data which passes is not refused after training."""
+    data, evaluate, merge = config.data, config.evaluate, config.merge
+    # `measured` needs two halves; `auto` needs one.
+    merge_rows = {"measured": 2 * merge.min_rows, "auto": merge.min_rows}.get(merge.base, 0)
+    needed = max(evaluate.min_rows, merge_rows)
+    setting = "evaluate.min_rows" if needed == evaluate.min_rows else "merge.min_rows"
+    if "min_eval_rows" not in data.model_fields_set:
+        if needed != data.min_eval_rows:
+            yield "min_eval_rows", needed, f"not set: what {setting} needs"
+    elif data.min_eval_rows < needed:
+        raise UsageError(
+            f"data.min_eval_rows: {data.min_eval_rows} lets data pass that is refused after training, since {setting} "
+            f"needs {needed} evaluation rows; leave it out, or lower {setting} too"
+        )
+
+    if config.sources.golden_data is not None and "min_golden_rows" not in data.model_fields_set:
+        yield "min_golden_rows", evaluate.min_golden_rows, "not set: what evaluate.min_golden_rows needs"
 
 
 def _device() -> tuple[str, str]:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, is_refusal
+from qlora_retrain.pipeline import base_model
+from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.plan import FILE_SETS, Plan, PlannedStep
 from qlora_retrain.storage import artifact, cache, registry, sources
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import NotFound, Store
+
+_BASE = "base_model"
 
 
 def input_manifests(plan: Plan, step: graph.Step, store: Store) -> dict[str, Manifest]:
@@ -67,7 +71,21 @@ def fetch_input(
     source = plan.sources[item.name]
     assert source is not None
     subset = source.subset(FILE_SETS[item.files])
-    return cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), None)
+    folder = cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), None)
+    if item.name == _BASE and source.is_commit:
+        _refuse_unfit_base(plan, item, folder)
+    return folder
+
+
+def _refuse_unfit_base(plan: Plan, item: graph.Input, folder: Path) -> None:
+    """Ask of a commit's files what the plan asks of files that it can list.
+
+    Raises:
+        UsageError: If the line cannot use the base model.
+    """
+    settings = {graph.step(planned.name).section: planned.config for planned in plan.steps}
+    model_folder = ModelFolder.from_path(folder, has_weights=item.files == "all")
+    base_model.refuse_unfit(model_folder, base_model.Demands.from_sections(**settings))
 
 
 def _fetch_artifact(store: Store, manifest: Manifest) -> Path:

@@ -14,19 +14,22 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import gguf_names
-from qlora_retrain.pipeline import code_identity
-from qlora_retrain.pipeline.auto_settings import resolve_auto_settings
+from qlora_retrain.pipeline import base_model, code_identity
+from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
+from qlora_retrain.pipeline.champion_settings import resolve_split
+from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.plan import FILE_SETS, PinnedVersion, Plan, PlannedStep, plan_uri, run_id, utc_stamp
+from qlora_retrain.pipeline.template_date import resolve_template_date
 from qlora_retrain.storage import open_store, registry, sources
 from qlora_retrain.storage.sources import PinnedSource
 from qlora_retrain.storage.store import AlreadyExists, Store
 
-_PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "reference_data")
+_PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "eval_data", "reference_data")
 
 
 def make_plan(
@@ -94,12 +97,18 @@ def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:
 def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
     """Build the plan, without writing it."""
     pinned = {name: _pin(name, config) for name in _PINNED_SOURCES}
-    _refuse_exports(config, pinned["base_model"])
     versions, champion_release = _pin_versions(config, store)
     target, _ = registry.read_alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)
 
     # The plan records what `auto` became, so that every pod of the run computes in the same way.
     settings, choices = resolve_auto_settings(config)
+    if config.data.template_date == "auto":
+        day, reason = resolve_template_date(config.data, pinned["base_model"], champion_release, at)
+        settings["data"] = settings["data"].model_copy(update={"template_date": day})
+        choices += (Choice(field="data.template_date", value=day, reason=reason),) if day else ()
+    settings, split_choices = _inherit_split(settings, store, pinned, versions, champion_release)
+    choices += split_choices
+    _refuse_unfit_base(settings, pinned["base_model"])
     steps = _plan_steps(settings, pinned, versions, target)
 
     judgement = _judgement_hash(steps)
@@ -162,10 +171,32 @@ def _pin_version(store: Store, line: str, version: str) -> PinnedVersion:
     )
 
 
-def _refuse_exports(config: LineConfig, base: PinnedSource | None) -> None:
-    """Refuse export forms that the base does not support, before hours of training and not after them."""
-    if base is not None and any(name.startswith("gguf") for name in config.merge.exports):
-        gguf_names.refuse_unsupported(sources.read_json_files(base, gguf_names.METADATA_FILES))
+def _refuse_unfit_base(settings: Mapping[str, Section], base: PinnedSource | None) -> None:
+    """Refuse a base that the line cannot use, before hours of training and not after them."""
+    # The files of a commit are not listed yet: the steps that fetch them ask the same.
+    if base is not None and not base.is_commit:
+        values = {name: section.model_dump(mode="json") for name, section in settings.items()}
+        demands = base_model.Demands.from_sections(**values)
+        base_model.refuse_unfit(ModelFolder.from_source(base), demands)
+
+
+def _inherit_split(
+    settings: dict[str, Section],
+    store: Store,
+    pinned: Mapping[str, PinnedSource | None],
+    versions: Mapping[str, PinnedVersion | None],
+    champion: registry.Release | None,
+) -> tuple[dict[str, Section], tuple[Choice, ...]]:
+    """Return the settings with the split of the version in production, so that no row crosses it as data grows."""
+
+    def dataset_key(data: DataConfig) -> str:
+        steps = _plan_steps({**settings, "data": data}, pinned, versions, None)
+        return next(step.key for step in steps if step.name == graph.producer_name("dataset"))
+
+    data = settings["data"]
+    assert isinstance(data, DataConfig)
+    data, choices = resolve_split(store, champion, data, dataset_key)
+    return {**settings, "data": data}, choices
 
 
 def _plan_steps(

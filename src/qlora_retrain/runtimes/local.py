@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_retrain.core import endings, graph, progress, supervisor
@@ -86,20 +86,25 @@ class _StepProcess:
         return self._written_ending is not None and self._written_ending.code == self.process.returncode
 
 
-def run(plan: Plan) -> int:
+def run(plan: Plan, until: str | None = None) -> int:
     """Run every step of a plan whose artifact is missing, in the graph's order; stop at the first that fails.
+
+    Args:
+        plan: The run's.
+        until: The last step to run; only the steps that it needs run before it. None: the whole graph.
 
     Returns:
         0, or the exit code of the step that stopped the run; 130 after Ctrl-C.
     """
     # A service manager stops this process with SIGTERM; the steps are then stopped as after Ctrl-C.
     signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    steps = graph.steps_until(until)
     completed: set[str] = set()
     running: list[_StepProcess] = []
 
     try:
-        while len(completed) < len(graph.STEPS):
-            exit_code = _start_ready_steps(plan, completed, running)
+        while len(completed) < len(steps):
+            exit_code = _start_ready_steps(plan, steps, completed, running)
             if exit_code is None:
                 exit_code = _reap_ended_steps(plan, completed, running)
             if exit_code:
@@ -119,13 +124,15 @@ def run(plan: Plan) -> int:
             child.process.wait()
 
 
-def _start_ready_steps(plan: Plan, completed: set[str], running: list[_StepProcess]) -> int | None:
+def _start_ready_steps(
+    plan: Plan, steps: Sequence[graph.Step], completed: set[str], running: list[_StepProcess]
+) -> int | None:
     """Start every step whose inputs are complete.
 
     Returns:
         The exit code of an artifact that an earlier run refused; None where there is none.
     """
-    for step in graph.STEPS:
+    for step in steps:
         if (
             step.name in completed
             or any(child.step is step for child in running)

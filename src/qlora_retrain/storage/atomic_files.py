@@ -129,7 +129,8 @@ def make_folder(folder: Path) -> None:
     """Make the folder and those above it, readable by all."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        with contextlib.suppress(FileExistsError):
+        # Another process may make the folder first, or remove it while it is empty.
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
             folder.mkdir()
             folder.chmod(0o755)
 

@@ -77,7 +77,8 @@ def _fault(folder: Path, files: tuple[File, ...] | None, target: Path) -> str | 
     """Return what is wrong with a folder, or None."""
     if files is None:
         try:
-            lines = _record_of(target).read_text().splitlines()
+            # Cut at `\n` alone: a path may hold other characters that `splitlines` takes for line ends.
+            lines = _record_of(target).read_bytes().decode().split("\n")[:-1]
         except OSError:
             return "its record is missing"
         # Each line is 64 hex digits, a space and the path, as sha256sum writes it.

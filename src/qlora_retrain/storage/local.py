@@ -56,6 +56,15 @@ class LocalStore:
                 raise NotFound(f"{self.uri}/{path}") from None
         return Document(data, _tag(data))
 
+    def read_start(self, path: str, size_bytes: int) -> bytes:
+        """Read the beginning of the file."""
+        with atomic_files.disk_errors(self._root):
+            try:
+                with self._existing(path).open("rb") as file:
+                    return file.read(size_bytes)
+            except FileNotFoundError:  # removed after the check
+                raise NotFound(f"{self.uri}/{path}") from None
+
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Hard-link a finished temporary file to its name, which fails if the name is taken."""
         # Not a rename, which would replace what is there.

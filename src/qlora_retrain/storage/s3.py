@@ -1,6 +1,8 @@
 """The store on S3, or on a server that speaks its protocol, through boto3.
 
-Endpoint, region and credentials come from the environment's own chain (AWS_ENDPOINT_URL, roles, mounted files).
+Endpoint, region and credentials come from the environment's own chain (AWS_ENDPOINT_URL, roles, mounted files). So do
+boto3's other settings: AWS_REQUEST_CHECKSUM_CALCULATION, AWS_RESPONSE_CHECKSUM_VALIDATION, AWS_MAX_ATTEMPTS, and so on.
+Where the environment says nothing, a request is tried up to 8 times.
 
 A document is written with one conditional `put_object`. When its answer is lost, boto3 sends it again, and the server
 answers 412 (precondition failed) to our own write. So after a 412 the stored document is read and compared. boto3 does
@@ -36,6 +38,8 @@ from qlora_retrain.storage.store import (
 
 MIB = 1024**2
 MAX_CONCURRENCY = 16  # connections, and parts that travel at once
+DEFAULT_ATTEMPTS = 8  # of a request, where AWS_MAX_ATTEMPTS says nothing
+CONNECT_TIMEOUT_SECONDS = 10
 MAX_ROUNDS = 5  # of a conditional write; boto3 makes several attempts in each
 PAUSE_SECONDS = 0.5  # after the first round; it doubles from round to round
 DELETE_BATCH_SIZE = 1000  # the most files that S3 deletes in one request
@@ -51,8 +55,8 @@ class S3Store:
 
     def __init__(self, uri: str, *, part_bytes: int = 32 * MIB) -> None:
         import boto3.session
+        import botocore.session
         from boto3.s3.transfer import TransferConfig
-        from botocore.config import Config
 
         self.uri = uris.absolute(uri)
         self._bucket, self._prefix = uris.bucket_and_prefix(self.uri)
@@ -63,15 +67,13 @@ class S3Store:
             # boto3 takes its C runtime (CRT) on some machines, and that client cannot copy.
             preferred_transfer_client="classic",
         )
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": 8},
-            max_pool_connections=MAX_CONCURRENCY,
-            connect_timeout=10,
-        )
         with self._errors("connect"):
             try:
-                self.client = boto3.session.Session().client("s3", config=config)
-            except ValueError as error:  # AWS_ENDPOINT_URL is not a URL
+                session = botocore.session.get_session()
+                self.client = boto3.session.Session(botocore_session=session).client(
+                    "s3", config=_client_config(session)
+                )
+            except ValueError as error:  # AWS_ENDPOINT_URL is not a URL, or AWS_MAX_ATTEMPTS no number
                 raise UsageError(f"{self.uri}: {error}") from error
 
     def __repr__(self) -> str:
@@ -82,6 +84,20 @@ class S3Store:
         with self._errors("read", path):
             response = self.client.get_object(**self._at(path))
             return Document(response["Body"].read(), response["ETag"])
+
+    def read_start(self, path: str, size_bytes: int) -> bytes:
+        """Get with `Range`."""
+        from botocore.exceptions import ClientError
+
+        with self._errors("read", path):
+            try:
+                response = self.client.get_object(**self._at(path), Range=f"bytes=0-{size_bytes - 1}")
+            except ClientError as error:
+                if s3_errors.http_status(error) == 416:  # the file is empty
+                    return b""
+                raise
+            # A server that ignores the range sends the whole file.
+            return bytes(response["Body"].read(size_bytes))
 
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Put with `If-None-Match: *`."""
@@ -138,8 +154,7 @@ class S3Store:
                 key = self._key(join_path(prefix, path))
                 with (folder / path).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                # CRC32: boto3 can compute it without its C runtime, and S3 can check it for files in parts.
-                extra = {"Metadata": {"sha256": digest}, "ChecksumAlgorithm": "CRC32"}
+                extra = {"Metadata": {"sha256": digest}, **self._upload_checksum()}
                 started.append((path, manager.upload(str(folder / path), self._bucket, key, extra_args=extra)))
 
     def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
@@ -208,6 +223,13 @@ class S3Store:
             cause=Cause.THROTTLED,
         )
 
+    def _upload_checksum(self) -> dict[str, str]:
+        # An algorithm that is named here would override AWS_REQUEST_CHECKSUM_CALCULATION=when_required.
+        if self.client.meta.config.request_checksum_calculation == "when_required":
+            return {}
+        # CRC32: boto3 can compute it without its C runtime, and S3 can check it for files in parts.
+        return {"ChecksumAlgorithm": "CRC32"}
+
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{path}" if self._prefix else path
 
@@ -247,3 +269,14 @@ class S3Store:
         except ClientError as error:
             return s3_errors.http_status(error) == 404
         return False
+
+
+def _client_config(session: Any) -> Any:
+    """Return the settings of a client; what the environment or its config file sets stays as it is there."""
+    from botocore.config import Config
+
+    retries = {"total_max_attempts": session.get_config_variable("max_attempts") or DEFAULT_ATTEMPTS}
+    # None: that of AWS_DEFAULTS_MODE, whose sets of defaults have timeouts of their own.
+    is_legacy = session.get_config_variable("defaults_mode") in (None, "legacy")
+    timeout = CONNECT_TIMEOUT_SECONDS if is_legacy else None
+    return Config(retries=retries, max_pool_connections=MAX_CONCURRENCY, connect_timeout=timeout)

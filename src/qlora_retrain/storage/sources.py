@@ -6,7 +6,6 @@ The field names of `PinnedSource` and `PinnedFile` are the JSON of `plan.json`: 
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qlora_retrain.core import hashing, safety, uris
 from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
@@ -23,6 +22,8 @@ from qlora_retrain.storage.store import NotFound
 
 # The files that are taken from a Hugging Face repository: never code, never pickles.
 _HF_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.jsonl", "*.csv", "*.parquet")
+# Further forms of data; those of a base are left as they are, since its patterns are part of its key.
+_HF_DATA_FILES = ("*.ndjson", "*.jsonlines", "*.tsv", "*.arrow", "*.feather", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4")
 
 
 class PinnedFile(BaseModel):
@@ -35,36 +36,66 @@ class PinnedFile(BaseModel):
 
 
 class PinnedSource(BaseModel):
-    """A source as it was when the plan was made. Its key comes from the content, never from the URI."""
+    """A source as it was when the plan was made. Its key comes from the content, never from the URI.
+
+    Attributes:
+        uri: Where it is.
+        files: Its files. The files of a commit are not listed before they are downloaded, so a commit has one entry.
+        patterns: The globs of a commit's files.
+        only: Globs of the part of a commit that a step reads; empty: all of it.
+    """
 
     model_config = ConfigDict(frozen=True)
     uri: str
     files: tuple[PinnedFile, ...]
     patterns: tuple[str, ...] = ("**",)
+    # Not part of a plan: it is set where a step fetches its part.
+    only: tuple[str, ...] = Field((), exclude=True)
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether its files are listed only once they are downloaded."""
+        return self.uri.startswith("hf://")
 
     def subset(self, only: Sequence[str]) -> PinnedSource:
         """Return the source with only the files that match."""
         if not only:
             return self
-        # The files of a commit are not listed before they are downloaded, so the patterns are narrowed instead.
-        if self.uri.startswith("hf://"):
-            return self.model_copy(update={"patterns": tuple(only)})
+        if self.is_commit:
+            return self.model_copy(update={"only": tuple(only)})
         return self.model_copy(update={"files": tuple(f for f in self.files if matches_any(f.path, only))})
 
     def key(self) -> str:
         """Return the content's address."""
         pins = sorted((f.path, f.size_bytes, f.pin) for f in self.files)
-        return hashing.sha256_json({"files": pins, "patterns": self.patterns if self.uri.startswith("hf://") else None})
+        part = {"only": self.only} if self.only else {}
+        return hashing.sha256_json({"files": pins, "patterns": self.patterns if self.is_commit else None, **part})
 
 
 def matches_any(path: str, patterns: Sequence[str]) -> bool:
-    """Return whether a relative path matches one of the globs.
+    """Return whether a relative path matches one of the globs, and none of those that begin with `!`.
 
-    `**` matches every path, and a leading `**/` matches any folders or none.
+    `**` matches every path, and `**/` matches any folders or none. A folder's name matches all that lies in it, and
+    `{a,b}` stands for either.
     """
-    # Python's globs know no `**` before 3.13, so its two common uses are handled here.
-    names = [p.removeprefix("**/") for p in patterns]
-    return any(p in ("**", path) or fnmatch.fnmatchcase(path, p) or (p and PurePosixPath(path).match(p)) for p in names)
+    included = [p for p in patterns if not p.startswith("!")]
+    excluded = [p[1:] for p in patterns if p.startswith("!")]
+    # Only exclusions: of every file.
+    is_included = any(_matches(path, p) for p in included) if included else bool(excluded)
+    return is_included and not any(_matches(path, p) for p in excluded)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if path == pattern:
+        return True
+    if braces := re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern):
+        return any(_matches(path, f"{braces[1]}{choice}{braces[3]}") for choice in braces[2].split(","))
+
+    # Python's globs know no `**` before 3.13, so its common uses are handled here.
+    glob = pattern.removeprefix("./").removeprefix("**/")
+    is_match = glob == "**" or any(fnmatch.fnmatchcase(path, form) for form in (glob, glob.replace("/**/", "/")))
+    is_in_folder = bool(glob.rstrip("/")) and path.startswith(glob.rstrip("/") + "/")
+    return is_match or is_in_folder or bool(glob and PurePosixPath(path).match(glob))
 
 
 def pin(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
@@ -100,33 +131,13 @@ def pin(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
     return pinned
 
 
-def read_json_files(source: PinnedSource, names: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON objects in the source's files of these names.
-
-    The files of a commit are not listed before they are downloaded, so for a commit there are none.
-
-    Raises:
-        IntegrityError: If a file holds something else than a JSON object.
-    """
-    documents: dict[str, Any] = {}
-    for path in (file.path for file in source.files if file.path in names):
-        try:
-            documents[path] = json.loads(open_store(source.uri).read(path).data)
-        except ValueError as error:
-            raise IntegrityError(f"{uris.mask_secrets(source.uri)}: {path} is not valid JSON: {error}") from error
-
-        if not isinstance(documents[path], dict):
-            raise IntegrityError(f"{uris.mask_secrets(source.uri)}: {path} is not a JSON object")
-    return documents
-
-
 def fetch(source: PinnedSource, folder: Path) -> None:
     """Copy the source's files into `folder` and check each against its pin.
 
     Raises:
         IntegrityError: If a file changed since the plan was made.
     """
-    if source.uri.startswith("hf://"):
+    if source.is_commit:
         _fetch_commit(source, folder)
         return
 
@@ -159,9 +170,18 @@ def fetch(source: PinnedSource, folder: Path) -> None:
 def _pin_local(name: str, uri: str, patterns: Sequence[str]) -> list[PinnedFile]:
     path = uris.local_path(uri)
     if not path.is_dir():
-        raise UsageError(f"sources.{name}: {path} does not exist; expected a file or a folder")
+        raise UsageError(f"sources.{name}: {path} does not exist; expected a file or a folder{_glob_hint(path)}")
     paths = sorted(p for p in path.rglob("*") if p.is_file() and matches_any(p.relative_to(path).as_posix(), patterns))
     return [_pin_file(p, path) for p in paths]
+
+
+def _glob_hint(path: Path) -> str:
+    """Return how to write a path that is a glob, such as `data/*.jsonl`; empty for any other path."""
+    first = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[{]", part)), None)
+    if first is None:
+        return ""
+    folder, glob = Path(*path.parts[:first]), "/".join(path.parts[first:])
+    return f'. Globs belong in files: {{uri: {folder}, files: ["{glob}"]}}'
 
 
 def _pin_file(path: Path, folder: Path) -> PinnedFile:
@@ -182,10 +202,14 @@ def _pin_commit(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)@([0-9a-f]{40})", uri)
     if match is None:
         raise UsageError(f"sources.{name}: {uri}: expected hf://owner/name@<40 hex of a commit>; a branch can move")
+    # Every file of a repository would be code and pickles too. Exclusions alone are of every file.
+    excluded = tuple(p for p in patterns if p.startswith("!"))
+    included = tuple(p for p in patterns if not p.startswith("!")) or ("**",)
+    every_file = _HF_FILES if name == "base_model" else _HF_FILES + _HF_DATA_FILES
+    allowed = tuple(glob for p in included for glob in (every_file if p == "**" else (p,)))
     # The commit pins every file. No request is made, so that a plan needs no access to the hub.
-    allowed = tuple(patterns) if tuple(patterns) != ("**",) else _HF_FILES
     return PinnedSource(
-        uri=uri, files=(PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}"),), patterns=allowed
+        uri=uri, files=(PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}"),), patterns=allowed + excluded
     )
 
 
@@ -195,8 +219,14 @@ def _fetch_commit(source: PinnedSource, folder: Path) -> None:
 
     # A 4xx answer (no such commit, no access) stays the same on a retry, and so does the offline mode.
     repository, _, commit = source.uri.removeprefix("hf://").partition("@")
+    allowed = [p for p in source.only or source.patterns if not p.startswith("!")]
+    excluded = [p[1:] for p in source.patterns if p.startswith("!")]
+    # The client's globs need a folder where they have `**/`, and know neither braces nor a folder's name alone.
+    allowed += [p.replace("**/", "") for p in allowed if "**/" in p]
+    allowed = [re.sub(r"\{[^{}]*\}", "*", p) for p in allowed] + [f"{p.rstrip('/')}/*" for p in allowed]
     try:
-        snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=list(source.patterns))
+        options: dict[str, Any] = {"ignore_patterns": excluded} if excluded else {}
+        snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=allowed, **options)
     except HfHubHTTPError as error:
         is_refused = error.response is not None and 400 <= error.response.status_code < 500
         raise (UsageError if is_refused else TryAgain)(f"{source.uri}: cannot be downloaded: {error}") from error
@@ -205,12 +235,24 @@ def _fetch_commit(source: PinnedSource, folder: Path) -> None:
         raise (UsageError if is_offline else TryAgain)(f"{source.uri}: cannot be reached: {error}") from error
     # The client's own notes: they hold times, and are no content of the commit.
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+    # The client's globs differ a little from ours, which decide everywhere else.
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
+    for name, path in list(paths.items()):
+        if not (matches_any(name, source.patterns) and (not source.only or matches_any(name, source.only))):
+            path.unlink()
+            del paths[name]
+    if not paths:
+        raise UsageError(f"{source.uri}: has no files that match {', '.join(source.only or source.patterns)}")
     safety.refuse_unsafe(folder)
 
 
 def _refuse_unsafe(source: PinnedSource) -> None:
     """Refuse code and pickles before the plan is made; of the files only the small JSON ones are read."""
-    safety.refuse_names(f.path for f in source.files)
+    paths = [f.path for f in source.files]
+    # Where the pickles are the model, leaving them out would leave nothing.
+    has_weights = any(path.endswith(".safetensors") for path in paths)
+    safety.refuse_names(paths, hint="leave such files out with sources.base_model.files" if has_weights else "")
     for file in source.files:
         if file.path in safety.MAY_NAME_CODE:
             safety.refuse_code(file.path, open_store(source.uri).read(file.path).data)

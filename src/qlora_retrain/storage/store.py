@@ -67,6 +67,10 @@ class Store(Protocol):
         """Return the document at `path`; raise `NotFound` where there is none."""
         ...
 
+    def read_start(self, path: str, size_bytes: int) -> bytes:
+        """Return the first bytes of a file, fewer where it is shorter; raise `NotFound` where there is none."""
+        ...
+
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Write a new document and return its tag; raise `AlreadyExists` where there is another one.
 

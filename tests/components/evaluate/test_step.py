@@ -53,7 +53,7 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert set(document["golden"]) == set(document["reference"]) == set(document["contestants"])
     assert EvaluateConfig.model_validate(document["settings"]) == CONFIG
     assert [rule["passed"] for rule in document["rules"]] == [True] * len(document["rules"])
-    names = ["enough_rows", "gain_over_base", "loss_to_champion", "golden", "slices"]
+    names = ["enough_rows", "gain_over_base", "loss_to_champion", "answers_end", "golden", "slices"]
     assert [rule["name"] for rule in document["rules"]] == names
 
     # The metrics of the document are those of the scores.
@@ -113,8 +113,8 @@ def test_packed_4_bit_weights_with_an_adapter_give_each_label_its_own_score(
     tokenizer = chat.load_tokenizer(inputs["base_nf4"])
     scores = scoring.score_rows(model, tokenizer, rows, labels=labels, batch_tokens=2048, description="scoring")
     for row, score in zip(rows, scores, strict=True):
-        prompt = chat.prompt_ids(tokenizer, row.messages[:1])
-        answer = chat.answer_ids(tokenizer, row.messages[:1], row.messages[1]["content"])
+        prompt = tokenizer.prompt_ids(row.messages[:1])
+        answer = tokenizer.answer_ids(row.messages[:1], row.messages[1]["content"])
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].float()
         expected = -logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).sum()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from components.merge_adapter import agreement, candidates
 from components.merge_adapter.agreement import Agreement
-from qlora_retrain.config.sections import EvaluateConfig
+from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.evaluation.scoring import Row
 from qlora_retrain.lm import chat, loading
 
@@ -33,7 +34,7 @@ def test_batches_give_what_one_row_at_a_time_gives(tiny_model: Path, tiny_nf4: P
 
     # Each row alone, without padding, in fp64 and by the definition: sum of p log(p / q).
     for row, ours in zip(rows(), agreements, strict=True):
-        encoded = chat.encode(tokenizer, row.messages)
+        (encoded,) = tokenizer.encode(row.messages)
         ids, is_target = torch.tensor([encoded.input_ids]), torch.tensor(encoded.supervised)[1:]
         with torch.no_grad():
             p, q = (model(ids).logits[0, :-1][is_target].double().softmax(-1) for model in (unmerged, merged))
@@ -70,3 +71,45 @@ def test_halves_depend_on_the_ids_alone_and_cover_them() -> None:
     assert selection | certification == {row.id for row in many}
     assert candidates.split_halves(many[::-1]) == (selection, certification)
     assert 10 < len(selection & {row.id for row in many[:50]}) < 40  # not the file's order
+
+
+def talk(number: int, *contents: str) -> Row:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return Row(f"{number:016x}", "eval", turns)
+
+
+def test_the_rows_of_one_conversation_are_in_one_half() -> None:
+    many = [
+        talk(10 * i + n, f"question {i}", "a", *["more", "b"] * n) for i in range(40) for n in range(3 if i % 2 else 1)
+    ]
+    selection, certification = candidates.split_halves(many)
+    assert selection | certification == {row.id for row in many}
+    for i in range(40):
+        conversation = {row.id for row in many if row.messages[0]["content"] == f"question {i}"}
+        assert conversation <= selection or conversation <= certification
+    assert len(many) // 2 - 3 < len(selection) <= len(many) // 2
+
+
+@pytest.mark.parametrize(
+    ("base", "num_rows", "resolved"),
+    [
+        ("auto", 60, "measured"),
+        ("auto", 59, "dequantized"),
+        ("auto", 30, "dequantized"),
+        # Too few to certify anything: refused as such.
+        ("auto", 29, "measured"),
+        ("measured", 10, "measured"),
+        ("original", 1000, "original"),
+    ],
+)
+def test_both_bases_are_measured_where_each_half_has_enough_rows(base: Any, num_rows: int, resolved: str) -> None:
+    rows = [talk(i, f"question {i}", "a") for i in range(num_rows)]
+    config, reason = candidates.resolve_base(MergeConfig(base=base), rows)
+    assert config.base == resolved
+    assert bool(reason) == (resolved != "measured")
+    assert (f"{num_rows} evaluation rows are too few" in reason) == (base == "auto" and resolved == "dequantized")
+
+
+def test_one_conversation_that_is_most_of_the_rows_is_divided() -> None:
+    rows = [talk(i, "hello", "hi", f"question {i}", "a") for i in range(60)]
+    assert sorted(map(len, candidates.split_halves(rows))) == [30, 30]

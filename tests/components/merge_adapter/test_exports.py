@@ -64,7 +64,7 @@ def test_every_export_ships_with_a_loss_of_its_own(inputs: dict[str, Path]) -> N
     rows = scoring.read_rows(inputs["dataset"] / "eval.jsonl", "eval")
     tokenizer, loss, tokens = chat.load_tokenizer(model), 0.0, 0
     for row in rows:
-        encoded = chat.encode(tokenizer, row.messages)
+        (encoded,) = tokenizer.encode(row.messages)
         ids, is_target = torch.tensor(encoded.input_ids), torch.tensor(encoded.supervised)[1:]
         with torch.no_grad():
             logits = quantized(ids[None]).logits[0, :-1]
@@ -152,7 +152,9 @@ def test_what_gguf_has_no_name_for_is_refused_by_the_plan_and_by_the_step_in_the
     with pytest.raises(UsageError) as by_plan:
         make_plan.make_plan(line, root, overrides=["merge.exports=[bf16, nf4, gguf-q8_0]"])
     assert str(by_plan.value) == str(by_step.value)
-    make_plan.make_plan(line, root, overrides=["merge.exports=[bf16, nf4]"])
+    # Tokens without an embedding are a fault of the base, whatever it is exported to.
+    if "embeddings" not in message:
+        make_plan.make_plan(line, root, overrides=["merge.exports=[bf16, nf4]"])
 
 
 def test_a_tensor_that_gguf_has_no_name_for_is_refused_before_anything_is_built(
@@ -199,13 +201,23 @@ def start_llama_server(path: Path) -> LlamaServer:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_loads_with_the_logits_of_its_model(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    folder = random_model_of(name, tiny_model, tmp_path / name)
+    gguf_file.write_gguf(folder, tmp_path / "model.gguf", "gguf-f16")
+    ids = torch.tensor([[1, 5, 9, 200, 2]])
+    expected = loading.load_base(folder, dtype="float32")(ids).logits
+    actual = loading.load_gguf(tmp_path / "model.gguf")(ids).logits
+    assert float((actual - expected).detach().norm() / expected.detach().norm()) < 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_llama_cpp_computes_what_transformers_computes(
     tiny_model: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = random_model_of(name, tiny_model, tmp_path / name)
     gguf_file.refuse_unsupported(folder)
     gguf_file.write_gguf(folder, tmp_path / "model.gguf", "gguf-f16")
-    tokenizer, model = chat.load_tokenizer(folder), loading.load_base(folder, dtype="float32")
+    tokenizer, model = chat.load_tokenizer(folder).tokenizer, loading.load_base(folder, dtype="float32")
     llama = start_llama_server(tmp_path / "model.gguf")
 
     # Special tokens and digits: the places where two tokenizers differ first.

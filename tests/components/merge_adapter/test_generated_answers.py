@@ -61,10 +61,10 @@ def answers(folder: Path, dataset: Path, suite: str) -> dict[str, tuple[str, str
     pairs = {}
     for line in (dataset / f"{suite}.jsonl").read_text().splitlines():
         row = json.loads(line)
-        ids = chat.prompt_ids(tokenizer, row["messages"][:-1])
+        ids = tokenizer.prompt_ids(row["messages"][:-1])
         start = len(ids)
         # Greedy decoding by its definition: one full forward pass for every token.
-        while len(ids) < start + SETTINGS.max_new_tokens and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
+        while len(ids) < start + SETTINGS.max_new_tokens and (len(ids) == start or ids[-1] not in tokenizer.stop_ids):
             with torch.no_grad():
                 ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
         pairs[row["id"]] = (

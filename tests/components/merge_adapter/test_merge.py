@@ -83,6 +83,24 @@ def test_merging_into_the_dequantized_base_is_what_the_unmerged_model_computes(
         torch.testing.assert_close(tensor.float(), theirs[name].float(), rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_a_base_whose_file_leaves_out_the_name_of_the_body_is_merged_alike(
+    tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, dequantized: bool
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    weights = {n.removeprefix("model."): t for n, t in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+    expected, actual = (
+        load_file(
+            merge_folders(tmp_path, folder, tiny_nf4, tiny_adapter, name, dequantized=dequantized) / "model.safetensors"
+        )
+        for folder, name in ((tiny_model, "with"), (base, "without"))
+    )
+    assert {f"model.{name}" for name in actual} == set(expected)
+    assert all(torch.equal(tensor, expected[f"model.{name}"]) for name, tensor in actual.items())
+
+
 def test_what_was_not_quantized_stays_the_same_bytes(
     tmp_path: Path, tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path
 ) -> None:

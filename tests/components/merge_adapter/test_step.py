@@ -24,7 +24,8 @@ from qlora_retrain.evaluation import scoring
 from qlora_retrain.evaluation.scoring import read_scores, write_scores
 from qlora_retrain.lm import chat, loading
 
-CONFIG = MergeConfig(device="cpu", min_rows=18)
+# The interval of a cost on 18 rows of a tiny model is wide, so its upper end may lie above the default limit by chance.
+CONFIG = MergeConfig(device="cpu", min_rows=18, max_loss_increase_nats=0.2)
 
 
 def certificate(inputs: dict[str, Path]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def test_the_merged_form_is_certified_by_the_rules_of_the_evaluation(inputs: dic
         "enough_rows",
         "gain_over_base",
         "loss_to_champion",
+        "answers_end",
         "golden",
         "forgetting",
         "slices",
@@ -145,11 +147,18 @@ def test_a_base_that_is_named_is_certified_on_every_row(inputs: dict[str, Path],
 
 def test_halves_that_are_too_small_are_insufficient_evidence(inputs: dict[str, Path]) -> None:
     # 36 evaluation rows make two halves of 18.
-    report = run(MergeConfig(device="cpu", min_rows=19), **inputs)
+    report = run(CONFIG.model_copy(update={"base": "measured", "min_rows": 19}), **inputs)
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert "18 rows select the base, 18 rows certify it; 19 of each are needed" in str(report.refused)
     assert certificate(inputs)["verdict"] == "insufficient evidence"
+
+
+def test_too_few_rows_for_two_halves_certify_the_evaluated_base_with_all_of_them(inputs: dict[str, Path]) -> None:
+    run(MergeConfig(device="cpu", min_rows=19), **inputs)
+    document = certificate(inputs)
+    assert (document["base"], document["rows"]) == ("dequantized", {"selection": 0, "certification": 36})
+    assert document["why"].startswith("dequantized, which computes what was evaluated: 36 evaluation rows are too few")
 
 
 def test_kl_and_agreement_are_gates_only_where_a_limit_is_set(inputs: dict[str, Path]) -> None:
@@ -184,7 +193,7 @@ def plain_loss(inputs: dict[str, Path], dtype: str) -> float:
     unmerged = loading.attach_adapter(loading.load_nf4(inputs["base_nf4"], dtype=dtype), inputs["adapter"])
     tokenizer, nats = chat.load_tokenizer(inputs["base_nf4"]), []
     for line in (inputs["dataset"] / "eval.jsonl").read_text().splitlines():
-        row = chat.encode(tokenizer, json.loads(line)["messages"])
+        (row,) = tokenizer.encode(json.loads(line)["messages"])
         with torch.no_grad():
             logits = unmerged(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
         targets, is_target = torch.tensor(row.input_ids[1:]), torch.tensor(row.supervised[1:])

@@ -315,7 +315,7 @@ def test_the_model_card_tells_the_verdict_and_the_licence(
 ) -> None:
     run_all(new_plan("publish.licence=Apache-2.0", "publish.description=Sorts tickets."))
     card = store.read(f"models/intents/versions/{versions(store)[0]}/README.md").data.decode()
-    assert "license: Apache-2.0" in card
+    assert "license: apache-2.0" in card
     assert "Sorts tickets." in card
     assert "**Verdict:** The challenger may ship" in card
     assert "| gain over base | 0.3 | 0.2 to 0.4 | 0 | yes |" in card

@@ -111,7 +111,8 @@ def step(tmp_path: Path, nf4: Path, chats):
         (folder / "dataset").mkdir(parents=True)
         conversations = chats(train + held_out)
         for part, subset in (("train", conversations[:train]), ("eval", conversations[train:])):
-            lines = "".join(json.dumps({"messages": turns}) + "\n" for turns in subset)
+            rows = [{"id": f"{part}-{i}", "messages": turns} for i, turns in enumerate(subset)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / "dataset" / f"{part}.jsonl").write_text(edit(lines) if part == "train" else lines)
         return Step(folder, folder / "dataset", nf4)
 

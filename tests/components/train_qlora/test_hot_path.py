@@ -55,7 +55,7 @@ def new_rows(nf4, chats):
 
     def make(count: int, *, shared: bool = True, times: int = 1) -> list[dict[str, list[int]]]:
         system = {"role": "system", "content": " ".join(["Name the intent."] * times)}
-        encoded = [chat.encode(tokenizer, [system, *turns] if shared else turns) for turns in chats(count)]
+        encoded = [tokenizer.encode([system, *turns] if shared else turns)[0] for turns in chats(count)]
         return [
             {
                 "input_ids": e.input_ids,

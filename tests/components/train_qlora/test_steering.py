@@ -106,7 +106,7 @@ def test_a_run_that_would_learn_nothing_is_refused_before_it_begins(step, always
 
 def test_preflight_spends_at_most_a_twentieth_of_the_runs_tokens(nf4, chats, capsys, monkeypatch):
     tokenizer = chat.load_tokenizer(nf4)
-    encoded = [chat.encode(tokenizer, turns) for turns in chats(44)]
+    encoded = [tokenizer.encode(turns)[0] for turns in chats(44)]
     dataset = TokenizedDataset([{"input_ids": e.input_ids, "labels": e.input_ids} for e in encoded])
     config = TrainConfig(micro_batch_size=4, global_batch_size=8, device="cpu")
     model = adapter.attach_new(loading.load_nf4(nf4, dtype="float32"), config)
@@ -216,7 +216,7 @@ def test_the_best_adapter_is_saved_as_soon_as_it_is_evaluated(step, set_eval_los
 
 def test_an_evaluation_loss_that_is_not_a_number_ends_the_run(step, set_eval_losses):
     set_eval_losses(math.nan)
-    with pytest.raises(Diverged, match=r"the evaluation loss is nan.*its rows are [0-9a-f]{16}"):
+    with pytest.raises(Diverged, match=r"the evaluation loss is nan.*its rows are train-\d+, "):
         step()(max_steps=4, num_evals=2)
 
 

@@ -32,7 +32,8 @@ def make_rows(count: int) -> list[dict[str, Any]]:
     for i in range(count):
         intent, phrase = list(PHRASES.items())[i % 3]
         text = f"{phrase} number {1000 + i}" + " and please hurry" * (i % 5)
-        rows.append({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": intent}]})
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": intent}]
+        rows.append({"id": f"{i:016x}", "messages": messages})
     return rows
 
 
@@ -129,7 +130,7 @@ def test_the_loss_is_the_cross_entropy_of_the_full_logits_at_the_answers(data, n
     # The same by hand: token t is predicted from position t - 1.
     expected, num_supervised = 0.0, 0
     for row in range(7):
-        encoded = chat.encode(tokenizer, make_rows(7)[row]["messages"])
+        (encoded,) = tokenizer.encode(make_rows(7)[row]["messages"])
         for t in range(1, len(encoded.input_ids)):
             if encoded.supervised[t]:
                 distribution = logits[row, t - 1]
@@ -362,8 +363,8 @@ def test_a_dataset_without_rows_is_refused(tmp_path, nf4):
 
 
 def test_a_row_with_nothing_to_learn_is_refused(tmp_path, nf4):
-    unanswered = {"messages": [{"role": "user", "content": "hello"}]}
-    with pytest.raises(UsageError, match=r"train\.jsonl:4: no supervised token"):
+    unanswered = {"id": "3", "messages": [{"role": "user", "content": "hello"}]}
+    with pytest.raises(IntegrityError, match=r"train\.jsonl:4: .* there is no assistant turn"):
         Training(tmp_path / "run", write_dataset(tmp_path / "unanswered", [*make_rows(3), unanswered], []), nf4)()
 
 

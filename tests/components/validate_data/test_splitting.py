@@ -1,54 +1,83 @@
-"""The split depends on the prompt alone; repeats, contradictions and golden rows are kept out of it."""
+"""A conversation is on one side of the split, whatever is added to the data; reserved conversations are on neither."""
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.validate_data.checks import Row
-from components.validate_data.splitting import assign_splits, hash_fraction, prompt_text, quarantine_repeats
-from qlora_retrain.config.sections import DataConfig
+from components.validate_data.splitting import (
+    as_fraction,
+    assign_splits,
+    digest_beginnings,
+    find_openings,
+    keep_apart,
+    reserve_evaluation,
+)
+from qlora_retrain.config.data import DataConfig
 
 TEXT = DataConfig(split_seed="line", eval_fraction=0.3)
-LABELS = DataConfig(split_seed="line", eval_fraction=0.3, task="labels")
+Turns = Sequence[str]  # a user turn, its answer, and so on
 
 
-def row(prompt: str, answer: str = "refund", number: int = 1, system: str | None = None) -> Row:
-    turns = [{"role": "system", "content": system}] if system else []
-    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return Row("a.jsonl", number, turns, "0" * 12)
+def chat(*texts: str, system: str | None = None) -> Row:
+    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return Row("a.jsonl", 1, turns, "0" * 12)
+
+
+def row(prompt: str, answer: str = "refund", system: str | None = None) -> Row:
+    return chat(prompt, answer, system=system)
 
 
 def sides(rows: list[Row], config: DataConfig = TEXT) -> list[str | None]:
-    quarantine_repeats(rows, config, ())
-    assign_splits(rows, config)
+    for item in rows:
+        item.split = item.reason = None
+    openings = find_openings(rows, config)
+    assign_splits(rows, config, openings)
     return [item.split for item in rows]
 
 
-def test_the_fraction_is_the_first_64_bits_of_a_hash_of_seed_and_prompt() -> None:
+def supervised_prompts(item: Row) -> set[tuple[str, ...]]:
+    """What comes before each assistant turn, in canonical text: the walls, computed without the code under test."""
+    texts = [" ".join(unicodedata.normalize("NFKC", t["content"]).casefold().split()) for t in item.messages]
+    roles = [t["role"] for t in item.messages]
+    turns = [f"{role}:{text}" for role, text in zip(roles, texts, strict=True) if role != "system"]
+    return {tuple(turns[:i]) for i, turn in enumerate(turns) if turn.startswith("assistant:")}
+
+
+def assert_walls(rows: list[Row], reserved: Sequence[Row] = ()) -> None:
+    """No evaluation conversation is a beginning or a continuation of a training one."""
+    training = [r for r in rows if r.split == "train"]
+    evaluation = [*(r for r in rows if r.split in ("eval", "dropped")), *reserved]
+    learnt = set().union(*map(supervised_prompts, training)) if training else set()
+    for item in evaluation:
+        assert max(supervised_prompts(item), key=len) not in learnt, item.messages
+    scored = set().union(*map(supervised_prompts, evaluation)) if evaluation else set()
+    for item in training:
+        assert max(supervised_prompts(item), key=len) not in scored, item.messages
+
+
+def test_the_fraction_is_the_first_64_bits_of_a_hash_of_seed_and_first_user_turn() -> None:
     bits = "".join(f"{byte:08b}" for byte in hashlib.sha256(b"line\nuser: where is it?").digest())
     expected = sum(int(bit) / 2 ** (i + 1) for i, bit in enumerate(bits[:64]))
-    assert abs(hash_fraction("line", prompt_text(row("WHERE  is it?"))) - expected) < 1e-12
-    assert hash_fraction(None, "x") == hash_fraction("", "x") != hash_fraction("line", "x")
+    beginnings = digest_beginnings(chat("WHERE  is it?", "Here.", "And now?", "There.", system="Be brief."), "line")
+    assert abs(as_fraction(beginnings[0]) - expected) < 1e-12
+    whole = hashlib.sha256(b"line\nuser: where is it?\nsystem: be brief.\nuser: and now?").hexdigest()
+    assert beginnings[-1] == whole[:16]
 
 
-@settings(deadline=None)
-@given(st.lists(st.text("abcdef ", min_size=1).filter(str.strip), unique=True), st.lists(st.text("abc", min_size=1)))
-def test_a_row_never_crosses_the_split_as_data_grows(old: list[str], new: list[str]) -> None:
-    few = TEXT.model_copy(update={"max_eval_rows": 3})
-    before, after = [row(p) for p in old], [row(p, "login") for p in new] + [row(p) for p in old]
-    was, now = sides(before, few), sides(after, few)[len(new) :]
-    for old_side, new_side in zip(was, now, strict=True):
-        assert (old_side == "train") == (new_side == "train") or new_side is None or old_side is None
-
-
-def test_about_the_configured_fraction_is_evaluation_and_each_side_is_a_function_of_the_prompt() -> None:
+def test_about_the_configured_fraction_is_evaluation_and_each_side_is_a_function_of_the_first_turn() -> None:
     rows = [row(f"prompt {i}") for i in range(4000)]
     row_sides = sides(rows)
     assert abs(row_sides.count("eval") / 4000 - 0.3) < 0.03  # four standard deviations
-    assert [hash_fraction("line", prompt_text(item)) < 0.3 for item in rows] == [side == "eval" for side in row_sides]
+    assert [as_fraction(digest_beginnings(r, "line")[0]) < 0.3 for r in rows] == [side == "eval" for side in row_sides]
 
 
 def test_the_system_turn_case_and_spacing_do_not_move_a_row() -> None:
@@ -56,29 +85,154 @@ def test_the_system_turn_case_and_spacing_do_not_move_a_row() -> None:
         assert len(set(sides([row(f"Prompt {i}", "a"), row(f"prompt   {i}", "b", system="Be brief.")]))) == 1
 
 
-def test_an_exact_duplicate_is_kept_once_the_first() -> None:
-    rows = [row("a", number=1), row("b", number=2), row("A ", " refund\n", number=3)]
-    quarantine_repeats(rows, TEXT, ())
-    assert [item.reason for item in rows] == [None, None, "exact_duplicate"]
+def test_a_chat_and_its_continuations_are_on_one_side() -> None:
+    rows = []
+    for i in range(60):
+        turns = [f"question {i}", "a", f"further {i}", "b", f"last {i}", "c"]
+        rows += [chat(*turns[:length]) for length in (2, 4, 6)]
+        # A branch, and the same chat typed in another way.
+        rows += [chat(f"question {i}", "a", "or this?", "d"), chat(f"QUESTION  {i}", "e", "f", "g")]
+    row_sides = sides(rows)
+    assert all(len(set(row_sides[i : i + 5])) == 1 for i in range(0, len(rows), 5))
+    assert 0 < row_sides.count("eval") < len(rows)
+    assert_walls(rows)
 
 
-def test_labels_that_contradict_each_other_all_leave_and_texts_stay_on_one_side() -> None:
-    def rows() -> list[Row]:
-        return [row("a", "refund"), row("a", "refund"), row("A", "login"), row("b", "login")]
-
-    labels, texts = rows(), rows()
-    sides(labels, LABELS)
-    reasons = ["conflicting_answer", "exact_duplicate", "conflicting_answer", None]
-    assert [item.reason for item in labels] == reasons
-    row_sides = sides(texts, TEXT)
-    assert [item.reason for item in texts] == [None, "exact_duplicate", None, None]
-    assert row_sides[0] == row_sides[2] is not None
+@pytest.mark.parametrize("opening", [("Hello", "Hi, how can I help?"), ("Translate what I write next.", "OK.")])
+def test_one_opening_of_all_chats_does_not_put_them_all_on_one_side(opening: Turns) -> None:
+    rows = [chat(*opening, f"question {i}", "answer") for i in range(200)]
+    rows += [chat(*opening, f"question {i}", "answer", "and then?", "more") for i in range(200)]
+    row_sides = sides(rows)
+    assert abs(row_sides.count("eval") / 400 - 0.3) < 0.14  # four standard deviations of 200 conversations
+    assert row_sides[:200] == row_sides[200:]
+    assert_walls(rows)
 
 
-def test_golden_prompts_leave_whatever_their_answer() -> None:
-    rows = [row("a", "x"), row("A", "y"), row("b")]
-    quarantine_repeats(rows, LABELS, {prompt_text(row("a"))})
-    assert [item.reason for item in rows] == ["in_golden_set", "in_golden_set", None]
+def test_texts_in_the_system_turn_under_one_question_are_told_apart() -> None:
+    rows = [row("Summarize the text.", f"summary {i}", system=f"Text {i} ...") for i in range(200)]
+    assert 30 < sides(rows).count("eval") < 90
+
+
+def test_a_frequent_greeting_is_an_opening_and_the_other_chats_keep_their_sides() -> None:
+    others = [row(f"prompt {i}") for i in range(150)]
+    greetings = [chat("Hello!", "Hi.", f"question {i}", "answer") for i in range(100)]
+    alone = sides(others)
+    row_sides = sides(others + greetings)
+    assert row_sides[:150] == alone
+    assert set(row_sides[150:]) == {"train", "eval"}
+
+
+def test_a_long_conversation_and_one_with_a_few_branches_are_no_opening() -> None:
+    turns = [f"turn {i}" for i in range(80)]
+    rows = [chat(*turns[:length]) for length in range(2, 81, 2)]
+    rows += [chat("Plan a trip", "Where to?", f"city {i}", "ok") for i in range(10)]
+    assert find_openings(rows, TEXT) == ()
+    row_sides = sides(rows)
+    assert (len(set(row_sides[:40])), len(set(row_sides[40:]))) == (1, 1)
+
+
+def test_a_conversation_of_most_rows_is_told_apart_where_it_branches() -> None:
+    rows = [row("Summarize the text.", f"summary {i}", system=f"Text {i % 5} ...") for i in range(150)]
+    row_sides = sides(rows)
+    assert [len(set(row_sides[i::5])) for i in range(5)] == [1] * 5
+    assert find_openings(rows[:10], TEXT) == ()
+    # One prompt for all has nothing to be told apart by.
+    assert find_openings([row("Tell a joke.", f"joke {i}") for i in range(150)], TEXT) == ()
+
+
+def test_a_chat_that_is_itself_an_opening_is_on_neither_side_where_both_go_on_from_it() -> None:
+    rows = [chat("Hello", "Hi.", f"question {i}", "answer") for i in range(60)]
+    rows += [chat("Hello", "Hi."), chat("hello", "Good day."), row("Bye")]
+    row_sides = sides(rows)
+    assert [r.reason for r in rows[60:]] == ["shared_opening", "shared_opening", None]
+    assert row_sides[60:62] == [None, None]
+    assert_walls(rows)
+
+
+def test_openings_of_the_earlier_version_count_whatever_the_data_now_holds() -> None:
+    rows = [chat("Hello", "Hi.", f"question {i}", "answer") for i in range(60)]
+    openings = find_openings(rows, TEXT)
+    assert openings == tuple(sorted(digest_beginnings(rows[0], "line")[:2]))
+    # With few of these chats left they are still split by their further turns.
+    inherited = TEXT.model_copy(update={"shared_openings": openings})
+    assert find_openings(rows[:3], inherited) == openings
+    assert find_openings(rows, TEXT.model_copy(update={"shared_openings": ()})) == ()
+
+
+words = st.sampled_from("abcd")
+chats = st.lists(st.lists(words, min_size=2, max_size=8).filter(lambda t: len(t) % 2 == 0), max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(chats, chats)
+def test_a_row_never_crosses_the_split_as_data_grows_and_the_walls_stand(old: list[Turns], new: list[Turns]) -> None:
+    few = TEXT.model_copy(update={"max_eval_rows": 3, "eval_fraction": 0.5})
+    before, after = [chat(*turns) for turns in old], [chat(*turns) for turns in (*new, *old)]
+    # The line's later data: it inherits the openings.
+    openings = find_openings(before, few)
+    was, now = sides(before, few), sides(after, few.model_copy(update={"shared_openings": openings}))[len(new) :]
+    for old_side, new_side in zip(was, now, strict=True):
+        assert (old_side == "train") == (new_side == "train") or new_side is None or old_side is None
+    assert_walls(before)
+    assert_walls(after)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(words, min_size=1, max_size=3), min_size=12, max_size=40), st.data())
+def test_the_walls_stand_under_a_shared_opening(ends: list[list[str]], data: st.DataObject) -> None:
+    rows = [chat("hello", "hi", *(t for i, w in enumerate(e) for t in (f"{w}{data.draw(st.integers(0, 9))}", "x")))
+            for e in ends]  # fmt: skip
+    rows += [chat("hello", "hi"), row("other")]
+    sides(rows, TEXT.model_copy(update={"eval_fraction": 0.5}))
+    assert_walls(rows)
+    reserved = data.draw(st.sampled_from(rows))
+    rest_rows = [chat(*(t["content"] for t in r.messages)) for r in rows]
+    openings = find_openings(rest_rows, TEXT)
+    keep_apart(rest_rows, [reserved], "in_golden_set", TEXT, openings)
+    assign_splits(rest_rows, TEXT.model_copy(update={"eval_fraction": 1e-9}), openings)
+    assert_walls(rest_rows, [reserved])
+
+
+def test_a_line_that_grows_trains_on_no_row_that_was_evaluation_though_it_now_needs_fewer() -> None:
+    auto = DataConfig(split_seed="line")
+    small = [row(f"prompt {i}") for i in range(100)]
+    before = assign_splits(small, auto)
+    assert before > 0.2
+
+    # The plan hands the fraction on; without it, the same rows would cross.
+    for inherited, crosses in ((before, False), (None, True)):
+        grown = [row(f"prompt {i}") for i in range(1000)]
+        after = assign_splits(grown, auto.model_copy(update={"min_eval_fraction": inherited}))
+        assert after == (0.1 if crosses else before)
+        pairs = [(old.split, new.split) for old, new in zip(small, grown, strict=False)]
+        assert (("eval", "train") in pairs) == crosses
+        assert ("train", "eval") not in pairs
+
+
+def test_reserved_conversations_leave_with_their_beginnings_and_continuations_whatever_their_answer() -> None:
+    golden = [chat("a", "x", "b", "y"), row("q", system="Be brief.")]
+    rows = [
+        row("A", "z"),
+        chat("a", "x", "b", "y", "c", "w"),
+        chat("a", "x", "other", "v"),
+        row("Q"),
+        row("b"),
+        row("c"),
+    ]
+    keep_apart(rows, golden, "in_golden_set", TEXT, ())
+    assert [item.reason for item in rows] == ["in_golden_set"] * 4 + [None, None]
+
+
+def test_a_reserved_chat_under_a_shared_opening_takes_its_own_conversation_alone() -> None:
+    rows = [chat("Hello", "Hi.", f"question {i}", "answer", "more?", "no") for i in range(60)] + [chat("Hello", "Hi.")]
+    openings = find_openings(rows, TEXT)
+    keep_apart(rows, [chat("hello", "Hi.", "Question 7", "other")], "in_golden_set", TEXT, openings)
+    # The opening itself is a beginning of the reserved chat, so it leaves too.
+    assert [i for i, item in enumerate(rows) if item.reason] == [7, 60]
+
+    # A reserved chat that is the opening is a beginning of them all.
+    keep_apart(rows, [chat("HELLO", "Hm.")], "in_golden_set", TEXT, openings)
+    assert all(item.reason for item in rows)
 
 
 def test_too_many_evaluation_rows_keep_the_smallest_hashes_and_never_go_to_train() -> None:
@@ -89,6 +243,16 @@ def test_too_many_evaluation_rows_keep_the_smallest_hashes_and_never_go_to_train
     assert [side == "train" for side in limited] == [side == "train" for side in everything]
     assert limited.count("eval") == 10
     places = {
-        side: [hash_fraction("line", prompt_text(r)) for r in rows if r.split == side] for side in ("eval", "dropped")
+        side: [as_fraction(digest_beginnings(r, "line")[0]) for r in rows if r.split == side]
+        for side in ("eval", "dropped")
     }
     assert max(places["eval"]) < min(places["dropped"])
+
+
+def test_the_rows_of_an_evaluation_file_are_all_evaluation_up_to_the_limit() -> None:
+    rows = [row(f"prompt {i}") for i in range(20)]
+    rows[3].reason = "exact_duplicate"
+    reserve_evaluation(rows, TEXT.model_copy(update={"max_eval_rows": 15}))
+    assert [r.split for r in rows].count("eval") == 15
+    assert [r.split for r in rows].count("dropped") == 4
+    assert rows[3].split is None

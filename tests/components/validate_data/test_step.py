@@ -14,12 +14,16 @@ import pytest
 
 from components.validate_data import expectations
 from components.validate_data.step import run
-from qlora_retrain.config.sections import DataConfig
+from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import Exit, UsageError
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import chat, conversations
+from qlora_retrain.lm.chat_format import ChatFormat
 
-FILES = {"train.jsonl", "eval.jsonl", "golden.jsonl", "dataset.json", "profile.json", "quarantine.jsonl", "report.html"}
+FILES = {
+    "train.jsonl", "eval.jsonl", "golden.jsonl", "dataset.json", "chat_format.json", "profile.json", "quarantine.jsonl",
+    "report.html",
+}  # fmt: skip
 INTENTS = ("refund", "delivery", "login")
 Gate = Callable[..., tuple[StepResult, Path]]
 
@@ -42,17 +46,27 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
     runs = iter(range(100))
 
     def call(
-        rows: list[Any], golden: list[Any] | None = None, version: Path | None = None, **settings: Any
+        rows: list[Any],
+        golden: list[Any] | None = None,
+        version: Path | None = None,
+        evaluation: list[Any] | None = None,
+        **settings: Any,
     ) -> tuple[StepResult, Path]:
         folder = tmp_path / str(next(runs))
-        for name, content in (("raw", rows), ("golden", golden or [])):
+        for name, content in (("tickets", rows), ("golden", golden), ("evaluation", evaluation)):
             (folder / name).mkdir(parents=True)
-            text = "".join(json.dumps(row) + "\n" for row in content)
-            (folder / name / f"{'tickets' if name == 'raw' else name}.jsonl").write_text(text, encoding="utf-8")
+            text = "".join(json.dumps(row) + "\n" for row in content or [])
+            (folder / name / f"{name}.jsonl").write_text(text, encoding="utf-8")
         (folder / "dataset").mkdir()
-        config = DataConfig(**{"task": "labels", "split_seed": "line", "min_eval_rows": 10, **settings})
+        defaults = {"task": "labels", "split_seed": "line", "eval_fraction": 0.1, "min_eval_rows": 10}
         report = run(
-            config, folder / "raw", tiny_model, folder / "golden" if golden else None, version, folder / "dataset"
+            DataConfig(**{**defaults, **settings}),
+            raw_data=folder / "tickets",
+            base_model=tiny_model,
+            golden_data=folder / "golden" if golden else None,
+            reference_profile=version,
+            eval_data=folder / "evaluation" if evaluation else None,
+            dataset=folder / "dataset",
         )
         return report, folder / "dataset"
 
@@ -71,20 +85,20 @@ def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path) -> No
     tokenizer = chat.load_tokenizer(tiny_model)
     for row in train + evaluation + golden:
         assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
-        assert row["id"] == chat.row_id(row["messages"])
-    supervised = [sum(chat.encode(tokenizer, row["messages"]).supervised) for row in train]
+        assert row["id"] == conversations.row_id(row["messages"])
+    supervised, evaluated, kept_apart = (
+        [sum(example.supervised_tokens for example in tokenizer.encode(row["messages"])) for row in rows]
+        for rows in (train, evaluation, golden)
+    )
 
     assert json.loads((dataset / "dataset.json").read_text()) == {
         "task": "labels",
         "labels": sorted(INTENTS),
         "system": "Answer with the intent.",
         "max_length_tokens": 1024,
+        "eval_fraction": 0.1,
         "rows": {"train": len(train), "eval": len(evaluation), "golden": 1},
-        "supervised_tokens": {
-            "train": sum(supervised),
-            "eval": sum(sum(chat.encode(tokenizer, row["messages"]).supervised) for row in evaluation),
-            "golden": sum(chat.encode(tokenizer, golden[0]["messages"]).supervised),
-        },
+        "supervised_tokens": {"train": sum(supervised), "eval": sum(evaluated), "golden": sum(kept_apart)},
     }
     assert report.numbers == {
         "rows_read": 300,
@@ -95,7 +109,13 @@ def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path) -> No
         "duplicates": 0,
         "supervised_tokens_train": sum(supervised),
         "labels": 3,
+        "eval_fraction": 0.1,
+        "shared_openings": "",
+        "template_date": None,
     }
+    # The chats are written as the steps that follow will write them.
+    chat_format = ChatFormat.from_folder(dataset)
+    assert (chat_format.system, chat_format.answer_start) == ("Answer with the intent.", "generation_prompt")
 
     profile = json.loads((dataset / "profile.json").read_text())
     assert sum(profile["length_histogram"].values()) == 300
@@ -179,8 +199,8 @@ def test_too_many_bad_rows_are_refused_with_the_first_of_each_reason(gate: Gate)
     assert str(report.refused) == (
         "data refused: share of rows that are bad: 0.07, expected at most 0.05 (max_quarantined_fraction); "
         'tickets.jsonl:5: "messages" has no assistant turn; a conversation needs a user turn and an assistant turn '
-        '(no_assistant_turn: 20 of 300 rows); tickets.jsonl:3: "messages" holds a turn '
-        "without text (empty_content: 1 of 300 rows)"
+        '(its turns are user) (no_assistant_turn: 20 of 300 rows); tickets.jsonl:3: "messages" holds a turn '
+        "without text (turn 1, of the user) (empty_content: 1 of 300 rows)"
     )
     assert {path.name for path in dataset.iterdir()} == FILES
     assert "tickets.jsonl:5: &quot;messages&quot; has no assistant turn" in (dataset / "report.html").read_text()
@@ -195,7 +215,8 @@ def test_the_limits_are_inclusive(gate: Gate) -> None:
 
 
 def test_data_without_a_good_row_is_refused_whatever_the_limit(gate: Gate) -> None:
-    report, dataset = gate([{"messages": []}] * 200, max_quarantined_fraction=1.0, task="text")
+    unanswered = {"messages": [{"role": "user", "content": "no answer"}]}
+    report, dataset = gate([unanswered] * 200, max_quarantined_fraction=1.0, task="text")
     assert "every row is bad (200 of 200); tickets.jsonl:1: " in str(report.refused)
     assert (dataset / "train.jsonl").read_text() == ""
     assert {path.name for path in dataset.iterdir()} == FILES
@@ -230,7 +251,7 @@ def test_one_label_is_not_a_choice(gate: Gate) -> None:
             'golden.jsonl:2: "messages" has no assi',
         ),
         (
-            [pair("a", "refund"), pair("A", "login")],
+            [pair("a", "refund"), pair("a", "login")],
             "golden.jsonl:1: another row has the same prompt with another label",
         ),
         ([pair("a", "refund"), pair("a", "refund")], "golden.jsonl:2: an earlier row has the same prompt"),
@@ -244,7 +265,10 @@ def test_a_bad_golden_row_is_an_error(gate: Gate, golden: list[Any], message: st
 
 def test_odd_but_usable_data_is_a_warning(gate: Gate) -> None:
     rows = good(300)
-    rows += [pair(f"odd \ufffd question {i}", "Refund") for i in range(9)] + [pair("one of its kind", "unique")]
+    # What a wrong encoding leaves: lost bytes, and UTF-8 that was read as Windows-1252.
+    marks = ("\ufffd", "caf\u00c3\u00a9", "don\u00e2\u20ac\u2122t")
+    rows += [pair(f"odd {marks[i % 3]} question {i}", "Refund") for i in range(9)]
+    rows += [pair("d\u00c3\u2014ne one of its kind: \u00c2 \u20ac5", "unique")]
     report, dataset = gate(rows)
 
     assert report.refused is None
@@ -326,5 +350,54 @@ def test_a_language_field_that_a_table_lacks_is_named(gate: Gate, tmp_path: Path
     (tmp_path / "csv" / "a.csv").write_text("text,intent\nhi,refund\n")
     (tmp_path / "made").mkdir()
     config = DataConfig(prompt_field="text", response_field="intent", language_field="lang")
-    with pytest.raises(UsageError, match=r'there is no field "lang"'):
-        run(config, tmp_path / "csv", tiny_model, None, None, tmp_path / "made")
+    with pytest.raises(UsageError, match=r"data\.language_field: no row has a value in the field lang"):
+        run(config, tmp_path / "csv", tiny_model, None, None, None, tmp_path / "made")
+
+
+def test_an_evaluation_file_is_the_evaluation_and_the_gate_accounts_for_its_rows(gate: Gate) -> None:
+    evaluation = [*good(40), pair("zebra question number 7", INTENTS[7 % 3])]
+    report, dataset = gate(good(300), evaluation=evaluation)
+    assert report.refused is None
+    train, evaluated = (lines(dataset / f"{side}.jsonl") for side in ("train", "eval"))
+    assert {row["messages"][0]["content"] for row in evaluated} == {f"zebra question number {i}" for i in range(40)}
+    assert len(train) == 260
+    assert (report.numbers["eval_fraction"], report.numbers["shared_openings"]) == (None, None)
+
+    quarantine = lines(dataset / "quarantine.jsonl")
+    assert Counter(row["reason"] for row in quarantine) == {"in_eval_data": 40, "exact_duplicate": 1}
+    assert [row["file"] for row in quarantine][-1] == "eval_data/evaluation.jsonl"
+    row_counts = json.loads((dataset / "profile.json").read_text())["rows"]
+    assert row_counts.pop("golden") == 0
+    assert row_counts.pop("read") == 341 == sum(row_counts.values())
+    assert row_counts["in_eval_data"] == 40
+
+
+def test_too_few_rows_are_told_the_setting_that_would_pass_and_it_passes(gate: Gate) -> None:
+    settings = {"eval_fraction": 0.05, "min_eval_rows": 30}
+    report, _ = gate(good(200), **settings)
+    assert "(min_eval_rows); data.eval_fraction: auto would give" in str(report.refused)
+    assert gate(good(200), **{**settings, "eval_fraction": "auto"})[0].refused is None
+
+    report, _ = gate(good(40), **{**settings, "eval_fraction": "auto"})
+    fraction = str(report.refused).partition("data.eval_fraction: ")[2].partition(" ")[0]
+    assert gate(good(40), **{**settings, "eval_fraction": float(fraction)})[0].refused is None
+
+
+def test_too_long_rows_are_told_the_setting_that_keeps_them_in_log_and_report(gate: Gate) -> None:
+    rows = good(300)
+    for i in range(30):
+        rows[i] = pair(f"zebra {i} " + "long " * (100 + i), "refund")
+    report, dataset = gate(rows, max_length_tokens=64)
+    advice = str(report.refused).partition("data.max_length_tokens: ")[2]
+    most, everything = int(advice.split()[0]), int(advice.partition("data.max_length_tokens: ")[2].split()[0])
+    assert f"data.max_length_tokens: {most} keeps 95 % of the rows" in (dataset / "report.html").read_text()
+    report, _ = gate(rows, max_length_tokens=most)
+    assert report.refused is None
+    assert report.numbers["rows_quarantined"] == 15
+    assert gate(rows, max_length_tokens=everything)[0].numbers["rows_quarantined"] == 0
+
+
+def test_an_evaluation_file_that_is_too_small_is_named(gate: Gate) -> None:
+    report, _ = gate(good(300), evaluation=good(5))
+    assert "rows to evaluate on: 5, expected at least 10 (min_eval_rows); 5 rows were kept out" in str(report.refused)
+    assert "add rows to eval_data, or leave it out" in str(report.refused)

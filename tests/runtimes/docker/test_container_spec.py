@@ -29,6 +29,15 @@ def test_settings_are_passed_on_and_secrets_are_not(monkeypatch: pytest.MonkeyPa
     assert variables == {"AWS_REGION": "eu-west-1", "QLORA_RETRAIN_CACHE": f"{container_spec.WORK_DIR}/cache"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"],
+)
+def test_a_container_speaks_to_s3_as_the_worker_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "as set")
+    assert container_spec.environment(RuntimeConfig(), [])[name] == "as set"
+
+
 @pytest.mark.parametrize("name", container_spec.CREDENTIAL_FILE_VARIABLES)
 def test_a_file_that_a_variable_names_is_mounted_read_only_and_the_variable_names_its_new_path(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -1,7 +1,8 @@
 """Compare a generated completion with the right answer: every metric is a number in [0, 1] for one row.
 
 The metrics are exact match, ROUGE-L (Lin 2004: F1 over the longest common subsequence of words) and chrF (Popović
-2015, by sacrebleu). For answers that are JSON they are also validity, and the share of fields with equal values.
+2015, by sacrebleu). For answers that are JSON they are also validity, and the share of fields with equal values. For
+answers that call tools they are also whether all calls are right.
 """
 
 from __future__ import annotations
@@ -12,14 +13,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.evaluation.metrics.call_metrics import RenderedCalls
 
 
-def compute(metrics: Sequence[str], answer: str, completion: str) -> dict[str, float]:
+def compute(
+    metrics: Sequence[str], answer: str, completion: str, calls: RenderedCalls | None = None
+) -> dict[str, float]:
     """Compute the metrics of a row by name; metrics that are not defined for it are left out.
 
-    `json_validity` and `field_accuracy` are defined only where the right answer is JSON.
+    `json_validity` and `field_accuracy` are defined only where the right answer is JSON, `tool_call_match` only where
+    it calls tools.
+
+    Args:
+        metrics: The names.
+        answer: The right answer.
+        completion: What the model generated.
+        calls: Both with the marks of their calls, where the right answer calls tools.
     """
-    values = {name: _METRICS[name](answer, completion) for name in metrics}
+    values = {name: _METRICS[name](answer, completion) for name in metrics if name in _METRICS}
+    if calls is not None:
+        # Equal calls may differ in the order and the white space of their arguments.
+        call_functions = {"exact_match": calls.is_exact, "tool_call_match": calls.has_same_calls}
+        values |= {name: float(call_functions[name]()) for name in metrics if name in call_functions}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -80,13 +95,13 @@ _METRICS = {
     "json_validity": json_validity,
     "field_accuracy": field_accuracy,
 }
-COMPLETION_METRICS = tuple(_METRICS)
+COMPLETION_METRICS = (*_METRICS, "tool_call_match")
 _NOT_JSON = object()
 
 
 def selected_completion_metrics(settings: EvaluateConfig) -> tuple[str, ...]:
     """Return the line's metrics that need the contestants' own answers."""
-    return tuple(name for name in settings.metrics if name in _METRICS)
+    return tuple(name for name in settings.metrics if name in COMPLETION_METRICS)
 
 
 def needs_completions(settings: EvaluateConfig) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.core import html
-from qlora_retrain.evaluation import bootstrap
+from qlora_retrain.evaluation import answer_endings, bootstrap
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.metrics.completion_metrics import selected_completion_metrics
 from qlora_retrain.evaluation.rows import RowScore
@@ -27,8 +27,18 @@ _TITLES = {
     "cost": "nats per token lost against the unmerged model",
     "kl": "KL from the unmerged model, nats per token",
     "agreement": "tokens with the unmerged model's choice",
+    "answers_ended": "answers that ended by themselves",
 }
-_PERCENTAGES = ("accuracy", "exact_match", "json_validity", "field_accuracy", "token_accuracy", "agreement")
+_PERCENTAGES = (
+    "accuracy",
+    "exact_match",
+    "json_validity",
+    "field_accuracy",
+    "token_accuracy",
+    "agreement",
+    "tool_call_match",
+    "answers_ended",
+)
 # Fixed decimals, so that the numbers of a column can be compared; all other metrics have 4.
 _DECIMALS = {"perplexity": 1, "kl": 5, "rows": 0}
 # exp() of a double overflows above 709.
@@ -64,7 +74,7 @@ def compute_metrics(rows: Sequence[RowScore], settings: EvaluateConfig, answers:
             [answers[s.id] for s in predicted_rows], [str(s.predicted) for s in predicted_rows], options
         )
         values |= {"macro_f1": macro_f1.value, "macro_f1_low": macro_f1.low, "macro_f1_high": macro_f1.high}
-    for name in selected_completion_metrics(settings):
+    for name in (*selected_completion_metrics(settings), answer_endings.METRIC):
         values |= _mean_with_ends(rows, name, settings)
 
     # Hits are counted on reference text only.

@@ -18,7 +18,8 @@ Metric = str  # `accuracy`, `loss`, `token_accuracy`, or a name in `RowScore.val
 Scores = Mapping[str, Sequence[RowScore]]  # by contestant: the same rows in the same order
 _DISPLAY_NAMES = {"loss": "nats per token", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "chrf": "chrF",
                   "json_validity": "JSON validity"}  # fmt: skip
-BINARY_METRICS = ("accuracy", "exact_match", "json_validity")  # each row is right or wrong
+# Each row is right or wrong.
+BINARY_METRICS = ("accuracy", "exact_match", "json_validity", "tool_call_match", "answers_ended")
 
 
 def primary_metric(scores: Scores, settings: EvaluateConfig | None = None) -> Metric:
@@ -93,12 +94,7 @@ def gain_interval(
     Raises:
         ValueError: If they were scored on different rows, or the metric is defined for no row.
     """
-    ours, theirs = pair_rows(scores["challenger"], scores[rival], suite)
-    pairs = [
-        (a, b)
-        for a, b in zip(ours, theirs, strict=True)
-        if has_metric(a, metric) and (row_ids is None or a.id in row_ids)
-    ]
+    pairs = [(a, b) for a, b in comparable_pairs(scores, rival, suite, metric) if row_ids is None or a.id in row_ids]
     options = BootstrapSettings.from_config(settings, confidence)
 
     # Where both answer every row alike, a bootstrap has width 0 and would pass challengers that it should refuse.
@@ -120,6 +116,19 @@ def gain_interval(
         differences = [metric_value(a, metric) - metric_value(b, metric) for a, b in pairs]
     # Every metric but the loss lies in [0, 1], so its differences lie in [-1, 1].
     return bootstrap.difference_interval(differences, weights, options, bounded=metric != "loss")
+
+
+def comparable_pairs(scores: Scores, rival: str, suite: str, metric: Metric) -> list[tuple[RowScore, RowScore]]:
+    """Pair the rows for which both contestants have the metric.
+
+    A published version's own chat template may refuse rows that the line's new template carries, e.g. with a system
+    turn or with tools. Such a row has no tokens in its scores.
+
+    Raises:
+        ValueError: If they were not scored on the same rows.
+    """
+    ours, theirs = pair_rows(scores["challenger"], scores[rival], suite)
+    return [(a, b) for a, b in zip(ours, theirs, strict=True) if has_metric(a, metric) and has_metric(b, metric)]
 
 
 def metric_interval(rows: Sequence[RowScore], metric: Metric, settings: EvaluateConfig) -> Interval:

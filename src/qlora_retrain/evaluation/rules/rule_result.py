@@ -21,6 +21,7 @@ class RuleResult:
         high: The upper end of its interval.
         limit: The limit that the number was compared with.
         passed: True or False; None: there is not enough evidence to decide.
+        is_measured: Whether the rule could be applied at all; one that could not be refuses nothing, and is shown.
     """
 
     name: str
@@ -30,6 +31,7 @@ class RuleResult:
     high: float | None = None
     limit: float | None = None
     passed: bool | None = None
+    is_measured: bool = True
 
     @classmethod
     def from_interval(
@@ -47,6 +49,9 @@ def format_interval(interval: Interval, sign: str = "+") -> str:
 def rules_table(rules: Sequence[RuleResult]) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows for the report; rules that did not pass come first. The sentences hold the numbers."""
     words = {True: "passed", False: html.highlight("failed"), None: html.highlight("not enough evidence")}
-    # Rules that failed, then rules without enough evidence, then rules that passed.
-    ordered = sorted(rules, key=lambda r: (r.passed is True, r.passed is None))
-    return ["rule", "", "result"], [[r.name.replace("_", " "), words[r.passed], r.text] for r in ordered]
+    # Rules that failed, then rules without enough evidence, then rules that were not measured, then those that passed.
+    ordered = sorted(rules, key=lambda r: (r.passed is True, r.passed is None, r.is_measured))
+    return ["rule", "", "result"], [
+        [r.name.replace("_", " "), words[r.passed] if r.is_measured else html.highlight("not measured"), r.text]
+        for r in ordered
+    ]

@@ -19,6 +19,7 @@ from qlora_retrain.evaluation.rows import RowScore
 from qlora_retrain.evaluation.rules.comparison import (
     Metric,
     Scores,
+    comparable_pairs,
     display_name,
     gain_interval,
     has_metric,
@@ -58,13 +59,15 @@ class SliceResult:
 def compare_slices(scores: Scores, settings: EvaluateConfig) -> list[SliceResult]:
     """Compare every slice of the evaluation rows with the rival; the worst first, those with too few rows last."""
     metric = primary_metric(scores, settings)
+    rival = "champion" if "champion" in scores else "base"
     rows = [row for row in rows_of_suite(scores["challenger"], "eval") if has_metric(row, metric)]
     counts = Counter(name for row in rows for name in row.slices)
-    large_enough = [name for name, count in counts.items() if count >= settings.min_slice_rows]
+    # Rows that the rival's own template refuses cannot be compared.
+    comparable = Counter(name for row, _ in comparable_pairs(scores, rival, "eval", metric) for name in row.slices)
+    large_enough = [name for name in counts if comparable[name] >= settings.min_slice_rows]
 
     # Bonferroni: the chance of a false alarm is shared among the slices.
     confidence = 1 - (1 - settings.confidence) / max(1, len(large_enough))
-    rival = "champion" if "champion" in scores else "base"
     results = []
     for name, count in counts.items():
         slice_rows = [row for row in rows if name in row.slices]

@@ -12,15 +12,16 @@ from qlora_retrain.evaluation.rules.comparison import (
     BINARY_METRICS,
     Metric,
     Scores,
+    comparable_pairs,
     display_name,
     gain_interval,
     has_metric,
     metric_interval,
     metric_value,
-    pair_rows,
     primary_metric,
     rows_of_suite,
 )
+from qlora_retrain.evaluation.rules.ending_rule import answers_end
 from qlora_retrain.evaluation.rules.rule_result import RuleResult, format_interval
 
 # With 16 passages, at most 5 % of 2,000 simulated challengers that forgot exactly the limit pass by chance. The rates
@@ -50,6 +51,8 @@ def apply(scores: Scores, settings: EvaluateConfig) -> Iterator[RuleResult]:
         yield metric_floor("accuracy_floor", "accuracy", scores, settings, settings.min_accuracy)
     for name, limit in settings.floors.items():
         yield metric_floor(f"{name}_floor", name, scores, settings, limit)
+
+    yield answers_end(scores["challenger"], settings)
 
     if rows_of_suite(scores["challenger"], "golden"):
         yield golden_rows(scores, metric, settings)
@@ -100,13 +103,23 @@ def _loss_to_rival(
     role: str, rival: str, scores: Scores, metric: Metric, settings: EvaluateConfig, limit: float
 ) -> RuleResult:
     """Check the loss to the contestant `rival`, which has the role `champion` or `anchor`."""
-    loss = gain_interval(scores, rival, "eval", metric, settings).negated
     title = "champion" if role == "champion" else "best version so far" + (", the champion" if rival != role else "")
+    # Rows that the rival's own template refuses cannot be compared.
+    rows = len(comparable_pairs(scores, rival, "eval", metric))
+    left_out = count_rows_with_metric(scores, "eval", metric) - rows
+    if rows < max(1, settings.min_rows):
+        text = (
+            f"the {title}'s own chat template refuses {left_out} of the evaluation rows; {rows} can be compared, and "
+        )
+        text += f"at least {settings.min_rows} are needed; a line of another name starts without it"
+        return RuleResult(f"loss_to_{role}", text, rows, limit=settings.min_rows)
+
+    loss = gain_interval(scores, rival, "eval", metric, settings).negated
     text = f"{display_name(metric)} lost to the {title}: {format_interval(loss)}; "
     text += f"its upper end must not lie above {limit:g}"
+    text += f"; {left_out} rows are left out, since its own chat template refuses them" if left_out else ""
 
     # With too few rows not even equal answers could pass. That is missing evidence, not a worse challenger.
-    rows = count_rows_with_metric(scores, "eval", metric)
     excludable = stats.smallest_excludable_loss(rows, settings.confidence)
     if metric in BINARY_METRICS and loss.high > limit >= loss.value and excludable > limit:
         text += f". {rows} rows can rule out no loss below {excludable:.3f}, even if all are answered alike"
@@ -140,16 +153,16 @@ def metric_floor(name: str, metric: Metric, scores: Scores, settings: EvaluateCo
 
 def golden_rows(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
     """Check that the challenger is not certainly worse than the champion, or the base, on the golden rows."""
-    rows = count_rows_with_metric(scores, "golden", metric)
+    rival = "champion" if "champion" in scores else "base"
+    rows = len(comparable_pairs(scores, rival, "golden", metric))
     if rows < settings.min_golden_rows:  # which is at least 1
         undefined = len(rows_of_suite(scores["challenger"], "golden")) - rows
         text = f"{rows} golden rows"
-        text += f" beside {undefined} for which {display_name(metric)} is not defined" if undefined else ""
+        text += f" beside {undefined} for which {display_name(metric)} cannot be compared" if undefined else ""
         text += f"; at least {settings.min_golden_rows} are needed (evaluate.min_golden_rows)"
         return RuleResult("golden", text, rows, limit=settings.min_golden_rows)
 
     # Only a certain loss refuses, since with so few rows almost every challenger may be worse.
-    rival = "champion" if "champion" in scores else "base"
     loss = gain_interval(scores, rival, "golden", metric, settings).negated
     text = f"{display_name(metric)} lost to the {rival} on the golden rows: {format_interval(loss)}; "
     text += "it must not lie wholly above 0"
@@ -182,7 +195,10 @@ def best_contestant(scores: Scores, settings: EvaluateConfig) -> str:
     holder = next((name for name in ("anchor", "champion") if name in scores), None)
     if holder is None:
         return "challenger"
-    gain = gain_interval(scores, holder, "eval", primary_metric(scores, settings), settings)
+    metric = primary_metric(scores, settings)
+    if not comparable_pairs(scores, holder, "eval", metric):
+        return holder
+    gain = gain_interval(scores, holder, "eval", metric, settings)
     return "challenger" if gain.low > 0 else holder
 
 
@@ -202,9 +218,9 @@ def compare_contestants(scores: Scores, settings: EvaluateConfig) -> list[dict[s
 
     differences: list[dict[str, Any]] = []
     for suite in ("eval", "golden"):
-        if not any(has_metric(row, metric) for row in rows_of_suite(scores["challenger"], suite)):
-            continue
         for rival in (r for r in ("base", "base_nf4", "champion", "anchor") if r in scores):
+            if not comparable_pairs(scores, rival, suite, metric):
+                continue
             # The rule on golden rows has no limit that a plot could show.
             gain = gain_interval(scores, rival, suite, metric, settings)
             limit = limits.get(rival) if suite == "eval" else None
@@ -225,8 +241,7 @@ def _mcnemar_note(scores: Scores, rival: str, metric: Metric) -> str:
     """Return the exact p-value of McNemar's test in brackets; empty where the metric is not right or wrong."""
     if metric not in BINARY_METRICS:
         return ""
-    ours, theirs = pair_rows(scores["challenger"], scores[rival], "eval")
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if has_metric(a, metric)]
+    pairs = comparable_pairs(scores, rival, "eval", metric)
     p = stats.mcnemar_p_value(
         [metric_value(a, metric) > 0 for a, _ in pairs], [metric_value(b, metric) > 0 for _, b in pairs]
     )

@@ -91,7 +91,7 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
             plan = self._make_or_load_plan(context)
         except Problem as problem:
             fail_task(context, Ending.from_problem(graph.PLAN_TASK, problem))
-        for line in explain.as_text(plan).splitlines():
+        for line in explain.as_text(plan).split("\n"):
             self.log.info("%s", line)
 
     def _make_or_load_plan(self, context: Context) -> Plan:

@@ -33,6 +33,7 @@ from qlora_retrain.config.line import LineConfig, document, load
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.runtimes.kubeflow import tasks
+from qlora_retrain.runtimes.kubeflow.cron import kfp_cron
 
 ENDPOINT_VARIABLE = "KF_PIPELINES_ENDPOINT"
 TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable that names a file
@@ -79,8 +80,7 @@ class KubeflowClient:
         config = _load_cluster_line(config_path, root, overrides)
         if config.schedule is None:
             raise UsageError(f"{config_path}: schedule is null; set it in the line, e.g. '0 3 * * 1', or pass --remove")
-        # KFP's cron has six fields, of which the first is seconds; names like @daily are the same.
-        cron = config.schedule if config.schedule.startswith("@") else f"0 {config.schedule}"
+        cron = kfp_cron(config.schedule)
 
         with self._client() as client, self._compiled_pipeline() as package:
             experiment = client.create_experiment(config.line, namespace=self._user_namespace(client))

@@ -1,0 +1,93 @@
+"""Try on two short rows whether a model computes each row alone, and whether rows may be packed; before any training.
+
+A model may read later tokens, take padding for text, or not pass on what packed attention needs. Names and settings do
+not tell. So the logits of each row alone are compared with those of the padded and of the packed batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.train_qlora import packing
+from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
+from qlora_retrain.core import progress
+from qlora_retrain.core.errors import UsageError
+
+PREFIX_LEN, ROW_LENS = 3, (9, 6)
+# The distance of two sets of logits, relative to their spread. Rounding stays below the first number, also in bf16
+# through many layers; wrong masks or positions are far above it.
+MAX_DISTANCE = {torch.float32: 1e-3}
+MAX_DISTANCE_16_BITS = 0.1
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def probe_rows(model: Any) -> None:
+    """Refuse a model whose rows are not independent and causal; where packing changes its logits, turn packing off.
+
+    Args:
+        model: In evaluation mode, so that dropout is off.
+
+    Raises:
+        UsageError: If a row's logits depend on later tokens or on the other rows of its batch.
+    """
+    rows = _rows(model.get_input_embeddings().weight.shape[0])
+    alone = [model(input_ids=_tensor(model, row), use_cache=False).logits[0] for row in rows]
+    name = type(model.get_base_model()).__name__
+    cut = model(input_ids=_tensor(model, rows[0][: ROW_LENS[1]]), use_cache=False).logits[0]
+    if not _is_close(model, cut, alone[0][: ROW_LENS[1]]):
+        raise UsageError(
+            f"base_nf4: {name} lets a token see later ones, so it would see the answer that it should learn; choose a "
+            "causal language model"
+        )
+
+    # The labels of the batch are its tokens, so packing leaves none out.
+    examples = [{"input_ids": row, "labels": [IGNORE_INDEX] * PREFIX_LEN + row[PREFIX_LEN:]} for row in rows]
+    batch = {key: tensor.to(model.device) for key, tensor in PaddingCollator(0)(examples).items()}
+    padded = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    if not all(_is_close(model, padded[i, : len(row)], alone[i]) for i, row in enumerate(rows)):
+        raise UsageError(
+            f"base_nf4: the logits of {name} change when a shorter row is padded on the right, as training and "
+            "evaluation do; choose a model of another family"
+        )
+    if packing.can_pack(model) and not _is_packed_alike(model, batch, alone):
+        packing.IS_PACKABLE[model.get_output_embeddings()] = False
+        progress.say(f"train: {name} does not compute packed rows like single ones, so rows are padded instead")
+
+
+def _rows(vocab_size: int) -> list[list[int]]:
+    """Return rows of different tokens that begin alike."""
+    prefix = [(7 * i + 5) % vocab_size for i in range(PREFIX_LEN)]
+    return [
+        prefix + [(11 * i + 13 * n + 3) % vocab_size for i in range(length - PREFIX_LEN)]
+        for n, length in enumerate(ROW_LENS)
+    ]
+
+
+def _tensor(model: Any, row: list[int]) -> Tensor:
+    return torch.tensor([row], device=model.device)
+
+
+def _is_packed_alike(model: Any, batch: dict[str, Tensor], alone: list[Tensor]) -> bool:
+    packed = packing.pack(batch, model.dtype)
+    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed_batch": packed}
+    try:
+        with packing.packed_attention(model):
+            logits = model(**inputs, use_cache=False).logits[0]  # (T, vocab)
+    # A family that calls attention in a way of its own lacks an argument, or has one too many.
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+    # What predicts a label, row after row.
+    is_labelled = packed.labels[0] != IGNORE_INDEX
+    return _is_close(model, logits[is_labelled], torch.cat([row[PREFIX_LEN - 1 : -1] for row in alone]))
+
+
+def _is_close(model: Any, logits: Tensor, expected: Tensor) -> bool:
+    """Return whether the logits (tokens, vocab) are the same but for rounding."""
+    scale = float((expected.float() - expected.float().mean(-1, keepdim=True)).norm())
+    distance = float((logits.float() - expected.float()).norm())
+    # A NaN is no difference of rows; training names it.
+    return not distance > MAX_DISTANCE.get(model.dtype, MAX_DISTANCE_16_BITS) * scale

@@ -1,0 +1,134 @@
+"""Read the rows of the gate's sources, and put each row on its side: train, eval, golden or kept out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.validate_data.checks import Row, check_row, explain_fault
+from components.validate_data.encoding import encode_rows
+from components.validate_data.raw_rows import RowReader
+from components.validate_data.repeats import quarantine_repeats
+from components.validate_data.sizes import explain_too_long, refuse_few_golden_rows
+from components.validate_data.splitting import (
+    assign_splits,
+    find_openings,
+    keep_apart,
+    reserve_evaluation,
+    split_fractions,
+)
+from qlora_retrain.config.data import DataConfig
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.chat import ChatTokenizer
+
+
+@dataclass(slots=True)
+class SourceRows:
+    """The rows of one source, and what was noticed when they were read.
+
+    Attributes:
+        rows: Every row, bad ones included.
+        layouts: What was taken as the chat, by file.
+        unread: The text columns that nothing reads, with the number of rows that fill each.
+        warnings: Sentences about what may be wrong.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    layouts: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class GateRows:
+    """Every row that the gate has read, with its side or its reason.
+
+    Attributes:
+        sources: By source: `raw_data`, and where the line has them `golden_data` and `eval_data`.
+        rows: The rows of `raw_data` and `eval_data`, as the limits count them.
+        eval_fraction: A row whose hash is below this is evaluation; None where `eval_data` is the evaluation.
+        shared_openings: The beginnings that do not decide a chat's side, as digests; None likewise.
+        fractions: The hashes of the rows that were split, to say what another fraction would give.
+    """
+
+    sources: dict[str, SourceRows]
+    rows: list[Row]
+    eval_fraction: float | None
+    shared_openings: tuple[str, ...] | None
+    fractions: list[float]
+
+    @property
+    def golden(self) -> list[Row]:
+        """Return the golden rows."""
+        rows = self.sources["golden_data"].rows if "golden_data" in self.sources else []
+        return [row for row in rows if not row.reason]
+
+    def by_split(self) -> dict[str, list[Row]]:
+        """Return the rows of each file of the dataset, by its name."""
+        sides = {split: [row for row in self.rows if row.split == split] for split in ("train", "eval")}
+        return sides | {"golden": self.golden}
+
+
+def read_gate_rows(
+    config: DataConfig, tokenizer: ChatTokenizer, raw_data: Path, golden_data: Path | None, eval_data: Path | None
+) -> GateRows:
+    """Read all rows and decide about each.
+
+    Raises:
+        UsageError: For a file that cannot be read, a bad row of `golden_data` or `eval_data`, or a chat template that
+            can carry no row.
+    """
+    # The reserved rows are read first, since they are few, and one that is bad ends the step.
+    sources: dict[str, SourceRows] = {}
+    if golden_data:
+        sources["golden_data"] = _read_reserved(golden_data, "golden_data", config, tokenizer)
+        refuse_few_golden_rows([row for row in sources["golden_data"].rows if not row.reason], config)
+    if eval_data:
+        sources["eval_data"] = _read_reserved(eval_data, "eval_data", config, tokenizer)
+    sources["raw_data"] = _read_source(raw_data, "raw_data", config, tokenizer)
+
+    rows = sources["raw_data"].rows
+    openings = find_openings(rows, config)
+    for source, reason in (("golden_data", "in_golden_set"), ("eval_data", "in_eval_data")):
+        if source in sources:
+            reserved = [row for row in sources[source].rows if not row.reason]
+            keep_apart(rows, reserved, reason, config, openings)
+    quarantine_repeats(rows, config)
+
+    if eval_data is None:
+        eval_fraction = assign_splits(rows, config, openings)
+        return GateRows(sources, rows, eval_fraction, openings, split_fractions(rows, config, openings))
+
+    # The file is the evaluation, so no row of the others is kept from training.
+    for row in rows:
+        row.split = None if row.reason else "train"
+    reserve_evaluation(sources["eval_data"].rows, config)
+    return GateRows(sources, [*rows, *sources["eval_data"].rows], None, None, [])
+
+
+def _read_source(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:
+    reader = RowReader(folder, config, source)
+    rows = [check_row(raw, config) for raw in reader.rows()]
+    encode_rows(rows, config, tokenizer, source)
+    return SourceRows(rows, reader.layouts, reader.unread, reader.warnings)
+
+
+def _read_reserved(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:
+    """Return the rows of a file that a person chose. A bad one is an error, since nobody would miss it.
+
+    Evaluation files often hold a row twice, so a repeated one is left out there; golden rows are few and chosen.
+    """
+    result = _read_source(folder, source, config, tokenizer)
+    quarantine_repeats(result.rows, config)
+
+    tolerated = ("not_kept", "exact_duplicate") if source == "eval_data" else ("not_kept",)
+    bad_rows = [row for row in result.rows if row.reason and row.reason not in tolerated]
+    if bad_rows:
+        length = explain_too_long(result.rows, config)
+        fault = explain_fault(bad_rows[0], config) + (f"; {length}" if length else "")
+        raise UsageError(f"{source}: {fault} ({len(bad_rows)} of {len(result.rows)} rows to correct)")
+
+    # Both sources may have files of the same name, and a row must be found again.
+    for row in result.rows:
+        row.file = f"{source}/{row.file}"
+    return result

@@ -1,0 +1,89 @@
+"""Say in one sentence why the data is refused, and what to set or correct; or that it is accepted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.validate_data.checks import NOT_BAD, explain_fault
+from components.validate_data.expectations import Finding
+from components.validate_data.gate_rows import GateRows
+from components.validate_data.sizes import explain_too_few, explain_too_long
+from qlora_retrain.config.data import DataConfig
+from qlora_retrain.evaluation import drift
+
+_DRIFT_CONFIDENCE = 0.95  # the confidence that the drift is more than chance
+_MAX_EXPLAINED_REASONS = 3  # a refusal is one line of a log, so it stays short
+_SIZE_LIMITS = ("min_train_rows", "min_eval_rows")
+
+
+def explain_refusal(gate_rows: GateRows, findings: Sequence[Finding], config: DataConfig) -> str:
+    """Return why the data is refused, with an example of each frequent reason; empty where it is accepted."""
+    failed = [finding for finding in findings if finding.outcome == "refuse"]
+    if not failed:
+        return ""
+
+    rows = [row for row in gate_rows.rows if row.reason != "not_kept"]
+    bad_reasons = Counter(row.reason for row in rows if row.reason and row.reason not in NOT_BAD)
+    # Where every row is bad, that alone breaks all limits.
+    if bad_reasons.total() == len(rows):
+        parts = [f"every row is bad ({len(rows):,} of {len(rows):,})"]
+    else:
+        parts = [_failure(finding) for finding in failed]
+        parts += _size_advice(gate_rows, failed, config)
+
+    reason_counts = bad_reasons.most_common(_MAX_EXPLAINED_REASONS)
+    if any(finding.name == "max_duplicates_fraction" for finding in failed):
+        reason_counts += [("exact_duplicate", sum(row.reason == "exact_duplicate" for row in rows))]
+    for reason, count in reason_counts:
+        first_row = next(row for row in rows if row.reason == reason)
+        parts.append(f"{explain_fault(first_row, config)} ({reason}: {count:,} of {len(rows):,} rows)")
+        if reason == "too_long":
+            parts.append(explain_too_long(rows, config))
+    return "data refused: " + "; ".join(parts)
+
+
+def explain_drift(profile: dict[str, Any], reference_profile: Path, config: DataConfig) -> str:
+    """Return why the data differs too much from that of `data.reference_version`; empty where it does not."""
+    if not reference_profile.is_file():
+        return f"data refused: version {config.reference_version} has no data profile to compare with"
+    before = drift.read_distributions(reference_profile)
+    drifts = None if before is None else drift.compute_drift(before, profile["distributions"], _DRIFT_CONFIDENCE)
+    text, passed = drift.check_limit(drifts, config.max_drift_psi, f"the data of {config.reference_version}")
+    return "" if passed else f"data refused: {text} (data.max_drift_psi)"
+
+
+def explain_acceptance(profile: dict[str, Any], findings: Sequence[Finding]) -> str:
+    """Return the sentence about accepted data, with its warnings."""
+    rows = profile["rows"]
+    warnings = [finding.expectation for finding in findings if finding.outcome == "warn"]
+    note = f"; warnings: {', '.join(warnings)}" if warnings else ""
+    return f"accepted: {rows['train']:,} training rows and {rows['eval']:,} evaluation rows of {rows['read']:,}{note}"
+
+
+def _failure(finding: Finding) -> str:
+    observed = finding.observed or 0
+    is_too_low = finding.low is not None and observed < finding.low
+    limit = f"at least {finding.low:,.4g}" if is_too_low else f"at most {finding.high:,.4g}"
+    return f"{finding.expectation}: {observed:,.4g}, expected {limit} ({finding.name})"
+
+
+def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataConfig) -> list[str]:
+    """Return what would give enough rows, where there are too few; first the rows that were kept out on purpose."""
+    if not any(finding.name in _SIZE_LIMITS for finding in failed):
+        return []
+
+    counts = Counter(row.reason for row in gate_rows.rows)
+    parts = [
+        f"{counts[reason]:,} rows were kept out, since {source} holds their conversations ({reason})"
+        for reason, source in (("in_golden_set", "golden_data"), ("in_eval_data", "eval_data"))
+        if counts[reason]
+    ]
+    if gate_rows.eval_fraction is not None:
+        return [*parts, explain_too_few(gate_rows.fractions, config)]
+    # With an evaluation file there is no split, so only more rows help.
+    if any(finding.name == "min_eval_rows" for finding in failed):
+        parts.append("add rows to eval_data, or leave it out, so that the evaluation is a part of raw_data")
+    return parts

@@ -1,0 +1,363 @@
+"""What a base model's files say is asked before any work is done, in the plan or by the first step that has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
+from qlora_retrain.pipeline import fetch, make_plan
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import open_store, sources
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Edit = Callable[[Path], None]
+
+
+@pytest.fixture
+def base(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model, in a folder that a test may change: 512 embeddings, 2048 positions, bf16."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "base"))
+
+
+@pytest.fixture
+def planned(base: Path, tickets: Path, root_uri: str, tmp_path: Path) -> Callable[..., Plan]:
+    """Plan a line over that base."""
+
+    def plan(*overrides: str, uri: str = "", files: Sequence[str] = ("**",)) -> Plan:
+        path = tmp_path / "line.yaml"
+        source = {"uri": uri or str(base), "files": list(files)}
+        path.write_text(
+            yaml.safe_dump({"line": "tickets", "sources": {"raw_data": str(tickets), "base_model": source}})
+        )
+        return make_plan.make_plan(path, root_uri, overrides=overrides)
+
+    return plan
+
+
+def refusal(planned: Callable[..., Plan], *overrides: str, **options: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        planned(*overrides, **options)
+    return str(caught.value)
+
+
+def change(folder: Path, file: str, **fields: Any) -> None:
+    """Change fields of a JSON file; None removes one."""
+    path = folder / file
+    document = {**(json.loads(path.read_text()) if path.is_file() else {}), **fields}
+    path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))
+
+
+def config(**fields: Any) -> Edit:
+    return lambda folder: change(folder, "config.json", **fields)
+
+
+def file(name: str, content: str = "{}") -> Edit:
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return write
+
+
+def tensors(**shapes: Sequence[int]) -> Edit:
+    """Add tensors to the weights, by name with `__` for a dot."""
+
+    def add(folder: Path) -> None:
+        extra = {name.replace("__", "."): torch.zeros(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        path = folder / "model.safetensors"
+        save_file({**load_file(path), **extra}, path, metadata={"format": "pt"})
+
+    return add
+
+
+def shards(*, metadata: bool) -> Edit:
+    """Store the weights in two files with an index."""
+
+    def split(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        index = {}
+        for number in (1, 2):
+            part = dict(list(weights.items())[number - 1 :: 2])
+            save_file(part, folder / f"model-{number:05d}-of-00002.safetensors", metadata={"format": "pt"})
+            index |= dict.fromkeys(part, f"model-{number:05d}-of-00002.safetensors")
+        document = {"weight_map": index, **({"metadata": {}} if metadata else {})}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+
+    return split
+
+
+def added_tokens(*tokens: tuple[str, int]) -> Edit:
+    def add(folder: Path) -> None:
+        document = json.loads((folder / "tokenizer.json").read_text())
+        document["added_tokens"] += [{"id": number, "content": text, "special": True} for text, number in tokens]
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+
+    return add
+
+
+def without_dtype_in_config(folder: Path) -> None:
+    change(folder, "config.json", dtype=None, torch_dtype=None)
+
+
+def test_a_base_that_fits_is_planned(planned: Callable[..., Plan]) -> None:
+    planned("data.max_length_tokens=1920", "merge.exports=[bf16, gguf-f16]")
+
+
+UNFIT: dict[str, tuple[Edit, list[str], list[str]]] = {
+    # The weights.
+    "two candidates": (file("model.fp16.safetensors"), [], ["more than one model", "'!model.fp16.safetensors'"]),
+    "an adapter left over": (file("adapter_config.json"), [], ["an adapter lies beside", "'!adapter_config.json'"]),
+    "a folder below": (file("old/model.safetensors"), [], ["more than one model", "'!old/*'"]),
+    "an index without metadata": (shards(metadata=False), [], ['has no "metadata"']),
+    # The architecture, one of each kind; `test_architectures` has the families.
+    "experts": (config(num_local_experts=8), [], ["mixture of experts (num_local_experts: 8)", "choose a dense model"]),
+    "experts in a nested config": (config(text_config={"num_experts": 4}), [], ["mixture of experts (num_experts: 4)"]),
+    "experts by a tensor": (
+        tensors(model__layers__0__mlp__experts__gate_up_proj=(2, 4, 4)),
+        [],
+        ["mixture of experts (the tensor model.layers.0.mlp.experts.gate_up_proj)"],
+    ),
+    "images": (config(vision_config={"depth": 2}), [], ["images or sound (vision_config)", "text-only model"]),
+    "images by a tensor": (
+        tensors(vision_tower__conv__weight=(2, 2)),
+        [],
+        ["images or sound (the tensor vision_tower."],
+    ),
+    "a wrapper by its name": (
+        config(architectures=["Mistral3ForConditionalGeneration"]),
+        [],
+        ["images or sound (architectures: Mistral3ForConditionalGeneration)"],
+    ),
+    "Conv1D": (config(architectures=["GPT2LMHeadModel"], model_type="gpt2"), [], ["Conv1D layers, transposed"]),
+    "an encoder with a decoder": (config(is_encoder_decoder=True), [], ["is an encoder with a decoder"]),
+    "an encoder": (config(architectures=["BertForMaskedLM"]), [], ["BertForMaskedLM is an encoder"]),
+    "a classifier": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        [],
+        ["LlamaForSequenceClassification has another head"],
+    ),
+    "a model without a head": (config(architectures=["LlamaModel"]), [], ["LlamaModel has another head"]),
+    "a reward model by its tensor": (tensors(score__weight=(1, 64)), [], ["score.weight, the head of a reward model"]),
+    "state-space layers": (config(layer_types=["mamba", "attention"]), [], ["recurrent layers (mamba)"]),
+    "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), [], ["already quantized (gptq)"]),
+    "fp8": (config(quantization_config={"quant_method": "fp8"}), [], ["already quantized (fp8)"]),
+    "AWQ by a file": (file("quant_config.json"), [], ["already quantized (by quant_config.json)"]),
+    "packed weights by a tensor": (
+        tensors(model__layers__0__mlp__up_proj__qweight=(2, 2)),
+        [],
+        ["already quantized (by its tensor model.layers.0.mlp.up_proj.qweight)"],
+    ),
+    "LoRA in the weights": (tensors(q_proj__lora_A__default__weight=(2, 2)), [], ["merge them first"]),
+    # The tokenizer's ids.
+    "an added token": (
+        added_tokens(("<|new|>", 512)),
+        [],
+        ["1 tokens beyond the embedding", "'<|new|>' with the id 512"],
+    ),
+    "an embedding of fewer rows": (config(vocab_size=500), [], ["12 tokens beyond the embedding", "500 rows"]),
+    "a padding token of the settings alone": (
+        lambda folder: change(folder, "tokenizer_config.json", pad_token="<pad>"),
+        [],
+        ["'<pad>' with the id 512"],
+    ),
+    # The limits.
+    "longer rows": (
+        config(),
+        ["data.max_length_tokens=4096"],
+        ["4096 tokens, and the base takes 2048", "2048 or less"],
+    ),
+    "longer answers": (
+        config(),
+        ["data.max_length_tokens=2000"],
+        ["evaluate.max_new_tokens adds 128", "set data.max_length_tokens to 1920 or less"],
+    ),
+    "no room for an answer": (
+        config(max_position_embeddings=64),
+        ["data.max_length_tokens=64"],
+        ["more than the 64 that the base takes (max_position_embeddings); lower evaluate.max_new_tokens"],
+    ),
+    # The precision.
+    "float16 over bfloat16": (
+        config(),
+        ["quantize.compute_dtype=float16", "train.precision=float32"],
+        ["stored in bfloat16", "set quantize.compute_dtype: bfloat16"],
+    ),
+    "float16 over bfloat16 by the header": (
+        without_dtype_in_config,
+        ["quantize.compute_dtype=float16", "train.precision=float32"],
+        ["stored in bfloat16"],
+    ),
+    # An export.
+    "GGUF of another family": (
+        config(architectures=["GPTNeoXForCausalLM"]),
+        ["merge.exports=[bf16, gguf-f16]"],
+        ["merge.exports: GGUF is written for"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "overrides", "words"), UNFIT.values(), ids=UNFIT)
+def test_a_base_that_does_not_fit_is_refused_by_the_plan(
+    planned: Callable[..., Plan], base: Path, edit: Edit, overrides: list[str], words: list[str]
+) -> None:
+    edit(base)
+    message = refusal(planned, *overrides)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("edit", "overrides"),
+    [
+        (shards(metadata=True), []),
+        # Rotary embeddings that are scaled reach further, and a window is no limit.
+        (
+            config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+            ["data.max_length_tokens=8000"],
+        ),
+        (config(rope_scaling={"type": "linear", "factor": 2.0}), ["data.max_length_tokens=3900"]),
+        (config(sliding_window=16), ["data.max_length_tokens=1900"]),
+        # Nothing is generated, so nothing comes on top.
+        (config(), ["data.max_length_tokens=2048", "evaluate.stop_rows=0"]),
+        # An embedding may have spare rows; a stand-in for images that nothing writes is in many text models.
+        (config(vocab_size=640), []),
+        (added_tokens(("<image_soft_token>", 512)), []),
+        # Numbers of experts without experts.
+        (config(num_local_experts=0), []),
+        (config(n_routed_experts=None, num_experts=1), []),
+        (config(n_routed_experts=64, first_k_dense_replace=2), []),
+        (config(quantization_config=None), []),
+        (config(layer_types=["full_attention", "sliding_attention"]), []),
+        # Stored in float16, computed in float16, trained in float32.
+        (config(dtype="float16"), ["data.max_length_tokens=100"]),
+    ],
+)
+def test_what_only_looks_unfit_is_planned(
+    planned: Callable[..., Plan], base: Path, edit: Edit, overrides: list[str]
+) -> None:
+    edit(base)
+    planned(*overrides)
+
+
+def test_float16_is_planned_over_float16_where_training_computes_in_float32(
+    planned: Callable[..., Plan], base: Path
+) -> None:
+    path = base / "model.safetensors"
+    save_file({name: t.half() for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    planned("quantize.compute_dtype=float16", "train.precision=float32")
+    message = refusal(planned, "quantize.compute_dtype=float16", "train.precision=bfloat16")
+    assert "train.precision is bfloat16: training would compute in float16" in message
+
+
+def test_all_reasons_come_at_once(planned: Callable[..., Plan], base: Path) -> None:
+    change(base, "config.json", num_local_experts=8, max_position_embeddings=512, vocab_size=500)
+    reasons = refusal(planned, "quantize.compute_dtype=float16").splitlines()
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "sources.base_model", "sources.base_model", "data.max_length_tokens", "quantize.compute_dtype",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "original/consolidated.00.pth", "training_args.bin"])
+def test_pickles_beside_the_weights_are_refused_with_the_patterns_that_leave_them_out(
+    planned: Callable[..., Plan], base: Path, name: str
+) -> None:
+    file(name)(base)
+    file("optimizer.pt")(base)
+    with pytest.raises(IntegrityError) as caught:
+        planned()
+    patterns = yaml.safe_load(str(caught.value).split("sources.base_model.files: ")[1])
+    plan = planned(files=patterns)
+    assert plan.sources["base_model"] is not None
+    assert name not in {f.path for f in plan.sources["base_model"].files}
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    """Have the hub's client copy a folder, as far as the patterns let it."""
+
+    def snapshot_download(
+        name: str, *, revision: str, local_dir: Path, allow_patterns: list[str], ignore_patterns: Sequence[str] = ()
+    ) -> str:
+        paths = [p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file()]
+        for path in huggingface_hub.utils.filter_repo_objects(
+            paths, allow_patterns=allow_patterns, ignore_patterns=list(ignore_patterns)
+        ):
+            (local_dir / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / path, local_dir / path)
+        return str(local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def fetch_base(plan: Plan, step: str) -> Path:
+    """Fetch the base model as that step does."""
+    item = next(item for item in graph.step(step).reads if item.name == "base_model")
+    folder = fetch.fetch_input(plan, plan.step(step), open_store(plan.root), item, {})
+    assert folder is not None
+    return folder
+
+
+# What the tokenizer's files show is refused by `validate_data`, which fetches no weights; the rest by `quantize_model`.
+BY_WEIGHTS = {
+    "an index without metadata",
+    "two candidates", "an adapter left over", "a folder below", "experts by a tensor", "images by a tensor",
+    "a reward model by its tensor", "AWQ by a file", "packed weights by a tensor", "LoRA in the weights",
+    "float16 over bfloat16 by the header",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_commit_is_refused_by_the_first_step_that_has_its_files_in_the_plans_words(
+    planned: Callable[..., Plan], base: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    edit, overrides, _ = UNFIT[name]
+    edit(base)
+    by_plan = refusal(planned, *overrides)
+    hub(monkeypatch, base)
+
+    plan = planned(*overrides, uri=f"hf://owner/model@{COMMIT}")
+    steps = ["quantize_model"] if name in BY_WEIGHTS else ["validate_data", "quantize_model"]
+    for step in steps:
+        with pytest.raises(UsageError) as by_step:
+            fetch_base(plan, step)
+        assert str(by_step.value) == by_plan
+
+
+def test_a_part_of_a_commit_has_only_what_the_line_names(
+    planned: Callable[..., Plan], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for extra in ("added_tokens.json", "modeling.py", "model.fp16.safetensors", "original/params.json"):
+        file(extra)(base)
+    hub(monkeypatch, base)
+    plan = planned(uri=f"hf://o/m@{COMMIT}", files=["**", "!model.fp16.*", "!added_tokens.json", "!original/*"])
+    names = {path.name for path in base.iterdir()} - {
+        "added_tokens.json", "modeling.py", "model.fp16.safetensors", "original",
+    }  # fmt: skip
+    assert {p.name for p in fetch_base(plan, "quantize_model").iterdir()} == names
+    tokenizer_names = {name for name in names if sources.matches_any(name, TOKENIZER_FILES)}
+    assert {p.name for p in fetch_base(plan, "validate_data").iterdir()} == tokenizer_names
+
+    # The key is of the part and of the exclusions.
+    pins = [sources.pin("base_model", f"hf://o/m@{COMMIT}", files) for files in (["**"], ["**", "!x"])]
+    keys = {pin.subset(only).key() for pin in pins for only in ((), ("config.json",), ("tokenizer*",))}
+    assert len(keys) == 6
+
+
+def test_a_commit_without_any_file_of_those_names_is_refused(
+    planned: Callable[..., Plan], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, base)
+    plan = planned(uri=f"hf://o/m@{COMMIT}", files=["sub/*.safetensors"])
+    with pytest.raises(UsageError, match=r"has no files that match sub/\*\.safetensors"):
+        fetch_base(plan, "quantize_model")
