@@ -35,7 +35,7 @@ from qlora_retrain.storage import sources
 # Rows that are read for a preview, at most: enough to meet N good ones behind some bad ones.
 _MAX_ROWS_READ = 1000
 _GREEN, _GREY, _PLAIN = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
-_SPACES = str.maketrans({" ": "\u00b7", "\t": "\u2192\t", "\n": "\u21b5\n", "\r": "\u240d", "\u00a0": "\u237d"})
+_VISIBLE = {" ": "\u00b7", "\t": "\u2192\t", "\n": "\u21b5\n", "\r": "\u240d", "\u00a0": "\u237d"}
 
 
 def main() -> int:
@@ -160,12 +160,18 @@ def _marked(example: EncodedChat, tokenizer: ChatTokenizer, is_terminal: bool) -
     parts = []
     for is_supervised, group in groupby(range(len(example.input_ids)), key=lambda i: example.supervised[i]):
         positions = list(group)
-        text = _text_between(example.input_ids, positions[0], positions[-1] + 1, tokenizer).translate(_SPACES)
+        text = _visible(_text_between(example.input_ids, positions[0], positions[-1] + 1, tokenizer))
         if is_terminal:
             parts.append(f"{_GREEN if is_supervised else _GREY}{text}{_PLAIN}")
         else:
             parts.append(f"[[{text}]]" if is_supervised else text)
     return "".join(parts)
+
+
+def _visible(text: str) -> str:
+    """Return a text with white space as signs, and any other character that no terminal shows as its escape."""
+    # Such a character may also be the begin of a command to the terminal.
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
 
 
 def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: ChatTokenizer) -> str:

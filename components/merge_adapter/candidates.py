@@ -29,6 +29,7 @@ from qlora_retrain.evaluation import answer_endings, scoring
 from qlora_retrain.evaluation.scoring import Row, RowScore, ScoringOptions
 from qlora_retrain.lm import chat, conversations, loading
 from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.generation import Completion
 from qlora_retrain.lm.loading import LoadOptions
 
 BASES = ("dequantized", "original")  # with equal losses the first ships, as it computes what was evaluated
@@ -46,9 +47,9 @@ class FormScores:
         """Return the scores of the rows with these ids."""
         return FormScores([s for s in self.scores if s.id in ids], [a for a in self.agreement if a.id in ids])
 
-    def with_endings(self, ended: Mapping[str, bool]) -> FormScores:
-        """Return the scores with what was measured by row id: whether the answer ended by itself."""
-        return FormScores(answer_endings.with_endings(self.scores, ended), self.agreement)
+    def with_endings(self, answers: Mapping[str, Completion]) -> FormScores:
+        """Return the scores with what the answers, by row id, show: whether they ended by themselves."""
+        return FormScores(answer_endings.with_endings(self.scores, answers), self.agreement)
 
     @property
     def loss(self) -> float:

@@ -35,6 +35,7 @@ from qlora_retrain.evaluation.scoring import Row, RowScore
 from qlora_retrain.lm import chat, loading
 from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
+from qlora_retrain.lm.generation import Completion
 
 # The order of the scores in evaluation/scores.jsonl.
 _SUITES = ("eval", "golden", "reference")
@@ -70,8 +71,8 @@ def run(
     progress.say(reason)
 
     # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
-    suite_scores, ended = _score_other_suites(scorer, inputs, model)
-    form_scores[winner] = form_scores[winner].with_endings(ended)
+    suite_scores, answers = _score_other_suites(scorer, inputs, model)
+    form_scores[winner] = form_scores[winner].with_endings(answers)
     built_exports = exports.build_exports(config, scorer, base_model, base_nf4, adapter, model)
     merge_certificate = _certify(
         config,
@@ -144,16 +145,16 @@ def _selection_reason(form_scores: Mapping[str, FormScores], selection: frozense
 
 def _score_other_suites(
     scorer: FormScorer, inputs: EvaluationInputs, model: Path
-) -> tuple[dict[str, list[RowScore]], dict[str, bool]]:
+) -> tuple[dict[str, list[RowScore]], dict[str, Completion]]:
     """Measure of the form that ships what took no part in the selection.
 
     Returns:
-        The scores on golden rows and reference text, and by id of evaluation rows whether the answer ended by itself;
-        the latter is empty where the scores of the rows state it already.
+        The scores on golden rows and reference text, and by id of evaluation rows the answers that show whether
+        they end; the latter is empty where the scores of the rows state it already.
     """
     golden, passages = inputs.rows["golden"], inputs.passages
     suite_scores: dict[str, list[RowScore]] = {"golden": [], "reference": []}
-    ended: dict[str, bool] = {}
+    answers: dict[str, Completion] = {}
     measures_endings = inputs.settings.stop_rows > 0 and not completion_metrics.needs_completions(inputs.settings)
     if golden or passages or measures_endings:
         loaded, tokenizer = loading.load_base(model, **scorer.load_options), chat.load_tokenizer(model)
@@ -172,7 +173,7 @@ def _score_other_suites(
             total=total,
         )
         if measures_endings:
-            ended = answer_endings.measure(
+            answers = answer_endings.measure(
                 inputs.settings, loaded, tokenizer, inputs.rows["eval"], inputs.labels, completions={}
             )
         # Released here, since an export is loaded next, beside the unmerged model.
@@ -184,7 +185,7 @@ def _score_other_suites(
         raise IntegrityError(
             "evaluation: its passages are not those of reference_data; it was made from other passages"
         )
-    return suite_scores, ended
+    return suite_scores, answers
 
 
 def _certify(

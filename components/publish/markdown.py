@@ -7,7 +7,6 @@ is shown as it is written.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 
@@ -31,9 +30,13 @@ _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def front_matter(config: PublishConfig) -> str:
     """Return what a model hub reads: YAML between two lines of `---`."""
-    fields: dict[str, Any] = {**_licence(config), "library_name": "transformers"}
+    fields = {**_licence(config), "library_name": "transformers"}
+    # Some line breaks within single quotes are read back as spaces.
+    style = None if all(map(str.isprintable, fields.values())) else '"'
     # A hub reads UTF-8, and a person reads names more easily than escapes.
-    text = yaml.safe_dump(fields, allow_unicode=True, sort_keys=False, default_flow_style=False, width=10_000)
+    text = yaml.safe_dump(
+        fields, allow_unicode=True, sort_keys=False, default_flow_style=False, default_style=style, width=10_000
+    )
     return f"---\n{text}---"
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
-from qlora_retrain.core import supervisor
+from qlora_retrain.core import supervisor, uris
 
 # Before a record is tried again; each wait is twice the one before, up to the second number.
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
@@ -165,7 +165,9 @@ def _send(client: Client, record: dict[str, Any], reports: TextIO) -> None:
 
 
 def _report(reports: TextIO, error: str | None) -> None:
-    reports.write(json.dumps({"error": " ".join(error.split())[:500] if error else None}) + "\n")
+    # A client's message may repeat the server's URI, and the run's log is kept.
+    text = uris.mask_secrets(" ".join(error.split()))[:500] if error else None
+    reports.write(json.dumps({"error": text}) + "\n")
     reports.flush()
 
 

@@ -22,12 +22,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from components.train_qlora import distributed
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.core import progress
+from qlora_retrain.core import progress, signals
 
 # Lines that wait for a tracker's process; further ones are dropped.
 MAX_WAITING = 10_000
-# How long a tracker may still send once training has ended: a healthy one, and one that has not answered.
-CLOSE_SECONDS, CLOSE_SECONDS_AWAY = 30.0, 1.0
+# How long a tracker may still send once training has ended: a healthy one, one of a step that was asked to stop, whose
+# checkpoint has to be uploaded before it is killed, and one that has not answered.
+CLOSE_SECONDS, CLOSE_SECONDS_STOPPED, CLOSE_SECONDS_AWAY = 30.0, 3.0, 1.0
 POLL_SECONDS = 0.02
 
 
@@ -79,7 +80,9 @@ class Tracker:
 
     @property
     def _close_seconds(self) -> float:
-        return CLOSE_SECONDS_AWAY if self.is_away else CLOSE_SECONDS
+        if self.is_away:
+            return CLOSE_SECONDS_AWAY
+        return CLOSE_SECONDS_STOPPED if signals.stop_requested() else CLOSE_SECONDS
 
     def _put(self, record: Mapping[str, Any]) -> None:
         try:
@@ -135,7 +138,13 @@ def report(config: TrainConfig) -> Iterator[TrackerCallback]:
     """Yield a callback for the Trainer; the trackers' runs end with the block, as failed where it raises."""
     # Every process has the same losses, so one of them reports.
     names = list(dict.fromkeys(config.report_to)) if distributed.is_main() else []
-    trackers = [Tracker(name, config.model_dump(mode="json")) for name in names]
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            trackers.append(Tracker(name, config.model_dump(mode="json")))
+        # A container may be at its limit of processes or threads.
+        except (OSError, RuntimeError) as error:
+            progress.say(f"warning: train.report_to: {name} cannot start, and training goes on without it: {error}")
     succeeded = False
     try:
         yield TrackerCallback(trackers)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from components.validate_data.field_names import Columns, is_turn, is_turns, values_of
 from components.validate_data.layouts import Layout
 from components.validate_data.markers import suggest_marker
-from components.validate_data.suggestions import answer_turns, pair_setting
+from components.validate_data.setting_words import pair_setting
+from components.validate_data.suggestions import answer_turns
 from components.validate_data.turns import TurnParser
 from components.validate_data.values import folded, shorten
 from qlora_retrain.core.errors import UsageError

@@ -6,7 +6,7 @@ list them, Anthropic's `input_schema`, and any of them as JSON text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.validate_data.values import RowFault, describe_type, is_empty, parse_json, shorten, text_of
@@ -25,8 +25,11 @@ def parse_tools(value: object, field: str) -> list[Tool] | None:
     value = _from_text(value, "bad_tools", f'"{field}"')
     if is_empty(value):
         return None
-    items = value if isinstance(value, list) else [value]
-    return [_tool(_from_text(item, "bad_tools", f'"{field}"'), field) for item in items]
+    # Bedrock's toolConfig.
+    if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
+        value = value["tools"]
+    items = [_from_text(item, "bad_tools", f'"{field}"') for item in (value if isinstance(value, list) else [value])]
+    return [_tool(function, field) for item in items for function in _functions(item)]
 
 
 def parse_calls(value: object) -> list[Tool]:
@@ -47,6 +50,21 @@ def is_list_of_calls(value: object) -> bool:
         isinstance(item, Mapping) and set(item) - {"id", "type"} in ({"name", key} for key in ARGUMENT_KEYS)
         for item in value
     )
+
+
+def _functions(item: object) -> Sequence[object]:
+    """Return the functions of an item of a list of tools: Gemini has a list in each, and Bedrock an object."""
+    if not isinstance(item, Mapping):
+        return item if isinstance(item, list) else [item]
+    for key in ("functionDeclarations", "function_declarations"):
+        if isinstance(item.get(key), list):
+            return list(item[key])
+    spec = item.get("toolSpec")
+    if not isinstance(spec, Mapping):
+        return [item]
+    schema = spec.get("inputSchema")
+    function = {key: value for key, value in spec.items() if key != "inputSchema"}
+    return [{**function, "parameters": schema.get("json", schema) if isinstance(schema, Mapping) else schema}]
 
 
 def _tool(value: object, field: str) -> Tool:

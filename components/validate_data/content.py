@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-from components.validate_data.values import RowFault, shorten, text_of
+from components.validate_data.tool_parts import CALLS, RESULTS
+from components.validate_data.values import RowFault, is_empty, shorten, text_of
 
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 REASONING_PARTS = {"thinking": "thinking", "reasoning": "reasoning"}  # the type, and the key of its text
@@ -13,14 +15,16 @@ MEDIA = frozenset(
     "image image_url image_file input_image video video_url audio audio_url input_audio file file_url document "
     "inlineData inline_data fileData file_data".split()
 )
-# Calls and results that other APIs write as parts; here they are `tool_calls` and turns of the role tool.
-CALL_PARTS = frozenset(
-    "tool_use tool_result server_tool_use toolUse toolResult functionCall functionResponse function_call "
-    "function_response".split()
-)
+# What `tool_parts` has not taken out of a content.
+CALL_PARTS = frozenset((*CALLS, *RESULTS, "server_tool_use"))
 REFUSED_PARTS = CALL_PARTS | {"refusal", "redacted_thinking"}
 # Fields of a row that hold media, and how a text refers to them.
-MEDIA_FIELDS = frozenset("image images image_path image_url img video videos audio audios".split())
+MEDIA_FIELDS = frozenset(
+    "image images image_path image_paths image_url img video videos video_path audio audios audio_path".split()
+)
+_MEDIA_FILE = re.compile(
+    r"(?!\w+://)\S.*\.(jpe?g|png|gif|webp|bmp|tiff?|wav|mp3|flac|ogg|m4a|mp4|avi|mov|webm|mkv)", re.IGNORECASE
+)
 PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<img>")
 
 
@@ -56,18 +60,26 @@ def parse_content(content: object) -> tuple[str, str]:
 
 
 def refuse_media(fields: Mapping[str, object], texts: list[str], ignored: frozenset[str]) -> None:
-    """Refuse a row with an image, a video or a sound that its texts refer to.
+    """Refuse a row with an image, a video or a sound.
 
-    A text alone in such a field may be an address that nothing refers to; what is no text is the medium itself.
+    A text in such a field counts if it is the path of a file, or if the row's texts refer to it; an address may be one
+    that nothing refers to.
 
     Raises:
-        RowFault: It names the field.
+        RowFault: It names the field, and the setting for a medium that the texts do not need.
     """
-    for name in MEDIA_FIELDS.intersection(fields) - ignored:
+    has_placeholder = any(mark in text for text in texts for mark in PLACEHOLDERS)
+    for name in sorted(MEDIA_FIELDS.intersection(fields) - ignored):
         value = fields[name]
-        has_placeholder = any(mark in text for text in texts for mark in PLACEHOLDERS)
-        if value not in (None, "", [], {}) and (has_placeholder or not isinstance(value, str)):
-            raise RowFault("image_content", f'the field "{name}"')
+        if is_medium(value) or (has_placeholder and not is_empty(value)):
+            is_file = isinstance(value, str) and not has_placeholder
+            hint = f"; if the texts do not need it, set data.ignore_fields: [{name}]" if is_file else ""
+            raise RowFault("image_content", f'the field "{name}"{hint}')
+
+
+def is_medium(value: object) -> bool:
+    """Return whether the value of such a field is a medium, or the path of its file."""
+    return not is_empty(value) and (not isinstance(value, str) or _MEDIA_FILE.fullmatch(value.strip()) is not None)
 
 
 def _are_parts(content: list[object]) -> bool:

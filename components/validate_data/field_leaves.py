@@ -13,12 +13,15 @@ from components.validate_data.values import describe_type, folded, is_empty, sho
 # The last word of a field that says which row it is, or where it comes from.
 _ABOUT_ROWS = frozenset(
     "id uuid ids url uri source date time timestamp ts at username lang language license licence split subset path "
-    "repo name model domain subreddit tags status size hash meta metadata start end offset count index idx topic turns "
-    "system".split()
+    "repo name model domain subreddit tags status size hash meta metadata file filename start end offset count index "
+    "idx topic turns system".split()
 )
 MAX_CATEGORIES = 20
 _MAX_LISTED_FIELDS = 20
 _MIN_PROSE_WORDS, _MIN_PROSE_CHARACTERS = 3, 30
+# Fields that say why an answer is what it is, and would give it away.
+_EXPLANATIONS = frozenset("reason reasoning reasons rationale explanation justification comment feedback".split())
+_QUERY = re.compile(r"(?i)\s*(select|with|insert|update|delete|create|match|prefix|ask|db\.)\b")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+")
 # What YAML reads as something else than a text.
 _YAML_WORDS = frozenset("true false yes no on off null y n".split())
@@ -74,6 +77,7 @@ def is_about_row(path: str) -> bool:
     words = words_of(path)
     # A field `name` alone may hold the text, unlike `repo_name`.
     is_about = bool(words) and words[-1] in _ABOUT_ROWS and words != ["name"] and not set(words) & set(LABELS)
+    is_about |= folded(path.partition(".")[0]) in ("meta", "metadata")
     return is_about or folded(path.rpartition(".")[2]) in SYSTEMS
 
 
@@ -98,3 +102,29 @@ def quoted(name: str) -> str:
     """Return a name as YAML takes it for a text: with quotes where it would be a number or a mark."""
     is_plain = re.fullmatch(r"[^\W\d][\w .()/?-]*", name) and name.casefold() not in _YAML_WORDS
     return name if is_plain else json.dumps(name, ensure_ascii=False)
+
+
+def are_queries(values: Sequence[object]) -> bool:
+    """Return whether the values are queries in SQL or the like."""
+    return all(isinstance(value, str) and _QUERY.match(value) for value in values)
+
+
+def is_explanation(path: str) -> bool:
+    """Return whether a field says why the label is what it is."""
+    return bool(_EXPLANATIONS & set(words_of(path)))
+
+
+def two_values(columns: Columns) -> list[str]:
+    """Return the two fields that may be a prompt and an answer, where one at least is a list or an object."""
+    fields = [
+        name
+        for name, values in columns.items()
+        if values and not is_about_row(name) and isinstance(values[0], str | list | Mapping)
+    ]
+    is_value = [isinstance(columns[name][0], Mapping) or _is_list_of_values(columns[name][0]) for name in fields]
+    are_whole = all(flag or is_prose(columns[name]) for name, flag in zip(fields, is_value, strict=True))
+    return fields if len(fields) == 2 and any(is_value) and are_whole else []
+
+
+def _is_list_of_values(value: object) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, list | Mapping) for item in value)

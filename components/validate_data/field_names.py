@@ -22,7 +22,9 @@ from components.validate_data.values import (
 Columns = dict[str, list[object]]
 # Names are compared without letter case and punctuation, so these stand for `user_input` and `UserInput` too.
 CHATS = "messages conversations conversation dialogue dialog chat turns contents chats dialogs data".split()
-PROMPTS = "instruction instructions prompt question query problem userinput usermessage userprompt questiontext".split()
+PROMPTS = (
+    "instruction instructions instruct prompt question query problem userinput usermessage userprompt questiontext"
+).split()
 # Prompts where a file has none of the names above; with one, the first two are a further part of the prompt.
 OTHER_PROMPTS = "input context inputs inputtext human user q".split()
 FURTHER_PARTS = ("input", "context")
@@ -38,12 +40,13 @@ PROMPT_PARTS = (
 ).split()
 # With a number or a letter behind, e.g. `option1` and `choice_a`.
 NUMBERED_PARTS = frozenset("option choice candidate passage document context evidence paragraph article ending".split())
+_CHOICES = ("_options", "_choices", "_candidates")  # e.g. question_options
 _NUMBERED = re.compile(r"(.+?)(?:[_\- ]?\d{1,2}|[_\- ][A-Ea-e]|(?<=[a-z])[A-E])")
 LABEL_PROMPTS = "text sentence utterance review tweet content title document message".split()
 LABELS = "label labels labeltext labelname category intent class sentiment emotion polarity topic".split()
 TEXTS = "text content document body story page article".split()
 SYSTEMS = "system systemprompt systemmessage systeminstruction".split()
-TOOLS = ("tools", "functions")
+TOOLS = ("tools", "functions", "toolConfig", "tool_config")
 HISTORY = "history"
 # As servers name it; other names, such as `explanation`, may be about the row and not before its answer.
 REASONING = "reasoningcontent"
@@ -57,7 +60,8 @@ def stem(name: str) -> str | None:
 
 def is_prompt_part(name: str) -> bool:
     """Return whether a column's name says that it belongs to a prompt."""
-    return folded(name) in PROMPT_PARTS or stem(name) in NUMBERED_PARTS
+    is_list_of_choices = name.casefold().endswith(_CHOICES)
+    return folded(name) in PROMPT_PARTS or stem(name) in NUMBERED_PARTS or is_list_of_choices
 
 
 def columns_of(samples: Iterable[Mapping[str, object]]) -> Columns:
@@ -118,6 +122,11 @@ def is_turns(value: object, parser: TurnParser) -> bool:
     return isinstance(value, list) and bool(value) and all(is_turn(item, parser) for item in value)
 
 
+def has_role(value: object) -> bool:
+    """Return whether the value is an object with the name of a role, recognised or not."""
+    return isinstance(value, Mapping) and turn_keys(value)[0] is not None
+
+
 def is_turn(value: object, parser: TurnParser) -> bool:
     """Return whether the value is an object with a recognised role and a content."""
     if not isinstance(value, Mapping):
@@ -125,6 +134,19 @@ def is_turn(value: object, parser: TurnParser) -> bool:
     role, content = turn_keys(value)
     has_content = content is not None or any(value.get(key) is not None for key in CALL_KEYS)
     return role is not None and has_content and parser.has_role(value[role])
+
+
+def are_json_turns(values: Sequence[object], parser: TurnParser) -> bool:
+    """Return whether all values are the JSON text of a chat without its last answer; each turn has some role."""
+    chats = [parsed(value) for value in values if isinstance(value, str)]
+    turns = [chat for chat in chats if isinstance(chat, list) and chat and all(map(has_role, chat))]
+    # A role that is not recognised is for the row's own message.
+    is_chat = any(is_turn(turn, parser) for chat in turns for turn in chat)
+    return is_chat and len(turns) == len(values) and not any(_is_answer(chat[-1], parser) for chat in turns)
+
+
+def _is_answer(turn: object, parser: TurnParser) -> bool:
+    return is_turn(turn, parser) and parser.parse([turn])[0][-1]["role"] == "assistant"
 
 
 def _are_chats(path: str, values: Sequence[object], parser: TurnParser) -> bool:

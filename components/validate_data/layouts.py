@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from components.validate_data.field_names import Columns
 from components.validate_data.prompt_template import PromptTemplate
-from components.validate_data.rendered import Llama2, Style
+from components.validate_data.rendered import AnyStyle
 from components.validate_data.values import folded, shorten
 from qlora_retrain.config.data import DataConfig
 
@@ -28,7 +28,7 @@ class Layout:
         history: The field of the earlier exchanges.
         reasoning: The field of the reasoning before the answer.
         left_out: Fields that are no text of the chat, such as the answer that was rejected.
-        style: How the chat is written, where its field holds a text that was rendered for a model.
+        style: How the chat is written, where its field, or prompt and answer together, were rendered for a model.
         has_json_turns: Whether each prompt is the JSON text of turns, as an export of a chat log has them in CSV.
     """
 
@@ -43,7 +43,7 @@ class Layout:
     history: str | None = None
     reasoning: str | None = None
     left_out: tuple[str, ...] = ()
-    style: Style | Llama2 | None = None
+    style: AnyStyle | None = None
     has_json_turns: bool = False
 
     @property

@@ -17,9 +17,10 @@ _MAX_MARKER_CHARACTERS = 64
 # How the answers of whole texts begin, the surest first.
 _ANSWER_MARKERS = re.compile(
     r"(?im)(###? ?(?:response|assistant|answer|output|bot|gpt|completion|ai)\b:?|<\|(?:im_start\|>)?assistant(?:\|>)?"
-    r"|\[/INST\]|<start_of_turn>model|<\|start_header_id\|>assistant<\|end_header_id\|>|(?-i:\bASSISTANT:)"
+    r"|\[(?:assistant|answer|response|bot)\]|\[/INST\]|<start_of_turn>model|<\|start_header_id\|>assistant<\|end_header_id\|>|(?-i:\bASSISTANT:)"
     r"|^(?:assistant|answer|response|output|bot|ai|a|gpt) ?:)"
 )
+_HEADING = re.compile(r"(?m)^(#{2,6} ?[^\W\d_][^\n:#]{0,30}:)")
 # What the first line of a text opens with, where its turns are marked.
 _OPENING = re.compile(r"\s*(###? ?[A-Za-z ]{1,20}:|<\|[^<>\s]{1,30}\|>|[A-Z][A-Za-z]{1,15}:)")
 
@@ -86,7 +87,11 @@ def suggest_marker(texts: Sequence[str]) -> str | None:
     for marker, _ in counts.most_common(1):
         if sum(marker in text for text in texts) * 5 >= len(texts) * 4:
             return marker
-    return None
+
+    # Headings in any language: of those that most texts have, the answer stands below the last.
+    counts = Counter(heading for text in texts for heading in dict.fromkeys(_HEADING.findall(text)))
+    shared = [heading for heading, count in counts.items() if count * 5 >= len(texts) * 4]
+    return max(shared, key=texts[0].rfind) if len(shared) > 1 else None
 
 
 def _near_marker(text: str, marker: str) -> str:

@@ -21,6 +21,7 @@ from components.validate_data.layouts import Layout
 from components.validate_data.markers import EndMarkers
 from components.validate_data.recognition import choose_layout
 from components.validate_data.row_chat import RowChat, build_chat, without_padding
+from components.validate_data.turn_rows import conversation_field, join_turns
 from components.validate_data.turns import TurnParser
 from components.validate_data.unread import UnreadColumns
 from components.validate_data.unread_refusal import explain_refusal
@@ -81,6 +82,7 @@ class RowReader:
         self._names: dict[str, None] = {}
         self._num_json_answers = 0
         self._last_layout: Layout | None = None
+        self._is_configured = any((config.messages_field, config.response_field, config.text_field))
         self.layouts: dict[str, str] = {}
         self.unread: dict[str, int] = {}
         self.warnings: list[str] = []
@@ -102,6 +104,11 @@ class RowReader:
         samples = list(islice(records, SAMPLE_ROWS))
         # A file without a single row that can be looked at has no layout; its rows have their faults.
         columns = columns_of(record.fields for record in samples if record.fields is not None)
+        if not self._is_configured and (field := conversation_field(columns)):
+            progress.say(f'{self._source}: {file}: each row is a turn of the conversation that "{field}" names')
+            records = join_turns(chain(samples, records), field)
+            samples = list(islice(records, SAMPLE_ROWS))
+            columns = columns_of(record.fields for record in samples if record.fields is not None)
         # A parser of its own, since the one of the rows counts what it ignores.
         parser = TurnParser(self._config.roles, self._config.ignore_fields)
         layout = choose_layout(file, columns, self._config, parser) if columns else Layout("")

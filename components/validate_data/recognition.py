@@ -18,12 +18,13 @@ from components.validate_data.answer_checks import (
     refuse_visible_answer,
     refuse_wrapped_answer,
 )
-from components.validate_data.field_leaves import describe_fields, is_about_row, is_prose, leaves_of
+from components.validate_data.field_leaves import describe_fields, is_about_row, is_prose, leaves_of, words_of
 from components.validate_data.field_names import Columns, named, values_of
 from components.validate_data.layouts import Layout, configured_layout, quote_fields, rejected_fields
 from components.validate_data.prompt_template import PromptTemplate
-from components.validate_data.rendered import style_of
-from components.validate_data.suggestions import prompt_template, suggest_settings
+from components.validate_data.rendered import SpeakerLines, style_of
+from components.validate_data.setting_words import prompt_template
+from components.validate_data.suggestions import suggest_settings
 from components.validate_data.turns import TurnParser
 from components.validate_data.values import folded, parsed
 from qlora_retrain.config.data import DataConfig
@@ -40,8 +41,9 @@ def choose_layout(file: str, columns: Columns, config: DataConfig, parser: TurnP
     """
     layout = configured_layout(columns, config) or _recognise(file, columns, config, parser)
     refuse_visible_answer(file, layout, columns)
-    if layout.is_plain_prompt and _are_json_turns(values_of(columns, layout.prompt_fields[0]), parser):
+    if layout.is_plain_prompt and names.are_json_turns(values_of(columns, layout.prompt_fields[0]), parser):
         layout = replace(layout, has_json_turns=True, description=f"the turns in {layout.description}")
+    layout = _rendered_pair(layout, columns)
     system = (config.system_field,) if config.system_field else tuple(named(columns, names.SYSTEMS))
     tools = (config.tools_field,) if config.tools_field else _tools_fields(layout)
     used = set(layout.read)
@@ -108,8 +110,26 @@ def _rendered_chat(columns: Columns, preferred: str | None = None) -> Layout | N
     if len(written) != 1:
         return None
     style, note = styles[written[0]], _PREFERENCE if preferred else ""
+    # A conversation beside a label may be what is labelled.
+    if isinstance(style, SpeakerLines) and named(columns, names.LABELS):
+        return None
     name = style.name if style else ""
     return Layout(f'chats that are written as {name} in "{written[0]}"{note}', chat=written[0], style=style)
+
+
+def _rendered_pair(layout: Layout, columns: Columns) -> Layout:
+    """Return the layout of a pair whose prompt and answer together are a text that was rendered for a model."""
+    fields = tuple(path for path in layout.prompt_fields if values_of(columns, path))
+    if layout.response is None or not layout.is_plain_prompt or len(fields) != 1:
+        return layout
+    prompts, answers = values_of(columns, fields[0]), values_of(columns, layout.response)
+    pairs = [(p, a) for p, a in zip(prompts, answers, strict=False) if isinstance(p, str) and isinstance(a, str)]
+    style = style_of([prompt + answer for prompt, answer in pairs])
+    # Names of speakers may be the prompt's own way of writing.
+    if style is None or isinstance(style, SpeakerLines) or len(prompts) != len(answers):
+        return layout
+    prompt = PromptTemplate.from_fields(fields)
+    return replace(layout, prompt=prompt, style=style, description=f"{layout.description}, written as {style.name}")
 
 
 def _one_chat(file: str, columns: Columns, paths: Sequence[str]) -> Layout | None:
@@ -185,7 +205,7 @@ def _prompt_choices(columns: Columns, config: DataConfig) -> list[tuple[str, ...
 def _has_text_beside(columns: Columns, chat: str) -> bool:
     """Return whether a text that is not in the chat may be its answer."""
     return any(
-        not path.startswith(f"{chat}.") and not is_about_row(path) and is_prose(values)
+        not path.startswith(f"{chat}.") and not is_about_row(path) and (is_prose(values) or "answer" in words_of(path))
         for path, values in leaves_of(columns).items()
     )
 
@@ -248,16 +268,6 @@ def _tools_fields(layout: Layout) -> tuple[str, ...]:
     """Return the fields that may hold tools; beside a chat within an object they are in that object."""
     parents = {field.rpartition(".")[0] for field in (layout.chat, *layout.prompt_fields) if field and "." in field}
     return (*names.TOOLS, *(f"{parent}.{name}" for parent in sorted(parents) for name in names.TOOLS))
-
-
-def _are_json_turns(values: Sequence[object], parser: TurnParser) -> bool:
-    """Return whether all values are the JSON text of a chat that ends with the user, so that an answer can follow."""
-    texts = [value for value in values if isinstance(value, str)]
-    return (
-        bool(texts)
-        and len(texts) == len(values)
-        and all(names.is_turns(text, parser) and not names.end_with_answers([text], parser) for text in texts)
-    )
 
 
 def _holds_exchanges(values: Sequence[object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from qlora_retrain.evaluation import drift
 _DRIFT_CONFIDENCE = 0.95  # the confidence that the drift is more than chance
 _MAX_EXPLAINED_REASONS = 3  # a refusal is one line of a log, so it stays short
 _SIZE_LIMITS = ("min_train_rows", "min_eval_rows")
+_SHARE_LIMITS = ("max_quarantined_fraction", "max_duplicates_fraction")
 
 
 def explain_refusal(gate_rows: GateRows, findings: Sequence[Finding], config: DataConfig) -> str:
@@ -42,6 +44,8 @@ def explain_refusal(gate_rows: GateRows, findings: Sequence[Finding], config: Da
         parts.append(f"{explain_fault(first_row, config)} ({reason}: {count:,} of {len(rows):,} rows)")
         if reason == "too_long":
             parts.append(explain_too_long(rows, config))
+    if bad_reasons.total() < len(rows):
+        parts += [_share_advice(finding) for finding in failed if finding.name in _SHARE_LIMITS]
     return "data refused: " + "; ".join(parts)
 
 
@@ -68,6 +72,11 @@ def _failure(finding: Finding) -> str:
     is_too_low = finding.low is not None and observed < finding.low
     limit = f"at least {finding.low:,.4g}" if is_too_low else f"at most {finding.high:,.4g}"
     return f"{finding.expectation}: {observed:,.4g}, expected {limit} ({finding.name})"
+
+
+def _share_advice(finding: Finding) -> str:
+    limit = math.ceil(round((finding.observed or 0) * 100, 6)) / 100
+    return f"mend these rows, or leave them out with data.{finding.name}: {limit:g}"
 
 
 def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Read back texts into which chats were written for a model: ChatML, Llama 2 and 3, Gemma, Zephyr and Phi-3.
+"""Read back texts into which chats were written: ChatML, Llama 2 and 3, Gemma, Zephyr, Phi-3, and speakers' names.
 
 A text counts only if it is such turns from its beginning to its end; one that merely mentions a mark stays a text.
 """
@@ -68,19 +68,38 @@ class Llama2:
         return turns if turns and not text[position:].strip() else None
 
 
-STYLES: tuple[Style | Llama2, ...] = (
+@dataclass(frozen=True, slots=True)
+class SpeakerLines:
+    """Paragraphs that begin with `Human:` and `Assistant:` in turn, as in Anthropic's preference data."""
+
+    name: str = "paragraphs of Human and Assistant"
+
+    def read(self, text: str) -> list[dict[str, str]] | None:
+        """Return the turns; None where the text is not such paragraphs, one speaker after the other."""
+        before, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?", text)
+        speakers, contents = parts[::2], parts[1::2]
+        in_turn = all(speaker == ("Human", "Assistant")[i % 2] for i, speaker in enumerate(speakers))
+        if before.strip() or not parts or not in_turn:
+            return None
+        return [{"role": role, "content": content} for role, content in zip(speakers, contents, strict=True)]
+
+
+AnyStyle = Style | Llama2 | SpeakerLines
+STYLES: tuple[AnyStyle, ...] = (
     Style("ChatML", r"<\|im_start\|>(\w+)\n", r"<\|im_end\|>"),
     Style("Llama 3", r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n", r"<\|(?:eot_id|eom_id)\|>"),
     Style("Gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>"),
     Style("Zephyr or Phi-3", r"<\|(system|user|assistant)\|>\n?", r"(?:</s>|<\|end\|>|<\|endoftext\|>)"),
     Llama2(),
+    SpeakerLines(),
 )
 
 
-def style_of(values: Sequence[object]) -> Style | Llama2 | None:
+def style_of(values: Sequence[object]) -> AnyStyle | None:
     """Return the style in which all of the texts are written, each with an answer; None where there is none."""
     for style in STYLES:
-        chats = [style.read(value) if isinstance(value, str) else None for value in values]
-        if chats and all(chat and chat[-1]["role"] in ("assistant", "model") for chat in chats):
+        chats = [style.read(value) or [] if isinstance(value, str) else [] for value in values]
+        ends = [chat[-1] for chat in chats if chat and chat[-1]["role"] in ("assistant", "model", "Assistant")]
+        if ends and len(ends) == len(values) and any(end["content"].strip() for end in ends):
             return style
     return None

@@ -23,7 +23,7 @@ _CONFIDENCE = 0.95
 def report_page(profile: dict[str, Any], sentence: str) -> str:
     """Render the profile as a page; `sentence` is the decision at its top."""
     blocks = [
-        html.section("Rows", html.key_value_table(profile["rows"]), *_evidence(profile)),
+        html.section("Rows", html.key_value_table(profile["rows"]), *explain_evidence(profile)),
         html.section("Split", html.key_value_table(profile["split"])),
         html.section("Expectations", _expectations(profile)),
         html.section("Rows that were kept out", _reasons(profile)),
@@ -51,7 +51,7 @@ def describe_row_warning(code: str) -> str:
     return ROW_WARNINGS.get(code, code.replace("_", " "))
 
 
-def _evidence(profile: dict[str, Any]) -> list[str]:
+def explain_evidence(profile: dict[str, Any]) -> list[str]:
     """Return what so many rows can prove, where the answers are labels."""
     num_eval = profile["rows"]["eval"]
     if not profile["labels"] or not num_eval:

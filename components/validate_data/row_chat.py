@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from components.validate_data.calls import Tool, is_list_of_calls, parse_calls, parse_tools
 from components.validate_data.content import parse_content, refuse_media
-from components.validate_data.field_names import is_turn, is_turns
+from components.validate_data.field_names import has_role, is_turn, is_turns
 from components.validate_data.layouts import Layout
 from components.validate_data.markers import split_text
-from components.validate_data.turns import Message, TurnParser, turn_keys
+from components.validate_data.rendered import AnyStyle
+from components.validate_data.turns import Message, TurnParser
 from components.validate_data.values import RowFault, is_empty, parsed, shorten, text_of, value_at, without_nulls
 from qlora_retrain.config.data import DataConfig
 
@@ -80,11 +81,13 @@ def _required(fields: Mapping[str, object], path: str) -> object:
 
 def _chat_value(fields: Mapping[str, object], layout: Layout) -> object:
     value = _required(fields, layout.chat or "")
-    if layout.style is None:
-        return value
-    turns = layout.style.read(value) if isinstance(value, str) else None
+    return value if layout.style is None else _rendered_turns(value, layout.style)
+
+
+def _rendered_turns(text: object, style: AnyStyle) -> list[dict[str, str]]:
+    turns = style.read(text) if isinstance(text, str) else None
     if turns is None:
-        raise RowFault("bad_rendering", f"it is not written as {layout.style.name} writes turns")
+        raise RowFault("bad_rendering", f"it is not written as {style.name} writes turns")
     return turns
 
 
@@ -103,10 +106,13 @@ def _pair(
     answer = _required(fields, layout.response or "")
     if len(layout.prompt_fields) == 1 and layout.is_plain_prompt:
         prompt = _required(fields, layout.prompt_fields[0])
+        if layout.style:
+            turns = parser.parse(_rendered_turns(text_of(prompt) + text_of(answer), layout.style))[0]
+            return turns[:-1], [text_of(prompt)], turns[-1:]
         if isinstance(prompt, str) and layout.has_json_turns:
             prompt, answer = parsed(prompt), _parsed_turns(answer, parser)
         # A role that is not recognised is a fault, and no reason to learn the turns as JSON.
-        if isinstance(prompt, list) and prompt and all(_has_role(item) for item in prompt):
+        if isinstance(prompt, list) and prompt and all(map(has_role, prompt)):
             turns = parser.parse(prompt)[0]
             return turns, [turn["content"] for turn in turns], _answer_turns(answer, parser, has_tools=has_tools)
 
@@ -121,14 +127,17 @@ def _pair(
     return [turn], list(texts.values()), _answer_turns(answer, parser, has_tools=has_tools)
 
 
-def _has_role(item: object) -> bool:
-    return isinstance(item, Mapping) and turn_keys(item)[0] is not None
-
-
 def _parsed_turns(answer: object, parser: TurnParser) -> object:
-    """Return the turn or the turns that a text writes as JSON; any other answer as it is."""
+    """Return the turn or the turns that a text writes as JSON; any other answer as it is.
+
+    Raises:
+        RowFault: For a turn with a role that is not recognised.
+    """
     value = parsed(answer)
-    return value if is_turns(value, parser) or is_turn(value, parser) else answer
+    is_known = is_turns(value, parser) or is_turn(value, parser)
+    if not is_known and isinstance(value, Mapping) and "role" in value:
+        parser.parse([value])
+    return value if is_known else answer
 
 
 def _answer_turns(value: object, parser: TurnParser, *, has_tools: bool) -> list[Message]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from components.validate_data.content import MEDIA_FIELDS, is_medium
 from components.validate_data.field_names import LABELS, PROMPTS, RESPONSES, Columns
 from components.validate_data.turns import CONTENT_KEYS
 from components.validate_data.values import folded, parsed, shorten
@@ -17,11 +18,23 @@ _THREADS = frozenset(
     "sessionid".split()
 )
 _ANSWERS = frozenset((*RESPONSES, *LABELS, "answers"))
+_PROMPT_LISTS = ("questions", "queries", "instructions", "prompts", "patterns", "utterances")
 _MAX_DEPTH = 6
 
 
 def explain_shape(columns: Columns) -> str | None:
     """Return what the rows are and what to write instead; None where a row may be an example."""
+    if medium := next((name for name, values in columns.items() if _are_media(name, values)), None):
+        return f"each row goes with a medium ({shorten(medium)}), and only text can be learnt"
+    if answer := _empty_answer(columns):
+        return f"{shorten(answer)} is empty in every row, so nothing is to be learnt"
+    if calls := next((name for name, values in columns.items() if any(map(_has_call_as_text, values))), None):
+        return (
+            f"{shorten(calls)} holds calls as text (<functioncall>), in turns that are one text; write each turn as an "
+            "item of a list in a field messages, a call as tool_calls, and the functions in a field tools"
+        )
+    if parts := next((name for name, values in columns.items() if values and all(map(_are_segments, values))), None):
+        return f"{shorten(parts)} holds parts of rendered texts; write the turns as a list in a field messages"
     if "inputids" in map(folded, columns):
         return "the rows are tokens, of one tokenizer; bring the texts that they were made of"
     if _is_one_turn(columns):
@@ -45,6 +58,29 @@ def nodes(path: str, value: object, depth: int = 0) -> Iterator[tuple[str, objec
         yield from nodes(f"{path}.0", value[0], depth + 1)
 
 
+def _has_call_as_text(value: object) -> bool:
+    return isinstance(value, str) and "<functioncall>" in value
+
+
+def _are_segments(value: object) -> bool:
+    """Return whether a value is a list of texts that each say whether they are learnt, as axolotl reads them."""
+    items = value if isinstance(value, list) else []
+    return bool(items) and all(
+        isinstance(item, Mapping) and item.keys() == {"label", "text"} and isinstance(item["label"], bool)
+        for item in items
+    )
+
+
+def _are_media(name: str, values: Sequence[object]) -> bool:
+    return name in MEDIA_FIELDS and sum(map(is_medium, values)) * 2 > len(values)
+
+
+def _empty_answer(columns: Columns) -> str | None:
+    """Return the answer's field where no row fills it, nor another field that is named as one."""
+    answers = [name for name in columns if folded(name) in _ANSWERS]
+    return answers[0] if answers and not any(columns[name] for name in answers) else None
+
+
 def _are_trees(values: Sequence[object]) -> bool:
     """Return whether the values are objects of nodes that name those that follow them, as ChatGPT exports chats."""
     return bool(values) and all(
@@ -58,7 +94,7 @@ def _are_trees(values: Sequence[object]) -> bool:
 def _rows_within(columns: Columns) -> str | None:
     """Return the path of a list whose items are rows: a question with its answer each."""
     for name, values in columns.items():
-        if folded(name) in ("questions", "queries", "instructions", "prompts") and _are_several(values):
+        if folded(name) in _PROMPT_LISTS and _are_several(values):
             return name
         lists: Columns = {}
         for value in values:

@@ -18,6 +18,7 @@ from components.validate_data.checks import Row
 from components.validate_data.sizes import choose_fraction
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.lm import conversations
+from qlora_retrain.lm.chat import Chat
 
 # A beginning is a shared opening where more than this fraction of the rows has it, and it goes on in more different
 # chats than this. One conversation of many turns, or one with a few branches, stays a group.
@@ -31,9 +32,22 @@ Beginnings = tuple[str, ...]
 
 def digest_beginnings(row: Row, split_seed: str | None) -> Beginnings:
     """Return 16 hex digits for every beginning of the row's path."""
+    return _digest_path(row.messages, split_seed)
+
+
+def digest_greeting(row: Row, split_seed: str | None) -> Beginnings:
+    """Return the same of what the assistant says before the first user turn: a beginning that is no part of the path.
+
+    Many chats have one greeting, so it must not decide their side. It may be a whole row elsewhere.
+    """
+    greeting = conversations.greeting_of(row.messages)
+    return _digest_path(greeting, split_seed) if greeting else ()
+
+
+def _digest_path(chat: Chat, split_seed: str | None) -> Beginnings:
     # One hash goes through the whole path, so that long chats do not cost the square of their length.
     state, digests = hashlib.sha256(f"{split_seed or ''}".encode()), []
-    for element in conversations.conversation_path(row.messages):
+    for element in conversations.conversation_path(chat):
         state.update(f"\n{element}".encode())
         digests.append(state.hexdigest()[:16])
     return tuple(digests)
@@ -72,11 +86,13 @@ def keep_apart(
     keys: set[str] = set()
     endings: set[str] = set()  # reserved chats that are a shared opening
     inner: set[str] = set()
+    greetings: set[str] = set()
     for row in reserved:
         path = digest_beginnings(row, config.split_seed)
         key, is_opening = _group(path, openings)
         keys.add(key)
         inner.update(path)
+        greetings.update(digest_greeting(row, config.split_seed))
         if is_opening:
             endings.add(key)
 
@@ -86,7 +102,8 @@ def keep_apart(
         path = digest_beginnings(row, config.split_seed)
         key, is_opening = _group(path, openings)
         # A chat that is itself a shared opening is the beginning of all that go on from it.
-        if key in keys or (is_opening and key in inner) or not endings.isdisjoint(path):
+        is_kept_apart = key in keys or (is_opening and key in inner) or not endings.isdisjoint(path)
+        if is_kept_apart or key in greetings or not keys.isdisjoint(digest_greeting(row, config.split_seed)):
             row.reason = reason
 
 
@@ -100,24 +117,27 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
     """
     good_rows = [row for row in rows if not row.reason]
     paths = [digest_beginnings(row, config.split_seed) for row in good_rows]
-    groups = [_group(path, openings) for path in paths]
+    # An opening that no other chat goes on from is a conversation of its own.
+    continued = {digest for path in paths for digest in path[:-1]}
+    groups = [(key, is_opening and key in continued) for key, is_opening in (_group(path, openings) for path in paths)]
     fractions = [as_fraction(key) for key, is_opening in groups if not is_opening]
     eval_fraction = choose_fraction(fractions, config)
 
-    # The sides on which the chats of an opening go on.
+    # The sides on which the chats of an opening or a greeting go on; those that are openings themselves follow them.
     sides: dict[str, set[bool]] = defaultdict(set)
-    for path, (key, is_opening) in zip(paths, groups, strict=True):
-        if not is_opening:
-            for digest in path[: path.index(key)]:
-                sides[digest].add(as_fraction(key) < eval_fraction)
+    for row, path, (key, is_opening) in sorted(zip(good_rows, paths, groups, strict=True), key=lambda item: item[2][1]):
+        row_sides = sides[key] if is_opening else {as_fraction(key) < eval_fraction}
+        openings_before = () if is_opening else path[: path.index(key)]
+        for digest in (*openings_before, *digest_greeting(row, config.split_seed)):
+            sides[digest] |= row_sides
 
     evaluation: list[tuple[float, Row]] = []
-    for row, (key, is_opening) in zip(good_rows, groups, strict=True):
+    for row, (key, _) in zip(good_rows, groups, strict=True):
         is_eval = as_fraction(key) < eval_fraction
-        if is_opening and len(sides[key]) == 2:
+        if len(sides[key]) == 2:
             row.reason = "shared_opening"
             continue
-        if is_opening and sides[key]:
+        if sides[key]:
             is_eval = True in sides[key]
         if is_eval:
             evaluation.append((as_fraction(key), row))

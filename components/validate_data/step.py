@@ -22,7 +22,7 @@ from components.validate_data.expectations import check_expectations
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
 from components.validate_data.refusal import explain_acceptance, explain_drift, explain_refusal
-from components.validate_data.report import describe_row_warning, report_page
+from components.validate_data.report import describe_row_warning, explain_evidence, report_page
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import graph, json_lines, progress
 from qlora_retrain.core.errors import DataRefused
@@ -57,6 +57,10 @@ def run(
         progress.say(note)
     for code, entry in profile["row_warnings"].items():
         progress.say(f"{entry['rows']:,} rows, the first {entry['first']}: {describe_row_warning(code)} ({code})")
+
+    # Said here, since it costs hours of training to learn it from the verdict.
+    for text in explain_evidence(profile):
+        progress.say(text)
 
     refusal = explain_refusal(gate_rows, findings, config)
     # Data that is refused anyway needs no second reason.

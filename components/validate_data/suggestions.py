@@ -10,22 +10,27 @@ from collections.abc import Mapping, Sequence
 from components.validate_data import field_names as names
 from components.validate_data.field_leaves import (
     MAX_CATEGORIES,
+    are_queries,
     is_about_row,
     is_category,
+    is_explanation,
     is_prose,
     leaves_of,
     quoted,
+    two_values,
     type_of,
     words_of,
 )
 from components.validate_data.field_names import Columns, holds_text
 from components.validate_data.markers import suggest_marker
 from components.validate_data.row_shapes import explain_shape, nodes
-from components.validate_data.turns import CONTENT_KEYS, TurnParser
+from components.validate_data.setting_words import pair_setting, template_setting
+from components.validate_data.turns import CONTENT_KEYS, TurnParser, turn_keys
 from components.validate_data.values import RowFault, folded, near_match, shorten
 
 _PROMPTS = (*names.PROMPTS, *names.OTHER_PROMPTS, *names.LABEL_PROMPTS, "src")
 _RESPONSES = (
+    "chosen",
     *names.RESPONSES,
     *"answers answerkey sql summary highlights finaldecision ideal expected expectedoutput groundtruth tgt".split(),
 )
@@ -39,6 +44,7 @@ _PARTS = (*names.PROMPT_PARTS, *"body selftext description details questionbody 
 # Names that mostly say where a row comes from, and here what is to be translated.
 _TEXTS = ("source", "src")
 _MAX_CHOICES = 4
+_MAX_TURNS = 20  # of a chat that is looked at for a message
 
 
 def suggest_settings(columns: Columns, parser: TurnParser) -> str:
@@ -46,32 +52,52 @@ def suggest_settings(columns: Columns, parser: TurnParser) -> str:
     if words := explain_shape(columns):
         return words
 
+    if chat := _foreign_chat(columns, parser):
+        return f"set {chat}"
+
     leaves = {path: values for path, values in leaves_of(columns).items() if path in _TEXTS or not is_about_row(path)}
-    responses = answer_turns(columns, parser) or _responses(leaves, columns)
+    if len(leaves) == 1 and is_prose(*leaves.values()):
+        return _suggest_text(next(iter(leaves)), leaves)
+    responses = answer_turns(columns, parser) or _responses(leaves, columns) or _whole_answers(columns)
     prompts = [*names.chat_paths(columns, parser), *_prompts(leaves)]
     prompts = [path for path in prompts if path not in responses]
+    if not responses:
+        # Beside another text, a query in SQL or the like is what answers it.
+        responses = [
+            path for path in prompts if folded(path) == "query" and (len(prompts) > 1 or are_queries(leaves[path]))
+        ]
+        prompts = [path for path in prompts if path not in responses]
     texts = [path for path, values in leaves.items() if is_prose(values) and path not in responses]
     categories = [path for path, values in leaves.items() if path not in prompts and is_category(values)]
     category = categories[0] if len(categories) == 1 else None
+    if not responses and (pair := two_values(columns)):
+        return f"set {pair_setting(pair[0], [], pair[1:])}, if that is the answer"
     if not responses and len(texts) == 1:
         return _suggest_text(texts[0], leaves)
     if not responses and len(texts) == 2 and not _has_further_texts(leaves, texts):
+        if prompts and prompts[0] not in texts:
+            first, second = _in_order(texts, leaves)
+            return f"set {pair_setting(prompts[0], [first], [second])}"
         first, second = texts if prompts[:1] == texts[:1] else texts[::-1] if prompts else _in_order(texts, leaves)
         return f"set {pair_setting(first, [], [second])}" + _suggest_category(texts, category)
     if not responses and prompts and category:
         responses = [_item(category, leaves[category])]
-    if not prompts and len(texts) == 1:
-        prompts = texts
+    if not prompts and (len(texts) == 1 or (responses and _is_label(responses[0], leaves))):
+        prompts = texts[:1]
     if not prompts or not responses:
         return f"set data.prompt_field and data.response_field to two of them{_suggest_others(columns, leaves)}"
 
     parts = _parts(prompts[0], responses, columns)
+    # An instruction that comes again and again asks about something else.
+    prompt_texts = leaves.get(prompts[0], [])
+    if len(prompt_texts) >= MAX_CATEGORIES and len(set(map(str, prompt_texts))) * 2 <= len(prompt_texts):
+        parts += [path for path in texts if path not in (prompts[0], *parts) and not is_explanation(path)]
     if not _is_label(responses[0], leaves):
-        return f"set {pair_setting(prompts[0], parts, responses)}"
+        return f"set {pair_setting(prompts[0], parts, responses)}{_suggest_system(prompts[0], columns)}"
     # What is labelled may be in several columns, such as a title and a text.
     fields = [prompts[0], *parts]
     if prompts[0] in columns:
-        fields = [path for path in columns if path in (*texts, *prompts, *parts)]
+        fields = [path for path in columns if path in (*texts, *prompts, *parts) and not is_explanation(path)]
     setting = pair_setting(fields[0], fields[1:], responses)
     if folded(responses[0]) in names.LABELS and folded(fields[0]) in _PROMPTS and len(fields) == 1:
         return f"set data.task: labels if {shorten(responses[0])} holds categories, or {setting}"
@@ -83,24 +109,6 @@ def _is_label(path: str, leaves: Columns) -> bool:
     values = leaves.get(path, [])
     is_free_text = len(values) >= MAX_CATEGORIES and len(set(map(str, values))) * 2 > len(values)
     return folded(path.rpartition(".")[2]) in _LABELS and not is_free_text
-
-
-def pair_setting(prompt: str, parts: Sequence[str], responses: Sequence[str]) -> str:
-    """Return the settings of a prompt, of one or several fields, and its answer, for which there may be a choice."""
-    first = f"data.prompt_field: {quoted(prompt)} and data.response_field: {quoted(responses[0])}"
-    first = template_setting((prompt, *parts), responses[0]) if parts else first
-    return " or ".join([first, *(f"data.response_field: {quoted(path)}" for path in responses[1:])])
-
-
-def template_setting(fields: Sequence[str], response: str) -> str:
-    """Return the settings that make a prompt of several fields, and name its answer."""
-    return f"{prompt_template(fields)} and data.response_field: {quoted(response)}"
-
-
-def prompt_template(fields: Sequence[str]) -> str:
-    """Return the setting that makes a prompt of several fields."""
-    template = "\\n\\n".join(f"{{{path}}}" for path in fields)
-    return f'data.prompt_template: "{template}"'
 
 
 def answer_turns(columns: Columns, parser: TurnParser) -> list[str]:
@@ -151,8 +159,20 @@ def _responses(leaves: Columns, columns: Columns) -> list[str]:
     are_choices = len(texts) > 1 and all(names.stem(name) for name in texts)
     if not matching or (are_choices and _matching_names(leaves, _LABELS)):
         labels = _matching(leaves, _LABELS, frozenset())[:1]
-        return [_whole_list(path, columns) or path for path in labels]
+        return [_whole_list(path, columns) or _whole_object(path, columns) or path for path in labels]
     return [names_of[name] for name in (matching[:1] if is_exact else (texts or matching)[:_MAX_CHOICES])]
+
+
+def _whole_object(path: str, columns: Columns) -> str | None:
+    """Return the object that is named as an answer, if the label is only a part of it."""
+    name = path.partition(".")[0]
+    return name if name != path and name in columns and folded(name) in _RESPONSES else None
+
+
+def _whole_answers(columns: Columns) -> list[str]:
+    """Return the object that is named as an answer, such as `sql`, none of whose fields is named so."""
+    objects = {name: values for name, values in columns.items() if values and isinstance(values[0], Mapping)}
+    return _matching_names(objects, _RESPONSES)[:1]
 
 
 def _whole_list(path: str, columns: Columns) -> str | None:
@@ -187,7 +207,8 @@ def _suggest_text(text: str, leaves: Columns) -> str:
         return f"set data.text_field: {quoted(text)} and data.answer_after: {marker!r}"
     whole = f"data.text_field: {quoted(text)} and train.loss: all"
     others = {path: values for path, values in leaves.items() if path != text}
-    category = next((path for path, values in others.items() if is_category(values)), None)
+    # A field of an object says something about that object.
+    category = next((path for path in sorted(others, key=lambda path: "." in path) if is_category(others[path])), None)
     if category:
         return (
             f"set {pair_setting(text, [], [_item(category, others[category])])}, and data.task: labels if these are "
@@ -216,6 +237,32 @@ def _in_order(texts: Sequence[str], leaves: Columns) -> list[str]:
 def _suggest_category(texts: Sequence[str], category: str | None) -> str:
     """Return the second choice where two texts stand beside a category: it may be what both are labelled with."""
     return f", or to learn {shorten(category)}, {template_setting(texts, category)}" if category else ""
+
+
+def _suggest_system(prompt: str, columns: Columns) -> str:
+    """Return the setting of a system turn that lies in an object beside the prompt; others are recognised."""
+    parent = prompt.rpartition(".")[0]
+    paths = [path for path in leaves_of(columns) if parent and path.rpartition(".")[0] == parent]
+    system = next((path for path in paths if folded(path.rpartition(".")[2]) in names.SYSTEMS), None)
+    return f" and data.system_field: {quoted(system)}" if system else ""
+
+
+def _foreign_chat(columns: Columns, parser: TurnParser) -> str | None:
+    """Return the settings of a chat with roles of its own, under a name of its own."""
+    for name, values in columns.items():
+        turns = [turn for value in values if isinstance(value, list) for turn in value]
+        is_chat = len(turns) > len(values) and all(isinstance(v, list) and all(map(_is_turn_like, v)) for v in values)
+        if is_chat and not any(names.is_turn(turn, parser) for turn in turns):
+            try:
+                parser.parse(turns[:_MAX_TURNS])
+            except RowFault as fault:
+                _, _, roles = fault.detail.partition("e.g. ")
+                return f"data.messages_field: {quoted(name)}, and {roles}" if roles else None
+    return None
+
+
+def _is_turn_like(value: object) -> bool:
+    return isinstance(value, Mapping) and None not in turn_keys(value)
 
 
 def _item(path: str, values: Sequence[object]) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 from components.validate_data.calls import Tool, parse_calls, parse_tools
 from components.validate_data.content import parse_content
 from components.validate_data.roles import ROLES, describe_unknown, role_name, unknown_role_words
+from components.validate_data.tool_parts import split_content
 from components.validate_data.values import RowFault, describe_type, folded, is_empty, parse_json, shorten, text_of
 
 Message = dict[str, Any]
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
-CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "parts")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "transcript", "parts")
 # An object without a role may be an exchange: each of its keys says whose text it holds.
 EXCHANGE_KEYS = {
     "system": "system",
@@ -95,7 +96,7 @@ class TurnParser:
             return [{"role": "assistant" if i % 2 else "user", "content": item} for i, item in enumerate(value)]
         if value and all(isinstance(item, list | tuple) and len(item) == 2 for item in value):
             # A pair is a role with its text, or a prompt with its answer.
-            if all(self.has_role(first) for first, _ in value):
+            if all(self.has_role(first) for first, _ in value) or _are_names([first for first, _ in value]):
                 return [{"role": first, "content": second} for first, second in value]
             return [{"user": first, "assistant": second} for first, second in value]
         if any(_is_wrapped(item) for item in value):
@@ -120,8 +121,18 @@ class TurnParser:
 
         role, content = self._role(turn[role_key]), turn.get(content_key) if content_key else None
         message: Message = {"role": role, "content": ""}
-        reasoning, calls = "", []
-        if role == "call":
+        reasoning, calls, results = "", list[Tool](), list[Message]()
+        if split := split_content(content):
+            content, calls, results = split.content, split.calls, split.results
+            if (calls and role != "assistant") or (results and role not in ("user", "tool")):
+                raise RowFault("bad_content_type", f"a call or a result in a turn of the {role}")
+            # The results alone are turns of their own.
+            if not content and not calls:
+                self._with_extras({"role": "user", "content": ""}, turn, {role_key, content_key}, [], "")
+                return results
+            if content:
+                message["content"], reasoning = parse_content(content)
+        elif role == "call":
             message["role"], calls = "assistant", parse_calls(content)
         elif content is not None or not (has_calls or role == "tool"):
             message["content"], reasoning = parse_content(content)
@@ -130,7 +141,7 @@ class TurnParser:
         read_keys = {role_key, content_key, *(TOOLS_KEYS if role == "system" else ())}
         if any(key in turn and self._is_branch(turn[key]) for key in BRANCH_KEYS):
             raise RowFault("branching_chat", "its turns hold the turns that follow them")
-        return [self._with_extras(message, turn, read_keys, calls, reasoning)]
+        return [*results, self._with_extras(message, turn, read_keys, calls, reasoning)]
 
     def _parse_exchange(self, turn: Mapping[str, object]) -> list[Message]:
         """Return the turns of an object such as `{"input": ..., "output": ...}`."""
@@ -203,7 +214,7 @@ class TurnParser:
                 isinstance(value, str)
                 and len(value) <= MAX_METADATA_CHARACTERS
                 and len(value.split()) <= MAX_METADATA_WORDS
-                and key not in CALL_KEYS
+                and key not in (*CALL_KEYS, *REASONING_KEYS)
             )
             if not is_short and folded(key) not in METADATA and key not in self._ignore_fields:
                 unread.append(key)
@@ -226,6 +237,13 @@ def turn_keys(turn: Mapping[str, object]) -> tuple[str | None, str | None]:
 def _are_columns(values: list[object]) -> bool:
     lengths = {len(value) for value in values if isinstance(value, list)}
     return len(lengths) == 1 and all(isinstance(value, list) for value in values)
+
+
+def _are_names(values: Sequence[object]) -> bool:
+    """Return whether the values are the names of speakers: words that come again, or that are written in capitals."""
+    words = [value for value in values if isinstance(value, str) and re.fullmatch(r"\w{2,20}", value)]
+    come_again = len(words) > 2 and len(set(words)) * 2 <= len(words)
+    return len(words) == len(values) and (come_again or all(map(str.isupper, words)))
 
 
 def _explain_text(text: str) -> str:

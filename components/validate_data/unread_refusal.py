@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 
 from components.validate_data.field_leaves import quoted
 from components.validate_data.layouts import Layout
-from components.validate_data.suggestions import prompt_template, template_setting
+from components.validate_data.setting_words import prompt_template, template_setting
 from components.validate_data.unread import UnreadColumns
 from components.validate_data.values import shorten
 

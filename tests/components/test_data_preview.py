@@ -54,6 +54,13 @@ def test_a_row_is_shown_with_what_is_learnt_marked_and_its_white_space_visible(l
     assert "order\u00b73" not in out
 
 
+def test_what_a_terminal_would_hide_or_obey_is_shown_as_its_escape(look: Look) -> None:
+    hidden = "a\u2028b\u200bc\x1b[31md\u00a0e"
+    _, out, _ = look([chat(1, hidden)])
+    assert "a\\u2028b\\u200bc\\x1b[31md\u237de" in out
+    assert not set(hidden) & set("\u2028\u200b\x1b\u00a0") & set(out)
+
+
 def test_a_row_that_is_left_out_is_named_with_its_reason(look: Look) -> None:
     _, out, _ = look([chat(1), chat(2, "yes<|im_end|>no"), {"messages": 7}])
     assert "2 of the first 3 rows are left out:" in out

@@ -75,3 +75,26 @@ def test_files_with_credentials_and_a_store_of_ones_own_may_be_named() -> None:
         "AWS_ENDPOINT_URL": "http://minio.storage:9000",
     }
     assert ClusterProfile(env=env).env == env
+
+
+@pytest.mark.parametrize(
+    ("field", "accepted", "refused"),
+    [
+        ("namespace", ["a", "ml-team", "x" * 63], ["a.b", "-a", "x" * 64]),
+        ("priority_class", ["high.gpu", "x" * 100], ["a..b", "a.-b", "high_gpu", "x" * 254]),
+        ("gpu_resource", ["nvidia.com/gpu", "amd.com/gpu"], ["nvidia/com/gpu", "nvidia.com/", "/gpu"]),
+    ],
+)
+def test_names_are_those_that_the_cluster_takes(field: str, accepted: list[str], refused: list[str]) -> None:
+    for name in accepted:
+        assert getattr(ClusterProfile.model_validate({field: name}), field) == name
+    for name in refused:
+        with pytest.raises(ValueError, match=field):
+            ClusterProfile.model_validate({field: name})
+
+
+@pytest.mark.parametrize("label", [{"pool": "gpu "}, {"pool": "x" * 64}, {"a/b/c": "x"}, {"pool-": "x"}, {"": "x"}])
+def test_a_node_label_that_no_node_can_have_is_refused(label: dict[str, str]) -> None:
+    ClusterProfile.model_validate({"gpu": {"node_selector": {"cloud.example.com/pool": "A100_80", "empty": ""}}})
+    with pytest.raises(ValueError, match="node_selector"):
+        ClusterProfile.model_validate({"gpu": {"node_selector": label}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from qlora_retrain.config import cluster_profile, sections
 from qlora_retrain.config.fields import Section
-from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.config.line import LineConfig, document, load
 from qlora_retrain.core.errors import UsageError
 
 SOURCES = "sources:\n  raw_data: a.jsonl\n  base_model: base\n"
@@ -63,7 +64,24 @@ def test_a_name_that_kubernetes_takes_as_a_label_is_a_line(write, name: str) -> 
     "name", ["support-", "a-", "-a", "x" * 64, "a", "1a", "Support", "a_b", "a.b", "a b", "größe", "''", '"a\\n"']
 )
 def test_a_name_that_it_does_not_take_is_refused(write, name: str) -> None:  # type: ignore[no-untyped-def]
-    assert ": line: " in refusal(write(f"line: {name}\n{SOURCES}"))
+    assert ": line: expected 2 to 63 small letters" in refusal(write(f"line: {name}\n{SOURCES}"))
+
+
+def test_a_character_that_json_writes_as_two_halves_is_one_in_every_form(write) -> None:  # type: ignore[no-untyped-def]
+    data = "data: {system: 'Be kind 😀.', template_kwargs: {mood 😀: [😀]}}"
+    path = write(f"line: x1\n{SOURCES}description: 'for 😀'\n{data}\n")
+    expected = load(path)
+    # As pods and the program behind `preview` get it.
+    for escapes in (True, False):
+        text = json.dumps(document(expected), ensure_ascii=escapes)
+        assert ("\\ud83d\\ude00" in text) is escapes
+        assert load(text) == expected
+    assert load(path, ['data.system="Be kind \\ud83d\\ude00."']) == expected
+
+
+@pytest.mark.parametrize("text", ['description: "x\\uD83D y"', 'data: {template_kwargs: {"\\uDE00": 1}}'])
+def test_half_a_character_is_refused_before_it_is_written_anywhere(write, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert "half of a surrogate pair" in refusal(write(f"line: x1\n{SOURCES}{text}\n"))
 
 
 def test_a_missing_source_is_named(write) -> None:  # type: ignore[no-untyped-def]

@@ -37,7 +37,7 @@ LINE = "line: x1\nsources: {raw_data: file:///a, base_model: file:///b}\n"
         ("@reboot", "is no name of a schedule"),
         ("@once", "is no name of a schedule"),
         ("@every 1h", "is no name of a schedule"),
-        ("0 3 * *", "five fields, minute, hour, day of the month, month, day of the week; found 4"),
+        ("0 3 * *", "five fields, in UTC: minute, hour, day of the month, month, day of the week; found 4"),
         ("0 0 3 * * 1", "found 6"),
         ("0 0 3 * * 1 2026", "found 7"),
         ("", "five fields"),

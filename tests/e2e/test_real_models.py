@@ -32,7 +32,7 @@ SHORT = [
 ]
 # The model's folder, its settings, and the token with which an answer must end.
 MODELS = {
-    "gemma3-270m": (["train.max_steps=60", "data.template=gemma"], "<end_of_turn>"),
+    "gemma3-270m": (["train.max_steps=60", "data.template=gemma", "merge.base=dequantized"], "<end_of_turn>"),
     "qwen2.5-coder-1.5b": (["train.max_steps=15", "merge.base=original"], "<|im_end|>"),
 }
 

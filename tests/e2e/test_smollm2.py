@@ -18,6 +18,7 @@ SHORT = [
     "evaluate.min_accuracy=0.0",
     "evaluate.min_gain_over_base=0.0",
     "evaluate.bootstrap_samples=1000",
+    "evaluate.stop_rows=12",
 ]
 
 

@@ -56,7 +56,7 @@ def test_the_sample_is_chosen_by_hash_among_evaluation_rows_whose_answer_fits(
     # By the same arithmetic: sha256 of "stop:" and the id.
     expected = sorted((r.id for r in short), key=lambda i: hashlib.sha256(f"stop:{i}".encode()).hexdigest())[:12]
     assert list(ended) == expected
-    assert list(ended.values()) == [True, False] * 6
+    assert [answer.ended for answer in ended.values()] == [True, False] * 6
     assert generated["max_new_tokens"] == 10
     by_id = {r.id: r for r in short}
     assert generated["prompts"] == [tokenizer.prompt_ids(by_id[i].messages[:1]) for i in expected]
@@ -87,7 +87,29 @@ def test_completions_that_exist_are_not_generated_again(tokenizer: Any, generate
     existing = {r.id: Completion((1,), "", "", ended=False) for r in rows(3)}
     ended = answer_endings.measure(EvaluateConfig(), None, tokenizer, rows(5), None, existing)
     assert len(generated["prompts"]) == 2
-    assert [ended[r.id] for r in rows(3)] == [False] * 3
+    assert [ended[r.id].ended for r in rows(3)] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("useful", "empty", "count", "passed"),
+    [(180, 20, 200, True), (179, 21, 200, False), (0, 200, 200, False), (16, 4, 20, None), (15, 5, 20, False)],
+)
+def test_a_model_that_says_nothing_does_not_pass_for_ending_at_once(
+    tokenizer: Any, useful: int, empty: int, count: int, passed: bool | None
+) -> None:
+    stop = tokenizer.stop_ids[0]
+    # A call without a word is an answer.
+    answers = [Completion((5, stop), "", "<call>f()</call>", ended=True)] * useful
+    answers += [Completion.from_ids([stop], tokenizer)] * empty
+    names = [str(i) for i in range(count)]
+    plain = [RowScore(name, "eval", 1.0, 1, correct=True) for name in names]
+    scored = answer_endings.with_endings(plain, dict(zip(names, answers, strict=True)))
+    rule = answers_end(scored, EvaluateConfig())
+    assert rule.passed is passed
+    # The share itself is what its name says.
+    assert rule.value == 1.0
+    assert f"of {count} answers {count} ended by themselves" in rule.text
+    assert f"empty ones, which the rule does not count: {empty}" in rule.text
 
 
 def test_a_text_that_asks_nothing_is_no_part_of_the_sample(tokenizer: Any, generated: dict[str, Any]) -> None:

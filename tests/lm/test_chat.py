@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat
@@ -183,6 +185,49 @@ def test_the_end_that_only_a_next_turn_shows_is_learnt(load: Any) -> None:
     assert learnt(tokenizer, encoded) == "delivery<|im_start|>login, \u00e9t\u00e9 \u4f60\u597d<|im_start|>"
 
 
+def test_a_generation_prompt_that_is_always_written_is_no_end_of_an_answer(load: Any, tiny_model: Path) -> None:
+    # As GLM Edge's: every text ends with the mark of the next answer, which is no stop; the next question's mark is.
+    text = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer = load(text).tokenizer
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    edge = ChatTokenizer(tokenizer, ChatFormat(template=text, stop_tokens=("<|user|>",)), tiny_model)
+    (example,) = edge.encode([USER, {**ANSWER, "content": "in Lyon"}])
+    assert edge.decode(example.input_ids) == f"<|user|>\n{USER['content']}<|assistant|>\nin Lyon<|user|>"
+    assert learnt(edge, example) == "\nin Lyon<|user|>"
+
+
+def test_what_an_earlier_turn_says_too_is_dropped_and_not_rewritten(load: Any) -> None:
+    tokenizer = load(template("{{ m['content'] if m['role'] == 'user' }}<|im_end|>\n"))
+    with pytest.raises(RowRefused, match=r"leaves out text of turn 2 \(assistant\)"):
+        tokenizer.encode([{"role": "user", "content": "refund please"}, {"role": "assistant", "content": "refund"}])
+
+
+def test_a_token_in_front_of_an_answer_is_not_learnt_where_the_answer_changes_how_the_prompt_is_cut(
+    tmp_path: Path,
+) -> None:
+    # The prompt alone ends with the token ":\n"; before a line break it is cut into ":" and two line breaks.
+    vocabulary = {text: i for i, text in enumerate(["Q", ":", "\n", ":\n", "\n\n", "x", "</s>"])}
+    merges = [("\n", "\n"), (":", "\n")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.add_special_tokens(["</s>"])
+    text = "{% for m in messages %}{{ m.content if m.role == 'user' else ':\n' + m.content + '</s>' }}{% endfor %}"
+    text += "{% if add_generation_prompt %}:\n{% endif %}"
+    tokenizer = ChatTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=text), ChatFormat(), tmp_path
+    )
+    assert tokenizer.decode([3]) == ":\n"
+
+    (example,) = tokenizer.encode([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\nx"}])
+    pieces = [tokenizer.decode([token]) for token in example.input_ids]
+    assert list(zip(pieces, example.supervised, strict=True)) == [
+        ("Q", False),
+        (":", False),
+        ("\n\n", True),
+        ("x", True),
+        ("</s>", True),
+    ]
+
+
 def test_an_end_that_the_template_lacks_is_appended_or_refused(load: Any) -> None:
     body = "{% if m['role'] == 'user' %}Q: {% else %}A: {% endif %}{{ m['content'] }}\n"
     text = "{% for m in messages %}" + body + "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
@@ -239,6 +284,24 @@ def test_where_the_generation_prompt_opens_reasoning_the_answer_starts_as_in_the
     prompt = tokenizer.decode(load(template(prompt="<think>\n"), answer_start="history").prompt_ids([USER]))
     assert prompt.endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(tokenizer.prompt_ids([USER])).endswith("<think>\n")
+
+
+@pytest.mark.parametrize("name", ["think", "own:think", "think:own"])
+def test_an_answer_with_reasoning_starts_in_front_of_it_where_the_prompt_closes_its_block(load: Any, name: str) -> None:
+    # As Hunyuan 3's: thinking is off, and the row has reasoning.
+    body = f"{{% if m.reasoning_content %}}<{name}>{{{{ m.reasoning_content }}}}</{name}>{{% endif %}}" + PLAIN_BODY
+    tokenizer = load(template(body, prompt=f"<{name}></{name}>"))
+    (encoded,) = tokenizer.encode([USER, {**ANSWER, "reasoning_content": "hm"}])
+    assert learnt(tokenizer, encoded) == f"<{name}>hm</{name}>delivery<|im_end|>"
+
+
+def test_the_mark_of_an_answers_turn_is_not_learnt_where_the_prompt_opens_reasoning_in_another_place(load: Any) -> None:
+    # As Bielik's: the end of a question that stands before an answer is another one than when it is asked.
+    ends = "{{ m['content'] }}{% if loop.last or m['role'] != 'user' %}<|im_end|>\n{% endif %}"
+    tokenizer = load(template(ends, prompt="<think>\n"))
+    with pytest.raises(RowRefused, match=r"asks for an answer with .*no answer in a chat has") as refusal:
+        tokenizer.encode([USER, ANSWER])
+    assert refusal.value.reason == "template_rewrites_text"
 
 
 def test_an_answer_inside_of_a_reasoning_block_that_nobody_closes_is_refused(load: Any) -> None:
@@ -303,6 +366,29 @@ def test_a_template_without_tools_or_calls_is_a_reason(load: Any, text: str, wor
     assert refusal.value.reason == "tools_unsupported"
 
 
+@pytest.mark.parametrize("content", ["", "I look."])
+def test_a_call_behind_the_token_that_ends_the_answer_is_a_reason(load: Any, content: str) -> None:
+    # As GigaChat 3's: the call is a turn of its own, and generation has stopped before it.
+    calls = "{% for c in m.tool_calls or [] %}<|im_start|>call\n{{ c.function|tojson }}<|im_end|>\n{% endfor %}"
+    tokenizer = load(WRITES_TOOLS + template(PLAIN_BODY + calls))
+    with pytest.raises(RowRefused, match=r'turn 2 .*call of "find_order" behind <\|im_end\|>') as refusal:
+        tokenizer.encode([USER, {**CALL, "content": content}, RESULT, ANSWER], TOOLS)
+    assert refusal.value.reason == "tools_unsupported"
+
+
+def test_a_turn_that_is_written_in_front_of_an_earlier_one_is_a_reason(load: Any) -> None:
+    # As Gemma 4's: what an answer says beside its call is written behind the call's result.
+    body = (
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function|tojson }}{% if loop.last %}{{ m.content }}{% endif %}"
+        "{% else %}{{ m.content }}{% if m.role == 'tool' %} {{ messages[loop.index0 - 1].content }}{% endif %}"
+        "{% endif %}<|im_end|>\n"
+    )
+    tokenizer = load(WRITES_TOOLS + template(body))
+    with pytest.raises(RowRefused, match=r"turn 3 \(tool\) in front of a turn before it") as refusal:
+        tokenizer.encode([USER, {**CALL, "content": "I look."}, RESULT, ANSWER], TOOLS)
+    assert refusal.value.reason == "template_rewrites_text"
+
+
 def test_a_template_that_reads_the_clock_sees_the_lines_day(load: Any) -> None:
     text = "{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}\n" + template()
     rendered = load(text, date="2026-02-03").render([USER])
@@ -342,6 +428,36 @@ def test_a_named_template_carries_a_chat_and_ends_its_answers(load: Any, name: s
         assert turn["content"] in tokenizer.decode(examples[-1].input_ids)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "gemma",
+            "<start_of_turn>user\nBe brief.\n\nwhere is order 1007?<end_of_turn>\n"
+            "<start_of_turn>model\ndelivery<|im_end|>\n<start_of_turn>user\nthanks<end_of_turn>\n"
+            "<start_of_turn>model\n",
+        ),
+        (
+            "llama-2",
+            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nwhere is order 1007? [/INST] delivery <|im_end|>"
+            "[INST] thanks [/INST]",
+        ),
+    ],
+)
+def test_a_system_turn_opens_the_users_where_the_family_has_none_of_its_own(
+    load: Any, name: str, expected: str
+) -> None:
+    thanks = {"role": "user", "content": "thanks"}
+    tokenizer = load(name)
+    assert tokenizer.render([SYSTEM, USER, ANSWER, thanks], add_generation_prompt=True) == expected
+
+    # Of two system turns none is lost.
+    both = [SYSTEM, {"role": "system", "content": "Be kind."}, USER, ANSWER]
+    (example,) = tokenizer.encode(both)
+    text = tokenizer.decode(example.input_ids)
+    assert text.index("Be brief.") < text.index("Be kind.") < text.index(USER["content"])
+
+
 def test_the_line_or_the_tokenizer_must_have_a_template(tiny_model: Path, tmp_path: Path) -> None:
     for path in tiny_model.iterdir():
         if path.is_file() and path.name != "chat_template.jinja":
@@ -355,6 +471,31 @@ def test_the_line_or_the_tokenizer_must_have_a_template(tiny_model: Path, tmp_pa
     assert chat.load_tokenizer(tmp_path, ChatFormat(template="chatml")).encode(MULTI)
     with pytest.raises(UsageError, match=r"no template 'chatlm'.*chatml"):
         chat.load_tokenizer(tmp_path, ChatFormat(template="chatlm"))
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "data.stop_tokens"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_base_whose_tokenizer_names_no_end_takes_the_one_that_is_stated_elsewhere(
+    tiny_model: Path, tmp_path: Path, name: str, where: str
+) -> None:
+    for file in tiny_model.glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocabulary = chat.load_tokenizer(tiny_model).tokenizer.get_vocab()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}), encoding="utf-8")
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(UsageError, match=r"needs an end-of-sequence token.*data\.stop_tokens"):
+        chat.load_tokenizer(tmp_path, ChatFormat(template=name))
+
+    end, stop_tokens = "<|endoftext|>", ("<|endoftext|>",) if where == "data.stop_tokens" else ()
+    if not stop_tokens:
+        (tmp_path / where).write_text(json.dumps({"eos_token_id": vocabulary[end]}), encoding="utf-8")
+    tokenizer = chat.load_tokenizer(tmp_path, ChatFormat(template=name, stop_tokens=stop_tokens))
+    (encoded,) = tokenizer.encode([USER, ANSWER])
+    # ChatML's own end is a token of this vocabulary.
+    assert learnt(tokenizer, encoded).split() == (
+        ["delivery<|im_end|>"] if name == "chatml" else ["delivery", end] if name == "llama-2" else [f"delivery{end}"]
+    )
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

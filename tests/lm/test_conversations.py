@@ -114,3 +114,19 @@ def test_texts_without_a_user_turn_are_told_apart_by_what_they_say() -> None:
     assert paths == {("assistant: one day",), ("assistant: two days",)}
     # Where the system turn alone asks, it comes first.
     assert conversations.conversation_path([SYSTEM, ANSWER]) == ("system: be brief.", "assistant: on its way.")
+
+
+def test_a_later_system_turn_stands_where_it_is_in_the_path_and_an_unsupervised_end_does_not() -> None:
+    late = turn("system", "Now be polite.")
+    chat = [SYSTEM, USER, ANSWER, late, turn("user", "When?"), turn("assistant", "Today.")]
+    beginning = conversations.conversation_path([SYSTEM, USER, ANSWER])
+    assert conversations.conversation_path(chat) == (*beginning, "system: now be polite.", "user: when?")
+    # Before the first answer all system turns are one element, wherever they stand.
+    assert conversations.conversation_path([USER, SYSTEM, ANSWER]) == beginning
+
+    greeting = turn("assistant", "Hello!")
+    silent = [greeting, USER, {**ANSWER, "weight": 0}]
+    assert conversations.conversation_path(silent) == conversations.conversation_path([greeting])
+    assert conversations.greeting_of(silent) == [greeting]
+    assert not conversations.greeting_of([{**greeting, "weight": 0}, USER, ANSWER])
+    assert not conversations.greeting_of([greeting])

@@ -361,3 +361,19 @@ def test_a_commit_without_any_file_of_those_names_is_refused(
     plan = planned(uri=f"hf://o/m@{COMMIT}", files=["sub/*.safetensors"])
     with pytest.raises(UsageError, match=r"has no files that match sub/\*\.safetensors"):
         fetch_base(plan, "quantize_model")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("tokenizer.json", {"added_tokens": [1]}),
+        ("tokenizer.json", {"model": 1}),
+        ("config.json", {"rope_parameters": 2}),
+    ],
+)
+def test_a_file_of_another_form_is_damage_and_not_our_bug(
+    planned: Callable[..., Plan], base: Path, file: str, fields: dict[str, Any]
+) -> None:
+    change(base, file, **fields)
+    with pytest.raises(IntegrityError, match=f"{file}.* has another form than transformers writes"):
+        planned("merge.exports=[bf16, gguf-f16]")

@@ -218,6 +218,7 @@ UNHASHED = {
     "core.safety": "only refuses",
     "core.signals": "asks whether to stop; training resumes to the same bytes",
     "core.supervisor": "ends processes",
+    "core.uris": "masks secrets in a message of the log",
     "pipeline.code_identity": "the project's folder, whose pins and code the key covers",
     "pipeline.plan": "the plan as it is, for `publish`",
     "pipeline.step_main": "a step's command line",

@@ -93,4 +93,8 @@ def test_older_files_are_read_too() -> None:
     decoder = {"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "<y>"}}}}
     assert tokens_without_embedding(config, decoder) == {"<y>": 5}
     assert tokens_without_embedding(config, {}) == {}
+    # The other tokens are in `tokenizer.model`.
+    pieces = {"added_tokens.json": {"<x>": 1}, "tokenizer_config.json": {"bos_token": "<s>", "pad_token": "<x>"}}
+    assert tokens_without_embedding(config, pieces) == {}
+    assert tokens_without_embedding({"vocab_size": 1}, pieces) == {"<x>": 1}
     assert set(token_ids.FILES) >= {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"}

@@ -155,6 +155,8 @@ def _document_error(file: SourceFile, text: JsonText, error: json.JSONDecodeErro
         return UsageError(f"{location}: {fault}, but Python's notation with single quotes; convert it: `{command}`")
     if remainder.startswith(("//", "/*", "#")):
         return UsageError(f"{location}: {fault}: JSON has no comments; take them out")
+    if error.msg.startswith("Invalid control character") and remainder[:1] in "\r\n":
+        return UsageError(f"{location}: {fault}: a line break inside of a text; JSON writes it as \\n")
     if text.is_whole and (not remainder.strip() or error.msg.startswith("Unterminated")):
         return UsageError(
             f"{location}: {fault}: the file ends inside the value that begins on line {text.line}, so it was cut off; "

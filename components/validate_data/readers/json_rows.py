@@ -28,15 +28,14 @@ def as_record(name: str, number: int, value: Any) -> Record:
     # A chat without an object around it.
     if json_shapes.is_chat(value):
         value = {"messages": value}
+    # Values without names have their places as names, and a text alone is one.
+    if isinstance(value, list) and len(value) > 1 and any(isinstance(item, str) for item in value):
+        value = {str(place): item for place, item in enumerate(value)}
+    if isinstance(value, str) and value.strip():
+        value = {"text": value}
     if isinstance(value, dict):
         return Record(name, number, value)
-    detail = f"it is {_TYPE_NAMES.get(type(value), 'null')}"
-    if isinstance(value, list) and len(value) > 1:
-        names = ", ".join(f"{field}: .[{i}]" for i, field in enumerate(("prompt", "answer", *"cdefgh")[: len(value)]))
-        detail += f"; give its items names, e.g. with jq's `{{{names}}}`"
-    if isinstance(value, str) and value.strip():
-        detail += "; give it a name, e.g. with jq's `{text: .}`"
-    return Record(name, number, None, "not_an_object", detail)
+    return Record(name, number, None, "not_an_object", f"it is {_TYPE_NAMES.get(type(value), 'null')}")
 
 
 def numbered_row(name: str, number: int, decoded: Decoded) -> Record:

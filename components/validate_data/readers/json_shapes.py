@@ -140,8 +140,13 @@ def _has_objects(document: Mapping[str, Any]) -> bool:
     return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in document.values())
 
 
+def _is_column(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 1 and not isinstance(value[0], dict)
+
+
 def _is_row(document: Mapping[str, Any], config: DataConfig) -> bool:
-    if configured_fields(config) & document.keys():
+    # Lists of values may be the columns of many rows.
+    if any(not _is_column(document[field]) for field in configured_fields(config) & document.keys()):
         return True
     has_text = any(isinstance(document.get(field), str) for field in _TEXT_FIELDS)
     return has_text or any(is_chat(value) for key, value in document.items() if key in _CHAT_FIELDS or key == "data")

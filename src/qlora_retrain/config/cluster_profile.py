@@ -24,8 +24,13 @@ from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import Step
 
 PROFILE_VARIABLE = "QLORA_RETRAIN_PROFILE"
-# A name of a Kubernetes object (RFC 1123 subdomain).
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+# Names of Kubernetes objects (RFC 1123) and a node's labels, as the cluster's server checks them.
+_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+Namespace = Annotated[str, Field(pattern=rf"^{_PART}$", max_length=63)]
+Name = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=253)]
+LabelKey = Annotated[str, Field(pattern=rf"^({_PART}(\.{_PART})*/)?{_LABEL}$")]
+LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
 # Environment variables of these names hold secrets in most tools.
@@ -35,9 +40,9 @@ _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE|CREDE
 class Toleration(Section):
     """A taint of nodes that a pod tolerates."""
 
-    key: str = operational(..., "the taint's key, e.g. nvidia.com/gpu")
+    key: LabelKey = operational(..., "the taint's key, e.g. nvidia.com/gpu")
     operator: Literal["Exists", "Equal"] = operational("Exists", "Equal: only where the taint has `value`")
-    value: str | None = operational(None, "the taint's value; with Equal")
+    value: LabelValue | None = operational(None, "the taint's value; with Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = operational(None, "null: every effect")
 
 
@@ -52,7 +57,7 @@ class PodConfig(Section):
         gt=0.0,
         le=4096,
     )
-    node_selector: dict[str, str] = operational({}, "labels that a node must have")
+    node_selector: dict[LabelKey, LabelValue] = operational({}, "labels that a node must have")
     tolerations: tuple[Toleration, ...] = operational((), "taints of nodes where the pod may run all the same")
 
 
@@ -79,13 +84,13 @@ class ClusterProfile(ImagesConfig):
     publish_service_account: Name | None = operational(
         None, "Airflow: the service account of `publish`, the only step that writes `models/`; null: as the others"
     )
-    namespace: Name = operational("qlora-retrain", "Airflow: where the pods are; KFP uses its own")
+    namespace: Namespace = operational("qlora-retrain", "Airflow: where the pods are; KFP uses its own")
     priority_class: Name | None = operational(
         None, "Airflow: which pods may preempt which; null: the cluster's default"
     )
     # GPUs.
     gpu_pool: Name | None = operational(None, "Airflow: the pool that counts GPUs in use; null: no pool")
-    gpu_resource: str | None = operational("nvidia.com/gpu", "the resource name of a GPU; null: no GPUs")
+    gpu_resource: LabelKey | None = operational("nvidia.com/gpu", "the resource name of a GPU; null: no GPUs")
     train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.num_processes", ge=1, le=64)
     # The environment of a step, and its disk.
     env: dict[Variable, str] = operational({}, "settings, e.g. AWS_DEFAULT_REGION; secrets are refused")

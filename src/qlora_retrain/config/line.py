@@ -5,11 +5,12 @@ Command: `qlora-retrain check CONFIG`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from qlora_retrain.config import schedule, sections
 from qlora_retrain.config.fields import Section, operational
@@ -61,9 +62,7 @@ class SourcesConfig(Section):
 class LineConfig(Section):
     """A line: a named series of versions, its schedule, its sources and one section per step."""
 
-    # It is part of paths in the store, of Airflow's DAG ids and of Kubernetes labels, which have at most 63 characters
-    # and end with a letter or a digit.
-    line: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
+    line: str
     description: str = operational("", "shown in the Airflow UI")
     schedule: str | None = operational(None, "cron expression in UTC; null: runs start by hand only")
     sources: SourcesConfig
@@ -74,6 +73,16 @@ class LineConfig(Section):
     merge: sections.MergeConfig = sections.MergeConfig()
     publish: sections.PublishConfig = sections.PublishConfig()
     runtime: sections.RuntimeConfig = sections.RuntimeConfig()
+
+    @field_validator("line")
+    @classmethod
+    def _names_a_label(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", value):
+            raise ValueError(
+                "expected 2 to 63 small letters, digits and hyphens, with a letter first and no hyphen last: it "
+                "becomes a DAG id, a folder of the store and a label in Kubernetes"
+            )
+        return value
 
     @field_validator("schedule")
     @classmethod

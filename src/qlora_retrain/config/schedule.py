@@ -38,7 +38,7 @@ def five_fields(expression: str) -> str:
     fields = text.split(" ")
     if len(fields) != len(FIELDS):
         raise ValueError(
-            f"a cron expression has five fields, {', '.join(FIELDS)}; found {len(fields)} in {expression!r}"
+            f"a cron expression has five fields, in UTC: {', '.join(FIELDS)}; found {len(fields)} in {expression!r}"
         )
     # croniter would take another random time whenever the scheduler reads the line.
     if random_field := next((field for field in fields if re.search(r"(^|,)[RH](\W|$)", field, re.IGNORECASE)), None):

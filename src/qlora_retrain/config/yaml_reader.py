@@ -52,6 +52,13 @@ def load_section(
         raise UsageError(f"{name}: expected a mapping of sections, found {type(document).__name__}")
     for item in overrides:
         _apply_override(document, item)
+    try:
+        document = _with_whole_characters(document)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name}: a text holds half of a surrogate pair ({error.object[error.start : error.end]!a}), which is no "
+            "character; write the character itself"
+        ) from error
 
     # The file and the overrides are validated together: an override may be what makes the file valid.
     try:
@@ -94,6 +101,22 @@ def _apply_override(document: dict[str, Any], item: str) -> None:
         target[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {path}: the value is not valid YAML: {_yaml_fault(error)}") from error
+
+
+def _with_whole_characters(value: Any) -> Any:
+    """Return the value with surrogate pairs joined: JSON writes some characters so, and YAML takes them for two.
+
+    Raises:
+        UnicodeEncodeError: For half of a pair.
+    """
+    if isinstance(value, str):
+        if not value.isascii():
+            value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+            value.encode()
+        return value
+    if isinstance(value, dict):
+        return {_with_whole_characters(key): _with_whole_characters(item) for key, item in value.items()}
+    return [_with_whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
 def _faults(model: type[Section], error: ValidationError) -> Iterator[tuple[tuple[str, ...], str]]:

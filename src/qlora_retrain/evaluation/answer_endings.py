@@ -2,6 +2,7 @@
 
 A model that learnt no end is right at every token and still useless: asked, it repeats itself until the limit. No
 likelihood shows that, and least of all that of a label. So answers are generated, to a sample of the evaluation rows.
+An answer that ends at once with nothing is counted too: it is useless in another way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METRIC = "answers_ended"  # of a row: 1 where its answer ended by itself
+EMPTY = "answers_empty"  # of a row: 1 where its answer says and calls nothing
 # A label that has not ended so many tokens after the longest label could have ended is no label any more.
 _TOKENS_BEYOND_LABELS = 16
 
@@ -43,8 +45,8 @@ def measure(
     rows: Sequence[Row],
     labels: Sequence[str] | None,
     completions: Mapping[str, Completion],
-) -> dict[str, bool]:
-    """Return by row id whether the model ended its answer, for a sample of the evaluation rows.
+) -> dict[str, Completion]:
+    """Return the model's greedy answers by row id, for a sample of the evaluation rows.
 
     The sample has at most `stop_rows` rows whose right answer fits the limit, chosen by the hash of their id.
 
@@ -67,15 +69,20 @@ def measure(
         description="generating answers to see whether they end",
     )
     generated = {sample.rows[i].id: answer for i, answer in zip(missing, answers, strict=True)}
-    return {row.id: (completions.get(row.id) or generated[row.id]).ended for row in sample.rows}
+    return {row.id: completions.get(row.id) or generated[row.id] for row in sample.rows}
 
 
-def with_endings(scores: Sequence[RowScore], ended: Mapping[str, bool]) -> list[RowScore]:
-    """Return the scores with the metric of the rows that were measured; golden rows may have the same id."""
+def with_endings(scores: Sequence[RowScore], answers: Mapping[str, Completion]) -> list[RowScore]:
+    """Return the scores with the metrics of the rows that were measured; golden rows may have the same id."""
     return [
-        replace(s, values={**s.values, METRIC: float(ended[s.id])}) if s.suite == "eval" and s.id in ended else s
+        replace(s, values={**s.values, **_metrics(answers[s.id])}) if s.suite == "eval" and s.id in answers else s
         for s in scores
     ]
+
+
+def _metrics(answer: Completion) -> dict[str, float]:
+    # With the marks of calls, since an answer may call a tool and say nothing.
+    return {METRIC: float(answer.ended), EMPTY: float(not answer.marked_text)}
 
 
 def _sample(

@@ -20,7 +20,7 @@ from qlora_retrain.evaluation.rows import UNPARSABLE, Row, RowScore
 from qlora_retrain.lm import conversations, generation
 from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.generation import Completion
-from qlora_retrain.lm.rendering import REASONING_TAGS
+from qlora_retrain.lm.rendering import reasoning_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ class RightAnswer:
         if not has_content or has_calls:
             before = after = ""
         prompt_end = tokenizer.decode(prompt_ids[-_PROMPT_END_TOKENS:]).rstrip()
-        opened_tag = next((opening for opening, _ in REASONING_TAGS if prompt_end.endswith(opening)), None)
+        opened_tag = next((o for o, _ in reasoning_tags(prompt_end) if prompt_end.endswith(o)), None)
         return cls(rendered, before.strip(), after.strip(), opened_tag, has_calls, content)
 
     def content_of(self, completion: Completion, tokenizer: ChatTokenizer) -> str:
@@ -131,7 +131,7 @@ def with_metrics(
 
 def _after_reasoning(completion: Completion, tokenizer: ChatTokenizer, opened_tag: str | None) -> Completion:
     """Return what follows a reasoning block at the start; nothing where the block never ends."""
-    for opening, closing in REASONING_TAGS:
+    for opening, closing in reasoning_tags((opened_tag or "") + completion.marked_text):
         if opened_tag != opening and not completion.marked_text.startswith(opening):
             continue
         # In tokens, because a mark may be a special token, which the text has not.

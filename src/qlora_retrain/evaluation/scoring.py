@@ -114,8 +114,8 @@ def score_and_generate(
             settings, tokenizer, rows, scores, labels if is_label_generated else None, generated
         )
     if settings.stop_rows and (needs_completions or options.measure_endings):
-        ended = answer_endings.measure(settings, model, tokenizer, rows, labels, generated)
-        scores = answer_endings.with_endings(scores, ended)
+        answers = answer_endings.measure(settings, model, tokenizer, rows, labels, generated)
+        scores = answer_endings.with_endings(scores, answers)
 
     # A row without tokens holds the place of a row that the template refuses.
     carried = iter(scores)

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qlora_retrain.lm.content_checks import check_contents
 from qlora_retrain.lm.rendering import (
-    REASONING_TAGS,
     Chat,
     Message,
     Renderer,
@@ -20,7 +20,9 @@ from qlora_retrain.lm.rendering import (
     Span,
     Tools,
     describe_turn,
+    reasoning_tags,
 )
+from qlora_retrain.lm.tool_calls import missing_call
 
 _REASONING = re.compile(r"think|thought|reason|channel", re.IGNORECASE)
 
@@ -79,7 +81,7 @@ def cut_answer(
 
     prompt = renderer.render(chat[:last], tools, add_generation_prompt=True) if last else ""
     # Before a chat's first turn there is nothing to ask; the answer is what the turn says.
-    start = _answer_start(rendering, prompt, span, previous_end) if last or span is None else span.start
+    start = _answer_start(renderer, rendering, prompt, span, previous_end) if last or span is None else span.start
     if not rendering.text.startswith(prompt):
         warnings = (*warnings, "answer_start_from_history")
 
@@ -89,32 +91,9 @@ def cut_answer(
     answer_span = Span(span.start if span is not None else start, end or len(rendering.text))
     _refuse_open_reasoning(rendering, answer_span, previous_end)
     if end is not None:
+        _refuse_call_behind_stop(chat, rendering.text[start:end], stops)
         return Answer(rendering.text[:end], start, warnings=warnings, spaces=spaces)
     return _append_end(renderer, rendering, tools, stops, added_tokens, following, start, warnings, spaces)
-
-
-def check_contents(rendering: Rendering) -> tuple[str, ...]:
-    """Return what was trimmed; refuse a rendering that lacks a content.
-
-    Earlier assistant turns may be shortened: they were whole in the example in which they were the answer.
-
-    Raises:
-        RowRefused: If a turn is dropped or rewritten.
-    """
-    chat, last = rendering.chat, len(rendering.chat) - 1
-    is_trimmed = False
-    for i, turn in enumerate(chat):
-        if turn["role"] == "assistant" and i != last:
-            continue
-        for name in ("reasoning_content", "content"):
-            text = turn.get(name)
-            if not isinstance(text, str) or not text.strip():
-                continue
-            span = rendering.spans.get((i, name))
-            if span is None:
-                raise _content_fault(rendering, i, name, text)
-            is_trimmed = is_trimmed or span.is_trimmed
-    return ("trimmed_ends",) if is_trimmed else ()
 
 
 def first_stop(text: str, start: int, stops: Sequence[str]) -> int | None:
@@ -151,16 +130,7 @@ def _ends(rendering: Rendering) -> Mapping[tuple[int, str], int]:
     return {key: span.end for key, span in rendering.spans.items()}
 
 
-def _content_fault(rendering: Rendering, turn: int, name: str, text: str) -> RowRefused:
-    description = describe_turn(rendering.chat, turn) + (", its reasoning" if name == "reasoning_content" else "")
-    # The same letters in another case, or with other white space, are a rewriting.
-    collapsed = "".join(text.split()).casefold()
-    if collapsed in "".join(rendering.text.split()).casefold():
-        return RowRefused("template_rewrites_text", f"the chat template rewrites the text of {description}")
-    return RowRefused("template_drops_text", f"the chat template leaves out text of {description}")
-
-
-def _answer_start(rendering: Rendering, prompt: str, span: Span | None, previous_end: int) -> int:
+def _answer_start(renderer: Renderer, rendering: Rendering, prompt: str, span: Span | None, previous_end: int) -> int:
     text = rendering.text
     if text.startswith(prompt):
         return len(prompt)
@@ -169,7 +139,7 @@ def _answer_start(rendering: Rendering, prompt: str, span: Span | None, previous
     start = common_length(prompt, text)
     if span is not None:
         start = min(start, span.start)
-    for opening, _ in REASONING_TAGS:
+    for opening, _ in reasoning_tags(prompt[previous_end:]):
         place = prompt.rfind(opening, previous_end)
         if place >= 0:
             start = min(start, place)
@@ -181,7 +151,10 @@ def _answer_start(rendering: Rendering, prompt: str, span: Span | None, previous
         )
     # Otherwise the mark of the answer's turn would be learnt as a part of the answer.
     difference = prompt[start:].strip()
-    if difference and not _REASONING.search(difference):
+    mark = renderer.answer_mark
+    place = text.rfind(mark, previous_end, span.start if span is not None else len(text)) if mark else -1
+    is_mark_learnt = place + len(mark) > start
+    if difference and (is_mark_learnt or not _REASONING.search(difference)):
         raise RowRefused(
             "template_rewrites_text",
             f"the chat template asks for an answer with {difference[:40]!r}, which no answer in a chat has before it",
@@ -192,7 +165,7 @@ def _answer_start(rendering: Rendering, prompt: str, span: Span | None, previous
 def _refuse_open_reasoning(rendering: Rendering, span: Span, previous_end: int) -> None:
     """Refuse an answer that the template writes inside a reasoning block that it opened and nobody closes."""
     header, content = rendering.text[previous_end : span.start], rendering.text[span.start : span.end]
-    for opening, closing in REASONING_TAGS:
+    for opening, closing in reasoning_tags(header):
         if header.rfind(opening) <= header.rfind(closing):
             continue
         place = content.find(closing)
@@ -202,6 +175,17 @@ def _refuse_open_reasoning(rendering: Rendering, span: Span, previous_end: int) 
                 f"the chat template opens {opening} before the answer, and the answer would stand inside of it; turn "
                 "reasoning off with data.template_kwargs, e.g. {enable_thinking: false}, or give the rows a reasoning",
             )
+
+
+def _refuse_call_behind_stop(chat: Chat, answer: str, stops: Sequence[str]) -> None:
+    """Refuse an answer that ends before one of its calls, which no generation would reach."""
+    if (name := missing_call(chat[-1], answer)) is not None:
+        stop = next((stop for stop in stops if answer.endswith(stop)), stops[0])
+        raise RowRefused(
+            "tools_unsupported",
+            f'{describe_turn(chat, len(chat) - 1)}: the chat template writes the call of "{name}" behind {stop}, at '
+            "which generation stops",
+        )
 
 
 def _append_end(
@@ -218,20 +202,25 @@ def _append_end(
     """End an answer after which the template writes no stop at a chat's end."""
     chat, last = rendering.chat, len(rendering.chat) - 1
     span = rendering.turn_span(last)
-    has_calls = bool(chat[last].get("tool_calls"))
-    tail = rendering.text[span.end :] if span is not None and not has_calls else ""
-    if mark := _leading(tail.lstrip(), added_tokens):
+    # Where calls end is not known.
+    content_end = span.end if span is not None and not chat[last].get("tool_calls") else None
+    tail = "" if content_end is None else rendering.text[content_end:]
+    mark = _leading(tail.lstrip(), added_tokens)
+    # What follows a chat's last answer alone, such as a generation prompt that is always written, is no end of it.
+    for turns in (following, ()) if mark else (following,):
+        if stop := _stop_before_next_turn(renderer, chat, tools, stops, turns):
+            text = rendering.text.rstrip() if content_end is None else rendering.text[:content_end]
+            return Answer(text, start, stop, turns is following, (*warnings, "end_from_next_turn"), spaces)
+
+    if mark:
         raise RowRefused(
             "answer_end_is_no_stop",
             f"the chat template ends an answer with {mark}, and generation stops at {', '.join(stops)}; add {mark} to "
             "data.stop_tokens if your servers stop there",
         )
-
     # A model ends an answer right after it, without the white space that a template puts between turns.
-    is_bare = span is not None and not has_calls and not tail.strip()
-    text = rendering.text[: span.end] if span is not None and is_bare else rendering.text.rstrip()
-    if stop := _stop_before_next_turn(renderer, chat, tools, stops, following):
-        return Answer(text, start, stop, True, (*warnings, "end_from_next_turn"), spaces)
+    is_bare = content_end is not None and not tail.strip()
+    text = rendering.text[:content_end] if is_bare else rendering.text.rstrip()
     warnings = (*warnings, "end_appended")
     if renderer.chat_format.missing_end == "refuse":
         raise RowRefused(

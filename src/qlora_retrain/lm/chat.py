@@ -19,7 +19,7 @@ from qlora_retrain.lm.rendering import Chat as Chat
 from qlora_retrain.lm.rendering import Message as Message
 from qlora_retrain.lm.rendering import Renderer, Tools
 from qlora_retrain.lm.rendering import RowRefused as RowRefused
-from qlora_retrain.lm.stop_tokens import find_stop_ids
+from qlora_retrain.lm.stop_tokens import end_of_sequence, find_stop_ids
 from qlora_retrain.lm.tool_calls import fit_calls
 from qlora_retrain.lm.turn_marks import TurnMarks
 
@@ -209,8 +209,7 @@ class ChatTokenizer:
         ids = next(token_ids)
         positions = {0: 0, len(example.text): len(ids)}
         for border in _borders(example):
-            # A token that spans the border belongs to the answer, of which nothing may be lost.
-            positions[border] = common_length(ids, next(token_ids))
+            positions[border] = self._border_position(ids, next(token_ids))
 
         mask = [False] * len(ids)
         for start, end in example.answers:
@@ -222,6 +221,18 @@ class ChatTokenizer:
         if self._greedy_marks and any(self._is_taken(example.text, place) for place in example.spaces):
             warnings = tuple(dict.fromkeys([*warnings, "trimmed_ends"]))
         return EncodedChat(ids, mask, warnings)
+
+    def _border_position(self, ids: list[int], beginning: list[int]) -> int:
+        """Return how many tokens of a text lie in its beginning, which was tokenized apart.
+
+        A token that spans the border belongs to what follows, since nothing of an answer may be lost.
+        """
+        start = position = common_length(ids, beginning)
+        # What follows may change how the beginning's last characters are cut.
+        tail = self.decode(beginning[start:])
+        while tail and position < len(ids) and tail.startswith(self.decode(ids[start : position + 1])):
+            position += 1
+        return position
 
     def _is_taken(self, text: str, place: tuple[int, int]) -> bool:
         """Return whether white space at the end of a content makes no difference to the tokens."""
@@ -258,6 +269,7 @@ def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatT
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"base_model: no tokenizer that can be loaded: {error}") from error
+    tokenizer.eos_token = end_of_sequence(tokenizer, chat_format.stop_tokens, folder)
     tokenizer.chat_template = tokenizer.chat_template or older_template(folder)
     tokenizer.chat_template = choose_template(tokenizer, chat_format.template)
     return ChatTokenizer(tokenizer, chat_format, folder, missing_marks(chat_format.template, tokenizer))

@@ -64,20 +64,35 @@ def normalized_text(chat: Chat) -> str:
 
 
 def conversation_path(chat: Chat) -> tuple[str, ...]:
-    """Return the canonical turns that lead to the answer: first user turn, system turns, further user turns.
+    """Return the canonical turns that lead to the answer: first user turn, system turns, further turns in their order.
 
     A chat's path is a beginning of the path of each of its continuations. The first user turn comes before the system
-    turn, so that the same question under another instruction has the same first element.
+    turns, so that the same question under another instruction has the same first element.
     """
     prompt = prompt_of(chat)
-    questions = [_canonical_turn(turn) for turn in prompt if turn["role"] == "user"]
-    system = "system: " + " ".join(canonical_text(turn_text(turn)) for turn in prompt if turn["role"] == "system")
-    if questions:
-        return (questions[0], system, *questions[1:])
+    # A system turn after an answer is no part of the beginning that ends with this answer.
+    first_answer = next((i for i, turn in enumerate(prompt) if turn["role"] == "assistant"), len(prompt))
+    early = [turn for turn in prompt[:first_answer] if turn["role"] == "system"]
+    system = "system: " + " ".join(canonical_text(turn_text(turn)) for turn in early)
+    turns = [turn for turn in prompt[:first_answer] if turn["role"] == "user"]
+    turns += [turn for turn in prompt[first_answer:] if turn["role"] in ("user", "system")]
+
+    first_user = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first_user is not None:
+        question = turns.pop(first_user)
+        return (_canonical_turn(question), system, *map(_canonical_turn, turns))
 
     # A text without a user turn is told apart by all that it says.
-    has_system = any(turn["role"] == "system" for turn in prompt)
-    return (system, normalized_text(chat)) if has_system else (normalized_text(chat),)
+    text = normalized_text(chat[: len(prompt) + 1])
+    return (system, text) if early else (text,)
+
+
+def greeting_of(chat: Chat) -> Chat:
+    """Return the turns before the first user turn where they hold an answer, as a chat of their own; else no turns."""
+    first_user = next((i for i, turn in enumerate(chat) if turn["role"] == "user"), 0)
+    greeting = chat[:first_user]
+    is_learnt = any(turn["role"] == "assistant" and turn.get("weight", 1) != 0 for turn in greeting)
+    return greeting if is_learnt else ()
 
 
 def prompt_key(chat: Chat, tools: Tools = None) -> str:

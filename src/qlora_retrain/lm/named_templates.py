@@ -19,16 +19,19 @@ class NamedTemplate:
     """How each role's turn begins and ends.
 
     Attributes:
-        turns: By role, the texts before and after a turn. A role that is missing is refused by the template.
+        turns: By role, the texts before and after a content. A role that is missing is refused by the template.
         end: The mark after an answer; None: the end-of-sequence token.
         after_end: The text between an answer's end and the next turn.
         default_system: The text at the start where a chat has no system turn.
+        system_in_user: The texts before and after a system turn's content, which then opens the user turn behind it;
+            None: it is a turn of its own.
     """
 
     turns: dict[str, tuple[str, str]]
     end: str | None = None
     after_end: str = ""
     default_system: str = ""
+    system_in_user: tuple[str, str] | None = None
 
 
 NAMED_TEMPLATES = {
@@ -76,12 +79,17 @@ NAMED_TEMPLATES = {
     ),
     "gemma": NamedTemplate(
         {
-            "system": ("<start_of_turn>user\n", "<end_of_turn>\n"),
             "user": ("<start_of_turn>user\n", "<end_of_turn>\n"),
             "assistant": ("<start_of_turn>model\n", ""),
         },
         end="<end_of_turn>",
         after_end="\n",
+        system_in_user=("", "\n\n"),
+    ),
+    # Each exchange begins with the first token of a text.
+    "llama-2": NamedTemplate(
+        {"user": ("{bos}[INST] ", " [/INST]"), "assistant": (" ", " ")},
+        system_in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"),
     ),
     "phi-3": NamedTemplate(
         {
@@ -95,18 +103,7 @@ NAMED_TEMPLATES = {
     # A whole text without turns, or a prompt and its answer that bring their own marks.
     "plain": NamedTemplate({"system": ("", ""), "user": ("", ""), "assistant": ("", "")}),
 }
-# Llama 2 writes a system turn inside the first user turn, so it is no list of turns.
-_LLAMA_2 = (
-    "{% set state = namespace(system='') %}"
-    "{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{% set state.system = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}"
-    "{% elif m['role'] == 'user' %}"
-    "{{ {bos}'[INST] ' + state.system + m['content'] + ' [/INST]' }}{% set state.system = '' %}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
-    "{% else %}{{ raise_exception('llama-2 has no turns of the role ' + m['role']) }}{% endif %}"
-    "{% endfor %}"
-)
-NAMES = (*NAMED_TEMPLATES, "llama-2")
+NAMES = tuple(NAMED_TEMPLATES)
 
 
 def older_template(folder: Path) -> Any:
@@ -149,7 +146,10 @@ def choose_template(tokenizer: Any, name: str | None) -> Any:
         return own[name]
     if name in NAMES:
         if tokenizer.eos_token is None:
-            raise UsageError(f"data.template: {name} needs an end-of-sequence token, and the base model has none")
+            raise UsageError(
+                f"data.template: {name} needs an end-of-sequence token, and neither the tokenizer nor "
+                "generation_config.json of the base model names one; name it in data.stop_tokens"
+            )
         return jinja_text(name, tokenizer)
     if "{%" in name or "{{" in name:
         return name
@@ -161,34 +161,42 @@ def choose_template(tokenizer: Any, name: str | None) -> Any:
 
 def jinja_text(name: str, tokenizer: Any) -> str:
     """Return the template of `NAMES` as Jinja text for a tokenizer."""
+    template = NAMED_TEMPLATES[name]
     # The first token of a text, where the tokenizer writes one by itself; a model that was trained so needs it.
     bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
-    begin = "{{ bos_token }}" if bos else ""
-    if name == "llama-2":
-        return _LLAMA_2.replace("{bos}", "bos_token + " if bos else "")
-    template = NAMED_TEMPLATES[name]
     # Written as text, a mark of several tokens stops nothing; the end-of-sequence token always does.
-    vocabulary = tokenizer.get_vocab()
-    end = template.end if template.end is not None and template.end in vocabulary else tokenizer.eos_token
+    end = template.end if template.end is not None and template.end in tokenizer.get_vocab() else tokenizer.eos_token
 
     def quoted(text: str) -> str:
         escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-        return "'" + escaped.replace("{eos}", "' + eos_token + '") + "'"
+        # The end as text, since the tokenizer itself may name none.
+        text = escaped.replace("{eos}", tokenizer.eos_token)
+        variables = text.replace("{bos}", "' + bos_token + '" if bos else "")
+        return f"'{variables}'"
 
-    parts = [begin]
+    begins = any("{bos}" in before for before, _ in template.turns.values())
+    parts = ["{{ bos_token }}"] if bos and not begins else []
     if template.default_system:
         parts.append("{% if messages[0]['role'] != 'system' %}{{ " + quoted(template.default_system) + " }}{% endif %}")
 
-    branches = []
+    branches, opening, opened = [], "", ""
+    if template.system_in_user:
+        before, after = map(quoted, template.system_in_user)
+        parts.append("{% set opening = namespace(system='') %}")
+        text = f"opening.system + {before} + m['content'] + {after}"
+        branches.append(f"if m['role'] == 'system' %}}{{% set opening.system = {text} %}}")
+        opening, opened = "opening.system + ", "{% set opening.system = '' %}"
     for role, (before, after) in template.turns.items():
-        after_text = end + template.after_end if role == "assistant" else after
-        branches.append(f"if m['role'] == '{role}' %}}{{{{ {quoted(before)} + m['content'] + {quoted(after_text)} }}}}")
+        after_text = quoted(after + end + template.after_end if role == "assistant" else after)
+        is_user = role == "user"
+        text = f"{quoted(before)} + {opening if is_user else ''}m['content'] + {after_text}"
+        branches.append(f"if m['role'] == '{role}' %}}{{{{ {text} }}}}{opened if is_user else ''}")
     refusal = f"{{% else %}}{{{{ raise_exception('{name} has no turns of the role ' + m['role']) }}}}{{% endif %}}"
     parts.append("{% for m in messages %}{% " + "{% el".join(branches) + refusal + "{% endfor %}")
 
     # An answer begins after the mark; a space at its end would be another token than in a whole chat.
-    opening = template.turns["assistant"][0].rstrip(" ")
-    parts.append("{% if add_generation_prompt %}{{ " + quoted(opening) + " }}{% endif %}" if opening else "")
+    start = template.turns["assistant"][0].rstrip(" ")
+    parts.append("{% if add_generation_prompt %}{{ " + quoted(start) + " }}{% endif %}" if start else "")
     return "".join(parts)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.lm.chat_format import DEFAULT_DATE, ChatFormat
@@ -33,12 +34,13 @@ REASONING_TAGS = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel>thought", "<channel|>"),
     ("◁think▷", "◁/think▷"),
     ("<unused94>thought", "<unused95>"),
 )
+# As `<seed:think>`: a family's own name for one of them.
+_REASONING_TAG = re.compile(r"</?((?:\w+:)?(?:think|thinking|thought|reasoning)(?::\w+)?)>")
 
 
 class RowRefused(Exception):
@@ -136,6 +138,19 @@ class Renderer:
         spans = _spans_by_marks(text, marked, contents) if marked is not None else None
         return Rendering(text, spans if spans is not None else _spans_by_search(text, contents), chat)
 
+    @cached_property
+    def answer_mark(self) -> str:
+        """What a generation prompt adds to a question, up to reasoning that it opens; empty where it adds nothing."""
+        question = [{"role": "user", "content": f"{_OPEN}a"}]
+        try:
+            text, prompt = self.render(question), self.render(question, add_generation_prompt=True)
+        except RowRefused:
+            return ""
+        mark = prompt.removeprefix(text)
+        if mark == prompt:
+            return ""
+        return min((mark.partition(opening)[0] for opening, _ in reasoning_tags(mark)), key=len).strip()
+
     def _renders(self, probe: list[Message]) -> bool:
         try:
             return f"{_OPEN}a" in self.render(probe)
@@ -150,6 +165,17 @@ class Renderer:
         if text not in self._pinned:
             self._pinned[text] = pin_clock(text, self.chat_format.date or DEFAULT_DATE)
         return self._pinned[text]
+
+
+def reasoning_tags(text: str) -> list[tuple[str, str]]:
+    """Return `REASONING_TAGS`, and the further pairs that a text holds under a family's own name."""
+    names = dict.fromkeys(_REASONING_TAG.findall(text))
+    return list(dict.fromkeys([*REASONING_TAGS, *((f"<{name}>", f"</{name}>") for name in names)]))
+
+
+def is_reasoning_tag(text: str) -> bool:
+    """Return whether a text is one of the marks around reasoning."""
+    return any(text in pair for pair in reasoning_tags(text))
 
 
 def pin_clock(template: str, date: str) -> str:
@@ -247,7 +273,7 @@ def _search(text: str, content: str, position: int) -> Span | None:
             return Span(start, start + len(form), is_trimmed)
 
     # Templates take a content with reasoning apart and write its parts with white space of their own between them.
-    for opening, closing in REASONING_TAGS:
+    for opening, closing in reasoning_tags(content):
         if closing not in content:
             continue
         before, _, answer = content.rpartition(closing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,15 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, renderer: Renderer, folder
     return stop_ids
 
 
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str], folder: Path) -> str | None:
+    """Return the token that ends a text: the tokenizer's, else the first that the model or the line states."""
+    if tokenizer.eos_token is not None:
+        return str(tokenizer.eos_token)
+    ids = [*_configured_ids(folder), *(token_id_of(tokenizer, text) for text in stop_tokens)]
+    token_id = next((i for i in ids if i is not None and 0 <= i < len(tokenizer)), None)
+    return None if token_id is None else str(tokenizer.convert_ids_to_tokens(token_id))
+
+
 def template_end(tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> str | None:
     """Return the added token that the template writes right after an answer, at a chat's end or before a next turn."""
     tokens = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
@@ -93,5 +102,5 @@ def _configured_ids(folder: Path) -> Iterator[int]:
             value = document.get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise IntegrityError(f"base_model: {name} is damaged: {error}") from error
-        yield from (int(i) for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+        yield from (i for i in (value if isinstance(value, list) else [value]) if type(i) is int)
         return

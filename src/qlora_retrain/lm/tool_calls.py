@@ -79,14 +79,21 @@ def _check(renderer: Renderer, chat: Chat, tools: Tools) -> None:
         start = max((span.end for (number, _), span in spans if number < i), default=0)
         end = min((span.start for (number, _), span in spans if number > i), default=len(rendering.text))
         region = rendering.text[start:end]
-        for call in turn["tool_calls"]:
-            name, arguments = str(call["function"]["name"]), call["function"]["arguments"]
-            value = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if name not in region or not _has_arguments(region, value):
-                raise RowRefused(
-                    "tools_unsupported",
-                    f'{describe_turn(chat, i)}: the chat template does not write the call of "{name}" whole',
-                )
+        if (missing := missing_call(turn, region)) is not None:
+            raise RowRefused(
+                "tools_unsupported",
+                f'{describe_turn(chat, i)}: the chat template does not write the call of "{missing}" whole',
+            )
+
+
+def missing_call(turn: Message, text: str) -> str | None:
+    """Return the name of the turn's first call that a text lacks, or has without its arguments; None without one."""
+    for call in turn.get("tool_calls") or ():
+        name, arguments = str(call["function"]["name"]), call["function"]["arguments"]
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if name not in text or not _has_arguments(text, value):
+            return name
+    return None
 
 
 def _renders_alike(renderer: Renderer, chat: Chat, text: str) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.lm.rendering import REASONING_TAGS, Message, Renderer, RowRefused
+from qlora_retrain.lm.rendering import Message, Renderer, RowRefused, is_reasoning_tag
 from qlora_retrain.lm.tool_calls import fit_calls
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _CHATS: tuple[list[Message], ...] = (
 _PARAMETERS = {"type": "object", "properties": {"q": {"type": "string"}}}
 # A result's own marks stand right before it; further in front are those of the call.
 _RESULT_MARK_CHARACTERS = 60
-_REASONING = {tag for pair in REASONING_TAGS for tag in pair}
+_WORD_MARK = "\u2581"
 _BRACKETED = re.compile(r"<[^<>\s][^<>\n]*>|\[/?[^\[\]\s][^\[\]\n]*\]|<<[^<>\n]+>>")
 
 
@@ -41,6 +41,8 @@ class TurnMarks:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._normalizer = backend.normalizer if backend is not None else None
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         special = {text for text, is_special in added.items() if is_special} | set(tokenizer.all_special_tokens)
         tool_tokens = _tool_marks(renderer, added)
@@ -63,20 +65,27 @@ class TurnMarks:
                     inline.add(marks[0])
 
         # Reasoning is a part of an answer and no turn; only a special token of it is markup everywhere.
-        self.tokens = {text for text in tokens if text.strip() and (text not in _REASONING or text in special)}
+        self.tokens = {text for text in tokens if text.strip() and (text in special or not is_reasoning_tag(text))}
         self.lines, self.inline = lines, inline
         # A tool's own text and an answer may hold the marks of tools: many data sets write calls as text.
         self._patterns = {
             "user": _pattern(self.tokens | tool_tokens, lines, inline),
             "tool": _pattern(self.tokens, lines, inline),
-            "assistant": _pattern(self.tokens - _REASONING, lines, inline),
+            "assistant": _pattern({text for text in self.tokens if not is_reasoning_tag(text)}, lines, inline),
         }
 
     def find(self, text: str, role: str = "user") -> str | None:
         """Return the first mark in a text, or None; an assistant's text may hold reasoning marks."""
         pattern = self._patterns.get(role, self._patterns["user"])
-        match = pattern.search(text) if pattern else None
+        if pattern is None:
+            return None
+        match = pattern.search(text) or pattern.search(self._as_tokenized(text))
         return match[0].strip() if match else None
+
+    def _as_tokenized(self, text: str) -> str:
+        """Return the text as the tokenizer reads it: in its normal form, and with SentencePiece's word mark a space."""
+        normal = self._normalizer.normalize_str(text) if self._normalizer is not None else text
+        return normal.replace(_WORD_MARK, " ")
 
 
 def _literals(renderer: Renderer) -> list[tuple[str, bool]]:
@@ -126,7 +135,7 @@ def _tool_marks(renderer: Renderer, added: Collection[str]) -> set[str]:
     # What is around the call itself is a part of the assistant's turn.
     around = parts[1][-_RESULT_MARK_CHARACTERS:] + "\n" + parts[2]
     marks = {text for text in added if text in around} | set(_BRACKETED.findall(around))
-    return {mark for mark in marks if "call" not in mark.lower() and mark not in _REASONING}
+    return {mark for mark in marks if "call" not in mark.lower() and not is_reasoning_tag(mark)}
 
 
 def _plain_marks(part: str, is_whole: bool) -> dict[int, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import gguf_names, model_files
 from qlora_retrain.lm.context_length import language_config, max_context_tokens
 from qlora_retrain.pipeline import architectures, token_ids
@@ -84,7 +84,7 @@ def refuse_unfit(folder: ModelFolder, demands: Demands) -> None:
     documents = folder.read_objects("config.json", *token_ids.FILES)
     # The export has requirements of its own, which `merge_adapter` would report in the same words, hours later.
     if demands.has_gguf:
-        gguf_names.refuse_unsupported({k: v for k, v in documents.items() if k in gguf_names.METADATA_FILES})
+        _refuse_unsupported_export({k: v for k, v in documents.items() if k in gguf_names.METADATA_FILES})
 
     config = documents.get("config.json") or {}
     tensors = folder.header(weights[0]) if weights else {}
@@ -101,6 +101,16 @@ def refuse_unfit(folder: ModelFolder, demands: Demands) -> None:
     reasons += _precision_faults(_stored_dtype(config, tensors), demands)
     if reasons:
         raise UsageError("\n".join(reasons))
+
+
+def _refuse_unsupported_export(documents: Mapping[str, Any]) -> None:
+    try:
+        gguf_names.refuse_unsupported(documents)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{LABEL}: one of {', '.join(documents)} has another form than transformers writes "
+            f"({type(error).__name__}: {error}); fetch the model again"
+        ) from error
 
 
 def _missing_embeddings(config: Mapping[str, Any], documents: Mapping[str, Any], folder: ModelFolder) -> list[str]:

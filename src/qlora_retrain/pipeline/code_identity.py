@@ -103,9 +103,15 @@ def _digest(tree: ast.Module) -> str:
     return hashing.sha256_json(ast.dump(tree))
 
 
+@lru_cache(maxsize=1024)
+def _names(tree: ast.Module) -> tuple[ast.Import | ast.ImportFrom | ast.Attribute, ...]:
+    """Return the nodes that may name another module, once for all the steps that share the file."""
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute))
+
+
 def _imports(tree: ast.Module) -> Iterator[str]:
     """Yield every module named by an import; `from a import b` names both `a` and `a.b`."""
-    for node in ast.walk(tree):
+    for node in _names(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -125,7 +131,7 @@ def library_uses(root: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
     """
     # Local name -> module, e.g. "graph" -> "core.graph".
     modules: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in _names(tree):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("qlora_retrain"):
             continue
         package = node.module.removeprefix("qlora_retrain").removeprefix(".")  # type: ignore[union-attr]
@@ -140,7 +146,7 @@ def library_uses(root: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
                 yield package, alias.name
 
     # `graph.PROFILE_PATH`: an attribute of an imported module.
-    for node in ast.walk(tree):
+    for node in _names(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             yield modules[node.value.id], node.attr
 

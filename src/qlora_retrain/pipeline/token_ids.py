@@ -36,11 +36,12 @@ def tokens_without_embedding(
 
     ids = _ids_by_token(documents)
     roles = set(_role_tokens(documents))
-    # transformers appends the tokens of these roles that the vocabulary lacks.
-    next_id = max(ids.values(), default=-1) + 1
-    ids |= {
-        token: next_id + i for i, token in enumerate(t for t in dict.fromkeys(_named_tokens(documents)) if t not in ids)
-    }
+    # transformers appends the tokens of these roles that the vocabulary lacks. A SentencePiece file (`*.model`) has a
+    # vocabulary that is not read here, and the tokens may be in it.
+    if _vocabulary(documents):
+        next_id = max(ids.values(), default=-1) + 1
+        missing = [token for token in dict.fromkeys(_named_tokens(documents)) if token not in ids]
+        ids |= {token: next_id + i for i, token in enumerate(missing)}
 
     templates = template + str((documents.get("tokenizer_config.json") or {}).get("chat_template") or "")
     beyond = {token: index for token, index in ids.items() if index >= num_embeddings}
@@ -52,15 +53,20 @@ def tokens_without_embedding(
     }
 
 
+def _vocabulary(documents: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens with which the tokenizer was trained; empty where no file of JSON has them."""
+    model = (documents.get("tokenizer.json") or {}).get("model") or {}
+    vocabulary = model.get("vocab") or documents.get("vocab.json") or {}
+    # A Unigram vocabulary is a list of pieces with their scores.
+    if isinstance(vocabulary, list):
+        return {piece: index for index, (piece, *_) in enumerate(vocabulary)}
+    return dict(vocabulary)
+
+
 def _ids_by_token(documents: Mapping[str, Any]) -> dict[str, int]:
     """Return every token of the vocabulary with its id."""
     tokenizer, settings = documents.get("tokenizer.json") or {}, documents.get("tokenizer_config.json") or {}
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or documents.get("vocab.json") or {}
-    # A Unigram vocabulary is a list of pieces with their scores.
-    if isinstance(vocabulary, list):
-        vocabulary = {piece: index for index, (piece, *_) in enumerate(vocabulary)}
-
-    ids = dict(vocabulary)
+    ids = _vocabulary(documents)
     if not tokenizer:
         ids |= documents.get("added_tokens.json") or {}
     ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}

@@ -28,6 +28,8 @@ TEXTS = [
     "Überschrift\n===",
     "\\backslash \\* \\",
     "%YAML 1.2\n...\n? key\n: value\n! tag @at",
+    "0\x85",
+    "no\u2029yes\ufeff",
 ]
 
 

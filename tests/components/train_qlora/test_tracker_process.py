@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from components.train_qlora import tracker_keys, trackers
+from components.train_qlora import tracker_keys, tracker_process, trackers
 from components.train_qlora.train import check_environment
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
@@ -162,6 +163,23 @@ def test_a_client_that_fails_is_one_warning_and_no_delay(
         assert fault.split("'")[1] in output
 
 
+def test_a_tracker_whose_process_cannot_be_started_is_one_warning(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def popen(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(trackers.subprocess, "Popen", popen)
+    train_with("mlflow", work=losses(3))
+    assert "mlflow cannot start, and training goes on without it" in capsys.readouterr().out
+
+
+def test_what_a_client_says_is_on_one_line_and_repeats_no_secret() -> None:
+    reports = io.StringIO()
+    tracker_process._report(reports, "GET https://me:canary@host/api?token=canary\n failed")
+    assert json.loads(reports.getvalue()) == {"error": "GET https://***@host/api?*** failed"}
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
@@ -179,6 +197,16 @@ def test_a_client_that_hangs_costs_the_limit_at_the_end_and_nothing_before(
     assert seconds < 3.0
     output = capsys.readouterr().out
     assert output.count("mlflow did not take everything in time") == 1
+
+
+def test_a_step_that_is_asked_to_stop_does_not_wait_for_a_tracker_that_hangs(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake / "start").write_text("time.sleep(1000)")
+    monkeypatch.setattr(trackers.signals, "stop_requested", lambda: True)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS_STOPPED", 0.1)
+    assert train_with("mlflow", work=losses(3)) < 5.0
+    assert trackers.CLOSE_SECONDS > 5.0
 
 
 def test_a_stopped_process_is_dropped_lines_and_no_wait(

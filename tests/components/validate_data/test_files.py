@@ -138,7 +138,7 @@ PAGE = "\n<!-- proxy -->\n<!DOCTYPE html>\n<html><body>Log in</body></html>"
         (docx("word/document.xml"), "this is a Word document"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600, "this is an old Excel or Word file"),
         (tar(), "this is a tar archive; unpack it (`tar -xf "),
-        (gzip.compress(tar()), "this is a tar archive; unpack it (`tar -xf "),
+        (gzip.compress(tar(), mtime=0), "this is a tar archive; unpack it (`tar -xf "),
         (b"SQLite format 3\x00" + b"\0" * 100, "this is an SQLite database"),
         (b"\x80\x04\x95.", "this is a pickle, which can run code when it is read"),
         (b"%PDF-1.7\n", "this is a PDF"),

@@ -128,6 +128,25 @@ def test_rows_are_numbered_by_line_or_one_by_one_where_they_share_a_line(read_fi
     assert [r.number for r in read_files({"a.jsonl": json.dumps(ROWS)})] == [1, 2]
 
 
+def test_values_without_names_are_named_by_their_places(read_files: ReadFiles) -> None:
+    records = read_files({"a.jsonl": '["a?", "b", 3]\n["c?", "d", null]\n'})
+    assert [record.fields for record in records] == [{"0": "a?", "1": "b", "2": 3}, {"0": "c?", "1": "d", "2": None}]
+    assert [record.fields for record in read_files({"a.jsonl": '"one"\n"two"\n'})] == [{"text": "one"}, {"text": "two"}]
+
+
+def test_columns_are_rows_whatever_fields_are_named(read_files: ReadFiles) -> None:
+    document = json.dumps({"text": ["a", "b", "c"], "label": ["x", "y", "x"]})
+    expected = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": "x"}]
+    assert [record.fields for record in read_files({"a.json": document})] == expected
+    records = read_files({"a.json": document}, prompt_field="text", response_field="label")
+    assert [record.fields for record in records] == expected
+
+
+def test_a_line_break_inside_of_a_text_is_named(refuse_files: RefuseFiles) -> None:
+    message = refuse_files({"a.jsonl": '{"prompt": "one\ntwo", "completion": "three"}\n' * 3})
+    assert message.startswith("a.jsonl:1: not JSON (Invalid control character at, column 16): a line break inside of")
+
+
 def test_a_broken_line_is_a_bad_row_and_the_others_are_read(read_files: ReadFiles) -> None:
     broken = [
         '{"instruction": "a", "output": b}', '{"instruction": "a" "output"}', "{'instruction': 'a'}", "oops",
@@ -169,12 +188,10 @@ def test_a_last_line_that_was_cut_off_says_so(read_files: ReadFiles, capsys: pyt
         ("[1, 2]", "not_an_object", "a list"),
         ("null", "not_an_object", "null"),
         ("true", "not_an_object", "true or false"),
-        ('"text"', "not_an_object", "a text"),
         ('"{text"', "not_an_object", "a text"),
         (json.dumps('{"a": 1} b'), "not_an_object", "a text"),
         (json.dumps('{"a": 1, "a": 2}'), "duplicate_key", '"a"'),
         (json.dumps('{"a": Infinity}'), "bad_json_line", "Infinity is no JSON value"),
-        ('["a?", "b"]', "not_an_object", "jq's `{prompt: .[0], answer: .[1]}`"),
     ],
 )
 @pytest.mark.parametrize("form", ["{good}\n{value}\n{good}\n", "[{good},\n {value},\n {good}]"])

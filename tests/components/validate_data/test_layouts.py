@@ -338,6 +338,59 @@ def test_images_are_refused_by_name(read: Read, row: dict[str, Any]) -> None:
     assert read({"question": "Price?", "answer": "3", "image": "https://a/b.png", "images": []})[0].fault is None
 
 
+@pytest.mark.parametrize("path", ["./photos/A 7.JPG", "clips/a.wav", "a.mp4"])
+def test_the_path_of_a_file_is_a_medium_of_the_row_unless_the_line_says_otherwise(read: Read, path: str) -> None:
+    row = {"prompt": "Describe it.", "target": "A horse", "image_path": path}
+    raw = read(row)[0]
+    assert raw.fault == "image_content"
+    assert raw.detail.endswith("if the texts do not need it, set data.ignore_fields: [image_path]")
+    assert read(row, ignore_fields=["image_path"])[0].messages[1]["content"] == "A horse"
+
+
+def test_an_instruction_by_its_short_name_stands_before_its_input(read: Read) -> None:
+    row = {"Instruct": "Name the town.", "Input": "The mill of Ghent turns.", "Output": "Ghent"}
+    assert read(row)[0].messages[0]["content"] == "Name the town.\n\nThe mill of Ghent turns."
+
+
+RENDERED_PAIRS = {
+    "chatml": (
+        "<|im_start|>system\nYou work at a museum.<|im_end|>\n<|im_start|>user\nOpen on Monday?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "No.<|im_end|>",
+    ),
+    "chatml_answer_with_its_head": (
+        "<|im_start|>system\nYou work at a museum.<|im_end|>\n<|im_start|>user\nOpen on Monday?<|im_end|>\n",
+        "<|im_start|>assistant\nNo.<|im_end|>\n",
+    ),
+    "llama_2": ("<s>[INST] <<SYS>>\nYou work at a museum.\n<</SYS>>\n\nOpen on Monday? [/INST]", " No. </s>"),
+}
+
+
+@pytest.mark.parametrize("kind", RENDERED_PAIRS)
+def test_a_prompt_that_was_rendered_for_a_model_is_read_together_with_its_answer(read: Read, kind: str) -> None:
+    prompt, answer = RENDERED_PAIRS[kind]
+    row = {"prompt": prompt, "completion": answer}
+    assert read(row)[0].messages == [SYSTEM, ASK, REPLY]
+    assert read(row, prompt_field="prompt", response_field="completion")[0].messages == [SYSTEM, ASK, REPLY]
+    # One that is not so written is a fault of that row.
+    assert [raw.fault for raw in read(*[row] * 200, {**row, "prompt": "Open?"})][199:] == [None, "bad_rendering"]
+
+
+def test_turns_as_json_text_with_roles_of_their_own_are_never_learnt_as_json(read: Read) -> None:
+    search, result = {"role": "search", "content": "hours Monday"}, {"role": "return", "content": "closed"}
+    rows = [
+        {"context": json.dumps([ASK]), "response": json.dumps(search)},
+        {"context": json.dumps([ASK, search, result]), "response": json.dumps(REPLY)},
+    ]
+    raws = read(*rows)
+    assert [raw.fault for raw in raws] == ["unknown_role"] * 2
+    assert all("data.roles: {search: " in raw.detail for raw in raws)
+    assert [raw.messages[-1] for raw in read(*rows, roles={"search": "assistant", "return": "tool"})] == [
+        {"role": "assistant", "content": "hours Monday"},
+        REPLY,
+    ]
+
+
 # What may be read in another way than it is meant.
 def test_an_export_of_a_log_in_csv_has_its_turns_as_json_text(tmp_path: Path) -> None:
     def messages(prompt: str, answer: str) -> object:

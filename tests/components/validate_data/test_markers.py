@@ -65,6 +65,9 @@ def test_a_text_that_goes_on_after_the_answer_is_a_fault(text: str, marker: str)
         ("<|user|>Hello<|assistant|>Hi", "<|assistant|>"),
         ("USER: Hello\nASSISTANT: Hi", "ASSISTANT:"),
         ("The museum opened in 1907.", None),
+        ("### Instru\u00e7\u00e3o:\nAbre?\n\n### Resposta:\nN\u00e3o.", "### Resposta:"),
+        ("## \u554f:\nOpen?\n## \u7b54: No.", "## \u7b54:"),
+        ("### Notes:\nThe museum opened in 1907.", None),
     ],
 )
 def test_the_marker_of_most_texts_is_suggested(text: str, marker: str | None) -> None:

@@ -11,6 +11,7 @@ import pytest
 from components.validate_data.raw_rows import RowReader
 from components.validate_data.rendered import style_of
 from qlora_retrain.config.data import DataConfig
+from qlora_retrain.core.errors import UsageError
 
 SYSTEM = {"role": "system", "content": "You work at a museum.\nBe brief."}
 ASK = {"role": "user", "content": "Open on Monday?\n\nAnd on <b>Tuesday</b>?"}
@@ -55,6 +56,45 @@ def test_the_turns_of_a_rendered_text_are_learnt_as_a_chat(tmp_path: Path, rende
         (CHAT, None),
         ([SYSTEM, AGAIN, LAST, ASK, REPLY], None),
     ]
+
+
+@pytest.mark.parametrize("beginning", ["", "\n\n"])
+def test_paragraphs_of_two_speakers_are_their_turns(tmp_path: Path, beginning: str) -> None:
+    text = f"{beginning}Human: Open on Monday?\n\nAssistant: No.\n\nHuman: Sure?\n\nAssistant: Yes,\nit is shut."
+    contents = ["Open on Monday?", "No.", "Sure?", "Yes,\nit is shut."]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    rejected = text.replace("Yes,\nit is shut.", "No.")
+    assert messages(tmp_path, {"chosen": text, "rejected": rejected}) == [(chat, None)]
+    assert messages(tmp_path, {"text": text}) == [(chat, None)]
+
+
+def test_two_speakers_beside_a_label_may_be_what_is_labelled(tmp_path: Path) -> None:
+    row = {"text": "Human: Open?\n\nAssistant: No.", "label": "polite"}
+    with pytest.raises(UsageError, match=r"data\.task: labels if label holds categories"):
+        messages(tmp_path, row)
+    assert messages(tmp_path, row, task="labels")[0][0][1]["content"] == "polite"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Note.\n\nHuman: Open?\n\nAssistant: No.", "Human: Open?\n\nHuman: Hello?\n\nAssistant: No.", "Assistant: No."],
+)
+def test_what_is_not_two_speakers_in_turn_stays_a_text(text: str) -> None:
+    assert style_of([text]) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Human: Open?\n\nAssistant: ", "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\n"],
+    ids=["speakers", "ChatML"],
+)
+def test_texts_that_stop_before_the_answer_are_prompts_no_chats(text: str) -> None:
+    assert style_of([text, text]) is None
+
+
+def test_the_names_of_speakers_in_a_prompt_stay_in_it(tmp_path: Path) -> None:
+    row = {"prompt": "Human: Open on Monday?\n\nAssistant:", "completion": " No."}
+    assert messages(tmp_path, row)[0][0][0]["content"] == row["prompt"]
 
 
 def test_gemma_has_no_system_turn_and_its_own_role(tmp_path: Path) -> None:

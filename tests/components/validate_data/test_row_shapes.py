@@ -28,6 +28,14 @@ NODE = {"id": "a", "message": {"author": {"role": "user"}}, "parent": None, "chi
             {"story": "s", "questions": ["a?", "b?"], "answers": {"input_text": ["a", "b"]}},
             "a list of rows in questions",
         ),
+        ({"system": "SYSTEM: -", "chat": "USER: a\n\n\nASSISTANT: <functioncall> {}"}, "chat holds calls as text"),
+        (
+            {"segments": [{"label": False, "text": "<s>hi"}, {"label": True, "text": "hello</s>"}]},
+            "segments holds parts",
+        ),
+        ({"tag": "greeting", "patterns": ["hi", "hello"], "responses": ["hey", "ho"]}, "a list of rows in patterns"),
+        ({"image": "train/a.png", "ground_truth": {"name": "lamp"}}, "each row goes with a medium (image)"),
+        ({"prompt": "Write a story.", "response": "", "country": "India"}, "response is empty in every row"),
     ],
 )
 def test_what_no_setting_reads_is_named(row: dict[str, Any], words: str) -> None:
@@ -42,6 +50,8 @@ def test_what_no_setting_reads_is_named(row: dict[str, Any], words: str) -> None
         {"author": "Ann", "text": "The museum opened in 1907.", "date": "2026-01-01"},
         {"instruction": "a", "instances": [{"input": "b", "output": "c"}]},
         {"mapping": {"a": 1}, "text": "b"},
+        {"prompt": "Write a story.", "response": "", "gpt": "Once."},
+        {"image": "https://a/b.png", "text": "A horse"},
     ],
 )
 def test_rows_that_may_be_examples_are_not_refused_for_their_shape(row: dict[str, Any]) -> None:

@@ -256,3 +256,44 @@ def test_the_rows_of_an_evaluation_file_are_all_evaluation_up_to_the_limit() -> 
     assert [r.split for r in rows].count("eval") == 15
     assert [r.split for r in rows].count("dropped") == 4
     assert rows[3].split is None
+
+
+def test_a_system_turn_within_a_chat_does_not_part_it_from_its_beginning() -> None:
+    # The opening makes the system turns decide, and those of the continuation are two.
+    rows = [chat("hello", "hi", f"question {i}", "answer", system="Be brief.") for i in range(60)]
+    for i in range(60):
+        longer = chat("hello", "hi", f"question {i}", "answer", "more?", "no", system="Be brief.")
+        longer.messages.insert(5, {"role": "system", "content": "Now be polite."})
+        rows.append(longer)
+    row_sides = sides(rows)
+    assert row_sides[:60] == row_sides[60:]
+    assert set(row_sides) == {"train", "eval"}
+
+
+def test_an_opening_that_nothing_goes_on_from_any_more_stays_with_its_own_beginning() -> None:
+    beginning, longer = chat("hello", "hi"), chat("hello", "hi", "and now?", "no")
+    for seed in map(str, range(30)):
+        paths = [digest_beginnings(item, seed) for item in (beginning, longer)]
+        config = TEXT.model_copy(update={"split_seed": seed, "shared_openings": paths[1]})
+        row_sides = sides([beginning, longer], config)
+        assert row_sides[0] == row_sides[1] is not None
+
+
+@pytest.mark.parametrize("system", [None, "You are a pirate."])
+def test_a_greeting_is_not_evaluated_where_chats_that_begin_with_it_are_trained_on(system: str | None) -> None:
+    def greeted(*texts: str) -> Row:
+        item = chat(*texts, system=system)
+        item.messages.insert(len(item.messages) - len(texts), {"role": "assistant", "content": "Ahoy!"})
+        return item
+
+    rows = [greeted(f"question {i}", "answer") for i in range(60)]
+    row_sides = sides([*rows, greeted()])
+    assert set(row_sides[:60]) == {"train", "eval"}
+    assert row_sides[60] is None
+    # The greeting does not move a chat that has it.
+    assert row_sides[:60] == sides([row(f"question {i}") for i in range(60)])
+    assert sides([greeted()]) != [None]
+
+    for reserved, others in ((greeted(), rows), (rows[0], [greeted()])):
+        keep_apart(others, [reserved], "in_golden_set", TEXT, ())
+        assert {item.reason for item in others} == {"in_golden_set"}

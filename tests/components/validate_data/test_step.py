@@ -73,8 +73,9 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
     return call
 
 
-def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path) -> None:
+def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, dataset = gate(good(300), golden=[pair("a golden question", "login")], system="Answer with the intent.")
+    assert "evaluation rows can rule out no loss of accuracy below" in capsys.readouterr().out
     assert report.refused is None
     assert {path.name for path in dataset.iterdir()} == FILES
 
@@ -200,7 +201,8 @@ def test_too_many_bad_rows_are_refused_with_the_first_of_each_reason(gate: Gate)
         "data refused: share of rows that are bad: 0.07, expected at most 0.05 (max_quarantined_fraction); "
         'tickets.jsonl:5: "messages" has no assistant turn; a conversation needs a user turn and an assistant turn '
         '(its turns are user) (no_assistant_turn: 20 of 300 rows); tickets.jsonl:3: "messages" holds a turn '
-        "without text (turn 1, of the user) (empty_content: 1 of 300 rows)"
+        "without text (turn 1, of the user) (empty_content: 1 of 300 rows); mend these rows, or leave them out with "
+        "data.max_quarantined_fraction: 0.07"
     )
     assert {path.name for path in dataset.iterdir()} == FILES
     assert "tickets.jsonl:5: &quot;messages&quot; has no assistant turn" in (dataset / "report.html").read_text()
@@ -229,6 +231,7 @@ def test_too_many_duplicates_are_refused_apart_from_bad_rows(gate: Gate) -> None
     )
     assert "tickets.jsonl:201: an earlier row has the same prompt" in str(report.refused)
     assert "max_quarantined_fraction" not in str(report.refused)
+    assert str(report.refused).endswith("or leave them out with data.max_duplicates_fraction: 0.34")
 
 
 @pytest.mark.parametrize("knob", ["min_train_rows", "min_eval_rows"])

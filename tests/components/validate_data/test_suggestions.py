@@ -111,6 +111,49 @@ PAIRS: dict[str, tuple[Mapping[str, Any], str, str]] = {
         QUESTION,
         ANSWER,
     ),
+    "object_by_its_name": (
+        {"question": QUESTION, "tokens": ["Is", "it"], "offsets": [0, 3], "sql": {"clause": [{"agg": 1}]}, "ok": True},
+        QUESTION,
+        '{"clause": [{"agg": 1}]}',
+    ),
+    "object_with_a_label_in_it": (
+        {"id": "e1", "text": QUESTION, "expected": {"category": "spam", "urgent": False}, "note": "short"},
+        QUESTION,
+        '{"category": "spam", "urgent": false}',
+    ),
+    "answer_of_an_open_chat": (
+        {"messages": [{"role": "user", "content": QUESTION}], "reference_answer": "MON-7"},
+        QUESTION,
+        "MON-7",
+    ),
+    "unknown_numbered_texts": ({"edu1": QUESTION, "edu2": ANSWER, "label": "none"}, f"{QUESTION}\n\n{ANSWER}", "none"),
+    "options_by_a_longer_name": (
+        {"question": QUESTION, "question_options": "A: yes\nB: no", "question_answer": "B"},
+        f"{QUESTION}\n\nA: yes\nB: no",
+        "B",
+    ),
+    "query_of_a_schema": (
+        {"question": "How many?", "context": "CREATE TABLE t (id INT)", "query": "SELECT 1"},
+        "How many?\n\nCREATE TABLE t (id INT)",
+        "SELECT 1",
+    ),
+    "object": (
+        {"description": CONTEXT, "data": {"weather": "hot", "wind": 5}},
+        CONTEXT,
+        '{"weather": "hot", "wind": 5}',
+    ),
+    "two_objects": (
+        {"scenario": {"id": "s1", "ships": [{"kind": "ferry"}]}, "decision": {"level": "low", "reasoning": ANSWER}},
+        '{"id": "s1", "ships": [{"kind": "ferry"}]}',
+        '{"level": "low", ',
+    ),
+    "list": ({"business": QUESTION, "domains": ["a.app", "b.com"], "id": "7"}, QUESTION, '["a.app", "b.com"]'),
+    "lists": ({"case_id": "c", "signs": ["cough", "fever"], "illness": ["flu"]}, '["cough", "fever"]', '["flu"]'),
+    "chosen": (
+        {"meta": {"target_os": {"family": "linux"}}, "prompt": {"user": QUESTION}, "chosen": ANSWER, "rejected": "?"},
+        QUESTION,
+        ANSWER,
+    ),
     "other_language": ({"Frage": QUESTION, "Antwort": ANSWER}, QUESTION, ANSWER),
     "source": ({"source": QUESTION, "target": ANSWER, "id": 3}, QUESTION, ANSWER),
     "src": ({"src": QUESTION, "tgt": CONTEXT, "src_lang": "en"}, QUESTION, CONTEXT),
@@ -144,9 +187,12 @@ def test_the_first_setting_of_a_refusal_gives_the_prompt_and_the_answer(tmp_path
         ),
         ({"text": "USER: hello ASSISTANT: hi</s>"}, "data.text_field: text and data.answer_after: 'ASSISTANT:'"),
         (
-            {"chosen": "\n\nHuman: hello\n\nAssistant: hi", "rejected": "\n\nHuman: hello\n\nAssistant: no"},
+            {"chosen": "\n\nUser: hello\n\nAssistant: hi", "rejected": "\n\nUser: hello\n\nAssistant: no"},
             "data.text_field: chosen and data.answer_after: 'Assistant:'",
         ),
+        ({"conversation": "[USER] Hello\n[ASSISTANT] Hi"}, "and data.answer_after: '[ASSISTANT]'"),
+        ("User: hello Assistant: hi </s>", "data.text_field: text and train.loss: all"),
+        (["Open on Monday?", "No, it closes."], 'data.prompt_field: "0" and data.response_field: "1"'),
         ({"text": "The museum opened in 1907."}, "data.text_field: text and train.loss: all"),
         (
             {"text": CONTEXT, "url": "https://a/b", "timestamp": "2026-01-01"},
@@ -158,12 +204,65 @@ def test_the_first_setting_of_a_refusal_gives_the_prompt_and_the_answer(tmp_path
         ),
     ],
 )
-def test_whole_texts_and_categories_are_told_apart(tmp_path: Path, row: dict[str, Any], hint: str) -> None:
+def test_whole_texts_and_categories_are_told_apart(tmp_path: Path, row: Any, hint: str) -> None:
     message = refusal(tmp_path, [row, row])
     assert message.startswith(
         "a.jsonl: no field is recognised as a chat, or as a prompt with its answer; the fields are: "
     )
     assert hint in message
+
+
+def test_an_instruction_of_all_rows_is_named_with_what_it_is_about(tmp_path: Path) -> None:
+    rows = [
+        {
+            "instruction": QUESTION,
+            "source": f"{CONTEXT} {i}",
+            "draft": f"{ANSWER} {i}",
+            "corrected_output": f"{ANSWER}! {i}",
+        }
+        for i in range(MANY)
+    ]
+    assert (
+        'data.prompt_template: "{instruction}\\n\\n{source}\\n\\n{draft}" and data.response_field: corrected_output'
+        in (refusal(tmp_path, rows))
+    )
+
+
+def test_what_explains_a_label_is_not_shown_to_the_model(tmp_path: Path) -> None:
+    rows = [{"text": f"{CONTEXT} {i}", "label": i % 2, "reason": f"{ANSWER} {i}"} for i in range(MANY)]
+    assert "set data.task: labels if label holds categories, or data.prompt_field: text and" in refusal(tmp_path, rows)
+
+
+def test_a_query_is_the_answer_to_the_only_other_text(tmp_path: Path) -> None:
+    rows = [{"NL": f"{QUESTION} {i}", "Query": f"SELECT name FROM halls WHERE id = {i}"} for i in range(MANY)]
+    assert refusal(tmp_path, rows).endswith("set data.prompt_field: NL and data.response_field: Query")
+    rows = [{"query": f"{QUESTION} {i}", "text_de": f"{ANSWER} {i}"} for i in range(MANY)]
+    assert refusal(tmp_path, rows).endswith("set data.prompt_field: query and data.response_field: text_de")
+
+
+def test_one_question_about_many_texts_is_asked_in_front_of_them(tmp_path: Path) -> None:
+    rows = [
+        {"abstract": f"{CONTEXT} {i}", "question": QUESTION, "level": i, "why": f"{ANSWER} {i}"} for i in range(MANY)
+    ]
+    message = refusal(tmp_path, rows)
+    assert message.endswith('data.prompt_template: "{question}\\n\\n{abstract}" and data.response_field: why')
+
+
+def test_the_system_turn_of_an_object_is_named_with_its_prompt(tmp_path: Path) -> None:
+    row = {"prompt": {"system": "You work at a museum.", "user": QUESTION}, "chosen": ANSWER, "rejected": "?"}
+    settings = first_choice(refusal(tmp_path, [row, row]).partition("; ")[2])
+    raw = next(RowReader(tmp_path, DataConfig(**settings), "raw_data").rows())
+    contents = [(turn["role"], turn["content"]) for turn in raw.messages]  # type: ignore[attr-defined]
+    assert contents == [("system", "You work at a museum."), ("user", QUESTION), ("assistant", ANSWER)]
+
+
+def test_a_chat_under_a_name_of_its_own_is_named_with_its_roles(tmp_path: Path) -> None:
+    turns = [{"turn_id": 0, "speaker": "DOCTOR", "transcript": QUESTION}, {"speaker": "PATIENT", "transcript": ANSWER}]
+    message = refusal(tmp_path, [{"id": "1", "transcript": turns, "orders": [{"text": CONTEXT}]}] * 2)
+    assert message.endswith("set data.messages_field: transcript, and data.roles: {DOCTOR: assistant, PATIENT: user}")
+    settings = {"messages_field": "transcript", "roles": {"DOCTOR": "assistant", "PATIENT": "user"}}
+    raw = next(RowReader(tmp_path, DataConfig(**settings), "raw_data").rows())
+    assert raw.messages == [{"role": "assistant", "content": QUESTION}, {"role": "user", "content": ANSWER}]
 
 
 def test_a_value_of_few_kinds_beside_one_text_is_its_category(tmp_path: Path) -> None:
@@ -180,6 +279,11 @@ def test_a_value_of_few_kinds_beside_one_text_is_its_category(tmp_path: Path) ->
     message = refusal(tmp_path, rows)
     assert "data.prompt_field: Frage and data.response_field: Antwort, or to learn Sparte, " in message
     assert '"{Frage}\\n\\n{Antwort}" and data.response_field: Sparte' in message
+
+
+def test_a_category_of_the_row_comes_before_one_of_an_object_in_it(tmp_path: Path) -> None:
+    rows = [{"h": {"name": f"n{i % 3}"}, "relation": f"r{i % 4}", "text": f"{CONTEXT} {i}"} for i in range(MANY)]
+    assert "data.prompt_field: text and data.response_field: relation" in refusal(tmp_path, rows)
 
 
 def test_what_is_named_as_a_label_and_is_free_text_is_none(tmp_path: Path) -> None:

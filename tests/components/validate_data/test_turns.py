@@ -70,6 +70,17 @@ def test_an_unknown_role_is_named_with_the_near_match_and_the_setting() -> None:
     assert fault([{"role": ["user"], "content": "hi"}]) == ("unknown_role", "turn 1: the role is a list")
 
 
+@pytest.mark.parametrize("names", [("YOU", "THEM"), ("anna", "bert"), ("Agent7", "Kunde")])
+def test_pairs_of_a_speaker_and_a_text_are_no_exchanges(names: tuple[str, str]) -> None:
+    pairs = [[names[i % 2], f"line {i}"] for i in range(4)]
+    assert fault(pairs)[0] == "unknown_role"
+    assert all(f"{name}: " in fault(pairs)[1] for name in names)
+    messages = parse(pairs, **dict(zip(names, ("user", "assistant"), strict=True)))
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("user", "line 0"), ("assistant", "line 1"), ("user", "line 2"), ("assistant", "line 3")
+    ]  # fmt: skip
+
+
 def test_exchanges_pairs_and_texts_in_turn_are_chats() -> None:
     hello, reply = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
     assert parse([{"human": "hello", "assistant": "hi"}]) == [hello, reply]
@@ -145,9 +156,9 @@ def test_media_among_the_parts_are_refused_by_name(part: dict[str, Any]) -> None
 
 
 def test_a_part_that_is_no_text_is_refused_and_a_list_that_is_the_answer_is_json() -> None:
-    reason, detail = fault([{"role": "user", "content": [{"type": "tool_use", "name": "f", "input": {}}]}])
+    reason, detail = fault([{"role": "assistant", "content": [{"type": "server_tool_use", "name": "f", "input": {}}]}])
     assert reason == "bad_content_type"
-    assert detail.startswith('turn 1: a part of type "tool_use"; write calls as tool_calls')
+    assert detail.startswith('turn 1: a part of type "server_tool_use"; write calls as tool_calls')
     entities = [{"type": "city", "text": "K\u00f6ln"}, {"type": "day", "text": "Monday"}]
     content = parse([{"role": "assistant", "content": entities}])[0]["content"]
     assert content == '[{"type": "city", "text": "K\u00f6ln"}, {"type": "day", "text": "Monday"}]'
@@ -261,6 +272,11 @@ def test_a_text_that_nothing_reads_is_a_fault_unless_it_is_left_out_on_purpose()
         'the key "documents" (a list) and "tool_calls" (a list)',
     )
     assert fault([{**ASK, **documents}, REPLY])[1] == f"turn 1: {calls}; {setting}[documents, tool_calls]"
+
+
+def test_reasoning_of_a_user_is_never_taken_for_metadata() -> None:
+    reason, detail = fault([{**ASK, "reasoning_content": "hm"}, REPLY])
+    assert (reason, detail[:37]) == ("extra_field", 'turn 1: the key "reasoning_content" (')
 
 
 def test_an_empty_system_turn_falls_away_and_any_order_is_let_in() -> None:

@@ -75,6 +75,17 @@ GUANACO = r"""
 {%- if add_generation_prompt -%}{{- '### Assistant: ' -}}{%- endif -%}
 """
 
+# An answer that begins with a line break changes how the tokenizer cuts the mark in front of it.
+CODER = r"""
+{%- if messages[0].role != 'system' -%}{{- 'You help with code.\n' -}}{%- endif -%}
+{%- for turn in messages if turn.role in ['system', 'user', 'assistant'] -%}
+  {%- if turn.role == 'system' -%}{{- turn.content ~ '\n' -}}
+  {%- elif turn.role == 'user' -%}{{- '### Question:\n' ~ turn.content ~ '\n' -}}
+  {%- else -%}{{- '### Answer:\n' ~ turn.content ~ '\n' ~ eos_token ~ '\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Answer:\n' -}}{%- endif -%}
+"""
+
 TURNS_AND_MARKS = r"""
 {%- for turn in MESSAGES if turn.role in ['system', 'user', 'assistant'] -%}
   {{- '<|' ~ turn.role ~ '|>\n' ~ (TEXT) ~ eos_token ~ '\n' -}}
@@ -111,6 +122,16 @@ FAMILIES = [
     plain_marks("saiga", SAIGA, "<s>bot\n"),
     plain_marks("orion", ORION, "Assistant: </s>", expected=PLAIN_CHAT | refused(1, 3, 8, by=DROPS)),
     plain_marks("guanaco", GUANACO, "### Assistant: ", tokenizer="gpt2", bos="<|endoftext|>"),
+    plain_marks(
+        "coder",
+        CODER,
+        "### Answer:\n",
+        tokenizer="byte",
+        bos=None,
+        eos="<|EOT|>",
+        ends=("<|EOT|>",),
+        stops=("<|EOT|>",),
+    ),
     plain_marks("one-line", ONE_LINE, "<|assistant|>\n", expected=PLAIN_CHAT | refused(4, 5, by=REWRITES)),
     plain_marks("escaping", ESCAPING, "<|assistant|>\n", expected=PLAIN_CHAT | refused(4, 5, by=(REWRITES, DROPS))),
     plain_marks(

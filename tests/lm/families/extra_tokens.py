@@ -133,7 +133,27 @@ PARTS = r"""
 {%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
 """
 
+# Every text ends with the mark of the next answer, whether it is asked for or not.
+EDGE = r"""
+{%- for turn in messages if turn.role in ['system', 'user', 'assistant'] -%}
+  {{- '<|' ~ turn.role ~ '|>\n' ~ turn.content -}}
+{%- endfor -%}
+{{- '<|assistant|>' -}}
+"""
+
 FAMILIES = [
+    Family(
+        name="glm-edge",
+        tokenizer="byte",
+        template=EDGE,
+        eos="<|endoftext|>",
+        headers=("<|assistant|>\n", "<|assistant|>"),
+        next_turns=tokens("<|user|> <|system|> <|assistant|>"),
+        stops=tokens("<|endoftext|> <|user|> <|observation|>"),
+        special=tokens("<|system|> <|assistant|>"),
+        role_mark="<|assistant|>",
+        expected=PLAIN_CHAT,
+    ),
     plain_marks(
         "internlm2",
         "{{- bos_token -}}" + CHATML,

@@ -15,8 +15,9 @@ SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "AIRFLOW_CO
 
 
 @pytest.fixture(autouse=True)
-def no_aws_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_aws_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Remove this machine's own AWS settings."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in (*container_spec.FORWARDED_VARIABLES, *container_spec.CREDENTIAL_FILE_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
@@ -46,6 +47,20 @@ def test_a_file_that_a_variable_names_is_mounted_read_only_and_the_variable_name
     ((host_path, container_path, read_only),) = container_spec.bind_mounts("s3://models/x", [])
     assert (host_path, read_only) == (str(tmp_path / "file"), True)
     assert container_spec.environment(RuntimeConfig(), [])[name] == container_path
+
+
+def test_the_settings_of_boto3_in_the_home_folder_count_in_a_container_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "config").write_text("[default]\nrequest_checksum_calculation = when_required\n")
+    ((host_path, container_path, read_only),) = container_spec.bind_mounts("s3://models/x", [])
+    assert (host_path, read_only) == (str(tmp_path / ".aws" / "config"), True)
+    assert container_spec.environment(RuntimeConfig(), [])["AWS_CONFIG_FILE"] == container_path
+
+    # A variable that names another file is heeded first, as by boto3.
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/etc/aws")
+    assert [path for path, _, _ in container_spec.bind_mounts("s3://models/x", [])] == ["/etc/aws"]
 
 
 def test_sources_are_read_only_and_a_store_in_a_folder_is_not(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_retrain.config.evaluate import EvaluateConfig
-from qlora_retrain.evaluation.answer_endings import METRIC
+from qlora_retrain.evaluation import stats
+from qlora_retrain.evaluation.answer_endings import EMPTY, METRIC
 from qlora_retrain.evaluation.rows import RowScore
 from qlora_retrain.evaluation.rules.comparison import has_metric, metric_interval, rows_of_suite
 from qlora_retrain.evaluation.rules.rule_result import RuleResult
@@ -43,8 +44,14 @@ def answers_end(rows: Sequence[RowScore], settings: EvaluateConfig, name: str = 
 
     interval = metric_interval(measured, METRIC, settings)
     text = describe(len(measured), interval, limit)
-    passed: bool | None = interval.value >= limit
-    if not passed and len(measured) < settings.min_rows and interval.high >= limit:
+    # A model that says nothing ends at once, and must not pass for that.
+    is_empty = [row.values.get(EMPTY) == 1.0 for row in measured]
+    if any(is_empty):
+        text += f"; empty ones, which the rule does not count: {sum(is_empty)}"
+    ends = sum(row.values[METRIC] > 0 and not empty for row, empty in zip(measured, is_empty, strict=True))
+    share = stats.proportion_interval(ends, len(measured), confidence=settings.confidence)
+    passed: bool | None = share.value >= limit
+    if not passed and len(measured) < settings.min_rows and share.high >= limit:
         passed = None
         text += f"; {settings.min_rows} rows whose right answer fits evaluate.max_new_tokens would decide"
     return RuleResult.from_interval(name, text, interval, limit, passed)

@@ -4,8 +4,9 @@ The names are those of Docker's API, which Podman has too. The Kubernetes and Ku
 the same for every container: the command, the work folder, the step's label. Standard library only.
 
 Environment of the process that starts it: `FORWARDED_VARIABLES` are settings, which are passed on unchanged.
-`CREDENTIAL_FILE_VARIABLES` name files that hold credentials or lead to them; each file is mounted read-only. No other
-credential enters a container, so none can appear in its settings: `AWS_SECRET_ACCESS_KEY` stays with the worker.
+`CREDENTIAL_FILE_VARIABLES` name files that hold credentials or lead to them; each file is mounted read-only, and so is
+`~/.aws/config` where `AWS_CONFIG_FILE` names no other. No other credential enters a container, so none can appear in
+its settings: `AWS_SECRET_ACCESS_KEY` stays with the worker.
 """
 
 from __future__ import annotations
@@ -152,7 +153,12 @@ def work_volume_name(user: str | None) -> str:
 
 
 def _credential_files() -> Mapping[str, Path]:
-    return {name: Path(os.environ[name]).resolve() for name in CREDENTIAL_FILE_VARIABLES if os.environ.get(name)}
+    files = {name: Path(os.environ[name]) for name in CREDENTIAL_FILE_VARIABLES if os.environ.get(name)}
+    # The worker's boto3 reads its settings there without being told.
+    default = Path(os.environ.get("HOME", "/")) / ".aws" / "config"
+    if "AWS_CONFIG_FILE" not in files and default.is_file():
+        files["AWS_CONFIG_FILE"] = default
+    return {name: path.resolve() for name, path in files.items()}
 
 
 def _container_path(variable: str) -> str:
