@@ -69,14 +69,19 @@ def run(
     version = registry.find_by_content(store, plan.line, content)
     if version is None:
         version = _publish(config, plan, store, inputs, copies, content, release)
+    else:
+        registry.verify_version(store, version)
 
     refusal = None
-    registry.move_alias(store, plan.line, registry.LATEST, version, reason=f"published by run {plan.run_id}")
+    reason = f"published by run {plan.run_id}"
+    registry.move_alias(store, plan.line, registry.LATEST, version, reason=reason, is_verified=True)
 
     if config.promote_to is not None:
         try:
             reason = f"passed both gates in run {plan.run_id}"
-            registry.move_alias(store, plan.line, config.promote_to, version, reason=reason, expected=plan.target)
+            registry.move_alias(
+                store, plan.line, config.promote_to, version, reason=reason, expected=plan.target, is_verified=True
+            )
         except QualityRefused as problem:
             refusal = problem
 
@@ -140,7 +145,9 @@ def _publish(
     store.upload(document_folder, folder, documents)
     copied = [f.model_copy(update={"path": target}) for pairs in copies.values() for f, target in pairs]
     files = tuple(sorted([*copied, *artifact.list_files(document_folder)], key=lambda f: f.path))
-    _check_copied(store, folder, files)
+    # Hashed where consumers will read them, since an artifact may have changed after it was judged.
+    if found := registry.first_fault(store, folder, files):
+        raise _copy_error(store, inputs, copies, *found)
 
     base = plan.sources["base_model"]
     assert base is not None
@@ -180,9 +187,12 @@ def _verdict(store: Store, evaluation: Manifest) -> dict[str, Any]:
     return verdict
 
 
-def _check_copied(store: Store, folder: str, files: tuple[File, ...]) -> None:
-    """Check the names and sizes of the copied files before the manifest promises them."""
-    sizes_bytes = {e.path.removeprefix(f"{folder}/"): e.size_bytes for e in store.list(folder)}
-    incomplete = [f.path for f in files if sizes_bytes.get(f.path) != f.size_bytes]
-    if incomplete:
-        raise IntegrityError(f"{store.uri}/{folder}/{incomplete[0]}: was not copied completely; run the step again")
+def _copy_error(
+    store: Store, inputs: dict[str, Manifest], copies: dict[str, list[tuple[File, str]]], file: File, fault: str
+) -> IntegrityError:
+    """Return the error for a file of the version that differs from the artifact's manifest."""
+    for name, pairs in copies.items():
+        for source, target in pairs:
+            if target == file.path:
+                return artifact.corruption_error(store, inputs[name], f"{source.path}, copied to be published: {fault}")
+    return IntegrityError(f"{store.uri}: {file.path}: {fault}; run the step again")

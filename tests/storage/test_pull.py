@@ -152,6 +152,9 @@ def test_one_generation_with_two_versions_is_refused(
     # A copy of the store that went on by itself: both have a generation 2, with different versions.
     twin = open_store((tmp_path / "twin").as_uri())
     third = second.model_copy(update={"version": "20990101T000000Z-x"})
+    folder = registry.version_folder("intents", second.version)
+    shutil.copytree(tmp_path / "store" / folder, tmp_path / "twin" / folder.replace(second.version, third.version))
+    (tmp_path / "twin" / folder.replace(second.version, third.version) / "manifest.json").unlink()
     registry.move_alias(twin, "intents", "production", registry.complete_version(twin, third), reason="a split brain")
     pull.pull(store, REFERENCE, tmp_path / "dest")
 

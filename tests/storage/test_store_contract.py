@@ -330,3 +330,12 @@ def test_the_start_of_a_file_is_read_alone(store: Store, tmp_path: Path) -> None
     assert store.read_start("folder/empty", 8) == b""
     with pytest.raises(NotFound):
         store.read_start("folder/none", 8)
+
+
+def test_a_hash_is_that_of_the_bytes_that_are_there_now(store: Store, tmp_path: Path) -> None:
+    for content in (b"", b"a" * 3_000_000, b"b" * 3_000_000):
+        (tmp_path / "model.bin").write_bytes(content)
+        store.upload(tmp_path, "folder", ["model.bin"])
+        assert store.sha256("folder/model.bin") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(NotFound):
+        store.sha256("folder/another")

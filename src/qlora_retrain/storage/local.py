@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qlora_retrain.core import uris
+from qlora_retrain.core import hashing, uris
 from qlora_retrain.core.errors import Cause, TryAgain
 from qlora_retrain.storage import atomic_files
 from qlora_retrain.storage.store import (
@@ -62,6 +62,14 @@ class LocalStore:
             try:
                 with self._existing(path).open("rb") as file:
                     return file.read(size_bytes)
+            except FileNotFoundError:  # removed after the check
+                raise NotFound(f"{self.uri}/{path}") from None
+
+    def sha256(self, path: str) -> str:
+        """Hash the file."""
+        with atomic_files.disk_errors(self._root):
+            try:
+                return hashing.sha256_file(self._existing(path))
             except FileNotFoundError:  # removed after the check
                 raise NotFound(f"{self.uri}/{path}") from None
 

@@ -15,12 +15,15 @@ import os
 import re
 import socket
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
+from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
 from qlora_retrain.storage.registry_documents import Release as Release
@@ -33,6 +36,8 @@ PRODUCTION = "production"
 _MAX_MOVES = 10
 # How often other writers may move an alias between our read and our write.
 _MAX_SWAP_ATTEMPTS = 8
+# Files of a version that are hashed at once.
+_NUM_READERS = 8
 _ALIAS_PATTERN = r"[a-z][a-z0-9-]{0,31}"
 
 
@@ -103,6 +108,39 @@ def complete_version(store: Store, release: Release) -> Release:
     return release
 
 
+def first_fault(store: Store, folder: str, files: Sequence[File]) -> tuple[File, str] | None:
+    """Return the first file below a folder of the store that is missing or has other bytes, and what is wrong.
+
+    Every byte is read and hashed: a size proves nothing.
+    """
+
+    def fault(file: File) -> str | None:
+        try:
+            return None if store.sha256(f"{folder}/{file.path}") == file.sha256 else "its sha256 differs"
+        except NotFound:
+            return "missing"
+
+    # Threads, because hashing and waiting for a server both release Python's global lock.
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        faults = zip(files, pool.map(fault, files), strict=True)
+        return next(((file, found) for file, found in faults if found), None)
+
+
+def verify_version(store: Store, release: Release) -> None:
+    """Compare every byte of a version in the store with its manifest.
+
+    Raises:
+        IntegrityError: If a file is missing or has other bytes.
+    """
+    folder = version_folder(release.line, release.version)
+    if found := first_fault(store, folder, release.files):
+        file, fault = found
+        raise IntegrityError(
+            f"{store.uri}/{folder}/{file.path}: {fault}: no alias moves to a version that is not what its manifest "
+            "names; choose another version, or train again"
+        )
+
+
 def read_alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
     """Return an alias and the tag of its document; (None, None) where it was never set."""
     path = f"models/{line}/aliases/{name}.json"
@@ -127,8 +165,9 @@ def move_alias(
     expected: str | None = "",
     override: bool = False,
     reject_current: bool = False,
+    is_verified: bool = False,
 ) -> Alias | None:
-    """Point an alias at a version, in one atomic write.
+    """Point an alias at a version whose bytes are those of its manifest, in one atomic write.
 
     Args:
         store: The store.
@@ -139,6 +178,7 @@ def move_alias(
         expected: The version that the alias must name now (None: none); "" accepts any.
         override: Allow a version whose content a rollback has rejected.
         reject_current: Add the content that the alias leaves to its rejected contents, as a rollback does.
+        is_verified: Whether the caller has just called `verify_version`, which reads every byte.
 
     Returns:
         The alias's new state. None where it names that version already, or `latest` would go back in time.
@@ -146,6 +186,7 @@ def move_alias(
     Raises:
         TryAgain: If the alias does not name the expected version, or others keep moving it.
         QualityRefused: If the version's content was rejected and there is no override.
+        IntegrityError: If a byte of the version differs from its manifest.
         UsageError: If an alias cannot have that name.
     """
     if not re.fullmatch(_ALIAS_PATTERN, name):
@@ -176,6 +217,9 @@ def move_alias(
             )
         if reject_current and current is not None:
             rejected.append(read_release(store, line, current).content_hash)
+        if not is_verified:
+            verify_version(store, release)
+            is_verified = True
 
         new = _next_state(state, release, manifest_sha256(store, line, release.version), reason, rejected)
         try:

@@ -99,6 +99,14 @@ class S3Store:
             # A server that ignores the range sends the whole file.
             return bytes(response["Body"].read(size_bytes))
 
+    def sha256(self, path: str) -> str:
+        """Hash the object while it arrives; what the server says of its own bytes proves nothing."""
+        digest = hashlib.sha256()
+        with self._errors("read", path):
+            for chunk in self.client.get_object(**self._at(path))["Body"].iter_chunks(MIB):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Put with `If-None-Match: *`."""
         stored = self._put(path, data, IfNoneMatch="*")

@@ -71,6 +71,10 @@ class Store(Protocol):
         """Return the first bytes of a file, fewer where it is shorter; raise `NotFound` where there is none."""
         ...
 
+    def sha256(self, path: str) -> str:
+        """Return the hash of a file's bytes, read anew; raise `NotFound` where there is none."""
+        ...
+
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Write a new document and return its tag; raise `AlreadyExists` where there is another one.
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_retrain.core import hashing
-from qlora_retrain.core.errors import QualityRefused
+from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.pipeline.plan import Plan
@@ -347,3 +347,51 @@ def test_an_evaluation_that_is_not_as_it_was_made_is_refused(
 
     assert publish(plan, small_steps) == 13
     assert versions(store) == []
+
+
+def flip_a_byte(store: Store, path: str) -> None:
+    """Change one byte in place, as a failing disk or a hostile writer does; the size stays."""
+    file = Path(store.uri.removeprefix("file://")) / path
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("step", "artifact_name", "path"),
+    [
+        ("train_qlora", "adapter", "adapter_model.safetensors"),
+        ("merge_adapter", "model", "model.safetensors"),
+        ("evaluate", "evaluation", "evaluation.json"),
+        ("validate_data", "dataset", "profile.json"),
+    ],
+)
+def test_a_byte_that_changed_in_an_artifact_after_its_gate_is_not_published(
+    new_plan: Callable[..., Plan], small_steps: Steps, store: Store, step: str, artifact_name: str, path: str
+) -> None:
+    plan = new_plan()
+    run_until_publish(plan, small_steps)
+    manifest = artifact.find_manifest(store, artifact_name, plan.step(step).key)
+    assert manifest is not None
+    flip_a_byte(store, f"{manifest.prefix}/{path}")
+
+    assert publish(plan, small_steps) == 13
+    assert not list(store.children("models/intents/aliases"))
+    for version in versions(store):
+        with pytest.raises(UsageError, match="has no version"):
+            registry.read_release(store, "intents", version)
+
+
+def test_a_version_of_before_whose_bytes_changed_gets_no_alias(
+    new_plan: Callable[..., Plan], run_all: RunAll, store: Store
+) -> None:
+    run_all(new_plan("publish.promote_to=null"))
+    (version,) = versions(store)
+    release = registry.read_release(store, "intents", version)
+    flip_a_byte(store, f"models/intents/versions/{version}/{release.files[0].path}")
+
+    # By a run that makes the same content again, and by hand.
+    assert run_all(new_plan("evaluate.confidence=0.9"))["publish"] == 13
+    with pytest.raises(IntegrityError, match=rf"{release.files[0].path}: its sha256 differs"):
+        registry.move_alias(store, "intents", "production", release, reason="by hand")
+    assert version_of_alias(store, "production") is None
