@@ -185,6 +185,45 @@ def test_a_plan_that_was_moved_or_spoiled_is_refused(with_settings: Callable[...
         Plan.load((tmp_path / "store" / "runs" / "none" / "plan.json").as_uri())
 
 
+def set_value(document: Any, path: str, value: Any) -> None:
+    *parents, name = [int(part) if part.isdigit() else part for part in path.split("/")]
+    for part in parents:
+        document = document[part]
+    document[name] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        ("steps/2/config/learning_rate", 0.9, r"train_qlora\.identity does not follow"),
+        ("steps/2/identity/learning_rate", 0.9, r"train_qlora\.identity does not follow"),
+        ("steps/2/key", "f" * 64, r"train_qlora\.key does not follow"),
+        ("steps/2/code", "f" * 64, r"train_qlora\.key does not follow"),
+        ("steps/3/config/min_accuracy", -1.0, r"evaluate\.config: "),
+        ("steps/3/inputs/adapter", "f" * 64, r"evaluate\.inputs does not follow"),
+        ("steps/5/inputs/model", "f" * 64, r"publish\.inputs does not follow"),
+        ("steps/5/inputs/another", "f" * 64, r"publish\.inputs does not follow"),
+        ("steps/5/inputs/target", "20260101T000000Z-x of generation 1", "moves an alias from 20260101T000000Z-x"),
+        ("target", "20260101T000000Z-x", "its target is 20260101T000000Z-x"),
+        ("steps/5/config/promote_to", "staging", r"publish\.identity does not follow"),
+        ("sources/raw_data/files/0/pin", "f" * 64, r"validate_data\.inputs does not follow"),
+        ("champion", {"version": "v", "manifest_sha256": "f" * 64, "content_hash": "f" * 64}, r"inputs does not follow"),
+        ("steps", [], "its steps are , expected"),
+    ],
+)
+def test_a_plan_that_says_other_than_its_keys_is_refused(
+    with_settings: Callable[..., Plan], path: str, value: Any, fault: str
+) -> None:
+    resolved = with_settings()
+    document = json.loads(resolved.model_dump_json())
+    assert Plan.load(resolved.uri) == resolved
+    set_value(document, path, value)
+    Path(resolved.uri.removeprefix("file://")).write_text(json.dumps(document))
+
+    with pytest.raises(IntegrityError, match=fault):
+        Plan.load(resolved.uri)
+
+
 def test_a_plan_holds_every_step_with_the_code_that_will_run(with_settings: Callable[..., Plan]) -> None:
     resolved = with_settings()
     assert [s.name for s in resolved.steps] == [s.name for s in graph.STEPS]

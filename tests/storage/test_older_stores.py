@@ -250,11 +250,11 @@ def test_an_artifact_of_the_older_release_is_found_by_its_key(store: Store) -> N
     artifact.check_files(store, manifest)
 
 
-def test_a_plan_of_the_older_release_loads(store: Store) -> None:
+def test_a_plan_of_the_older_release_is_read(store: Store) -> None:
     document = {**PLAN, "root": store.uri}
     path = f"runs/{PLAN['run_id']}/plan.json"
     store.write_if_absent(path, to_bytes(document))
-    plan = Plan.load(f"{store.uri}/{path}")
+    plan = Plan.read(f"{store.uri}/{path}")
     assert json.loads(plan.model_dump_json()) == document
 
 

@@ -183,7 +183,7 @@ def _status(args: argparse.Namespace) -> int:
     if uri is None:
         text = page = report = "The run ended before it had a plan; the log of its first task says why."
     else:
-        plan = Plan.load(uri)
+        plan = Plan.read(uri)
         text, page, report = explain.status_text(plan), run_page.page(plan), run_page.decisive_page(plan)
 
     print(text)

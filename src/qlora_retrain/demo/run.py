@@ -104,7 +104,7 @@ def watch(
 
         # The plan exists once its task succeeded; the board needs it to find the steps' numbers in the store.
         if board.plan is None and any(t.task_id == graph.PLAN_TASK and t.state == "success" for t in tasks):
-            board.plan = Plan.load(plan_uri)
+            board.plan = Plan.read(plan_uri)
         board.show(tasks)
 
         # The state was read before the tasks, so a final state means that the tasks are final too.

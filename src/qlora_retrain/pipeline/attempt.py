@@ -17,7 +17,8 @@ from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Exit
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import checkpoint_sync, fetch
-from qlora_retrain.pipeline.plan import Plan, PlannedStep
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import artifact, cache
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import Store

@@ -17,7 +17,8 @@ from qlora_retrain.core.errors import Cause, Exit, UsageError
 from qlora_retrain.pipeline import code_identity, failures, fetch, run_endings, runlog, status
 from qlora_retrain.pipeline.attempt import StepFunction as StepFunction
 from qlora_retrain.pipeline.attempt import run_attempt
-from qlora_retrain.pipeline.plan import Plan, PlannedStep
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import artifact, open_store
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import Store

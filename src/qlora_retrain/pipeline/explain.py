@@ -8,7 +8,8 @@ from typing import Any
 from qlora_retrain.core import graph, hashing, progress
 from qlora_retrain.core.errors import Problem, describe
 from qlora_retrain.pipeline import run_page, status
-from qlora_retrain.pipeline.plan import Plan, PlannedStep, plan_uri
+from qlora_retrain.pipeline.plan import Plan, plan_uri
+from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.store import NotFound, Store
 
@@ -60,7 +61,7 @@ def previous_plan(store: Store, plan: Plan) -> Plan | None:
     runs = [run for run in store.children("runs") if run < plan.run_id]
     for run in sorted(runs, reverse=True)[:_MAX_RUNS_READ]:
         try:
-            earlier = Plan.load(plan_uri(store.uri, run))
+            earlier = Plan.read(plan_uri(store.uri, run))
         except Problem:
             continue  # a run that never got its plan, or one of another schema
         if earlier.line == plan.line:

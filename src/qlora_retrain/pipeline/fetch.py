@@ -9,7 +9,8 @@ from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, is_refusal
 from qlora_retrain.pipeline import base_model
 from qlora_retrain.pipeline.model_folder import ModelFolder
-from qlora_retrain.pipeline.plan import FILE_SETS, Plan, PlannedStep
+from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.pipeline.planned_steps import FILE_SETS, PlannedStep
 from qlora_retrain.storage import artifact, cache, registry, sources
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import NotFound, Store

@@ -19,11 +19,12 @@ from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.pipeline import base_model, code_identity
+from qlora_retrain.pipeline import base_model
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
 from qlora_retrain.pipeline.model_folder import ModelFolder
-from qlora_retrain.pipeline.plan import FILE_SETS, PinnedVersion, Plan, PlannedStep, plan_uri, run_id, utc_stamp
+from qlora_retrain.pipeline.plan import Plan, plan_uri, run_id, utc_stamp
+from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep, describe_target, plan_steps
 from qlora_retrain.pipeline.template_date import resolve_template_date
 from qlora_retrain.storage import open_store, registry, sources
 from qlora_retrain.storage.sources import PinnedSource
@@ -109,7 +110,8 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
     settings, split_choices = _inherit_split(settings, store, pinned, versions, champion_release)
     choices += split_choices
     _refuse_unfit_base(settings, pinned["base_model"])
-    steps = _plan_steps(settings, pinned, versions, target)
+    named = describe_target(target.version, target.generation) if target else None
+    steps = plan_steps(settings, pinned, versions, named)
 
     judgement = _judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
@@ -190,58 +192,13 @@ def _inherit_split(
     """Return the settings with the split of the version in production, so that no row crosses it as data grows."""
 
     def dataset_key(data: DataConfig) -> str:
-        steps = _plan_steps({**settings, "data": data}, pinned, versions, None)
+        steps = plan_steps({**settings, "data": data}, pinned, versions, None)
         return next(step.key for step in steps if step.name == graph.producer_name("dataset"))
 
     data = settings["data"]
     assert isinstance(data, DataConfig)
     data, choices = resolve_split(store, champion, data, dataset_key)
     return {**settings, "data": data}, choices
-
-
-def _plan_steps(
-    settings: Mapping[str, Section],
-    pinned: Mapping[str, PinnedSource | None],
-    versions: Mapping[str, PinnedVersion | None],
-    target: registry.Alias | None,
-) -> tuple[PlannedStep, ...]:
-    """Compute every step's key from its settings, its inputs' keys and its code."""
-    # The graph's order is topological, so the keys of a step's inputs are known before its own is computed.
-    artifact_keys: dict[str, str] = {}
-    planned = []
-    for step in graph.STEPS:
-        inputs: dict[str, str | None] = {}
-        for item in step.reads:
-            source = pinned.get(item.name)
-            if item.name in versions:  # its manifest's hash covers its model and its data profile
-                version = versions[item.name]
-                inputs[item.name] = version.manifest_sha256 if version else None
-            elif item.name in artifact_keys:
-                inputs[item.name] = artifact_keys[item.name]
-            else:
-                inputs[item.name] = source.subset(FILE_SETS[item.files]).key() if source else None
-
-        # The step moves an alias. Once the alias names another version, the same work has to be done again.
-        if step.kind == graph.StepKind.PUBLISH:
-            inputs["target"] = f"{target.version} of generation {target.generation}" if target else None
-
-        section = settings[step.section]
-        identity = section.identity()
-        code_hash = code_identity.code_hash(step.name)
-        # Operational settings are left out, so that a changed log interval does not retrain a model.
-        key = hashing.step_key(step.name, identity, inputs, code_hash)
-        artifact_keys[step.makes] = key
-        planned.append(
-            PlannedStep(
-                name=step.name,
-                config=section.model_dump(mode="json"),
-                identity=identity,
-                inputs=inputs,
-                code=code_hash,
-                key=key,
-            )
-        )
-    return tuple(planned)
 
 
 def _judgement_hash(steps: Sequence[PlannedStep]) -> str:

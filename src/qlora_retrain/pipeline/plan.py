@@ -7,41 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_retrain.core import graph, hashing, uris
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
+from qlora_retrain.pipeline import planned_steps
 from qlora_retrain.pipeline.auto_settings import Choice
+from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.sources import PinnedSource
 from qlora_retrain.storage.store import NotFound
-
-# The glob patterns of each set of files that a step can read of a source; no patterns: every file.
-FILE_SETS: dict[graph.FileSet, tuple[str, ...]] = {"all": (), "tokenizer": TOKENIZER_FILES}
-
-
-class PinnedVersion(BaseModel):
-    """A published version that the plan pins: the champion, the anchor, or what `data.reference_version` names."""
-
-    model_config = ConfigDict(frozen=True)
-    version: str
-    manifest_sha256: str
-    content_hash: str
-
-
-class PlannedStep(BaseModel):
-    """One step with everything that determines its artifact."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    config: dict[str, Any]
-    identity: dict[str, Any]
-    inputs: dict[str, str | None]
-    code: str
-    key: str
 
 
 class Plan(BaseModel):
@@ -98,7 +75,19 @@ class Plan(BaseModel):
 
     @staticmethod
     def load(uri: str) -> Plan:
-        """Read a plan.
+        """Read a plan that steps may run by.
+
+        Raises:
+            UsageError: If there is none at `uri`.
+            IntegrityError: If it is not a plan, is a copy of a plan with another URI, or contradicts itself.
+        """
+        plan = Plan.read(uri)
+        plan._refuse_contradictions()
+        return plan
+
+    @staticmethod
+    def read(uri: str) -> Plan:
+        """Read a plan in order to show it; one that an older version of this code made is shown too.
 
         Raises:
             UsageError: If there is none at `uri`.
@@ -118,6 +107,22 @@ class Plan(BaseModel):
         if plan.uri != f"{parent}/{name}":
             raise IntegrityError(f"{uris.mask_secrets(uri)}: is a copy of {plan.uri}; use the original")
         return plan
+
+    def _refuse_contradictions(self) -> None:
+        """Compute every step again from its settings and sources, and compare.
+
+        Otherwise a plan could record one learning rate and train with another, or name any artifact as an input.
+
+        Raises:
+            IntegrityError: If a step differs from what its settings and the plan's sources make of it.
+        """
+        versions = {name: self.pinned_version(name) for name in graph.VERSION_PARTS}
+        fault = planned_steps.find_contradiction(self.steps, self.sources, versions, self.target)
+        if fault is not None:
+            raise IntegrityError(
+                f"{uris.mask_secrets(self.uri)}: {fault}: the plan was changed after it was made, or another version "
+                "of this code made it; make a new plan"
+            )
 
 
 def run_id(at: datetime, *ids: str) -> str:

@@ -1,0 +1,128 @@
+"""The steps of a plan: each with its settings, the keys of its inputs, its code and its own key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qlora_retrain.config.fields import Section
+from qlora_retrain.config.line import section_model
+from qlora_retrain.core import graph, hashing
+from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
+from qlora_retrain.pipeline import code_identity
+from qlora_retrain.storage.sources import PinnedSource
+
+# The glob patterns of each set of files that a step can read of a source; no patterns: every file.
+FILE_SETS: dict[graph.FileSet, tuple[str, ...]] = {"all": (), "tokenizer": TOKENIZER_FILES}
+
+
+class PinnedVersion(BaseModel):
+    """A published version that the plan pins: the champion, the anchor, or what `data.reference_version` names."""
+
+    model_config = ConfigDict(frozen=True)
+    version: str
+    manifest_sha256: str
+    content_hash: str
+
+
+class PlannedStep(BaseModel):
+    """One step with everything that determines its artifact."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    inputs: dict[str, str | None]
+    code: str
+    key: str
+
+
+def plan_steps(
+    settings: Mapping[str, Section],
+    pinned: Mapping[str, PinnedSource | None],
+    versions: Mapping[str, PinnedVersion | None],
+    target: str | None,
+    code_of: Callable[[str], str] = code_identity.code_hash,
+) -> tuple[PlannedStep, ...]:
+    """Compute every step's key from its settings, its inputs' keys and its code.
+
+    Args:
+        settings: The sections of the line, by name.
+        pinned: The sources, by name.
+        versions: The published versions that steps read, by the name of the input.
+        target: The version and the generation that the alias of `publish` names; None: nothing.
+        code_of: Returns the hash of a step's code.
+    """
+    # The graph's order is topological, so the keys of a step's inputs are known before its own is computed.
+    artifact_keys: dict[str, str] = {}
+    planned = []
+    for step in graph.STEPS:
+        inputs: dict[str, str | None] = {}
+        for item in step.reads:
+            source = pinned.get(item.name)
+            if item.name in versions:  # its manifest's hash covers its model and its data profile
+                version = versions[item.name]
+                inputs[item.name] = version.manifest_sha256 if version else None
+            elif item.name in artifact_keys:
+                inputs[item.name] = artifact_keys[item.name]
+            else:
+                inputs[item.name] = source.subset(FILE_SETS[item.files]).key() if source else None
+
+        # The step moves an alias. Once the alias names another version, the same work has to be done again.
+        if step.kind == graph.StepKind.PUBLISH:
+            inputs["target"] = target
+
+        section = settings[step.section]
+        identity = section.identity()
+        code_hash = code_of(step.name)
+        # Operational settings are left out, so that a changed log interval does not retrain a model.
+        key = hashing.step_key(step.name, identity, inputs, code_hash)
+        artifact_keys[step.makes] = key
+        planned.append(
+            PlannedStep(
+                name=step.name,
+                config=section.model_dump(mode="json"),
+                identity=identity,
+                inputs=inputs,
+                code=code_hash,
+                key=key,
+            )
+        )
+    return tuple(planned)
+
+
+def describe_target(version: str, generation: int) -> str:
+    """Return how the state of an alias enters the key of the step that moves it."""
+    return f"{version} of generation {generation}"
+
+
+def find_contradiction(
+    steps: Sequence[PlannedStep],
+    pinned: Mapping[str, PinnedSource | None],
+    versions: Mapping[str, PinnedVersion | None],
+    target: str | None,
+) -> str | None:
+    """Compute the steps again from their settings, and return the first difference; None where there is none."""
+    names = [step.name for step in graph.STEPS]
+    if [step.name for step in steps] != names:
+        return f"its steps are {', '.join(step.name for step in steps)}, expected {', '.join(names)}"
+
+    by_name = {step.name: step for step in steps}
+    settings: dict[str, Section] = {}
+    for step in graph.STEPS:
+        try:
+            settings[step.section] = section_model(step.section).model_validate(by_name[step.name].config)
+        except ValidationError as error:
+            return f"{step.name}.config: {error.errors()[0]['msg']}"
+
+    named = by_name[graph.STEPS[-1].name].inputs.get("target")
+    if (named or "").partition(" of generation ")[0] != (target or ""):
+        return f"it moves an alias from {named}, and its target is {target}"
+    expected = plan_steps(settings, pinned, versions, named, lambda name: by_name[name].code)
+    for planned, again in zip(steps, expected, strict=True):
+        for field in PlannedStep.model_fields:
+            if getattr(planned, field) != getattr(again, field):
+                return f"{planned.name}.{field} does not follow from its settings and sources"
+    return None
