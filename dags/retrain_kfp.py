@@ -18,18 +18,18 @@ def pipeline(profile: ClusterProfile) -> BaseComponent:
     """Make the pipeline for a cluster of this profile."""
 
     @dsl.pipeline(name="retrain")
-    def retrain(line: dict, root: str, plan_uri: str = "", overrides: list = []):  # noqa: B006 - kfp's default
+    def retrain(line: dict, root: str, resume_run: str = "", overrides: list = []):  # noqa: B006 - kfp's default
         """Retrain a line, evaluate it, publish it if it passes.
 
         Args:
             line: The line's document, with absolute sources.
             root: The store, s3://bucket/prefix.
-            plan_uri: The plan of another run to finish; empty: make one.
+            resume_run: Another run of this store to finish, by its id; empty: make a new one.
             overrides: Settings changed for this run, e.g. ["train.learning_rate=1e-4"].
         """
         # The exit handler runs after all tasks inside it, also where one of them failed.
-        with dsl.ExitHandler(summary_task(profile, line=line, root=root, plan_uri=plan_uri), name="steps"):
-            plan = plan_task(profile, line=line, root=root, plan_uri=plan_uri, overrides=overrides)
+        with dsl.ExitHandler(summary_task(profile, line=line, root=root, resume_run=resume_run), name="steps"):
+            plan = plan_task(profile, line=line, root=root, resume_run=resume_run, overrides=overrides)
             tasks = {}
             for step in STEPS:
                 tasks[step.name] = step_task(step, profile, plan).after(*(tasks[name] for name in upstream_steps(step)))

@@ -146,8 +146,8 @@ def _publish(
     copied = [f.model_copy(update={"path": target}) for pairs in copies.values() for f, target in pairs]
     files = tuple(sorted([*copied, *artifact.list_files(document_folder)], key=lambda f: f.path))
     # Hashed where consumers will read them, since an artifact may have changed after it was judged.
-    if found := registry.first_fault(store, folder, files):
-        raise _copy_error(store, inputs, copies, *found)
+    if difference := registry.first_fault(store, folder, files):
+        raise _copy_error(store, inputs, copies, *difference)
 
     base = plan.sources["base_model"]
     assert base is not None

@@ -82,7 +82,8 @@ def run_program_instead(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
 
 def task_context(plan: Plan, try_number: int = 1) -> dict[str, Any]:
     dag_run = SimpleNamespace(dag_id="boxed", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
-    return {"dag_run": dag_run, "params": {"plan_uri": plan.uri}, "ti": SimpleNamespace(try_number=try_number)}
+    task = SimpleNamespace(try_number=try_number, xcom_pull=lambda task_ids: {"plan": plan.uri}[task_ids])
+    return {"dag_run": dag_run, "params": {"resume_run": plan.run_id}, "ti": task}
 
 
 def test_a_step_sees_a_read_only_root_and_has_no_capability(

@@ -65,7 +65,7 @@ class Orchestrators:
         self.wait_until(lambda: self.state(run_id, "plan") == "success")
         dag_run = self.airflow.api.dag_run("boxed", run_id)
         run_after = datetime.fromisoformat(dag_run["run_after"])
-        return Plan.load(plans.plan_uri(self.root, plans.run_id(run_after, "boxed", run_id)))
+        return Plan.read(plans.plan_uri(self.root, plans.run_id(run_after, "boxed", run_id)))
 
     def state(self, run_id: str, task: str) -> str | None:
         return next(t.state for t in self.airflow.api.task_states("boxed", run_id) if t.task_id == task)
@@ -297,7 +297,7 @@ def test_a_run_that_airflow_began_and_lost_in_training_is_finished_by_kubeflow(o
     orchestrators.wait_until(lambda: orchestrators.engine.names(plan.run_id) == [])
     assert status.find_manifest(plan, "train_qlora") is None
 
-    process = orchestrators.kfp("run", orchestrators.config, "--plan", plan.uri)
+    process = orchestrators.kfp("run", orchestrators.config, "--resume", plan.run_id)
     assert process.wait(1200) == 0, orchestrators.last_kfp_output()
     assert "resuming from scratch/train_qlora/" in orchestrators.last_kfp_output()
     assert "validate_data: dataset" in orchestrators.last_kfp_output(), "Airflow had made it"
@@ -320,7 +320,7 @@ def test_a_run_that_kubeflow_began_and_that_was_stopped_in_training_is_finished_
     assert process.wait(600) == 130
     assert orchestrators.kfp_containers() == [], "stopped, after it had saved"
 
-    run_id = orchestrators.start(plan_uri=uri)
+    run_id = orchestrators.start(resume_run=plan.run_id)
     assert orchestrators.airflow.api.wait_until_finished("boxed", run_id, timeout_seconds=1200) == "success"
     log = orchestrators.log(run_id, "train_qlora")
     assert "resuming from scratch/train_qlora/" in log

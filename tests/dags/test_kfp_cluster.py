@@ -175,7 +175,7 @@ def test_a_run_is_submitted_with_the_line_itself_and_the_compiled_pipeline(
     assert run["runtime_config"]["parameters"] == {
         "line": {**LINE, "sources": sources},
         "root": "s3://models/retrain",
-        "plan_uri": "",
+        "resume_run": "",
         "overrides": ["train.learning_rate=1e-4"],
     }
 

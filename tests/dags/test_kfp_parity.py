@@ -60,7 +60,7 @@ def test_the_package_is_one_that_kfp_itself_accepts(
     )
     completed = in_kfp("-c", program, tmp_path / "retrain.yaml")
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.strip() == "retrain ['line', 'overrides', 'plan_uri', 'root']"
+    assert completed.stdout.strip() == "retrain ['line', 'overrides', 'resume_run', 'root']"
 
 
 def test_the_tasks_are_the_plan_and_the_graphs_steps_under_an_exit_handler(compiled: CompiledPipeline) -> None:
@@ -186,7 +186,7 @@ def test_only_a_line_and_a_store_must_be_given_to_a_run(compiled: CompiledPipeli
     parameters = compiled.pipeline["root"]["inputDefinitions"]["parameters"]
     assert {n for n, p in parameters.items() if not p.get("isOptional")} == {"line", "root"}
     assert {n: p["defaultValue"] for n, p in parameters.items() if p.get("isOptional")} == {
-        "plan_uri": "",
+        "resume_run": "",
         "overrides": [],
     }
 

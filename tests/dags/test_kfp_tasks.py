@@ -61,9 +61,9 @@ class Tasks:
         return (self.outputs / "uri").read_text()
 
     def run_task(
-        self, task: str, run: str, *, plan_uri: str = "", overrides: tuple[str, ...] = (), line: str = "tickets"
+        self, task: str, run: str, *, resume_run: str = "", overrides: tuple[str, ...] = (), line: str = "tickets"
     ) -> subprocess.CompletedProcess[str]:
-        arguments = {"line": self.line(line), "root": self.root, "plan_uri": plan_uri, "overrides": overrides}
+        arguments = {"line": self.line(line), "root": self.root, "resume_run": resume_run, "overrides": overrides}
         run_input = self.compiled.tasks[task]["inputs"]["parameters"]["run"]["runtimeValue"]["constant"]
         artifacts = list(self.compiled.component(task)["outputDefinitions"]["artifacts"])
         command = self.compiled.container(task)["command"]
@@ -81,6 +81,10 @@ class Tasks:
 @pytest.fixture
 def tasks(compiled: CompiledPipeline, in_kfp: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> Tasks:
     return Tasks(compiled, in_kfp, tmp_path)
+
+
+def run_of(uri: str) -> str:
+    return Plan.load(uri).run_id
 
 
 @pytest.mark.slow
@@ -102,11 +106,11 @@ def test_a_retried_task_zero_finds_its_plan_and_another_run_makes_its_own(tasks:
 @pytest.mark.slow
 def test_task_zero_passes_the_plan_of_another_run_on(tasks: Tasks) -> None:
     first = tasks.plan("run-1")
-    assert tasks.plan("run-2", plan_uri=first) == first
-    wrong_line = tasks.run_task("plan", "run-3", plan_uri=first, line="refunds")
+    assert tasks.plan("run-2", resume_run=run_of(first)) == first
+    wrong_line = tasks.run_task("plan", "run-3", resume_run=run_of(first), line="refunds")
     assert (wrong_line.returncode, (tasks.outputs / "uri").exists()) == (Exit.USAGE, False)
-    assert "is a plan of line tickets" in wrong_line.stderr
-    both = tasks.run_task("plan", "run-3", plan_uri=first, overrides=("train.rank=8",))
+    assert "is of line tickets" in wrong_line.stderr
+    both = tasks.run_task("plan", "run-3", resume_run=run_of(first), overrides=("train.rank=8",))
     assert both.returncode == Exit.USAGE
 
 

@@ -78,8 +78,8 @@ def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path)
 def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
     write(pipelines, "a.yaml", "tickets")
     params = load().DAGS["tickets"].params
-    assert set(params) == {*form.KNOBS, "plan_uri"}
-    assert (params["train.learning_rate"], params["train.max_steps"], params["plan_uri"]) == (3e-4, 7, None)
+    assert set(params) == {*form.KNOBS, "resume_run"}
+    assert (params["train.learning_rate"], params["train.max_steps"], params["resume_run"]) == (3e-4, 7, None)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
         ("train.rank", 2.5),
         ("evaluate.allow_first_release", "yes"),
         ("publish.promote_to", "../production"),
-        ("plan_uri", "s3://key:secret@bucket/runs/x/plan.json"),
-        ("plan_uri", "file:///store/runs/x/plan.json?token=1"),
-        ("plan_uri", "--help"),
+        ("resume_run", "s3://key:secret@bucket/runs/x/plan.json"),
+        ("resume_run", "../20260131T030000Z-0123456789ab"),
+        ("resume_run", "--help"),
     ],
 )
 def test_the_form_refuses_what_the_plan_would_refuse(pipelines: Path, name: str, value: object) -> None:

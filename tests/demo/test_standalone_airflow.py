@@ -57,7 +57,7 @@ def airflow(tmp_path_factory: pytest.TempPathFactory, rows: Path, tiny_model: Pa
         ({"train.learning_rate": 0}, "0 is less than or equal to the minimum of 0"),
         ({"train.rank": "16; rm -rf /"}, "is not of type 'integer'"),
         ({"publish.promote_to": "../x"}, "does not match"),
-        ({"plan_uri": "s3://user:secret@bucket/runs/x/plan.json"}, "does not match"),
+        ({"resume_run": "s3://user:secret@bucket/runs/x/plan.json"}, "does not match"),
     ],
 )
 def test_a_bad_field_of_the_form_is_refused_by_rest_with_its_reason(

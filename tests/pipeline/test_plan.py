@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import code_identity, make_plan, plan
@@ -177,12 +177,12 @@ def test_a_plan_that_was_moved_or_spoiled_is_refused(with_settings: Callable[...
     copy.parent.mkdir()
     copy.write_bytes(store.read_bytes())
     with pytest.raises(IntegrityError, match="is a copy of"):
-        Plan.load(copy.as_uri())
+        Plan.read(copy.as_uri())
     copy.write_text(json.dumps({"schema_version": 2}))
     with pytest.raises(IntegrityError, match="is not a plan"):
-        Plan.load(copy.as_uri())
+        Plan.read(copy.as_uri())
     with pytest.raises(UsageError, match="there is no plan here"):
-        Plan.load((tmp_path / "store" / "runs" / "none" / "plan.json").as_uri())
+        Plan.read((tmp_path / "store" / "runs" / "none" / "plan.json").as_uri())
 
 
 def set_value(document: Any, path: str, value: Any) -> None:
@@ -207,21 +207,36 @@ def set_value(document: Any, path: str, value: Any) -> None:
         ("target", "20260101T000000Z-x", "its target is 20260101T000000Z-x"),
         ("steps/5/config/promote_to", "staging", r"publish\.identity does not follow"),
         ("sources/raw_data/files/0/pin", "f" * 64, r"validate_data\.inputs does not follow"),
-        ("champion", {"version": "v", "manifest_sha256": "f" * 64, "content_hash": "f" * 64}, r"inputs does not follow"),
+        ("champion", {"version": "v", "manifest_sha256": "f" * 64, "content_hash": "f"}, "inputs does not follow"),
         ("steps", [], "its steps are , expected"),
     ],
 )
 def test_a_plan_that_says_other_than_its_keys_is_refused(
-    with_settings: Callable[..., Plan], path: str, value: Any, fault: str
+    with_settings: Callable[..., Plan], line: Path, root_uri: str, path: str, value: Any, fault: str
 ) -> None:
     resolved = with_settings()
-    document = json.loads(resolved.model_dump_json())
-    assert Plan.load(resolved.uri) == resolved
+    file = Path(resolved.uri.removeprefix("file://").partition("#")[0])
+    document = json.loads(file.read_text())
     set_value(document, path, value)
-    Path(resolved.uri.removeprefix("file://")).write_text(json.dumps(document))
+    file.write_text(json.dumps(document))
 
-    with pytest.raises(IntegrityError, match=fault):
+    # With the hash from the plan's maker, no change at all goes unnoticed.
+    with pytest.raises(IntegrityError, match="changed since it was made"):
         Plan.load(resolved.uri)
+    # A run that is begun again takes the plan that it has, if that plan can be one.
+    with pytest.raises(IntegrityError, match=fault):
+        make_plan.make_plan(line, root_uri, run=resolved.run_id)
+    # Whoever changes a plan can compute its hash, too.
+    with pytest.raises(IntegrityError, match=fault):
+        Plan.load(f"{file.as_uri()}#sha256={hashing.sha256_file(file)}")
+
+
+def test_a_step_takes_no_plan_without_its_hash(with_settings: Callable[..., Plan]) -> None:
+    place, _, _ = with_settings().uri.partition("#")
+    with pytest.raises(UsageError, match=r"expected the plan's URI with its hash"):
+        Plan.load(place)
+    with pytest.raises(IntegrityError, match="changed since it was made"):
+        Plan.load(f"{place}#sha256={'0' * 64}")
 
 
 def test_a_plan_holds_every_step_with_the_code_that_will_run(with_settings: Callable[..., Plan]) -> None:

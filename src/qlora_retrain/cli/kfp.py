@@ -34,7 +34,7 @@ def add_verbs(kfp: argparse.ArgumentParser, options: Options) -> None:
         "--namespace", default="kubeflow", metavar="NAME", help="the user's namespace, where KFP serves several users"
     )
     plan = Parser(add_help=False)
-    plan.add_argument("--plan", default="", metavar="URI", help="finish this existing plan instead of making one")
+    plan.add_argument("--resume", default="", metavar="RUN", help="finish this run of the store instead of a new one")
 
     verb = verbs.add_parser("compile", help="write the YAML that KFP takes", parents=[options.common, cluster])
     verb.add_argument("--out", type=Path, metavar="FILE", help="default: .state/kfp/retrain.yaml")
@@ -70,7 +70,7 @@ def _compile(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace) -> int:
     client = _with_kfp("client")
     cluster = client.KubeflowClient(args.endpoint, args.namespace, _profile(args))
-    print(cluster.submit(args.config, store_root(args), plan_uri=args.plan, overrides=args.set))
+    print(cluster.submit(args.config, store_root(args), resume_run=args.resume, overrides=args.set))
     return 0
 
 
@@ -88,7 +88,7 @@ def _schedule(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     local = _with_kfp("local")
     code: int = local.run(
-        args.config, store_root(args), _profile(args), plan_uri=args.plan, overrides=args.set, outputs=args.outputs
+        args.config, store_root(args), _profile(args), resume_run=args.resume, overrides=args.set, outputs=args.outputs
     )
     return code
 

@@ -44,7 +44,9 @@ def add_verbs(verbs: Any, options: Options) -> None:
     line = verb.add_mutually_exclusive_group(required=True)
     line.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
     line.add_argument("--document", metavar="TEXT", help="the line itself, as YAML or JSON text")
-    verb.add_argument("--plan", metavar="URI", help="check this existing plan instead of making one; empty: make one")
+    verb.add_argument(
+        "--resume", metavar="RUN", help="check the plan of this run instead of making one; empty: make one"
+    )
     verb.add_argument(
         "--set-json", type=json_list, default=[], metavar="LIST", help="like --set, but all changes as one JSON list"
     )
@@ -67,7 +69,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     run.add_argument(
         "--document", metavar="TEXT", help="the line itself, as YAML or JSON text; its run is that of --orchestrator-id"
     )
-    verb.add_argument("--plan", metavar="URI", help="the run of this plan, whatever else names one")
+    verb.add_argument("--resume", metavar="RUN", help="this run of the store, whatever else names one")
     verb.add_argument("--page", type=Path, metavar="FILE", help="write the state as an HTML page there")
     verb.set_defaults(run=_status)
 
@@ -106,8 +108,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     # A person writes --set; an orchestrator fills a list parameter in as one --set-json.
     overrides = [*args.set, *args.set_json]
-    if args.plan:
-        plan = _load_plan_of_line(args, overrides)
+    if args.resume:
+        plan = _find_plan_of_line(args, overrides)
     else:
         plan = make_plan.make_plan(
             _line(args), store_root(args), overrides=overrides, orchestrator=args.orchestrator_id
@@ -129,23 +131,24 @@ def _line(args: argparse.Namespace) -> Path | str:
     return line
 
 
-def _load_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
-    """Load the plan of another run, and check that it is one of this line.
+def _find_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
+    """Return the plan of another run of the store, and check that it is one of this line.
 
     Raises:
         UsageError: If it is a plan of another line, or if there are overrides, too.
     """
     from qlora_retrain.config.line import load
-    from qlora_retrain.pipeline.plan import Plan
+    from qlora_retrain.pipeline import make_plan
+    from qlora_retrain.storage import open_store
 
     # A plan is a lock file: changed settings would have other keys.
     if overrides:
         raise UsageError(
-            f"--plan with {', '.join(overrides)}: a plan's settings are fixed; leave out --plan to change settings"
+            f"--resume with {', '.join(overrides)}: a plan's settings are fixed; leave out --resume to change settings"
         )
-    line, plan = load(_line(args)).line, Plan.load(args.plan)
+    line, plan = load(_line(args)).line, make_plan.find_plan(open_store(store_root(args)), args.resume)
     if plan.line != line:
-        raise UsageError(f"{plan.uri}: is a plan of line {plan.line}; expected one of line {line}")
+        raise UsageError(f"run {plan.run_id} is of line {plan.line}; expected one of line {line}")
     return plan
 
 
@@ -178,7 +181,7 @@ def _status(args: argparse.Namespace) -> int:
     from qlora_retrain.pipeline import explain, kfp_outputs, run_page
     from qlora_retrain.pipeline.plan import Plan
 
-    uri = args.plan or _plan_uri_of_run(args)
+    uri = _plan_uri_of_run(args)
     # KFP's exit handler runs whatever happened, also when the plan task failed.
     if uri is None:
         text = page = report = "The run ended before it had a plan; the log of its first task says why."
@@ -206,10 +209,10 @@ def _plan_uri_of_run(args: argparse.Namespace) -> str | None:
     from qlora_retrain.storage import open_store
 
     store = open_store(store_root(args))
-    run = args.run_id
+    run = args.resume or args.run_id
 
     # An orchestrator knows the run by ids of its own; a person gives the run's id in the store.
-    if args.document is not None:
+    if args.document is not None and not args.resume:
         run = find_run(store, load(args.document).line, args.orchestrator_id)
         return plan_uri(store.uri, run) if run else None
     if run == "latest":

@@ -60,7 +60,7 @@ def make_plan(
     store = open_store(root)
     if run is not None:
         with contextlib.suppress(UsageError):  # it has no plan yet
-            return Plan.load(plan_uri(store.uri, run))
+            return find_plan(store, run)
 
     config = load(line, overrides)
     # KFP names a run by ids of its own, and calls this task again when it retries.
@@ -68,16 +68,28 @@ def make_plan(
         run = find_run(store, config.line, orchestrator)
         if run:
             with contextlib.suppress(UsageError):  # it has no plan yet
-                return Plan.load(plan_uri(store.uri, run))
+                return find_plan(store, run)
 
     # Without an id from outside, a person started the run on the command line; it gets a random one.
     run = run or _new_run_id(at, config.line, orchestrator)
     store.probe()  # before gigabytes of sources are read
     plan = _build(config, store, run, at)
     try:
-        store.write_if_absent(f"runs/{run}/plan.json", plan.model_dump_json(indent=1).encode())
+        store.write_if_absent(f"runs/{run}/plan.json", plan.to_bytes())
     except AlreadyExists:  # another try of the same task was faster, and its plan counts
-        return Plan.load(plan.uri)
+        return find_plan(store, run)
+    return plan
+
+
+def find_plan(store: Store, run: str) -> Plan:
+    """Return the plan that a run of the store has already.
+
+    Raises:
+        UsageError: If the run has none.
+        IntegrityError: If it is not the run's plan, or contradicts itself.
+    """
+    plan = Plan.read(plan_uri(store.uri, run))
+    plan.refuse_contradictions()
     return plan
 
 
@@ -110,8 +122,8 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
     settings, split_choices = _inherit_split(settings, store, pinned, versions, champion_release)
     choices += split_choices
     _refuse_unfit_base(settings, pinned["base_model"])
-    named = describe_target(target.version, target.generation) if target else None
-    steps = plan_steps(settings, pinned, versions, named)
+    alias_state = describe_target(target.version, target.generation) if target else None
+    steps = plan_steps(settings, pinned, versions, alias_state)
 
     judgement = _judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))

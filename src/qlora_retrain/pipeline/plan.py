@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -19,6 +20,9 @@ from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.sources import PinnedSource
 from qlora_retrain.storage.store import NotFound
+
+# Between a plan's place and the hash of its bytes.
+_HASH_MARK = "#sha256="
 
 
 class Plan(BaseModel):
@@ -52,8 +56,12 @@ class Plan(BaseModel):
 
     @property
     def uri(self) -> str:
-        """The URI of this plan."""
-        return plan_uri(self.root, self.run_id)
+        """The URI of this plan with the hash of its bytes, so that no step runs by a plan that was changed since."""
+        return f"{plan_uri(self.root, self.run_id)}{_HASH_MARK}{hashing.sha256_bytes(self.to_bytes())}"
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of `plan.json`."""
+        return self.model_dump_json(indent=1).encode()
 
     def pinned_version(self, source: str) -> PinnedVersion | None:
         """Return the version that the plan pins for a source of `graph.VERSION_PARTS`."""
@@ -75,14 +83,19 @@ class Plan(BaseModel):
 
     @staticmethod
     def load(uri: str) -> Plan:
-        """Read a plan that steps may run by.
+        """Read a plan that steps may run by, from the URI that its maker gave.
 
         Raises:
-            UsageError: If there is none at `uri`.
-            IntegrityError: If it is not a plan, is a copy of a plan with another URI, or contradicts itself.
+            UsageError: If there is none at `uri`, or `uri` is without the plan's hash.
+            IntegrityError: If it is not a plan, has another hash, is a copy of another plan, or contradicts itself.
         """
+        if not _split_hash(uri)[1]:
+            raise UsageError(
+                f"{uris.mask_secrets(uri)}: expected the plan's URI with its hash, .../plan.json{_HASH_MARK}..., as "
+                "qlora-retrain plan prints it: without it, nobody notices that a plan was changed"
+            )
         plan = Plan.read(uri)
-        plan._refuse_contradictions()
+        plan.refuse_contradictions()
         return plan
 
     @staticmethod
@@ -91,24 +104,30 @@ class Plan(BaseModel):
 
         Raises:
             UsageError: If there is none at `uri`.
-            IntegrityError: If it is not a plan, or is a copy of a plan with another URI.
+            IntegrityError: If it is not a plan, has another hash than the URI's, or is a copy of another plan.
         """
-        parent, _, name = uris.absolute(uri).rpartition("/")
+        location, sha256 = _split_hash(uri)
+        parent, _, name = uris.absolute(location).rpartition("/")
+        place = uris.mask_secrets(location)
         try:
             data = open_store(parent).read(name).data
         except NotFound as error:
-            message = f"{uris.mask_secrets(uri)}: there is no plan here; make one with: qlora-retrain plan"
-            raise UsageError(message) from error
+            raise UsageError(f"{place}: there is no plan here; make one with: qlora-retrain plan") from error
+
+        actual = hashing.sha256_bytes(data)
+        if sha256 not in ("", actual):
+            difference = f"expected a plan of sha256 {sha256[:12]}, found {actual[:12]}"
+            raise IntegrityError(f"{place}: {difference}: it was changed since it was made; make a new plan")
         try:
             plan = Plan.model_validate_json(data)
         except ValidationError as error:
-            raise IntegrityError(f"{uris.mask_secrets(uri)}: is not a plan: {error.error_count()} errors") from error
+            raise IntegrityError(f"{place}: is not a plan: {error.error_count()} errors") from error
         # A copied plan would have its steps write into another run's folder.
-        if plan.uri != f"{parent}/{name}":
-            raise IntegrityError(f"{uris.mask_secrets(uri)}: is a copy of {plan.uri}; use the original")
+        if plan_uri(plan.root, plan.run_id) != f"{parent}/{name}":
+            raise IntegrityError(f"{place}: is a copy of {plan_uri(plan.root, plan.run_id)}; use the original")
         return plan
 
-    def _refuse_contradictions(self) -> None:
+    def refuse_contradictions(self) -> None:
         """Compute every step again from its settings and sources, and compare.
 
         Otherwise a plan could record one learning rate and train with another, or name any artifact as an input.
@@ -120,9 +139,15 @@ class Plan(BaseModel):
         fault = planned_steps.find_contradiction(self.steps, self.sources, versions, self.target)
         if fault is not None:
             raise IntegrityError(
-                f"{uris.mask_secrets(self.uri)}: {fault}: the plan was changed after it was made, or another version "
+                f"{uris.mask_secrets(self.uri)}: {fault}: the plan was changed since it was made, or another version "
                 "of this code made it; make a new plan"
             )
+
+
+def _split_hash(uri: str) -> tuple[str, str]:
+    """Return a plan's place and the hash in its URI; no hash: an empty text."""
+    match = re.fullmatch(rf"(.*){_HASH_MARK}([0-9a-f]{{64}})", uri, re.DOTALL)
+    return (match[1], match[2]) if match else (uri, "")
 
 
 def run_id(at: datetime, *ids: str) -> str:

@@ -117,10 +117,10 @@ def find_contradiction(
         except ValidationError as error:
             return f"{step.name}.config: {error.errors()[0]['msg']}"
 
-    named = by_name[graph.STEPS[-1].name].inputs.get("target")
-    if (named or "").partition(" of generation ")[0] != (target or ""):
-        return f"it moves an alias from {named}, and its target is {target}"
-    expected = plan_steps(settings, pinned, versions, named, lambda name: by_name[name].code)
+    alias_state = by_name[graph.STEPS[-1].name].inputs.get("target")
+    if (alias_state or "").partition(" of generation ")[0] != (target or ""):
+        return f"it moves an alias from {alias_state}, and its target is {target}"
+    expected = plan_steps(settings, pinned, versions, alias_state, lambda name: by_name[name].code)
     for planned, again in zip(steps, expected, strict=True):
         for field in PlannedStep.model_fields:
             if getattr(planned, field) != getattr(again, field):

@@ -123,7 +123,7 @@ def first_fault(store: Store, folder: str, files: Sequence[File]) -> tuple[File,
     # Threads, because hashing and waiting for a server both release Python's global lock.
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         faults = zip(files, pool.map(fault, files), strict=True)
-        return next(((file, found) for file, found in faults if found), None)
+        return next(((file, text) for file, text in faults if text), None)
 
 
 def verify_version(store: Store, release: Release) -> None:
@@ -133,8 +133,8 @@ def verify_version(store: Store, release: Release) -> None:
         IntegrityError: If a file is missing or has other bytes.
     """
     folder = version_folder(release.line, release.version)
-    if found := first_fault(store, folder, release.files):
-        file, fault = found
+    if difference := first_fault(store, folder, release.files):
+        file, fault = difference
         raise IntegrityError(
             f"{store.uri}/{folder}/{file.path}: {fault}: no alias moves to a version that is not what its manifest "
             "names; choose another version, or train again"

@@ -61,10 +61,16 @@ def dag_run_context(run_id: str, *, try_number: int = 1, **params: object) -> Co
         dag_id="tickets", run_id=run_id, run_after=datetime(2026, 1, 31, 3, tzinfo=UTC), logical_date=None
     )
     events = OutletEventAccessors()
+    # What the tasks of the run returned, by task.
+    xcom: dict[str, str] = {}
+
+    def xcom_pull(task_ids: str) -> str | None:
+        return xcom.get(task_ids)
+
     return {
         "dag_run": dag_run,
         "params": params,
-        "ti": SimpleNamespace(try_number=try_number),
+        "ti": SimpleNamespace(try_number=try_number, xcom=xcom, xcom_pull=xcom_pull),
         "outlet_events": events,
     }
 
@@ -75,6 +81,12 @@ def plan_task(project: Path) -> Any:
     return PlanOperator(task_id="plan", config_path=project / "line.yaml")
 
 
+def run_plan_task(project: Path, context: Context) -> Plan:
+    """Run task 0, and keep what it returns as Airflow does."""
+    context["ti"].xcom["plan"] = plan_task(project).execute(context)
+    return Plan.load(context["ti"].xcom["plan"])
+
+
 def step_task(step: str = "validate_data") -> Any:
     from qlora_retrain.runtimes.airflow.local import LocalStepOperator
 
@@ -83,10 +95,7 @@ def step_task(step: str = "validate_data") -> Any:
 
 @pytest.fixture
 def plan(project: Path, context: Context) -> Plan:
-    from qlora_retrain.runtimes.airflow.operators import plan_uri
-
-    plan_task(project).execute(context)
-    return Plan.load(plan_uri(context))
+    return run_plan_task(project, context)
 
 
 @pytest.fixture
@@ -129,46 +138,56 @@ def make(plan: Plan, step: str, **numbers: Any) -> None:
     names["make"](plan.uri, step, **numbers)
 
 
-def test_every_task_finds_the_same_plan_and_a_cleared_run_keeps_it(project: Path, context: Context, plan: Plan) -> None:
-    from qlora_retrain.runtimes.airflow.operators import plan_uri
-
+def test_a_cleared_run_keeps_its_plan_and_another_makes_its_own(project: Path, context: Context, plan: Plan) -> None:
     assert plan.run_id.startswith("20260131T030000Z-")
-    assert ".." not in plan_uri(context)
+    assert ".." not in plan.uri
 
     line = project / "line.yaml"
     line.write_text(line.read_text() + "train: {rank: 4}\n")
-    plan_task(project).execute(context)
-    assert Plan.load(plan_uri(context)) == plan
-
-    another_run = dag_run_context("manual__2")
-    plan_task(project).execute(another_run)
-    assert Plan.load(plan_uri(another_run)).step("train_qlora").config["rank"] == 4
+    assert run_plan_task(project, context) == plan
+    assert run_plan_task(project, dag_run_context("manual__2")).step("train_qlora").config["rank"] == 4
 
 
 def test_a_field_changed_in_the_form_is_in_the_plan_and_the_others_are_the_lines(project: Path) -> None:
-    from qlora_retrain.runtimes.airflow.operators import plan_uri
-
     changed = dag_run_context("manual__3", **{"train.learning_rate": 5e-5, "train.rank": 16})
-    plan_task(project).execute(changed)
-    assert Plan.load(plan_uri(changed)).step("train_qlora").config["learning_rate"] == 5e-5
+    assert run_plan_task(project, changed).step("train_qlora").config["learning_rate"] == 5e-5
 
 
-def test_another_runs_plan_can_be_finished_but_not_another_lines(
+def test_another_run_can_be_finished_but_not_another_lines(
     project: Path, plan: Plan, write_program: Callable[[str], None]
 ) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
     write_program(COMPLETE_ARTIFACT)
-    resumed = dag_run_context("manual__4", plan_uri=plan.uri)
-    plan_task(project).execute(resumed)
+    resumed = dag_run_context("manual__4", resume_run=plan.run_id)
+    assert run_plan_task(project, resumed) == plan
     step_task().execute(resumed)
     assert (project / "runs").read_text() == f"--plan {plan.uri}\n"
     line = project / "line.yaml"
     line.write_text(line.read_text().replace("line: tickets", "line: mails"))
-    with pytest.raises(AirflowFailException, match="is a plan of line tickets"):
+    with pytest.raises(AirflowFailException, match=f"run {plan.run_id} is of line tickets"):
         plan_task(project).execute(resumed)
-    with pytest.raises(AirflowFailException, match=r"config or usage error \(12\).*there is no plan here"):
-        step_task().execute(dag_run_context("manual__5", plan_uri=plan.uri.replace("Z-", "Z-0")))
+
+
+def test_a_plan_that_was_changed_after_task_0_runs_no_step(
+    plan: Plan, context: Context, write_program: Callable[[str], None], project: Path
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    write_program(COMPLETE_ARTIFACT)
+    file = Path(plan.uri.removeprefix("file://").partition("#")[0])
+    # Operational, so that the plan's keys are those of before.
+    file.write_text(file.read_text().replace('"log_every_steps": ', '"log_every_steps": 1'))
+    with pytest.raises(AirflowFailException, match=r"integrity or security \(13\).*changed since it was made"):
+        step_task().execute(context)
+    assert not (project / "runs").exists()
+
+
+def test_a_step_whose_task_0_left_nothing_says_what_to_clear(project: Path) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    with pytest.raises(AirflowFailException, match=r"task plan of this run has left no plan; clear that task"):
+        step_task().execute(dag_run_context("manual__5"))
 
 
 def test_a_config_error_fails_the_plan_at_once_with_every_line(project: Path, context: Context) -> None:
@@ -232,14 +251,13 @@ def test_an_earlier_trys_ending_is_gone_once_the_next_begins(
     assert run_endings.read(open_store(plan.root), plan.run_id, "validate_data") is None
 
 
-def test_a_mistyped_plan_is_refused_and_nothing_is_written_there(project: Path, tmp_path: Path) -> None:
+def test_a_mistyped_run_is_refused_and_nothing_is_written_there(project: Path, tmp_path: Path) -> None:
     from airflow.sdk.exceptions import AirflowFailException
 
-    uri = f"{(tmp_path / 'elsewhere').as_uri()}/runs/mistyped/plan.json"
-    context = dag_run_context("manual__6", plan_uri=uri)
+    context = dag_run_context("manual__6", resume_run="20260131T030000Z-0123456789ab")
     with pytest.raises(AirflowFailException, match="there is no plan here"):
         plan_task(project).execute(context)
-    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "store/runs/20260131T030000Z-0123456789ab").exists()
 
 
 def test_an_ending_that_does_not_fit_the_exit_code_does_not_count(
@@ -327,6 +345,8 @@ def test_the_asset_event_is_emitted_only_for_a_new_version(
         dag_run_context(context["dag_run"].run_id),
         dag_run_context(context["dag_run"].run_id, try_number=2),
     )
+    for again in (first_try, second_try):
+        again["ti"].xcom.update(context["ti"].xcom)
     step_task("publish").execute(first_try)
     assert events_of(first_try) == []  # another run published it, and emitted the event
     step_task("publish").execute(second_try)

@@ -83,6 +83,6 @@ def test_a_name_that_is_not_in_the_form_is_refused_and_not_ignored(path: Path) -
     config = load(path)
     with pytest.raises(
         UsageError,
-        match=r"^train\.max_step: not in the form, which has .*train\.max_steps.*plan_uri; change other settings",
+        match=r"^train\.max_step: not in the form, which has .*train\.max_steps.*resume_run; change other settings",
     ):
         params.overrides(config, {"train.max_step": 4})

@@ -24,8 +24,10 @@ def task_context(plan: Plan, try_number: int = 1, total_tries: int = 9) -> dict[
     dag_run = SimpleNamespace(dag_id="tickets", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
     return {
         "dag_run": dag_run,
-        "params": {"plan_uri": plan.uri},
-        "ti": SimpleNamespace(try_number=try_number, max_tries=total_tries - 1),
+        "params": {"resume_run": plan.run_id},
+        "ti": SimpleNamespace(
+            try_number=try_number, max_tries=total_tries - 1, xcom_pull=lambda task_ids: {"plan": plan.uri}[task_ids]
+        ),
     }
 
 

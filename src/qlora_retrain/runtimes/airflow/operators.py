@@ -3,9 +3,10 @@
 `PlanOperator` writes the run's plan. `StepOperator` looks for the step's artifact. Where there is none, its subclass
 runs `python -m components.<step> --plan URI` somewhere; then the artifact's manifest decides whether that succeeded.
 
-Every task computes the plan's URI from the DAG run, so no task passes anything by XCom and a cleared run keeps its
-plan. The step's ending decides whether a failed task is retried within the step's retries or fails at once. The ending
-is the message of the failure, and it is saved in the run's folder.
+The plan's URI, with the hash of the plan, reaches the steps as the XCom of task 0: whoever can write below `runs/` can
+change a plan there, and then every step refuses it. A cleared run keeps its plan. The step's ending decides whether a
+failed task is retried within the step's retries or fails at once. The ending is the message of the failure, and it is
+saved in the run's folder.
 
 Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` in the project's folder.
 """
@@ -50,8 +51,8 @@ def store_root() -> str:
     return os.environ.get(ROOT_VARIABLE) or (code_identity.project_root() / ".state" / "store").as_uri()
 
 
-def plan_run_id(context: Context) -> str:
-    """Return the run's id in the store; it is the same for every task and every try of a DAG run.
+def own_run_id(context: Context) -> str:
+    """Return the DAG run's own id in the store; it is the same for every task and every try.
 
     It is made from `run_after`, which every DAG run has. A run that an asset started has no logical date.
     """
@@ -62,12 +63,21 @@ def plan_run_id(context: Context) -> str:
     return plan.run_id(dag_run.run_after, dag_run.dag_id, dag_run.run_id)
 
 
-def plan_uri(context: Context) -> str:
-    """Return the URI of this DAG run's plan, or of the plan that its form names."""
-    from qlora_retrain.pipeline import plan
+def plan_run_id(context: Context) -> str:
+    """Return the id of the run whose plan the steps run by: the DAG run's own, or the one that its form names."""
+    return str(context["params"].get(params.RESUME_RUN) or own_run_id(context))
 
-    resumed_uri = context["params"].get(params.PLAN_URI)
-    return str(resumed_uri) if resumed_uri else plan.plan_uri(store_root(), plan_run_id(context))
+
+def plan_uri(context: Context) -> str:
+    """Return the URI of the plan, with its hash, as task 0 of this DAG run returned it.
+
+    Raises:
+        UsageError: If task 0 has left none.
+    """
+    uri = context["ti"].xcom_pull(task_ids=graph.PLAN_TASK)
+    if not uri:
+        raise UsageError(f"task {graph.PLAN_TASK} of this run has left no plan; clear that task, and the run goes on")
+    return str(uri)
 
 
 class PlanOperator(BaseOperator):  # type: ignore[misc]
@@ -82,8 +92,8 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
         super().__init__(**{"retries": 2, **_BACKOFF, **kwargs})
         self.config_path = str(config_path)
 
-    def execute(self, context: Context) -> None:
-        """Write or check the plan, and log what will run and why."""
+    def execute(self, context: Context) -> str:
+        """Write or check the plan, and log what will run and why; return its URI, which Airflow keeps as an XCom."""
         # Imported here and below, because the DAG processor imports this module every time that it parses the DAGs.
         from qlora_retrain.pipeline import explain
 
@@ -93,26 +103,25 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
             fail_task(context, Ending.from_problem(graph.PLAN_TASK, problem))
         for line in explain.as_text(plan).split("\n"):
             self.log.info("%s", line)
+        return plan.uri
 
     def _make_or_load_plan(self, context: Context) -> Plan:
         from qlora_retrain.config.line import load
-        from qlora_retrain.pipeline.make_plan import make_plan
-        from qlora_retrain.pipeline.plan import Plan
+        from qlora_retrain.pipeline.make_plan import find_plan, make_plan
+        from qlora_retrain.storage import open_store
 
         # Read again for each run: the DAG file was parsed by another process, perhaps before the YAML changed.
         config = load(Path(self.config_path), [])
-        if context["params"].get(params.PLAN_URI):
-            resumed = Plan.load(plan_uri(context))
+        if context["params"].get(params.RESUME_RUN):
+            resumed = find_plan(open_store(store_root()), plan_run_id(context))
             if resumed.line != config.line:
-                raise UsageError(
-                    f"{resumed.uri}: is a plan of line {resumed.line}; trigger that DAG, not {config.line}"
-                )
+                raise UsageError(f"run {resumed.run_id} is of line {resumed.line}; trigger that DAG, not {config.line}")
             return resumed
 
         overrides = params.overrides(config, context["params"])
         for override in overrides:
             self.log.info("changed by hand: %s", override)
-        return make_plan(Path(self.config_path), store_root(), run=plan_run_id(context), overrides=overrides)
+        return make_plan(Path(self.config_path), store_root(), run=own_run_id(context), overrides=overrides)
 
 
 @dataclass(frozen=True)
@@ -256,12 +265,9 @@ def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) ->
     """
     from qlora_retrain.pipeline import run_endings
 
-    # Task 0 fails for a plan URI that is mistyped or of another line; nothing may be written there.
-    if ending.step == graph.PLAN_TASK:
-        root, run_id = store_root(), plan_run_id(context)
-    else:
-        root, _, run_id = plan_uri(context).removesuffix("/plan.json").rpartition("/runs/")
-    run_endings.write_to_store(root, run_id, ending)
+    # Task 0 fails for a mistyped run, or one of another line; nothing may be written there.
+    run_id = own_run_id(context) if ending.step == graph.PLAN_TASK else plan_run_id(context)
+    run_endings.write_to_store(store_root(), run_id, ending)
     if ending.retry and not is_last_try:
         raise AirflowException(ending.summary())
     raise AirflowFailException(ending.summary())

@@ -28,13 +28,13 @@ KNOBS = (
     "evaluate.max_loss_to_champion",
     "publish.promote_to",
 )
-PLAN_URI = "plan_uri"
-_PLAN_URI_SCHEMA = {
+RESUME_RUN = "resume_run"
+_RESUME_RUN_SCHEMA = {
     "type": ["null", "string"],
-    # Neither user info nor a query can match, so the URI cannot carry a secret.
-    "pattern": r"^(file:///|s3://)[A-Za-z0-9._/~%+=-]+/plan\.json$",
-    "title": PLAN_URI,
-    "description": "finish the plan of another run (…/runs/<run id>/plan.json); every other field is then unused",
+    # A run of this store and no URI: a form must not say from where this platform reads, or with which secret.
+    "pattern": r"^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}$",
+    "title": RESUME_RUN,
+    "description": "finish another run of this store, by its id there; every other field is then unused",
     "section": "Resume",
 }
 
@@ -43,7 +43,7 @@ def form_fields(config: LineConfig) -> dict[str, tuple[Any, dict[str, Any]]]:
     """List every field of the form as name -> (the line's value, JSON schema)."""
     fields = {knob: (line_value(config, knob), knob_schema(knob)) for knob in KNOBS}
     # Not a knob of the line: it replaces the whole plan.
-    return {**fields, PLAN_URI: (None, _PLAN_URI_SCHEMA)}
+    return {**fields, RESUME_RUN: (None, _RESUME_RUN_SCHEMA)}
 
 
 def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
@@ -52,10 +52,10 @@ def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
     Raises:
         UsageError: If a name is no field of the form. A typo in a REST call would otherwise be ignored in silence.
     """
-    if unknown := sorted(set(form_values) - {*KNOBS, PLAN_URI}):
+    if unknown := sorted(set(form_values) - {*KNOBS, RESUME_RUN}):
         renamed = "".join(f"; {sentence}" for name in unknown if (sentence := renamed_to(name)))
         raise UsageError(
-            f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, PLAN_URI))}; "
+            f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, RESUME_RUN))}; "
             f"change other settings in the line's YAML{renamed}"
         )
     # Overrides are read as YAML, and every JSON value is also a YAML value.

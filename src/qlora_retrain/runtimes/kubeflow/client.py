@@ -53,14 +53,14 @@ class KubeflowClient:
         self.endpoint = _check_endpoint(endpoint or os.environ.get(ENDPOINT_VARIABLE, ""))
         self.namespace, self.profile = namespace, profile
 
-    def submit(self, config_path: Path, root: str, *, plan_uri: str, overrides: Sequence[str]) -> str:
+    def submit(self, config_path: Path, root: str, *, resume_run: str, overrides: Sequence[str]) -> str:
         """Start a run; return a sentence with its link."""
-        if plan_uri and overrides:
-            raise UsageError("--plan with --set: a plan is made already; change settings without --plan")
+        if resume_run and overrides:
+            raise UsageError("--resume with --set: its plan is made already; change settings without --resume")
         config = _load_cluster_line(config_path, root, overrides)
         # A person reads the name in KFP's list of runs; nothing else uses it.
         name = f"{config.line} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-        params = _pipeline_parameters(config_path, root, plan_uri, overrides)
+        params = _pipeline_parameters(config_path, root, resume_run, overrides)
 
         with self._client() as client, self._compiled_pipeline() as package:
             # One experiment per line, which KFP's UI lists its runs by; an existing one is returned.
@@ -196,9 +196,9 @@ def _load_cluster_line(config_path: Path, root: str, overrides: Sequence[str]) -
     return config
 
 
-def _pipeline_parameters(config_path: Path, root: str, plan_uri: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _pipeline_parameters(config_path: Path, root: str, resume_run: str, overrides: Sequence[str]) -> dict[str, Any]:
     line = document(load(config_path))
-    return {"line": line, "root": root, "plan_uri": plan_uri, "overrides": list(overrides)}
+    return {"line": line, "root": root, "resume_run": resume_run, "overrides": list(overrides)}
 
 
 def _response_text(error: kfp_server_api.ApiException) -> str:

@@ -46,7 +46,7 @@ def run(
     root: str,
     profile: ClusterProfile,
     *,
-    plan_uri: str,
+    resume_run: str,
     overrides: Sequence[str],
     outputs: Path | None = None,
 ) -> int:
@@ -56,7 +56,7 @@ def run(
         config_path: The line's YAML.
         root: The store's URI.
         profile: Names the images; nothing else of it applies here.
-        plan_uri: The plan to finish; empty: make one.
+        resume_run: Another run of the store to finish, by its id; empty: make a new one.
         overrides: `section.field=value` strings.
         outputs: A folder to keep what KFP's UI would show; None: keep nothing.
 
@@ -86,7 +86,7 @@ def run(
             local.init(_docker_runner(root, config, run_label), pipeline_root=str(folder), raise_on_error=False)
             # Without the overrides, which are a parameter of their own, so that the plan records them.
             line = document(load(config_path))
-            tasks.load_pipeline(profile)(line=line, root=root, plan_uri=plan_uri, overrides=list(overrides))
+            tasks.load_pipeline(profile)(line=line, root=root, resume_run=resume_run, overrides=list(overrides))
         except DockerException as error:
             raise TryAgain(_ENGINE_FAILED.format(_docker_host(), error), cause=Cause.THROTTLED) from error
         finally:
@@ -134,7 +134,7 @@ def _read_outcome(plan: Plan, config_path: Path, root: str) -> int:
     if all(status.exit_code(plan, step.name) == Exit.DONE for step in STEPS):
         return Exit.DONE
 
-    command = ["qlora-retrain", "kfp", "run", str(config_path), "--root", root, "--plan", plan.uri]
+    command = ["qlora-retrain", "kfp", "run", str(config_path), "--root", root, "--resume", plan.run_id]
     say(f"to continue this run: {shlex.join(command)}")
     return Exit.TRY_AGAIN
 

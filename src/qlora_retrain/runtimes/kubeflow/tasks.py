@@ -36,13 +36,15 @@ CLI_COMMAND = ["python", "-m", "qlora_retrain.cli"]
 RUN_ID_PLACEHOLDER = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
-def plan_task(profile: ClusterProfile, *, line: dict[str, Any], root: str, plan_uri: str, overrides: list[str]) -> Any:
+def plan_task(
+    profile: ClusterProfile, *, line: dict[str, Any], root: str, resume_run: str, overrides: list[str]
+) -> Any:
     """Make task 0, whose output `uri` is the plan's URI; the keyword arguments are the pipeline's parameters."""
 
     def plan(
         line: dict,  # type: ignore[type-arg]
         root: str,
-        plan_uri: str,
+        resume_run: str,
         overrides: list,  # type: ignore[type-arg]
         run: str,
         uri: dsl.OutputPath(str),  # type: ignore[valid-type]
@@ -50,11 +52,11 @@ def plan_task(profile: ClusterProfile, *, line: dict[str, Any], root: str, plan_
     ) -> dsl.ContainerSpec:
         command: list[Any] = [*CLI_COMMAND, "plan", "--document", line, "--root", root, "--orchestrator-id", run]
         # KFP passes a list as JSON.
-        command += ["--plan", plan_uri, "--set-json", overrides, "--report-to", report.path, "--uri-to", uri]
+        command += ["--resume", resume_run, "--set-json", overrides, "--report-to", report.path, "--uri-to", uri]
         return dsl.ContainerSpec(image=profile.light_image, command=command)
 
     task = _container_component(plan)(
-        line=line, root=root, plan_uri=plan_uri, overrides=overrides, run=RUN_ID_PLACEHOLDER
+        line=line, root=root, resume_run=resume_run, overrides=overrides, run=RUN_ID_PLACEHOLDER
     )
     return _configure_task(task, PLAN_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light)
 
@@ -103,7 +105,7 @@ def step_task(step: Step, profile: ClusterProfile, plan: Any) -> Any:
     return task
 
 
-def summary_task(profile: ClusterProfile, *, line: dict[str, Any], root: str, plan_uri: str) -> Any:
+def summary_task(profile: ClusterProfile, *, line: dict[str, Any], root: str, resume_run: str) -> Any:
     """Make the exit handler: a page about the run, and the report that explains how it ended.
 
     KFP drops what a failed container wrote, so this task is the only place in its UI for a refusal's report.
@@ -112,17 +114,17 @@ def summary_task(profile: ClusterProfile, *, line: dict[str, Any], root: str, pl
     def summary(
         line: dict,  # type: ignore[type-arg]
         root: str,
-        plan_uri: str,
+        resume_run: str,
         run: str,
         status: dsl.PipelineTaskFinalStatus,  # makes it an exit handler; not used, the store has the state
         page: dsl.Output[dsl.HTML],
         report: dsl.Output[dsl.HTML],
     ) -> dsl.ContainerSpec:
         command: list[Any] = [*CLI_COMMAND, "status", "--document", line, "--root", root, "--orchestrator-id", run]
-        command += ["--plan", plan_uri, "--page", page.path, "--report-to", report.path]
+        command += ["--resume", resume_run, "--page", page.path, "--report-to", report.path]
         return dsl.ContainerSpec(image=profile.light_image, command=command)
 
-    task = _container_component(summary)(line=line, root=root, plan_uri=plan_uri, run=RUN_ID_PLACEHOLDER)
+    task = _container_component(summary)(line=line, root=root, resume_run=resume_run, run=RUN_ID_PLACEHOLDER)
     return _configure_task(task, SUMMARY_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light)
 
 
