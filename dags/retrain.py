@@ -1,5 +1,7 @@
 """Build one Airflow DAG for every YAML in pipelines/: the plan, then the steps of the graph.
 
+A line's file is `<line>.yaml`; no other file can define that line.
+
 Reads each line's schedule, description and knobs. A file that cannot be used becomes a DAG whose only task fails with
 the file's errors. So the other lines keep running, and the person on call sees what is wrong.
 
@@ -8,14 +10,15 @@ Environment: `QLORA_RETRAIN_PIPELINES`, another folder of YAML files. To see a f
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
 
-import yaml
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 
-from qlora_retrain.config import schedule
+from qlora_retrain.config import bounded_yaml, schedule
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
@@ -28,8 +31,15 @@ PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelin
 
 
 def line_dag(path: Path) -> DAG:
-    """Make the DAG of one line."""
+    """Make the DAG of one line.
+
+    Raises:
+        UsageError: If the file cannot be used, or is not the file of its line.
+    """
     config = load(path)
+    # Otherwise a new file could take over the DAG of a line that exists.
+    if path.name != f"{config.line}.yaml":
+        raise UsageError(f"{path}: is of line {config.line}, whose file is {config.line}.yaml; rename one of them")
     dag = DAG(
         config.line,
         description=config.description,
@@ -73,24 +83,28 @@ def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
     return LocalStepOperator(**common)
 
 
-def broken_dag(path: Path, reason: str) -> DAG:
-    """Make the DAG that stands in for a line whose file cannot be used.
+def broken_dag(path: Path, dag_id: str, reason: str) -> DAG:
+    """Make the DAG that stands in for a file that cannot be used.
 
-    It has the line's name and schedule where these can be read, so it fails when the line would have run.
+    It has the line's schedule where this can be read, so it fails when the line would have run.
     """
-    name, schedule = path.stem, None
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        name = document["line"] if re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", document["line"]) else name
+    schedule = None
+    # Whatever is wrong with the file is in the reason already.
+    with contextlib.suppress(Exception):
+        document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), path.name)
         schedule = timetable(document.get("schedule"))
-    except Exception:  # noqa: BLE001, S110 - whatever is wrong with the file is in `reason` already
-        pass
 
-    # Airflow refuses other characters in an id. If another file has the line's name already, the file's name is added.
-    name = re.sub(r"[^\w.-]", "-", name if name not in DAGS else f"{name}.{path.stem}")
-    dag = DAG(name, doc_md=f"```\n{reason}\n```", schedule=schedule, catchup=False, tags=["qlora-retrain", "broken"])
+    dag = DAG(dag_id, doc_md=f"```\n{reason}\n```", schedule=schedule, catchup=False, tags=["qlora-retrain", "broken"])
     BrokenLineOperator(task_id=PLAN_TASK, reason=reason, dag=dag)
     return dag
+
+
+def broken_id(path: Path) -> str:
+    """Return an id for the DAG of a broken file that no other DAG has."""
+    # Airflow refuses other characters in an id.
+    name = re.sub(r"[^\w.-]", "-", path.stem)[:200]
+    candidates = itertools.chain([name], (f"{name}.{path.suffix[1:]}.{i}" for i in itertools.count(1)))
+    return next(dag_id for dag_id in candidates if dag_id not in DAGS)
 
 
 def timetable(cron: str | None) -> CronTriggerTimetable | None:
@@ -111,13 +125,17 @@ def plan_doc(path: Path, config: LineConfig) -> str:
 
 
 DAGS: dict[str, DAG] = {}
+broken: list[tuple[Path, str]] = []
 for path in sorted(p for p in PIPELINES.glob("*") if p.suffix in (".yaml", ".yml")):
     try:
         dag = line_dag(path)
-        if dag.dag_id in DAGS:
-            raise UsageError(f"{path}: line {dag.dag_id} is defined in another file already; rename one of them")
     except Exception as error:  # noqa: BLE001 - one bad file must not take the other lines down
-        dag = broken_dag(path, f"{error}")
+        broken.append((path, str(error)))
+    else:
+        DAGS[dag.dag_id] = dag
+# Last, so that no broken file has the id of a line.
+for path, reason in broken:
+    dag = broken_dag(path, broken_id(path), reason)
     DAGS[dag.dag_id] = dag
 # Airflow collects the DAGs that are global variables of this module.
 globals().update(DAGS)

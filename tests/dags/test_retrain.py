@@ -55,7 +55,7 @@ def test_every_dag_in_the_folder_is_one_that_airflow_accepts(tmp_path: Path) -> 
 
 
 def test_the_dags_edges_are_the_graphs_and_the_plan_comes_first(pipelines: Path) -> None:
-    write(pipelines, "a.yaml", "tickets")
+    write(pipelines, "tickets.yaml", "tickets")
     dag = load().DAGS["tickets"]
     edges = {(up, task.task_id) for task in dag.tasks for up in task.upstream_task_ids}
     roots = {s.name for s in graph.STEPS if not graph.upstream_steps(s)}
@@ -66,8 +66,8 @@ def test_the_dags_edges_are_the_graphs_and_the_plan_comes_first(pipelines: Path)
 def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path) -> None:
     from airflow.sdk import CronTriggerTimetable
 
-    write(pipelines, "a.yaml", "tickets", '"0 3 * * 1"')
-    write(pipelines, "b.yaml", "mails")
+    write(pipelines, "tickets.yaml", "tickets", '"0 3 * * 1"')
+    write(pipelines, "mails.yaml", "mails")
     dags = load().DAGS
     assert sorted(dags) == ["mails", "tickets"]
     assert dags["tickets"].timetable == CronTriggerTimetable("0 3 * * 1", timezone="UTC")
@@ -76,7 +76,7 @@ def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path)
 
 
 def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
-    write(pipelines, "a.yaml", "tickets")
+    write(pipelines, "tickets.yaml", "tickets")
     params = load().DAGS["tickets"].params
     assert set(params) == {*form.KNOBS, "resume_run"}
     assert (params["train.learning_rate"], params["train.max_steps"], params["resume_run"]) == (3e-4, 7, None)
@@ -98,7 +98,7 @@ def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
 def test_the_form_refuses_what_the_plan_would_refuse(pipelines: Path, name: str, value: object) -> None:
     from airflow.sdk.exceptions import ParamValidationError
 
-    write(pipelines, "a.yaml", "tickets")
+    write(pipelines, "tickets.yaml", "tickets")
     param = load().DAGS["tickets"].params.get_param(name)
     with pytest.raises(ParamValidationError):
         param.resolve(value)
@@ -110,13 +110,13 @@ def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(
     from airflow.sdk.exceptions import AirflowFailException
 
     monkeypatch.setenv("QLORA_RETRAIN_ROOT", (pipelines / "store").as_uri())
-    write(pipelines, "a.yaml", "tickets")
-    bad = write(pipelines, "b.yaml", "mails", '"0 3 * * 1"')
+    write(pipelines, "tickets.yaml", "tickets")
+    bad = write(pipelines, "mails.yaml", "mails", '"0 3 * * 1"')
     bad.write_text(bad.read_text() + "evaluate: {min_row: 3}\n")
     (pipelines / "c.yaml").write_text("line: [")
     dags = load().DAGS
     assert sorted(dags) == ["c", "mails", "tickets"]
-    assert [name for name, dag in dags.items() if "broken" in dag.tags] == ["mails", "c"]
+    assert [name for name, dag in dags.items() if "broken" in dag.tags] == ["c", "mails"]
     assert "did you mean min_rows?" in (dags["mails"].doc_md or "")
     assert dags["mails"].timetable.expression == "0 3 * * 1"
     dag_run = SimpleNamespace(dag_id="mails", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
@@ -132,13 +132,74 @@ def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(
     assert (ending.code, ending.cause, ending.step) == (12, "usage", "plan")
 
 
-def test_two_files_of_one_line_and_a_bad_cron_are_refused(pipelines: Path) -> None:
-    write(pipelines, "a.yaml", "tickets")
-    write(pipelines, "b.yaml", "tickets")
-    write(pipelines, "c.yaml", "mails", '"99 3 * * 1"')
+def test_a_bad_cron_is_refused(pipelines: Path) -> None:
+    write(pipelines, "mails.yaml", "mails", '"99 3 * * 1"')
+    assert "broken" in load().DAGS["mails"].tags
+
+
+@pytest.mark.parametrize(
+    "name", ["a.yaml", "tickets.yml", "tickets .yaml", "Tickets.yaml", "z.yaml", "tickets.yaml.yaml"]
+)
+def test_no_other_file_takes_over_a_line(pipelines: Path, name: str) -> None:
+    write(pipelines, "tickets.yaml", "tickets", '"0 3 * * 1"')
+    before = set(load().DAGS)
+    write(pipelines, name, "tickets", '"59 23 * * *"')
     dags = load().DAGS
-    assert "is defined in another file already" in (dags["tickets.b"].doc_md or "")
-    assert "broken" in dags["mails"].tags
+    assert dags["tickets"].timetable.expression == "0 3 * * 1"
+    assert "broken" not in dags["tickets"].tags
+    (new,) = set(dags) - before
+    assert "is of line tickets, whose file is tickets.yaml" in (dags[new].doc_md or "")
+
+
+def test_a_broken_file_never_has_the_id_of_a_line(pipelines: Path) -> None:
+    (pipelines / "a b.yaml").write_text("line: [")
+    (pipelines / "a+b.yaml").write_text("line: a-b")
+    write(pipelines, "a-b.yaml", "a-b")
+    dags = load().DAGS
+    assert "broken" not in dags["a-b"].tags
+    assert len(dags) == 3
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes", "local"])
+def test_nothing_that_a_line_says_is_rendered_as_a_template(
+    pipelines: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    profile = pipelines / "profile.yaml.txt"
+    profile.write_text("{}")
+    monkeypatch.setenv("QLORA_RETRAIN_PROFILE", str(profile))
+    path = write(pipelines, "tickets.yaml", "tickets")
+    path.write_text(path.read_text() + f"runtime: {{kind: {kind}}}\ndescription: '{{{{ 7 * 7 }}}}'\n")
+    dag = load().DAGS["tickets"]
+    assert "broken" not in dag.tags, dag.doc_md
+    assert [(task.task_id, name) for task in dag.tasks for name in task.template_fields] == []
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(f'*{a}' for _ in range(9))}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "anchors and aliases"),
+        ("line: &x tickets\nschedule: null\n", "anchors and aliases"),
+        ("a: " + "[" * 33 + "]" * 33, "at most 32 levels"),
+        ("a: " + "[" * 30_000, "at most 32 levels"),
+        ("# " + "x" * 70_000, "at most 64 KiB"),
+        ("schedule: 2026-13-45", "looks like a date or a number"),
+        (f"line: {'9' * 5000}", "looks like a date or a number"),
+    ],
+    ids=["bomb", "anchor", "depth", "unclosed", "size", "date", "number"],
+)
+def test_a_hostile_file_costs_its_own_dag_alone(pipelines: Path, text: str, reason: str) -> None:
+    write(pipelines, "tickets.yaml", "tickets")
+    (pipelines / "evil.yaml").write_text(text)
+    started = time.process_time()
+    dags = load().DAGS
+    assert time.process_time() - started < 20
+    assert sorted(dags) == ["evil", "tickets"]
+    assert reason in (dags["evil"].doc_md or "")
     assert "broken" not in dags["tickets"].tags
 
 
@@ -146,7 +207,7 @@ def test_parsing_takes_less_than_a_second_beyond_the_imports(pipelines: Path) ->
     import airflow.sdk  # noqa: F401
 
     for i in range(5):
-        write(pipelines, f"{i}.yaml", f"line-{i}")
+        write(pipelines, f"line-{i}.yaml", f"line-{i}")
     started = time.process_time()
     assert len(load().DAGS) == 5
     assert time.process_time() - started < 1.0

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
+from qlora_retrain.config import bounded_yaml
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.renamed import renamed_to
 from qlora_retrain.core import uris
@@ -40,13 +41,12 @@ def load_section(
     Raises:
         UsageError: With every error of the document and of the overrides, one per line.
     """
-    name, text = ("the document", source) if isinstance(source, str) else (str(source), _read_text(source))
-    # Parsed twice: once for the values, once for the nodes, which know their lines.
+    name, text = ("the document", source) if isinstance(source, str) else (str(source), bounded_yaml.read_text(source))
+    document, node = bounded_yaml.parse(text, name)
     try:
-        document = yaml.safe_load(text)
-        lines = _line_numbers(yaml.compose(text))
+        lines = _line_numbers(node)
     except yaml.YAMLError as error:
-        raise UsageError(f"{name}: not valid YAML: {_yaml_fault(error)}") from error
+        raise UsageError(f"{name}: not valid YAML: {bounded_yaml.fault(error)}") from error
 
     if not isinstance(document, dict):
         raise UsageError(f"{name}: expected a mapping of sections, found {type(document).__name__}")
@@ -71,13 +71,6 @@ def load_section(
         raise UsageError("\n".join(messages)) from error
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-
-
 def _apply_override(document: dict[str, Any], item: str) -> None:
     """Set one `section.field=value` in the document, adding the sections that it does not have."""
     path, equals, value = item.partition("=")
@@ -97,10 +90,7 @@ def _apply_override(document: dict[str, Any], item: str) -> None:
             raise UsageError(f"--set {path}: {name} is {type(child).__name__}, it has no fields")
         target = child
 
-    try:
-        target[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {path}: the value is not valid YAML: {_yaml_fault(error)}") from error
+    target[last], _ = bounded_yaml.parse(value, f"--set {path}")
 
 
 def _with_whole_characters(value: Any) -> Any:
@@ -149,13 +139,6 @@ def _describe(value: Any) -> str:
 
     text = uris.mask_secrets(repr(value))
     return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[:_MAX_VALUE_CHARACTERS]}..."
-
-
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    """Return the fault and its place, without the text of the line, which may hold a secret."""
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return f"{where}{getattr(error, 'problem', None) or type(error).__name__}"
 
 
 def _is_field(part: str) -> bool:

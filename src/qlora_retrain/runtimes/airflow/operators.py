@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -160,6 +160,9 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         step: The step's name.
         line: The line, which names the asset alias that `publish` reports new versions to.
     """
+
+    # What a line's author writes, such as an image's name, is never rendered: `{{ conn... }}` would show a secret.
+    template_fields: Sequence[str] = ()
 
     def __init__(self, *, step: str, line: str, **kwargs: Any) -> None:
         # An alias and not an asset, because the asset's URI has the store, which is known only when the task runs.
