@@ -87,7 +87,7 @@ def test_a_run_with_a_changed_knob_is_planned_with_it_and_a_refusal_fails_at_onc
 
     store = airflow.home.parent / "store"
     (plan_file,) = (store / "runs").glob("*/plan.json")
-    plan = Plan.load(plan_file.as_uri())
+    plan = Plan.read(plan_file.as_uri())
     assert plan.step("train_qlora").config["learning_rate"] == 5e-5
     assert plan.step("publish").config["promote_to"] is None
     assert any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jsonschema
@@ -77,6 +78,34 @@ def test_only_changed_values_become_overrides_and_they_survive_the_yaml(path: Pa
     assert (changed.train.learning_rate, changed.train.max_steps, changed.publish.promote_to) == (1e-5, 4, None)
     assert changed.model_dump(exclude={"train", "publish"}) == config.model_dump(exclude={"train", "publish"})
     assert isinstance(changed, LineConfig)
+
+
+@pytest.mark.parametrize(
+    ("name", "line_value", "stricter", "weaker"),
+    [
+        ("data.max_quarantined_fraction", 0.1, (0.1, 0.05, 0), (0.2, 1)),
+        ("evaluate.max_loss_to_champion", 0.1, (0.1, 0.0), (0.11, 1.0)),
+        ("evaluate.allow_first_release", False, (False,), (True,)),
+        ("evaluate.allow_first_release", True, (True, False), ()),
+        ("publish.promote_to", "staging", ("staging", None), ("production", "latest")),
+        ("publish.promote_to", None, (None,), ("production",)),
+    ],
+)
+def test_whoever_starts_a_run_can_make_its_gates_stricter_and_never_weaker(
+    path: Path, name: str, line_value: object, stricter: tuple[object, ...], weaker: tuple[object, ...]
+) -> None:
+    config = load(path, [f"{name}={json.dumps(line_value)}"])
+    schema = params.form_fields(config)[name][1]
+    section, field = name.split(".")
+    for value in stricter:
+        assert accepts(schema, value)
+        changed = load(path, [f"{name}={json.dumps(line_value)}", *params.overrides(config, {name: value})])
+        assert getattr(changed.section(section), field) == value
+    for value in weaker:
+        assert not accepts(schema, value)
+        # Also past the form: through REST, or a form that was shown before the line's YAML changed.
+        with pytest.raises(UsageError, match="weaker than the line's"):
+            params.overrides(config, {name: value})
 
 
 def test_a_name_that_is_not_in_the_form_is_refused_and_not_ignored(path: Path) -> None:

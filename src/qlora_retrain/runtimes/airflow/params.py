@@ -28,6 +28,10 @@ KNOBS = (
     "evaluate.max_loss_to_champion",
     "publish.promote_to",
 )
+# From the form a gate can only be made stricter: whoever may start a run may not say what passes.
+_UPPER_LIMITS = ("data.max_quarantined_fraction", "evaluate.max_loss_to_champion")
+# The value beside the line's own that is stricter than any.
+_STRICTEST: dict[str, Any] = {"evaluate.allow_first_release": False, "publish.promote_to": None}
 RESUME_RUN = "resume_run"
 _RESUME_RUN_SCHEMA = {
     "type": ["null", "string"],
@@ -41,7 +45,7 @@ _RESUME_RUN_SCHEMA = {
 
 def form_fields(config: LineConfig) -> dict[str, tuple[Any, dict[str, Any]]]:
     """List every field of the form as name -> (the line's value, JSON schema)."""
-    fields = {knob: (line_value(config, knob), knob_schema(knob)) for knob in KNOBS}
+    fields = {knob: (line_value(config, knob), _stricter_schema(config, knob)) for knob in KNOBS}
     # Not a knob of the line: it replaces the whole plan.
     return {**fields, RESUME_RUN: (None, _RESUME_RUN_SCHEMA)}
 
@@ -50,7 +54,8 @@ def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
     """Return `section.field=value` for every knob that differs from the line's value.
 
     Raises:
-        UsageError: If a name is no field of the form. A typo in a REST call would otherwise be ignored in silence.
+        UsageError: If a name is no field of the form (a typo in a REST call would otherwise be ignored in silence), or
+            if a value would weaken a gate of the line, also one that became stricter after the form was shown.
     """
     if unknown := sorted(set(form_values) - {*KNOBS, RESUME_RUN}):
         renamed = "".join(f"; {sentence}" for name in unknown if (sentence := renamed_to(name)))
@@ -58,12 +63,36 @@ def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
             f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, RESUME_RUN))}; "
             f"change other settings in the line's YAML{renamed}"
         )
+    for knob in (*_UPPER_LIMITS, *_STRICTEST):
+        own = line_value(config, knob)
+        if knob in form_values and _is_weaker(knob, form_values[knob], own):
+            raise UsageError(
+                f"{knob}={json.dumps(form_values[knob])}: weaker than the line's {json.dumps(own)}; a run by hand can "
+                "only make a gate stricter, so change it in the line's YAML"
+            )
     # Overrides are read as YAML, and every JSON value is also a YAML value.
     return [
         f"{knob}={json.dumps(form_values[knob])}"
         for knob in KNOBS
         if knob in form_values and form_values[knob] != line_value(config, knob)
     ]
+
+
+def _stricter_schema(config: LineConfig, knob: str) -> dict[str, Any]:
+    """Return the knob's schema with the line's own value as the weakest."""
+    schema, value = knob_schema(knob), line_value(config, knob)
+    if knob in _UPPER_LIMITS:
+        return {**schema, "maximum": value}
+    if knob in _STRICTEST:
+        # Airflow's form shows a list to choose from. The pattern and the type are then superfluous.
+        return {**schema, "enum": [value] if value == _STRICTEST[knob] else [value, _STRICTEST[knob]]}
+    return schema
+
+
+def _is_weaker(knob: str, value: Any, line_value: Any) -> bool:
+    if knob in _UPPER_LIMITS:
+        return not isinstance(value, int | float) or value > line_value
+    return bool(value not in (line_value, _STRICTEST[knob]))
 
 
 def line_value(config: LineConfig, knob: str) -> Any:
