@@ -221,3 +221,19 @@ def test_a_reference_that_names_nothing_is_refused(
     with pytest.raises(UsageError, match=message):
         pull.pull(store, reference, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()
+
+
+def test_an_old_copy_of_the_store_is_refused_in_a_new_folder_too(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path
+) -> None:
+    old = publish("one")
+    shutil.copytree(tmp_path / "store", tmp_path / "backup")
+    new = publish("two")
+    backup = open_store((tmp_path / "backup").as_uri())
+
+    with pytest.raises(IntegrityError, match=rf"expected generation 2 or a later one, found 1 with {old.version}"):
+        pull.pull(backup, REFERENCE, tmp_path / "dest", min_generation=2)
+    assert not (tmp_path / "dest").exists()
+    assert pull.pull(store, REFERENCE, tmp_path / "dest", min_generation=2) == new
+    with pytest.raises(UsageError, match="a version has no generation"):
+        pull.pull(store, f"intents@{old.version}", tmp_path / "other", min_generation=1)

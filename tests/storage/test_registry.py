@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pwd
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -67,6 +69,16 @@ def audit(store: Store, name: str) -> dict[int, list[Alias]]:
             state = Alias.model_validate_json(store.read(entry.path).data)
             entries.setdefault(state.generation, []).append(state)
     return entries
+
+
+def test_the_actor_is_the_operating_systems_user_whatever_the_environment_says(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "somebody-else")
+    move(store, PRODUCTION, version(store, 1))
+    actor = alias_state(store, PRODUCTION).actor
+    assert actor.startswith(f"os:{pwd.getpwuid(os.geteuid()).pw_name}@")
 
 
 def test_an_alias_that_was_never_set_says_nothing(store: Store) -> None:
@@ -166,13 +178,13 @@ def test_a_manifest_of_another_version_is_refused(store: Store) -> None:
 
 
 def test_a_user_without_a_name_can_move_an_alias(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nameless() -> str:
+    def nameless(uid: int) -> str:
         raise KeyError("getpwuid(): uid not found: 10001")
 
-    monkeypatch.setattr("getpass.getuser", nameless)
+    monkeypatch.setattr("pwd.getpwuid", nameless)
     moved = move(store, PRODUCTION, version(store, 1))
     assert moved is not None
-    assert moved.actor.startswith("user ")
+    assert moved.actor.startswith(f"os:user {os.geteuid()}@")
 
 
 def test_in_a_race_of_eight_every_move_counts_once_and_is_in_the_audit_trail(store: Store) -> None:

@@ -17,6 +17,9 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb = verbs.add_parser("pull", help="download a published version and verify every file", parents=[options.stored])
     verb.add_argument("reference", metavar="LINE@ALIAS", help="or LINE@VERSION")
     verb.add_argument("destination", metavar="DEST", type=Path, help="a new folder, or that of an earlier pull")
+    verb.add_argument(
+        "--min-generation", type=int, default=0, metavar="N", help="refuse an alias that moved fewer times than this"
+    )
     verb.set_defaults(run=_pull)
 
     verb = verbs.add_parser("promote", help="point an alias at a version", parents=[options.stored])
@@ -59,7 +62,9 @@ def _pull(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import open_store, pull
 
     # Every file is verified before any of them appears at the destination.
-    release = pull.pull(open_store(store_root(args)), args.reference, args.destination)
+    release = pull.pull(
+        open_store(store_root(args)), args.reference, args.destination, min_generation=args.min_generation
+    )
     print(f"{release.line} {release.version}: {len(release.files)} files verified in {args.destination}")
     return 0
 

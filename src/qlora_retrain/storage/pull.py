@@ -58,8 +58,15 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
     }
 
 
-def pull(store: Store, reference: str, destination: Path) -> Release:
+def pull(store: Store, reference: str, destination: Path, *, min_generation: int = 0) -> Release:
     """Put a verified version at `destination`; this replaces only what an earlier pull put there.
+
+    Args:
+        store: The store.
+        reference: `LINE@ALIAS` or `LINE@VERSION`.
+        destination: A new folder, or that of an earlier pull.
+        min_generation: The lowest generation of the alias that is accepted. A new folder remembers no earlier pull, so
+            only this shows there that a store is an old copy.
 
     Raises:
         UsageError: If the reference names nothing, or the destination holds something that no pull made.
@@ -67,6 +74,13 @@ def pull(store: Store, reference: str, destination: Path) -> Release:
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - "." needs a name; a link stays a link
     release, record = resolve(store, reference)
+    if min_generation and record["alias"] is None:
+        raise UsageError(f"{reference}: a version has no generation; --min-generation is for an alias")
+    if record["generation"] < min_generation:
+        raise IntegrityError(
+            f"{reference}: expected generation {min_generation} or a later one, found {record['generation']} with "
+            f"{release.version}; this store is an old copy, or was tampered with"
+        )
 
     previous = _previous_record(destination)
     known_generations = previous.get("seen", {})

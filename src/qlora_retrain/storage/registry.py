@@ -10,8 +10,8 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
+import pwd
 import re
 import socket
 import uuid
@@ -270,7 +270,7 @@ def _next_state(state: Alias | None, release: Release, sha256: str, reason: str,
         rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
         request_id=uuid.uuid4().hex[:12],
         reason=reason,
-        actor=f"{_user()}@{socket.gethostname()}",
+        actor=f"os:{_user()}@{socket.gethostname()}",
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -286,7 +286,9 @@ def _audit(store: Store, line: str, name: str, state: Alias) -> None:
 
 
 def _user() -> str:
+    """Return the name of the user whom the operating system runs this process as."""
+    # Never an environment variable such as LOGNAME: whoever starts the process sets those.
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # the user of a container often has no name
-        return f"user {os.getuid()}"
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # the user of a container often has no name
+        return f"user {os.geteuid()}"
