@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound, Store
 
@@ -339,3 +339,14 @@ def test_a_hash_is_that_of_the_bytes_that_are_there_now(store: Store, tmp_path: 
         assert store.sha256("folder/model.bin") == hashlib.sha256(content).hexdigest()
     with pytest.raises(NotFound):
         store.sha256("folder/another")
+
+
+def test_a_document_that_is_too_large_is_refused_and_not_read_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_retrain.storage.store.MAX_DOCUMENT_BYTES", 100)
+    store.write_if_absent("largest", b"x" * 100)
+    assert len(store.read("largest").data) == 100
+    store.write_if_absent("larger", b"x" * 101)
+    with pytest.raises(IntegrityError, match=r"larger: expected a document of at most"):
+        store.read("larger")

@@ -30,6 +30,7 @@ from qlora_retrain.storage.store import (
     NotFound,
     join_path,
     probe,
+    read_bounded,
     validate_path,
 )
 
@@ -51,7 +52,8 @@ class LocalStore:
         """Return the document; its tag is the sha256 of its bytes."""
         with atomic_files.disk_errors(self._root):
             try:
-                data = self._existing(path).read_bytes()
+                with self._existing(path).open("rb") as file:
+                    data = read_bounded(file, f"{self.uri}/{path}")
             except FileNotFoundError:  # removed after the check
                 raise NotFound(f"{self.uri}/{path}") from None
         return Document(data, _tag(data))

@@ -33,6 +33,7 @@ from qlora_retrain.storage.store import (
     NotFound,
     join_path,
     probe,
+    read_bounded,
     validate_path,
 )
 
@@ -83,7 +84,7 @@ class S3Store:
         """Return the document; its tag is its ETag."""
         with self._errors("read", path):
             response = self.client.get_object(**self._at(path))
-            return Document(response["Body"].read(), response["ETag"])
+            return Document(read_bounded(response["Body"], f"{self.uri}/{path}"), response["ETag"])
 
     def read_start(self, path: str, size_bytes: int) -> bytes:
         """Get with `Range`."""

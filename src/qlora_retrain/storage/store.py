@@ -14,12 +14,15 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 
 # Names of the local backend's temporary files and lock begin with this; no stored name may, in either backend.
 RESERVED_PREFIX = ".store-"
+# The largest document: larger than any that this project writes, and than a tokenizer's file. Somebody else may have
+# written it, and it is in memory as a whole.
+MAX_DOCUMENT_BYTES = 128 * 1024**2
 
 
 class NotFound(Exception):
@@ -64,7 +67,7 @@ class Store(Protocol):
     uri: str
 
     def read(self, path: str) -> Document:
-        """Return the document at `path`; raise `NotFound` where there is none."""
+        """Return the document at `path`; raise `NotFound` where there is none, `IntegrityError` if it is too large."""
         ...
 
     def read_start(self, path: str, size_bytes: int) -> bytes:
@@ -145,6 +148,21 @@ def validate_path(path: str) -> str:
 def join_path(prefix: str, path: str) -> str:
     """Return `prefix/path`, validated; an empty prefix is the root."""
     return validate_path(f"{prefix}/{path}" if prefix else path)
+
+
+def read_bounded(file: IO[bytes], place: str) -> bytes:
+    """Return all bytes of a document.
+
+    Raises:
+        IntegrityError: If there are more than `MAX_DOCUMENT_BYTES`.
+    """
+    data = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise IntegrityError(
+            f"{place}: expected a document of at most {MAX_DOCUMENT_BYTES // 2**20} MiB, found more; this project "
+            "wrote no such document"
+        )
+    return data
 
 
 def probe(store: Store) -> None:
