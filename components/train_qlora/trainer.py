@@ -32,7 +32,7 @@ from components.train_qlora.preflight import overfit_shortest_rows
 from components.train_qlora.trainer_arguments import num_training_steps, training_arguments
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
-from qlora_retrain.core.errors import Cause, Diverged, TryAgain
+from qlora_retrain.core.errors import Cause, Diverged, TryAgain, UsageError
 from qlora_retrain.lm import checkpoints
 
 MAX_CHECKPOINTS = 2
@@ -103,11 +103,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             else:
                 self.train(resume_from_checkpoint=str(newest) if newest else None)
             if stop_reason := self.training_control.stop_reason:
-                raise TryAgain(
-                    f"step {self.state.global_step} of {total_steps}, saved as "
-                    f"checkpoint-{self.state.global_step}: {stop_reason}. "
+                step, is_over_budget = self.state.global_step, stop_reason == BUDGET_USED_UP
+                # A retry has the same budget, and would end at once.
+                raise (UsageError if is_over_budget else TryAgain)(
+                    f"step {step} of {total_steps}, saved as checkpoint-{step}: {stop_reason}. "
                     f"Its {ADAPTER_FOLDER}/ is a complete adapter{self._best_adapter_clause()}",
-                    cause=Cause.TIME_BUDGET if stop_reason == BUDGET_USED_UP else Cause.PREEMPTED,
+                    cause=Cause.TIME_BUDGET if is_over_budget else Cause.PREEMPTED,
                 )
         if self.best_weights is not None:
             adapter.set_weights(self.model, self.best_weights)

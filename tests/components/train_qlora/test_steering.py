@@ -250,7 +250,7 @@ def test_a_run_that_is_stopped_while_it_evaluates_ends_with_the_same_best_adapte
 def test_a_used_up_time_budget_leaves_a_usable_adapter_and_a_larger_budget_resumes(step, nf4):
     whole, parts = step("whole"), step("parts")
     whole()
-    with pytest.raises(TryAgain, match=r"time budget used up.*Its adapter/ is a complete adapter$"):
+    with pytest.raises(UsageError, match=r"time budget used up.*Its adapter/ is a complete adapter$"):
         parts(max_hours=1e-9)
 
     saved = checkpoints.newest_valid(parts.scratch) / "adapter"
@@ -269,7 +269,7 @@ def test_an_attempt_after_the_time_budget_was_used_up_trains_no_further(step, ca
     message = "step 1 of 14, saved as checkpoint-1: time budget used up; raise train.max_hours to continue"
     # The second and the third attempt resume, and end at once.
     for _ in range(3):
-        with pytest.raises(TryAgain, match=message):
+        with pytest.raises(UsageError, match=message):
             run(max_hours=1e-9)
     assert capsys.readouterr().out.count("resuming from checkpoint-1 of 14 steps") == 2
     assert [folder.name for folder in checkpoints.sorted_checkpoints(run.scratch)] == ["checkpoint-1"]
@@ -287,9 +287,9 @@ def test_the_time_of_earlier_attempts_counts(step, monkeypatch):
             run(max_hours=1.0)
 
     # Three minutes are used up for a budget just below them, and not for one just above.
-    with pytest.raises(TryAgain, match="step 3 of 14, saved as checkpoint-3: time budget used up"):
+    with pytest.raises(UsageError, match="step 3 of 14, saved as checkpoint-3: time budget used up"):
         run(max_hours=2.999 / 60)
-    with pytest.raises(TryAgain, match="step 4 of 14, saved as checkpoint-4: time budget used up"):
+    with pytest.raises(UsageError, match="step 4 of 14, saved as checkpoint-4: time budget used up"):
         run(max_hours=3.0000001 / 60)
 
 
@@ -311,7 +311,7 @@ def test_a_checkpoint_is_saved_every_so_many_minutes(monkeypatch):
 
 def test_a_used_up_time_budget_names_the_best_adapter_too(step):
     run = step()
-    with pytest.raises(TryAgain, match=r"its best/ is the adapter of step 1, with the lowest evaluation loss$"):
+    with pytest.raises(UsageError, match=r"its best/ is the adapter of step 1, with the lowest evaluation loss$"):
         run(max_hours=1e-9, num_evals=14)
     assert (checkpoints.newest_valid(run.scratch) / "best" / "adapter_model.safetensors").is_file()
 

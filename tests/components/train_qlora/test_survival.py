@@ -15,7 +15,7 @@ from components.train_qlora import trainer as trainer_module
 from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import signals
-from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.core.errors import TryAgain, UsageError
 from qlora_retrain.lm import checkpoints, oom
 
 
@@ -328,6 +328,6 @@ def test_a_gpu_gives_the_losses_of_a_cpu(step):
 def test_a_run_on_a_gpu_with_dropout_resumes_from_a_checkpoint(step):
     run = step()
     # The budget ends the first attempt after one step.
-    with pytest.raises(TryAgain):
+    with pytest.raises(UsageError):
         run(device="cuda", attention="sdpa", precision="bfloat16", max_hours=1e-9)
     assert run(device="cuda", attention="sdpa", precision="bfloat16")["steps"] == 14

@@ -23,7 +23,7 @@ def test_mlflow_gets_every_step_once_even_of_a_run_that_was_stopped_and_resumed(
     # The budget is used up after one step, and the second attempt trains the rest. Both are fresh processes: a forked
     # one would not look for packages in PYTHONPATH.
     exit_code, _, stderr = program(run, fresh=True, max_hours=1e-9, **settings).finish()
-    assert exit_code == 75, stderr
+    assert exit_code == 12, stderr
     exit_code, _, stderr = program(run, fresh=True, **settings).finish()
     assert exit_code == 0, stderr
 

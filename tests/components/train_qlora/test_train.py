@@ -244,7 +244,8 @@ def test_a_crash_after_the_last_step_trains_nothing_again(training, monkeypatch,
 def test_a_run_whose_time_budget_is_used_up_is_saved_and_says_so(training):
     train = training()
     with pytest.raises(
-        TryAgain, match=r"step 1 of 14, saved as checkpoint-1: time budget used up; raise train\.max_hours to continue"
+        UsageError,
+        match=r"step 1 of 14, saved as checkpoint-1: time budget used up; raise train\.max_hours to continue",
     ):
         train(max_hours=1e-9)
     assert checkpoints.newest_valid(train.scratch) == train.scratch / "checkpoint-1"
