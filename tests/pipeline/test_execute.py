@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.core import progress
+from qlora_retrain.core import graph, hashing, progress
 from qlora_retrain.core.errors import Cause, DataRefused, Diverged, QualityRefused, TryAgain
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import code_identity, execute, fetch, make_plan, status
@@ -426,3 +426,22 @@ def test_a_log_that_cannot_be_kept_fails_no_step(
 ) -> None:
     (tmp_path / "store" / "runs" / made_plan.run_id / "logs").write_text("a file where a folder should be")
     assert execute.run_step(made_plan, "validate_data", lambda: small_steps["validate_data"]).code == 0
+
+
+def test_a_poisoned_node_cache_is_fetched_again_whatever_lies_beside_it(line: Path, root_uri: str) -> None:
+    plan = make_plan.make_plan(line, root_uri)
+    step = graph.step("validate_data")
+    for item in (i for i in step.reads if i.name in ("raw_data", "base_model")):
+        folder = fetch.fetch_input(plan, plan.step(step.name), open_store(root_uri), item, {})
+        assert folder is not None
+        file = next(p for p in sorted(folder.iterdir()) if p.is_file())
+        honest = file.read_bytes()
+
+        # Another user of the node changes a file, and every note of its hash that lies in the cache.
+        file.chmod(0o644)
+        file.write_bytes(honest[:-1] + b"x")
+        record = "".join(f"{hashing.sha256_file(p)} {p.name}\n" for p in sorted(folder.iterdir()))
+        folder.with_name(f"{folder.name}.sha256").write_text(record)
+        again = fetch.fetch_input(plan, plan.step(step.name), open_store(root_uri), item, {})
+        assert again is not None
+        assert (again / file.name).read_bytes() == honest

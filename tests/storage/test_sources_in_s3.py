@@ -1,16 +1,19 @@
-"""Sources in S3: pinned by ETag, so a changed object is a changed source."""
+"""Sources in S3: pinned by sha256, so a changed object is a changed source."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from qlora_retrain.core import uris
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import make_plan
-from qlora_retrain.storage import open_store, sources
+from qlora_retrain.storage import open_store, s3_hashes, sources
+from qlora_retrain.storage.s3 import S3Store
 
 
 @pytest.fixture
@@ -41,6 +44,65 @@ def test_an_object_that_changed_since_the_plan_is_refused(bucket_folder: str, tm
     put(bucket_folder, tmp_path, "[]")
     with pytest.raises(IntegrityError, match="plan again"):
         sources.fetch(pinned, tmp_path / "out")
+
+
+def test_a_pin_is_the_sha256_of_the_bytes_whatever_the_etag_says(
+    bucket_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = sources.pin("raw_data", bucket_folder, ["**"])
+    assert pinned.files[0].pin == f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
+
+    # An object with other bytes, the same size and the same ETag, as a collision of MD5 is.
+    entries = list(open_store(bucket_folder).list(""))
+    put(bucket_folder, tmp_path, "[]")
+    monkeypatch.setattr(S3Store, "list", lambda self, prefix: iter(entries))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(IntegrityError, match="not what the plan pinned"):
+        sources.fetch(pinned, tmp_path / "out")
+    assert sources.pin("raw_data", bucket_folder, ["**"]).key() != pinned.key()
+
+
+def test_the_servers_own_checksum_spares_the_reading(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = S3Store(s3_uri)
+    bucket, prefix = uris.bucket_and_prefix(s3_uri)
+    store.client.put_object(Bucket=bucket, Key=f"{prefix}/rows.jsonl", Body=b"{}", ChecksumAlgorithm="SHA256")
+    monkeypatch.setattr(s3_hashes, "_hash_object", forbidden)
+    assert sources.pin("raw_data", s3_uri, ["**"]).files[0].pin == f"sha256:{EMPTY_OBJECT}"
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("the object was read")
+
+
+EMPTY_OBJECT = hashlib.sha256(b"{}").hexdigest()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o777])
+def test_a_version_of_an_object_is_read_once_and_what_others_could_write_is_not_believed(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    memory = tmp_path / "state/qlora-retrain/object-hashes"
+    memory.mkdir(parents=True)
+    memory.chmod(mode)
+    # A bucket of its own, since versioning would change what other tests see.
+    client, bucket = S3Store(s3_uri).client, f"versioned-{mode}"
+    client.create_bucket(Bucket=bucket)
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    uri = f"s3://{bucket}/rows"
+    put(uri, tmp_path, "{}")
+    before = sources.pin("raw_data", uri, ["**"])
+    assert before.files[0].pin == f"sha256:{EMPTY_OBJECT}"
+    assert len(list(memory.iterdir())) == (1 if mode == 0o700 else 0)
+
+    # What is remembered counts for this version of the object alone.
+    for file in memory.iterdir():
+        file.write_text("f" * 64)
+        assert sources.pin("raw_data", uri, ["**"]).files[0].pin == f"sha256:{'f' * 64}"
+        file.write_text("damaged")
+        assert sources.pin("raw_data", uri, ["**"]) == before
+    put(uri, tmp_path, "[]")
+    assert sources.pin("raw_data", uri, ["**"]).files[0].pin == f"sha256:{hashlib.sha256(b'[]').hexdigest()}"
 
 
 def test_an_object_given_as_a_folder_is_told_how_to_be_named(bucket_folder: str) -> None:

@@ -72,7 +72,7 @@ def fetch_input(
     source = plan.sources[item.name]
     assert source is not None
     subset = source.subset(FILE_SETS[item.files])
-    folder = cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), None)
+    folder = cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), subset.as_files())
     if item.name == _BASE and source.is_commit:
         _refuse_unfit_base(plan, item, folder)
     return folder

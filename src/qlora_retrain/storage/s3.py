@@ -23,7 +23,7 @@ from typing import Any
 
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
-from qlora_retrain.storage import s3_errors
+from qlora_retrain.storage import s3_errors, s3_hashes
 from qlora_retrain.storage.atomic_files import disk_errors
 from qlora_retrain.storage.store import (
     AlreadyExists,
@@ -107,6 +107,11 @@ class S3Store:
             for chunk in self.client.get_object(**self._at(path))["Body"].iter_chunks(MIB):
                 digest.update(chunk)
         return digest.hexdigest()
+
+    def pinnable_hashes(self, paths: Iterable[str]) -> builtins.list[str]:
+        """Return the sha256 of each file, the server's own where it has one."""
+        with self._errors("read"):
+            return s3_hashes.sha256_of_objects(self.client, self._bucket, [self._key(path) for path in paths])
 
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Put with `If-None-Match: *`."""

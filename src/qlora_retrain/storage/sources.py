@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlora_retrain.core import hashing, safety, uris
 from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
 from qlora_retrain.storage import open_store
+from qlora_retrain.storage.artifact import File
+from qlora_retrain.storage.s3 import S3Store
 from qlora_retrain.storage.store import NotFound
 
 # The files that are taken from a Hugging Face repository: never code, never pickles.
@@ -27,7 +29,7 @@ _HF_DATA_FILES = ("*.ndjson", "*.jsonlines", "*.tsv", "*.arrow", "*.feather", "*
 
 
 class PinnedFile(BaseModel):
-    """One file of a source; `pin` is `sha256:<hex>`, `etag:<tag>` or `commit:<hex>`."""
+    """One file of a source; `pin` is `sha256:<hex>` or `commit:<hex>`."""
 
     model_config = ConfigDict(frozen=True)
     path: str
@@ -64,6 +66,14 @@ class PinnedSource(BaseModel):
         if self.is_commit:
             return self.model_copy(update={"only": tuple(only)})
         return self.model_copy(update={"files": tuple(f for f in self.files if matches_any(f.path, only))})
+
+    def as_files(self) -> tuple[File, ...] | None:
+        """Return the files by their hashes; None for a commit, whose files are not listed yet."""
+        if self.is_commit:
+            return None
+        return tuple(
+            File(path=f.path, size_bytes=f.size_bytes, sha256=f.pin.removeprefix("sha256:")) for f in self.files
+        )
 
     def key(self) -> str:
         """Return the content's address."""
@@ -149,21 +159,10 @@ def fetch(source: PinnedSource, folder: Path) -> None:
         ) from error
 
     for file in source.files:
-        actual = f"sha256:{hashing.sha256_file(folder / file.path)}" if file.pin.startswith("sha256:") else None
-        if (folder / file.path).stat().st_size != file.size_bytes or (actual and actual != file.pin):
+        if f"sha256:{hashing.sha256_file(folder / file.path)}" != file.pin:
             raise IntegrityError(
                 f"{uris.mask_secrets(source.uri)}: {file.path} is not what the plan pinned; "
                 "it changed since: plan again"
-            )
-
-    # An ETag cannot be computed from the bytes, so the server is asked again: after the download, because a file that
-    # changed during the download then has another ETag.
-    if any(f.pin.startswith("etag:") for f in source.files):
-        now = {f.path: f.pin for f in _pin_s3(source.uri, ("**",))}
-        changed = [f.path for f in source.files if now.get(f.path) != f.pin]
-        if changed:
-            raise IntegrityError(
-                f"{uris.mask_secrets(source.uri)}: {changed[0]} changed since the plan was made; plan again"
             )
 
 
@@ -193,9 +192,13 @@ def _pin_file(path: Path, folder: Path) -> PinnedFile:
 
 
 def _pin_s3(uri: str, patterns: Sequence[str]) -> list[PinnedFile]:
-    """Pin by ETag, which the listing has: to hash the files, the plan would have to download all of them."""
-    entries = [e for e in open_store(uri).list("") if matches_any(e.path, patterns)]
-    return [PinnedFile(path=e.path, size_bytes=e.size_bytes, pin=f"etag:{e.tag}") for e in entries]
+    store = S3Store(uri)
+    entries = [e for e in store.list("") if matches_any(e.path, patterns)]
+    hashes = store.pinnable_hashes(e.path for e in entries)
+    return [
+        PinnedFile(path=e.path, size_bytes=e.size_bytes, pin=f"sha256:{sha256}")
+        for e, sha256 in zip(entries, hashes, strict=True)
+    ]
 
 
 def _pin_commit(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
