@@ -24,6 +24,7 @@ from components.validate_data.encoding import encode_rows
 from components.validate_data.raw_rows import RowReader
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.lm.chat import ChatTokenizer, EncodedChat, load_tokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    visible_text.protect_output()
     try:
         config = load(sys.stdin.read())
         with TemporaryDirectory(prefix="qlora-retrain-preview-") as scratch:
@@ -122,7 +124,8 @@ def _preview(data: DataConfig, folders: dict[str, Path], num_rows: int) -> None:
     print("learnt: green, the rest grey" if is_terminal else "learnt: between [[ and ]]")
     for row in good_rows:
         print()
-        print("\n".join(_row_lines(row, tokenizer, is_terminal)))
+        # Its colours are meant; the texts of the row are visible already.
+        visible_text.write_controls("\n".join(_row_lines(row, tokenizer, is_terminal)) + "\n")
 
     bad_rows = [row for row in rows if row.reason]
     if bad_rows:
@@ -148,7 +151,8 @@ def _row_lines(row: Row, tokenizer: ChatTokenizer, is_terminal: bool) -> Iterato
     examples = tokenizer.encode(row.messages, row.tools)
     learnt = sum(example.supervised_tokens for example in examples)
     note = f"; {', '.join(row.warnings)}" if row.warnings else ""
-    yield f"{row.location}: {sum(len(e.input_ids) for e in examples)} tokens, {learnt} learnt{note}"
+    head = f"{row.location}: {sum(len(e.input_ids) for e in examples)} tokens, {learnt} learnt{note}"
+    yield visible_text.escape_controls(head)
     for i, example in enumerate(examples):
         if len(examples) > 1:
             yield f"-- example {i + 1} of {len(examples)}: the template writes earlier answers otherwise"

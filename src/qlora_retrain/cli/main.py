@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from qlora_retrain.cli import kfp, runs, versions
 from qlora_retrain.cli.options import shared_options
+from qlora_retrain.core import visible_text
 from qlora_retrain.core.arguments import Parser
 from qlora_retrain.core.errors import Exit, Problem
 
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a verb and end the process with its exit code; print an error as one line, unless --debug is set."""
+    visible_text.protect_output()
     args = _parser().parse_args(argv)
     try:
         sys.exit(args.run(args))

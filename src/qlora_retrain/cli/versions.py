@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.cli.options import Options
+from qlora_retrain.core import visible_text
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.visible_text import escape_controls
 
 
 def add_verbs(verbs: Any, options: Options) -> None:
@@ -112,7 +114,10 @@ def _ask(args: argparse.Namespace) -> int:
         raise UsageError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
     answers = ask.answers(folder, args.question, args.system or system, args.max_new_tokens)
     for number, answer in enumerate(answers, 1):
-        print(answer.text if len(answers) == 1 else " ".join(answer.text.split()))  # of several, each is one line
+        # Of several, each is one line.
+        text = answer.text if len(answers) == 1 else " ".join(answer.text.split())
+        # A program reads every character of an answer; a terminal would obey some of them.
+        visible_text.write_controls(f"{escape_controls(text) if sys.stdout.isatty() else text}\n")
         # On the other stream, so that a program reads answers alone.
         if not answer.ended:
             print(

@@ -21,6 +21,7 @@ from typing import Any
 
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, Exit, Problem, describe, is_refusal, may_retry
+from qlora_retrain.core.visible_text import escape_controls
 
 # The beginning of the marked line; no other line of a step's output may begin like this.
 MARK = "qlora-retrain-ending: "
@@ -118,7 +119,7 @@ class Ending:
 
     def summary(self) -> str:
         """Format it for a place that names the step already: `try again (75): ...`."""
-        return f"{describe(self.code)} ({self.code}): {self.reason}".rstrip(": ")
+        return f"{describe(self.code)} ({self.code}): {escape_controls(self.reason)}".rstrip(": ")
 
     def as_json(self, *, limit_bytes: int | None = None) -> str:
         """Return the document on one line of at most `limit_bytes`; a reason that is too long is cut."""
@@ -134,10 +135,8 @@ class Ending:
         return self._dump(self.reason[:size] + " ...")
 
     def _dump(self, reason: str) -> str:
-        # A file name that is not UTF-8 gives a reason with surrogates, which no stream and no file would take.
-        printable = reason.encode("utf-8", "backslashreplace").decode("utf-8")
-        # Pages and other tools show it. A library's error may hold a presigned URL.
-        printable = uris.mask_secrets_of_errors(printable)
+        # Pages, terminals and other tools show it. A library's error may hold a presigned URL.
+        printable = uris.mask_secrets_of_errors(escape_controls(reason))
         fields: dict[str, Any] = {**asdict(self), "reason": printable, "kind": self.kind, "retry": self.retry}
         return json.dumps({name: fields[name] for name in _FIELDS}, ensure_ascii=False)
 

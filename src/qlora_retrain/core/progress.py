@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from qlora_retrain.core import visible_text
 from qlora_retrain.core.outcome import Number
 
 Update = Mapping[str, Number]
@@ -53,7 +54,7 @@ def update(label: str, done: float, total: float, **numbers: Number) -> None:
         bar = "█" * filled + "·" * (_BAR_WIDTH - filled)
         # \r and \x1b[K redraw the bar in place; the last update ends the line.
         line = f"\r{label:<12} {bar} {done:g}/{total:g}  {format_numbers(numbers)}\x1b[K"
-        print(line, end="\n" if done >= total else "", flush=True)
+        visible_text.write_controls(f"{line}\n" if done >= total else line)
     else:
         print(json.dumps({"time": round(time.time(), 1), **record}), flush=True)
 

@@ -18,6 +18,7 @@ from typing import IO, Any, TextIO
 
 from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Problem
+from qlora_retrain.core.visible_text import escape_controls
 from qlora_retrain.storage.store import Store
 
 _STATUS_EVERY_SECONDS = 2.0
@@ -31,7 +32,7 @@ class _Tee:
 
     def write(self, text: str) -> int:
         if not self._log.closed:  # a logger may hold on to this stream for longer than the step
-            self._log.write(text)
+            self._log.write(escape_controls(text))
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, visible_text
 from qlora_retrain.core.arguments import Parser
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Exit, Problem
@@ -23,6 +23,7 @@ from qlora_retrain.pipeline.plan import Plan
 
 def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
     """Run the step of a plan, write its ending and end the process with its exit code."""
+    visible_text.protect_output()
     parser = Parser(prog=f"python -m components.{step_name}", description=graph.step(step_name).summary)
     parser.add_argument("--plan", required=True, metavar="URI", help="the run's plan.json")
     parser.add_argument("--report-to", type=Path, metavar="FILE", help="copy the step's report there")
