@@ -40,6 +40,17 @@ def inside(*arguments: object) -> int:
     return caught.value.code
 
 
+def test_check_says_which_file_airflow_takes_a_line_from(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hint = "Airflow runs a line from the file that is named after it: intents.yaml"
+    for name in ("intents.yaml", "another.yaml"):
+        line = line.rename(line.with_name(name))
+        with pytest.raises(SystemExit):
+            main.main(["check", str(line)])
+        output = capsys.readouterr().out
+        assert "line intents is valid" in output
+        assert (hint in output) is (name == "another.yaml")
+
+
 def test_help_comes_in_half_a_second() -> None:
     seconds = []
     for _ in range(3):

@@ -86,7 +86,7 @@ def test_kubeflow_and_airflow_run_the_same_tasks_in_the_same_order_with_the_same
 
     line = yaml.safe_load((PROJECT / "pipelines" / "support-intents.yaml").read_text())
     line["runtime"] = {"kind": "docker", "light_image": LIGHT, "train_image": TRAIN}
-    (tmp_path / "line.yaml").write_text(yaml.safe_dump(line))
+    (tmp_path / "support-intents.yaml").write_text(yaml.safe_dump(line))
     monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path))
 
     bag = DagBag(str(PROJECT / "dags"))

@@ -18,7 +18,7 @@ PROFILE = PROJECT / "manifests" / "profiles" / "gpu.yaml"
 
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.yaml").write_text(
+    (tmp_path / "tickets.yaml").write_text(
         "line: tickets\nsources: {raw_data: tickets.jsonl, base_model: model}\nruntime: {kind: kubernetes}\n"
     )
     monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path))

@@ -87,6 +87,8 @@ def _check(args: argparse.Namespace) -> int:
     # Raises `UsageError` with every error of the file at once.
     config = load(args.config, args.set)
     print(f"{args.config}: line {config.line} is valid")
+    if args.config.name != f"{config.line}.yaml":
+        print(f"Airflow runs a line from the file that is named after it: {config.line}.yaml, not {args.config.name}")
     # The times show what the expression means: `0 0 1 * 1` is every first of the month and every Monday.
     if config.schedule is not None:
         times = schedule.next_starts(config.schedule, datetime.now(UTC), _SHOWN_STARTS)
