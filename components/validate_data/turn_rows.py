@@ -36,12 +36,12 @@ def join_turns(records: Iterable[Record], field: str) -> Iterator[Record]:
     Raises:
         UsageError: If the rows of a conversation are not together, or not in order.
     """
-    finished: set[int] = set()
+    finished: set[str] = set()
     for rows in _conversations(records, field):
         if fault := next((row for row in rows if row.fields is None), None):
             yield fault
             continue
-        name = hash(str((rows[0].fields or {}).get(field)))
+        name = str((rows[0].fields or {}).get(field))
         if name in finished:
             raise UsageError(
                 f"{rows[0].file}:{rows[0].number}: the rows of one value of {shorten(field)} are not together; sort "
