@@ -47,6 +47,12 @@ def test_a_stream_shows_the_escape_and_a_bar_still_moves(monkeypatch: pytest.Mon
     assert terminal.getvalue().endswith("\x1b[K")
 
 
+def test_the_colours_of_a_library_and_carriage_returns_at_line_ends_are_left_out() -> None:
+    assert (
+        escape_controls("Task \x1b[96m'plan'\x1b[0m: \x1b[1;91mFAILURE\x1b[m\r\nnext") == "Task 'plan': FAILURE\nnext"
+    )
+
+
 def test_the_reason_of_an_ending_holds_none_of_them() -> None:
     ending = Ending.from_problem("validate_data", UsageError(HOSTILE))
     for text in (ending.summary(), ending.sentence(), json.loads(ending.as_json())["reason"]):

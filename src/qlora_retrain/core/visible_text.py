@@ -13,10 +13,16 @@ from typing import Any, TextIO
 # Control characters but tab and line feed; what turns the direction of a line round; halves of surrogate pairs, which
 # no stream takes.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# A colour, which libraries print on their own, and the other half of a line end.
+_DROPPED = re.compile("\x1b\\[[0-9;]*m|\r(?=\n)")
 
 
 def escape_controls(text: str) -> str:
-    r"""Return the text with each character that a terminal would obey written as its escape, such as `\x1b`."""
+    r"""Return the text with each character that a terminal would obey written as its escape, such as `\x1b`.
+
+    Colours are left out.
+    """
+    text = _DROPPED.sub("", text)
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
