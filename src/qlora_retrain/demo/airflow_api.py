@@ -18,6 +18,10 @@ from urllib.request import Request, urlopen
 from qlora_retrain.core.errors import UsageError
 
 TIMEOUT_SECONDS = 30.0
+# Tries of a request whose repetition changes nothing, and the seconds between them: SQLite, which the demo's Airflow
+# uses, refuses a write while another process writes, and the API answers 500.
+_MAX_TRIES = 5
+_PAUSE_SECONDS = 1.0
 FINAL_STATES = ("success", "failed")
 
 
@@ -45,13 +49,34 @@ class AirflowApi:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send one request below `/api/v2`, with JSON in both directions.
+    def request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, done_status: int | None = None
+    ) -> Any:
+        """Send a request below `/api/v2`, with JSON in both directions; repeat it after a 5xx where that is safe.
+
+        Args:
+            method: The HTTP method; GET and PATCH are safe to repeat.
+            path: The path below `/api/v2`.
+            body: The JSON to send.
+            done_status: The status with which a repeated POST says that the first one did its work after all.
 
         Raises:
             AirflowApiError: For a 4xx or 5xx answer, with its reason.
             ConnectionError: If no server answers.
         """
+        tries = _MAX_TRIES if method in ("GET", "PATCH") or done_status else 1
+        for i in range(tries):
+            try:
+                return self._request_once(method, path, body)
+            except AirflowApiError as error:
+                if i and error.status == done_status:
+                    return None
+                if error.status < 500 or i == tries - 1:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+        raise AssertionError("the last try returns or raises")
+
+    def _request_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         request = Request(f"{self.url}/api/v2/{path}", data=data, headers=headers, method=method)  # noqa: S310
@@ -91,8 +116,11 @@ class AirflowApi:
             AirflowApiError: With 4xx and the reason, where a parameter does not match its schema.
         """
         # The logical date must be unique among the runs of a DAG; a run without one never conflicts.
-        body = {"logical_date": None, "conf": dict(params or {})}
-        return str(self.request("POST", f"dags/{quote(dag_id)}/dagRuns", body)["dag_run_id"])
+        # With an id of ours, so that a request can be repeated without starting a second run.
+        run_id = f"manual__{datetime.now(UTC).isoformat()}"
+        body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(params or {})}
+        self.request("POST", f"dags/{quote(dag_id)}/dagRuns", body, done_status=409)
+        return run_id
 
     def dag_run(self, dag_id: str, run_id: str) -> dict[str, Any]:
         """Return a DAG run: its `state`, `run_after`, ..."""
