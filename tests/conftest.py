@@ -32,6 +32,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # An AIRFLOW_HOME of the tests' own, set before anything imports Airflow.
 os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-home-")
 os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
+# The keys of the tests' stores, and what is remembered of S3's files.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="config-home-")
+os.environ.setdefault("XDG_STATE_HOME", os.environ["XDG_CONFIG_HOME"])
+os.environ.pop("QLORA_RETRAIN_KEYS", None)
 
 INTENTS = ("refund", "delivery", "login")
 PHRASES = {

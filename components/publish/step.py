@@ -17,12 +17,13 @@ from typing import Any
 
 from components.publish.documents import model_card, recipe, sbom
 from components.publish.markdown import licence_text
+from components.publish.model_signature import SIGNATURE_FILE, sign_model
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, registry
+from qlora_retrain.storage import artifact, keys, registry
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
@@ -144,7 +145,14 @@ def _publish(
     )
     store.upload(document_folder, folder, documents)
     copied = [f.model_copy(update={"path": target}) for pairs in copies.values() for f, target in pairs]
-    files = tuple(sorted([*copied, *artifact.list_files(document_folder)], key=lambda f: f.path))
+    files = (*copied, *artifact.list_files(document_folder))
+    keyring = keys.find_keyring(store.uri)
+    if keyring is not None:
+        signature = sign_model(keyring, keys.publish_role(plan.line), name, files)
+        (document_folder / SIGNATURE_FILE).write_text(signature, encoding="utf-8")
+        store.upload(document_folder, folder, [SIGNATURE_FILE])
+        files = (*copied, *artifact.list_files(document_folder))
+    files = tuple(sorted(files, key=lambda f: f.path))
     # Hashed where consumers will read them, since an artifact may have changed after it was judged.
     if difference := registry.first_fault(store, folder, files):
         raise _copy_error(store, inputs, copies, *difference)

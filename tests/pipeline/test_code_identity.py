@@ -223,6 +223,7 @@ UNHASHED = {
     "pipeline.plan": "the plan as it is, for `publish`",
     "pipeline.step_main": "a step's command line",
     "storage.artifact": "manifests as they are, for `publish`",
+    "storage.keys": "signs: whose signature a document has is no part of what was made",
     "storage.registry": "the protocol of publishing; what it stores is what the step hands to it",
     "storage.store": "reads and writes bytes",
 }

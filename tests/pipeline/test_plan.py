@@ -17,7 +17,7 @@ from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import code_identity, make_plan, plan
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import open_store, registry
+from qlora_retrain.storage import open_store, registry, signatures
 
 AT = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
 RunAll = Callable[[Plan], dict[str, int]]
@@ -219,6 +219,15 @@ def test_a_plan_that_says_other_than_its_keys_is_refused(
     document = json.loads(file.read_text())
     set_value(document, path, value)
     file.write_text(json.dumps(document))
+
+    # Whoever has no key of the planner's cannot even make a plan that contradicts itself.
+    with pytest.raises(IntegrityError, match="expected a signature by planner .*, found no valid signature"):
+        make_plan.make_plan(line, root_uri, run=resolved.run_id)
+    # A planner with a fault, or one that another version of this code was.
+    del document["signature"]
+    signed = signatures.sign_fields(open_store(root_uri), f"runs/{resolved.run_id}/plan.json", document, "planner")
+    assert signed is not None
+    file.write_text(json.dumps(document | {"signature": signed.model_dump()}))
 
     # With the hash from the plan's maker, no change at all goes unnoticed.
     with pytest.raises(IntegrityError, match="changed since it was made"):

@@ -12,7 +12,7 @@ import pytest
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import make_plan
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import open_store, pull, registry
+from qlora_retrain.storage import keys, open_store, pull, registry
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
 
@@ -144,13 +144,14 @@ def test_a_store_that_went_back_in_time_is_refused(
 
 
 def test_one_generation_with_two_versions_is_refused(
-    store: Store, publish: Callable[[str], Release], tmp_path: Path
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish("one")
     shutil.copytree(tmp_path / "store", tmp_path / "twin")
     second = publish("two")
     # A copy of the store that went on by itself: both have a generation 2, with different versions.
     twin = open_store((tmp_path / "twin").as_uri())
+    monkeypatch.setenv(keys.KEYS_VARIABLE, str(keys.keys_folder(store.uri)))
     third = second.model_copy(update={"version": "20990101T000000Z-x"})
     folder = registry.version_folder("intents", second.version)
     shutil.copytree(tmp_path / "store" / folder, tmp_path / "twin" / folder.replace(second.version, third.version))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.visible_text import escape_controls
+
+if TYPE_CHECKING:
+    from qlora_retrain.storage.store import Store
 
 
 def add_verbs(verbs: Any, options: Options) -> None:
@@ -21,6 +24,11 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument("destination", metavar="DEST", type=Path, help="a new folder, or that of an earlier pull")
     verb.add_argument(
         "--min-generation", type=int, default=0, metavar="N", help="refuse an alias that moved fewer times than this"
+    )
+    verb.add_argument(
+        "--verify-key",
+        metavar="KEY",
+        help="the publisher's public key, as a PEM file or the fingerprint that `keys show` prints",
     )
     verb.set_defaults(run=_pull)
 
@@ -62,23 +70,39 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
 def _pull(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import open_store, pull
+    from qlora_retrain.storage.keys import read_fingerprint
 
     # Every file is verified before any of them appears at the destination.
     release = pull.pull(
-        open_store(store_root(args)), args.reference, args.destination, min_generation=args.min_generation
+        open_store(store_root(args)),
+        args.reference,
+        args.destination,
+        min_generation=args.min_generation,
+        verify_key=read_fingerprint(args.verify_key) if args.verify_key else None,
     )
     print(f"{release.line} {release.version}: {len(release.files)} files verified in {args.destination}")
+    signer = pull.recorded_signer(args.destination)
+    print(f"signed by {signer}" if signer else "unsigned: nothing proves who published it", file=sys.stderr)
     return 0
 
 
+def _open_store(args: argparse.Namespace) -> Store:
+    """Open the store; say on the other stream whether its documents are signed."""
+    from qlora_retrain.storage import open_store, signatures
+
+    store = open_store(store_root(args))
+    print(signatures.describe(store), file=sys.stderr)
+    return store
+
+
 def _promote(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import open_store, registry
+    from qlora_retrain.storage import registry
 
     # `latest` names the newest version. Moved by hand, it would be wrong until the next publication.
     if args.alias == registry.LATEST:
         raise UsageError(f"{registry.LATEST} names the newest version by itself; promote another alias")
 
-    store = open_store(store_root(args))
+    store = _open_store(args)
     release = registry.read_release(store, args.line, args.version)
     has_moved = registry.move_alias(store, args.line, args.alias, release, reason=args.reason, override=args.override)
     print(f"{args.line}@{args.alias}: {release.version}" + ("" if has_moved else " (already)"))
@@ -86,18 +110,18 @@ def _promote(args: argparse.Namespace) -> int:
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import open_store, registry
+    from qlora_retrain.storage import registry
 
     # Rejected by content: the next run may make the same model again and must not promote it.
-    alias = registry.rollback(open_store(store_root(args)), args.line, args.alias, reason=args.reason)
+    alias = registry.rollback(_open_store(args), args.line, args.alias, reason=args.reason)
     print(f"{args.line}@{args.alias}: {alias.version}, generation {alias.generation}; the version it left is rejected")
     return 0
 
 
 def _drop(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import artifact, open_store
+    from qlora_retrain.storage import artifact
 
-    store = open_store(store_root(args))
+    store = _open_store(args)
     dropped = artifact.drop(store, args.artifact, args.key)
     if not dropped:
         raise UsageError(f"{store.uri}: no artifact {args.artifact}/{args.key}")

@@ -76,7 +76,7 @@ def run_attempt(
             code=planned.code,
             provenance=_provenance(plan, started_at),
         )
-        manifest = artifact.complete(store, output, manifest)
+        manifest = artifact.complete(store, output, manifest, line=plan.line)
     # Only now, because until the manifest exists the next try may need the checkpoints.
     if step.scratch:
         checkpoint_sync.remove(store, f"scratch/{step.name}/{planned.key}")

@@ -19,7 +19,7 @@ from qlora_retrain.pipeline.attempt import StepFunction as StepFunction
 from qlora_retrain.pipeline.attempt import run_attempt
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.pipeline.planned_steps import PlannedStep
-from qlora_retrain.storage import artifact, open_store
+from qlora_retrain.storage import artifact, open_store, signatures
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import Store
 
@@ -35,6 +35,8 @@ def run_step(plan: Plan, step_name: str, load: Callable[[], StepFunction]) -> En
     step, key = graph.step(step_name), plan.step(step_name).key
     signals.install(graceful=step.scratch)
     store = open_store(plan.root)
+    if plan.signature is None:
+        progress.say(f"{step_name}: {signatures.describe(store)}")
     with runlog.capture_output(store, plan.run_id, step_name):
         try:
             run_endings.clear(store, plan.run_id, step_name)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph, hashing, progress
 from qlora_retrain.core.errors import Problem, describe
-from qlora_retrain.pipeline import run_page, status
+from qlora_retrain.pipeline import code_identity, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
-from qlora_retrain.storage import open_store
+from qlora_retrain.storage import open_store, signatures
 from qlora_retrain.storage.store import NotFound, Store
 
 # A line's last run is among the newest runs of the store; a store may have thousands.
@@ -19,7 +20,7 @@ _MAX_RUNS_READ = 50
 
 def as_text(plan: Plan) -> str:
     """Return the plan as a table, one line for each step."""
-    lines = [f"run {plan.run_id} of line {plan.line}", f"plan {plan.uri}"]
+    lines = [f"run {plan.run_id} of line {plan.line}", f"plan {plan.uri}", signatures.describe(open_store(plan.root))]
     lines.append(f"champion {plan.champion.version if plan.champion else 'none yet'}")
     if plan.anchor:
         lines.append(f"anchor {plan.anchor.version}: the best version so far")
@@ -41,7 +42,7 @@ def as_text(plan: Plan) -> str:
 def status_text(plan: Plan) -> str:
     """Return the state of a run, one line for each step."""
     store = open_store(plan.root)
-    lines = [f"run {plan.run_id} of line {plan.line}"]
+    lines = [f"run {plan.run_id} of line {plan.line}", signatures.describe(store)]
     if plan.unchanged:
         return "\n".join([*lines, f"unchanged: production was already {plan.unchanged}"])
 
@@ -67,6 +68,30 @@ def previous_plan(store: Store, plan: Plan) -> Plan | None:
         if earlier.line == plan.line:
             return earlier
     return None
+
+
+def changes_since(plan: Plan, config: LineConfig) -> list[str]:
+    """Return what has changed since a run's plan was made: settings, addresses of sources, code.
+
+    The sources themselves are not read again: that takes minutes, and the run keeps its plan whatever they hold now.
+    """
+    changes = []
+    chosen = {choice.field for choice in plan.choices}
+    for planned in plan.steps:
+        section = graph.step(planned.name).section
+        for name, value in getattr(config, section).identity().items():
+            # The plan has the value that an automatic choice had then.
+            if f"{section}.{name}" not in chosen and value != "auto" and planned.identity.get(name) != value:
+                changes.append(f"{section}.{name} was {planned.identity.get(name)!r}, is {value!r}")
+        if code_identity.code_hash(planned.name) != planned.code:
+            changes.append(f"{planned.name}: new code or packages")
+
+    for name, pinned in plan.sources.items():
+        source = getattr(config.sources, name)
+        before, now = pinned.uri if pinned else None, source.uri if source else None
+        if before != now:
+            changes.append(f"sources.{name} was {before}, is {now}")
+    return changes
 
 
 def _forecast(plan: Plan, planned: PlannedStep, earlier: Plan | None) -> str:

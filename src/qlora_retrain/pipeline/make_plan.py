@@ -8,7 +8,6 @@ Command: `qlora-retrain plan CONFIG --root URI`
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,18 +16,18 @@ from pathlib import Path
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
-from qlora_retrain.core import graph, hashing
-from qlora_retrain.core.errors import UsageError
-from qlora_retrain.pipeline import base_model
+from qlora_retrain.core import graph, hashing, progress
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.pipeline import base_model, explain
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
 from qlora_retrain.pipeline.model_folder import ModelFolder
-from qlora_retrain.pipeline.plan import Plan, plan_uri, run_id, utc_stamp
+from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
 from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep, describe_target, plan_steps
 from qlora_retrain.pipeline.template_date import resolve_template_date
-from qlora_retrain.storage import open_store, registry, sources
+from qlora_retrain.storage import audit, key_admin, keys, open_store, registry, signatures, sources
 from qlora_retrain.storage.sources import PinnedSource
-from qlora_retrain.storage.store import AlreadyExists, Store
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
 
 _PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "eval_data", "reference_data")
 
@@ -58,27 +57,57 @@ def make_plan(
     """
     at = at or datetime.now(UTC)
     store = open_store(root)
-    if run is not None:
-        with contextlib.suppress(UsageError):  # it has no plan yet
-            return find_plan(store, run)
+    # A run that is begun again keeps its plan, even where its line cannot be used any more.
+    if run is not None and _has_plan(store, run):
+        plan = find_plan(store, run)
+        _log_changes(plan, line, overrides)
+        return plan
 
     config = load(line, overrides)
     # KFP names a run by ids of its own, and calls this task again when it retries.
     if run is None and orchestrator:
         run = find_run(store, config.line, orchestrator)
-        if run:
-            with contextlib.suppress(UsageError):  # it has no plan yet
-                return find_plan(store, run)
+        if run and _has_plan(store, run):
+            plan = find_plan(store, run)
+            _log_changes(plan, line, overrides)
+            return plan
 
     # Without an id from outside, a person started the run on the command line; it gets a random one.
     run = run or _new_run_id(at, config.line, orchestrator)
+    key_admin.create_for_new_store(store, config.line)
     store.probe()  # before gigabytes of sources are read
-    plan = _build(config, store, run, at)
+    plan = signatures.sign(store, plan_path(run), _build(config, store, run, at), keys.PLANNER)
     try:
-        store.write_if_absent(f"runs/{run}/plan.json", plan.to_bytes())
+        store.write_if_absent(plan_path(run), plan.to_bytes())
     except AlreadyExists:  # another try of the same task was faster, and its plan counts
         return find_plan(store, run)
     return plan
+
+
+def _has_plan(store: Store, run: str) -> bool:
+    try:
+        store.read(plan_path(run))
+    except NotFound:
+        return False
+    return True
+
+
+def _log_changes(plan: Plan, line: Path | str, overrides: Sequence[str]) -> None:
+    """Say that a run that is begun again keeps its plan, and what a new plan would have otherwise.
+
+    Raises:
+        IntegrityError: If it is the plan of another line.
+    """
+    progress.say(f"run {plan.run_id} keeps its plan of {plan.created_at}")
+    try:
+        config = load(line, overrides)
+    except UsageError as error:
+        progress.say(f"the line cannot be used any more; this run goes on: {error}")
+        return
+    if plan.line != config.line:
+        raise IntegrityError(f"run {plan.run_id}: has a plan of line {plan.line}; expected one of {config.line}")
+    for change in explain.changes_since(plan, config):
+        progress.say(f"changed since, and not used by this run: {change}")
 
 
 def find_plan(store: Store, run: str) -> Plan:
@@ -88,9 +117,7 @@ def find_plan(store: Store, run: str) -> Plan:
         UsageError: If the run has none.
         IntegrityError: If it is not the run's plan, or contradicts itself.
     """
-    plan = Plan.read(plan_uri(store.uri, run))
-    plan.refuse_contradictions()
-    return plan
+    return Plan.of_run(store.uri, run)
 
 
 def find_run(store: Store, line: str, orchestrator: Sequence[str]) -> str | None:
@@ -123,7 +150,7 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
     choices += split_choices
     _refuse_unfit_base(settings, pinned["base_model"])
     alias_state = describe_target(target.version, target.generation) if target else None
-    steps = plan_steps(settings, pinned, versions, alias_state)
+    steps = plan_steps(settings, pinned, versions, config.line, alias_state)
 
     judgement = _judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
@@ -163,6 +190,7 @@ def _pin_versions(config: LineConfig, store: Store) -> tuple[dict[str, PinnedVer
     production, _ = registry.read_alias(store, config.line, registry.PRODUCTION)
     if production is None:
         return versions, None
+    signatures.refuse_unverified(store, audit.alias_path(config.line, registry.PRODUCTION), production.signature)
 
     release = registry.read_release(store, config.line, production.version, sha256=production.manifest_sha256)
     versions["champion"] = PinnedVersion(
@@ -204,7 +232,7 @@ def _inherit_split(
     """Return the settings with the split of the version in production, so that no row crosses it as data grows."""
 
     def dataset_key(data: DataConfig) -> str:
-        steps = plan_steps({**settings, "data": data}, pinned, versions, None)
+        steps = plan_steps({**settings, "data": data}, pinned, versions, "", None)
         return next(step.key for step in steps if step.name == graph.producer_name("dataset"))
 
     data = settings["data"]

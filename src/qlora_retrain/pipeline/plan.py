@@ -10,14 +10,15 @@ import re
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from qlora_retrain.core import graph, hashing, uris
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import planned_steps
 from qlora_retrain.pipeline.auto_settings import Choice
 from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep
-from qlora_retrain.storage import open_store
+from qlora_retrain.storage import keys, open_store, signatures
+from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.sources import PinnedSource
 from qlora_retrain.storage.store import NotFound
 
@@ -25,7 +26,7 @@ from qlora_retrain.storage.store import NotFound
 _HASH_MARK = "#sha256="
 
 
-class Plan(BaseModel):
+class Plan(Signed):
     """A run's lock file; the attributes are the fields of `plan.json`.
 
     Attributes:
@@ -38,7 +39,6 @@ class Plan(BaseModel):
         choices: The value of each setting that was `auto`, with the reason.
     """
 
-    model_config = ConfigDict(frozen=True)
     schema_version: Literal[1] = 1
     run_id: str
     created_at: str
@@ -87,15 +87,23 @@ class Plan(BaseModel):
 
         Raises:
             UsageError: If there is none at `uri`, or `uri` is without the plan's hash.
-            IntegrityError: If it is not a plan, has another hash, is a copy of another plan, or contradicts itself.
+            IntegrityError: If it is not a plan, has another hash, is a copy of another plan, contradicts itself, or was
+                not signed by the planner of a store with keys.
         """
         if not _split_hash(uri)[1]:
             raise UsageError(
                 f"{uris.mask_secrets(uri)}: expected the plan's URI with its hash, .../plan.json{_HASH_MARK}..., as "
                 "qlora-retrain plan prints it: without it, nobody notices that a plan was changed"
             )
-        plan = Plan.read(uri)
-        plan.refuse_contradictions()
+        plan, data = _read(uri)
+        plan.refuse_untrusted(data)
+        return plan
+
+    @staticmethod
+    def of_run(root: str, run_id: str) -> Plan:
+        """Read the plan of a run of this store, as `load` does; without its hash, its signature is the only proof."""
+        plan, data = _read(plan_uri(root, run_id))
+        plan.refuse_untrusted(data)
         return plan
 
     @staticmethod
@@ -106,42 +114,57 @@ class Plan(BaseModel):
             UsageError: If there is none at `uri`.
             IntegrityError: If it is not a plan, has another hash than the URI's, or is a copy of another plan.
         """
-        location, sha256 = _split_hash(uri)
-        parent, _, name = uris.absolute(location).rpartition("/")
-        place = uris.mask_secrets(location)
-        try:
-            data = open_store(parent).read(name).data
-        except NotFound as error:
-            raise UsageError(f"{place}: there is no plan here; make one with: qlora-retrain plan") from error
+        return _read(uri)[0]
 
-        actual = hashing.sha256_bytes(data)
-        if sha256 not in ("", actual):
-            difference = f"expected a plan of sha256 {sha256[:12]}, found {actual[:12]}"
-            raise IntegrityError(f"{place}: {difference}: it was changed since it was made; make a new plan")
-        try:
-            plan = Plan.model_validate_json(data)
-        except ValidationError as error:
-            raise IntegrityError(f"{place}: is not a plan: {error.error_count()} errors") from error
-        # A copied plan would have its steps write into another run's folder.
-        if plan_uri(plan.root, plan.run_id) != f"{parent}/{name}":
-            raise IntegrityError(f"{place}: is a copy of {plan_uri(plan.root, plan.run_id)}; use the original")
-        return plan
-
-    def refuse_contradictions(self) -> None:
-        """Compute every step again from its settings and sources, and compare.
+    def refuse_untrusted(self, data: bytes) -> None:
+        """Check the planner's signature; compute every step again from its settings and sources, and compare.
 
         Otherwise a plan could record one learning rate and train with another, or name any artifact as an input.
 
+        Args:
+            data: The bytes from which the plan was read.
+
         Raises:
-            IntegrityError: If a step differs from what its settings and the plan's sources make of it.
+            IntegrityError: If somebody else wrote it, or a step differs from what its settings and sources make of it.
+            UsageError: If it is signed, and this process has no keys to check that and to sign what it makes.
         """
+        store, path = open_store(self.root), plan_path(self.run_id)
+        signatures.refuse_unverified(store, path, self.signature)
+        signatures.parse(store, path, data, Plan, keys.PLANNER)
+
         versions = {name: self.pinned_version(name) for name in graph.VERSION_PARTS}
-        fault = planned_steps.find_contradiction(self.steps, self.sources, versions, self.target)
+        fault = planned_steps.find_contradiction(self.steps, self.sources, versions, self.line, self.target)
         if fault is not None:
             raise IntegrityError(
                 f"{uris.mask_secrets(self.uri)}: {fault}: the plan was changed since it was made, or another version "
                 "of this code made it; make a new plan"
             )
+
+
+def _read(uri: str) -> tuple[Plan, bytes]:
+    """Return a plan and its bytes; the errors are those of `Plan.read`."""
+    location, sha256 = _split_hash(uri)
+    parent, _, name = uris.absolute(location).rpartition("/")
+    place = uris.mask_secrets(location)
+    try:
+        data = open_store(parent).read(name).data
+    except NotFound as error:
+        raise UsageError(f"{place}: there is no plan here; make one with: qlora-retrain plan") from error
+
+    actual = hashing.sha256_bytes(data)
+    if sha256 not in ("", actual):
+        difference = f"expected a plan of sha256 {sha256[:12]}, found {actual[:12]}"
+        raise IntegrityError(f"{place}: {difference}: it was changed since it was made; make a new plan")
+    try:
+        # Parsed as `signatures.parse` does it, so that what is checked is what is used.
+        plan = Plan.model_validate(signatures.parse_fields(data))
+    except ValueError as error:
+        fault = f"{error.error_count()} errors" if isinstance(error, ValidationError) else str(error)
+        raise IntegrityError(f"{place}: is not a plan: {fault}") from error
+    # A copied plan would have its steps write into another run's folder.
+    if plan_uri(plan.root, plan.run_id) != f"{parent}/{name}":
+        raise IntegrityError(f"{place}: is a copy of {plan_uri(plan.root, plan.run_id)}; use the original")
+    return plan, data
 
 
 def _split_hash(uri: str) -> tuple[str, str]:
@@ -161,6 +184,11 @@ def utc_stamp(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
+def plan_path(run_id: str) -> str:
+    """Return the path of a run's plan in its store."""
+    return f"runs/{run_id}/plan.json"
+
+
 def plan_uri(root: str, run_id: str) -> str:
     """Return the URI of a run's plan."""
-    return f"{root.rstrip('/')}/runs/{run_id}/plan.json"
+    return f"{root.rstrip('/')}/{plan_path(run_id)}"

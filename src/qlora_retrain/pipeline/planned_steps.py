@@ -43,6 +43,7 @@ def plan_steps(
     settings: Mapping[str, Section],
     pinned: Mapping[str, PinnedSource | None],
     versions: Mapping[str, PinnedVersion | None],
+    line: str,
     target: str | None,
     code_of: Callable[[str], str] = code_identity.code_hash,
 ) -> tuple[PlannedStep, ...]:
@@ -52,6 +53,7 @@ def plan_steps(
         settings: The sections of the line, by name.
         pinned: The sources, by name.
         versions: The published versions that steps read, by the name of the input.
+        line: The line, which enters the key of the step that publishes its versions.
         target: The version and the generation that the alias of `publish` names; None: nothing.
         code_of: Returns the hash of a step's code.
     """
@@ -70,9 +72,10 @@ def plan_steps(
             else:
                 inputs[item.name] = source.subset(FILE_SETS[item.files]).key() if source else None
 
-        # The step moves an alias. Once the alias names another version, the same work has to be done again.
+        # The step moves an alias of a line. Once the alias names another version, and for another line, the same work
+        # has to be done again.
         if step.kind == graph.StepKind.PUBLISH:
-            inputs["target"] = target
+            inputs |= {"line": line, "target": target}
 
         section = settings[step.section]
         identity = section.identity()
@@ -102,6 +105,7 @@ def find_contradiction(
     steps: Sequence[PlannedStep],
     pinned: Mapping[str, PinnedSource | None],
     versions: Mapping[str, PinnedVersion | None],
+    line: str,
     target: str | None,
 ) -> str | None:
     """Compute the steps again from their settings, and return the first difference; None where there is none."""
@@ -120,7 +124,7 @@ def find_contradiction(
     alias_state = by_name[graph.STEPS[-1].name].inputs.get("target")
     if (alias_state or "").partition(" of generation ")[0] != (target or ""):
         return f"it moves an alias from {alias_state}, and its target is {target}"
-    expected = plan_steps(settings, pinned, versions, alias_state, lambda name: by_name[name].code)
+    expected = plan_steps(settings, pinned, versions, line, alias_state, lambda name: by_name[name].code)
     for planned, again in zip(steps, expected, strict=True):
         for field in PlannedStep.model_fields:
             if getattr(planned, field) != getattr(again, field):

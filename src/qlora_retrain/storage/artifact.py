@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, UsageError
 from qlora_retrain.core.outcome import Number
+from qlora_retrain.storage import keys, signatures
+from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
 
 
@@ -32,7 +34,7 @@ class File(BaseModel):
     sha256: str
 
 
-class Manifest(BaseModel):
+class Manifest(Signed):
     """What an artifact is, where its files are, and what made it.
 
     Attributes:
@@ -55,7 +57,7 @@ class Manifest(BaseModel):
     numbers: dict[str, Number]
     files: tuple[File, ...]
     inputs: dict[str, str | None]
-    read: dict[str, str] = {}
+    read: dict[str, str] = Field(default={})
     config: dict[str, Any]
     code: str
     provenance: dict[str, Any]
@@ -91,7 +93,8 @@ def find_manifest(store: Store, artifact: str, key: str) -> Manifest | None:
     """Return the artifact's manifest, or None while there is none.
 
     Raises:
-        IntegrityError: If the document at that path is not a manifest of that artifact.
+        IntegrityError: If the document at that path is not a manifest of that artifact, signed by its step's role
+            where the store has keys.
     """
     path = manifest_path(artifact, key)
     try:
@@ -100,8 +103,10 @@ def find_manifest(store: Store, artifact: str, key: str) -> Manifest | None:
         return None
 
     try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
+        manifest = signatures.parse(store, path, data, Manifest, keys.artifact_role(artifact))
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}: {_drop_hint(store, artifact, key)}") from error
+    except ValueError as error:
         raise IntegrityError(f"{store.uri}/{path}: not a manifest: {_drop_hint(store, artifact, key)}") from error
 
     # A manifest that somebody copied to another key would otherwise pass for that key's artifact.
@@ -179,13 +184,14 @@ def list_files(root: Path) -> tuple[File, ...]:
     )
 
 
-def complete(store: Store, local: Path, manifest: Manifest) -> Manifest:
+def complete(store: Store, local: Path, manifest: Manifest, *, line: str = "") -> Manifest:
     """Upload an attempt's folder and write its manifest last.
 
     Args:
         store: The store to upload to.
         local: The folder that `manifest.files` describes.
         manifest: The manifest to write.
+        line: The line of the run, where a role of the line signs.
 
     Returns:
         The manifest of the attempt that was first. Where that is another attempt, our files are removed.
@@ -194,6 +200,9 @@ def complete(store: Store, local: Path, manifest: Manifest) -> Manifest:
         IntegrityError: If the winner's files are not those that its manifest promised.
         TryAgain: If the winner was dropped meanwhile.
     """
+    # Signed first: without its key the step could only leave files that nobody will use.
+    role = keys.step_role(graph.step(graph.producer_name(manifest.artifact)), line)
+    manifest = signatures.sign(store, manifest_path(manifest.artifact, manifest.key), manifest, role)
     # Files before the manifest: its existence means that all of them are there.
     store.upload(local, manifest.prefix, [f.path for f in manifest.files])
 

@@ -2,7 +2,7 @@
 
 The alias names a manifest by its hash, and the manifest names every file by its hash. All go into a temporary folder,
 which is then renamed. A generation below that of an earlier pull is refused: the generation of an alias only grows, so
-a lower one comes from an old copy of the store.
+a lower one comes from an old copy of the store. A signature by another key than that of an earlier pull is refused too.
 
 Command: `qlora-retrain pull LINE@ALIAS DEST --root URI`
 """
@@ -14,14 +14,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import registry
+from qlora_retrain.storage import keys, registry
 from qlora_retrain.storage.registry import Release
+from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.store import NotFound, Store
 
 # Left in the destination: which version it holds, and the newest generation of every reference pulled into it.
@@ -47,7 +48,8 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
             raise UsageError(f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it")
         release = registry.read_release(store, line, name)
         sha256 = registry.manifest_sha256(store, line, name)
-        return release, {"line": line, "alias": None, "version": name, "generation": 0, "manifest_sha256": sha256}
+        record = {"line": line, "alias": None, "version": name, "generation": 0, "manifest_sha256": sha256}
+        return release, record | {"signer": _fingerprint(release)}
     release = registry.read_release(store, line, alias.version, sha256=alias.manifest_sha256)
     return release, {
         "line": line,
@@ -55,10 +57,14 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
         "version": alias.version,
         "generation": alias.generation,
         "manifest_sha256": alias.manifest_sha256,
+        # The alias names the manifest by its hash, so its signature is one for the version, too.
+        "signer": _fingerprint(alias),
     }
 
 
-def pull(store: Store, reference: str, destination: Path, *, min_generation: int = 0) -> Release:
+def pull(
+    store: Store, reference: str, destination: Path, *, min_generation: int = 0, verify_key: str | None = None
+) -> Release:
     """Put a verified version at `destination`; this replaces only what an earlier pull put there.
 
     Args:
@@ -67,10 +73,13 @@ def pull(store: Store, reference: str, destination: Path, *, min_generation: int
         destination: A new folder, or that of an earlier pull.
         min_generation: The lowest generation of the alias that is accepted. A new folder remembers no earlier pull, so
             only this shows there that a store is an old copy.
+        verify_key: The fingerprint of the publisher's key. None: the key that an earlier pull recorded; a first pull
+            records the one that it finds.
 
     Raises:
         UsageError: If the reference names nothing, or the destination holds something that no pull made.
-        IntegrityError: If a byte differs from what was published, or the alias went back in time.
+        IntegrityError: If a byte differs from what was published, the alias went back in time, or another key than the
+            expected one signed.
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - "." needs a name; a link stays a link
     release, record = resolve(store, reference)
@@ -83,6 +92,9 @@ def pull(store: Store, reference: str, destination: Path, *, min_generation: int
         )
 
     previous = _previous_record(destination)
+    _refuse_other_signer(reference, record, verify_key, previous)
+    known_signers = previous.get("signers", {})
+    record["signers"] = known_signers | ({record["line"]: record["signer"]} if record["signer"] else {})
     known_generations = previous.get("seen", {})
     generation, version = known_generations.get(reference, (0, None))
     # One generation is one move of the alias, so it can never name two versions either.
@@ -118,6 +130,31 @@ def pull(store: Store, reference: str, destination: Path, *, min_generation: int
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return release
+
+
+def recorded_signer(destination: Path) -> str | None:
+    """Return the fingerprint of the key that signed what a folder holds; None where nothing was signed."""
+    signer: str | None = json.loads((destination / RECORD).read_text())["signer"]
+    return signer
+
+
+def _fingerprint(document: Signed) -> str | None:
+    return keys.fingerprint(document.signer) if document.signer else None
+
+
+def _refuse_other_signer(
+    reference: str, record: Mapping[str, Any], verify_key: str | None, previous: Mapping[str, Any]
+) -> None:
+    """Refuse what another key signed than the one that the caller gives, or that an earlier pull recorded."""
+    expected = verify_key or previous.get("signers", {}).get(record["line"])
+    if expected in (None, record["signer"]):
+        return
+    actual = f"a signature by {record['signer']}" if record["signer"] else "no valid signature"
+    where = "--verify-key" if verify_key else "an earlier pull"
+    raise IntegrityError(
+        f"{reference}: expected a signature by {expected}, as {where} says, found {actual}; if the publisher replaced "
+        "the key, get the new one's fingerprint from them and pull with --verify-key"
+    )
 
 
 def _previous_record(destination: Path) -> dict[str, Any]:

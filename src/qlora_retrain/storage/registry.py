@@ -9,7 +9,6 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pwd
 import re
@@ -19,10 +18,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
+from qlora_retrain.storage import audit, keys, signatures
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
@@ -71,8 +69,8 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
         )
 
     try:
-        release = Release.model_validate_json(data)
-    except ValidationError as error:
+        release = signatures.parse(store, path, data, Release, keys.publish_role(line))
+    except ValueError as error:
         raise IntegrityError(f"{store.uri}/{path}: not a version's manifest") from error
     if (release.line, release.version) != (line, version):
         raise IntegrityError(f"{store.uri}/{path}: is the manifest of {release.line} {release.version}")
@@ -91,8 +89,8 @@ def find_by_content(store: Store, line: str, content_hash: str) -> Release | Non
         if name.endswith(f"-{content_hash[:12]}"):
             try:
                 release = read_release(store, line, name)
-            except UsageError:
-                continue  # an attempt that died before it wrote its manifest
+            except (UsageError, IntegrityError):
+                continue  # an attempt that died before it wrote its manifest, or what somebody else put there
             if release.content_hash == content_hash:
                 return release
     return None
@@ -101,6 +99,7 @@ def find_by_content(store: Store, line: str, content_hash: str) -> Release | Non
 def complete_version(store: Store, release: Release) -> Release:
     """Write a version's manifest, the last of its files; return the manifest of another writer that was first."""
     path = f"{version_folder(release.line, release.version)}/manifest.json"
+    release = signatures.sign(store, path, release, keys.publish_role(release.line))
     try:
         store.write_if_absent(path, release.model_dump_json(indent=1).encode())
     except AlreadyExists:
@@ -142,16 +141,31 @@ def verify_version(store: Store, release: Release) -> None:
 
 
 def read_alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
-    """Return an alias and the tag of its document; (None, None) where it was never set."""
-    path = f"models/{line}/aliases/{name}.json"
+    """Return an alias and the tag of its document; (None, None) where it was never set.
+
+    Raises:
+        IntegrityError: If it is no alias; where the store has keys, also if the line's publisher did not sign it, or
+            the audit trail has a later state.
+    """
+    state, tag = _alias_document(store, line, name)
+    try:
+        audit.refuse_older_state(store, line, name, state)
+    except IntegrityError:
+        # Another writer may have moved the alias since it was read.
+        if _alias_document(store, line, name)[1] == tag:
+            raise
+        return read_alias(store, line, name)
+    return state, tag
+
+
+def _alias_document(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
+    path = audit.alias_path(line, name)
     try:
         stored = store.read(path)
+        return signatures.parse(store, path, stored.data, Alias, keys.publish_role(line)), stored.tag
     except NotFound:
         return None, None
-
-    try:
-        return Alias.model_validate_json(stored.data), stored.tag
-    except ValidationError as error:
+    except ValueError as error:
         raise IntegrityError(f"{store.uri}/{path}: not an alias") from error
 
 
@@ -192,12 +206,15 @@ def move_alias(
     if not re.fullmatch(_ALIAS_PATTERN, name):
         raise UsageError(f"{name!r}: an alias is a lower-case letter, then letters, digits and -, 32 in all at most")
 
+    path = audit.alias_path(line, name)
     for _ in range(_MAX_SWAP_ATTEMPTS):
         state, tag = read_alias(store, line, name)
+        # A process without keys could not sign the next state, and would take the signature away.
+        signatures.refuse_unverified(store, path, release.signature or (state.signature if state else None))
         current = state.version if state else None
         if state is not None:
             # The writer of this state may have died before it wrote the audit entry.
-            _audit(store, line, name, state)
+            audit.write_entry(store, line, name, state)
 
         # An older run that ends after a newer one must not take `latest` back.
         if current == release.version or (name == LATEST and current is not None and current > release.version):
@@ -222,11 +239,12 @@ def move_alias(
             is_verified = True
 
         new = _next_state(state, release, manifest_sha256(store, line, release.version), reason, rejected)
+        new = signatures.sign(store, path, new, keys.publish_role(line))
         try:
-            store.swap(f"models/{line}/aliases/{name}.json", new.model_dump_json(indent=1).encode(), tag)
+            store.swap(path, new.model_dump_json(indent=1).encode(), tag)
         except Conflict:
             continue  # another writer moved it: decide again from its new state
-        _audit(store, line, name, new)
+        audit.write_entry(store, line, name, new)
         return new
     raise TryAgain(f"{line}@{name}: other writers keep moving it; run the same command again", cause=Cause.CONFLICT)
 
@@ -273,16 +291,6 @@ def _next_state(state: Alias | None, release: Release, sha256: str, reason: str,
         actor=f"os:{_user()}@{socket.gethostname()}",
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _audit(store: Store, line: str, name: str, state: Alias) -> None:
-    """Write the audit entry of a state, unless it is there."""
-    # The generation with leading zeros, so that the names sort by time.
-    path = f"models/{line}/audit/{state.generation:08d}-{name}-{state.request_id}.json"
-    data = state.model_dump_json(indent=1).encode()
-    # Another release of this code may have written the same entry in other bytes.
-    with contextlib.suppress(AlreadyExists):
-        store.write_if_absent(path, data)
 
 
 def _user() -> str:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qlora_retrain.storage.artifact import File
+from qlora_retrain.storage.signatures import Signed
 
 
-class Release(BaseModel):
+class Release(Signed):
     """A version's manifest: its files by hash, and what it was made of.
 
     Attributes:
@@ -25,7 +26,6 @@ class Release(BaseModel):
         base: The pins of the base model's files.
     """
 
-    model_config = ConfigDict(frozen=True)
     schema_version: Literal[1] = 1
     line: str
     version: str
@@ -54,7 +54,7 @@ class Move(BaseModel):
     at: str
 
 
-class Alias(BaseModel):
+class Alias(Signed):
     """The document of an alias: the version that it names, and its earlier states.
 
     Attributes:
@@ -64,7 +64,6 @@ class Alias(BaseModel):
         request_id: Makes every document unique, so that a repeated write is recognised as our own.
     """
 
-    model_config = ConfigDict(frozen=True)
     version: str
     manifest_sha256: str
     generation: int

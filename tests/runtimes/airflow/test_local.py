@@ -125,7 +125,7 @@ def make(uri, step, refused=None, **numbers):
         outcome="refused" if refused else "done", exit_code=10 if refused else 0, files=artifact.list_files(folder),
         inputs=planned.inputs, config=planned.identity, code=planned.code, provenance={},
     )
-    artifact.complete(open_store(plan.root), folder, manifest)
+    artifact.complete(open_store(plan.root), folder, manifest, line=plan.line)
 """
 # The least that a step must do: complete its artifact, as the real runner would.
 COMPLETE_ARTIFACT = MAKE_ARTIFACT + "make(sys.argv[2], step, published=True, moved=False, version='v1')\n"

@@ -1,0 +1,225 @@
+"""Make, replace and hand out the keys of a store.
+
+Every document that is in the store when a key is made or replaced is recorded in `trust.json` by its hash, and stays
+accepted. So a key that was replaced signs nothing new that anybody accepts, whoever has a copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from qlora_retrain.core import graph, hashing
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.storage import keys, kms, signatures
+from qlora_retrain.storage.keys import PLANNER, TRUST_FILE, Keyring, PublicKey, Trust, publish_role
+from qlora_retrain.storage.store import NotFound, Store
+
+# The signed documents of a store, as patterns of paths.
+_SIGNED_DOCUMENTS = (
+    "runs/*/plan.json",
+    "artifacts/*/*/_manifest.json",
+    "scratch/*/_complete.json",
+    "models/*/versions/*/manifest.json",
+    "models/*/aliases/*.json",
+    "models/*/audit/*.json",
+)
+_LINE = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+def create(store: Store, lines: Iterable[str] = (), kms_pattern: str | None = None) -> Keyring:
+    """Make the keys of a store that has none, or those that are missing for further lines.
+
+    Args:
+        store: The store. Its documents, if there are any, are accepted as they are now.
+        lines: The lines to publish: each has a publisher's key of its own.
+        kms_pattern: The id of a role's key in AWS KMS, with `{role}` in it. None: keys in files.
+
+    Raises:
+        UsageError: If a line cannot have that name, or the folder cannot be written.
+    """
+    roles = [PLANNER, *(s.name for s in graph.STEPS if s.kind != graph.StepKind.PUBLISH)]
+    roles += [publish_role(_checked_line(line)) for line in lines]
+    folder = keys.keys_folder(store.uri)
+
+    with _lock(folder):
+        known = keys.read_keyring(folder)
+        trust = known.trust if known else Trust(store=store.uri, roles={}, accepted=_hashes(store))
+        added = {role: _new_key(folder, role, kms_pattern) for role in roles if role not in trust.roles}
+        if added:
+            _write(folder, trust.model_copy(update={"roles": {**trust.roles, **added}}))
+    return require_keyring(store)
+
+
+def create_for_new_store(store: Store, line: str) -> Keyring | None:
+    """Make the keys of a store in a folder that holds nothing yet, and the line's where the store's are at hand.
+
+    A store elsewhere is used by machines that do not share a folder of keys, so its keys are made on purpose.
+
+    Returns:
+        The keys that were made; None where none were.
+    """
+    keyring = keys.find_keyring(store.uri)
+    if keyring is None:
+        # A container's folders are gone when it ends, and the keys with them.
+        is_new = store.uri.startswith("file:") and not any(True for _ in store.children(""))
+        if not is_new or "QLORA_RETRAIN_IMAGE" in os.environ:
+            return None
+    elif publish_role(line) in keyring.trust.roles or not (keyring.folder / f"{PLANNER}.pem").is_file():
+        return None
+    return create(store, [line])
+
+
+def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | None = None) -> Keyring:
+    """Replace a role's key; a key in KMS is replaced by the one that its id, or the new id, names now.
+
+    Args:
+        store: The store.
+        role: The role.
+        is_stolen: Accept nothing that the old key signed. Otherwise every document that it has signed so far stays
+            accepted.
+        kms_key: The id of the new key in KMS; None: the present id, or a file where there is none.
+
+    Raises:
+        UsageError: If the store has no key for the role, or KMS has no new one.
+    """
+    folder = require_keyring(store).folder
+    with _lock(folder):
+        # Read under the lock: another process may be adding a line's key.
+        keyring = require_keyring(store)
+        trust, old = keyring.trust, public_key(keyring, role)
+        accepted = dict(trust.accepted)
+        if not is_stolen:
+            accepted |= _hashes(store, old.key)
+        new = _new_key(folder, role, kms_key or old.kms)
+        if new.key == old.key:
+            raise UsageError(f"{role}: KMS still has the same key for {new.kms}; point it at a new one, or give --kms")
+        _write(folder, trust.model_copy(update={"roles": {**trust.roles, role: new}, "accepted": accepted}))
+    return require_keyring(store)
+
+
+def export(store: Store, roles: Sequence[str], target: Path) -> None:
+    """Write a new folder with the keys that roles need: their private keys, where files have them, and `trust.json`.
+
+    Raises:
+        UsageError: If the store has no keys, no such role, or the folder exists.
+    """
+    keyring = require_keyring(store)
+    for role in roles:
+        public_key(keyring, role)
+    try:
+        target.mkdir(mode=0o700, parents=True)
+    except FileExistsError as error:
+        raise UsageError(f"{target}: exists already; expected a new folder") from error
+    for name in (TRUST_FILE, *(f"{role}.pem" for role in roles)):
+        if (keyring.folder / name).is_file():
+            _write_private(target / name, (keyring.folder / name).read_bytes())
+
+
+def public_key(keyring: Keyring, role: str) -> PublicKey:
+    """Return a role's public key.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    if role not in keyring.trust.roles:
+        known = ", ".join(sorted(keyring.trust.roles))
+        raise UsageError(f"{keyring.folder}: has no key of {role!r}; expected one of {known}")
+    return keyring.trust.roles[role]
+
+
+def require_keyring(store: Store) -> Keyring:
+    """Return the store's keys.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    keyring = keys.find_keyring(store.uri)
+    if keyring is None:
+        raise UsageError(
+            f"{store.uri}: has no keys in {keys.keys_folder(store.uri)}; make them with: "
+            f"qlora-retrain keys create --root {store.uri}"
+        )
+    return keyring
+
+
+def _new_key(folder: Path, role: str, kms_key: str | None) -> PublicKey:
+    """Make a role's key, or ask KMS for its public part; a private key goes into a file of the folder."""
+    if kms_key is not None:
+        key_id = kms_key.replace("{role}", role)
+        return PublicKey(key=kms.public_key(key_id), kms=key_id)
+
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    _write_private(folder / f"{role}.pem", pem)
+    return PublicKey(key=keys.encode_public_key(private.public_key()))
+
+
+def _hashes(store: Store, signer: str | None = None) -> dict[str, str]:
+    """Return the sha256 of the store's documents, by path: of all, or of those that a key has signed."""
+    hashes = {}
+    for entry in store.list(""):
+        if any(fnmatchcase(entry.path, pattern) for pattern in _SIGNED_DOCUMENTS):
+            with contextlib.suppress(NotFound):  # removed while this reads
+                data = store.read(entry.path).data
+                if signer is None or _is_signed_by(signer, entry.path, data):
+                    hashes[entry.path] = hashing.sha256_bytes(data)
+    return hashes
+
+
+def _is_signed_by(key: str, path: str, data: bytes) -> bool:
+    try:
+        return signatures.signer_of(signatures.signed_path(path), signatures.parse_fields(data)) == key
+    except ValueError:
+        return False
+
+
+def _checked_line(line: str) -> str:
+    if not _LINE.fullmatch(line):
+        raise UsageError(f"{line!r}: expected the name of a line: lower-case letters, digits and -")
+    return line
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time change the keys."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"{folder}: the keys cannot be changed here: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write(folder: Path, trust: Trust) -> None:
+    _write_private(folder / TRUST_FILE, trust.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    """Replace a file by one that only its owner may read, in one step."""
+    # `mkstemp` makes a file of mode 600.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

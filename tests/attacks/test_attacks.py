@@ -1,0 +1,285 @@
+"""Every attack on a store with keys is run for real; docs/security.md has what happened, word for word.
+
+Set `WRITE_ATTACKS=1` to write the table there again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_retrain.core.errors import QualityRefused
+from qlora_retrain.core.outcome import StepResult
+from qlora_retrain.pipeline import execute, make_plan
+from qlora_retrain.storage import artifact, key_admin, open_store, registry
+from tests.attacks.attacker import LINE, RUN, Attacker, forge_done, said, sha256
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
+BEGIN, END = "<!-- attacks: begin -->\n", "<!-- attacks: end -->\n"
+Attack = Callable[[Attacker], str]
+ATTACKS: list[tuple[str, str, Attack]] = []
+
+
+def attack(prefix: str, what: str) -> Callable[[Attack], Attack]:
+    """Add an attack by whoever may write to a prefix, or has a key."""
+
+    def add(function: Attack) -> Attack:
+        ATTACKS.append((prefix, what, function))
+        return function
+
+    return add
+
+
+@attack("`runs/`", "plants a plan of its own before task 0 of a run that it can foresee")
+def plant_plan(a: Attacker) -> str:
+    document = a.document(f"runs/{a.plan().run_id}/plan.json") | {"run_id": RUN}
+    a.write(f"runs/{RUN}/plan.json", document)
+    return said("task 0", lambda: a.plan(RUN).run_id)
+
+
+@attack("`runs/`", "plants a whole plan, signed with a key of its own")
+def plant_signed_plan(a: Attacker) -> str:
+    path = f"runs/{RUN}/plan.json"
+    document = a.document(f"runs/{a.plan().run_id}/plan.json") | {"run_id": RUN}
+    a.write(path, a.sign(path, document, a.own_key(), "planner"))
+    return said("task 0", lambda: a.plan(RUN).run_id)
+
+
+@attack("`runs/`", "changes the learning rate in a plan (recorded 2e-4, trained at 0.9)")
+def change_config(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    path = f"runs/{plan.run_id}/plan.json"
+    document = a.document(path)
+    document["steps"][2]["config"]["learning_rate"] = 0.9
+    a.write(path, document)
+    return a.run(plan.uri, "train_qlora")
+
+
+@attack("`runs/`", "changes a plan to another line, so that `publish` moves that line's alias")
+def change_line(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.run_until(plan, "publish")
+    path = f"runs/{plan.run_id}/plan.json"
+    a.write(path, a.document(path) | {"line": "victim"})
+    # With the hash of the changed plan: an orchestrator that was deceived, too.
+    uri = f"{plan.uri.partition('#')[0]}#sha256={sha256(a.folder / path)}"
+    return a.run(uri, "publish")
+
+
+@attack("`runs/`", "copies the signed plan of an older run to a new one")
+def replay_plan(a: Attacker) -> str:
+    document = a.document(f"runs/{a.plan().run_id}/plan.json")
+    a.write(f"runs/{RUN}/plan.json", document)
+    return said("task 0", lambda: a.plan(RUN).run_id)
+
+
+@attack("`runs/`", "replaces a step's log and its ending")
+def replace_log(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.write(f"runs/{plan.run_id}/endings/validate_data.json", {"code": 0})
+    a.write(f"runs/{plan.run_id}/logs/validate_data/x.log", "all is well")
+    return a.run(plan.uri, "validate_data")
+
+
+@attack("`artifacts/`", "turns a refusal into a success by one word of its manifest")
+def turn_refusal(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.run_until(plan, "evaluate")
+    run = a.steps["evaluate"]
+
+    def refuse(**arguments: Any) -> StepResult:
+        return StepResult(run(**arguments).numbers, refused=QualityRefused("worse than production"))
+
+    refuse.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
+    assert execute.run_step(plan, "evaluate", lambda: refuse).code == 11
+    manifest = artifact.find_manifest(open_store(a.root), "evaluation", plan.step("evaluate").key)
+    assert manifest is not None
+    a.write(a.manifest_path(plan, "evaluate"), forge_done(manifest))
+    return a.run(plan.uri, "merge_adapter")
+
+
+@attack("`artifacts/`", "plants an evaluation before `evaluate` runs, signed with a key of its own")
+def plant_evaluation(a: Attacker) -> str:
+    old, plan = a.first, a.plan(text="{}")
+    a.run_until(plan, "evaluate")
+    document = a.document(a.manifest_path(old, "evaluate")) | {"key": plan.step("evaluate").key}
+    path = a.manifest_path(plan, "evaluate")
+    a.write(path, a.sign(path, document, a.own_key(), "evaluate"))
+    return a.run(plan.uri, "evaluate")
+
+
+@attack("`artifacts/`", "copies a signed evaluation to the key of another adapter")
+def replay_evaluation(a: Attacker) -> str:
+    old, plan = a.first, a.plan(text="{}")
+    a.run_until(plan, "evaluate")
+    document = a.document(a.manifest_path(old, "evaluate")) | {"key": plan.step("evaluate").key}
+    a.write(a.manifest_path(plan, "evaluate"), document)
+    return a.run(plan.uri, "evaluate")
+
+
+@attack("`artifacts/`", "changes a byte of the model, of the same size, after it was judged")
+def change_model(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.run_until(plan, "publish")
+    manifest = a.document(a.manifest_path(plan, "merge_adapter"))
+    path = a.folder / f"artifacts/model/{manifest['key']}/{manifest['attempt']}/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    return a.run(plan.uri, "publish")
+
+
+@attack("a stolen key of `train_qlora`", "signs an evaluation and plants it")
+def sign_as_another_step(a: Attacker) -> str:
+    old, plan = a.first, a.plan(text="{}")
+    a.run_until(plan, "evaluate")
+    document = a.document(a.manifest_path(old, "evaluate")) | {"key": plan.step("evaluate").key}
+    path = a.manifest_path(plan, "evaluate")
+    a.write(path, a.sign(path, document, a.stolen_key("train_qlora"), "evaluate"))
+    return a.run(plan.uri, "evaluate")
+
+
+@attack("a stolen key of another line's `publish`", "signs this line's `production`")
+def sign_as_another_line(a: Attacker) -> str:
+    key_admin.create(open_store(a.root), ["other"])
+    path = f"models/{LINE}/aliases/production.json"
+    a.write(path, a.sign(path, a.document(path) | {"generation": 9}, a.stolen_key("publish-other"), f"publish-{LINE}"))
+    return a.pull()
+
+
+@attack("`models/<line>/`", "moves `production` to another version, unsigned")
+def move_alias(a: Attacker) -> str:
+    path = f"models/{LINE}/aliases/production.json"
+    document = a.document(path) | {"generation": 9}
+    del document["signature"]
+    a.write(path, document)
+    return a.pull()
+
+
+@attack("`models/<line>/`", "puts the signed alias of before back")
+def replay_alias(a: Attacker) -> str:
+    path = f"models/{LINE}/aliases/production.json"
+    before = a.document(path)
+    publish_next(a)
+    a.write(path, before)
+    return said("task 0", lambda: a.plan().run_id)
+
+
+@attack("`models/<line>/`", "removes the alias, so that the next run is judged as the first")
+def remove_alias(a: Attacker) -> str:
+    (a.folder / f"models/{LINE}/aliases/production.json").unlink()
+    return said("task 0", lambda: a.plan().run_id)
+
+
+@attack("`models/<line>/`", "copies the signed alias `latest` to `production`")
+def copy_alias(a: Attacker) -> str:
+    a.write(f"models/{LINE}/aliases/production.json", a.document(f"models/{LINE}/aliases/latest.json"))
+    return a.pull()
+
+
+@attack("`models/<line>/`", "changes a version's manifest and the file that it lists")
+def change_version(a: Attacker) -> str:
+    version = a.alias().version
+    path = f"models/{LINE}/versions/{version}/manifest.json"
+    document = a.document(path)
+    document["files"][0]["sha256"] = "0" * 64
+    a.write(path, document)
+    return a.pull()
+
+
+@attack("`models/<line>/`", "changes a byte of a version before it is promoted")
+def change_before_promote(a: Attacker) -> str:
+    store, first = open_store(a.root), a.alias().version
+    publish_next(a)
+    path = a.folder / f"models/{LINE}/versions/{first}/model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+    def promote() -> str:
+        registry.move_alias(store, LINE, "production", registry.read_release(store, LINE, first), reason="back")
+        return "moved"
+
+    return said("`promote`", promote)
+
+
+@attack("`models/<line>/`", "plants an audit entry of a later generation, to make the line unusable")
+def plant_audit_entry(a: Attacker) -> str:
+    state = a.document(f"models/{LINE}/aliases/production.json") | {"generation": 99, "request_id": "0" * 12}
+    a.write(f"models/{LINE}/audit/00000099-production-{'0' * 12}.json", state)
+    plan = a.plan()
+    return "nothing: it is not signed, and no reader believes it" if plan.champion else "the champion is lost"
+
+
+@attack("a copy of the store", "gives a consumer the version of before, who pulled the newer one")
+def old_store(a: Attacker) -> str:
+    shutil.copytree(a.folder / "models", a.scratch / "models")
+    publish_next(a)
+    a.pull("pulled")
+    shutil.rmtree(a.folder / "models")
+    shutil.copytree(a.scratch / "models", a.folder / "models")
+    return a.pull("pulled")
+
+
+@attack("a copy of the store", "gives it to a new folder, which asks for `--min-generation 2`")
+def old_store_new_folder(a: Attacker) -> str:
+    return a.pull("new", min_generation=2)
+
+
+@attack("a forged store", "is complete in itself, for a consumer who gives `--verify-key`")
+def forged_store(a: Attacker) -> str:
+    return a.pull("new", verify_key="0" * 64)
+
+
+def publish_next(a: Attacker) -> None:
+    """Publish another version."""
+    plan = a.plan(text='{"another": "row"}')
+    for name, step in a.steps.items():
+        assert execute.run_step(plan, name, lambda step=step: step).code == 0  # type: ignore[misc]
+
+
+@pytest.fixture
+def attacker(line: Path, root_uri: str, small_steps: dict[str, Callable[..., StepResult]], tmp_path: Path) -> Attacker:
+    """A store with keys after a whole run, whose attacker has done nothing yet."""
+    a = Attacker(line, root_uri, small_steps, tmp_path, make_plan.make_plan(line, root_uri))
+    a.run_until(a.first, "publish")
+    assert execute.run_step(a.first, "publish", lambda: small_steps["publish"]).code == 0
+    return a
+
+
+def table_in_document() -> list[str]:
+    return DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].split("\n")
+
+
+@pytest.mark.parametrize(("prefix", "what", "run"), ATTACKS, ids=[run.__name__ for _, _, run in ATTACKS])
+def test_an_attack_ends_as_the_document_says(attacker: Attacker, prefix: str, what: str, run: Attack) -> None:
+    row = f"| {prefix} | {what} | {run(attacker)} |"
+    if os.environ.get("WRITE_ATTACKS"):
+        write_row(row)
+    assert row in table_in_document()
+
+
+def test_the_document_has_no_row_that_no_attack_made() -> None:
+    rows = [row for row in table_in_document() if row.startswith("| ") and "---" not in row][1:]
+    assert [row.split(" | ")[:2] for row in rows] == [[f"| {prefix}", what] for prefix, what, _ in ATTACKS]
+
+
+def write_row(row: str) -> None:
+    """Put a row in the place of the one with the same first two cells, or at the end."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    body, _, tail = rest.partition(END)
+    start = " | ".join(row.split(" | ")[:2])
+    lines = [line for line in body.split("\n") if line and not line.startswith(start)]
+    lines.append(row)
+    order = {f"| {prefix} | {what}": number for number, (prefix, what, _) in enumerate(ATTACKS)}
+    lines.sort(key=lambda line: order.get(" | ".join(line.split(" | ")[:2]), -1))
+    DOCUMENT.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + tail, encoding="utf-8")
