@@ -68,7 +68,7 @@ class Attacker:
             ending = execute.run_step(Plan.load(uri), step, lambda: self.steps[step])
             return answer(f"`{step}`", ending.code, ending.reason)
 
-        return said(f"`{step}`", work)
+        return outcome(f"`{step}`", work)
 
     def document(self, path: str) -> Any:
         return json.loads((self.folder / path).read_text())
@@ -113,7 +113,7 @@ class Attacker:
             release = pull.pull(open_store(self.root), f"{LINE}@production", self.scratch / destination, **options)
             return f"`pull` gives {release.version.partition('-')[0] and 'the version that the alias names'}"
 
-        return said("`pull`", work)
+        return outcome("`pull`", work)
 
     def alias(self, name: str = "production") -> registry.Alias:
         state, _ = registry.read_alias(open_store(self.root), LINE, name)
@@ -121,7 +121,7 @@ class Attacker:
         return state
 
 
-def said(who: str, work: Callable[[], str]) -> str:
+def outcome(who: str, work: Callable[[], str]) -> str:
     """Return what a program said: its answer, or its exit code and reason."""
     try:
         return work()

@@ -18,7 +18,7 @@ from qlora_retrain.core.errors import QualityRefused
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.storage import artifact, key_admin, open_store, registry
-from tests.attacks.attacker import LINE, RUN, Attacker, forge_done, said, sha256
+from tests.attacks.attacker import LINE, RUN, Attacker, forge_done, outcome, sha256
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- attacks: begin -->\n", "<!-- attacks: end -->\n"
@@ -26,11 +26,11 @@ Attack = Callable[[Attacker], str]
 ATTACKS: list[tuple[str, str, Attack]] = []
 
 
-def attack(prefix: str, what: str) -> Callable[[Attack], Attack]:
+def attack(prefix: str, deed: str) -> Callable[[Attack], Attack]:
     """Add an attack by whoever may write to a prefix, or has a key."""
 
     def add(function: Attack) -> Attack:
-        ATTACKS.append((prefix, what, function))
+        ATTACKS.append((prefix, deed, function))
         return function
 
     return add
@@ -40,7 +40,7 @@ def attack(prefix: str, what: str) -> Callable[[Attack], Attack]:
 def plant_plan(a: Attacker) -> str:
     document = a.document(f"runs/{a.plan().run_id}/plan.json") | {"run_id": RUN}
     a.write(f"runs/{RUN}/plan.json", document)
-    return said("task 0", lambda: a.plan(RUN).run_id)
+    return outcome("task 0", lambda: a.plan(RUN).run_id)
 
 
 @attack("`runs/`", "plants a whole plan, signed with a key of its own")
@@ -48,7 +48,7 @@ def plant_signed_plan(a: Attacker) -> str:
     path = f"runs/{RUN}/plan.json"
     document = a.document(f"runs/{a.plan().run_id}/plan.json") | {"run_id": RUN}
     a.write(path, a.sign(path, document, a.own_key(), "planner"))
-    return said("task 0", lambda: a.plan(RUN).run_id)
+    return outcome("task 0", lambda: a.plan(RUN).run_id)
 
 
 @attack("`runs/`", "changes the learning rate in a plan (recorded 2e-4, trained at 0.9)")
@@ -76,7 +76,7 @@ def change_line(a: Attacker) -> str:
 def replay_plan(a: Attacker) -> str:
     document = a.document(f"runs/{a.plan().run_id}/plan.json")
     a.write(f"runs/{RUN}/plan.json", document)
-    return said("task 0", lambda: a.plan(RUN).run_id)
+    return outcome("task 0", lambda: a.plan(RUN).run_id)
 
 
 @attack("`runs/`", "replaces a step's log and its ending")
@@ -169,13 +169,13 @@ def replay_alias(a: Attacker) -> str:
     before = a.document(path)
     publish_next(a)
     a.write(path, before)
-    return said("task 0", lambda: a.plan().run_id)
+    return outcome("task 0", lambda: a.plan().run_id)
 
 
 @attack("`models/<line>/`", "removes the alias, so that the next run is judged as the first")
 def remove_alias(a: Attacker) -> str:
     (a.folder / f"models/{LINE}/aliases/production.json").unlink()
-    return said("task 0", lambda: a.plan().run_id)
+    return outcome("task 0", lambda: a.plan().run_id)
 
 
 @attack("`models/<line>/`", "copies the signed alias `latest` to `production`")
@@ -208,7 +208,7 @@ def change_before_promote(a: Attacker) -> str:
         registry.move_alias(store, LINE, "production", registry.read_release(store, LINE, first), reason="back")
         return "moved"
 
-    return said("`promote`", promote)
+    return outcome("`promote`", promote)
 
 
 @attack("`models/<line>/`", "plants an audit entry of a later generation, to make the line unusable")
@@ -259,9 +259,9 @@ def table_in_document() -> list[str]:
     return DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].split("\n")
 
 
-@pytest.mark.parametrize(("prefix", "what", "run"), ATTACKS, ids=[run.__name__ for _, _, run in ATTACKS])
-def test_an_attack_ends_as_the_document_says(attacker: Attacker, prefix: str, what: str, run: Attack) -> None:
-    row = f"| {prefix} | {what} | {run(attacker)} |"
+@pytest.mark.parametrize(("prefix", "deed", "run"), ATTACKS, ids=[run.__name__ for _, _, run in ATTACKS])
+def test_an_attack_ends_as_the_document_says(attacker: Attacker, prefix: str, deed: str, run: Attack) -> None:
+    row = f"| {prefix} | {deed} | {run(attacker)} |"
     if os.environ.get("WRITE_ATTACKS"):
         write_row(row)
     assert row in table_in_document()
@@ -269,17 +269,17 @@ def test_an_attack_ends_as_the_document_says(attacker: Attacker, prefix: str, wh
 
 def test_the_document_has_no_row_that_no_attack_made() -> None:
     rows = [row for row in table_in_document() if row.startswith("| ") and "---" not in row][1:]
-    assert [row.split(" | ")[:2] for row in rows] == [[f"| {prefix}", what] for prefix, what, _ in ATTACKS]
+    assert [row.split(" | ")[:2] for row in rows] == [[f"| {prefix}", deed] for prefix, deed, _ in ATTACKS]
 
 
 def write_row(row: str) -> None:
     """Put a row in the place of the one with the same first two cells, or at the end."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    body, _, tail = rest.partition(END)
+    head, _, remainder = text.partition(BEGIN)
+    body, _, tail = remainder.partition(END)
     start = " | ".join(row.split(" | ")[:2])
     lines = [line for line in body.split("\n") if line and not line.startswith(start)]
     lines.append(row)
-    order = {f"| {prefix} | {what}": number for number, (prefix, what, _) in enumerate(ATTACKS)}
+    order = {f"| {prefix} | {deed}": number for number, (prefix, deed, _) in enumerate(ATTACKS)}
     lines.sort(key=lambda line: order.get(" | ".join(line.split(" | ")[:2]), -1))
     DOCUMENT.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + tail, encoding="utf-8")

@@ -221,7 +221,7 @@ def test_a_plan_that_says_other_than_its_keys_is_refused(
     file.write_text(json.dumps(document))
 
     # Whoever has no key of the planner's cannot even make a plan that contradicts itself.
-    with pytest.raises(IntegrityError, match="expected a signature by planner .*, found no valid signature"):
+    with pytest.raises(IntegrityError, match=r"expected a signature by planner .*, found no valid signature"):
         make_plan.make_plan(line, root_uri, run=resolved.run_id)
     # A planner with a fault, or one that another version of this code was.
     del document["signature"]

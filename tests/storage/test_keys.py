@@ -210,9 +210,9 @@ def test_a_private_key_that_others_may_read_is_refused(published: Plan, store: S
 
 
 def test_every_line_has_a_publishers_key_of_its_own(published: Plan, store: Store, line: Path) -> None:
-    other = line.with_name("other.yaml")
-    other.write_text(line.read_text().replace("line: intents", "line: other"))
-    make_plan.make_plan(other, store.uri)
+    second = line.with_name("other.yaml")
+    second.write_text(line.read_text().replace("line: intents", "line: other"))
+    make_plan.make_plan(second, store.uri)
     keyring = keys.find_keyring(store.uri)
     assert keyring is not None
     assert keyring.public_keys("publish-other").isdisjoint(keyring.public_keys("publish-intents"))

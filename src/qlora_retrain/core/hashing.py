@@ -53,8 +53,3 @@ def step_key(step: str, identity: Mapping[str, Any], inputs: Mapping[str, str | 
 def content_hash(files: Iterable[tuple[str, str]]) -> str:
     """Return the hash of a set of (path, sha256) pairs, whatever their order."""
     return sha256_json(sorted(files))
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse a store's document; raise `ValueError` where it is not JSON."""
-    return json.loads(data)

@@ -64,11 +64,25 @@ def parse_update(line: str) -> Update | None:
     # Most lines of a log are text, so the first characters are compared before JSON is parsed.
     if not line.startswith('{"time"'):
         return None
+    return from_json(line)
+
+
+def from_json(text: str | bytes) -> Update | None:
+    """Return the update in a JSON document; None where it is none, whatever somebody else has put there."""
     try:
-        record: Update = json.loads(line)
-    except ValueError:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    return record if {"what", "done", "total"} <= record.keys() else None
+    if not isinstance(record, dict) or not isinstance(record.get("what"), str):
+        return None
+    # A number and no text, since it is formatted as one; a bool is an int, too.
+    counts = (record.get("done"), record.get("total"))
+    return record if all(isinstance(count, int | float) for count in counts) else None
+
+
+def describe(record: Update) -> str:
+    """Return an update on one line."""
+    return f"{record['what']} {record['done']:g}/{record['total']:g}  {format_numbers(extra_numbers(record))}"
 
 
 def extra_numbers(record: Update) -> dict[str, Number]:

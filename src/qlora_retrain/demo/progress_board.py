@@ -11,13 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from qlora_retrain.core import graph, hashing, progress
+from qlora_retrain.core import graph, progress
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.demo.airflow_api import TaskState
 from qlora_retrain.pipeline import status
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import open_store
-from qlora_retrain.storage.store import NotFound
 
 TASK_ORDER = (graph.PLAN_TASK, *(s.name for s in graph.STEPS))
 STATE_LABELS = {
@@ -94,12 +92,7 @@ class ProgressBoard:
 
 def _read_progress(plan: Plan, step: str) -> str:
     """Return the step's last progress update as text; empty where there is none."""
-    try:
-        update = hashing.parse_json(open_store(plan.root).read(f"runs/{plan.run_id}/status/{step}.json").data)
-        numbers = {k: v for k, v in update.items() if k not in ("what", "done", "total")}
-        return f"{update['what']} {update['done']:g}/{update['total']:g}  {progress.format_numbers(numbers)}"
-    except (NotFound, ValueError, KeyError):
-        return ""
+    return status.progress_text(plan, step) or ""
 
 
 def _read_results(plan: Plan, step: str) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from qlora_retrain.config.line import LineConfig
-from qlora_retrain.core import graph, hashing, progress
+from qlora_retrain.core import graph, progress
 from qlora_retrain.core.errors import Problem, describe
 from qlora_retrain.pipeline import code_identity, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import open_store, signatures
-from qlora_retrain.storage.store import NotFound, Store
+from qlora_retrain.storage.store import Store
 
 # A line's last run is among the newest runs of the store; a store may have thousands.
 _MAX_RUNS_READ = 50
@@ -49,7 +48,7 @@ def status_text(plan: Plan) -> str:
     for planned in plan.steps:
         manifest = status.find_manifest(plan, planned.name)
         if manifest is None:
-            text = _progress_text(store, plan, planned.name)
+            text = _progress_text(plan, planned.name)
         else:
             reason = f"  {manifest.reason}" if manifest.reason else ""
             text = f"{manifest.outcome}  {progress.format_numbers(manifest.numbers)}{reason}"
@@ -76,12 +75,12 @@ def changes_since(plan: Plan, config: LineConfig) -> list[str]:
     The sources themselves are not read again: that takes minutes, and the run keeps its plan whatever they hold now.
     """
     changes = []
-    chosen = {choice.field for choice in plan.choices}
+    automatic_fields = {choice.field for choice in plan.choices}
     for planned in plan.steps:
         section = graph.step(planned.name).section
         for name, value in getattr(config, section).identity().items():
             # The plan has the value that an automatic choice had then.
-            if f"{section}.{name}" not in chosen and value != "auto" and planned.identity.get(name) != value:
+            if f"{section}.{name}" not in automatic_fields and value != "auto" and planned.identity.get(name) != value:
                 changes.append(f"{section}.{name} was {planned.identity.get(name)!r}, is {value!r}")
         if code_identity.code_hash(planned.name) != planned.code:
             changes.append(f"{planned.name}: new code or packages")
@@ -125,15 +124,9 @@ def _differences(before: PlannedStep, planned: PlannedStep) -> Iterator[str]:
         yield "new code or packages"
 
 
-def _progress_text(store: Store, plan: Plan, step_name: str) -> str:
+def _progress_text(plan: Plan, step_name: str) -> str:
     """Return the progress of a step that has no artifact yet, or how it last failed."""
     failure = run_page.last_failure(plan, step_name)
     if failure is not None:
         return f"not made  {failure.summary()}"
-    try:
-        update: Mapping[str, Any] = hashing.parse_json(store.read(f"runs/{plan.run_id}/status/{step_name}.json").data)
-    except (NotFound, ValueError):
-        return "not made"
-    # The rest of a progress update is what the step measured on the way.
-    numbers = {k: v for k, v in update.items() if k not in ("what", "done", "total")}
-    return f"{update['what']} {update['done']:g}/{update['total']:g}  {progress.format_numbers(numbers)}"
+    return status.progress_text(plan, step_name) or "not made"

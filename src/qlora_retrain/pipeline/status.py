@@ -5,13 +5,14 @@ Only the manifest in the store counts; the exit code of a process is no proof.
 
 from __future__ import annotations
 
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, progress
 from qlora_retrain.core.endings import Ending
-from qlora_retrain.core.errors import Exit
+from qlora_retrain.core.errors import Exit, IntegrityError
 from qlora_retrain.core.outcome import Number
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store
 from qlora_retrain.storage.artifact import Manifest
+from qlora_retrain.storage.store import NotFound
 
 
 def exit_code(plan: Plan, step_name: str) -> int | None:
@@ -53,6 +54,16 @@ def manifest_ending(manifest: Manifest, *, prefix: str = "") -> Ending:
         key=manifest.key,
         attempt=manifest.attempt,
     )
+
+
+def progress_text(plan: Plan, step_name: str) -> str | None:
+    """Return the last progress update of a step as text; None where there is none that can be read."""
+    try:
+        data = open_store(plan.root).read(f"runs/{plan.run_id}/status/{step_name}.json").data
+    except (NotFound, IntegrityError):
+        return None
+    update = progress.from_json(data)
+    return progress.describe(update) if update else None
 
 
 def numbers(plan: Plan, step_name: str) -> dict[str, Number]:

@@ -49,8 +49,8 @@ def create(store: Store, lines: Iterable[str] = (), kms_pattern: str | None = No
     folder = keys.keys_folder(store.uri)
 
     with _lock(folder):
-        known = keys.read_keyring(folder)
-        trust = known.trust if known else Trust(store=store.uri, roles={}, accepted=_hashes(store))
+        keyring = keys.read_keyring(folder)
+        trust = keyring.trust if keyring else Trust(store=store.uri, roles={}, accepted=_hashes(store))
         added = {role: _new_key(folder, role, kms_pattern) for role in roles if role not in trust.roles}
         if added:
             _write(folder, trust.model_copy(update={"roles": {**trust.roles, **added}}))
@@ -129,8 +129,8 @@ def public_key(keyring: Keyring, role: str) -> PublicKey:
         UsageError: If there is none.
     """
     if role not in keyring.trust.roles:
-        known = ", ".join(sorted(keyring.trust.roles))
-        raise UsageError(f"{keyring.folder}: has no key of {role!r}; expected one of {known}")
+        role_names = ", ".join(sorted(keyring.trust.roles))
+        raise UsageError(f"{keyring.folder}: has no key of {role!r}; expected one of {role_names}")
     return keyring.trust.roles[role]
 
 

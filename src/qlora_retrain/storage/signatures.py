@@ -136,9 +136,9 @@ def check(store: Store, path: str, signer: str | None, role: str, sha256: str) -
     expected = keyring.public_keys(role)
     if signer is None or signer not in expected:
         actual = f"a signature by {keys.fingerprint(signer)[:12]}" if signer else "no valid signature"
-        wanted = ", ".join(sorted(keys.fingerprint(key)[:12] for key in expected)) or "no key is known"
+        names = ", ".join(sorted(keys.fingerprint(key)[:12] for key in expected)) or "no key is known"
         raise IntegrityError(
-            f"{store.uri}/{path}: expected a signature by {role} ({wanted}), found {actual}: somebody else wrote or "
+            f"{store.uri}/{path}: expected a signature by {role} ({names}), found {actual}: somebody else wrote or "
             f"changed it, or it was signed with a key that was replaced; the keys are in {keyring.folder}"
         )
 

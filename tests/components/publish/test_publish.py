@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import execute, make_plan
@@ -299,7 +298,7 @@ def test_the_recipe_holds_every_identity_field_and_content_pin(
 ) -> None:
     plan = new_plan("train.learning_rate=1e-4")
     run_all(plan)
-    recipe = hashing.parse_json(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
+    recipe = json.loads(store.read(f"models/intents/versions/{versions(store)[0]}/recipe.json").data)
 
     assert recipe["steps"] == {s.name: s.identity for s in plan.steps}
     assert recipe["steps"]["train_qlora"]["learning_rate"] == 0.0001
@@ -325,7 +324,7 @@ def test_the_sbom_lists_every_pinned_package_and_the_base(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
     run_all(new_plan())
-    sbom = hashing.parse_json(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
+    sbom = json.loads(store.read(f"models/intents/versions/{versions(store)[0]}/sbom.json").data)
     assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5")
     versions_by_name = {c["name"]: c["version"] for c in sbom["components"]}
     assert versions_by_name["torch"] == "2.13.0"
