@@ -24,7 +24,7 @@ from components.validate_data.encoding import encode_rows
 from components.validate_data.raw_rows import RowReader
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.line import LineConfig, load
-from qlora_retrain.core import visible_text
+from qlora_retrain.core import safety, visible_text
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.lm.chat import ChatTokenizer, EncodedChat, load_tokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
@@ -78,6 +78,8 @@ def _resolve(config: LineConfig, scratch: Path) -> tuple[DataConfig, dict[str, P
         folders[name] = scratch / name
         (scratch / name).mkdir()
         sources.fetch(pinned, scratch / name)
+        if name == sources.BASE:
+            safety.refuse_unsafe(scratch / name, name)
 
     settings, _ = resolve_auto_settings(config)
     data = settings["data"]

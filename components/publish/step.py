@@ -4,7 +4,8 @@ Reads the manifests of dataset, adapter, evaluation and model, and copies their 
 `manifest.json` last. Then it moves `latest` forward, and moves `publish.promote_to` if that alias still names the
 version that the verdict compared with.
 Makes `release`: `release.json`, which says what was published and which aliases moved.
-Refuses (11) content that a rollback has rejected; ends with 75 where an alias has moved meanwhile.
+Refuses (11) content that a rollback has rejected, and (13) a file that this project does not write or that asks for
+code; ends with 75 where an alias has moved meanwhile.
 
 Command: `python -m components.publish --plan URI`
 """
@@ -23,7 +24,7 @@ from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, keys, registry
+from qlora_retrain.storage import artifact, keys, registry, release_files
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
@@ -156,6 +157,7 @@ def _publish(
     # Hashed where consumers will read them, since an artifact may have changed after it was judged.
     if difference := registry.first_fault(store, folder, files):
         raise _copy_error(store, inputs, copies, *difference)
+    release_files.refuse_unsafe(store, folder, files)
 
     base = plan.sources["base_model"]
     assert base is not None

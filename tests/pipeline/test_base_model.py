@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
-from qlora_retrain.pipeline import fetch, make_plan
+from qlora_retrain.pipeline import explain, fetch, make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, sources
+from tests import hub_server
+from tests.hub_server import HubServer
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Edit = Callable[[Path], None]
 
 
@@ -269,35 +270,45 @@ def test_all_reasons_come_at_once(planned: Callable[..., Plan], base: Path) -> N
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "original/consolidated.00.pth", "training_args.bin"])
-def test_pickles_beside_the_weights_are_refused_with_the_patterns_that_leave_them_out(
-    planned: Callable[..., Plan], base: Path, name: str
+def test_other_files_beside_the_weights_are_named_by_the_plan_and_stay_where_they_are(
+    planned: Callable[..., Plan], base: Path
 ) -> None:
-    file(name)(base)
-    file("optimizer.pt")(base)
-    with pytest.raises(IntegrityError) as caught:
+    before = planned()
+    others = ["README.md", "model.onnx", "modeling_tiny.py", "old/consolidated.00.pth", "pytorch_model.bin", "x\x1b[2J"]
+    for name in others:
+        file(name)(base)
+    plan = planned()
+    assert [step.key for step in plan.steps] == [step.key for step in before.steps]
+    assert (
+        "left out of base_model: README.md, model.onnx, modeling_tiny.py, old/consolidated.00.pth, pytorch_model.bin, x"
+    ) in explain.as_text(plan)
+    assert "\x1b" not in explain.as_text(plan)
+    assert {p.name for p in fetch_base(plan, "quantize_model").iterdir()} == {p.name for p in base.iterdir()} - {
+        *others, "old",
+    }  # fmt: skip
+
+    for number in range(20):
+        file(f"images/{number}.png")(base)
+    assert "... (26 in all)" in explain.as_text(planned())
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [("model.gguf", "has only GGUF weights"), ("model.onnx", r"has no weights; expected model\.safetensors")],
+)
+def test_a_base_in_another_form_alone_is_refused_by_its_form(
+    planned: Callable[..., Plan], base: Path, form: str, words: str
+) -> None:
+    (base / "model.safetensors").rename(base / form)
+    with pytest.raises(UsageError, match=words):
         planned()
-    patterns = yaml.safe_load(str(caught.value).split("sources.base_model.files: ")[1])
-    plan = planned(files=patterns)
-    assert plan.sources["base_model"] is not None
-    assert name not in {f.path for f in plan.sources["base_model"].files}
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
-    """Have the hub's client copy a folder, as far as the patterns let it."""
-
-    def snapshot_download(
-        name: str, *, revision: str, local_dir: Path, allow_patterns: list[str], ignore_patterns: Sequence[str] = ()
-    ) -> str:
-        paths = [p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file()]
-        for path in huggingface_hub.utils.filter_repo_objects(
-            paths, allow_patterns=allow_patterns, ignore_patterns=list(ignore_patterns)
-        ):
-            (local_dir / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(repository / path, local_dir / path)
-        return str(local_dir)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+@pytest.fixture
+def hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that has the base at one commit."""
+    with hub_server.serve(base, tmp_path / "state", monkeypatch) as server:
+        yield server
 
 
 def fetch_base(plan: Plan, step: str) -> Path:
@@ -319,14 +330,13 @@ BY_WEIGHTS = {
 
 @pytest.mark.parametrize("name", UNFIT)
 def test_a_commit_is_refused_by_the_first_step_that_has_its_files_in_the_plans_words(
-    planned: Callable[..., Plan], base: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    planned: Callable[..., Plan], base: Path, hub: HubServer, name: str
 ) -> None:
     edit, overrides, _ = UNFIT[name]
     edit(base)
     by_plan = refusal(planned, *overrides)
-    hub(monkeypatch, base)
 
-    plan = planned(*overrides, uri=f"hf://owner/model@{COMMIT}")
+    plan = planned(*overrides, uri=hub_server.URI)
     steps = ["quantize_model"] if name in BY_WEIGHTS else ["validate_data", "quantize_model"]
     for step in steps:
         with pytest.raises(UsageError) as by_step:
@@ -335,12 +345,11 @@ def test_a_commit_is_refused_by_the_first_step_that_has_its_files_in_the_plans_w
 
 
 def test_a_part_of_a_commit_has_only_what_the_line_names(
-    planned: Callable[..., Plan], base: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Callable[..., Plan], base: Path, hub: HubServer
 ) -> None:
     for extra in ("added_tokens.json", "modeling.py", "model.fp16.safetensors", "original/params.json"):
         file(extra)(base)
-    hub(monkeypatch, base)
-    plan = planned(uri=f"hf://o/m@{COMMIT}", files=["**", "!model.fp16.*", "!added_tokens.json", "!original/*"])
+    plan = planned(uri=hub_server.URI, files=["**", "!model.fp16.*", "!added_tokens.json", "!original/*"])
     names = {path.name for path in base.iterdir()} - {
         "added_tokens.json", "modeling.py", "model.fp16.safetensors", "original",
     }  # fmt: skip
@@ -349,18 +358,54 @@ def test_a_part_of_a_commit_has_only_what_the_line_names(
     assert {p.name for p in fetch_base(plan, "validate_data").iterdir()} == tokenizer_names
 
     # The key is of the part and of the exclusions.
-    pins = [sources.pin("base_model", f"hf://o/m@{COMMIT}", files) for files in (["**"], ["**", "!x"])]
+    pins = [sources.pin("base_model", hub_server.URI, files) for files in (["**"], ["**", "!x"])]
     keys = {pin.subset(only).key() for pin in pins for only in ((), ("config.json",), ("tokenizer*",))}
     assert len(keys) == 6
 
 
-def test_a_commit_without_any_file_of_those_names_is_refused(
-    planned: Callable[..., Plan], base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub(monkeypatch, base)
-    plan = planned(uri=f"hf://o/m@{COMMIT}", files=["sub/*.safetensors"])
+def test_a_commit_without_any_file_of_those_names_is_refused(planned: Callable[..., Plan], hub: HubServer) -> None:
     with pytest.raises(UsageError, match=r"has no files that match sub/\*\.safetensors"):
-        fetch_base(plan, "quantize_model")
+        planned(uri=hub_server.URI, files=["sub/*.safetensors"])
+
+
+def test_a_commit_that_the_planner_cannot_list_is_listed_by_the_step_and_the_plan_says_so(
+    planned: Callable[..., Plan], base: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file("README.md")(base)
+    with monkeypatch.context() as offline:
+        hub_server.go_offline(offline)
+        plan = planned(uri=hub_server.URI)
+    assert "base_model: the Hub does not list its files here" in explain.as_text(plan)
+    folder = fetch_base(plan, "quantize_model")
+    assert {p.name for p in folder.iterdir()} == {p.name for p in base.iterdir()} - {"README.md"}
+
+    # What lies in the cache is compared with what the Hub says, whatever lies beside it.
+    weights = folder / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(bytes(weights.stat().st_size))
+    fetched = fetch_base(plan, "quantize_model") / "model.safetensors"
+    assert fetched.read_bytes() == (base / "model.safetensors").read_bytes()
+    assert "left out of base_model: README.md" in explain.as_text(planned(uri=hub_server.URI))
+
+
+def test_a_base_that_asks_for_code_after_it_was_planned_is_refused_before_it_is_loaded(
+    planned: Callable[..., Plan], base: Path
+) -> None:
+    plan = planned()
+    folder = fetch_base(plan, "quantize_model")
+    change(base, "config.json", text_config={"auto_map": {"AutoConfig": "x.Y"}})
+    # As if that file had been planned: exchanged while the plan was made.
+    data = (base / "config.json").read_bytes()
+    source = plan.sources["base_model"]
+    assert source is not None
+    pin = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    files = tuple(f.model_copy(update={"pin": pin}) if f.path == "config.json" else f for f in source.files)
+    exchanged = plan.model_copy(
+        update={"sources": {**plan.sources, "base_model": source.model_copy(update={"files": files})}}
+    )
+    assert folder.is_dir()
+    with pytest.raises(IntegrityError, match="auto_map"):
+        fetch_base(exchanged, "quantize_model")
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ UNHASHED = {
     "core.outcome": "a pair of numbers and a refusal, handed on as it is",
     "core.progress": "prints",
     "core.safety": "only refuses",
+    "storage.release_files": "only refuses",
     "core.signals": "asks whether to stop; training resumes to the same bytes",
     "core.supervisor": "ends processes",
     "core.uris": "masks secrets in a message of the log",

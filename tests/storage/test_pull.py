@@ -12,7 +12,7 @@ import pytest
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import make_plan
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import keys, open_store, pull, registry
+from qlora_retrain.storage import artifact, keys, open_store, pull, registry
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
 
@@ -118,6 +118,44 @@ def test_a_byte_that_is_not_as_published_leaves_nothing_at_the_destination(
     assert path.name in str(caught.value)
     assert not (tmp_path / "dest").exists()
     assert not list(tmp_path.glob(".dest*"))
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("model/modeling.py", b"import os"),
+        ("adapter/optimizer.pt", b"a pickle"),
+        ("setup.sh", b"rm"),
+        ("model/.hidden.json", b"{}"),
+        ("model/config.json", b'{"text_config": {"auto_map": {"AutoConfig": "x.Y"}}}'),
+        ("adapter/adapter_config.json", b'{"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}'),
+        ("model/tokenizer_config.json", b"[" * 10**5),
+    ],
+)
+def test_a_version_that_somebody_else_wrote_is_refused_though_every_hash_is_right(
+    store: Store, publish: Callable[[str], Release], tmp_path: Path, path: str, data: bytes
+) -> None:
+    good = publish("one")
+    source, name = registry.version_folder("intents", good.version), "20990101T000000Z-0123456789ab"
+    folder = registry.version_folder("intents", name)
+    store.copy([(f"{source}/{file.path}", f"{folder}/{file.path}") for file in good.files])
+    (tmp_path / "up" / path).parent.mkdir(parents=True)
+    (tmp_path / "up" / path).write_bytes(data)
+    store.upload(tmp_path / "up", folder, [path])
+    forged_files = (*(file for file in good.files if file.path != path), *artifact.list_files(tmp_path / "up"))
+    forged = registry.complete_version(
+        store, good.model_copy(update={"version": name, "content_hash": "f" * 64, "files": forged_files})
+    )
+
+    # As an attacker who may write the alias does; no check of ours is asked.
+    registry.move_alias(store, "intents", "production", forged, reason="a forgery", is_verified=True)
+    with pytest.raises(IntegrityError, match=r"no file that this project writes|would run code|levels deep"):
+        pull.pull(store, REFERENCE, tmp_path / "dest")
+    assert not (tmp_path / "dest").exists()
+    assert not list(tmp_path.glob(".dest*"))
+    # By hand it is not promoted either.
+    with pytest.raises(IntegrityError, match=r"no file that this project writes|would run code|levels deep"):
+        registry.move_alias(store, "intents", "staging", forged, reason="by hand")
 
 
 def test_a_store_that_went_back_in_time_is_refused(

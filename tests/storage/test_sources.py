@@ -1,4 +1,4 @@
-"""Sources: pinned by content, checked against the pin, never code or pickles."""
+"""Sources: pinned by content, checked against the pin; of a base, only what a model is loaded from."""
 
 from __future__ import annotations
 
@@ -124,28 +124,59 @@ def test_a_file_that_changed_since_the_plan_is_refused(base: Path, tmp_path: Pat
         sources.fetch(pinned, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "name", ["modeling_x.py", "pytorch_model.bin", "sub/model.PT", "x.pkl", "x.pickle", "lib.so", "x.joblib"]
+OTHERS = (
+    *("README.md", "modeling_x.py", "x.pyc", "pytorch_model.bin", "sub/model.PT", "x.npz", "model.onnx", "photo.png"),
+    *("model.gguf", ".gitattributes", ".cache/huggingface/download/config.json.metadata"),
 )
-def test_a_base_model_with_code_or_pickles_is_refused(base: Path, name: str) -> None:
+
+
+def test_other_files_of_a_base_are_named_and_left_out(base: Path, tmp_path: Path) -> None:
+    before = sources.pin("base_model", base.as_uri(), ["**"])
+    for name in OTHERS:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("anything")
+    pinned = sources.pin("base_model", base.as_uri(), ["**"])
+    # Neither the key nor what is fetched depends on them.
+    assert set(pinned.left_out) == set(OTHERS)
+    assert pinned.key() == before.key()
+    (tmp_path / "out").mkdir()
+    sources.fetch(pinned, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").rglob("*")} == {f.path for f in before.files}
+
+    # What the patterns leave out is not named; data is of any kind.
+    assert sources.pin("base_model", base.as_uri(), ["*.json", "*.safetensors"]).left_out == ()
+    assert sources.pin("raw_data", base.as_uri(), ["**"]).left_out == ()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "sub/model.PT", "x.pkl", "flax.msgpack"])
+def test_a_base_that_has_pickles_alone_is_refused_with_the_way_to_convert(base: Path, name: str) -> None:
+    (base / "model.safetensors").unlink()
     (base / name).parent.mkdir(exist_ok=True)
     (base / name).write_text("x")
-    with pytest.raises(IntegrityError, match=r"only safetensors models"):
-        sources.pin("base_model", base.as_uri(), ["**"])
-    with pytest.raises(IntegrityError):
-        sources.pin("base_model", (base / name).as_uri(), ["**"])
-    # A file that the patterns leave out does no harm.
-    sources.pin("base_model", base.as_uri(), ["*.json", "*.safetensors"])
+    for uri, files in ((base.as_uri(), ["**"]), ((base / name).as_uri(), ["**"]), (base.as_uri(), [name])):
+        with pytest.raises(IntegrityError, match=r"is a pickle.*save_pretrained\(NEW\)"):
+            sources.pin("base_model", uri, files)
+    # Of a preview only the tokenizer's files are wanted.
+    sources.pin("base_model", base.as_uri(), TOKENIZER_FILES)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_base_of_files_that_no_model_is_loaded_from_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("soon")
+    with pytest.raises(UsageError, match="has no files that match"):
+        sources.pin("base_model", tmp_path.as_uri(), ["**"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json", "sub/config.json"])
 def test_a_base_model_that_names_code_is_refused(base: Path, name: str) -> None:
-    (base / name).write_text(json.dumps({"auto_map": {"AutoModel": "x.y"}}))
-    with pytest.raises(IntegrityError, match="auto_map"):
-        sources.pin("base_model", base.as_uri(), ["**"])
-    (base / name).write_text("{")
-    with pytest.raises(IntegrityError, match="not valid JSON"):
-        sources.pin("base_model", base.as_uri(), ["**"])
+    (base / name).parent.mkdir(exist_ok=True)
+    for document in ({"auto_map": {"AutoModel": "x.y"}}, {"text_config": {"auto_map": {"AutoConfig": "x.y"}}}):
+        (base / name).write_text(json.dumps(document))
+        with pytest.raises(IntegrityError, match=f"base_model: {name} .*auto_map"):
+            sources.pin("base_model", base.as_uri(), ["**"])
+    for text, reason in (("{", "not valid JSON"), ("[" * 10**5, "levels deep"), (" " * (2**23 + 1), "at most 8 MiB")):
+        (base / name).write_text(text)
+        with pytest.raises(IntegrityError, match=reason):
+            sources.pin("base_model", base.as_uri(), ["**"])
 
 
 def test_a_source_without_files_is_refused(tmp_path: Path) -> None:

@@ -110,6 +110,29 @@ def test_an_object_given_as_a_folder_is_told_how_to_be_named(bucket_folder: str)
         sources.pin("raw_data", f"{bucket_folder}/rows.jsonl", ["**"])
 
 
+def test_other_files_of_a_base_in_a_bucket_are_neither_read_nor_pinned(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"config.json": "{}", "model.safetensors": "weights", "README.md": "x", "old/pytorch_model.bin": "x"}
+    for path, text in texts.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    open_store(s3_uri).upload(tmp_path, "", texts)
+    read: list[str] = []
+    hash_objects = S3Store.pinnable_hashes
+    monkeypatch.setattr(
+        S3Store, "pinnable_hashes", lambda self, paths: hash_objects(self, [read.append(p) or p for p in paths])
+    )
+    pinned = sources.pin("base_model", s3_uri, ["**"])
+    assert [f.path for f in pinned.files] == read == ["config.json", "model.safetensors"]
+    assert pinned.left_out == ("README.md", "old/pytorch_model.bin")
+
+    (tmp_path / "config.json").write_text('{"text_config": {"auto_map": "x.Y"}}')
+    open_store(s3_uri).upload(tmp_path, "", ["config.json"])
+    with pytest.raises(IntegrityError, match="auto_map"):
+        sources.pin("base_model", s3_uri, ["**"])
+
+
 def test_a_base_model_in_a_bucket_is_asked_what_a_folder_is(
     s3_uri: str, tiny_model: Path, tickets: Path, tmp_path: Path
 ) -> None:

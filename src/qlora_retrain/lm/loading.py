@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import warnings
 from pathlib import Path
 from types import MethodType
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.core.safety import refuse_unsafe
+from qlora_retrain.core.safety import read_json, refuse_unsafe
 from qlora_retrain.lm import model_files
 
 if TYPE_CHECKING:
@@ -266,12 +265,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder.name}: no config.json; expected a model folder in the Hugging Face layout")
-    return _read_json(path, f"{folder.name}/config.json")
-
-
-def _read_json(path: Path, label: str) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise IntegrityError(f"{label}: is not JSON: {error}") from error
+    document = read_json(path, folder.name)
     return document if isinstance(document, dict) else {}

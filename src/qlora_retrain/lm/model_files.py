@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qlora_retrain.core import safety
 from qlora_retrain.core.errors import IntegrityError, UsageError
 
 SINGLE_FILE = "model.safetensors"
@@ -87,14 +87,7 @@ def weight_paths(folder: Path, label: str | None = None) -> list[Path]:
 
 def read_json_in(folder: Path) -> ReadJson:
     """Return a reader of a folder's JSON files, which maps what is no JSON to `IntegrityError`."""
-
-    def read(name: str) -> Any:
-        try:
-            return json.loads((folder / name).read_bytes())
-        except ValueError as error:
-            raise IntegrityError(f"{folder.name}/{name}: is not JSON: {error}") from error
-
-    return read
+    return lambda name: safety.read_json(folder / name, folder.name)
 
 
 def index_files(document: Any, label: str) -> list[str]:

@@ -1,8 +1,7 @@
 """Ask a base model's files, before any work is done, whether this line can use it: weights, architecture, limits.
 
-The plan asks where the files can be listed. The files of a commit (`hf://`) are not listed before they are downloaded;
-then each step that fetches them asks, by the same function and so in the same words. Of the weights only the header of
-one file is read.
+The plan asks where it can read the files. It downloads no weights of a commit (`hf://`); there each step that fetches
+them asks, by the same function and so in the same words. Of the weights only the header of one file is read.
 """
 
 from __future__ import annotations
@@ -78,7 +77,8 @@ def refuse_unfit(folder: ModelFolder, demands: Demands) -> None:
     """
     weights: tuple[str, ...] = ()
     if folder.has_weights:
-        weights = model_files.weight_files(folder.names, folder.read_json, LABEL)
+        # With the files that are left out, since they tell in which other form the weights are.
+        weights = model_files.weight_files(folder.names | folder.left_out, folder.read_json, LABEL)
         if "config.json" not in folder.names:
             raise UsageError(f"{LABEL}: has no config.json; expected a model folder in the Hugging Face layout")
     documents = folder.read_objects("config.json", *token_ids.FILES)

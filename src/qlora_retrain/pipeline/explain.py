@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_retrain.config.line import LineConfig
-from qlora_retrain.core import graph, progress
+from qlora_retrain.core import graph, progress, visible_text
 from qlora_retrain.core.errors import Problem, describe
 from qlora_retrain.pipeline import code_identity, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import open_store, signatures
+from qlora_retrain.storage.sources import PinnedSource
 from qlora_retrain.storage.store import Store
 
 # A line's last run is among the newest runs of the store; a store may have thousands.
 _MAX_RUNS_READ = 50
+# Files that are named in one line.
+_MAX_NAMES = 10
 
 
 def as_text(plan: Plan) -> str:
@@ -26,6 +29,7 @@ def as_text(plan: Plan) -> str:
     if plan.reference:
         lines.append(f"data reference {plan.reference.version}")
     lines += [f"{c.field} = {c.value}: {c.reason}" for c in plan.choices]
+    lines += [line for name, source in plan.sources.items() if source for line in _source_notes(name, source)]
 
     if plan.unchanged:
         lines.append(f"unchanged: production is already {plan.unchanged}, made by this recipe; nothing will run")
@@ -36,6 +40,16 @@ def as_text(plan: Plan) -> str:
     for planned in plan.steps:
         lines.append(f"  {planned.name:<15} {planned.key[:12]}  {_forecast(plan, planned, earlier)}")
     return "\n".join(lines)
+
+
+def _source_notes(name: str, source: PinnedSource) -> Iterator[str]:
+    """Yield what a person should know of a source: which files are not read, and what is not pinned."""
+    if source.left_out:
+        count = len(source.left_out)
+        names = ", ".join(visible_text.escape_controls(path) for path in source.left_out[:_MAX_NAMES])
+        yield f"left out of {name}: {names}" + (f", ... ({count} in all)" if count > _MAX_NAMES else "")
+    if not source.is_listed:
+        yield f"{name}: the Hub does not list its files here (network, access), so only the commit is pinned"
 
 
 def status_text(plan: Plan) -> str:

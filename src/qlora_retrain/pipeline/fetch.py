@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, safety
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, is_refusal
 from qlora_retrain.pipeline import base_model
 from qlora_retrain.pipeline.model_folder import ModelFolder
@@ -14,8 +14,6 @@ from qlora_retrain.pipeline.planned_steps import FILE_SETS, PlannedStep
 from qlora_retrain.storage import artifact, cache, registry, sources
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import NotFound, Store
-
-_BASE = "base_model"
 
 
 def input_manifests(plan: Plan, step: graph.Step, store: Store) -> dict[str, Manifest]:
@@ -71,10 +69,13 @@ def fetch_input(
     # What is left is a source, whose files were pinned by their hashes when the plan was made.
     source = plan.sources[item.name]
     assert source is not None
-    subset = source.subset(FILE_SETS[item.files])
+    subset = sources.list_commit(item.name, source).subset(FILE_SETS[item.files])
     folder = cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), subset.as_files())
-    if item.name == _BASE and source.is_commit:
-        _refuse_unfit_base(plan, item, folder)
+    if item.name == sources.BASE:
+        # Before any library opens a file of it.
+        safety.refuse_unsafe(folder)
+        if source.is_commit:
+            _refuse_unfit_base(plan, item, folder)
     return folder
 
 

@@ -215,7 +215,7 @@ def _pin_version(store: Store, line: str, version: str) -> PinnedVersion:
 
 def _refuse_unfit_base(settings: Mapping[str, Section], base: PinnedSource | None) -> None:
     """Refuse a base that the line cannot use, before hours of training and not after them."""
-    # The files of a commit are not listed yet: the steps that fetch them ask the same.
+    # The files of a commit are not here yet: the steps that fetch them ask the same.
     if base is not None and not base.is_commit:
         values = {name: section.model_dump(mode="json") for name, section in settings.items()}
         demands = base_model.Demands.from_sections(**values)

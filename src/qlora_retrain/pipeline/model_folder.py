@@ -9,12 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qlora_retrain.core import safety
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.sources import PinnedSource
+from qlora_retrain.storage.store import MAX_DOCUMENT_BYTES
 
 LABEL = "sources.base_model"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+# Headers have less than 1 MiB; the format allows 100 MB, which would take gigabytes once parsed.
+_MAX_HEADER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ModelFolder:
         names: Their relative paths.
         read: Reads a small file.
         read_start: Reads the first bytes of a file.
+        left_out: Further files of the source, which are not read.
         has_weights: Whether the weights should be among them; a step may read the tokenizer's files alone.
     """
 
@@ -32,13 +36,21 @@ class ModelFolder:
     read: Callable[[str], bytes]
     read_start: Callable[[str, int], bytes]
     has_weights: bool = True
+    left_out: frozenset[str] = frozenset()
 
     @classmethod
     def from_source(cls, source: PinnedSource) -> ModelFolder:
         """Look at a source whose files are listed."""
         store = open_store(source.uri)
         names = frozenset(file.path for file in source.files)
-        return cls(names, cache(lambda path: store.read(path).data), store.read_start)
+
+        def read(path: str) -> bytes:
+            limit = safety.max_bytes(path) or MAX_DOCUMENT_BYTES
+            data = store.read_start(path, limit + 1)
+            safety.refuse_large(path, len(data), LABEL)
+            return data
+
+        return cls(names, cache(read), store.read_start, left_out=frozenset(source.left_out))
 
     @classmethod
     def from_path(cls, folder: Path, *, has_weights: bool) -> ModelFolder:
@@ -53,10 +65,7 @@ class ModelFolder:
 
     def read_json(self, path: str) -> Any:
         """Return a parsed JSON file; raise `IntegrityError` where it is none."""
-        try:
-            return json.loads(self.read(path))
-        except ValueError as error:
-            raise IntegrityError(f"{LABEL}: {path} is not valid JSON: {error}") from error
+        return safety.parse_json(path, self.read(path), LABEL)
 
     def read_objects(self, *paths: str) -> dict[str, dict[str, Any]]:
         """Return the JSON objects in those of the files that exist, by path."""
@@ -74,6 +83,6 @@ class ModelFolder:
         try:
             document = json.loads(self.read_start(path, 8 + size_bytes)[8:])
         # The step that loads the weights reports a damaged file.
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return {k: v for k, v in document.items() if k != "__metadata__"} if isinstance(document, dict) else {}

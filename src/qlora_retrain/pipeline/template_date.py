@@ -43,7 +43,7 @@ def _reads_clock(config: DataConfig, base: PinnedSource | None) -> bool:
         return _CLOCK in config.template
     if base is None:
         return False
-    # The files of a commit are not listed before they are downloaded, so its template may read the clock.
+    # The files of a commit are not here before a step fetches them, so its template may read the clock.
     if base.uri.startswith("hf://"):
         return True
 
@@ -59,5 +59,5 @@ def _template_text(name: str, data: bytes) -> str:
         return text
     try:
         return json.dumps(json.loads(text).get("chat_template"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ""

@@ -28,15 +28,15 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path("~/.cache/qlora-retrain").expanduser()
 
 
-def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[File, ...] | None) -> Path:
+def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[File, ...]) -> Path:
     """Return a local folder with the content `key`, downloading it if the cache does not have it intact.
 
     Args:
         name: The input's name, a folder of the cache.
         key: The content's address.
         download: Fills an empty folder. It is called where the cache has no such content, or a damaged copy.
-        files: The files that must be there, by hash. None where `download` checks the content itself; then the hashes
-            of the first download are recorded and checked at every later use.
+        files: The files that must be there and no others, by hash. They come from a plan or a manifest, never from the
+            cache, which others can write to.
 
     Raises:
         IntegrityError: If a fresh download is not what `files` promises.
@@ -44,7 +44,7 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
     target = cache_folder() / name / key
     if target.is_dir():
         # Hashed at every use: a damaged file in a shared cache would harm every run on this node.
-        if _fault(target, files, target) is None:
+        if _fault(target, files) is None:
             return target
         _remove(target)
 
@@ -54,9 +54,7 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
         temporary = work / name
         temporary.mkdir()
         download(temporary)
-        if files is None:
-            _record(temporary, target)
-        fault = _fault(temporary, files, target)
+        fault = _fault(temporary, files)
         if fault is not None:
             raise IntegrityError(f"{name}: {fault}")
 
@@ -73,19 +71,9 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
     return target
 
 
-def _fault(folder: Path, files: tuple[File, ...] | None, target: Path) -> str | None:
+def _fault(folder: Path, files: tuple[File, ...]) -> str | None:
     """Return what is wrong with a folder, or None."""
-    if files is None:
-        try:
-            # Cut at `\n` alone: a path may hold other characters that `splitlines` takes for line ends.
-            lines = _record_of(target).read_bytes().decode().split("\n")[:-1]
-        except OSError:
-            return "its record is missing"
-        # Each line is 64 hex digits, a space and the path, as sha256sum writes it.
-        expected = [(line[65:], line[:64]) for line in lines]
-    else:
-        expected = [(f.path, f.sha256) for f in files]
-
+    expected = [(f.path, f.sha256) for f in files]
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     if extra := sorted(present - {path for path, _ in expected}):
         return f"{extra[0]}: does not belong here"
@@ -98,22 +86,6 @@ def _fault(folder: Path, files: tuple[File, ...] | None, target: Path) -> str | 
         if actual != sha256:
             return f"{path}: expected sha256 {sha256[:12]}, found {actual[:12]}"
     return None
-
-
-def _record_of(target: Path) -> Path:
-    """Return the path of a folder's record of hashes."""
-    # Beside the folder and not in it, so that a step sees its input's files and nothing else.
-    return target.with_name(f"{target.name}.sha256")
-
-
-def _record(folder: Path, target: Path) -> None:
-    """Write the hashes of a fresh download beside its target."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    text = "".join(f"{hashing.sha256_file(p)} {p.relative_to(folder).as_posix()}\n" for p in paths)
-    # First in the work folder, which is removed whatever happens; then in its place with one rename.
-    temporary = _record_of(folder)
-    temporary.write_text(text)
-    temporary.replace(_record_of(target))
 
 
 def _remove(folder: Path) -> None:

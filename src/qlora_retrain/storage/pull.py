@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_retrain.core import hashing
+from qlora_retrain.core import hashing, safety
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import keys, registry
 from qlora_retrain.storage.registry import Release
@@ -78,8 +78,8 @@ def pull(
 
     Raises:
         UsageError: If the reference names nothing, or the destination holds something that no pull made.
-        IntegrityError: If a byte differs from what was published, the alias went back in time, or another key than the
-            expected one signed.
+        IntegrityError: If a byte differs from what was published, a file is none that a version may have, the alias
+            went back in time, or another key than the expected one signed.
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - "." needs a name; a link stays a link
     release, record = resolve(store, reference)
@@ -108,6 +108,7 @@ def pull(
         )
     record["seen"] = {**known_generations, reference: (record["generation"], release.version)}
 
+    safety.refuse_foreign((file.path for file in release.files), f"{reference}: {release.version}")
     expected = [("manifest.json", record["manifest_sha256"]), *((f.path, f.sha256) for f in release.files)]
     if previous.get("version") == release.version and _fault(destination, expected) is None:
         _write_record(destination, record)
@@ -125,6 +126,7 @@ def pull(
         fault = _fault(temporary, expected)
         if fault is not None:
             raise IntegrityError(f"{store.uri}/{folder}/{fault}; nothing was written to {destination}")
+        safety.refuse_unsafe(temporary, f"{reference}: {release.version}")
         _write_record(temporary, record)
         _replace(destination, temporary)
     finally:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import audit, keys, signatures
+from qlora_retrain.storage import audit, keys, release_files, signatures
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
@@ -129,7 +129,7 @@ def verify_version(store: Store, release: Release) -> None:
     """Compare every byte of a version in the store with its manifest.
 
     Raises:
-        IntegrityError: If a file is missing or has other bytes.
+        IntegrityError: If a file is missing, has other bytes, or is none that a version may have.
     """
     folder = version_folder(release.line, release.version)
     if difference := first_fault(store, folder, release.files):
@@ -138,6 +138,7 @@ def verify_version(store: Store, release: Release) -> None:
             f"{store.uri}/{folder}/{file.path}: {fault}: no alias moves to a version that is not what its manifest "
             "names; choose another version, or train again"
         )
+    release_files.refuse_unsafe(store, folder, release.files)
 
 
 def read_alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:

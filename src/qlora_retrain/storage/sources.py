@@ -5,24 +5,24 @@ The field names of `PinnedSource` and `PinnedFile` are the JSON of `plan.json`: 
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
 import re
-import shutil
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qlora_retrain.core import hashing, safety, uris
-from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
-from qlora_retrain.storage import open_store
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.storage import hub, open_store
 from qlora_retrain.storage.artifact import File
+from qlora_retrain.storage.globs import matches_any as matches_any
 from qlora_retrain.storage.s3 import S3Store
 from qlora_retrain.storage.store import NotFound
 
-# The files that are taken from a Hugging Face repository: never code, never pickles.
+BASE = "base_model"
+# The files that are taken from a Hugging Face repository. They are part of the key of every commit.
 _HF_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.jsonl", "*.csv", "*.parquet")
 # Further forms of data; those of a base are left as they are, since its patterns are part of its key.
 _HF_DATA_FILES = ("*.ndjson", "*.jsonlines", "*.tsv", "*.arrow", "*.feather", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4")
@@ -36,14 +36,21 @@ class PinnedFile(BaseModel):
     size_bytes: int
     pin: str
 
+    @property
+    def is_commit(self) -> bool:
+        """Whether this is the entry that stands for a commit, and no file."""
+        return self.pin.startswith("commit:")
+
 
 class PinnedSource(BaseModel):
     """A source as it was when the plan was made. Its key comes from the content, never from the URI.
 
     Attributes:
         uri: Where it is.
-        files: Its files. The files of a commit are not listed before they are downloaded, so a commit has one entry.
+        files: Its files. The first entry of a commit is the commit itself, and the only one where neither the Hub nor a
+            cache could list its files.
         patterns: The globs of a commit's files.
+        left_out: The files of a base that match its patterns and that no model is loaded from.
         only: Globs of the part of a commit that a step reads; empty: all of it.
     """
 
@@ -51,61 +58,45 @@ class PinnedSource(BaseModel):
     uri: str
     files: tuple[PinnedFile, ...]
     patterns: tuple[str, ...] = ("**",)
+    # Plans of earlier releases have no such field, and their bytes are hashed.
+    left_out: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
     # Not part of a plan: it is set where a step fetches its part.
     only: tuple[str, ...] = Field((), exclude=True)
 
     @property
     def is_commit(self) -> bool:
-        """Whether its files are listed only once they are downloaded."""
+        """Whether it is a commit of the Hugging Face Hub."""
         return self.uri.startswith("hf://")
+
+    @property
+    def content(self) -> tuple[PinnedFile, ...]:
+        """Its files, without the entry of the commit itself."""
+        return tuple(file for file in self.files if not file.is_commit)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the files of a commit are known."""
+        return not self.is_commit or bool(self.content)
 
     def subset(self, only: Sequence[str]) -> PinnedSource:
         """Return the source with only the files that match."""
         if not only:
             return self
-        if self.is_commit:
-            return self.model_copy(update={"only": tuple(only)})
-        return self.model_copy(update={"files": tuple(f for f in self.files if matches_any(f.path, only))})
+        files = tuple(f for f in self.files if f.is_commit or matches_any(f.path, only))
+        return self.model_copy(update={"files": files, "only": tuple(only) if self.is_commit else ()})
 
-    def as_files(self) -> tuple[File, ...] | None:
-        """Return the files by their hashes; None for a commit, whose files are not listed yet."""
-        if self.is_commit:
-            return None
+    def as_files(self) -> tuple[File, ...]:
+        """Return the files by their hashes."""
         return tuple(
-            File(path=f.path, size_bytes=f.size_bytes, sha256=f.pin.removeprefix("sha256:")) for f in self.files
+            File(path=f.path, size_bytes=f.size_bytes, sha256=f.pin.removeprefix("sha256:")) for f in self.content
         )
 
     def key(self) -> str:
         """Return the content's address."""
-        pins = sorted((f.path, f.size_bytes, f.pin) for f in self.files)
+        # A commit alone, so that the key does not depend on whether its files could be listed.
+        pins = sorted((f.path, f.size_bytes, f.pin) for f in self.files if f.is_commit or not self.is_commit)
         part = {"only": self.only} if self.only else {}
         return hashing.sha256_json({"files": pins, "patterns": self.patterns if self.is_commit else None, **part})
-
-
-def matches_any(path: str, patterns: Sequence[str]) -> bool:
-    """Return whether a relative path matches one of the globs, and none of those that begin with `!`.
-
-    `**` matches every path, and `**/` matches any folders or none. A folder's name matches all that lies in it, and
-    `{a,b}` stands for either.
-    """
-    included = [p for p in patterns if not p.startswith("!")]
-    excluded = [p[1:] for p in patterns if p.startswith("!")]
-    # Only exclusions: of every file.
-    is_included = any(_matches(path, p) for p in included) if included else bool(excluded)
-    return is_included and not any(_matches(path, p) for p in excluded)
-
-
-def _matches(path: str, pattern: str) -> bool:
-    if path == pattern:
-        return True
-    if braces := re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern):
-        return any(_matches(path, f"{braces[1]}{choice}{braces[3]}") for choice in braces[2].split(","))
-
-    # Python's globs know no `**` before 3.13, so its common uses are handled here.
-    glob = pattern.removeprefix("./").removeprefix("**/")
-    is_match = glob == "**" or any(fnmatch.fnmatchcase(path, form) for form in (glob, glob.replace("/**/", "/")))
-    is_in_folder = bool(glob.rstrip("/")) and path.startswith(glob.rstrip("/") + "/")
-    return is_match or is_in_folder or bool(glob and PurePosixPath(path).match(glob))
 
 
 def pin(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
@@ -118,60 +109,97 @@ def pin(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
 
     Raises:
         UsageError: If there are no such files, or a Hugging Face source names no commit.
-        IntegrityError: If a model source holds code or pickles.
+        IntegrityError: If a base asks for code, has only pickles, or has a file that is far too large.
     """
     scheme = urlsplit(uri).scheme
-    # A commit pins its files by itself, so nothing is listed or read.
     if scheme == "hf":
         return _pin_commit(name, uri, patterns)
     # One file: its folder is the source, with that file alone.
     if scheme == "file" and (single := uris.local_path(uri)).is_file():
-        uri, files = single.parent.as_uri(), [_pin_file(single, single.parent)]
+        uri, patterns = single.parent.as_uri(), [single.name]
+        files, left_out = _pin_files(single.parent, [single], name)
+    elif scheme == "file":
+        files, left_out = _pin_local(name, uri, patterns)
     else:
-        files = _pin_local(name, uri, patterns) if scheme == "file" else _pin_s3(uri, patterns)
+        files, left_out = _pin_s3(name, uri, patterns)
 
+    if name == BASE:
+        safety.refuse_only_pickles((f.path for f in files), left_out, name)
     if not files:
         hint = "; for one object, give its folder as uri and its name in files" if scheme == "s3" else ""
         raise UsageError(
             f"sources.{name}: {uris.mask_secrets(uri)} has no files that match {', '.join(patterns)}{hint}"
         )
-    pinned = PinnedSource(uri=uri, files=tuple(files))
-    if name == "base_model":
-        _refuse_unsafe(pinned)
+    pinned = PinnedSource(uri=uri, files=tuple(files), left_out=tuple(left_out))
+    if name == BASE:
+        safety.refuse_content(((f.path, f.size_bytes) for f in files), open_store(uri).read_start, name)
     return pinned
+
+
+def list_commit(name: str, source: PinnedSource) -> PinnedSource:
+    """Return a source with its files; a commit whose files the plan could not list is listed now.
+
+    Raises:
+        UsageError: If there is no such commit, no access to it, or no request may be made.
+        TryAgain: If the Hub cannot be reached.
+    """
+    if source.is_listed:
+        return source
+    try:
+        return _list_commit(name, source, source.patterns)
+    except hub.Unreachable as unreachable:
+        raise unreachable.as_problem() from unreachable
 
 
 def fetch(source: PinnedSource, folder: Path) -> None:
     """Copy the source's files into `folder` and check each against its pin.
 
     Raises:
+        UsageError: If the files of a commit are not listed.
         IntegrityError: If a file changed since the plan was made.
     """
-    if source.is_commit:
-        _fetch_commit(source, folder)
-        return
-
+    if not source.is_listed:
+        raise UsageError(f"{source.uri}: cannot be reached, so its files are not known; plan where the Hub is reached")
     try:
-        open_store(source.uri).download("", [f.path for f in source.files], folder)
+        if source.is_commit:
+            hub.download(source.uri, source.as_files(), folder)
+        else:
+            open_store(source.uri).download("", [f.path for f in source.files], folder)
     except NotFound as error:
         raise IntegrityError(
             f"{uris.mask_secrets(source.uri)}: {error} is gone since the plan was made; plan again"
         ) from error
 
-    for file in source.files:
-        if f"sha256:{hashing.sha256_file(folder / file.path)}" != file.pin:
+    for file in source.as_files():
+        path = folder / file.path
+        if not path.is_file() or hashing.sha256_file(path) != file.sha256:
             raise IntegrityError(
                 f"{uris.mask_secrets(source.uri)}: {file.path} is not what the plan pinned; "
                 "it changed since: plan again"
             )
 
 
-def _pin_local(name: str, uri: str, patterns: Sequence[str]) -> list[PinnedFile]:
+def _pin_local(name: str, uri: str, patterns: Sequence[str]) -> tuple[list[PinnedFile], list[str]]:
     path = uris.local_path(uri)
     if not path.is_dir():
         raise UsageError(f"sources.{name}: {path} does not exist; expected a file or a folder{_glob_hint(path)}")
     paths = sorted(p for p in path.rglob("*") if p.is_file() and matches_any(p.relative_to(path).as_posix(), patterns))
-    return [_pin_file(p, path) for p in paths]
+    return _pin_files(path, paths, name)
+
+
+def _pin_files(folder: Path, paths: Sequence[Path], name: str) -> tuple[list[PinnedFile], list[str]]:
+    """Pin files below a folder; of a base, leave out and name those that no model is loaded from."""
+    included, left_out = _split(name, (path.relative_to(folder).as_posix() for path in paths))
+    return [_pin_file(folder / path, folder) for path in included], left_out
+
+
+def _split(name: str, paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the files that are taken, and those of a base that are left where they are."""
+    included: list[str] = []
+    left_out: list[str] = []
+    for path in paths:
+        (included if name != BASE or safety.is_model_file(path) else left_out).append(path)
+    return included, left_out
 
 
 def _glob_hint(path: Path) -> str:
@@ -191,71 +219,49 @@ def _pin_file(path: Path, folder: Path) -> PinnedFile:
     )
 
 
-def _pin_s3(uri: str, patterns: Sequence[str]) -> list[PinnedFile]:
+def _pin_s3(name: str, uri: str, patterns: Sequence[str]) -> tuple[list[PinnedFile], list[str]]:
     store = S3Store(uri)
-    entries = [e for e in store.list("") if matches_any(e.path, patterns)]
-    hashes = store.pinnable_hashes(e.path for e in entries)
-    return [
-        PinnedFile(path=e.path, size_bytes=e.size_bytes, pin=f"sha256:{sha256}")
-        for e, sha256 in zip(entries, hashes, strict=True)
+    entries = {e.path: e for e in store.list("") if matches_any(e.path, patterns)}
+    included, left_out = _split(name, entries)
+    files = [
+        PinnedFile(path=path, size_bytes=entries[path].size_bytes, pin=f"sha256:{sha256}")
+        for path, sha256 in zip(included, store.pinnable_hashes(included), strict=True)
     ]
+    return files, left_out
 
 
 def _pin_commit(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)@([0-9a-f]{40})", uri)
     if match is None:
         raise UsageError(f"sources.{name}: {uri}: expected hf://owner/name@<40 hex of a commit>; a branch can move")
-    # Every file of a repository would be code and pickles too. Exclusions alone are of every file.
+    # Exclusions alone are of every file.
     excluded = tuple(p for p in patterns if p.startswith("!"))
     included = tuple(p for p in patterns if not p.startswith("!")) or ("**",)
-    every_file = _HF_FILES if name == "base_model" else _HF_FILES + _HF_DATA_FILES
+    every_file = _HF_FILES if name == BASE else _HF_FILES + _HF_DATA_FILES
     allowed = tuple(glob for p in included for glob in (every_file if p == "**" else (p,)))
-    # The commit pins every file. No request is made, so that a plan needs no access to the hub.
-    return PinnedSource(
-        uri=uri, files=(PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}"),), patterns=allowed + excluded
-    )
+    commit = PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}")
+    pinned = PinnedSource(uri=uri, files=(commit,), patterns=allowed + excluded)
+    # A plan needs no access to the Hub: the steps that have it list the files then.
+    with contextlib.suppress(hub.Unreachable):
+        return _list_commit(name, pinned, patterns)
+    return pinned
 
 
-def _fetch_commit(source: PinnedSource, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def _list_commit(name: str, source: PinnedSource, patterns: Sequence[str]) -> PinnedSource:
+    """Return a commit's source with its files by their hashes; `patterns` are the line's own, for what is left out."""
 
-    # A 4xx answer (no such commit, no access) stays the same on a retry, and so does the offline mode.
-    repository, _, commit = source.uri.removeprefix("hf://").partition("@")
-    allowed = [p for p in source.only or source.patterns if not p.startswith("!")]
-    excluded = [p[1:] for p in source.patterns if p.startswith("!")]
-    # The client's globs need a folder where they have `**/`, and know neither braces nor a folder's name alone.
-    allowed += [p.replace("**/", "") for p in allowed if "**/" in p]
-    allowed = [re.sub(r"\{[^{}]*\}", "*", p) for p in allowed] + [f"{p.rstrip('/')}/*" for p in allowed]
-    try:
-        options: dict[str, Any] = {"ignore_patterns": excluded} if excluded else {}
-        snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=allowed, **options)
-    except HfHubHTTPError as error:
-        is_refused = error.response is not None and 400 <= error.response.status_code < 500
-        raise (UsageError if is_refused else TryAgain)(f"{source.uri}: cannot be downloaded: {error}") from error
-    except (LocalEntryNotFoundError, ConnectionError) as error:
-        is_offline = isinstance(error.__cause__ or error, OfflineModeIsEnabled)
-        raise (UsageError if is_offline else TryAgain)(f"{source.uri}: cannot be reached: {error}") from error
-    # The client's own notes: they hold times, and are no content of the commit.
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    def is_wanted(path: str) -> bool:
+        return matches_any(path, source.patterns) and (name != BASE or safety.is_model_file(path))
 
-    # The client's globs differ a little from ours, which decide everywhere else.
-    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
-    for name, path in list(paths.items()):
-        if not (matches_any(name, source.patterns) and (not source.only or matches_any(name, source.only))):
-            path.unlink()
-            del paths[name]
-    if not paths:
-        raise UsageError(f"{source.uri}: has no files that match {', '.join(source.only or source.patterns)}")
-    safety.refuse_unsafe(folder)
+    def check(folder: Path) -> None:
+        if name == BASE:
+            safety.refuse_unsafe(folder, name)
 
-
-def _refuse_unsafe(source: PinnedSource) -> None:
-    """Refuse code and pickles before the plan is made; of the files only the small JSON ones are read."""
-    paths = [f.path for f in source.files]
-    # Where the pickles are the model, leaving them out would leave nothing.
-    has_weights = any(path.endswith(".safetensors") for path in paths)
-    safety.refuse_names(paths, hint="leave such files out with sources.base_model.files" if has_weights else "")
-    for file in source.files:
-        if file.path in safety.MAY_NAME_CODE:
-            safety.refuse_code(file.path, open_store(source.uri).read(file.path).data)
+    files, others = hub.list_files(source.uri, is_wanted, check)
+    left_out = tuple(path for path in others if name == BASE and matches_any(path, patterns))
+    if name == BASE:
+        safety.refuse_only_pickles((f.path for f in files), left_out, name)
+    if not files:
+        raise UsageError(f"{source.uri}: has no files that match {', '.join(source.patterns)}")
+    pins = tuple(PinnedFile(path=f.path, size_bytes=f.size_bytes, pin=f"sha256:{f.sha256}") for f in files)
+    return source.model_copy(update={"files": (*source.files, *pins), "left_out": left_out})

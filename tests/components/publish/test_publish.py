@@ -70,6 +70,7 @@ def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
         "LICENCE.md",
         "recipe.json",
         "sbom.json",
+        "model.sig",
         "adapter/adapter_model.safetensors",
         "model/model.safetensors",
         "model/config.json",
@@ -142,6 +143,38 @@ def test_a_version_carries_every_form_of_the_model_and_so_does_its_name(
         "model/config.json",
         "model/model.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("made_by", "path", "data"),
+    [
+        ("merge_adapter", "modeling.py", b"import os"),
+        ("train_qlora", "optimizer.pt", b"a pickle"),
+        ("merge_adapter", "exports/nf4/x.npz", b"a pickle"),
+        ("merge_adapter", ".hidden.json", b"{}"),
+        ("merge_adapter", "config.json", b'{"text_config": {"auto_map": {"AutoConfig": "x.Y"}}}'),
+        ("merge_adapter", "exports/nf4/generation_config.json", b'[{"a": [{"auto_map": "x.Y"}]}]'),
+        ("train_qlora", "adapter_config.json", b"[" * 10**5),
+        ("merge_adapter", "processor_config.json", b" " * (8 * 2**20 + 1)),
+    ],
+)
+def test_a_file_that_no_version_may_have_is_not_published(
+    new_plan: Callable[..., Plan], small_steps: Steps, store: Store, made_by: str, path: str, data: bytes
+) -> None:
+    plain, output = small_steps[made_by], {"merge_adapter": "model", "train_qlora": "adapter"}[made_by]
+
+    @functools.wraps(plain)
+    def step(**arguments: Any) -> StepResult:
+        result: StepResult = plain(**arguments)
+        (arguments[output] / path).parent.mkdir(parents=True, exist_ok=True)
+        (arguments[output] / path).write_bytes(data)
+        return result
+
+    plan = new_plan()
+    run_until_publish(plan, {**small_steps, made_by: step})
+    assert publish(plan, small_steps) == 13
+    assert version_of_alias(store, "latest") is version_of_alias(store, "production") is None
+    assert not [path for path in store.list("models") if path.path.endswith("manifest.json")]
 
 
 def test_a_version_is_named_by_the_plans_time_and_its_content(
