@@ -24,7 +24,7 @@ from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, keys, registry, release_files
+from qlora_retrain.storage import artifact, audit, keys, registry, release_files, retention
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
@@ -74,18 +74,28 @@ def run(
     else:
         registry.verify_version(store, version)
 
-    refusal = None
+    # Before an alias moves: a role that may not do it publishes nothing.
+    folder = registry.version_folder(plan.line, version.version)
+    files = ["manifest.json", *(file.path for file in version.files)]
+    retention.retain(store, [f"{folder}/{path}" for path in files], config.retention_days)
+
+    refusal, moves = None, {}
     reason = f"published by run {plan.run_id}"
-    registry.move_alias(store, plan.line, registry.LATEST, version, reason=reason, is_verified=True)
+    moves[registry.LATEST] = registry.move_alias(
+        store, plan.line, registry.LATEST, version, reason=reason, is_verified=True
+    )
 
     if config.promote_to is not None:
         try:
             reason = f"passed both gates in run {plan.run_id}"
-            registry.move_alias(
+            moves[config.promote_to] = registry.move_alias(
                 store, plan.line, config.promote_to, version, reason=reason, expected=plan.target, is_verified=True
             )
         except QualityRefused as problem:
             refusal = problem
+
+    entries = [audit.entry_path(plan.line, name, state) for name, state in moves.items() if state is not None]
+    retention.retain(store, entries, config.retention_days)
 
     # Computed from the plan and not from what this attempt did, so that a retry after a crash reports the same numbers.
     numbers: dict[str, Number] = {

@@ -23,7 +23,21 @@ from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, registry
 
 RunAll = Callable[[Plan], dict[str, int]]
-VERBS = ("graph", "check", "preview", "plan", "run", "status", "pull", "promote", "rollback", "drop", "ask")
+VERBS = (
+    "graph",
+    "check",
+    "preview",
+    "plan",
+    "run",
+    "status",
+    "pull",
+    "promote",
+    "rollback",
+    "drop",
+    "ask",
+    "policy",
+    "egress",
+)
 
 
 def qlora(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

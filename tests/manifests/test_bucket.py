@@ -1,4 +1,4 @@
-"""The bucket: who has each role, what it may do with each object, and which objects expire."""
+"""The bucket: who has each role, and which objects expire; `tests/pipeline/test_access.py` has what a role may do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +16,10 @@ import boto3
 import pytest
 import yaml
 
-from tests.manifests.overlays import OVERLAYS, ROOT, Document, documents_of_kind
-
-
-def policy(role: str) -> list[Document]:
-    statements: list[Document] = json.loads((ROOT / "bucket" / f"{role}-policy.json").read_text())["Statement"]
-    return statements
-
-
-def is_allowed(role: str, action: str, key: str) -> bool:
-    """Evaluate a role's policy as IAM does: a statement allows it and none denies it; `*` matches slashes too."""
-
-    def matches(patterns: str | list[str], text: str) -> bool:
-        return any(fnmatchcase(text, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
-
-    resource = f"arn:aws:s3:::my-bucket/{key}"
-    effects = {
-        statement["Effect"]
-        for statement in policy(role)
-        if matches(statement["Action"], action) and matches(statement["Resource"], resource)
-    }
-    return effects == {"Allow"}
-
-
-CHANGES = ("s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
-
-
-@pytest.mark.parametrize(
-    ("key", "writers"),
-    [
-        ("qlora/models/tickets/versions/20260131T030000Z-0123456789ab/manifest.json", {"publish"}),
-        ("qlora/models/tickets/versions/20260131T030000Z-0123456789ab/model/model.safetensors", {"publish"}),
-        ("qlora/models/tickets/aliases/production.json", {"publish"}),
-        ("qlora/models/tickets/audit/00000001-production-0123.json", {"publish"}),
-        ("qlora/artifacts/adapter/0123/a/adapter.safetensors", {"step", "publish"}),
-        ("qlora/scratch/train_qlora/0123/a/checkpoint-1/state.pt", {"step", "publish"}),
-        ("qlora/runs/20260131T030000Z-0123456789ab/plan.json", {"airflow", "step", "publish"}),
-        ("qlora/modelsx/tickets", set()),
-        ("other/models/tickets/aliases/production.json", set()),
-    ],
-)
-def test_each_role_changes_what_it_makes_and_only_the_publisher_versions(key: str, writers: set[str]) -> None:
-    for action in CHANGES:
-        assert {role for role in ("airflow", "step", "publish") if is_allowed(role, action, key)} == writers
-    for role in ("airflow", "step", "publish"):
-        assert is_allowed(role, "s3:GetObject", key) is key.startswith("qlora/")
-
-
-def test_no_role_has_an_action_that_is_not_named() -> None:
-    reads = {"s3:GetObject", "s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"}
-    for role in ("airflow", "step", "publish"):
-        actions = {a for s in policy(role) for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])}
-        assert actions == {*reads, *CHANGES}
-        assert not any({"NotAction", "NotResource", "NotPrincipal"} & set(s) for s in policy(role))
-
+from qlora_retrain.config.line import load
+from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.pipeline import access, policies
+from tests.manifests.overlays import OVERLAYS, ROOT, documents_of_kind
 
 ROLE_ANNOTATION = "eks.amazonaws.com/role-arn"
 # A program in the place of the `aws` command: it answers the two lookups and records every other call.
@@ -84,36 +34,29 @@ else:
 """
 
 
-def test_each_role_is_that_of_the_accounts_that_name_it_and_of_nobody_else() -> None:
-    """The accounts are those of the overlays, and those of Airflow's chart.
+def subjects_by_role() -> dict[str, set[str]]:
+    """Return the accounts that name each role: those of the overlays, and those of Airflow's chart.
 
     The chart names an account `<release>-<component>`, in the release's namespace.
     """
-    subjects_by_role: dict[str, set[str]] = {}
+    subjects: dict[str, set[str]] = {}
     for account in (account for overlay in OVERLAYS for account in documents_of_kind(overlay, "ServiceAccount")):
         if role := account["metadata"].get("annotations", {}).get(ROLE_ANNOTATION):
             subject = f"system:serviceaccount:{account['metadata']['namespace']}:{account['metadata']['name']}"
-            subjects_by_role.setdefault(role, set()).add(subject)
+            subjects.setdefault(role, set()).add(subject)
 
     values = yaml.safe_load((ROOT / "airflow" / "values.yaml").read_text())
     for component in (name for name, value in values.items() if isinstance(value, dict)):
         if role := values[component].get("serviceAccount", {}).get("annotations", {}).get(ROLE_ANNOTATION):
-            subjects_by_role.setdefault(role, set()).add(f"system:serviceaccount:airflow:airflow-{component}")
+            subjects.setdefault(role, set()).add(f"system:serviceaccount:airflow:airflow-{component}")
+    return subjects
 
-    assert len(subjects_by_role) == 3
-    for role, subjects in subjects_by_role.items():
-        owner, _, name = role.partition(":role/qlora-retrain-")
-        (statement,) = json.loads((ROOT / "bucket" / f"{name}-trust.json").read_text())["Statement"]
-        provider_account, _, provider = statement["Principal"]["Federated"].partition(":oidc-provider/")
-        trusted_subject = statement["Condition"]["StringEquals"].pop(f"{provider}:sub")
-        assert {trusted_subject} == subjects
-        assert provider_account == owner
-        assert statement == {
-            "Effect": "Allow",
-            "Principal": {"Federated": f"{owner}:oidc-provider/{provider}"},
-            "Action": "sts:AssumeRoleWithWebIdentity",
-            "Condition": {"StringEquals": {f"{provider}:aud": "sts.amazonaws.com"}},
-        }
+
+def test_each_role_of_the_graph_is_that_of_one_account_and_publish_has_one_for_each_line() -> None:
+    head = "arn:aws:iam::111122223333:role/qlora-retrain-"
+    users = {role for role in access.roles("my-line") if role not in (access.GC, access.PULL)}
+    assert {role.removeprefix(head) for role in subjects_by_role()} == users
+    assert all(len(subjects) == 1 for subjects in subjects_by_role().values())
 
 
 @pytest.fixture
@@ -137,36 +80,87 @@ def aws() -> Iterator[Callable[[str], Any]]:
     server.stop()
 
 
+LINE = "line: my-line\nsources: {raw_data: 's3://data/tickets', base_model: 's3://data/base'}\n"
+
+
+def run_script(page_command: str, folder: Path) -> list[list[str]]:
+    """Run the block of docs/deploy.md that has a command, in a copy of the manifests; return the calls of `aws`."""
+    page = (ROOT.parent / "docs" / "deploy.md").read_text()
+    (script,) = [block for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) if page_command in block]
+    shutil.copytree(ROOT, folder / "manifests")
+    for name in ("bin", "pipelines"):
+        (folder / name).mkdir()
+    (folder / "pipelines" / "my-line.yaml").write_text(LINE)
+    own_command = f'#!/bin/sh\nexec {sys.executable} -m qlora_retrain.cli "$@"\n'
+    for name, program in (("aws", AWS), ("qlora-retrain", own_command)):
+        (folder / "bin" / name).write_text(program)
+        (folder / "bin" / name).chmod(0o755)
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "AWS_CALLS": str(folder / "calls"),
+        "PYTHONPATH": str(ROOT.parent / "src"),
+    }
+    subprocess.run(["bash", "-euc", script], cwd=folder, env=environment, check=True)
+    return [json.loads(text) for text in (folder / "calls").read_text().splitlines()]
+
+
+def call(client: Any, folder: Path, operation: str, options: list[str]) -> None:
+    """Send a recorded call of the command line to a server."""
+    values = [(folder / v.removeprefix("file://")).read_text() if v.startswith("file://") else v for v in options]
+    keys = ["".join(word.title() for word in key.removeprefix("--").split("-")) for key in values[::2]]
+    arguments: dict[str, Any] = dict(zip(keys, values[1::2], strict=True))
+    for key, value in arguments.items():
+        if key.endswith("Configuration"):  # JSON, or the short form `Name=Value`
+            arguments[key] = json.loads(value) if value.startswith("{") else dict([value.split("=")])
+    getattr(client, operation.replace("-", "_"))(**arguments)
+
+
 def test_the_roles_are_made_by_the_commands_of_the_page_with_a_cluster_and_an_account_of_ones_own(
     aws: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """Run the page's own commands in a copy of the manifests; then send the recorded calls to a local IAM."""
-    page = (ROOT.parent / "docs" / "deploy.md").read_text()
-    (script,) = [block for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) if "create-role" in block]
-    shutil.copytree(ROOT, tmp_path / "manifests")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "aws").write_text(AWS)
-    (tmp_path / "bin" / "aws").chmod(0o755)
+    """Run the page's own commands; then send the recorded calls to a local IAM."""
     iam = aws("iam")
-    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "AWS_CALLS": str(tmp_path / "calls")}
-    subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=environment, check=True)
+    for operation, *options in run_script("create-role", tmp_path):
+        call(iam, tmp_path, operation, options)
 
-    for text in (tmp_path / "calls").read_text().splitlines():
-        operation, *options = json.loads(text)
-        values = [(tmp_path / v.removeprefix("file://")).read_text() if v.startswith("file://") else v for v in options]
-        keys = ["".join(word.title() for word in key.removeprefix("--").split("-")) for key in values[::2]]
-        getattr(iam, operation.replace("-", "_"))(**dict(zip(keys, values[1::2], strict=True)))
-
-    for name in ("airflow", "step", "publish"):
+    (tmp_path / "line.yaml").write_text(LINE)
+    config = load(tmp_path / "line.yaml")
+    subjects = {role.partition(":role/")[2]: subject for role, (subject,) in subjects_by_role().items()}
+    for name in access.roles("my-line"):
         role = iam.get_role(RoleName=f"qlora-retrain-{name}")["Role"]
         (statement,) = role["AssumeRolePolicyDocument"]["Statement"]
-        assert statement["Principal"]["Federated"] == "arn:aws:iam::444455556666:oidc-provider/oidc.example/id/CAFE"
-        assert set(statement["Condition"]["StringEquals"]) == {"oidc.example/id/CAFE:sub", "oidc.example/id/CAFE:aud"}
-        assert iam.get_role_policy(RoleName=role["RoleName"], PolicyName="store")["PolicyDocument"] == json.loads(
-            (ROOT / "bucket" / f"{name}-policy.json").read_text()
-        )
-    for file in ("overlays/production/roles.yaml", "airflow/values.yaml"):
+        subject = statement["Condition"]["StringEquals"].pop("oidc.example/id/CAFE:sub")
+        assert subjects.get(role["RoleName"], subject) == subject
+        assert statement == {
+            "Effect": "Allow",
+            "Principal": {"Federated": "arn:aws:iam::444455556666:oidc-provider/oidc.example/id/CAFE"},
+            "Action": "sts:AssumeRoleWithWebIdentity",
+            "Condition": {"StringEquals": {"oidc.example/id/CAFE:aud": "sts.amazonaws.com"}},
+        }
+        rendered = policies.role_policy(config, name, "s3://my-bucket/qlora")
+        assert iam.get_role_policy(RoleName=role["RoleName"], PolicyName="my-line")["PolicyDocument"] == rendered
+    for file in ("overlays/production/accounts.yaml", "airflow/values.yaml"):
         assert "arn:aws:iam::444455556666:role/" in (tmp_path / "manifests" / file).read_text()
+
+
+def test_the_bucket_gets_versioning_object_lock_a_lifecycle_and_its_policy_by_the_commands_of_the_page(
+    aws: Callable[[str], Any], tmp_path: Path
+) -> None:
+    s3, calls = aws("s3"), run_script("put-bucket-policy", tmp_path)
+    s3.create_bucket(Bucket="my-bucket", ObjectLockEnabledForBucket=True)
+    for operation, *options in calls:
+        call(s3, tmp_path, operation, options)
+    assert s3.get_bucket_versioning(Bucket="my-bucket")["Status"] == "Enabled"
+    policy = json.loads(s3.get_bucket_policy(Bucket="my-bucket")["Policy"])
+    assert policy == policies.bucket_policy("s3://my-bucket/qlora")
+    assert [operation for operation, *_ in calls] == [
+        "put-bucket-versioning",
+        "put-object-lock-configuration",
+        "put-bucket-lifecycle-configuration",
+        "put-bucket-policy",
+    ]
+    s3.delete_bucket_policy(Bucket="my-bucket")  # servers of this process share their buckets
+    s3.delete_bucket(Bucket="my-bucket")
 
 
 def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version(aws: Callable[[str], Any]) -> None:
@@ -179,3 +173,9 @@ def test_the_buckets_lifecycle_is_one_that_s3_takes_and_touches_no_version(aws: 
     expiring = [rule["Filter"]["Prefix"] for rule in rules_in_s3 if "Expiration" in rule]
     assert expiring == ["qlora/scratch/"]
     assert any("AbortIncompleteMultipartUpload" in rule for rule in rules_in_s3)
+    # What was deleted can be brought back for longer than any retention lasts.
+    (noncurrent,) = [
+        rule["NoncurrentVersionExpiration"] for rule in rules_in_s3 if "NoncurrentVersionExpiration" in rule
+    ]
+    limits = PublishConfig.model_json_schema()["properties"]["retention_days"]
+    assert limits["maximum"] < noncurrent["NoncurrentDays"] == 30

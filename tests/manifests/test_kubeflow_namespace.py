@@ -79,4 +79,4 @@ def test_a_run_reaches_the_api_server_and_no_address_beside_it() -> None:
 
 def test_names_and_the_store_are_for_the_pods_of_runs() -> None:
     assert egress("names")
-    assert egress("store")
+    assert egress("egress-store")

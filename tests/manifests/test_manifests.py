@@ -12,7 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
+from pydantic import ValidationError
 
+from qlora_retrain.config.cluster_profile import ClusterProfile
 from qlora_retrain.config.sections import RuntimeConfig
 from qlora_retrain.core import graph
 from tests.manifests.overlays import (
@@ -67,19 +69,79 @@ def test_the_namespace_takes_restricted_pods_alone(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_nothing_goes_in_and_nothing_out_but_names_and_https_to_the_world(overlay: str) -> None:
+def test_nothing_goes_in_and_nothing_out_but_to_dns_and_what_the_profile_lists(overlay: str) -> None:
     policies = {p["metadata"]["name"]: p["spec"] for p in documents_of_kind(overlay, "NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert not any("ingress" in spec for spec in policies.values())
     assert all(rule.get("to") for spec in policies.values() for rule in spec.get("egress", ())), "an open door"
-    assert set(policies) - {"default-deny", "names", "store"} == ({"kfp", "api-server"} if overlay == "kfp" else set())
+    destinations = {f"egress-{d.name}" for d in load_profile("production" if overlay == "production" else "gpu").egress}
+    assert destinations >= {"production": {"egress-store", "egress-sts", "egress-kms"}}.get(overlay, {"egress-store"})
+    assert set(policies) - {"default-deny", "names"} - destinations == (
+        {"kfp", "api-server"} if overlay == "kfp" else set()
+    )
 
-    (rule,) = policies["store"]["egress"]
-    (world,) = rule["to"]
-    assert allows_address(world, "52.218.0.1"), "S3"
-    inside = ("169.254.169.254", "10.100.0.1", "172.20.0.1", "192.168.1.1", "100.64.0.1")
-    assert not any(allows_address(world, address) for address in inside), "node metadata, the cluster, the network"
-    assert rule["ports"] == [{"protocol": "TCP", "port": 443}]
+    # A placeholder of the profile's, and nothing beside it.
+    peers = [peer for name in destinations for rule in policies[name]["egress"] for peer in rule["to"]]
+    assert any(allows_address(peer, "192.0.2.10") for peer in peers)
+    elsewhere = ("52.218.0.1", "8.8.8.8", "192.0.2.99", "169.254.169.254", "10.100.0.1", "172.20.0.1", "192.168.1.1")
+    assert not any(allows_address(peer, address) for peer in peers for address in elsewhere)
+    ports = [port for name in destinations for rule in policies[name]["egress"] for port in rule["ports"]]
+    assert {(port["protocol"], port["port"]) for port in ports} == {("TCP", 443)}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_overlays_egress_is_what_its_profile_renders(overlay: str) -> None:
+    from qlora_retrain.runtimes.kubernetes import egress
+
+    profile = "production" if overlay == "production" else "gpu"
+    text = (ROOT / "overlays" / overlay / "egress.yaml").read_text()
+    assert list(yaml.safe_load_all(text)) == egress.network_policies(load_profile(profile))
+    assert text.startswith(f"# qlora-retrain egress manifests/profiles/{profile}.yaml\n")
+
+
+def test_trackers_and_a_proxy_are_opened_by_the_profile_alone() -> None:
+    from qlora_retrain.runtimes.kubernetes import egress
+
+    profile = ClusterProfile.model_validate(
+        {
+            "egress": [
+                {"name": "mlflow", "blocks": ["10.1.2.0/24", "2001:db8::/64"], "ports": [5000]},
+                {"name": "hub", "namespace": "proxy", "pods": {"app": "squid"}, "ports": [3128]},
+            ]
+        }
+    )
+    tracker, hub = egress.network_policies(profile)
+    for document in (tracker, hub):
+        kubernetes_validate.validate(document, "1.32", strict=True)
+    (rule,) = tracker["spec"]["egress"]
+    assert [allows_address(peer, "10.1.2.9") for peer in rule["to"]] == [True, False]
+    assert rule["ports"] == [{"protocol": "TCP", "port": 5000}]
+    (rule,) = hub["spec"]["egress"]
+    assert rule["to"] == [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "proxy"}},
+            "podSelector": {"matchLabels": {"app": "squid"}},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "destination",
+    [
+        {"blocks": ["0.0.0.0/0"]},
+        {"blocks": ["::/0"]},
+        {"blocks": ["169.254.169.254/32"]},
+        {"blocks": ["168.0.0.0/7"]},
+        {"blocks": ["fd00:ec2::254/128"]},
+        {"blocks": ["s3.amazonaws.com"]},
+        {"blocks": ["10.0.0.0/8"], "namespace": "proxy"},
+        {"pods": {"app": "squid"}},
+        {},
+    ],
+)
+def test_a_profile_cannot_open_the_world_or_a_nodes_metadata(destination: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ClusterProfile.model_validate({"egress": [{"name": "store", **destination}]})
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "production"])
@@ -99,7 +161,7 @@ def test_what_a_profile_names_exists_and_what_exists_is_named(name: str) -> None
     assert {d["metadata"]["namespace"] for d in build_overlay(name) if "namespace" in d["metadata"]} == {
         cluster.namespace
     }
-    assert names_of_kind(name, "ServiceAccount") == pod_spec.service_account_names(cluster)
+    assert names_of_kind(name, "ServiceAccount") == pod_spec.service_account_names(cluster, "my-line")
     assert names_of_kind(name, "PriorityClass") == {cluster.priority_class}
 
     claims = documents_of_kind(name, "PersistentVolumeClaim")
@@ -242,12 +304,12 @@ def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_c
     assert set(rule["operations"]) == {"CREATE", "UPDATE"}
 
 
-def test_every_account_of_production_has_a_role_and_the_publisher_one_of_its_own() -> None:
+def test_every_step_of_production_has_an_account_and_a_role_of_its_own() -> None:
     roles = {
         account["metadata"]["name"]: account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
         for account in documents_of_kind("production", "ServiceAccount")
     }
-    assert len(set(roles.values())) == len(roles) == 2
+    assert len(set(roles.values())) == len(roles) == len(graph.STEPS)
 
 
 def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() -> None:

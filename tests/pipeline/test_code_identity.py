@@ -225,7 +225,9 @@ UNHASHED = {
     "pipeline.step_main": "a step's command line",
     "storage.artifact": "manifests as they are, for `publish`",
     "storage.keys": "signs: whose signature a document has is no part of what was made",
+    "storage.audit": "paths of the audit trail, and what is in it",
     "storage.registry": "the protocol of publishing; what it stores is what the step hands to it",
+    "storage.retention": "says how long a server keeps what was written, and changes no byte of it",
     "storage.store": "reads and writes bytes",
 }
 

@@ -9,6 +9,7 @@ Environment: `QLORA_RETRAIN_PROFILE`, the file that Airflow uses.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from qlora_retrain.config.sections import ImagesConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, uris
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.core.graph import Step
+from qlora_retrain.core.graph import Step, StepKind
 
 PROFILE_VARIABLE = "QLORA_RETRAIN_PROFILE"
 # Names of Kubernetes objects (RFC 1123) and a node's labels, as the cluster's server checks them.
@@ -35,6 +36,13 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
 # Environment variables of these names hold secrets in most tools.
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE|CREDENTIAL", re.IGNORECASE)
+
+# Of addresses: the widest block that a destination may be, and where nodes keep what is theirs.
+_SHORTEST_PREFIX = {4: 8, 6: 24}
+_METADATA = {
+    4: [ipaddress.ip_network("169.254.0.0/16")],
+    6: [ipaddress.ip_network("fe80::/10"), ipaddress.ip_network("fd00:ec2::/32")],
+}
 
 
 class Toleration(Section):
@@ -71,6 +79,36 @@ class SecretMount(Section):
     mount: Folder = operational(..., "the folder in which each of its keys is a file")
 
 
+class Destination(Section):
+    """What the steps' pods may connect to: blocks of addresses, or pods of the cluster."""
+
+    name: Name = operational(..., "what is there, e.g. store, sts, kms")
+    blocks: tuple[str, ...] = operational((), "address blocks, e.g. 10.0.3.17/32; Kubernetes' policies know no names")
+    namespace: Namespace | None = operational(None, "instead of blocks: a namespace, e.g. that of MinIO or of a proxy")
+    pods: dict[LabelKey, LabelValue] = operational({}, "with namespace: labels of the pods in it")
+    ports: tuple[int, ...] = operational((443,), "TCP ports")
+
+    @field_validator("blocks")
+    @classmethod
+    def _narrow(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            block = ipaddress.ip_network(text)
+            # There a node gives its own credentials to whoever asks.
+            if block.prefixlen < _SHORTEST_PREFIX[block.version] or any(
+                block.overlaps(own) for own in _METADATA[block.version]
+            ):
+                raise ValueError(
+                    f"{text}: is open to too much; expected blocks of /8 (IPv6: /24) at most, without node metadata"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Destination:
+        if bool(self.blocks) == bool(self.namespace) or (self.pods and not self.namespace):
+            raise ValueError(f"{self.name}: expected either blocks, or a namespace and the labels of pods in it")
+        return self
+
+
 class ClusterProfile(ImagesConfig):
     """Everything about a cluster that a pipeline needs.
 
@@ -83,6 +121,15 @@ class ClusterProfile(ImagesConfig):
     service_account: Name | None = operational(None, "the pods' service account; null: the namespace's default")
     publish_service_account: Name | None = operational(
         None, "Airflow: the service account of `publish`, the only step that writes `models/`; null: as the others"
+    )
+    account_per_step: bool = operational(
+        False,
+        "Airflow: instead of both, an account for each step, <service_account>-<step>; publish has one for each line, "
+        "<service_account>-publish-<line>",
+    )
+    egress: tuple[Destination, ...] = operational(
+        (),
+        "what pods may connect to besides DNS: the store, STS, KMS, trackers, a Hub; `qlora-retrain egress` renders it",
     )
     namespace: Namespace = operational("qlora-retrain", "Airflow: where the pods are; KFP uses its own")
     priority_class: Name | None = operational(
@@ -122,6 +169,12 @@ class ClusterProfile(ImagesConfig):
         return value
 
     @model_validator(mode="after")
+    def _accounts_have_a_name(self) -> ClusterProfile:
+        if self.account_per_step and self.service_account is None:
+            raise ValueError("account_per_step: needs service_account, with which the accounts' names begin")
+        return self
+
+    @model_validator(mode="after")
     def _digests_where_required(self) -> ClusterProfile:
         # A digest always names the same image, so a plan and its steps cannot run different code.
         for name in ("light_image", "train_image") if self.require_digests else ():
@@ -131,6 +184,14 @@ class ClusterProfile(ImagesConfig):
                     "as the registry prints it after a push"
                 )
         return self
+
+    def account(self, step: Step, line: str) -> str | None:
+        """Return the service account of a step's pod."""
+        is_publish = step.kind == StepKind.PUBLISH
+        if self.account_per_step:
+            name = f"{self.service_account}-{step.name.replace('_', '-')}"
+            return f"{name}-{line}" if is_publish else name
+        return (self.publish_service_account if is_publish else None) or self.service_account
 
     def gpus(self, step: Step) -> int:
         """Return how many GPUs a step requests on this cluster."""

@@ -200,6 +200,13 @@ class PublishConfig(Section):
     licence_name: str | None = identity(None, "with licence: other, the licence's own name")
     licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
     description: str = identity("", "a sentence for the model card")
+    retention_days: int = operational(
+        14,
+        "days in which nobody can delete or replace a version and its audit entries, in a bucket with object lock; "
+        "elsewhere without effect; 0: none",
+        ge=0,
+        le=29,
+    )
 
     @field_validator("licence")
     @classmethod

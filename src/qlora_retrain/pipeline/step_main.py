@@ -19,6 +19,7 @@ from qlora_retrain.core.errors import Exit, Problem
 from qlora_retrain.pipeline import execute, kfp_outputs, run_endings
 from qlora_retrain.pipeline.execute import StepFunction as StepFunction  # the components import it from here
 from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage import actor
 
 
 def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
@@ -28,12 +29,15 @@ def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
     parser.add_argument("--plan", required=True, metavar="URI", help="the run's plan.json")
     parser.add_argument("--report-to", type=Path, metavar="FILE", help="copy the step's report there")
     parser.add_argument("--ending-to", type=Path, metavar="FILE", help="write the step's ending (JSON) there")
+    parser.add_argument("--triggered-by", metavar="SYSTEM:NAME", help="for the audit trail, e.g. airflow:alice")
     parser.add_argument("--executor-input", metavar="JSON", help="from KFP: says where to write the step's numbers")
     arguments = parser.parse_args()
 
     # It stays None where the plan cannot be loaded; then the ending is not written to the store.
     plan = None
     try:
+        if arguments.triggered_by:
+            actor.name_orchestrator(arguments.triggered_by)
         plan = Plan.load(arguments.plan)
         ending = execute.run_step(plan, step_name, load)
         kfp_outputs.copy(plan, step_name, report_to=arguments.report_to, executor_input=arguments.executor_input)

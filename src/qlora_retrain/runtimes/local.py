@@ -20,6 +20,7 @@ from qlora_retrain.core.errors import Exit, Problem, describe
 from qlora_retrain.pipeline import run_endings, status
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.runtimes import credentials
 
 _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
@@ -44,7 +45,7 @@ class _StepProcess:
         self.process = subprocess.Popen(
             supervisor.supervised_command(step_command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
             cwd=project_root(),
-            env=step_environment(),
+            env=credentials.step_environment(step_environment(), step, plan.line),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

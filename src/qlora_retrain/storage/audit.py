@@ -19,13 +19,17 @@ def alias_path(line: str, name: str) -> str:
     return f"models/{line}/aliases/{name}.json"
 
 
+def entry_path(line: str, name: str, state: Alias) -> str:
+    """Return the path of the entry of an alias's state."""
+    # The generation with leading zeros, so that the names sort by time.
+    return f"models/{line}/audit/{state.generation:08d}-{name}-{state.request_id}.json"
+
+
 def write_entry(store: Store, line: str, name: str, state: Alias) -> None:
     """Write the entry of a state, unless it is there."""
-    # The generation with leading zeros, so that the names sort by time.
-    path = f"models/{line}/audit/{state.generation:08d}-{name}-{state.request_id}.json"
     # Another release of this code may have written the same entry in other bytes.
     with contextlib.suppress(AlreadyExists):
-        store.write_if_absent(path, state.model_dump_json(indent=1).encode())
+        store.write_if_absent(entry_path(line, name, state), state.model_dump_json(indent=1).encode())
 
 
 def read_entry(store: Store, path: str) -> Alias:

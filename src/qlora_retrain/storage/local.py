@@ -34,6 +34,8 @@ from qlora_retrain.storage.store import (
     validate_path,
 )
 
+# Whoever deletes or swaps locks this file in the root, so it must be writable even where little else is.
+LOCK_FILE = f"{RESERVED_PREFIX}lock"
 # Copies at once: one stream does not use the whole bandwidth of a network disk.
 NUM_WORKERS = 8
 
@@ -203,7 +205,7 @@ class LocalStore:
         """Hold the store's one lock; the kernel releases it when a process dies."""
         with atomic_files.disk_errors(self._root):
             atomic_files.make_folder(self._root)
-            handle = os.open(self._root / f"{RESERVED_PREFIX}lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self._root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

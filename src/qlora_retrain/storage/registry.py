@@ -9,10 +9,7 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
-import socket
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +17,7 @@ from datetime import UTC, datetime
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import audit, keys, release_files, signatures
+from qlora_retrain.storage import actor, audit, keys, release_files, signatures
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
@@ -239,7 +236,8 @@ def move_alias(
             verify_version(store, release)
             is_verified = True
 
-        new = _next_state(state, release, manifest_sha256(store, line, release.version), reason, rejected)
+        sha256 = manifest_sha256(store, line, release.version)
+        new = _next_state(state, release, sha256, reason, rejected, actor.describe(store))
         new = signatures.sign(store, path, new, keys.publish_role(line))
         try:
             store.swap(path, new.model_dump_json(indent=1).encode(), tag)
@@ -273,7 +271,9 @@ def rollback(store: Store, line: str, name: str, *, reason: str) -> Alias:
     raise UsageError(f"{line}@{name}: names no earlier version to go back to")
 
 
-def _next_state(state: Alias | None, release: Release, sha256: str, reason: str, rejected: list[str]) -> Alias:
+def _next_state(
+    state: Alias | None, release: Release, sha256: str, reason: str, rejected: list[str], actor_name: str
+) -> Alias:
     """Return the state of an alias after a move."""
     # The current state becomes the newest of the earlier ones.
     moves = list(state.moves) if state else []
@@ -289,15 +289,6 @@ def _next_state(state: Alias | None, release: Release, sha256: str, reason: str,
         rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
         request_id=uuid.uuid4().hex[:12],
         reason=reason,
-        actor=f"os:{_user()}@{socket.gethostname()}",
+        actor=actor_name,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _user() -> str:
-    """Return the name of the user whom the operating system runs this process as."""
-    # Never an environment variable such as LOGNAME: whoever starts the process sets those.
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # the user of a container often has no name
-        return f"user {os.geteuid()}"

@@ -169,6 +169,58 @@ def test_another_run_can_be_finished_but_not_another_lines(
         plan_task(project).execute(resumed)
 
 
+@pytest.mark.parametrize(
+    ("user", "run_type", "expected"),
+    [
+        ("alice@example.org", "manual", "airflow:alice@example.org"),
+        ("a via sts:x", "manual", "airflow:a%20via%20sts%3Ax"),
+        (None, "scheduled", "airflow-run:scheduled"),
+    ],
+)
+def test_publish_is_told_who_triggered_the_run_by_airflow_and_not_by_the_form(
+    plan: Plan,
+    context: Context,
+    write_program: Callable[[str], None],
+    project: Path,
+    user: str | None,
+    run_type: str,
+    expected: str,
+) -> None:
+    from airflow.sdk.api.datamodels._generated import DagRunType
+
+    write_program(COMPLETE_ARTIFACT)
+    context["dag_run"].triggering_user_name, context["dag_run"].run_type = user, DagRunType(run_type)
+    context["dag_run"].conf = context["params"] = {"triggering_user_name": "mallory"}
+    for step in ("validate_data", "publish"):
+        step_task(step).execute(context)
+    assert (project / "runs").read_text().split("\n")[:-1] == [
+        f"--plan {plan.uri}",
+        f"--plan {plan.uri} --triggered-by {expected}",
+    ]
+
+
+def test_a_step_has_its_own_roles_credentials_and_without_them_it_does_not_run(
+    plan: Plan,
+    context: Context,
+    write_program: Callable[[str], None],
+    tmp_path: Path,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    (tmp_path / "roles").mkdir()
+    (tmp_path / "roles" / "validate_data").touch()
+    monkeypatch.setenv("QLORA_RETRAIN_CREDENTIALS", str(tmp_path / "roles"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-worker")
+    names = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_SECRET_ACCESS_KEY", "QLORA_RETRAIN_CREDENTIALS")
+    write_program(COMPLETE_ARTIFACT + f"import os\nprint(*map(os.environ.get, {names}), file=open('seen', 'w'))\n")
+    step_task("validate_data").execute(context)
+    assert (project / "seen").read_text() == f"{tmp_path}/roles/validate_data None None\n"
+    with pytest.raises(AirflowFailException, match=r"\(12\).*publish\.tickets is not there"):
+        step_task("publish").execute(context)
+
+
 def test_a_plan_that_was_changed_after_task_0_runs_no_step(
     plan: Plan, context: Context, write_program: Callable[[str], None], project: Path
 ) -> None:

@@ -9,7 +9,10 @@ import pytest
 from qlora_retrain.config.sections import RuntimeConfig, TrainConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.pipeline import access
 from qlora_retrain.runtimes.docker import container_spec
+from qlora_retrain.storage import open_store
+from qlora_retrain.storage.local import LOCK_FILE
 
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "AIRFLOW_CONN_AWS_DEFAULT")
 
@@ -72,6 +75,38 @@ def test_sources_are_read_only_and_a_store_in_a_folder_is_not(tmp_path: Path) ->
         (f"{folder}/b", f"{folder}/b", True),
         (f"{folder}/store",) * 2 + (False,),
     ]
+
+
+def test_of_a_store_in_a_folder_a_container_writes_what_its_step_writes_and_the_lock(tmp_path: Path) -> None:
+    root, store = tmp_path.as_uri(), str(tmp_path)
+    folders = access.write_folders(graph.step("train_qlora"), "tickets", "run-1")
+    paths = container_spec.make_writable_paths(root, folders, LOCK_FILE)
+    mounts = container_spec.bind_mounts(root, [], writable=paths)
+    # The store first, since an engine mounts the others on top of it.
+    assert mounts[0] == (store, store, True)
+    written = {
+        f"{store}/{path}"
+        for path in (
+            "artifacts/adapter",
+            "scratch/train_qlora",
+            "runs/run-1/logs",
+            "runs/run-1/status",
+            "runs/run-1/endings",
+            ".store-lock",
+        )
+    }
+    assert {host for host, _, _ in mounts[1:]} == written
+    assert not any(read_only for _, _, read_only in mounts[1:])
+    assert all(Path(path).exists() for path in written)
+    assert not Path(store, "models").exists()
+
+    publish = access.write_folders(graph.step("publish"), "tickets", "run-1")
+    assert "models/tickets" in publish
+    assert not {"models", "artifacts", "artifacts/evaluation", "artifacts/model", "runs/run-1"} & set(publish)
+    # A file of the store's that is written under a lock works in a store that was prepared so.
+    local = open_store(root)
+    tag = local.write_if_absent("artifacts/adapter/x", b"1")
+    assert local.swap("artifacts/adapter/x", b"2", tag)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9000", "http://localhost:9000", "http://[::1]:9000"])

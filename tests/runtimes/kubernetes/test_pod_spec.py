@@ -223,6 +223,18 @@ def test_publish_alone_runs_as_the_account_that_may_write_versions() -> None:
     assert {account for step, account in accounts.items() if step != "publish"} == {"qlora-retrain"}
 
 
+def test_in_production_each_step_has_an_account_and_publish_one_for_each_line() -> None:
+    accounts = {
+        (s, line): render_pod(s, line, repository_profile("production"), RuntimeConfig())["spec"]["serviceAccountName"]
+        for s in STEPS
+        for line in ("tickets", "mails")
+    }
+    assert accounts["train_qlora", "tickets"] == accounts["train_qlora", "mails"] == "qlora-retrain-train-qlora"
+    assert accounts["publish", "tickets"] == "qlora-retrain-publish-tickets"
+    assert accounts["publish", "mails"] == "qlora-retrain-publish-mails"
+    assert len(set(accounts.values())) == len(STEPS) + 1
+
+
 def test_nothing_of_the_workers_environment_is_in_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "canary-of-the-worker")

@@ -24,9 +24,11 @@ from docker.types import DeviceRequest, Mount
 from qlora_retrain.core import errors, graph
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
-from qlora_retrain.runtimes import foreign_messages
+from qlora_retrain.pipeline import access
+from qlora_retrain.runtimes import credentials, foreign_messages
 from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
 from qlora_retrain.runtimes.docker import cleanup, container_spec
+from qlora_retrain.storage.local import LOCK_FILE
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -186,6 +188,12 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         gpus = container_spec.gpu_count(step, plan.step(self.step).config)
         source_uris = [source.uri for source in plan.sources.values() if source is not None]
         user = container_spec.container_user(plan.root)
+        # The step's own credentials, and of a store in a folder only the parts that it writes: of this task's line,
+        # whatever the plan says.
+        settings = credentials.own_environment(step, self.line)
+        writable = container_spec.make_writable_paths(
+            plan.root, access.write_folders(step, self.line, plan.run_id), LOCK_FILE
+        )
 
         # One named volume for all containers of a user, so that the node cache outlives each of them.
         host_config = self.cli.create_host_config(
@@ -194,7 +202,9 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 Mount(container_spec.WORK_DIR, container_spec.work_volume_name(user), type="volume"),
                 *(
                     Mount(container_path, host_path, type="bind", read_only=read_only)
-                    for host_path, container_path, read_only in container_spec.bind_mounts(plan.root, source_uris)
+                    for host_path, container_path, read_only in container_spec.bind_mounts(
+                        plan.root, source_uris, settings, writable
+                    )
                 ),
             ],
             device_requests=[DeviceRequest(count=gpus, capabilities=[["gpu"]])] if gpus else None,
@@ -205,9 +215,9 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         container = self.cli.create_container(
             self.image,
             name=self.container_name,
-            command=container_spec.step_command(self.step, plan.uri),
+            command=[*container_spec.step_command(self.step, plan.uri), *self.step_arguments],
             environment={
-                **container_spec.environment(self.runtime, [plan.root, *source_uris]),
+                **container_spec.environment(self.runtime, [plan.root, *source_uris], settings),
                 "QLORA_RETRAIN_IMAGE": self.image,
             },
             user=user,

@@ -82,7 +82,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         """Fill in what depends on the run: the pod's name, its command and its labels."""
         self.name = pod_spec.pod_name(self.step, key, run_id)
         # Set after Airflow rendered its templates, so a `{{` in a URI is never evaluated.
-        self.arguments = container_spec.step_command(self.step, plan_uri)
+        self.arguments = [*container_spec.step_command(self.step, plan_uri), *self.step_arguments]
         self.labels = {**pod_spec.labels(self.step, self.line), "qlora-retrain.run": run_id}
         self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
         self.pod = self.pod_request_obj  # the pod that `on_kill` deletes

@@ -10,10 +10,10 @@ import os
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.core import errors, supervisor
+from qlora_retrain.core import errors, graph, supervisor
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.pipeline import code_identity
-from qlora_retrain.runtimes import local
+from qlora_retrain.runtimes import credentials, local
 from qlora_retrain.runtimes.airflow.operators import StepOperator, fail_task
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ class LocalStepOperator(StepOperator):
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Run the step under the supervisor, and copy its output to the task's log."""
+        command = [*local.step_command(self.step, plan.uri), *self.step_arguments]
         with subprocess.Popen(
-            supervisor.supervised_command(local.step_command(self.step, plan.uri), grace_seconds=GRACE_SECONDS),
+            supervisor.supervised_command(command, grace_seconds=GRACE_SECONDS),
             cwd=code_identity.project_root(),
-            env=_environment_without_airflow(),
+            env=credentials.step_environment(_environment_without_airflow(), graph.step(self.step), self.line),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

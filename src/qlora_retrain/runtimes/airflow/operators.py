@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import quote
 
 from airflow.sdk import Asset, AssetAlias, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
@@ -78,6 +79,19 @@ def plan_uri(context: Context) -> str:
     if not uri:
         raise UsageError(f"task {graph.PLAN_TASK} of this run has left no plan; clear that task, and the run goes on")
     return str(uri)
+
+
+def publish_arguments(context: Context) -> list[str]:
+    """Return what Airflow says of a run's start, for the audit trail: the user whom its API authenticated.
+
+    Nothing of it comes from the run's form or its `conf`, which whoever triggers a run writes.
+    """
+    dag_run = context["dag_run"]
+    if user := getattr(dag_run, "triggering_user_name", None):
+        return ["--triggered-by", f"airflow:{quote(user, safe='@+')}"]
+    # Nobody: a schedule or an asset. Another system's name, so that no user can be called so.
+    run_type = getattr(dag_run, "run_type", "unknown")
+    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}"]
 
 
 class PlanOperator(BaseOperator):  # type: ignore[misc]
@@ -170,6 +184,8 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         super().__init__(**{"retries": graph.step(step).retries, "outlets": outlets, **_BACKOFF, **kwargs})
         self.step = step
         self.line = line
+        # Further arguments of the step's command line; `execute` sets them.
+        self.step_arguments: list[str] = []
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Run the step's one command line to its end; call `fail_task` unless its exit code is 0."""
@@ -185,6 +201,8 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
 
         try:
             plan = Plan.load(plan_uri(context))
+            if graph.step(self.step).kind == graph.StepKind.PUBLISH:
+                self.step_arguments = publish_arguments(context)
             exit_code = status.exit_code(plan, self.step)
             self._clear_earlier_ending(plan)
             if exit_code is None:

@@ -84,18 +84,22 @@ def gpu_count(step: Step, config: Mapping[str, Any]) -> int:
     return int(config.get("num_processes", step.gpus)) if step.gpus and config.get("device") == "cuda" else 0
 
 
-def environment(runtime: RuntimeConfig, store_and_source_uris: Iterable[str]) -> dict[str, str]:
+def environment(
+    runtime: RuntimeConfig, store_and_source_uris: Iterable[str], settings: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Build a container's environment variables, except its image's name; never a secret.
 
     Args:
         runtime: The line's section of that name.
         store_and_source_uris: The URIs that the step reads and writes.
+        settings: The environment that is passed on; None: this process's.
 
     Raises:
         UsageError: If S3 is on this machine's loopback, and the container has a loopback of its own.
     """
     needs_s3 = any(uri.startswith("s3:") for uri in store_and_source_uris)
-    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+    settings = os.environ if settings is None else settings
+    variables = {name: settings[name] for name in FORWARDED_VARIABLES if name in settings}
 
     # Without this check the step would fail with "connection refused", minutes later and without the reason.
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
@@ -108,22 +112,59 @@ def environment(runtime: RuntimeConfig, store_and_source_uris: Iterable[str]) ->
 
     return {
         **variables,
-        **{name: _container_path(name) for name in _credential_files()},
+        **{name: _container_path(name) for name in _credential_files(settings)},
         "QLORA_RETRAIN_CACHE": f"{WORK_DIR}/cache",
     }
 
 
-def bind_mounts(root: str, source_uris: Iterable[str]) -> list[tuple[str, str, bool]]:
+def bind_mounts(
+    root: str,
+    source_uris: Iterable[str],
+    settings: Mapping[str, str] | None = None,
+    writable: Iterable[str] | None = None,
+) -> list[tuple[str, str, bool]]:
     """List the host paths that a container sees, as (path on the host, path in the container, read-only).
 
     Sources and a `file://` store are mounted at their own paths, so that their URIs mean the same inside.
+
+    Args:
+        root: The store.
+        source_uris: The line's sources.
+        settings: The environment that names files of credentials; None: this process's.
+        writable: The paths of a `file://` store that the step writes, which must exist; None: all of it.
     """
     # A set, because two sources may be the same path, and an engine refuses a path that is mounted twice.
     sources = sorted({uris.local_path(uri) for uri in source_uris if uri.startswith("file:")})
     mounts = [(str(path), str(path), True) for path in sources]
     if root.startswith("file:"):
-        mounts.append((str(uris.local_path(root)), str(uris.local_path(root)), False))
-    return mounts + [(str(path), _container_path(name), True) for name, path in _credential_files().items()]
+        folder = uris.local_path(root)
+        mounts.append((str(folder), str(folder), writable is not None))
+        # On top of the store, which is read-only then.
+        mounts += [(str(folder / path), str(folder / path), False) for path in sorted(writable or ())]
+    files = _credential_files(os.environ if settings is None else settings)
+    return mounts + [(str(path), _container_path(name), True) for name, path in files.items()]
+
+
+def make_writable_paths(root: str, folders: Iterable[str], lock_file: str) -> list[str]:
+    """Make the folders and the lock file of a `file://` store that a step's container writes; return their paths.
+
+    An engine mounts only what exists. All of them belong to the store's owner, as whom the container runs.
+    """
+    if not root.startswith("file:"):
+        return []
+    store = uris.local_path(root)
+    owner = store.stat()
+    paths = [*folders, lock_file]
+    for path in paths:
+        missing = [p for p in (store / path, *(store / path).parents) if p.is_relative_to(store) and not p.exists()]
+        for new in reversed(missing):
+            if path == lock_file:
+                new.touch(0o644)
+            else:
+                new.mkdir(mode=0o755, exist_ok=True)
+            if os.geteuid() == 0:
+                os.chown(new, owner.st_uid, owner.st_gid)
+    return paths
 
 
 def container_user(root: str) -> str | None:
@@ -152,10 +193,10 @@ def work_volume_name(user: str | None) -> str:
     return "qlora-retrain-work" + (f"-{user.partition(':')[0]}" if user else "")
 
 
-def _credential_files() -> Mapping[str, Path]:
-    files = {name: Path(os.environ[name]) for name in CREDENTIAL_FILE_VARIABLES if os.environ.get(name)}
+def _credential_files(settings: Mapping[str, str]) -> Mapping[str, Path]:
+    files = {name: Path(settings[name]) for name in CREDENTIAL_FILE_VARIABLES if settings.get(name)}
     # The worker's boto3 reads its settings there without being told.
-    default = Path(os.environ.get("HOME", "/")) / ".aws" / "config"
+    default = Path(settings.get("HOME", "/")) / ".aws" / "config"
     if "AWS_CONFIG_FILE" not in files and default.is_file():
         files["AWS_CONFIG_FILE"] = default
     return {name: path.resolve() for name, path in files.items()}

@@ -60,7 +60,6 @@ def operator_arguments(step: Step, line: str, profile: ClusterProfile, runtime: 
         "TMPDIR": "/tmp",  # noqa: S108 - the container's own
     }
     volumes = _volumes(step, profile, runtime)
-    publish_account = profile.publish_service_account if step.kind == graph.StepKind.PUBLISH else None
 
     return {
         "namespace": profile.namespace,
@@ -74,7 +73,7 @@ def operator_arguments(step: Step, line: str, profile: ClusterProfile, runtime: 
         "node_selector": dict(pod.node_selector),
         "tolerations": [k8s.V1Toleration(**taint.model_dump(exclude_none=True)) for taint in pod.tolerations],
         "image_pull_secrets": [k8s.V1LocalObjectReference(name=name) for name in profile.image_pull_secrets],
-        "service_account_name": publish_account or profile.service_account,
+        "service_account_name": profile.account(step, line),
         "automount_service_account_token": False,
         "priority_class_name": profile.priority_class,
         "security_context": _POD_SECURITY_CONTEXT,
@@ -144,13 +143,9 @@ def pod_name(step: str, key: str, run_id: str) -> str:
     return f"qlora-{step.replace('_', '-')}-{key[:12]}-{run_id.lower()}"
 
 
-def service_account_names(profile: ClusterProfile) -> set[str]:
+def service_account_names(profile: ClusterProfile, line: str) -> set[str]:
     """Return every service account that a pod of this profile runs as."""
-    names = [
-        (profile.publish_service_account if s.kind == graph.StepKind.PUBLISH else None) or profile.service_account
-        for s in graph.STEPS
-    ]
-    return {name for name in names if name}
+    return {name for step in graph.STEPS if (name := profile.account(step, line))}
 
 
 def _work_volume_gib(profile: ClusterProfile, runtime: RuntimeConfig) -> float:
