@@ -7,15 +7,17 @@ Environment: `QLORA_RETRAIN_CREDENTIALS`, a folder with a credentials file of AW
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.storage.keys import step_role
+from qlora_retrain.storage.keys import TRUST_FILE, find_keyring, step_role
 
 FOLDER_VARIABLE = "QLORA_RETRAIN_CREDENTIALS"
 FILE_VARIABLE = "AWS_SHARED_CREDENTIALS_FILE"
+KEYS_DIR = "/run/secrets/keys"  # where a container has the keys of its role
+IMAGE_USER = "10001:10001"
 # boto3 takes each of these before the file.
 _STRONGER = (
     "AWS_ACCESS_KEY_ID",
@@ -42,6 +44,45 @@ def step_environment(environment: Mapping[str, str], step: graph.Step, line: str
     # Nor the folder's name, which leads to the others.
     kept_back = {FOLDER_VARIABLE, *_STRONGER}
     return {**{k: v for k, v in environment.items() if k not in kept_back}, FILE_VARIABLE: str(file)}
+
+
+def key_files(root: str, role: str) -> list[Path]:
+    """Return the files of a store's keys that a role needs; empty where the store has no keys."""
+    keyring = find_keyring(root)
+    if keyring is None:
+        return []
+    private = keyring.folder / f"{role}.pem"  # absent where KMS signs
+    return [keyring.folder / TRUST_FILE, *([private] if private.is_file() else [])]
+
+
+def give_key_to(user: str | None, files: Sequence[Path]) -> str | None:
+    """Make sure that a container's user can read the private key that is mounted; return the user.
+
+    Args:
+        user: The user and group that the container is to run as; None: the image's own.
+        files: The files that are mounted.
+
+    Returns:
+        The user; that of the key's owner where the image's own could not read it.
+
+    Raises:
+        UsageError: If the key belongs to another user.
+    """
+    for file in files:
+        if file.suffix == ".pem":
+            status = file.stat()
+            if os.geteuid() == 0:
+                user = user or IMAGE_USER
+                owner, _, group = user.partition(":")
+                os.chown(file, int(owner), int(group))
+            elif user is None:
+                user = f"{status.st_uid}:{status.st_gid}"
+            elif user.partition(":")[0] != str(status.st_uid):
+                raise UsageError(
+                    f"{file}: belongs to user {status.st_uid}, and the container runs as {user}, the owner of the store; "
+                    "let one user own both"
+                )
+    return user
 
 
 def own_environment(step: graph.Step, line: str) -> dict[str, str]:

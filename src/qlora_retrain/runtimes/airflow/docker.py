@@ -28,6 +28,7 @@ from qlora_retrain.pipeline import access
 from qlora_retrain.runtimes import credentials, foreign_messages
 from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
 from qlora_retrain.runtimes.docker import cleanup, container_spec
+from qlora_retrain.storage.keys import KEYS_VARIABLE, step_role
 from qlora_retrain.storage.local import LOCK_FILE
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         step = graph.step(self.step)
         gpus = container_spec.gpu_count(step, plan.step(self.step).config)
         source_uris = [source.uri for source in plan.sources.values() if source is not None]
-        user = container_spec.container_user(plan.root)
+        keys = credentials.key_files(plan.root, step_role(step, self.line))
+        user = credentials.give_key_to(container_spec.container_user(plan.root), keys)
         # The step's own credentials, and of a store in a folder only the parts that it writes: of this task's line,
         # whatever the plan says.
         settings = credentials.own_environment(step, self.line)
@@ -206,6 +208,10 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                         plan.root, source_uris, settings, writable
                     )
                 ),
+                *(
+                    Mount(f"{credentials.KEYS_DIR}/{file.name}", str(file.resolve()), type="bind", read_only=True)
+                    for file in keys
+                ),
             ],
             device_requests=[DeviceRequest(count=gpus, capabilities=[["gpu"]])] if gpus else None,
             shm_size=container_spec.SHARED_MEMORY_BYTES if gpus > 1 else None,
@@ -219,6 +225,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             environment={
                 **container_spec.environment(self.runtime, [plan.root, *source_uris], settings),
                 "QLORA_RETRAIN_IMAGE": self.image,
+                **({KEYS_VARIABLE: credentials.KEYS_DIR} if keys else {}),
             },
             user=user,
             host_config=host_config,
