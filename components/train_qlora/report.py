@@ -69,6 +69,11 @@ def report_page(
     summary = (
         f"After {numbers['steps']} steps the training loss is {numbers['train_loss']:.4g} nats per token{eval_clause}."
     )
+    if numbers["resumed_at"]:
+        summary += (
+            f" {numbers['trained_steps']} of the steps were trained by the last attempt; the others, and their losses, "
+            f"are what checkpoint-{numbers['resumed_at']} says."
+        )
     if numbers["best_step"] is not None:
         summary += f" The adapter is that of step {numbers['best_step']}, where the evaluation loss was lowest."
 

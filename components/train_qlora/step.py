@@ -2,7 +2,7 @@
 
 Reads dataset (`train.jsonl`, `eval.jsonl`) and base_nf4 (a pre-quantized model with its tokenizer).
 Makes adapter: PEFT's two files, `training.json`, `loss.jsonl` (a line per step), `report.html` and TensorBoard's file.
-Saves checkpoints to scratch and resumes from the newest one that verifies.
+Saves checkpoints to scratch and resumes from the newest one that verifies and fits this run.
 Refuses (12) data with nothing to learn, unknown layers and a model that does not compute each row alone, and (13)
 unsafe or damaged inputs.
 Ends with 14 when training diverges, and with 75 after saving when it was stopped or its time budget is used up.
@@ -23,7 +23,7 @@ from components.train_qlora.launch import launch
 from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
 from components.train_qlora.report import report_page
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.core import json_lines
+from qlora_retrain.core import json_lines, progress
 from qlora_retrain.core.outcome import Number, StepResult
 
 # The reported training loss is the mean over the last 10 steps, since that of a single one is noisy.
@@ -40,6 +40,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         TryAgain: If stopped before the end, after saving a checkpoint, or if a training process was killed.
         MemoryError: If memory runs out with micro-batches of a single row.
     """
+    history.begin_attempt(scratch)
     result, final_config, oom_messages = retry_with_smaller_micro_batches(
         config, scratch, lambda reduced: launch(reduced, dataset, base_nf4, adapter, scratch)
     )
@@ -48,8 +49,16 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     log = result.log
     steps, eval_losses = history.steps(log), history.eval_losses(log)
     last_losses = [entry["loss"] for entry in steps[-LAST_STEPS:]]
+    resumed_at = history.first_step(scratch)
+    if resumed_at == len(steps):
+        progress.say(
+            f"no step was trained: the adapter, and every loss but the evaluation's, are checkpoint-{resumed_at}'s"
+        )
     numbers: dict[str, Number] = {
         "steps": len(steps),
+        # What an earlier attempt trained is taken from its checkpoint, and was not seen by this one.
+        "resumed_at": resumed_at,
+        "trained_steps": len(steps) - resumed_at,
         "train_loss": sum(last_losses) / len(last_losses),
         "eval_loss": result.eval_loss,
         "best_step": history.best_step(log),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from components.train_qlora import adapter, distributed, divergence, history, packing
+from components.train_qlora import adapter, distributed, divergence, history, packing, resume
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
 from components.train_qlora.data import (
@@ -29,6 +29,7 @@ from components.train_qlora.data import (
 )
 from components.train_qlora.loss import mean_loss, summed_loss, supervised_mask
 from components.train_qlora.preflight import overfit_shortest_rows
+from components.train_qlora.resume import ADAPTER_FOLDER, BEST_FOLDER, STATE_FILE
 from components.train_qlora.trainer_arguments import num_training_steps, training_arguments
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
@@ -37,8 +38,6 @@ from qlora_retrain.lm import checkpoints
 
 MAX_CHECKPOINTS = 2
 MIN_FREE_BYTES = 2**20  # with less free space than this, a failed save is blamed on the full disk
-ADAPTER_FOLDER = "adapter"  # in a checkpoint: a folder that PEFT can load as it is
-BEST_FOLDER = "best"  # in a checkpoint: the same, with the weights of the lowest evaluation loss so far
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -88,7 +87,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if newest:
             progress.say(f"resuming from {newest.name} of {total_steps} steps")
             self._load_from_checkpoint(str(newest))
-            self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            self.state = TrainerState.load_from_json(str(newest / STATE_FILE))
             self._run_interrupted_evaluation(newest, first_step)
 
         if not newest or not (first_step >= total_steps or self._has_stopped_improving()):
@@ -123,11 +122,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _newest_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that verifies, and delete the newer ones that do not."""
-        newest = checkpoints.newest_valid(self.scratch)
+        """Return the newest checkpoint that verifies and can be loaded, and delete the newer ones."""
+        newest = checkpoints.newest_valid(self.scratch, lambda folder: resume.unusable_reason(self, folder))
         for folder in checkpoints.sorted_checkpoints(self.scratch):
             if newest is None or checkpoints.step_of(folder) > checkpoints.step_of(newest):
                 shutil.rmtree(folder)  # its step will be computed and saved again
+        history.note_first_step(self.scratch, checkpoints.step_of(newest) if newest else 0)
         return newest
 
     def _run_interrupted_evaluation(self, newest: Path, step: int) -> None:
@@ -142,7 +142,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                     cause=Cause.PREEMPTED,
                 )
             if distributed.is_main():
-                self.state.save_to_json(str(newest / "trainer_state.json"))
+                self.state.save_to_json(str(newest / STATE_FILE))
             self._finalize_checkpoint(newest, step)
 
     def _finalize_checkpoint(self, folder: Path, step: int) -> None:

@@ -19,13 +19,16 @@ class Server(BaseHTTPRequestHandler):
 
     answers: ClassVar[list[int]] = []
     requests: ClassVar[list[tuple[str, dict[str, object]]]] = []
+    tokens: ClassVar[list[str | None]] = []
 
     def _answer(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         self.requests.append((self.command, body))
+        self.tokens.append(self.headers.get("Authorization"))
+        answer = {"detail": "the reason", "dag_run_id": "another", "access_token": str(len(self.requests))}
         self.send_response(self.answers.pop(0))
         self.end_headers()
-        self.wfile.write(json.dumps({"detail": "the reason", "dag_run_id": "another"}).encode())
+        self.wfile.write(json.dumps(answer).encode())
 
     do_GET = do_PATCH = do_POST = _answer  # noqa: N815 - the names of http.server
 
@@ -36,7 +39,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[AirflowApi]:
     monkeypatch.setattr(airflow_api, "_PAUSE_SECONDS", 0.0)
-    Server.answers, Server.requests = [], []
+    Server.answers, Server.requests, Server.tokens = [], [], []
     with HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield AirflowApi(f"http://127.0.0.1:{server.server_port}")
@@ -65,3 +68,13 @@ def test_a_refusal_is_final_and_so_is_the_last_try(api: AirflowApi, answers: lis
         api.trigger("tickets")
     assert caught.value.status == answers[-1]
     assert Server.answers == []
+
+
+def test_a_client_signs_in_once_and_again_when_its_token_is_no_longer_taken(api: AirflowApi) -> None:
+    signed_in = AirflowApi(api.url, "secret")
+    Server.answers = [201, 200, 200, 401, 201, 200]
+    for _ in range(3):
+        signed_in.dag("tickets")
+    sign_in, get = ("POST", {"username": "admin", "password": "secret"}), ("GET", {})
+    assert Server.requests == [sign_in, get, get, get, sign_in, get]
+    assert Server.tokens == [None, "Bearer 1", "Bearer 1", "Bearer 1", None, "Bearer 5"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +131,43 @@ def test_a_killed_driver_leaves_nothing_running(tmp_path: Path, rows: Path, tiny
     while (survivors := [p for p in descendants if is_alive(p)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert survivors == []
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/", "/api/v2/dags", "/api/v2/monitor/health", "/execution/health", "/auth/token"])
+@pytest.mark.parametrize("host", ["rebound.example", "127.0.0.1.rebound.example", "[::1]", "0.0.0.0", "10.0.0.1", ""])
+def test_another_name_than_the_loopbacks_gets_no_answer(airflow: StandaloneAirflow, path: str, host: str) -> None:
+    def status(name: str) -> int:
+        server = urllib.parse.urlsplit(airflow.url).netloc
+        connection = http.client.HTTPConnection(server, timeout=30)
+        connection.request("GET", path, headers={"Host": name.format(port=server.partition(":")[2])})
+        with contextlib.closing(connection):
+            return connection.getresponse().status
+
+    assert status(host) == 400
+    assert status("127.0.0.1:{port}") == status("localhost") != 400
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_the_api_asks_for_the_password_of_this_start(airflow: StandaloneAirflow, tmp_path: Path) -> None:
+    airflow.api.dag("tickets")
+    # Nobody is let in without it, and not by the way for servers without a login either.
+    for method, path in (("GET", "api/v2/dags"), ("PATCH", "api/v2/dags/tickets"), ("GET", "auth/token")):
+        with pytest.raises(AirflowApiError) as caught:
+            AirflowApi(airflow.url)._send(method, path, {} if method == "PATCH" else None)
+        assert caught.value.status in (401, 403)
+    for password in ("", "admin", StandaloneAirflow(tmp_path).password):
+        with pytest.raises(AirflowApiError) as caught:
+            AirflowApi(airflow.url, password).dag("tickets")
+        assert caught.value.status in (400, 401)
+
+    file = airflow.home / "passwords.json"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert json.loads(file.read_text()) == {"admin": airflow.password}
+    # It is in no log and in no process's arguments.
+    assert not [log for log in airflow.home.rglob("*.log") if airflow.password in log.read_text(errors="replace")]
 
 
 def is_alive(process: psutil.Process) -> bool:

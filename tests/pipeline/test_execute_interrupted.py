@@ -57,7 +57,7 @@ def test_training_goes_on_from_the_newest_checkpoint_and_leaves_none_when_done(
 
     codes = [execute.run_step(made_plan, "train_qlora", lambda: run).code for _ in range(3)]
     assert codes == [75, 75, 0]
-    assert checkpoints_seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert checkpoints_seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
     assert stored(store, "scratch") == set()
 
 

@@ -274,3 +274,21 @@ def test_a_folder_without_hard_links_is_refused_by_the_probe(
     monkeypatch.setattr(os, "link", link)
     with pytest.raises(UsageError, match="Operation not permitted"):
         store.probe()
+
+
+def test_links_to_their_own_folder_are_listed_once(tmp_path: Path) -> None:
+    """Two of them have 2^40 names, so that listing would never end."""
+    store = LocalStore(tmp_path.as_uri())
+    store.write_if_absent("scratch/file", b"x")
+    for name in ("first", "second"):
+        (tmp_path / "scratch" / name).symlink_to(".")
+    paths = [entry.path for entry in store.list("scratch")]
+    assert paths == sorted(paths)
+    assert {(tmp_path / path).resolve() for path in paths} == {tmp_path / "scratch" / "file"}
+    assert len(paths) == 2  # through the folder itself, and through the first of the links
+    # A link that leads elsewhere is followed as ever.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "more").write_bytes(b"y")
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [entry.path for entry in store.list("artifacts")] == ["artifacts/linked/more"]

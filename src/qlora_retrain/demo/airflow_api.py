@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from qlora_retrain.core.errors import UsageError
 
@@ -23,6 +23,10 @@ TIMEOUT_SECONDS = 30.0
 _MAX_TRIES = 5
 _PAUSE_SECONDS = 1.0
 FINAL_STATES = ("success", "failed")
+# The demo Airflow's only user.
+USER = "admin"
+# The server is on loopback, and its password is no business of a proxy's.
+_open = build_opener(ProxyHandler({})).open
 
 
 class AirflowApiError(UsageError):
@@ -44,10 +48,17 @@ class TaskState:
 
 
 class AirflowApi:
-    """The calls of Airflow's REST API that this project needs; `url` is the server's base URL."""
+    """The calls of Airflow's REST API that this project needs.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: The server's base URL.
+        password: The password of `USER`; None where the server asks for none.
+    """
+
+    def __init__(self, url: str, password: str | None = None) -> None:
         self.url = url
+        self._password = password
+        self._token: str | None = None
 
     def request(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, done_status: int | None = None
@@ -77,13 +88,29 @@ class AirflowApi:
         raise AssertionError("the last try returns or raises")
 
     def _request_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        """Send a request below `/api/v2`; sign in before the first one, and again once the token is a day old."""
+        if self._password is None:
+            return self._send(method, f"api/v2/{path}", body)
+        if self._token is not None:
+            try:
+                return self._send(method, f"api/v2/{path}", body)
+            except AirflowApiError as error:
+                if error.status != 401:
+                    raise
+        self._token = None
+        self._token = self._send("POST", "auth/token", {"username": USER, "password": self._password})["access_token"]
+        return self._send(method, f"api/v2/{path}", body)
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        request = Request(f"{self.url}/api/v2/{path}", data=data, headers=headers, method=method)  # noqa: S310
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = Request(f"{self.url}/{path}", data=data, headers=headers, method=method)  # noqa: S310
 
-        # `urlopen` raises for an error without reading the body, which has Airflow's reason.
+        # `open` raises for an error without reading the body, which has Airflow's reason.
         try:
-            with urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - the URL is ours, on loopback
+            with _open(request, timeout=TIMEOUT_SECONDS) as response:
                 return json.loads(response.read() or b"null")
         except HTTPError as error:
             with error:

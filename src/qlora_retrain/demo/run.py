@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, json_lines, uris
 from qlora_retrain.core.errors import Exit, Problem, UsageError
-from qlora_retrain.demo.airflow_api import FINAL_STATES, TaskState
+from qlora_retrain.demo.airflow_api import FINAL_STATES, USER, TaskState
 from qlora_retrain.demo.progress_board import ProgressBoard
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 from qlora_retrain.lm import conversations
@@ -70,7 +70,8 @@ def run(line: str, params: Mapping[str, Any], home: Path | None = None) -> int:
     print("Airflow starts on loopback ...", flush=True)
     with StandaloneAirflow(home, environment={"QLORA_RETRAIN_ROOT": root}) as airflow:
         airflow.wait_for_dag(config.line)
-        print(f"Airflow is up after {time.monotonic() - started:.0f} s: {airflow.url}", flush=True)
+        seconds, login = time.monotonic() - started, f"{USER}, {airflow.password}"
+        print(f"Airflow is up after {seconds:.0f} s: {airflow.url} (user and password: {login})", flush=True)
 
         # A run that Ctrl-C or a crash left behind would block this one, because a line has one run at a time.
         for earlier_run_id in airflow.api.active_run_ids(config.line):

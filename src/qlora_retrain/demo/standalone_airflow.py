@@ -1,9 +1,9 @@
 """A real Airflow on loopback, started and stopped from Python: API server, scheduler, DAG processor, SQLite.
 
-Reads the project's `dags/`; keeps its database and logs in AIRFLOW_HOME (default `.state/airflow`). Everyone who can
-reach the port is an administrator, so it listens on 127.0.0.1 only: for a laptop, a demo and tests. A production
-Airflow needs nothing of this module. Its processes end with it: on `stop`, on an exception, on Ctrl-C, and when this
-process is killed.
+Reads the project's `dags/`; keeps its database and logs in AIRFLOW_HOME (default `.state/airflow`). It listens on
+127.0.0.1 only and answers to no other name. Its only user is an administrator, whose password is new at every start and
+lies in a file that only its owner may read: for a laptop, a demo and tests. A production Airflow needs nothing of this
+module. Its processes end with it: on `stop`, on an exception, on Ctrl-C, and when this process is killed.
 
 Use: `with StandaloneAirflow() as airflow: airflow.api.trigger("support-intents")`
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import signal
@@ -29,7 +30,7 @@ from typing import IO
 
 from qlora_retrain.core import supervisor
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
+from qlora_retrain.demo.airflow_api import USER, AirflowApi, AirflowApiError
 from qlora_retrain.pipeline import code_identity
 
 MARKER_VARIABLE = "QLORA_RETRAIN_EMBEDDED"
@@ -51,6 +52,7 @@ class StandaloneAirflow:
         url: Where the UI and the REST API are, on loopback.
         api: A client of it.
         home: AIRFLOW_HOME.
+        password: The password of the user `airflow_api.USER`.
     """
 
     def __init__(
@@ -71,14 +73,15 @@ class StandaloneAirflow:
             parallelism: The number of tasks that run at once.
             environment: More variables for Airflow and its tasks.
         """
-        project = code_identity.project_root()
+        self._project = project = code_identity.project_root()
         self.home = (home or project / ".state" / "airflow").resolve()
+        self._passwords = self.home / "passwords.json"
         self._dags = (dags or project / "dags").resolve()
-        self._project = project
         self._port = port
         self._parallelism = parallelism
         self._extra_environment = dict(environment or {})
         self._marker = secrets.token_hex(16)
+        self.password = secrets.token_urlsafe(24)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock: IO[str] | None = None
 
@@ -107,8 +110,11 @@ class StandaloneAirflow:
 
         self._port = self._port or _free_port()
         self.url = f"http://127.0.0.1:{self._port}"
-        self.api = AirflowApi(self.url)
+        self.api = AirflowApi(self.url, self.password)
         self._environment = self._build_environment()
+        self._passwords.unlink(missing_ok=True)
+        self._passwords.touch(mode=0o600, exist_ok=False)
+        self._passwords.write_text(json.dumps({USER: self.password}), encoding="utf-8")
         # `wait_for_dag` compares it with the time at which a DAG's file was parsed.
         self.started_at = datetime.now(UTC)
 
@@ -225,14 +231,15 @@ class StandaloneAirflow:
     def _build_environment(self) -> dict[str, str]:
         """Return this process's environment with the settings of this Airflow, and of no other."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}
-
         settings = {
             "CORE__DAGS_FOLDER": str(self._dags),
             "CORE__LOAD_EXAMPLES": "False",
             "CORE__EXECUTOR": "LocalExecutor",
             "CORE__PARALLELISM": str(self._parallelism),
-            # No login, which is acceptable on loopback only.
-            "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+            "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
+            "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
+            "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self._passwords),
+            "CORE__PLUGINS_FOLDER": str(Path(__file__).with_name("airflow_plugins")),
             "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
             "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
             # The API server starts before the database is migrated.
@@ -249,7 +256,6 @@ class StandaloneAirflow:
             "DAG_PROCESSOR__PARSING_PROCESSES": "1",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
-
         return {
             **inherited,
             **{f"AIRFLOW__{name}": value for name, value in settings.items()},
@@ -261,7 +267,6 @@ class StandaloneAirflow:
 
 def _acquire_lock(home: Path) -> IO[str]:
     """Lock AIRFLOW_HOME; the kernel releases the lock when this process ends, however it ends."""
-    # The file stays; only the kernel's lock on it counts.
     lock = (home / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

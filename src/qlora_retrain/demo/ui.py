@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_retrain.core.errors import Problem
+from qlora_retrain.demo.airflow_api import USER
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("Airflow starts on loopback ...", flush=True)
     try:
         with StandaloneAirflow(arguments.home, port=arguments.port) as airflow:
-            print(f"open {airflow.url} (no login, because only this machine can reach it); Ctrl-C stops it", flush=True)
+            print(f"open {airflow.url} as {USER} with the password {airflow.password}; Ctrl-C stops it", flush=True)
             # Until a signal raises KeyboardInterrupt.
             threading.Event().wait()
     except KeyboardInterrupt:

@@ -93,9 +93,9 @@ def _scratch_folder(store: Store, step: graph.Step, key: str, attempt: str, work
     folder = work / "scratch"
     folder.mkdir()
     prefix = f"scratch/{step.name}/{key}"
-    restored_step = checkpoint_sync.restore(store, prefix, folder)
+    checkpoint_sync.restore(store, prefix, folder)
     uploader = checkpoint_sync.CheckpointUploader(store, prefix, attempt, folder)
-    uploader.start(restored_step)
+    uploader.start()
 
     try:
         yield {"scratch": folder}

@@ -181,10 +181,18 @@ def visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def walk_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Yield every file below the folder that is not hidden; links to folders are followed."""
+def walk_files(folder: str | Path, visited_folders: set[tuple[int, int]] | None = None) -> Iterator[os.DirEntry[str]]:
+    """Yield every file below the folder that is not hidden; links to folders are followed.
+
+    Each folder is walked once, by whatever name it is reached first: two links to their own folder have 2^40 names.
+    """
+    visited_folders = set() if visited_folders is None else visited_folders
     for entry in visible_entries(folder):
-        if entry.is_dir():
-            yield from walk_files(entry.path)
-        else:
+        if not entry.is_dir():
             yield entry
+            continue
+        with contextlib.suppress(FileNotFoundError):  # removed while this walks
+            identity = entry.stat()
+            if (identity.st_dev, identity.st_ino) not in visited_folders:
+                visited_folders.add((identity.st_dev, identity.st_ino))
+                yield from walk_files(entry.path, visited_folders)

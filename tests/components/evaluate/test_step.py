@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,41 @@ def test_golden_completions_are_in_the_report_only_where_the_line_allows_text(
         assert "<script" not in html
         other_files = (evaluation / "scores.jsonl").read_text() + (evaluation / "evaluation.json").read_text()
         assert "money back" not in other_files
+
+
+@pytest.mark.parametrize(
+    ("trained", "sentence"),
+    [
+        (14, None),
+        (4, "4 of the adapter's 14 steps were trained by the attempt that made it, the others are checkpoint-10's"),
+        (0, "0 of the adapter's 14 steps were trained by the attempt that made it, the others are checkpoint-14's"),
+    ],
+)
+def test_the_verdict_says_how_much_of_the_adapter_its_attempt_trained(
+    inputs: dict[str, Path],
+    write_dataset: Callable[..., Path],
+    tmp_path: Path,
+    evaluation: Path,
+    trained: int,
+    sentence: str | None,
+) -> None:
+    """A run that was resumed at its last step took its adapter from a checkpoint, which somebody may have forged."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(inputs["adapter"], adapter)
+    training = {"steps": 14, "resumed_at": 14 - trained, "trained_steps": trained}
+    (adapter / "training.json").write_text(json.dumps(training))
+    report = run(CONFIG, write_dataset(tmp_path / "dataset"), **{**inputs, "adapter": adapter}, champion=None,
+                 anchor=None, golden_data=None, reference_data=None, evaluation=evaluation)  # fmt: skip
+
+    # It refuses nothing: a run may well be stopped after its last step.
+    document = read_document(evaluation)
+    assert report.refused is None
+    assert {name: report.numbers[name] for name in training} == training
+    assert document["training"] == training
+    rules = [rule for rule in document["rules"] if rule["name"] == "trained_steps"]
+    assert [(rule["text"], rule["value"], rule["limit"]) for rule in rules] == (
+        [(sentence, trained, 14)] if sentence else []
+    )
+    # Where no step was trained, the sentence that a person reads first says so too.
+    assert (str(sentence) in document["sentence"]) is (trained == 0)
+    assert (str(sentence) in html.unescape((evaluation / "report.html").read_text())) is bool(sentence)

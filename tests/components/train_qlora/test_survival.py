@@ -236,7 +236,11 @@ def test_an_attempt_after_memory_ran_out_starts_with_the_smaller_micro_batches_a
         '{"log_history": [{"loss": 1.0}]}',
         "{",
         "[]",
+        "[" * 100_000,
+        '{"log_history": [{"batch_size": 2.0}]}',
+        '{"log_history": [{"batch_size": 2}], "padding": "' + "x" * 2_000_000 + '"}',
     ],
+    ids=lambda state: state[:40],
 )
 def test_a_checkpoint_without_a_usable_batch_size_changes_nothing(tmp_path, state):
     (tmp_path / "checkpoint-3").mkdir()
