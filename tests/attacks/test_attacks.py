@@ -136,6 +136,27 @@ def change_model(a: Attacker) -> str:
     return a.run(plan.uri, "publish")
 
 
+@attack("`scratch/`", "plants a finished checkpoint, so that nothing is trained and its adapter is taken")
+def plant_checkpoint(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.run_until(plan, "train_qlora")
+    folder = f"scratch/train_qlora/{plan.step('train_qlora').key}/0123456789ab/checkpoint-300"
+    a.write(f"{folder}/adapter_model.safetensors", "forged")
+    file = a.folder / folder / "adapter_model.safetensors"
+    entry = {"path": file.name, "size": file.stat().st_size, "sha256": sha256(file)}
+    a.write(f"{folder}/_complete.json", {"step": 300, "files": [entry]})
+    restored: list[str] = []
+    run = a.steps["train_qlora"]
+
+    def train(**arguments: Any) -> StepResult:
+        restored.extend(path.name for path in arguments["scratch"].iterdir())
+        return run(**arguments)
+
+    train.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
+    assert execute.run_step(plan, "train_qlora", lambda: train).code == 0
+    return "`train_qlora` passes it over and trains from the start" if not restored else f"it resumes from {restored}"
+
+
 @attack("a stolen key of `train_qlora`", "signs an evaluation and plants it")
 def sign_as_another_step(a: Attacker) -> str:
     old, plan = a.first, a.plan(text="{}")

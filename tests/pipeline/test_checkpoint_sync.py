@@ -15,6 +15,7 @@ import pytest
 from qlora_retrain.core.errors import TryAgain
 from qlora_retrain.lm import checkpoints
 from qlora_retrain.pipeline import checkpoint_sync
+from qlora_retrain.storage import key_admin
 from qlora_retrain.storage.local import LocalStore
 from qlora_retrain.storage.store import Entry, Store
 
@@ -221,3 +222,28 @@ def test_older_checkpoints_are_there_too_and_a_step_that_is_trained_again_is_upl
     save(scratch, 4)
     uploader.stop(sync=True)
     assert stored_checkpoints(store) == ["forged/checkpoint-4", "honest/checkpoint-3", "second/checkpoint-4"]
+
+
+def test_in_a_store_with_keys_only_a_marker_that_the_trainer_signed_for_its_place_counts(
+    store: Store, tmp_path: Path
+) -> None:
+    key_admin.create(store)
+    save(tmp_path / "first", 4)
+    uploader = checkpoint_sync.CheckpointUploader(store, PREFIX, "first", tmp_path / "first")
+    uploader.sync()
+    (tmp_path / "next").mkdir()
+    assert checkpoint_sync.restore(store, PREFIX, tmp_path / "next") == 4
+
+    # The same checkpoint for another key, which has other data: of the same shapes, and with a valid marker of its own.
+    elsewhere = "scratch/train_qlora/xyz"
+    pairs = [(entry.path, entry.path.replace(PREFIX, elsewhere)) for entry in store.list(PREFIX)]
+    store.copy(pairs)
+    (tmp_path / "other").mkdir()
+    assert checkpoint_sync.restore(store, elsewhere, tmp_path / "other") is None
+
+    # One without a signature, as anybody can write it.
+    unsigned = tmp_path / "unsigned"
+    save(unsigned, 5)
+    store.upload(unsigned / "checkpoint-5", f"{PREFIX}/a/checkpoint-5", ["adapter.safetensors", checkpoints.MARKER])
+    (tmp_path / "last").mkdir()
+    assert checkpoint_sync.restore(store, PREFIX, tmp_path / "last") == 4

@@ -19,7 +19,7 @@ from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import checkpoint_sync, fetch
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.pipeline.planned_steps import PlannedStep
-from qlora_retrain.storage import artifact, cache
+from qlora_retrain.storage import artifact, cache, keys, signatures
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import Store
 
@@ -35,6 +35,8 @@ def run_attempt(
     load: Callable[[], StepFunction],
 ) -> Manifest:
     """Run the step in a new folder and write its artifact; return the artifact's manifest."""
+    # Now and not after hours of work.
+    signatures.refuse_without_key(store, keys.step_role(step, plan.line))
     attempt, started_at = artifact.new_attempt_id(), datetime.now(UTC)
     # After the checks above: importing torch takes seconds, and most retries find their artifact made.
     run = load()

@@ -9,18 +9,21 @@ much is trained again, and never that a step cannot run. Only a store that is aw
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_retrain.core import signals
-from qlora_retrain.core.errors import Problem, TryAgain, UsageError
+from qlora_retrain.core import hashing, signals
+from qlora_retrain.core.errors import IntegrityError, Problem, TryAgain, UsageError
 from qlora_retrain.core.progress import say
 from qlora_retrain.lm import checkpoints
 from qlora_retrain.lm.checkpoints import InvalidCheckpoint, Marker
+from qlora_retrain.storage import signatures
 from qlora_retrain.storage.store import NotFound, Store, validate_path
 
 # Two, so that one damaged checkpoint does not cost all the work.
@@ -143,7 +146,7 @@ class CheckpointUploader:
                 try:
                     self._store.upload(local, target, checkpoints.parse_marker(data, step).files)
                     # The marker last, because a checkpoint without it counts as incomplete.
-                    self._store.upload(local, target, [checkpoints.MARKER])
+                    _upload_marker(self._store, f"{target}/{checkpoints.MARKER}", data)
                 except (FileNotFoundError, InvalidCheckpoint):
                     continue  # the trainer has deleted it meanwhile, or did not write it; a newer one follows
 
@@ -207,7 +210,7 @@ def _fetch(store: Store, stored: StoredCheckpoint, sizes: Mapping[str, int], loc
     """
     try:
         data = store.read_start(f"{stored.path}/{checkpoints.MARKER}", checkpoints.MAX_MARKER_BYTES + 1)
-        marker = _read_marker(stored, data)
+        marker = _read_marker(store, stored, data)
         for path, file in marker.files.items():
             size = sizes.get(f"{stored.path}/{path}")
             if size != file.size_bytes:
@@ -230,13 +233,37 @@ def _fetch(store: Store, stored: StoredCheckpoint, sizes: Mapping[str, int], loc
     return None
 
 
-def _read_marker(stored: StoredCheckpoint, data: bytes) -> Marker:
-    """Return the marker of a checkpoint in the store; every check of who wrote it belongs here.
+def _upload_marker(store: Store, path: str, data: bytes) -> None:
+    """Write a checkpoint's marker, signed for its path by the step's role where the store has keys."""
+    fields = signatures.parse_fields(data)
+    signature = signatures.sign_fields(store, path, fields, _role(path))
+    if signature is not None:
+        data = json.dumps({**fields, "signature": signature.model_dump()}, indent=1).encode()
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / name).write_bytes(data)
+        store.upload(Path(temporary), folder, [name])
+
+
+def _read_marker(store: Store, stored: StoredCheckpoint, data: bytes) -> Marker:
+    """Return the marker of a checkpoint in the store.
 
     Raises:
-        InvalidCheckpoint: If it cannot be trusted.
+        InvalidCheckpoint: If it cannot be read, or the step's role did not sign it for this place.
     """
-    return checkpoints.parse_marker(data, stored.step)
+    marker = checkpoints.parse_marker(data, stored.step)
+    path = f"{stored.path}/{checkpoints.MARKER}"
+    try:
+        signer = signatures.signer_of(path, signatures.parse_fields(data))
+        signatures.check(store, path, signer, _role(path), hashing.sha256_bytes(data))
+    except IntegrityError as error:
+        raise InvalidCheckpoint(str(error)) from error
+    return marker
+
+
+def _role(path: str) -> str:
+    """Return the role that signs a checkpoint: its step's name, which follows `scratch/`."""
+    return path.split("/")[1]
 
 
 def _delete_below(store: Store, prefix: str) -> None:

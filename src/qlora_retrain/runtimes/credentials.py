@@ -79,8 +79,8 @@ def give_key_to(user: str | None, files: Sequence[Path]) -> str | None:
                 user = f"{status.st_uid}:{status.st_gid}"
             elif user.partition(":")[0] != str(status.st_uid):
                 raise UsageError(
-                    f"{file}: belongs to user {status.st_uid}, and the container runs as {user}, the owner of the store; "
-                    "let one user own both"
+                    f"{file}: belongs to user {status.st_uid}, and the container runs as {user}, the owner of "
+                    "the store; let one user own both"
                 )
     return user
 

@@ -78,6 +78,17 @@ def sign_fields(store: Store, path: str, fields: Mapping[str, Any], role: str) -
     return Signature(role=role, key=keyring.trust.roles[role].key, value=base64.b64encode(value).decode())
 
 
+def refuse_without_key(store: Store, role: str) -> None:
+    """Refuse to begin work whose result this process cannot sign.
+
+    Raises:
+        UsageError: If the store has keys, and this process does not have the role's private key.
+    """
+    keyring = keys.find_keyring(store.uri)
+    if keyring is not None:
+        keyring.sign(role, _PREFIX)
+
+
 def parse(
     store: Store, path: str, data: bytes, model: type[_SignedT], role: str, *, signed_path: str | None = None
 ) -> _SignedT:
