@@ -31,7 +31,7 @@ from qlora_retrain.storage import artifact, open_store, pull
 from qlora_retrain.storage.s3 import S3Store
 from tests.policies import Document, is_allowed, is_denied
 
-ROOT = "s3://roles-bucket/qlora"
+ROOT = "s3://iam-bucket/qlora"
 LINE = """
 line: tickets
 sources:
@@ -124,7 +124,7 @@ def letters(roles: set[str]) -> str:
 def test_each_role_does_with_each_file_what_the_table_says(documents: dict[str, Document]) -> None:
     assert set(documents) == set(ROLES.values())
     for path, expected in TABLE.items():
-        arn = f"arn:aws:s3:::roles-bucket/{path}"
+        arn = f"arn:aws:s3:::iam-bucket/{path}"
         for action, roles in zip(ACTIONS, expected, strict=True):
             allowed = {role for role, document in documents.items() if is_allowed(document, action, arn)}
             assert letters(allowed) == roles, (path, action)
@@ -174,15 +174,15 @@ def test_a_role_lists_what_it_may_read_and_no_more(documents: dict[str, Document
     for prefix, expected in prefixes.items():
         context = {"s3:prefix": prefix}
         lists = {
-            r for r, d in documents.items() if is_allowed(d, "s3:ListBucket", "arn:aws:s3:::roles-bucket", context)
+            r for r, d in documents.items() if is_allowed(d, "s3:ListBucket", "arn:aws:s3:::iam-bucket", context)
         }
         assert letters(lists) == expected, prefix
-    assert not any(is_allowed(d, "s3:ListBucket", "arn:aws:s3:::roles-bucket") for d in documents.values())
+    assert not any(is_allowed(d, "s3:ListBucket", "arn:aws:s3:::iam-bucket") for d in documents.values())
 
 
 def test_retention_is_set_by_publish_alone_and_only_where_the_line_wants_it(documents: dict[str, Document]) -> None:
     def roles(rendered: dict[str, Document], path: str) -> str:
-        arn = f"arn:aws:s3:::roles-bucket/{path}"
+        arn = f"arn:aws:s3:::iam-bucket/{path}"
         return letters({role for role, doc in rendered.items() if is_allowed(doc, "s3:PutObjectRetention", arn)})
 
     assert roles(documents, f"{VERSION}/manifest.json") == "p"
@@ -214,7 +214,7 @@ def test_a_step_that_the_graph_gets_has_its_policy_by_itself(
         ("s3:PutObject", f"artifacts/adapter/{KEY}/_manifest.json", False),
         ("s3:DeleteObject", f"scratch/distill/{KEY}/a/x", True),
     ]:
-        assert is_allowed(document, action, f"arn:aws:s3:::roles-bucket/qlora/{path}") is expected
+        assert is_allowed(document, action, f"arn:aws:s3:::iam-bucket/qlora/{path}") is expected
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_step_that_the_graph_gets_has_its_policy_by_itself(
 def test_the_bucket_denies_an_unconditional_write_of_what_decides(
     path: str, headers: dict[str, str], expected: bool
 ) -> None:
-    document, arn = policies.bucket_policy(ROOT), f"arn:aws:s3:::roles-bucket/qlora/{path}"
+    document, arn = policies.bucket_policy(ROOT), f"arn:aws:s3:::iam-bucket/qlora/{path}"
     create = {"s3:ObjectCreationOperation": "true", **headers}
     assert is_denied(document, "s3:PutObject", arn, create) is expected
     # A part of an upload has no such header.
@@ -259,7 +259,7 @@ def test_a_role_signs_with_its_own_key_alone(config: LineConfig) -> None:
     assert is_allowed(document, "kms:Sign", f"{head}:key/1")
     assert not is_allowed(document, "kms:Sign", f"{head}:key/2")
     with pytest.raises(UsageError, match="expected arn:aws:kms"):
-        policies.role_policy(config, "evaluate", ROOT, "arn:aws:s3:::roles-bucket/key/1")
+        policies.role_policy(config, "evaluate", ROOT, "arn:aws:s3:::iam-bucket/key/1")
 
 
 def test_a_role_that_is_not_there_and_a_store_that_is_not_in_s3_are_refused(config: LineConfig) -> None:
@@ -277,7 +277,7 @@ class Aws:
 
     def __init__(self, endpoint: str, patch: pytest.MonkeyPatch) -> None:
         self.endpoint, self._patch = endpoint, patch
-        self.admin("s3").create_bucket(Bucket="roles-bucket")
+        self.admin("s3").create_bucket(Bucket="iam-bucket")
         self.admin("s3").create_bucket(Bucket="data")
 
     @functools.cache  # noqa: B019 - it lives as long as its test
@@ -290,7 +290,7 @@ class Aws:
         statements = [{name: part for name, part in s.items() if name != "Condition"} for s in document["Statement"]]
         for statement in statements:
             if statement["Sid"] == "Delete":
-                statement["Resource"] = [*statement["Resource"], "arn:aws:s3:::roles-bucket"]
+                statement["Resource"] = [*statement["Resource"], "arn:aws:s3:::iam-bucket"]
         iam, trust = self.admin("iam"), {"Version": "2012-10-17", "Statement": []}
         role = f"{role}-{uuid.uuid4().hex[:8]}"  # all servers of this process share their roles
         arn = iam.create_role(RoleName=role, AssumeRolePolicyDocument=json.dumps(trust))["Role"]["Arn"]
@@ -345,7 +345,7 @@ def test_a_server_with_iam_gives_the_same_answers(
         aws.become(session)
         client = boto3.session.Session().client("s3")  # the module's own session would remember the first credentials
         for path, expected in TABLE.items():
-            where = {"Bucket": "roles-bucket", "Key": path}
+            where = {"Bucket": "iam-bucket", "Key": path}
             for call, roles in zip((client.get_object, client.put_object, client.delete_object), expected, strict=True):
                 try:
                     call(**where)
