@@ -5,7 +5,10 @@ A line's file is `<line>.yaml`; no other file can define that line.
 Reads each line's schedule, description and knobs. A file that cannot be used becomes a DAG whose only task fails with
 the file's errors. So the other lines keep running, and the person on call sees what is wrong.
 
-Environment: `QLORA_RETRAIN_PIPELINES`, another folder of YAML files. To see a file's errors: `qlora-retrain check FILE`
+Where the steps run is no line's to say: `platform.yaml` does, see `qlora_retrain.config.platform`.
+
+Environment: `QLORA_RETRAIN_PIPELINES`, another folder of YAML files; `QLORA_RETRAIN_PLATFORM`, another platform.yaml.
+To see a file's errors: `qlora-retrain check FILE`
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 
-from qlora_retrain.config import bounded_yaml, schedule
+from qlora_retrain.config import bounded_yaml, platform, schedule
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
@@ -62,15 +65,16 @@ def line_dag(path: Path) -> DAG:
 
 
 def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
-    """Make a step's task in the line's runtime."""
+    """Make a step's task in the runtime that the platform has for the line."""
+    runtime = platform.load().runtime_of(config.line)
     common = {"task_id": step.name, "step": step.name, "line": config.line, "doc_md": step_doc(step), "dag": dag}
 
     # Imported only where a line uses them, because this file is parsed again and again and providers import slowly.
-    if config.runtime.kind == "docker":
+    if runtime.kind == "docker":
         from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
 
-        return DockerStepOperator(runtime=config.runtime, **common)
-    if config.runtime.kind == "kubernetes":
+        return DockerStepOperator(runtime=runtime, **common)
+    if runtime.kind == "kubernetes":
         from qlora_retrain.config import cluster_profile
         from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
@@ -78,7 +82,7 @@ def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
         # One slot for each GPU, so that Airflow starts no more pods than the cluster has GPUs.
         pool = {"pool": profile.gpu_pool, "pool_slots": profile.gpus(step)} if profile.gpu_pool else {}
         return KubernetesStepOperator(
-            runtime=config.runtime, profile=profile, **common, **(pool if profile.gpus(step) else {})
+            runtime=runtime, profile=profile, **common, **(pool if profile.gpus(step) else {})
         )
     return LocalStepOperator(**common)
 

@@ -11,6 +11,7 @@ import yaml
 
 from qlora_retrain.config.cluster_profile import ClusterProfile, PodConfig
 from qlora_retrain.config.line import LineConfig
+from qlora_retrain.config.platform import RuntimeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -26,7 +27,7 @@ SECTIONS = {
     name: set(field.annotation.model_fields)
     for name, field in LineConfig.model_fields.items()
     if hasattr(field.annotation, "model_fields")
-}
+} | {"runtime": set(RuntimeConfig.model_fields)}
 FILE = r"[\w./*<>-]+\.(?:py|yaml|md|sh|toml|lock|Dockerfile)"
 EXAMPLES = {"pipelines/my-line.yaml", "LICENCE.md"}  # a reader's own line, a file of a published version
 SUFFIXES = {"json", "jsonl", "csv", "html", "py", "md"}  # `train.jsonl` is a file and no knob
@@ -59,7 +60,9 @@ def wrong_names(text: str, folder: Path) -> Iterator[str]:
             yield f"knob {section}.{knob}"
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         for section, knobs in yaml.safe_load(block).items():
-            yield from (f"knob {section}.{knob}" for knob in set(knobs) - SECTIONS.get(section, set(knobs)))
+            # Lines' sources are a section; the platform's are a list.
+            names = set(knobs) if isinstance(knobs, dict) else set()
+            yield from (f"knob {section}.{knob}" for knob in names - SECTIONS.get(section, names))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

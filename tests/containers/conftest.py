@@ -43,8 +43,8 @@ LINE = {
         "max_loss_to_champion": 1,
     },
     "merge": {"max_loss_increase_nats": 0.5, "min_rows": 10},
-    "runtime": {"kind": "docker", "network": "host", "memory_gib": 8},
 }
+PLATFORM = {"runtime": {"kind": "docker", "network": "host", "memory_gib": 8}}
 # A fake secret for every way in which a credential can reach a worker; none may be found anywhere afterwards.
 CANARIES = {
     "credentials file": "canary-file-7f3a",
@@ -187,7 +187,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def make_line(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_tickets: Callable[[Path, int], Path]
 ) -> Callable[..., Path]:
-    """Write a line into a new folder, with changed sections, and with sources that the images' user can read."""
+    """Write a line into a new folder, with changed sections, and with sources that the images' user can read.
+
+    The platform's settings are beside the folder of lines, in platform.yaml.
+    """
 
     def make(**changes: dict[str, object]) -> Path:
         folder = tmp_path_factory.mktemp("line")
@@ -203,6 +206,7 @@ def make_line(
         path = folder / "pipelines" / "boxed.yaml"
         path.parent.mkdir()
         path.write_text(yaml.safe_dump(document))
+        (folder / "platform.yaml").write_text(yaml.safe_dump(PLATFORM))
         return path
 
     return make

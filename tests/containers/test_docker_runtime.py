@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from qlora_retrain.config.line import load
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.pipeline import make_plan, status
 from qlora_retrain.pipeline.plan import Plan
 
@@ -60,8 +60,8 @@ def make_task(engine: Engine, config: Path) -> Iterator[Callable[..., Any]]:
     def make(name: str = "validate_data", url: str = engine.url, **runtime: object) -> Any:
         from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
 
-        section = load(config).runtime.model_copy(update=runtime)
-        return DockerStepOperator(task_id=name, step=name, line="boxed", runtime=section, docker_url=url)
+        settings = RuntimeConfig.model_validate({"kind": "docker", "network": "host", "memory_gib": 8, **runtime})
+        return DockerStepOperator(task_id=name, step=name, line="boxed", runtime=settings, docker_url=url)
 
     yield make
     engine.remove_everything()

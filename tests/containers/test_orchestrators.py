@@ -93,6 +93,7 @@ class Orchestrators:
     def kfp(self, *arguments: object) -> subprocess.Popen[str]:
         """Start `qlora-retrain kfp VERB`, with its output in a new file of `output_folder`."""
         environment = {**os.environ, "DOCKER_HOST": self.engine.url, "OMP_NUM_THREADS": "1"}
+        environment["QLORA_RETRAIN_PLATFORM"] = str(self.config.parents[1] / "platform.yaml")
         log = (self.output_folder / f"kfp-{len(list(self.output_folder.iterdir()))}.log").open("w")
         command = [str(KFP), "kfp", *map(str, arguments), "--root", self.root]
         with log:
@@ -129,6 +130,7 @@ def orchestrators(
     environment = {
         "QLORA_RETRAIN_ROOT": s3,
         "QLORA_RETRAIN_PIPELINES": str(config.parent),
+        "QLORA_RETRAIN_PLATFORM": str(config.parents[1] / "platform.yaml"),
         "DOCKER_HOST": engine.url,
         "DOCKER_CONFIG": str(folder / "docker"),
         # Secrets that a worker may have and its containers must not.

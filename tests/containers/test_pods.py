@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from qlora_retrain.config.cluster_profile import ClusterProfile
-from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Exit
 from qlora_retrain.core.images import DEFAULT_IMAGES
@@ -51,7 +51,6 @@ def config(make_line: Callable[..., Path], s3: str) -> Path:
         for file in [folder] if folder.is_file() else sorted(folder.iterdir()):
             boto3.client("s3").upload_file(str(file), "models", f"sources/{name}/{file.name}")
         document["sources"][name] = f"s3://models/sources/{name}"
-    document["runtime"] = {"kind": "kubernetes"}
     path.write_text(yaml.safe_dump(document))
     return path
 

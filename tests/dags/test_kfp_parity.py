@@ -85,9 +85,12 @@ def test_kubeflow_and_airflow_run_the_same_tasks_in_the_same_order_with_the_same
     from airflow.dag_processing.dagbag import DagBag
 
     line = yaml.safe_load((PROJECT / "pipelines" / "support-intents.yaml").read_text())
-    line["runtime"] = {"kind": "docker", "light_image": LIGHT, "train_image": TRAIN}
-    (tmp_path / "support-intents.yaml").write_text(yaml.safe_dump(line))
-    monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path))
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "support-intents.yaml").write_text(yaml.safe_dump(line))
+    runtime = {"kind": "docker", "light_image": LIGHT, "train_image": TRAIN}
+    (tmp_path / "platform.yaml").write_text(yaml.safe_dump({"runtime": runtime}))
+    monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path / "pipelines"))
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(tmp_path / "platform.yaml"))
 
     bag = DagBag(str(PROJECT / "dags"))
     assert bag.import_errors == {}  # so Airflow ignores retrain_kfp.py, which it could not import

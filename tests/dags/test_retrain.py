@@ -168,7 +168,11 @@ def test_nothing_that_a_line_says_is_rendered_as_a_template(
     profile.write_text("{}")
     monkeypatch.setenv("QLORA_RETRAIN_PROFILE", str(profile))
     path = write(pipelines, "tickets.yaml", "tickets")
-    path.write_text(path.read_text() + f"runtime: {{kind: {kind}}}\ndescription: '{{{{ 7 * 7 }}}}'\n")
+    path.write_text(path.read_text() + "description: '{{ 7 * 7 }}'\n")
+    platform = pipelines / "of the platform" / "platform.yaml"
+    platform.parent.mkdir()
+    platform.write_text(f"runtime: {{kind: {kind}}}\n")
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(platform))
     dag = load().DAGS["tickets"]
     assert "broken" not in dag.tags, dag.doc_md
     assert [(task.task_id, name) for task in dag.tasks for name in task.template_fields] == []

@@ -18,10 +18,13 @@ PROFILE = PROJECT / "manifests" / "profiles" / "gpu.yaml"
 
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tickets.yaml").write_text(
-        "line: tickets\nsources: {raw_data: tickets.jsonl, base_model: model}\nruntime: {kind: kubernetes}\n"
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "tickets.yaml").write_text(
+        "line: tickets\nsources: {raw_data: tickets.jsonl, base_model: model}\n"
     )
-    monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path))
+    (tmp_path / "platform.yaml").write_text("runtime: {kind: kubernetes}\n")
+    monkeypatch.setenv("QLORA_RETRAIN_PIPELINES", str(tmp_path / "pipelines"))
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(tmp_path / "platform.yaml"))
 
 
 def parsed() -> ModuleType:

@@ -47,7 +47,6 @@ LINE = {
         "max_loss_to_champion": 1,
     },
     "merge": {"max_loss_increase_nats": 0.5, "min_rows": 10},
-    "runtime": {"kind": "kubernetes"},
 }
 
 
@@ -136,7 +135,9 @@ def airflow(
     document = {**LINE, "sources": {"raw_data": str(tickets), "base_model": str(tiny_model)}}
     (tmp_path / "pipelines").mkdir()
     (tmp_path / "pipelines" / "pods.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "platform.yaml").write_text("runtime: {kind: kubernetes}\n")
     environment = {
+        "QLORA_RETRAIN_PLATFORM": str(tmp_path / "platform.yaml"),
         "QLORA_RETRAIN_ROOT": (tmp_path / "store").as_uri(),
         "QLORA_RETRAIN_PIPELINES": str(tmp_path / "pipelines"),
         "QLORA_RETRAIN_PROFILE": str(project_root() / "manifests" / "profiles" / "gpu.yaml"),

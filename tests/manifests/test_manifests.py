@@ -15,7 +15,7 @@ from kubernetes.utils.quantity import parse_quantity
 from pydantic import ValidationError
 
 from qlora_retrain.config.cluster_profile import ClusterProfile
-from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import graph
 from tests.manifests.overlays import (
     OVERLAYS,

@@ -173,9 +173,7 @@ def test_a_role_lists_what_it_may_read_and_no_more(documents: dict[str, Document
     }
     for prefix, expected in prefixes.items():
         context = {"s3:prefix": prefix}
-        lists = {
-            r for r, d in documents.items() if is_allowed(d, "s3:ListBucket", "arn:aws:s3:::iam-bucket", context)
-        }
+        lists = {r for r, d in documents.items() if is_allowed(d, "s3:ListBucket", "arn:aws:s3:::iam-bucket", context)}
         assert letters(lists) == expected, prefix
     assert not any(is_allowed(d, "s3:ListBucket", "arn:aws:s3:::iam-bucket") for d in documents.values())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import boto3.session
 import pytest
 
-from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.runtimes import credentials

@@ -80,7 +80,7 @@ def _graph(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from qlora_retrain.config import schedule
+    from qlora_retrain.config import platform, schedule
     from qlora_retrain.config.line import load
     from qlora_retrain.runtimes import data_preview
 
@@ -89,6 +89,7 @@ def _check(args: argparse.Namespace) -> int:
     print(f"{args.config}: line {config.line} is valid")
     if args.config.name != f"{config.line}.yaml":
         print(f"Airflow runs a line from the file that is named after it: {config.line}.yaml, not {args.config.name}")
+    print(platform.load(args.config.parent).describe(config.line))
     # The times show what the expression means: `0 0 1 * 1` is every first of the month and every Monday.
     if config.schedule is not None:
         times = schedule.next_starts(config.schedule, datetime.now(UTC), _SHOWN_STARTS)

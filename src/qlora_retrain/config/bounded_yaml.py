@@ -16,7 +16,7 @@ from qlora_retrain.core.errors import UsageError
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
 # A document on a command line holds the text of its chat template, which is a file of its own otherwise.
-_MAX_TEXT_BYTES = 16 * MAX_BYTES
+MAX_TEXT_BYTES = 16 * MAX_BYTES
 
 
 def read_text(path: Path) -> str:
@@ -48,8 +48,8 @@ def parse(text: str, place: str) -> tuple[Any, yaml.Node | None]:
     Raises:
         UsageError: If it is not valid YAML, has an anchor or an alias, or is too large or too deep.
     """
-    if len(text) > _MAX_TEXT_BYTES:
-        raise UsageError(f"{place}: expected at most {_MAX_TEXT_BYTES // 1024} KiB of YAML, found more")
+    if len(text) > MAX_TEXT_BYTES:
+        raise UsageError(f"{place}: expected at most {MAX_TEXT_BYTES // 1024} KiB of YAML, found more")
     try:
         _refuse_unbounded(text, place)
         return yaml.safe_load(text), yaml.compose(text)

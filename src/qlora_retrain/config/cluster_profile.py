@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain.config.fields import Section, operational
-from qlora_retrain.config.sections import ImagesConfig
+from qlora_retrain.config.platform import ImagesConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, uris
 from qlora_retrain.core.errors import UsageError
@@ -214,8 +214,8 @@ def from_environment() -> ClusterProfile:
     path = os.environ.get(PROFILE_VARIABLE)
     if not path:
         raise UsageError(
-            f"runtime.kind is kubernetes, and {PROFILE_VARIABLE} is not set: it names the cluster's profile, a file "
-            "such as manifests/profiles/production.yaml, wherever Airflow parses or runs DAGs"
+            f"runtime.kind in platform.yaml is kubernetes, and {PROFILE_VARIABLE} is not set: it names the cluster's "
+            "profile, a file such as manifests/profiles/production.yaml, wherever Airflow parses or runs DAGs"
         )
     return load(Path(path))
 

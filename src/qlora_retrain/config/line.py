@@ -5,18 +5,20 @@ Command: `qlora-retrain check CONFIG`
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-from qlora_retrain.config import schedule, sections
+from qlora_retrain.config import bounded_yaml, platform, schedule, sections
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.yaml_reader import load_section
-from qlora_retrain.core import uris
+from qlora_retrain.core import local_files, source_access, uris
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.source_access import SourceAccess
 
 _TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
@@ -29,8 +31,13 @@ class SourceConfig(Section):
 
     @field_validator("uri")
     @classmethod
-    def _no_secrets(cls, value: str) -> str:
+    def _may_be_read(cls, value: str, info: ValidationInfo) -> str:
         uris.refuse_secrets(value)
+        # One form, so that all code that reads the source means the same place.
+        value = source_access.canonical(value) if "://" in value else value
+        access: SourceAccess | None = (info.context or {}).get("access")
+        if access is not None and (refusal := access.refusal(value)):
+            raise ValueError(refusal)
         return value
 
 
@@ -72,7 +79,6 @@ class LineConfig(Section):
     evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
     merge: sections.MergeConfig = sections.MergeConfig()
     publish: sections.PublishConfig = sections.PublishConfig()
-    runtime: sections.RuntimeConfig = sections.RuntimeConfig()
 
     @field_validator("line")
     @classmethod
@@ -128,11 +134,12 @@ def load(source: Path | str, overrides: Sequence[str] = ()) -> LineConfig:
         UsageError: With every error of the document and of the overrides, one per line.
     """
     folder = None if isinstance(source, str) else source.parent.resolve()
+    limits = platform.load(folder)
 
     def prepare(document: dict[str, Any]) -> dict[str, Any]:
-        return _with_template_text(_with_absolute_sources(document, folder), folder)
+        return _with_template_text(_with_absolute_sources(document, folder), folder, limits.access(own_folder=folder))
 
-    return load_section(LineConfig, source, overrides, prepare)
+    return load_section(LineConfig, source, overrides, prepare, {"access": limits.access()})
 
 
 def document(config: LineConfig) -> dict[str, Any]:
@@ -140,7 +147,6 @@ def document(config: LineConfig) -> dict[str, Any]:
 
     The sources are absolute, so the document means the same on another machine (a KFP pod).
     """
-    # Only the fields that were set: `RuntimeConfig` refuses an image that was set and accepts the same one as default.
     return config.model_dump(mode="json", exclude_unset=True)
 
 
@@ -166,16 +172,22 @@ def _with_absolute_sources(document: dict[str, Any], folder: Path | None) -> dic
                     f"sources.{name}: {source['uri']} is relative, and this document is not in a folder; expected a URI"
                 )
 
-            source = {**source, "uri": (folder or Path("/")).joinpath(source["uri"]).resolve().as_uri()}
+            if "\0" in source["uri"]:
+                raise UsageError(f"sources.{name}: a path must not hold a zero byte")
+            path = (folder or Path("/")) / source["uri"]
+            # The name stays: in a cache of links it is the link that has the name, and not the file.
+            parent = path if path.name in ("", "..") else path.parent
+            path = Path(os.path.realpath(parent), path.name if parent != path else "")
+            source = {**source, "uri": path.as_uri()}
         sources[name] = source
     return {**document, "sources": sources}
 
 
-def _with_template_text(document: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+def _with_template_text(document: dict[str, Any], folder: Path | None, access: SourceAccess) -> dict[str, Any]:
     """Return the document with a template's file replaced by its text, because pods get the document alone.
 
     Raises:
-        UsageError: For a file that is not there, or is no Jinja template.
+        UsageError: For a file that is not there, may not be read, or is no Jinja template.
     """
     data = document.get("data")
     if not isinstance(data, dict):
@@ -190,9 +202,9 @@ def _with_template_text(document: dict[str, Any], folder: Path | None) -> dict[s
         raise UsageError(f"data.template: {name} is relative, and this document is not in a folder; give its text")
     path = (folder or Path("/")) / name
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.template: {path} cannot be read: {error}") from error
+        text = local_files.read_text(path, access, bounded_yaml.MAX_TEXT_BYTES)
+    except UsageError as error:
+        raise UsageError(f"data.template: {error}") from error
     if "{%" not in text and "{{" not in text:
         raise UsageError(f"data.template: {path} is no Jinja template: it has neither {{% nor {{{{")
     return {**document, "data": {**data, "template": text}}

@@ -41,6 +41,9 @@ _NOTES = {
 
 def renamed_to(path: str) -> str | None:
     """Return a sentence that names the knob's new name; None where the knob was never renamed."""
+    # A section that lines had once. Of platform.yaml, which has it now, this is asked about its fields alone.
+    if path == "runtime":
+        return f"{path} is the platform's to say: its owner sets it in platform.yaml (docs/platform.md)"
     if path not in RENAMED_KNOBS:
         return None
     note = f"; {_NOTES[path]}" if path in _NOTES else ""

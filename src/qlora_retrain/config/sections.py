@@ -10,9 +10,7 @@ from qlora_retrain.config import licences
 from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
-from qlora_retrain.core import images, uris
-from qlora_retrain.core.errors import UsageError
-from qlora_retrain.core.graph import Image
+from qlora_retrain.core import uris
 
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
@@ -226,60 +224,4 @@ class PublishConfig(Section):
             raise ValueError("licence: other needs licence_name, since the model card has to say which one it is")
         if self.licence_name is not None and self.licence != licences.OTHER_LICENCE:
             raise ValueError(f"licence_name goes with licence: other, and the licence is {self.licence}; leave it out")
-        return self
-
-
-class ImagesConfig(Section):
-    """The images of the steps."""
-
-    light_image: str = operational(
-        images.DEFAULT_IMAGES["light"], "for steps without torch; a tag or digest, never latest"
-    )
-    train_image: str = operational(
-        images.DEFAULT_IMAGES["train"], "for steps with torch; a tag or digest, never latest"
-    )
-
-    @field_validator("light_image", "train_image")
-    @classmethod
-    def _is_pinned(cls, value: str) -> str:
-        # pydantic collects ValueErrors, so that all errors of a file come at once.
-        try:
-            return images.require_pinned(value)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-
-    def image(self, kind: Image) -> str:
-        """Return the image of a step."""
-        return {"light": self.light_image, "train": self.train_image}[kind]
-
-
-class RuntimeConfig(ImagesConfig):
-    """Where the steps of a DAG run. No step reads this section, and nothing in it changes a result."""
-
-    kind: Literal["local", "docker", "kubernetes"] = operational(
-        "local",
-        "local: subprocesses of the worker; docker: containers; kubernetes: pods, as the cluster's profile says",
-    )
-    memory_gib: float | None = operational(
-        None, "a step that uses more is killed (137); null: no limit, on kubernetes the profile's", gt=0.0, le=4096
-    )
-    cpus: float | None = operational(
-        None,
-        "cores; docker: the limit, kubernetes: the pod's request; null: no limit, on kubernetes the profile's",
-        gt=0.0,
-        le=1024,
-    )
-    disk_gib: float | None = operational(
-        None, "kubernetes: a pod's disk, for output and checkpoints; null: the profile's disk_gib", gt=0.0, le=65_536
-    )
-    pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
-    network: str = operational("bridge", "docker: the network's name; host if the store is on this machine's loopback")
-
-    @model_validator(mode="after")
-    def _the_profile_names_the_images(self) -> RuntimeConfig:
-        image_fields = sorted(self.model_fields_set & set(ImagesConfig.model_fields))
-        if self.kind == "kubernetes" and image_fields:
-            raise ValueError(
-                f"{image_fields[0]} has no effect with kind: kubernetes; the cluster's profile names the images"
-            )
         return self

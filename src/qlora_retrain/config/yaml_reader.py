@@ -29,6 +29,7 @@ def load_section(
     source: Path | str,
     overrides: Sequence[str] = (),
     prepare: Callable[[Document], Document] = lambda document: document,
+    context: Mapping[str, Any] | None = None,
 ) -> Model:
     """Read a document and validate it as a model.
 
@@ -37,6 +38,7 @@ def load_section(
         source: The YAML file, or the document itself as YAML or JSON text.
         overrides: `section.field=value` strings, with the value in YAML.
         prepare: Changes the document before it is validated.
+        context: What the model's validators may ask for.
 
     Raises:
         UsageError: With every error of the document and of the overrides, one per line.
@@ -62,7 +64,7 @@ def load_section(
 
     # The file and the overrides are validated together: an override may be what makes the file valid.
     try:
-        return model.model_validate(prepare(document))
+        return model.model_validate(prepare(document), context=context)
     except ValidationError as error:
         messages = [
             f"{name}:{_nearest_line(lines, path)}: {uris.mask_secrets('.'.join(path))}: {fault}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _CHUNK_BYTES = 1 << 20
 
@@ -29,11 +29,16 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of the file's bytes, as 64 hex digits."""
+    with path.open("rb") as stream:
+        return sha256_stream(stream)
+
+
+def sha256_stream(stream: BinaryIO) -> str:
+    """Return the sha256 of what is left to read, as 64 hex digits."""
     hasher = hashlib.sha256()
     # In chunks, because a shard of a model has several GiB and must not be in memory as a whole.
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            hasher.update(chunk)
+    while chunk := stream.read(_CHUNK_BYTES):
+        hasher.update(chunk)
     return hasher.hexdigest()
 
 

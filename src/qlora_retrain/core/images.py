@@ -18,8 +18,11 @@ def require_pinned(reference: str) -> str:
     """Return the image reference if it is pinned.
 
     Raises:
-        UsageError: If it has neither a digest nor a tag, or has the tag `latest`.
+        UsageError: If it is no name of an image, has neither a digest nor a tag, or has the tag `latest`.
     """
+    # Whatever renders templates on the way to an engine finds none.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", reference):
+        raise UsageError(f"image {reference!r}: expected letters, digits and . _ : / @ - alone")
     # The plan and every step must run the same code, and `latest` may move between two steps of one run.
     # Only what follows the last / can hold the tag: a colon before it is a registry's port.
     tag = reference.rpartition("/")[2].partition(":")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qlora_retrain.config import platform
 from qlora_retrain.core import graph, safety
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, is_refusal
 from qlora_retrain.pipeline import base_model
@@ -69,8 +70,10 @@ def fetch_input(
     # What is left is a source, whose files were pinned by their hashes when the plan was made.
     source = plan.sources[item.name]
     assert source is not None
+    access = platform.load().access(plan.root)
+    sources.refuse_closed(source, access)  # whatever the cache has
     subset = sources.list_commit(item.name, source).subset(FILE_SETS[item.files])
-    folder = cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder), subset.as_files())
+    folder = cache.fetch(item.name, key, lambda folder: sources.fetch(subset, folder, access), subset.as_files())
     if item.name == sources.BASE:
         # Before any library opens a file of it.
         safety.refuse_unsafe(folder)

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qlora_retrain.config import platform
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, hashing, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.source_access import SourceAccess
 from qlora_retrain.pipeline import base_model, explain
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
@@ -117,7 +119,13 @@ def find_plan(store: Store, run: str) -> Plan:
         UsageError: If the run has none.
         IntegrityError: If it is not the run's plan, or contradicts itself.
     """
-    return Plan.of_run(store.uri, run)
+    plan = Plan.of_run(store.uri, run)
+    # It may have been made before the platform's settings.
+    access = platform.load().access(store.uri)
+    for source in plan.sources.values():
+        if source is not None:
+            sources.refuse_closed(source, access)
+    return plan
 
 
 def find_run(store: Store, line: str, orchestrator: Sequence[str]) -> str | None:
@@ -136,7 +144,8 @@ def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:
 
 def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
     """Build the plan, without writing it."""
-    pinned = {name: _pin(name, config) for name in _PINNED_SOURCES}
+    access = platform.load().access(store.uri)
+    pinned = {name: _pin(name, config, access) for name in _PINNED_SOURCES}
     versions, champion_release = _pin_versions(config, store)
     target, _ = registry.read_alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)
 
@@ -176,9 +185,9 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
     )
 
 
-def _pin(name: str, config: LineConfig) -> PinnedSource | None:
+def _pin(name: str, config: LineConfig, access: SourceAccess) -> PinnedSource | None:
     source = getattr(config.sources, name)
-    return None if source is None else sources.pin(name, source.uri, source.files)
+    return None if source is None else sources.pin(name, source.uri, source.files, access)
 
 
 def _pin_versions(config: LineConfig, store: Store) -> tuple[dict[str, PinnedVersion | None], registry.Release | None]:

@@ -11,8 +11,7 @@ from typing import Any
 
 from qlora_retrain.core import safety
 from qlora_retrain.core.errors import IntegrityError
-from qlora_retrain.storage import open_store
-from qlora_retrain.storage.sources import PinnedSource
+from qlora_retrain.storage.sources import PinnedSource, open_source
 from qlora_retrain.storage.store import MAX_DOCUMENT_BYTES
 
 LABEL = "sources.base_model"
@@ -41,7 +40,7 @@ class ModelFolder:
     @classmethod
     def from_source(cls, source: PinnedSource) -> ModelFolder:
         """Look at a source whose files are listed."""
-        store = open_store(source.uri)
+        store = open_source(source.uri)
         names = frozenset(file.path for file in source.files)
 
         def read(path: str) -> bytes:

@@ -17,15 +17,16 @@ def matches_any(path: str, patterns: Sequence[str]) -> bool:
     included = [p for p in patterns if not p.startswith("!")]
     excluded = [p[1:] for p in patterns if p.startswith("!")]
     # Only exclusions: of every file.
-    is_included = any(_matches(path, p) for p in included) if included else bool(excluded)
-    return is_included and not any(_matches(path, p) for p in excluded)
+    is_included = any(matches(path, p) for p in included) if included else bool(excluded)
+    return is_included and not any(matches(path, p) for p in excluded)
 
 
-def _matches(path: str, pattern: str) -> bool:
+def matches(path: str, pattern: str) -> bool:
+    """Return whether a relative path matches a glob."""
     if path == pattern:
         return True
     if braces := re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern):
-        return any(_matches(path, f"{braces[1]}{choice}{braces[3]}") for choice in braces[2].split(","))
+        return any(matches(path, f"{braces[1]}{choice}{braces[3]}") for choice in braces[2].split(","))
 
     # Python's globs know no `**` before 3.13, so its common uses are handled here.
     glob = pattern.removeprefix("./").removeprefix("**/")

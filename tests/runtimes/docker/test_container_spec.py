@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.config.sections import RuntimeConfig, TrainConfig
+from qlora_retrain.config.platform import RuntimeConfig
+from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.source_access import SourceAccess
 from qlora_retrain.pipeline import access
 from qlora_retrain.runtimes.docker import container_spec
 from qlora_retrain.storage import open_store
@@ -64,6 +66,31 @@ def test_the_settings_of_boto3_in_the_home_folder_count_in_a_container_too(
     # A variable that names another file is heeded first, as by boto3.
     monkeypatch.setenv("AWS_CONFIG_FILE", "/etc/aws")
     assert [path for path, _, _ in container_spec.bind_mounts("s3://models/x", [])] == ["/etc/aws"]
+
+
+def test_a_file_that_a_link_leads_to_is_mounted_where_it_lies(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "0123", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "hash").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/hash")
+    (snapshot / "own.json").write_text("{}")
+    (snapshot / "linked").symlink_to(blobs)
+    names = ["config.json", "own.json", "gone.json", "linked/hash"]
+
+    uris = container_spec.mounted_uris(snapshot, names, SourceAccess(((tmp_path / "cache").as_uri(),)))
+    mounts = container_spec.bind_mounts("s3://models/x", uris)
+    assert mounts == [(str(path), str(path), True) for path in (blobs / "hash", snapshot)]
+    with pytest.raises(UsageError, match="not below an allowed source"):
+        container_spec.mounted_uris(snapshot, names, SourceAccess((snapshot.as_uri(),)))
+
+
+def test_a_single_file_that_is_allowed_brings_no_neighbours_into_a_container(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "private.jsonl"):
+        (tmp_path / name).write_text("{}")
+    access = SourceAccess(((tmp_path / "a.jsonl").as_uri(),))
+    uris = container_spec.mounted_uris(tmp_path, ["a.jsonl"], access)
+    assert container_spec.bind_mounts("s3://models/x", uris) == [(f"{tmp_path}/a.jsonl",) * 2 + (True,)]
 
 
 def test_sources_are_read_only_and_a_store_in_a_folder_is_not(tmp_path: Path) -> None:

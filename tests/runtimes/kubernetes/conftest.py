@@ -12,7 +12,7 @@ import yaml
 
 from qlora_retrain.config.cluster_profile import ClusterProfile
 from qlora_retrain.config.cluster_profile import load as load_profile
-from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.pipeline import make_plan
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan

@@ -18,7 +18,7 @@ from kubernetes.utils.quantity import parse_quantity
 from qlora_retrain.config.cluster_profile import ClusterProfile
 from qlora_retrain.config.cluster_profile import load as load_profile
 from qlora_retrain.config.line import load
-from qlora_retrain.config.sections import RuntimeConfig
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from tests.runtimes.kubernetes.pod_security import APPARMOR, restricted
@@ -64,7 +64,7 @@ def render_pod(step: str, line: str, profile: ClusterProfile, runtime: RuntimeCo
 @pytest.mark.parametrize("line", LINES, ids=lambda path: path.stem)
 def test_every_pod_of_every_line_is_valid_and_restricted(line: Path, profile_name: str, step: str) -> None:
     config = load(line)
-    pod = render_pod(step, config.line, repository_profile(profile_name), config.runtime)
+    pod = render_pod(step, config.line, repository_profile(profile_name), RuntimeConfig())
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     assert restricted(pod) == []
     (container,) = pod["spec"]["containers"]
@@ -263,10 +263,6 @@ def test_the_production_profile_is_refused_until_its_images_are_digests() -> Non
     assert repository_profile("production").train_image.endswith(DIGEST)
 
 
-def test_a_line_on_kubernetes_cannot_name_images_that_would_not_be_used(tmp_path: Path) -> None:
-    path = tmp_path / "line.yaml"
-    path.write_text(
-        "line: tickets\nsources: {raw_data: a, base_model: b}\nruntime: {kind: kubernetes, train_image: 'a:1'}\n"
-    )
-    with pytest.raises(UsageError, match="train_image has no effect with kind: kubernetes"):
-        load(path)
+def test_a_platform_on_kubernetes_cannot_name_images_that_would_not_be_used() -> None:
+    with pytest.raises(ValueError, match="train_image has no effect with kind: kubernetes"):
+        RuntimeConfig.model_validate({"kind": "kubernetes", "train_image": "a:1"})

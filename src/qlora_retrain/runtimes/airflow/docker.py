@@ -21,7 +21,8 @@ from airflow.sdk.exceptions import AirflowException
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Mount
 
-from qlora_retrain.core import errors, graph
+from qlora_retrain.config import platform
+from qlora_retrain.core import errors, graph, uris
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.pipeline import access
@@ -34,7 +35,7 @@ from qlora_retrain.storage.local import LOCK_FILE
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.config.platform import RuntimeConfig
     from qlora_retrain.pipeline.plan import Plan
 
 
@@ -42,7 +43,7 @@ _RECONNECT_SECONDS = 0.5
 
 
 class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
-    """One step of the graph in a container; `runtime` is the line's section of that name."""
+    """One step of the graph in a container; `runtime` is what the platform says for the line."""
 
     def __init__(self, *, step: str, line: str, runtime: RuntimeConfig, **kwargs: Any) -> None:
         super().__init__(
@@ -180,7 +181,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             except APIError as error:
                 raise UsageError(
                     f"image {self.image} is not on this engine and cannot be pulled ({error.explanation}); "
-                    "build it with `make images`, or set runtime.light_image and runtime.train_image"
+                    "build it with `make images`, or set runtime.light_image and runtime.train_image in platform.yaml"
                 ) from error
 
     def _create_container(self, plan: Plan) -> str:
@@ -196,6 +197,16 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         writable = container_spec.make_writable_paths(
             plan.root, access.write_folders(step, self.line, plan.run_id), LOCK_FILE
         )
+        # Looked at again: the sources may have changed since the plan was made.
+        local_sources = [source for source in plan.sources.values() if source and source.uri.startswith("file:")]
+        source_access = platform.load().access(plan.root)
+        mounted_uris = [
+            uri
+            for source in local_sources
+            for uri in container_spec.mounted_uris(
+                uris.local_path(source.uri), [f.path for f in source.files], source_access
+            )
+        ]
 
         # One named volume for all containers of a user, so that the node cache outlives each of them.
         host_config = self.cli.create_host_config(
@@ -205,7 +216,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 *(
                     Mount(container_path, host_path, type="bind", read_only=read_only)
                     for host_path, container_path, read_only in container_spec.bind_mounts(
-                        plan.root, source_uris, settings, writable
+                        plan.root, mounted_uris, settings, writable
                     )
                 ),
                 *(

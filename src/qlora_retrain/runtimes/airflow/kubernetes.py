@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from qlora_retrain.config.cluster_profile import ClusterProfile
-    from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.config.platform import RuntimeConfig
     from qlora_retrain.pipeline.plan import Plan
 
 _STARTUP_TIMEOUT_SECONDS = 1800  # a node pool may have to grow, and the image is several gigabytes
@@ -55,7 +55,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
     Args:
         step: The step's name.
         line: The line's name.
-        runtime: The line's `runtime` section.
+        runtime: What the platform says for the line.
         profile: The cluster's profile.
     """
 

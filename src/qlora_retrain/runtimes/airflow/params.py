@@ -58,7 +58,9 @@ def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
             if a value would weaken a gate of the line, also one that became stricter after the form was shown.
     """
     if unknown := sorted(set(form_values) - {*KNOBS, RESUME_RUN}):
-        renamed = "".join(f"; {sentence}" for name in unknown if (sentence := renamed_to(name)))
+        renamed = "".join(
+            f"; {sentence}" for name in unknown if (sentence := renamed_to(name) or renamed_to(name.partition(".")[0]))
+        )
         raise UsageError(
             f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, RESUME_RUN))}; "
             f"change other settings in the line's YAML{renamed}"

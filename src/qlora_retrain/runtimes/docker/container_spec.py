@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from qlora_retrain.core import uris
+from qlora_retrain.core import local_files, uris
 from qlora_retrain.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.config.platform import RuntimeConfig
     from qlora_retrain.core.graph import Step
+    from qlora_retrain.core.source_access import SourceAccess
 
 SHARED_MEMORY_BYTES = 2**30  # for NCCL in a container with several GPUs; an engine's default is 64 MiB
 WORK_DIR = "/workspace"  # the node cache and the step's own files
@@ -64,7 +65,7 @@ def host_config_options(runtime: RuntimeConfig) -> dict[str, Any]:
 
     The engine's default seccomp profile stays in force, because no option here replaces it.
     """
-    # Limits that the line does not set are None, which the engine reads as "no limit".
+    # Limits that are not set are None, which the engine reads as "no limit".
     return {
         "read_only": True,
         "cap_drop": ["ALL"],
@@ -90,7 +91,7 @@ def environment(
     """Build a container's environment variables, except its image's name; never a secret.
 
     Args:
-        runtime: The line's section of that name.
+        runtime: What the platform says for the line.
         store_and_source_uris: The URIs that the step reads and writes.
         settings: The environment that is passed on; None: this process's.
 
@@ -107,7 +108,7 @@ def environment(
         if needs_s3 and runtime.network != "host" and (host in ("localhost", "::1") or host.startswith("127.")):
             raise UsageError(
                 f"{name} is {variables[name]}, and runtime.network is {runtime.network}: in a container that is the "
-                "container itself; set runtime.network: host, or an address that containers reach"
+                "container itself; set runtime.network: host in platform.yaml, or an address that containers reach"
             )
 
     return {
@@ -135,7 +136,8 @@ def bind_mounts(
     """
     # A set, because two sources may be the same path, and an engine refuses a path that is mounted twice.
     sources = sorted({uris.local_path(uri) for uri in source_uris if uri.startswith("file:")})
-    mounts = [(str(path), str(path), True) for path in sources]
+    # Where the links lead to now: a link that is changed later mounts nothing else.
+    mounts = [(os.path.realpath(path), str(path), True) for path in sources]
     if root.startswith("file:"):
         folder = uris.local_path(root)
         mounts.append((str(folder), str(folder), writable is not None))
@@ -165,6 +167,22 @@ def make_writable_paths(root: str, folders: Iterable[str], lock_file: str) -> li
             if os.geteuid() == 0:
                 os.chown(new, owner.st_uid, owner.st_gid)
     return paths
+
+
+def mounted_uris(folder: Path, names: Iterable[str], access: SourceAccess) -> list[str]:
+    """Return what to mount for a source in a folder: the folder, and the files that links in it lead to.
+
+    Where the folder itself is no allowed place, as around a single file, it is the files alone.
+
+    Raises:
+        UsageError: If a file leads to a place that is not allowed.
+    """
+    paths = [folder / name for name in names]
+    targets = [Path(local_files.resolve(path, access)) for path in paths if os.path.lexists(path)]
+    resolved_folder = os.path.realpath(folder)
+    if access.path_refusal(resolved_folder):
+        return [path.as_uri() for path in paths]
+    return [folder.as_uri(), *(target.as_uri() for target in targets if not target.is_relative_to(resolved_folder))]
 
 
 def container_user(root: str) -> str | None:

@@ -26,6 +26,7 @@ from docker.types import Mount
 from kfp import local
 from kfp.local import docker_task_handler
 
+from qlora_retrain.config import platform
 from qlora_retrain.config.cluster_profile import ClusterProfile
 from qlora_retrain.config.line import LineConfig, document, load
 from qlora_retrain.core import uris
@@ -142,6 +143,7 @@ def _read_outcome(plan: Plan, config_path: Path, root: str) -> int:
 def _docker_runner(root: str, config: LineConfig, run_label: str) -> local.DockerRunner:
     user = container_spec.container_user(root) or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else None)
     source_uris = config.sources.declared_uris().values()
+    runtime = platform.load().runtime_of(config.line)
     mounts = [Mount(container_spec.WORK_DIR, container_spec.work_volume_name(user), type="volume")]
     mounts += [
         Mount(container_path, host_path, type="bind", read_only=read_only)
@@ -152,12 +154,12 @@ def _docker_runner(root: str, config: LineConfig, run_label: str) -> local.Docke
 
     # kfp passes every option on to docker-py's `run`, which accepts no None for some of them.
     options: dict[str, Any] = {
-        name: value for name, value in container_spec.host_config_options(config.runtime).items() if value is not None
+        name: value for name, value in container_spec.host_config_options(runtime).items() if value is not None
     }
     return local.DockerRunner(
         **options,
         mounts=mounts,
-        environment=container_spec.environment(config.runtime, [root, *source_uris]),
+        environment=container_spec.environment(runtime, [root, *source_uris]),
         labels={RUN_LABEL: run_label, container_spec.STEP_LABEL: "kfp"},
         **({"user": user} if user else {}),
     )

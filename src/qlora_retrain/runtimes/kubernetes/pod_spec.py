@@ -1,6 +1,6 @@
 """What a step's pod gets on Kubernetes: its nodes, its resources, its security context, its volumes.
 
-Reads the cluster's profile and the line's `runtime` section; builds the arguments of Airflow's KubernetesPodOperator.
+Reads the cluster's profile and the platform's `runtime`; builds the arguments of Airflow's KubernetesPodOperator.
 Every container satisfies the restricted Pod Security Standard. Nothing of the worker's environment enters a pod. No
 secret is in its variables: secrets are mounted, as the profile names them, or the service account has a role.
 """
@@ -17,7 +17,7 @@ from qlora_retrain.runtimes.docker import container_spec
 
 if TYPE_CHECKING:
     from qlora_retrain.config.cluster_profile import ClusterProfile
-    from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.config.platform import RuntimeConfig
 
 CONTAINER_NAME = "base"  # the name that KubernetesPodOperator gives to its container
 USER_ID = 10001  # the images' own user
@@ -98,7 +98,7 @@ def resource_requirements(
     Args:
         step: The step that the pod runs.
         profile: The cluster's.
-        runtime: The line's section, which overrides the profile.
+        runtime: The platform's for the line, which overrides the profile.
         memory_gib: Replaces both, where an earlier try was killed for memory.
     """
     requests, limits = {}, {}

@@ -208,7 +208,7 @@ def _disruption(pod: Any) -> str:
 def _disruption_ending(disruption: str, step_ending: Ending | None = None, last_lines: str = "") -> PodEnding:
     """Return the ending of a pod that the cluster ended: to make room, or because the pod used too much disk."""
     if foreign_messages.WORK_VOLUME_FULL.search(disruption):
-        reason = f"{disruption.strip()} Set a larger runtime.disk_gib in the line, or disk_gib in the profile"
+        reason = f"{disruption.strip()} Set a larger runtime.disk_gib in platform.yaml, or disk_gib in the profile"
         return PodEnding(Exit.USAGE, Cause.DISK_FULL, reason, step_ending, last_lines)
     if foreign_messages.OTHER_VOLUME_FULL.search(disruption):
         reason = f"{disruption.strip()} The size of that volume is fixed: no setting raises this limit"

@@ -23,7 +23,7 @@ from qlora_retrain.runtimes.kubernetes.pod_status import PodEnding
 
 if TYPE_CHECKING:
     from qlora_retrain.config.cluster_profile import ClusterProfile
-    from qlora_retrain.config.sections import RuntimeConfig
+    from qlora_retrain.config.platform import RuntimeConfig
     from qlora_retrain.core.graph import Step
 
 _DEATHS_ANNOTATION = "qlora-retrain.died-of-"  # followed by the exit code

@@ -1,0 +1,159 @@
+"""The platform's settings: where steps run, in which images, and which sources lines may name.
+
+They are in one file, `platform.yaml`, which is no line's: whoever writes a line, or starts a run of one, can change
+none of them. It is the file that `QLORA_RETRAIN_PLATFORM` names; without that variable, `platform.yaml` in the
+project's folder, beside `components/`. Where there is none, steps are subprocesses, and a source may lie wherever this
+user may read. A file in the folder of the line that is read is refused, because the authors of lines write there.
+
+Command: `qlora-retrain check CONFIG` shows what it says for a line.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+
+from qlora_retrain.config.fields import Section, operational
+from qlora_retrain.config.yaml_reader import load_section
+from qlora_retrain.core import images, source_access
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.graph import Image
+from qlora_retrain.core.source_access import SourceAccess
+
+PLATFORM_VARIABLE = "QLORA_RETRAIN_PLATFORM"
+# Each ends with a slash, as a reminder that it is compared by whole parts.
+SourcePrefix = Annotated[str, AfterValidator(lambda prefix: f"{source_access.canonical(prefix).rstrip('/')}/")]
+LineName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
+_STORE_FOLDERS = ("artifacts", "models", "runs", "scratch")
+
+
+class ImagesConfig(Section):
+    """The images of the steps."""
+
+    light_image: str = operational(
+        images.DEFAULT_IMAGES["light"], "for steps without torch; a tag or digest, never latest"
+    )
+    train_image: str = operational(
+        images.DEFAULT_IMAGES["train"], "for steps with torch; a tag or digest, never latest"
+    )
+
+    @field_validator("light_image", "train_image")
+    @classmethod
+    def _is_pinned(cls, value: str) -> str:
+        # pydantic collects ValueErrors, so that all errors of a file come at once.
+        try:
+            return images.require_pinned(value)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    def image(self, kind: Image) -> str:
+        """Return the image of a step."""
+        return {"light": self.light_image, "train": self.train_image}[kind]
+
+
+class RuntimeConfig(ImagesConfig):
+    """Where the steps of a line run, and what they get there. Nothing in it changes a result."""
+
+    kind: Literal["local", "docker", "kubernetes"] = operational(
+        "local",
+        "local: subprocesses of the worker; docker: containers; kubernetes: pods, as the cluster's profile says",
+    )
+    memory_gib: float | None = operational(
+        None, "a step that uses more is killed (137); null: no limit, on kubernetes the profile's", gt=0.0, le=4096
+    )
+    cpus: float | None = operational(
+        None,
+        "cores; docker: the limit, kubernetes: the pod's request; null: no limit, on kubernetes the profile's",
+        gt=0.0,
+        le=1024,
+    )
+    disk_gib: float | None = operational(
+        None, "kubernetes: a pod's disk, for output and checkpoints; null: the profile's disk_gib", gt=0.0, le=65_536
+    )
+    pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
+    network: str = operational("bridge", "docker: the network's name; host if the store is on this machine's loopback")
+
+    @model_validator(mode="after")
+    def _the_profile_names_the_images(self) -> RuntimeConfig:
+        image_fields = sorted(self.model_fields_set & set(ImagesConfig.model_fields))
+        if self.kind == "kubernetes" and image_fields:
+            raise ValueError(
+                f"{image_fields[0]} has no effect with kind: kubernetes; the cluster's profile names the images"
+            )
+        return self
+
+
+class PlatformConfig(Section):
+    """What the platform's owner decides for every line."""
+
+    runtime: RuntimeConfig = operational(RuntimeConfig(), "where the steps of every line run")
+    lines: dict[LineName, RuntimeConfig] = operational({}, "by a line's name: used for it instead of `runtime`")
+    sources: tuple[SourcePrefix, ...] | None = operational(
+        None,
+        "prefixes below which sources lie: file:///data/, s3://bucket/prefix/, hf://owner/; null: wherever this user "
+        "may read",
+    )
+    _origin: Path | None = PrivateAttr(None)
+
+    def runtime_of(self, line: str) -> RuntimeConfig:
+        """Return where the steps of a line run."""
+        return self.lines.get(line, self.runtime)
+
+    def access(self, root: str | None = None, own_folder: Path | None = None) -> SourceAccess:
+        """Return what a line may read.
+
+        Args:
+            root: The store, whose own folders are no sources: the artifacts of every line are in them.
+            own_folder: A further folder that may be read: the line's own, for its template.
+        """
+        if self.sources is None:
+            return SourceAccess()
+        own = (own_folder.as_uri(),) if own_folder else ()
+        try:
+            closed = [source_access.canonical(f"{root}/{name}") for name in _STORE_FOLDERS] if root else []
+        except ValueError as error:
+            raise UsageError(f"{root}: {error}") from error
+        return SourceAccess((*self.sources, *own), tuple(closed), str(self._origin))
+
+    def describe(self, line: str) -> str:
+        """Return in a sentence or two what holds for a line, and where it is written."""
+        runtime = self.runtime_of(line)
+        settings = ", ".join(f"{name} {value}" for name, value in runtime.model_dump(exclude_unset=True).items())
+        if self._origin is None:
+            return f"no {default_path()}: steps run as subprocesses, and sources may lie wherever this user may read"
+        sources = (
+            "wherever this user may read" if self.sources is None else f"below {', '.join(self.sources) or 'nothing'}"
+        )
+        return f"{self._origin}: steps run with {settings or 'kind local'}; sources may lie {sources}"
+
+
+def default_path() -> Path:
+    """Return where the file is without `QLORA_RETRAIN_PLATFORM`."""
+    return Path(__file__).resolve().parents[3] / "platform.yaml"
+
+
+def load(lines_folder: Path | None = None) -> PlatformConfig:
+    """Read the platform's settings.
+
+    Args:
+        lines_folder: The folder of the line that they are read for.
+
+    Raises:
+        UsageError: With every error of the file, or if it cannot be read or is in the folder of the line.
+    """
+    named = os.environ.get(PLATFORM_VARIABLE)
+    path = Path(named) if named else default_path()
+    # A link to nothing is no absent file: without its limits nothing must run.
+    if not named and not os.path.lexists(path):
+        return PlatformConfig()
+    if lines_folder is not None and Path(os.path.realpath(path)).parent == Path(os.path.realpath(lines_folder)):
+        raise UsageError(
+            f"{path}: is in the folder of lines, whose authors could change it; move it to another folder, and set "
+            f"{PLATFORM_VARIABLE} to its path"
+        )
+    platform = load_section(PlatformConfig, path)
+    platform._origin = path
+    return platform

@@ -1,0 +1,80 @@
+"""A source in a folder of this machine. Nothing in it is trusted: its links lead only to where sources may lie."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+from qlora_retrain.core import hashing, local_files
+from qlora_retrain.core.source_access import SourceAccess
+from qlora_retrain.storage import atomic_files
+from qlora_retrain.storage.store import Document, NotFound, join_path, read_bounded, validate_path
+
+_NUM_WORKERS = 8
+
+
+class SourceFolder:
+    """The files of a folder, for reading.
+
+    Args:
+        path: The folder.
+        access: Where its links may lead to.
+    """
+
+    def __init__(self, path: Path, access: SourceAccess) -> None:
+        self._path, self._access = path, access
+
+    def paths(self, is_included: Callable[[str], bool], is_excluded: Callable[[str], bool]) -> list[str]:
+        """Return the relative paths of the included files; see `local_files.list_files`."""
+        files = local_files.list_files(self._path, self._access, is_included, is_excluded)
+        return [file.relative_to(self._path).as_posix() for file in files]
+
+    def read(self, path: str) -> Document:
+        """Return a small file."""
+        with self._open(path) as file:
+            data = read_bounded(file, str(self._path / path))
+        return Document(data, hashing.sha256_bytes(data))
+
+    def read_start(self, path: str, size_bytes: int) -> bytes:
+        """Return the beginning of a file."""
+        with self._open(path) as file:
+            return file.read(size_bytes)
+
+    def size_and_sha256(self, path: str) -> tuple[int, str]:
+        """Return the size of a file in bytes, and its sha256."""
+        with self._open(path) as file:
+            return os.fstat(file.fileno()).st_size, hashing.sha256_stream(file)
+
+    def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
+        """Copy files, several at once. Never a link: what a step does to its input must not reach the source."""
+
+        def copy(path: str) -> None:
+            def fill(temporary: Path) -> None:
+                with self._open(join_path(prefix, path)) as file, temporary.open("wb") as target:
+                    shutil.copyfileobj(file, target, 1 << 20)
+
+            atomic_files.write_atomically(folder / path, fill, os.replace)
+
+        with ThreadPoolExecutor(_NUM_WORKERS) as pool:
+            # Reading the results raises the first error.
+            list(pool.map(copy, paths))
+
+    def _open(self, path: str) -> BinaryIO:
+        try:
+            return local_files.open_file(self._path / validate_path(path), self._access)
+        except FileNotFoundError:
+            raise NotFound(f"{self._path.as_uri()}/{path}") from None
+
+
+def glob_hint(path: Path) -> str:
+    """Return how to write a path that is a glob, such as `data/*.jsonl`; empty for any other path."""
+    first = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[{]", part)), None)
+    if first is None:
+        return ""
+    folder, glob = Path(*path.parts[:first]), "/".join(path.parts[first:])
+    return f'. Globs belong in files: {{uri: {folder}, files: ["{glob}"]}}'
