@@ -142,6 +142,11 @@ class ClusterProfile(ImagesConfig):
     # The environment of a step, and its disk.
     env: dict[Variable, str] = operational({}, "settings, e.g. AWS_DEFAULT_REGION; secrets are refused")
     secrets: tuple[SecretMount, ...] = operational((), "folders of files that every step sees")
+    key_secrets: Name | None = operational(
+        None,
+        "secrets with the store's keys, <key_secrets>-<role>, as `qlora-retrain keys export` writes them: a pod sees that "
+        "of its own role; null: the store has no keys",
+    )
     disk_gib: float = operational(
         100.0, "a pod's own disk, for output and checkpoints, and without cache_claim for inputs", gt=0.0, le=65_536
     )
@@ -192,6 +197,11 @@ class ClusterProfile(ImagesConfig):
             name = f"{self.service_account}-{step.name.replace('_', '-')}"
             return f"{name}-{line}" if is_publish else name
         return (self.publish_service_account if is_publish else None) or self.service_account
+
+    def key_secret(self, role: str) -> str | None:
+        """Return the name of the secret with a role's keys."""
+        # Names of secrets have no underscores.
+        return f"{self.key_secrets}-{role.replace('_', '-')}" if self.key_secrets else None
 
     def gpus(self, step: Step) -> int:
         """Return how many GPUs a step requests on this cluster."""

@@ -35,8 +35,10 @@ from qlora_retrain.core.graph import STEPS
 from qlora_retrain.core.progress import say
 from qlora_retrain.pipeline import explain, run_page, status
 from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.runtimes import credentials
 from qlora_retrain.runtimes.docker import cleanup, container_spec
 from qlora_retrain.runtimes.kubeflow import tasks
+from qlora_retrain.storage import key_admin, keys, open_store
 
 RUN_LABEL = "qlora-retrain.kfp-run"
 _ENGINE_FAILED = "the container engine at {} failed: {}; DOCKER_HOST names another"
@@ -75,6 +77,8 @@ def run(
     # Containers run as the folder's owner, and an engine mounts no folder that is missing.
     if root.startswith("file:"):
         uris.local_path(root).mkdir(parents=True, exist_ok=True)
+        # Here and not by task 0, whose container is gone afterwards, and the keys with it.
+        key_admin.create_for_new_store(open_store(root), config.line)
     run_label, run_container = uuid.uuid4().hex, _ContainerRunner()
     signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
 
@@ -152,6 +156,14 @@ def _docker_runner(root: str, config: LineConfig, run_label: str) -> local.Docke
         )
     ]
 
+    # All steps see all keys here: kfp's runner gives every container the same mounts.
+    keyring = keys.find_keyring(root)
+    keys_environment = {}
+    if keyring is not None:
+        credentials.give_key_to(user, list(keyring.folder.glob("*.pem")))
+        mounts.append(Mount(credentials.KEYS_DIR, str(keyring.folder.resolve()), type="bind", read_only=True))
+        keys_environment = {keys.KEYS_VARIABLE: credentials.KEYS_DIR}
+
     # kfp passes every option on to docker-py's `run`, which accepts no None for some of them.
     options: dict[str, Any] = {
         name: value for name, value in container_spec.host_config_options(runtime).items() if value is not None
@@ -159,7 +171,7 @@ def _docker_runner(root: str, config: LineConfig, run_label: str) -> local.Docke
     return local.DockerRunner(
         **options,
         mounts=mounts,
-        environment=container_spec.environment(runtime, [root, *source_uris]),
+        environment={**container_spec.environment(runtime, [root, *source_uris]), **keys_environment},
         labels={RUN_LABEL: run_label, container_spec.STEP_LABEL: "kfp"},
         **({"user": user} if user else {}),
     )

@@ -26,7 +26,9 @@ from qlora_retrain.config.cluster_profile import ClusterProfile, PodConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, Step
 from qlora_retrain.pipeline import code_identity
+from qlora_retrain.runtimes import credentials
 from qlora_retrain.runtimes.docker import container_spec
+from qlora_retrain.storage.keys import KEYS_VARIABLE, PLANNER
 
 SUMMARY_TASK = "summary"
 PLAN_RETRIES = 2  # as in Airflow: a plan reads sources and the store, which may be throttled
@@ -171,6 +173,11 @@ def _configure_task(task: Any, name: str, image: str, retries: int, profile: Clu
         "QLORA_RETRAIN_IMAGE": image,
         "QLORA_RETRAIN_CACHE": f"{container_spec.WORK_DIR}/cache",
     }
+    # The pipeline is compiled before a line is known, so `publish` has one secret with the keys of every line.
+    key_secret = profile.key_secret(name if name not in (PLAN_TASK, SUMMARY_TASK) else PLANNER)
+    if key_secret:
+        variables[KEYS_VARIABLE] = credentials.KEYS_DIR
+        kubernetes.use_secret_as_volume(task, key_secret, credentials.KEYS_DIR)
     for variable, value in variables.items():
         task.set_env_variable(variable, value)
 

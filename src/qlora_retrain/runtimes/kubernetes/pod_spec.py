@@ -13,7 +13,9 @@ from kubernetes.client import models as k8s
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.graph import Step
+from qlora_retrain.runtimes import credentials
 from qlora_retrain.runtimes.docker import container_spec
+from qlora_retrain.storage.keys import KEYS_VARIABLE, step_role
 
 if TYPE_CHECKING:
     from qlora_retrain.config.cluster_profile import ClusterProfile
@@ -59,7 +61,10 @@ def operator_arguments(step: Step, line: str, profile: ClusterProfile, runtime: 
         "QLORA_RETRAIN_WORK": f"{container_spec.WORK_DIR}/work",
         "TMPDIR": "/tmp",  # noqa: S108 - the container's own
     }
-    volumes = _volumes(step, profile, runtime)
+    key_secret = profile.key_secret(step_role(step, line))
+    if key_secret:
+        variables[KEYS_VARIABLE] = credentials.KEYS_DIR
+    volumes = _volumes(step, profile, runtime, key_secret)
 
     return {
         "namespace": profile.namespace,
@@ -153,7 +158,7 @@ def _work_volume_gib(profile: ClusterProfile, runtime: RuntimeConfig) -> float:
 
 
 def _volumes(
-    step: Step, profile: ClusterProfile, runtime: RuntimeConfig
+    step: Step, profile: ClusterProfile, runtime: RuntimeConfig, key_secret: str | None
 ) -> list[tuple[k8s.V1Volume, k8s.V1VolumeMount]]:
     size = f"{_work_volume_gib(profile, runtime):g}Gi"
     # A volume of its own, or a folder on the node's disk whose limit the kubelet enforces.
@@ -177,10 +182,12 @@ def _volumes(
         source = k8s.V1PersistentVolumeClaimVolumeSource(claim_name=profile.cache_claim)
         volumes.append((k8s.V1Volume(name="cache", persistent_volume_claim=source), CACHE_DIR, False))
 
-    for index, secret in enumerate(profile.secrets):
+    secrets = [(f"secret-{index}", secret.name, secret.mount) for index, secret in enumerate(profile.secrets)]
+    secrets += [("keys", key_secret, credentials.KEYS_DIR)] if key_secret else []
+    for volume, secret_name, mount in secrets:
         # 0440: only group 10001, which is the pod's fsGroup, can read it.
-        source = k8s.V1SecretVolumeSource(secret_name=secret.name, default_mode=0o440)
-        volumes.append((k8s.V1Volume(name=f"secret-{index}", secret=source), secret.mount, True))
+        source = k8s.V1SecretVolumeSource(secret_name=secret_name, default_mode=0o440)
+        volumes.append((k8s.V1Volume(name=volume, secret=source), mount, True))
 
     return [
         (volume, k8s.V1VolumeMount(name=volume.name, mount_path=path, read_only=read_only or None))
