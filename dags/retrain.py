@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import os
 import re
+from datetime import timedelta
 from pathlib import Path
 
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
@@ -25,6 +26,7 @@ from qlora_retrain.config import bounded_yaml, platform, schedule
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
+from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import params
 from qlora_retrain.runtimes.airflow.local import LocalStepOperator
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
@@ -51,11 +53,19 @@ def line_dag(path: Path) -> DAG:
         params={name: Param(value, **schema) for name, (value, schema) in params.form_fields(config).items()},
         # Two runs of a line at once would compare with the same champion, and then both try to replace it.
         max_active_runs=1,
+        dagrun_timeout=deadlines.run_timeout(config),
         catchup=False,
         tags=["qlora-retrain"],
     )
 
-    tasks = {PLAN_TASK: PlanOperator(task_id=PLAN_TASK, config_path=path, doc_md=plan_doc(path, config), dag=dag)}
+    plan = PlanOperator(
+        task_id=PLAN_TASK,
+        config_path=path,
+        execution_timeout=deadlines.line_timeout(config, PLAN_TASK),
+        doc_md=plan_doc(path, config),
+        dag=dag,
+    )
+    tasks: dict[str, BaseOperator] = {PLAN_TASK: plan}
     for step in STEPS:
         tasks[step.name] = step_task(step, config, dag)
     # The steps that read only sources have no upstream step; they wait for the plan.
@@ -67,7 +77,15 @@ def line_dag(path: Path) -> DAG:
 def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
     """Make a step's task in the runtime that the platform has for the line."""
     runtime = platform.load().runtime_of(config.line)
-    common = {"task_id": step.name, "step": step.name, "line": config.line, "doc_md": step_doc(step), "dag": dag}
+    common = {
+        "task_id": step.name,
+        "step": step.name,
+        "line": config.line,
+        "alias": config.publish.promote_to,
+        "execution_timeout": deadlines.line_timeout(config, step.name),
+        "doc_md": step_doc(step),
+        "dag": dag,
+    }
 
     # Imported only where a line uses them, because this file is parsed again and again and providers import slowly.
     if runtime.kind == "docker":
@@ -98,7 +116,14 @@ def broken_dag(path: Path, dag_id: str, reason: str) -> DAG:
         document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), path.name)
         schedule = timetable(document.get("schedule"))
 
-    dag = DAG(dag_id, doc_md=f"```\n{reason}\n```", schedule=schedule, catchup=False, tags=["qlora-retrain", "broken"])
+    dag = DAG(
+        dag_id,
+        doc_md=f"```\n{reason}\n```",
+        schedule=schedule,
+        catchup=False,
+        dagrun_timeout=timedelta(hours=1),
+        tags=["qlora-retrain", "broken"],
+    )
     BrokenLineOperator(task_id=PLAN_TASK, reason=reason, dag=dag)
     return dag
 

@@ -280,6 +280,16 @@ def run_all(small_steps: dict[str, Callable[..., StepResult]]) -> Callable[[Plan
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_signal_stays_ignored() -> Iterator[None]:
+    """A test that lets a step write its ending in this process leaves SIGINT ignored, for all processes after it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def own_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever a step does to this process's signals is undone."""

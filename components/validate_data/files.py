@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from components.validate_data.readers import limits
 from components.validate_data.readers.arrow_files import read_arrow, read_parquet
 from components.validate_data.readers.csv_files import read_csv
 from components.validate_data.readers.file_kinds import Format, evaluation_files, list_files, recognise
@@ -57,6 +58,8 @@ def read_records(folder: Path, config: DataConfig, source: str) -> Iterator[Reco
         num_rows = 0
         for record in _read(file, formats[file.name], config):
             num_rows += 1
+            if num_rows * limits.MIN_ROW_CHARACTERS > file.max_characters:
+                raise file.too_large()
             yield record
         if not num_rows:
             raise UsageError(

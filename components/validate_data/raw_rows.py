@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 
 from components.validate_data.calls import Tool
@@ -19,6 +19,7 @@ from components.validate_data.files import Record, read_records
 from components.validate_data.keep import RowFilter
 from components.validate_data.layouts import Layout
 from components.validate_data.markers import EndMarkers
+from components.validate_data.readers.limits import count_characters
 from components.validate_data.recognition import choose_layout
 from components.validate_data.row_chat import RowChat, build_chat, without_padding
 from components.validate_data.turn_rows import conversation_field, join_turns
@@ -31,6 +32,7 @@ from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 
 SAMPLE_ROWS = 200  # of each file, from which its layout is recognised
+_SAMPLE_CHARACTERS = 1 << 26  # of very long rows, fewer are enough
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8}){0,3}")  # e.g. de, pt-BR, english
 _MAX_FIELD_NAMES = 50  # in the message about a missing field; each row of JSON may have other names
 
@@ -101,13 +103,13 @@ class RowReader:
         self._finish()
 
     def _file_rows(self, file: str, records: Iterator[Record]) -> Iterator[RawRow]:
-        samples = list(islice(records, SAMPLE_ROWS))
+        samples = _sample(records)
         # A file without a single row that can be looked at has no layout; its rows have their faults.
         columns = columns_of(record.fields for record in samples if record.fields is not None)
         if not self._is_configured and (field := conversation_field(columns)):
             progress.say(f'{self._source}: {file}: each row is a turn of the conversation that "{field}" names')
             records = join_turns(chain(samples, records), field)
-            samples = list(islice(records, SAMPLE_ROWS))
+            samples = _sample(records)
             columns = columns_of(record.fields for record in samples if record.fields is not None)
         # A parser of its own, since the one of the rows counts what it ignores.
         parser = TurnParser(self._config.roles, self._config.ignore_fields)
@@ -221,3 +223,12 @@ def _field_error(file: str, path: str, names: Iterable[str], columns: Columns) -
         f"{did_you_mean(path, [*paths, *names])} "
         "(set data.prompt_field or data.prompt_template with data.response_field, or data.messages_field)"
     )
+
+
+def _sample(records: Iterator[Record]) -> list[Record]:
+    """Take the first records."""
+    sample, num_characters = list[Record](), 0
+    while len(sample) < SAMPLE_ROWS and num_characters < _SAMPLE_CHARACTERS and (record := next(records, None)):
+        sample.append(record)
+        num_characters += count_characters(record.fields, _SAMPLE_CHARACTERS)
+    return sample

@@ -15,6 +15,8 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
+from qlora_retrain.core import json_depth
+
 MAX_NAME_CHARACTERS = 40  # of a name in a message: in a bad file even a name may be a row's text
 
 
@@ -93,9 +95,7 @@ def parse_json(text: str) -> object:
         ValueError: If it is neither.
     """
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        return json_depth.loads(text)
     except ValueError:
         if text.lstrip()[:1] not in ("{", "["):
             raise
@@ -103,7 +103,7 @@ def parse_json(text: str) -> object:
         # Python warns of escapes such as \d, which are no fault here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.literal_eval(text.strip())
+            return json_depth.refuse_deep(ast.literal_eval(text.strip()))
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError("neither JSON nor Python") from error
 

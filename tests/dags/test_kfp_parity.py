@@ -181,6 +181,12 @@ def test_a_pod_is_what_the_profile_says(compiled: CompiledPipeline, name: str) -
         assert not {"nodeSelector", "tolerations"} & set(pod)
 
 
+def test_every_pod_has_a_deadline(compiled: CompiledPipeline) -> None:
+    names = (graph.PLAN_TASK, "summary", *(step.name for step in graph.STEPS))
+    hours = {name: int(compiled.pod(name)["activeDeadlineSeconds"]) / 3600 for name in names}
+    assert hours == {name: 168 + 2 if name == "train_qlora" else 24 for name in names}
+
+
 def test_kfp_caches_nothing_since_the_stores_keys_do(compiled: CompiledPipeline) -> None:
     assert not any(task["cachingOptions"].get("enableCache") for task in compiled.tasks.values())
 

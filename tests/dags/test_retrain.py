@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -73,6 +73,27 @@ def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path)
     assert dags["tickets"].timetable == CronTriggerTimetable("0 3 * * 1", timezone="UTC")
     assert dags["mails"].schedule is None
     assert {(d.max_active_runs, d.catchup) for d in dags.values()} == {(1, False)}
+
+
+@pytest.mark.parametrize("kind", ["local", "docker", "kubernetes"])
+def test_every_task_and_every_run_has_a_deadline(pipelines: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_RETRAIN_PROFILE", str(DAG_FILE.parents[1] / "manifests" / "profiles" / "gpu.yaml"))
+    path = write(pipelines, "tickets.yaml", "tickets")
+    path.write_text(path.read_text().replace("max_steps: 7", "max_hours: 5"))
+    platform_file = pipelines.parent / "platform.yaml"
+    platform_file.write_text(f"runtime: {{kind: {kind}, max_step_hours: 3}}\n")
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(platform_file))
+    (pipelines / "wrong.yaml").write_text("line: 1\n")
+    dags = load().DAGS
+
+    hours = {task.task_id: task.execution_timeout / timedelta(hours=1) for task in dags["tickets"].tasks}
+    assert hours == {"plan": 3, **{step.name: 5 + 2 if step.scratch else 3 for step in graph.STEPS}}
+    # By hand, training may have up to a week.
+    assert dags["tickets"].dagrun_timeout == timedelta(hours=6 * 3 + 168 + 2)
+    assert dags["tickets"].params.get_param("train.max_hours").schema["maximum"] == 168
+    assert "broken" in dags["wrong"].tags
+    assert dags["wrong"].dagrun_timeout
+    assert all(task.execution_timeout for task in dags["wrong"].tasks)
 
 
 def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:

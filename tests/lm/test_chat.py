@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from qlora_retrain.core import signals
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import chat, rendering
 from qlora_retrain.lm.chat import ChatTokenizer, RowRefused
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.conversations import answer_of, prompt_of
@@ -147,6 +148,19 @@ def test_what_a_template_does_to_a_row_is_the_rows_reason(load: Any, fault: str)
     with pytest.raises(RowRefused, match=words) as refusal:
         load(template(body)).encode([SYSTEM, USER, ANSWER])
     assert refusal.value.reason == reason
+
+
+def test_a_request_to_stop_is_not_taken_for_what_a_template_says(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a step that is preempted would leave the row out, and go on."""
+
+    def stop(*arguments: object, **options: object) -> str:
+        raise signals.StoppedBySignal("stopped by SIGTERM")
+
+    monkeypatch.setattr(rendering.bounded, "render", stop)
+    with pytest.raises(signals.StoppedBySignal):
+        tokenizer.encode([USER, ANSWER])
 
 
 def test_trimmed_ends_are_a_warning_and_what_is_learnt_is_the_answer_as_rendered(load: Any) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +147,23 @@ sys.exit(execute.run_step(Plan.load(sys.argv[1]), step, lambda: globals()[step])
 """
 
 
+def test_a_step_whose_library_swallows_the_request_to_stop_makes_nothing(
+    made_plan: Plan, small_steps: Steps, store: Store, own_signal_handlers: None
+) -> None:
+    run = small_steps["validate_data"]
+
+    @functools.wraps(run)
+    def swallow(**arguments: Any) -> StepResult:
+        # A library's `except Exception` around a callback of ours.
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return run(**arguments)
+
+    assert execute.run_step(made_plan, "validate_data", lambda: swallow).code == 75
+    assert not list(store.children("artifacts"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", ["validate_data", "train_qlora"])
 def test_a_step_that_is_asked_to_stop_says_try_again(
@@ -183,3 +204,22 @@ def test_the_command_line_of_a_step_refuses_in_one_line_with_the_code_of_the_tab
         done = command(*arguments)
         assert done.returncode == 12, done
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--line", "mails"], "expected a plan of line mails, found one of intents"),
+        (["--root", "file:///elsewhere"], "expected a plan in file:///elsewhere"),
+        (["--alias", "staging"], "moves the alias production, and staging may be moved"),
+        (["--alias", ""], "moves the alias production, and no alias may be moved"),
+    ],
+)
+def test_a_steps_command_line_refuses_a_plan_of_another_line_store_or_alias(
+    made_plan: Plan, store: Store, options: list[str], fault: str
+) -> None:
+    command = [sys.executable, "-m", "components.publish", "--plan", made_plan.uri, *options]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=code_identity.project_root())
+    assert ended.returncode == 13
+    assert fault in ended.stderr
+    assert not list(store.children(f"runs/{made_plan.run_id}/endings"))

@@ -10,20 +10,27 @@ import datetime
 import decimal
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from components.validate_data.readers import limits
 from components.validate_data.readers.record import Record
 from components.validate_data.readers.source_file import SourceFile
 from qlora_retrain.core import progress
+from qlora_retrain.core.bounds import Bounds
 from qlora_retrain.core.errors import UsageError
 
 _BATCH_BYTES = 1 << 25
 _MAX_BATCH_ROWS = 1024
+# Of a batch whose values are stored once for many rows, at the very worst.
+_MAX_BATCH_BYTES = 1 << 26
+# Of a batch, however it is stored: its pages are unpacked before the first row is seen.
+_MAX_DECODING_BYTES = 1 << 29
 # `datasets` stores a list of turns as one list a key; these keys mark them.
 _TURN_KEYS = (frozenset(("role", "content")), frozenset(("from", "value")))
 
@@ -52,8 +59,39 @@ def read_arrow(file: SourceFile) -> Iterator[Record]:
 
 def _parquet_batches(file: SourceFile) -> Iterator[pyarrow.RecordBatch]:
     with pyarrow.parquet.ParquetFile(file.path) as parquet:
-        row_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
-        yield from parquet.iter_batches(batch_size=_batch_rows(row_bytes, parquet.metadata.num_rows))
+        if parquet.metadata.num_rows * limits.MIN_ROW_CHARACTERS > file.max_characters:
+            raise file.too_large()
+        for i in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(i)
+            worst_bytes = sum(_worst_row_bytes(file, group.column(j), group.num_rows) for j in range(group.num_columns))
+            size = _batch_rows(group.total_byte_size, group.num_rows, worst_bytes)
+            # One thread, so that memory that runs out is an error here and not the end of the process.
+            yield from parquet.iter_batches(batch_size=size, row_groups=[i], use_threads=False)
+
+
+def _worst_row_bytes(file: SourceFile, column: Any, num_rows: int) -> int:
+    """Return how many bytes a row may have in this column where values are stored once and repeated for nothing."""
+    value_bytes = 0
+    if "DELTA_BYTE_ARRAY" in column.encodings:  # a value repeats the beginning of the one before it
+        value_bytes = int(column.total_uncompressed_size)
+    elif column.dictionary_page_offset:
+        with file.path.open("rb") as stream:
+            stream.seek(column.dictionary_page_offset)
+            value_bytes = _page_bytes(stream.read(16)) or int(column.total_uncompressed_size)
+    # A row of a list has several values.
+    return value_bytes * -(-int(column.num_values) // max(1, num_rows))
+
+
+def _page_bytes(header: bytes) -> int | None:
+    """Return the unpacked size of a Parquet page, the second field of its header; None for another header.
+
+    Fields are written in Thrift's compact protocol: 0x15 is the next field, an integer in groups of seven bits.
+    """
+    match = re.match(rb"\x15.\x15([\x80-\xff]*[\x00-\x7f])", header, re.DOTALL)
+    if match is None:
+        return None
+    zigzag: int = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(match[1]))
+    return zigzag >> 1
 
 
 def _arrow_batches(file: SourceFile) -> Iterator[pyarrow.RecordBatch]:
@@ -66,30 +104,88 @@ def _arrow_batches(file: SourceFile) -> Iterator[pyarrow.RecordBatch]:
         for batch in batches:
             # Damaged offsets would otherwise be followed wherever they point.
             batch.validate(full=True)
-            size = _batch_rows(batch.nbytes, batch.num_rows)
-            yield from (batch.slice(start, size) for start in range(0, batch.num_rows, size))
+            yield batch
 
 
-def _batch_rows(size_bytes: int, num_rows: int) -> int:
+def _batch_rows(size_bytes: int, num_rows: int, worst_row_bytes: int = 0) -> int:
     row_bytes = max(1, size_bytes // max(1, num_rows))
-    return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+    return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes, _MAX_BATCH_BYTES // max(1, worst_row_bytes)))
+
+
+class _Part(NamedTuple):
+    """Some rows that were decoded together; `size_bytes` is 0 where they share values, which nobody has counted."""
+
+    schema: pyarrow.Schema
+    rows: list[dict[str, Any]]
+    size_bytes: int
+
+
+def _parts(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[_Part]:
+    for batch in batches:
+        # Several rows may share a value, and each gets its own copy here.
+        shares_values = any(map(_may_share, batch.schema.types))
+        worst_row_bytes = batch.get_total_buffer_size() if shares_values else 0
+        num_rows = _batch_rows(batch.nbytes, batch.num_rows, worst_row_bytes)
+        for start in range(0, batch.num_rows, num_rows):
+            part = batch.slice(start, num_rows)
+            yield _Part(batch.schema, part.to_pylist(), 0 if shares_values else part.nbytes)
+
+
+def _may_share(type_: pyarrow.DataType) -> bool:
+    """Return whether values of this type, or inside of it, may be stored once for several rows."""
+    types, is_ = [type_], pyarrow.types
+    while types:
+        current = types.pop()
+        if is_.is_dictionary(current) or is_.is_run_end_encoded(current) or "view" in str(current).partition("<")[0]:
+            return True
+        types += [current.field(i).type for i in range(current.num_fields)]
+    return False
+
+
+def _within_memory(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[_Part]:
+    # The first allocation reserves a GiB of addresses, which the limit would count as used.
+    pyarrow.allocate_buffer(1)
+    parts = _parts(batches)
+    while True:
+        # A damaged or a hostile file says what it likes about its sizes.
+        with Bounds(_MAX_DECODING_BYTES):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 def _records(file: SourceFile, format_name: str, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Record]:
-    number = 0
+    number, num_bytes = 0, 0
     label_names: Mapping[str, list[str]] | None = None
     try:
-        for batch in batches:
+        for part in _within_memory(batches):
             if label_names is None:
-                label_names = _label_names(batch.schema)
+                label_names = _label_names(part.schema)
                 for column, names in label_names.items():
                     progress.say(
                         f'{file.name}: the numbers in "{column[:40]}" stand for the {len(names)} names of its schema'
                     )
-            for values in batch.to_pylist():
+            num_bytes += part.size_bytes
+            is_counted = 0 < part.size_bytes <= limits.MAX_ROW_CHARACTERS
+            for values in part.rows:
                 number += 1
+                if not is_counted:
+                    row_characters = limits.count_characters(values, limits.MAX_ROW_CHARACTERS)
+                    num_bytes += 0 if part.size_bytes else row_characters
+                    if row_characters > limits.MAX_ROW_CHARACTERS:
+                        raise limits.row_too_long(f"{file.name}:{number}")
+                if num_bytes > file.max_characters:
+                    raise file.too_large()
                 fields = {name: _value(value, label_names.get(name)) for name, value in values.items()}
                 yield Record(file.name, number, fields, is_padded=True)
+    except MemoryError as error:
+        size_bytes = file.path.stat().st_size
+        raise UsageError(
+            f"{file.name}: row {number + 1} and those that are decoded with it need more than "
+            f"{_MAX_DECODING_BYTES >> 20:,} MiB, and the file has {size_bytes:,} bytes; write it with smaller row "
+            "groups and pages, e.g. `pyarrow.parquet.write_table(..., row_group_size=1000)`, or leave it out"
+        ) from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UsageError(
             f"{file.name}: cannot be read as {format_name} after row {number} ({type(error).__name__}); fetch the file "

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TextIO
 
+from components.validate_data.readers import limits
 from components.validate_data.readers.json_shapes import configured_fields
 from components.validate_data.readers.record import Record
 from components.validate_data.readers.source_file import SourceFile
@@ -23,9 +24,10 @@ from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 
 # The csv module's own limit, 128 Ki characters, is less than a long chat.
-MAX_FIELD_CHARACTERS = 16 * 1024 * 1024
+MAX_FIELD_CHARACTERS = limits.MAX_ROW_CHARACTERS
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAMPLE_LINES = 200
+_MAX_SAMPLE_CHARACTERS = 1 << 22
 # A first line that names the delimiter, as Excel writes it.
 _STATED_DELIMITER = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 _MAX_NAME_CHARACTERS = 64
@@ -62,7 +64,7 @@ def read_csv(file: SourceFile, config: DataConfig) -> Iterator[Record]:
     """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with file.reading_errors(), file.open_text() as stream:
-        sample = list(itertools.islice(stream, _SAMPLE_LINES))
+        sample = limits.first_lines(stream, _SAMPLE_LINES, _MAX_SAMPLE_CHARACTERS)
     dialect = recognise_dialect(sample, config, file.suffix)
     if dialect.delimiter != ",":
         progress.say(f"{file.name}: the fields are separated by {DELIMITERS.get(dialect.delimiter, 'another sign')}")
@@ -136,7 +138,8 @@ def _check_header(
     names = _stripped(header)
     repeated = [name for name, count in Counter(filter(None, names)).items() if count > 1]
     if repeated:
-        numbers = " and ".join(str(i) for i, name in enumerate(names, 1) if name == repeated[0])
+        places = (str(i) for i, name in enumerate(names, 1) if name == repeated[0])
+        numbers = " and ".join(itertools.islice(places, 2))
         raise UsageError(
             f'{file.name}:{line}: more than one column has the name "{repeated[0][:40]}": columns {numbers}; give each '
             "a name of its own, since nothing says which one is meant"
@@ -172,11 +175,13 @@ def _read_rows(file: SourceFile, stream: TextIO, dialect: Dialect) -> Iterator[R
     for _ in range(dialect.num_skipped_lines):
         stream.readline()
 
-    reader = dialect.reader(stream)
+    lines = limits.BoundedLines(stream, file.name)
+    reader = dialect.reader(lines)
     names: list[str] | None = None
     while True:
         # The record's first line. A quoted field may hold line breaks, so the reader's own count is of the last line.
         first_line = dialect.num_skipped_lines + reader.line_num + 1
+        lines.begin_row()
         try:
             fields = next(reader, None)
         except csv.Error as error:

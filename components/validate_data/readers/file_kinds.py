@@ -90,7 +90,7 @@ def list_files(folder: Path, config: DataConfig) -> tuple[list[SourceFile], list
         if is_beside_data(name, config) or is_left_over or is_empty_part:
             skipped.append(name)
         else:
-            files.append(SourceFile(name, path))
+            files.append(SourceFile(name, path, len(paths)))
     return files, skipped
 
 

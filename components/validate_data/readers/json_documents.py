@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from components.validate_data.readers import json_shapes
+from components.validate_data.readers import json_shapes, limits
 from components.validate_data.readers.json_rows import as_record, numbered_row, to_record
-from components.validate_data.readers.json_text import Decoded, JsonText
+from components.validate_data.readers.json_text import Decoded, JsonText, ValueTooLong
 from components.validate_data.readers.record import Record
 from components.validate_data.readers.source_file import SourceFile
 from qlora_retrain.config.data import DataConfig
@@ -47,10 +47,10 @@ def _read_rows(file: SourceFile, config: DataConfig) -> Iterator[Record]:
         text = JsonText(stream, file.line_end)
         try:
             is_object = text.peek() == "{"
-            sketch = _sketch(text) if is_object else {}
+            sketch = _Sketch(text).read() if is_object else {}
             # Several objects one after another are rows; a single one may hold them.
             is_single = is_object and not text.peek()
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (json.JSONDecodeError, ValueTooLong, RecursionError) as error:
             raise _document_error(file, text, error) from None
     shape = json_shapes.Shape("row")
     if is_single and config.format != "jsonl":
@@ -60,7 +60,7 @@ def _read_rows(file: SourceFile, config: DataConfig) -> Iterator[Record]:
         text = JsonText(stream, file.line_end)
         try:
             yield from _read_shape(file, text, shape)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (json.JSONDecodeError, ValueTooLong, RecursionError) as error:
             raise _document_error(file, text, error) from None
 
 
@@ -83,7 +83,7 @@ def _read_shape(file: SourceFile, text: JsonText, shape: json_shapes.Shape) -> I
             text.skip(",")
     else:
         # Rows that lie across the document: it must be read as a whole.
-        decoded = text.value()
+        decoded = text.value(limits.MAX_DOCUMENT_CHARACTERS)
         if decoded.fault:
             raise UsageError(f"{name}: the document has a fault ({decoded.fault} {decoded.detail}); mend the file")
         for ordinal, value in enumerate(json_shapes.rows_of(name, decoded.value, shape), 1):
@@ -126,23 +126,45 @@ def _items_under(text: JsonText, keys: tuple[str, ...]) -> Iterator[tuple[int, D
             yield from _items(text)
 
 
-def _sketch(text: JsonText, levels: int = 2) -> Mapping[str, Any]:
-    """Consume an object, and return it with the first items of its lists, and of those one level further down."""
-    sketch: dict[str, Any] = {}
-    for key in _members(text):
-        if text.peek() == "[":
-            sketch[key] = []
-            for _, decoded in _items(text):
-                if len(sketch[key]) < _SKETCH_ITEMS:
-                    sketch[key].append(decoded.value)
-        elif text.peek() == "{" and levels > 1:
-            sketch[key] = _sketch(text, levels - 1)
-        else:
-            sketch[key] = text.value().value
-    return sketch
+class _Sketch:
+    """An object with the first items of its lists, and of those one level further down."""
+
+    def __init__(self, text: JsonText) -> None:
+        self._text = text
+        self._num_characters = 0
+
+    def read(self, levels: int = 2) -> Mapping[str, Any]:
+        """Consume the object."""
+        sketch: dict[str, Any] = {}
+        for key in _members(self._text):
+            self._keep(len(key) + limits.MIN_ROW_CHARACTERS)
+            if self._text.peek() == "[":
+                sketch[key] = []
+                for _, decoded in _items(self._text):
+                    if len(sketch[key]) < _SKETCH_ITEMS:
+                        sketch[key].append(decoded.value)
+            elif self._text.peek() == "{" and levels > 1:
+                sketch[key] = self.read(levels - 1)
+            else:
+                start = self._text.offset
+                sketch[key] = self._text.value().value
+                self._keep(self._text.offset - start)
+        return sketch
+
+    def _keep(self, num_characters: int) -> None:
+        """Count what stays in memory."""
+        self._num_characters += num_characters
+        if self._num_characters > limits.MAX_DOCUMENT_CHARACTERS:
+            raise ValueTooLong
 
 
-def _document_error(file: SourceFile, text: JsonText, error: json.JSONDecodeError | RecursionError) -> UsageError:
+def _document_error(file: SourceFile, text: JsonText, error: ValueError | RecursionError) -> UsageError:
+    if isinstance(error, ValueTooLong):
+        return UsageError(
+            f"{file.name}:{text.line}: the value that begins there has more than "
+            f"{limits.MAX_ROW_CHARACTERS:,} characters, or the document more than "
+            f"{limits.MAX_DOCUMENT_CHARACTERS:,}; write one object of a row on each line (JSON lines), e.g. with jq -c"
+        )
     if not isinstance(error, json.JSONDecodeError):
         return UsageError(f"{file.name}:{text.line}: the value is nested too deep to be read; mend the file")
 

@@ -6,10 +6,10 @@ document that goes over several lines nothing says where the next row begins, so
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 
+from components.validate_data.readers import limits
 from components.validate_data.readers.json_documents import read_document
 from components.validate_data.readers.json_rows import to_record
 from components.validate_data.readers.json_text import Decoded, StrictDecoder, is_cut
@@ -20,7 +20,7 @@ from qlora_retrain.core import progress
 
 # The lines of the beginning that say whether a file has one value a line.
 _SAMPLE_LINES = 20
-_MAX_LINE_CHARACTERS = 1 << 24
+_MAX_LINE_CHARACTERS = limits.MAX_ROW_CHARACTERS
 
 
 def read_json(file: SourceFile, config: DataConfig) -> Iterator[Record]:
@@ -38,8 +38,8 @@ def read_json(file: SourceFile, config: DataConfig) -> Iterator[Record]:
 def _has_one_value_a_line(file: SourceFile) -> bool:
     decoder = StrictDecoder()
     with file.reading_errors(), file.open_text() as stream:
-        # Cut, since a document without line breaks is one line. An empty file has none at all.
-        lines = itertools.islice(iter(lambda: stream.readline(_MAX_LINE_CHARACTERS), ""), _SAMPLE_LINES)
+        # A document without line breaks is one line, which is cut. An empty file has none at all.
+        lines = limits.first_lines(stream, _SAMPLE_LINES, _MAX_LINE_CHARACTERS)
         sample = [line.lstrip("\ufeff\x1e").rstrip() for line in lines if line.strip()]
     if not sample:
         return True

@@ -12,9 +12,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-MAX_DEPTH = 64
+from components.validate_data.readers import limits
+from qlora_retrain.core import json_depth
+from qlora_retrain.core.json_depth import MAX_DEPTH
+
 _MAX_INT_DIGITS = 1000
 _CHUNK_CHARACTERS = 1 << 16
+_MAX_VALUES = 1 << 24  # in a document that is read as a whole; each takes about a hundred bytes of memory
 _WHITE_SPACE = re.compile(r"[ \t\r\n\x1e\ufeff]*")  # with the mark of concatenated files, and that of RFC 7464
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 # An error this near to the end of what has been read so far may be that the value goes on.
@@ -53,7 +57,9 @@ class StrictDecoder:
         self._fault = None
         value, end = self._decoder.raw_decode(text, start)
         if not self._fault and text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
-            self._note(_depth(value) > MAX_DEPTH, "bad_json_line", f"it is nested deeper than {MAX_DEPTH} levels")
+            self._note(
+                json_depth.depth(value) > MAX_DEPTH, "bad_json_line", f"it is nested deeper than {MAX_DEPTH} levels"
+            )
         if not self._fault and _SURROGATE_ESCAPE.search(text, start, end):
             self._note(_has_surrogate(value), "bad_unicode", "")
         return Decoded(value, end, *(self._fault or ()))
@@ -85,6 +91,10 @@ class StrictDecoder:
         return number
 
 
+class ValueTooLong(ValueError):
+    """A value that is longer than it may be."""
+
+
 class JsonText:
     """A cursor on a text of JSON; it holds what has not been consumed yet and little more."""
 
@@ -97,6 +107,12 @@ class JsonText:
         self._position = 0
         self._line_offset = 0  # characters of the buffer's first line that are no longer in it
         self._decoder = StrictDecoder()
+        self._num_dropped = 0  # characters before the buffer
+
+    @property
+    def offset(self) -> int:
+        """How many characters have been consumed."""
+        return self._num_dropped + self._position
 
     def peek(self) -> str:
         """Return the next character that is no white space, without consuming it; "" at the end."""
@@ -126,23 +142,34 @@ class JsonText:
         self._consume(self._position + 1)
         return character
 
-    def value(self) -> Decoded:
-        """Consume the next value.
+    def value(self, max_characters: int | None = None) -> Decoded:
+        """Consume the next value, which has at most the characters of a row if nothing else is said.
 
         Raises:
             json.JSONDecodeError: If there is none.
+            ValueTooLong: If it has more characters, or very many values inside.
         """
         self.peek()
+        max_characters = max_characters or limits.MAX_ROW_CHARACTERS
         size = _CHUNK_CHARACTERS
         while True:
+            num_characters = len(self._buffer) - self._position
+            if num_characters > limits.MAX_ROW_CHARACTERS:
+                num_values = sum(self._buffer.count(mark, self._position) for mark in ",[{")
+                if num_values > _MAX_VALUES:
+                    raise ValueTooLong
             try:
                 decoded = self._decoder.decode(self._buffer, self._position)
             except json.JSONDecodeError as error:
-                if not is_cut(error) or not self._read(size):
+                if is_cut(error) and num_characters > max_characters:
+                    raise ValueTooLong from None
+                if not is_cut(error) or not self._read(min(size, max_characters + 1 - num_characters)):
                     raise
             else:
                 # A number at the end of what has been read may have more digits.
                 if decoded.end < len(self._buffer) or not self._read(size):
+                    if decoded.end - self._position > max_characters:
+                        raise ValueTooLong
                     self._consume(decoded.end)
                     return decoded
             # Each try begins anew, so that the parts must grow for the work to stay in proportion.
@@ -163,6 +190,7 @@ class JsonText:
 
         line_start = self._buffer.rfind(self._line_end, 0, self._position) + 1
         self._line_offset = self._position - line_start + (0 if line_start else self._line_offset)
+        self._num_dropped += self._position
         self._buffer = self._buffer[self._position :] + part
         self._position = 0
         return True
@@ -175,15 +203,6 @@ class JsonText:
 def is_cut(error: json.JSONDecodeError) -> bool:
     """Return whether the text may be JSON that goes on: the error is at its end."""
     return error.msg.startswith("Unterminated") or error.pos >= len(error.doc) - _LONGEST_TOKEN
-
-
-def _depth(value: object) -> int:
-    """Return how deep lists and objects are nested, without recursion."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, dict | list)]:
-        depth += 1
-        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
-    return depth
 
 
 def _has_surrogate(value: object) -> bool:

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal, TextIO, cast
+from typing import IO, Any, Literal, TextIO, cast
 
 import pyarrow
 
-from components.validate_data.readers import encodings
-from qlora_retrain.core import json_lines
+from components.validate_data.readers import encodings, limits
 from qlora_retrain.core.errors import UsageError
 
 HEAD_BYTES = 65_536
@@ -35,12 +34,49 @@ _BEGINNINGS = {
 _SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 
 
+class _CountedStream(io.RawIOBase):
+    """Unpacked bytes, and no more of them than a file of this size may hold."""
+
+    def __init__(self, stream: IO[bytes], file: SourceFile) -> None:
+        self._stream, self._file = stream, file
+        self._remaining = file.max_characters
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._stream.read(len(buffer))
+        self._remaining -= len(part)
+        if self._remaining < 0:
+            raise self._file.too_large()
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """A file and the name that messages give it: its path below the source's folder."""
 
     name: str
     path: Path
+    num_files: int = 1  # of the source
+
+    @cached_property
+    def max_characters(self) -> int:
+        """How many characters it may hold, or unpacked bytes."""
+        return limits.max_file_characters(self.path.stat().st_size, self.num_files)
+
+    def too_large(self) -> UsageError:
+        """Return the error about a file that holds more."""
+        return UsageError(
+            f"{self.name}: the file has {self.path.stat().st_size:,} bytes and unpacks to more than "
+            f"{self.max_characters:,}, which no data does that people wrote; leave it out, or write its rows as plain "
+            "JSON lines if they are meant"
+        )
 
     @cached_property
     def compression(self) -> str | None:
@@ -79,10 +115,13 @@ class SourceFile:
         return f"{self.compression} -dc {name} | " if self.compression else f"< {name} "
 
     def open(self) -> IO[bytes]:
-        """Open the unpacked bytes."""
+        """Open the unpacked bytes; reading more of them than data packs to is a `UsageError`."""
+        if self.compression is None:
+            return self.path.open("rb")
+        return cast(IO[bytes], io.BufferedReader(_CountedStream(self._open_packed(), self)))
+
+    def _open_packed(self) -> IO[bytes]:
         match self.compression:
-            case None:
-                return self.path.open("rb")
             case "gzip":
                 return cast(IO[bytes], gzip.open(self.path))
             case "bzip2":
@@ -101,10 +140,14 @@ class SourceFile:
         """Yield each line with its number from 1, without its end.
 
         Raises:
-            UsageError: For bytes that are no text of the file's encoding, or a packed file that is damaged.
+            UsageError: For bytes that are no text of the file's encoding, a packed file that is damaged or holds too
+                much, or a line that is too long.
         """
-        with self.reading_errors():
-            yield from json_lines.iter_lines(self.open(), self.encoding, self.line_end)
+        with self.reading_errors(), self.open_text() as stream:
+            lines = limits.BoundedLines(stream, self.name)
+            for line in lines:
+                yield lines.number, line.removesuffix(self.line_end).removesuffix("\r")
+                lines.begin_row()
 
     @contextmanager
     def reading_errors(self) -> Iterator[None]:

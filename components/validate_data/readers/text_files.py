@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from components.validate_data.readers import limits
 from components.validate_data.readers.record import Record
 from components.validate_data.readers.source_file import SourceFile
 from qlora_retrain.config.data import DataConfig
@@ -22,13 +23,16 @@ def read_text(file: SourceFile, config: DataConfig) -> Iterator[Record]:
     """
     field = config.text_field or DEFAULT_FIELD
     is_one_text = config.answer_after is not None
-    first_line, lines = 0, list[str]()
+    first_line, num_characters, lines = 0, 0, list[str]()
     for number, line in file.lines():
         if line.strip() or (is_one_text and lines):
             first_line = first_line if lines else number
             lines.append(line)
+            num_characters += len(line) + 1
+            if num_characters > limits.MAX_ROW_CHARACTERS:
+                raise limits.row_too_long(f"{file.name}:{first_line}")
         elif lines:
             yield Record(file.name, first_line, {field: "\n".join(lines)})
-            lines = []
+            lines, num_characters = [], 0
     if lines:
         yield Record(file.name, first_line, {field: "\n".join(lines).rstrip("\n")})

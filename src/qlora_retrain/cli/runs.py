@@ -156,6 +156,7 @@ def _find_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from qlora_retrain.config import platform
     from qlora_retrain.pipeline import explain, make_plan
     from qlora_retrain.pipeline.plan import Plan
     from qlora_retrain.runtimes import local
@@ -172,7 +173,7 @@ def _run(args: argparse.Namespace) -> int:
     # The version in production was made by the same recipe, so there is nothing to run.
     if plan.unchanged:
         return 0
-    code = local.run(plan, args.until)
+    code = local.run(plan, args.until, max_step_hours=platform.load().runtime_of(plan.line).max_step_hours)
     if code == 0:
         print(explain.status_text(plan))
         if args.until:

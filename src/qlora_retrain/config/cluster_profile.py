@@ -139,13 +139,23 @@ class ClusterProfile(ImagesConfig):
     gpu_pool: Name | None = operational(None, "Airflow: the pool that counts GPUs in use; null: no pool")
     gpu_resource: LabelKey | None = operational("nvidia.com/gpu", "the resource name of a GPU; null: no GPUs")
     train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.num_processes", ge=1, le=64)
+    # Deadlines; in Airflow each line has its own.
+    max_step_hours: float = operational(
+        24.0, "Kubeflow: a task other than training is stopped after this", gt=0.0, le=720.0
+    )
+    max_training_hours: float = operational(
+        168.0,
+        "Kubeflow: a try of training is stopped two hours after this; train.max_hours may be less",
+        gt=0.0,
+        le=8760.0,
+    )
     # The environment of a step, and its disk.
     env: dict[Variable, str] = operational({}, "settings, e.g. AWS_DEFAULT_REGION; secrets are refused")
     secrets: tuple[SecretMount, ...] = operational((), "folders of files that every step sees")
     key_secrets: Name | None = operational(
         None,
-        "secrets with the store's keys, <key_secrets>-<role>, as `qlora-retrain keys export` writes them: a pod sees that "
-        "of its own role; null: the store has no keys",
+        "secrets with the store's keys, <key_secrets>-<role>, as `qlora-retrain keys export` writes them: a pod sees "
+        "that of its own role; null: the store has no keys",
     )
     disk_gib: float = operational(
         100.0, "a pod's own disk, for output and checkpoints, and without cache_claim for inputs", gt=0.0, le=65_536

@@ -73,6 +73,9 @@ class RuntimeConfig(ImagesConfig):
     disk_gib: float | None = operational(
         None, "kubernetes: a pod's disk, for output and checkpoints; null: the profile's disk_gib", gt=0.0, le=65_536
     )
+    max_step_hours: float = operational(
+        24.0, "a step other than training is stopped after this long, and the run ends (12)", gt=0.0, le=720.0
+    )
     pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
     network: str = operational("bridge", "docker: the network's name; host if the store is on this machine's loopback")
 

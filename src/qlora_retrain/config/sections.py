@@ -114,7 +114,10 @@ class TrainConfig(Section):
 
     # What changes no result.
     max_hours: float | None = operational(
-        None, "hours of training over all attempts, then save and exit with 75; a larger budget continues", gt=0.0
+        None,
+        "hours of training over all attempts, then save and exit with 12; a larger budget continues; null: a week",
+        gt=0.0,
+        le=8760.0,
     )
     checkpoint_minutes: float = operational(
         5.0, "minutes between checkpoints: the most work that a crash loses", gt=0.0

@@ -9,6 +9,9 @@ from typing import NoReturn
 
 from qlora_retrain.core.errors import Exit, UsageError
 
+# Of a step's `--alias`: the plan decides which alias moves.
+ANY_ALIAS = "*"
+
 
 class Parser(argparse.ArgumentParser):
     """An `argparse` parser that ends with our exit code for a usage error (12)."""

@@ -47,7 +47,7 @@ class Cause(enum.StrEnum):
     PREEMPTED = "preempted"  # asked to stop: a signal, an eviction, a node that is drained
     THROTTLED = "throttled"  # a store or an API is busy or cannot be reached
     INPUT_MISSING = "input_missing"
-    TIME_BUDGET = "time_budget"  # train.max_hours is used up; the adapter so far is saved
+    TIME_BUDGET = "time_budget"  # train.max_hours, or the time that a task may take, is used up
     CONFLICT = "conflict"  # another writer moved the alias
     NODE_LOST = "node_lost"
     NOT_STARTED = "not_started"  # no node, no image, no secret: the step's program never ran

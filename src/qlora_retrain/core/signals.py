@@ -42,6 +42,8 @@ def install(*, graceful: bool, ignore_repeat: bool = False) -> None:
             raise StoppedBySignal(f"stopped by {signal.Signals(number).name}; run the same command again to continue")
         _requested = True
 
+    global _requested
+    _requested = False  # of an earlier step of this process
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
 

@@ -250,7 +250,7 @@ def _pipelines_folder() -> Path:
 
 
 def _store_root() -> str:
-    """Return the same URI as `operators.store_root`, which cannot be imported here because it imports Airflow."""
+    """Return the same URI as `dag_run.store_root`, which cannot be imported here because it imports Airflow."""
     return uris.absolute(os.environ.get("QLORA_RETRAIN_ROOT") or str(code_identity.project_root() / ".state" / "store"))
 
 

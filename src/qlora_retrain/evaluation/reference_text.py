@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from qlora_retrain.core import json_lines
+from qlora_retrain.core import json_depth, json_lines
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat
 
@@ -67,7 +67,7 @@ def _split_paragraphs(text: str) -> list[str]:
 def _parse_passage(line: str, location: str) -> Passage:
     wrong_form = UsageError(f'reference_data: {location}: a line must be {{"text": ...}} or {{"messages": [...]}}')
     try:
-        row = json.loads(line)
+        row = json_depth.loads(line)
         if "text" not in row:
             turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
             # Only the assistant's tokens are scored, so a chat without them would measure nothing.

@@ -24,7 +24,7 @@ from qlora_retrain.evaluation.rows import RowScore as RowScore
 from qlora_retrain.evaluation.rows import read_rows as read_rows
 from qlora_retrain.evaluation.rows import read_scores as read_scores
 from qlora_retrain.evaluation.rows import write_scores as write_scores
-from qlora_retrain.lm import forward
+from qlora_retrain.lm import bounded, forward
 from qlora_retrain.lm.chat import ChatTokenizer, RowRefused
 from qlora_retrain.lm.forward import TargetSequence
 
@@ -252,7 +252,7 @@ def _split_passage(
                 f"reference_data: the passage {reference_text.passage_id(passage)}: {refusal.detail}; leave it out"
             ) from refusal
         return [TargetSequence.from_mask(example.input_ids, example.supervised) for example in examples]
-    ids = [int(t) for t in tokenizer.tokenizer(passage)["input_ids"]]
+    (ids,) = bounded.tokenize(tokenizer.tokenizer, [passage], add_special_tokens=True)
     pieces = [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
     # The first token of a piece has no context, so a piece of one token has nothing to score.
     return [TargetSequence.from_mask(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]

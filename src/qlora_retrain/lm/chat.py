@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import Problem, UsageError
+from qlora_retrain.lm import bounded
 from qlora_retrain.lm.answers import Answer, common_length, cut_answer
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.named_templates import choose_template, missing_marks, older_template
@@ -245,11 +246,8 @@ class ChatTokenizer:
         return any(token.lstrip or token.rstrip for token in self.tokenizer.added_tokens_decoder.values())
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # A tokenizer refuses an empty batch.
-        if not texts:
-            return []
         # The template has already written all special tokens. A BOS before a text would break the chat.
-        return [[int(i) for i in ids] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return bounded.tokenize(self.tokenizer, texts)
 
 
 def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatTokenizer:
@@ -266,9 +264,13 @@ def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatT
 
     chat_format = ChatFormat.from_folder(folder) if chat_format is None else chat_format
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"base_model: no tokenizer that can be loaded: {error}") from error
+        with bounded.tokenizer_bounds():
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Problem:
+        raise
+    # The native library raises a plain Exception for a pattern that it cannot read.
+    except Exception as error:
+        raise UsageError(f"base_model: no tokenizer that can be loaded: {str(error)[:1000]}") from error
     tokenizer.eos_token = end_of_sequence(tokenizer, chat_format.stop_tokens, folder)
     tokenizer.chat_template = tokenizer.chat_template or older_template(folder)
     tokenizer.chat_template = choose_template(tokenizer, chat_format.template)

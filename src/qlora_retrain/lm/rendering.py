@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.core.errors import Problem
+from qlora_retrain.lm import bounded
 from qlora_retrain.lm.chat_format import DEFAULT_DATE, ChatFormat
 
 if TYPE_CHECKING:
@@ -110,20 +112,21 @@ class Renderer:
         """
         messages = _as_parts(chat) if self.uses_parts else [dict(turn) for turn in chat]
         try:
-            text = self.tokenizer.apply_chat_template(
+            return bounded.render(
+                self.tokenizer,
                 messages,
                 tools=list(tools) if tools else None,
                 chat_template=self._template_text(tools),
-                tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self.chat_format.template_kwargs,
             )
+        # A bound that was passed, or a request to stop, which says nothing about the row.
+        except Problem:
+            raise
         # A template is a program of somebody else: whatever it raises says that it cannot render this row.
         except Exception as error:
             words = " ".join(str(error).split())[:MAX_WORDS] or type(error).__name__
             raise RowRefused("template_refuses", f"the chat template raises: {words}") from error
-        assert isinstance(text, str)
-        return text
 
     def locate(self, chat: Chat, tools: Tools = None) -> Rendering:
         """Render a chat, and locate every content in the text."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.config.line import section_model
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, signals
 from qlora_retrain.core.errors import Exit
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import checkpoint_sync, fetch
@@ -60,6 +60,9 @@ def run_attempt(
             result = _call(run, step, {**arguments, **scratch})
         seconds = round(time.monotonic() - clock, 1)
 
+        # A library can swallow the exception by which a signal stops a step. What came after is no result.
+        if signals.stop_requested() and not step.scratch:
+            raise signals.StoppedBySignal("stopped by a signal; run the same command again to continue")
         refusal = result.refused
         manifest = Manifest(
             artifact=step.makes,

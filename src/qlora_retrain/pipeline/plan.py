@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qlora_retrain.core import graph, hashing, uris
+from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import planned_steps
 from qlora_retrain.pipeline.auto_settings import Choice
@@ -115,6 +116,28 @@ class Plan(Signed):
             IntegrityError: If it is not a plan, has another hash than the URI's, or is a copy of another plan.
         """
         return _read(uri)[0]
+
+    def refuse_other(self, *, line: str | None = None, root: str | None = None, alias: str | None = ANY_ALIAS) -> None:
+        """Refuse a plan of another line or store, or one that moves another alias, than the orchestrator says.
+
+        Args:
+            line: The line; None: any.
+            root: The store's URI; None: any.
+            alias: The one alias that may move; None: no alias; `*`: any.
+
+        Raises:
+            IntegrityError: For such a plan.
+        """
+        if line not in (None, self.line):
+            raise IntegrityError(f"run {self.run_id}: expected a plan of line {line}, found one of {self.line}")
+        if root is not None and uris.absolute(root) != self.root:
+            raise IntegrityError(f"run {self.run_id}: expected a plan in {root}, found one in {self.root}")
+        moved = self.step(graph.producer_name("release")).config.get("promote_to")
+        if alias != ANY_ALIAS and moved not in (None, alias):
+            raise IntegrityError(
+                f"run {self.run_id}: moves the alias {moved}, and {alias or 'no alias'} may be moved; if the line has "
+                "changed since the plan was made, start a new run"
+            )
 
     def refuse_untrusted(self, data: bytes) -> None:
         """Check the planner's signature; compute every step again from its settings and sources, and compare.

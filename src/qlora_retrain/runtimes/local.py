@@ -14,13 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import endings, graph, progress, supervisor
 from qlora_retrain.core.endings import Ending, Kind
 from qlora_retrain.core.errors import Exit, Problem, describe
 from qlora_retrain.pipeline import run_endings, status
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.runtimes import credentials
+from qlora_retrain.runtimes import credentials, deadlines
 
 _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
@@ -39,8 +40,11 @@ def step_environment() -> dict[str, str]:
 class _StepProcess:
     """A running step, whose output is printed line by line."""
 
-    def __init__(self, step: graph.Step, plan: Plan, attempt: int) -> None:
+    def __init__(self, step: graph.Step, plan: Plan, attempt: int, max_step_hours: float) -> None:
         self.step, self.attempt = step, attempt
+        self._timeout = deadlines.planned_timeout(plan, step.name, deadlines.task_timeout(step.name, max_step_hours))
+        self._deadline = time.monotonic() + self._timeout.total_seconds()
+        self._is_overdue = False
         self._written_ending: Ending | None = None
         self.process = subprocess.Popen(
             supervisor.supervised_command(step_command(step.name, plan.uri), grace_seconds=_GRACE_SECONDS),
@@ -77,22 +81,33 @@ class _StepProcess:
         # The exit code exists before the last output was read, and the ending is in that output.
         exit_code = self.process.poll()
         if exit_code is None:
+            self._stop_if_overdue()
             return None
         self._reader.join()
-        return Ending.from_process(self.step.name, exit_code, self._written_ending)
+        ending = Ending.from_process(self.step.name, exit_code, self._written_ending)
+        # A step that is stopped says that it may be tried again, but it would need as long.
+        return deadlines.ending(self.step.name, self._timeout) if self._is_overdue and ending.retry else ending
+
+    def _stop_if_overdue(self) -> None:
+        if not self._is_overdue and time.monotonic() > self._deadline:
+            self._is_overdue = True
+            progress.say(f"{self.step.name}: {deadlines.message(self.step.name, self._timeout)}")
+            self.process.terminate()  # the supervisor allows the step its grace period, then kills it
 
     @property
     def has_written_ending(self) -> bool:
         """Whether the step wrote the ending that counts, and so put it into the run's folder too."""
-        return self._written_ending is not None and self._written_ending.code == self.process.returncode
+        written = self._written_ending is not None and self._written_ending.code == self.process.returncode
+        return written and not self._is_overdue
 
 
-def run(plan: Plan, until: str | None = None) -> int:
+def run(plan: Plan, until: str | None = None, *, max_step_hours: float = RuntimeConfig().max_step_hours) -> int:
     """Run every step of a plan whose artifact is missing, in the graph's order; stop at the first that fails.
 
     Args:
         plan: The run's.
         until: The last step to run; only the steps that it needs run before it. None: the whole graph.
+        max_step_hours: The platform's `runtime.max_step_hours`.
 
     Returns:
         0, or the exit code of the step that stopped the run; 130 after Ctrl-C.
@@ -105,9 +120,9 @@ def run(plan: Plan, until: str | None = None) -> int:
 
     try:
         while len(completed) < len(steps):
-            exit_code = _start_ready_steps(plan, steps, completed, running)
+            exit_code = _start_ready_steps(plan, steps, completed, running, max_step_hours)
             if exit_code is None:
-                exit_code = _reap_ended_steps(plan, completed, running)
+                exit_code = _reap_ended_steps(plan, completed, running, max_step_hours)
             if exit_code:
                 return exit_code
             time.sleep(_POLL_SECONDS)
@@ -126,7 +141,11 @@ def run(plan: Plan, until: str | None = None) -> int:
 
 
 def _start_ready_steps(
-    plan: Plan, steps: Sequence[graph.Step], completed: set[str], running: list[_StepProcess]
+    plan: Plan,
+    steps: Sequence[graph.Step],
+    completed: set[str],
+    running: list[_StepProcess],
+    max_step_hours: float,
 ) -> int | None:
     """Start every step whose inputs are complete.
 
@@ -144,7 +163,7 @@ def _start_ready_steps(
         # The artifact may be in the store from an earlier run, or from another orchestrator.
         exit_code = status.exit_code(plan, step.name)
         if exit_code is None:
-            running.append(_StepProcess(step, plan, attempt=0))
+            running.append(_StepProcess(step, plan, 0, max_step_hours))
         elif exit_code:
             progress.say(status.earlier_refusal(plan, step.name).sentence())
             return exit_code
@@ -154,7 +173,9 @@ def _start_ready_steps(
     return None
 
 
-def _reap_ended_steps(plan: Plan, completed: set[str], running: list[_StepProcess]) -> int | None:
+def _reap_ended_steps(
+    plan: Plan, completed: set[str], running: list[_StepProcess], max_step_hours: float
+) -> int | None:
     """Remove the steps that ended from the list and decide about each: completed, tried again, or the end of the run.
 
     Returns:
@@ -183,7 +204,7 @@ def _reap_ended_steps(plan: Plan, completed: set[str], running: list[_StepProces
             )
             # 1, 2, 4, ... up to 30 seconds: a throttled store or a full disk often recovers in that time.
             time.sleep(min(30.0, 2.0**child.attempt))
-            running.append(_StepProcess(child.step, plan, child.attempt + 1))
+            running.append(_StepProcess(child.step, plan, child.attempt + 1, max_step_hours))
         else:
             logs = f"{plan.root}/runs/{plan.run_id}/logs"
             progress.say(

@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,7 +162,7 @@ def test_another_run_can_be_finished_but_not_another_lines(
     resumed = dag_run_context("manual__4", resume_run=plan.run_id)
     assert run_plan_task(project, resumed) == plan
     step_task().execute(resumed)
-    assert (project / "runs").read_text() == f"--plan {plan.uri}\n"
+    assert (project / "runs").read_text() == f"--plan {plan.uri} --line tickets --root {plan.root}\n"
     line = project / "line.yaml"
     line.write_text(line.read_text().replace("line: tickets", "line: mails"))
     with pytest.raises(AirflowFailException, match=f"run {plan.run_id} is of line tickets"):
@@ -194,9 +194,40 @@ def test_publish_is_told_who_triggered_the_run_by_airflow_and_not_by_the_form(
     for step in ("validate_data", "publish"):
         step_task(step).execute(context)
     assert (project / "runs").read_text().split("\n")[:-1] == [
-        f"--plan {plan.uri}",
-        f"--plan {plan.uri} --triggered-by {expected}",
+        f"--plan {plan.uri} --line tickets --root {plan.root}",
+        f"--plan {plan.uri} --line tickets --root {plan.root} --alias * --triggered-by {expected}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "root", "fault"),
+    [
+        ({"line": "mails"}, None, "expected a plan of line mails, found one of tickets"),
+        ({"alias": "staging"}, None, "moves the alias production, and staging may be moved"),
+        ({"alias": None}, None, "moves the alias production, and no alias may be moved"),
+        ({}, "file:///elsewhere", "expected a plan in file:///elsewhere"),
+    ],
+)
+def test_line_store_and_alias_are_those_that_the_task_was_made_for_whatever_its_plan_says(
+    context: Context,
+    write_program: Callable[[str], None],
+    project: Path,
+    options: dict[str, Any],
+    root: str | None,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from qlora_retrain.runtimes.airflow.local import LocalStepOperator
+
+    write_program(COMPLETE_ARTIFACT)
+    if root:
+        monkeypatch.setenv("QLORA_RETRAIN_ROOT", root)
+    task = LocalStepOperator(task_id="publish", **{"step": "publish", "line": "tickets", **options})
+    with pytest.raises(AirflowFailException, match=rf"\(13\).*{fault}"):
+        task.execute(context)
+    assert not (project / "runs").exists()
 
 
 def test_a_step_has_its_own_roles_credentials_and_without_them_it_does_not_run(
@@ -217,7 +248,7 @@ def test_a_step_has_its_own_roles_credentials_and_without_them_it_does_not_run(
     write_program(COMPLETE_ARTIFACT + f"import os\nprint(*map(os.environ.get, {names}), file=open('seen', 'w'))\n")
     step_task("validate_data").execute(context)
     assert (project / "seen").read_text() == f"{tmp_path}/roles/validate_data None None\n"
-    with pytest.raises(AirflowFailException, match=r"\(12\).*publish\.tickets is not there"):
+    with pytest.raises(AirflowFailException, match=r"\(12\).*publish-tickets is not there"):
         step_task("publish").execute(context)
 
 
@@ -424,3 +455,43 @@ def test_output_without_a_line_break_does_not_fill_the_memory(
         + COMPLETE_ARTIFACT
     )
     step_task().execute(context)
+
+
+SLOW = """
+import signal, sys, time
+def stop(*_):
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("slow", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_step_is_stopped_at_its_deadline_after_it_saved_its_work_and_not_tried_again(
+    project: Path, plan: Plan, context: Context, write_program: Callable[[str], None]
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+    from airflow.sdk.execution_time.timeout import timeout
+
+    write_program(SLOW)
+    task = step_task()
+    # As Airflow's task runner does it.
+    message = r"\(12\): stopped at its deadline.*runtime\.max_step_hours"
+    with pytest.raises(AirflowFailException, match=message), timeout(2):
+        task.execute(context)
+    # 143 where the machine is so slow that the program has not begun by then.
+    assert task._process.returncode in (75, 143)
+    ending = run_endings.read(open_store(plan.root), plan.run_id, "validate_data")
+    assert ending is not None
+    assert (ending.code, ending.cause) == (12, Cause.TIME_BUDGET)
+
+
+def test_training_gets_the_time_that_the_runs_own_budget_says(project: Path) -> None:
+    changed = dag_run_context("manual__5", **{"train.max_hours": 7})
+    run_plan_task(project, changed)
+    training, evaluation = step_task("train_qlora"), step_task("evaluate")
+    for task in (training, evaluation):
+        task.pre_execute(changed)
+    assert training.execution_timeout == timedelta(hours=7 + 2)
+    assert evaluation.execution_timeout == timedelta(hours=24)

@@ -61,13 +61,18 @@ def cluster_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture
-def plan_in(tmp_path: Path, tickets: Path, tiny_model: Path) -> Callable[..., Plan]:
-    """Make the plan of a line in the store at a URI, with overrides."""
+def plan_in(tmp_path: Path, tickets: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """Make the plan of a line in the store at a URI, with overrides; it is Airflow's store from now on."""
     path = tmp_path / "line.yaml"
     sources = {"raw_data": str(tickets), "base_model": str(tiny_model)}
     data = {"task": "labels", "system": "Name the intent.", "eval_fraction": 0.2, "max_length_tokens": 256}
     path.write_text(yaml.safe_dump({"line": "tickets", "sources": sources, "data": data}))
-    return lambda root, *overrides: make_plan.make_plan(path, root, overrides=overrides)
+
+    def make(root: str, *overrides: str) -> Plan:
+        monkeypatch.setenv("QLORA_RETRAIN_ROOT", root)
+        return make_plan.make_plan(path, root, overrides=overrides)
+
+    return make
 
 
 @pytest.fixture

@@ -205,3 +205,22 @@ def test_a_pod_that_the_triggerer_lost_sight_of_is_followed_on(
     with pytest.raises(AirflowException, match="cannot follow the pod"):
         make_task().resume_execution(deferred.method_name, {"event": event}, task_context(plan))
     assert cluster.created_count() == 1
+
+
+def test_a_pod_whose_end_the_cluster_never_reports_is_deleted_after_its_deadline(
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
+) -> None:
+    task = make_task("train_qlora")
+    deferred = run_until_deferred(task, task_context(plan))
+    assert cluster.pod()["spec"]["activeDeadlineSeconds"] == (168 + 2) * 3600
+    assert deferred.timeout.total_seconds() > (168 + 2) * 3600
+    cluster.start_container()
+
+    # What Airflow resumes a task with whose trigger took too long.
+    error = {"error": "Trigger timeout"}
+    message, may_retry = failure_of(
+        lambda: make_task("train_qlora").resume_execution("__fail__", error, task_context(plan))
+    )
+    assert "(12): stopped at its deadline, after 170 hours: train.max_hours and 2 hours" in message
+    assert not may_retry
+    assert cluster.pods() == []

@@ -46,6 +46,20 @@ NO_DRIVER = (
             "DisruptionTarget, PreemptionByScheduler",
             True,
         ),
+        (
+            137,
+            {"reason": "DeadlineExceeded", "message": "Pod was active on the node longer than the specified deadline"},
+            "config or usage error (12): DeadlineExceeded: stopped at its deadline, after 24 hours; if it needs more, "
+            "raise runtime.max_step_hours in platform.yaml",
+            False,
+        ),
+        # A step that was asked to stop says that it may be tried again.
+        (
+            75,
+            {"reason": "DeadlineExceeded", "termination_message": written_ending(75, Cause.PREEMPTED, "saved")},
+            "raise runtime.max_step_hours in platform.yaml; last output: saved",
+            False,
+        ),
         (137, {"container_reason": "ContainerStatusUnknown"}, "the node lost its container", True),
         (75, {}, "try again (75)", True),
         (75, {"container_reason": "OOMKilled"}, "try again (75)", True),

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_retrain.core import json_depth
+
 _ARGUMENTS = ("arguments", "parameters")
 _CALL_ID = "id"  # servers choose a call's id, so it is no part of what a model must generate
 
@@ -52,6 +54,7 @@ def _parts(text: str) -> tuple[list[str], list[Any]]:
         if text[position] in "{[":
             try:
                 value, end = decoder.raw_decode(text, position)
+                json_depth.refuse_deep(value)
             # A model may generate thousands of opening brackets.
             except (ValueError, RecursionError):
                 position += 1
@@ -82,6 +85,6 @@ def _canonical(value: Any) -> Any:
 def _parsed(value: Any) -> Any:
     """Return the arguments of a call that a template writes as JSON text inside of JSON."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        return json_depth.loads(value) if isinstance(value, str) else value
+    except ValueError:
         return value

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.core import json_depth
 from qlora_retrain.evaluation.metrics.call_metrics import RenderedCalls
 
 
@@ -115,9 +116,9 @@ def _words(text: str) -> list[str]:
 
 def _parse_json(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json_depth.loads(text, parse_constant=_refuse_constant)
     # A model may generate thousands of opening brackets.
-    except (ValueError, RecursionError):
+    except ValueError:
         return _NOT_JSON
 
 

@@ -137,6 +137,12 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 stderr=subprocess.DEVNULL,
             )
 
+    def stop_step(self) -> None:
+        """Stop and remove the container; a step that trains saves its work first."""
+        self.on_kill()
+        if self._cleanup_process is not None:
+            self._cleanup_process.wait()
+
     def _exit_code_if_ended(self, container_id: str) -> int | None:
         """Remove a container that ended and return its exit code; None while it runs.
 

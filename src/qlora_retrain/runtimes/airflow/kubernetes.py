@@ -14,17 +14,21 @@ Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.sdk.exceptions import TaskDeferralTimeout
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from qlora_retrain.core import errors, graph
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, Problem, TryAgain
-from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task, plan_uri
+from qlora_retrain.runtimes import deadlines
+from qlora_retrain.runtimes.airflow.dag_run import plan_uri
+from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
 from qlora_retrain.runtimes.airflow.pod_trigger import PodTrigger
 from qlora_retrain.runtimes.docker import container_spec
 from qlora_retrain.runtimes.kubernetes import pod_api, pod_spec, pod_status, retries
@@ -44,9 +48,8 @@ _POLL_INTERVAL_SECONDS = 5
 # A full quota, a drain or a lost node lasts longer than a throttled store; these retries span at least half an hour.
 _RETRIES = 8
 _BACKOFF: dict[str, Any] = {"retry_delay": timedelta(seconds=15), "max_retry_delay": timedelta(minutes=10)}
-_POD_IS_GONE = PodEnding(
-    errors.Exit.TRY_AGAIN, Cause.NODE_LOST, "the pod is gone: its node was lost, or somebody deleted it"
-)
+# The status of an event of ours: the cluster has not reported the pod's end by its deadline.
+_OVERDUE = "overdue"
 
 
 class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: ignore[misc]
@@ -79,7 +82,8 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         self.runtime, self.profile = runtime, profile
 
     def prepare_pod(self, plan_uri: str, key: str, run_id: str) -> None:
-        """Fill in what depends on the run: the pod's name, its command and its labels."""
+        """Fill in what depends on the run: the pod's name, its command, its labels and its deadline."""
+        self.active_deadline_seconds = math.ceil(self.execution_timeout.total_seconds())
         self.name = pod_spec.pod_name(self.step, key, run_id)
         # Set after Airflow rendered its templates, so a `{{` in a URI is never evaluated.
         self.arguments = [*container_spec.step_command(self.step, plan_uri), *self.step_arguments]
@@ -117,6 +121,20 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         except (ApiException, HTTPError) as error:
             self.log.warning("pod %s could not be looked up and may be left: %s", self.name, error)
 
+    def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
+        """Resume the task, also where the triggerer waited in vain."""
+        try:
+            return super().resume_execution(next_method, next_kwargs, context)
+        except TaskDeferralTimeout:
+            return self.trigger_reentry(context, {"status": _OVERDUE})
+
+    def stop_step(self) -> None:
+        """Delete the pod."""
+        try:
+            self._pod_api.delete()
+        except (ApiException, HTTPError) as error:
+            self.log.warning("pod %s could not be deleted: %s", self.name, error)
+
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
         """Resume the task after the trigger fired."""
         from qlora_retrain.pipeline.plan import Plan
@@ -137,16 +155,15 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
     def _handle_event(self, plan: Plan, context: Context, event: dict[str, Any]) -> None:
         """Return if the pod did its work; otherwise defer again, or fail the task."""
         pod = self._pod_api.read()
-        ending = _POD_IS_GONE if pod is None else pod_status.read_ending(pod)
+        ending = pod_status.POD_IS_GONE if pod is None else pod_status.read_ending(pod)
 
+        if ending is None and event["status"] == _OVERDUE:
+            self.stop_step()
+            fail_task(context, deadlines.ending(self.step, self.execution_timeout))
         # A pod that did not start would hold its quota and its GPU's pool slots for nothing.
         startup_failure = None if pod is None or ending else pod_status.startup_failure(pod)
-        if (
-            startup_failure is None
-            and ending is None
-            and event["status"] == "timeout"
-            and not pod_status.is_running(pod)
-        ):
+        is_late = ending is None and event["status"] == "timeout" and not pod_status.is_running(pod)
+        if startup_failure is None and is_late:
             startup_failure = pod_status.startup_timeout(
                 pod, self._pod_api.warnings(pod.metadata.uid), str(event["message"])
             )
@@ -187,7 +204,9 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             logging_interval=self.logging_interval,
             trigger_kwargs=trigger_kwargs,
         )
-        self.defer(trigger=trigger, method_name="trigger_reentry")
+        # The cluster's own deadline comes first. This one is for a cluster that does not answer any more.
+        seconds = self.startup_timeout_seconds + self.active_deadline_seconds + pod_status.LOST_NODE_SECONDS
+        self.defer(trigger=trigger, method_name="trigger_reentry", timeout=timedelta(seconds=seconds))
         raise AssertionError("unreachable")
 
     def _finish(self, plan: Plan, context: Context, pod: Any, ending: PodEnding, last_log_time: Any = None) -> None:
@@ -215,9 +234,9 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             self._keep_or_delete(pod, keep=has_next_try or output is None)
 
         # The pod's status has the end of the output only where the kubelet could still save it.
-        log_lines = output.last_lines if output else ""
-        step_ending = ending.as_ending(self.step, explanation=explanation, log_lines=log_lines)
-        fail_task(context, step_ending, is_last_try=not may_retry)
+        lines = output.last_lines if output else ""
+        final = ending.as_ending(self.step, explanation=explanation, log_lines=lines)
+        fail_task(context, final, is_last_try=not may_retry)
 
     def _keep_or_delete(self, pod: Any, *, keep: bool) -> None:
         """Mark a kept pod as checked, so that the next try replaces it; delete any other.
@@ -228,10 +247,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             # The label is Airflow's own: a pod without it may hold the result of a try that nobody judged.
             self.patch_already_checked(pod, reraise=False)
             return
-        try:
-            self._pod_api.delete()
-        except (ApiException, HTTPError) as error:
-            self.log.warning("pod %s could not be deleted: %s", self.name, error)
+        self.stop_step()
 
     def _find_pod_to_follow(self) -> Any:
         """Return the pod of this name that runs, or that ended and was not checked; None where there is none.

@@ -10,6 +10,8 @@ import os
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+from airflow.sdk.exceptions import AirflowTaskTimeout
+
 from qlora_retrain.core import errors, graph, supervisor
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.pipeline import code_identity
@@ -51,7 +53,14 @@ class LocalStepOperator(StepOperator):
             assert stream is not None
 
             # `readline` with a limit: output without a line break must not fill the worker's memory.
-            output = self.copy_output(iter(lambda: stream.readline(_MAX_LINE_CHARACTERS), ""))
+            lines = iter(lambda: stream.readline(_MAX_LINE_CHARACTERS), "")
+            try:
+                output = self.copy_output(lines)
+            except AirflowTaskTimeout:
+                # Read on to the end, because a step whose output nobody reads cannot save its work.
+                self._process.terminate()
+                self.copy_output(lines)
+                raise
 
         exit_code = self._process.returncode
         if exit_code != errors.Exit.DONE:

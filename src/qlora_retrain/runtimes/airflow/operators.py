@@ -7,36 +7,34 @@ The plan's URI, with the hash of the plan, reaches the steps as the XCom of task
 change a plan there, and then every step refuses it. A cleared run keeps its plan. The step's ending decides whether a
 failed task is retried within the step's retries or fails at once. The ending is the message of the failure, and it is
 saved in the run's folder.
-
-Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` in the project's folder.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import quote
 
 from airflow.sdk import Asset, AssetAlias, BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 
 from qlora_retrain.core import endings, errors, graph, progress
+from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
-from qlora_retrain.pipeline import code_identity
+from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow.dag_run import own_run_id, plan_run_id, plan_uri, publish_arguments, store_root
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from qlora_retrain.pipeline.plan import Plan
 
-ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
 _LAST_LINES = 3
 
 # Airflow's default delay is five minutes; "try again" here means preemption, throttling or a moved champion.
@@ -47,53 +45,6 @@ _BACKOFF: dict[str, Any] = {
 }
 
 
-def store_root() -> str:
-    """Return the store's URI: the environment's, or the project's own folder."""
-    return os.environ.get(ROOT_VARIABLE) or (code_identity.project_root() / ".state" / "store").as_uri()
-
-
-def own_run_id(context: Context) -> str:
-    """Return the DAG run's own id in the store; it is the same for every task and every try.
-
-    It is made from `run_after`, which every DAG run has. A run that an asset started has no logical date.
-    """
-    from qlora_retrain.pipeline import plan
-
-    # `run_after` and both ids stay the same when tasks are cleared, so a cleared run finds its plan.
-    dag_run = context["dag_run"]
-    return plan.run_id(dag_run.run_after, dag_run.dag_id, dag_run.run_id)
-
-
-def plan_run_id(context: Context) -> str:
-    """Return the id of the run whose plan the steps run by: the DAG run's own, or the one that its form names."""
-    return str(context["params"].get(params.RESUME_RUN) or own_run_id(context))
-
-
-def plan_uri(context: Context) -> str:
-    """Return the URI of the plan, with its hash, as task 0 of this DAG run returned it.
-
-    Raises:
-        UsageError: If task 0 has left none.
-    """
-    uri = context["ti"].xcom_pull(task_ids=graph.PLAN_TASK)
-    if not uri:
-        raise UsageError(f"task {graph.PLAN_TASK} of this run has left no plan; clear that task, and the run goes on")
-    return str(uri)
-
-
-def publish_arguments(context: Context) -> list[str]:
-    """Return what Airflow says of a run's start, for the audit trail: the user whom its API authenticated.
-
-    Nothing of it comes from the run's form or its `conf`, which whoever triggers a run writes.
-    """
-    dag_run = context["dag_run"]
-    if user := getattr(dag_run, "triggering_user_name", None):
-        return ["--triggered-by", f"airflow:{quote(user, safe='@+')}"]
-    # Nobody: a schedule or an asset. Another system's name, so that no user can be called so.
-    run_type = getattr(dag_run, "run_type", "unknown")
-    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}"]
-
-
 class PlanOperator(BaseOperator):  # type: ignore[misc]
     """Task 0: resolve everything into the run's plan, or check the plan that the form names.
 
@@ -102,8 +53,9 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
     """
 
     def __init__(self, *, config_path: Path | str, **kwargs: Any) -> None:
+        timeout = deadlines.task_timeout(graph.PLAN_TASK)
         # Retries help only while a source or the store is throttled; every other error fails the task at once.
-        super().__init__(**{"retries": 2, **_BACKOFF, **kwargs})
+        super().__init__(**{"retries": 2, "execution_timeout": timeout, **_BACKOFF, **kwargs})
         self.config_path = str(config_path)
 
     def execute(self, context: Context) -> str:
@@ -115,6 +67,8 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
             plan = self._make_or_load_plan(context)
         except Problem as problem:
             fail_task(context, Ending.from_problem(graph.PLAN_TASK, problem))
+        except AirflowTaskTimeout:
+            fail_task(context, deadlines.ending(graph.PLAN_TASK, self.execution_timeout))
         for line in explain.as_text(plan).split("\n"):
             self.log.info("%s", line)
         return plan.uri
@@ -159,7 +113,7 @@ class BrokenLineOperator(BaseOperator):  # type: ignore[misc]
     """
 
     def __init__(self, *, reason: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"execution_timeout": timedelta(minutes=5), **kwargs})
         self.reason = reason
 
     def execute(self, context: Context) -> None:
@@ -173,19 +127,35 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
     Args:
         step: The step's name.
         line: The line, which names the asset alias that `publish` reports new versions to.
+        alias: The one alias of the line that `publish` may move, whatever the plan says; None: no alias; `*`: any.
     """
 
     # What a line's author writes, such as an image's name, is never rendered: `{{ conn... }}` would show a secret.
     template_fields: Sequence[str] = ()
 
-    def __init__(self, *, step: str, line: str, **kwargs: Any) -> None:
+    def __init__(self, *, step: str, line: str, alias: str | None = ANY_ALIAS, **kwargs: Any) -> None:
         # An alias and not an asset, because the asset's URI has the store, which is known only when the task runs.
         outlets = [AssetAlias(line)] if graph.step(step).kind == graph.StepKind.PUBLISH else []
-        super().__init__(**{"retries": graph.step(step).retries, "outlets": outlets, **_BACKOFF, **kwargs})
+        defaults = {"retries": graph.step(step).retries, "execution_timeout": deadlines.task_timeout(step)}
+        super().__init__(**{**defaults, "outlets": outlets, **_BACKOFF, **kwargs})
         self.step = step
         self.line = line
+        self.alias = alias
         # Further arguments of the step's command line; `execute` sets them.
         self.step_arguments: list[str] = []
+
+    def pre_execute(self, context: Context) -> None:
+        """Give this try the time that the run's plan says, whose budget may differ from the line's."""
+        from qlora_retrain.pipeline.plan import Plan
+
+        # Airflow reads the timeout after this and before `execute`, which reports whatever is wrong with the plan.
+        with contextlib.suppress(Problem):
+            self.execution_timeout: timedelta = deadlines.planned_timeout(
+                Plan.load(plan_uri(context)), self.step, self.execution_timeout
+            )
+
+    def stop_step(self) -> None:
+        """Stop what `run_step` started, and wait until it has saved its work; called at the deadline."""
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Run the step's one command line to its end; call `fail_task` unless its exit code is 0."""
@@ -201,8 +171,11 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
 
         try:
             plan = Plan.load(plan_uri(context))
+            # Task 0 made the plan, and what this task was made for is not taken from it.
+            plan.refuse_other(line=self.line, root=store_root(), alias=self.alias)
+            self.step_arguments = ["--line", self.line, "--root", plan.root]
             if graph.step(self.step).kind == graph.StepKind.PUBLISH:
-                self.step_arguments = publish_arguments(context)
+                self.step_arguments += ["--alias", self.alias or "", *publish_arguments(context)]
             exit_code = status.exit_code(plan, self.step)
             self._clear_earlier_ending(plan)
             if exit_code is None:
@@ -220,6 +193,10 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
                     self._emit_asset_event(plan, context)
         except Problem as problem:
             fail_task(context, Ending.from_problem(self.step, problem))
+        # Airflow itself would try it again.
+        except AirflowTaskTimeout:
+            self.stop_step()
+            fail_task(context, deadlines.ending(self.step, self.execution_timeout))
 
     def _clear_earlier_ending(self, plan: Plan) -> None:
         """Remove how an earlier try ended, now that another begins.

@@ -14,6 +14,7 @@ from typing import Any
 from qlora_retrain.config.line import LineConfig
 from qlora_retrain.config.renamed import renamed_to
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.runtimes import deadlines
 
 KNOBS = (
     "train.learning_rate",
@@ -85,6 +86,9 @@ def _stricter_schema(config: LineConfig, knob: str) -> dict[str, Any]:
     schema, value = knob_schema(knob), line_value(config, knob)
     if knob in _UPPER_LIMITS:
         return {**schema, "maximum": value}
+    # The run as a whole has a deadline too, which cannot wait for more.
+    if knob == "train.max_hours":
+        return {**schema, "maximum": deadlines.max_form_hours(value)}
     if knob in _STRICTEST:
         # Airflow's form shows a list to choose from. The pattern and the type are then superfluous.
         return {**schema, "enum": [value] if value == _STRICTEST[knob] else [value, _STRICTEST[knob]]}

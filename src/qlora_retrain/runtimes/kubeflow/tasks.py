@@ -14,6 +14,7 @@ Command: `.venv-kfp/bin/qlora-retrain kfp compile`
 
 # No `from __future__ import annotations`: kfp reads a component's annotations as objects.
 
+import math
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from qlora_retrain.config.cluster_profile import ClusterProfile, PodConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, Step
 from qlora_retrain.pipeline import code_identity
-from qlora_retrain.runtimes import credentials
+from qlora_retrain.runtimes import credentials, deadlines
 from qlora_retrain.runtimes.docker import container_spec
 from qlora_retrain.storage.keys import KEYS_VARIABLE, PLANNER
 
@@ -162,6 +163,10 @@ def _configure_task(task: Any, name: str, image: str, retries: int, profile: Clu
     task.set_caching_options(enable_caching=False)
     # KFP retries whatever the exit code; a refusal is found in the store at once and costs seconds.
     task.set_retry(retries, backoff_duration="5s", backoff_factor=2.0, backoff_max_duration="300s")
+
+    # One pipeline serves every line, so the hours are the profile's.
+    timeout = deadlines.task_timeout(name, profile.max_step_hours, profile.max_training_hours)
+    kubernetes.set_timeout(task, math.ceil(timeout.total_seconds()))
 
     if pod.cpus:
         task.set_cpu_request(f"{pod.cpus:g}")

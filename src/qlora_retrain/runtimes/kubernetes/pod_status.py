@@ -7,6 +7,7 @@
     Evicted, Preempting, DisruptionTarget,    75: tried again, from the last checkpoint
       a node that shuts down, restarts or is lost
     Evicted for more disk than the pod may    12: the next try would need as much; the message names the setting
+    DeadlineExceeded                          12: the next try would need as long; the message names the setting
     a container that the runtime cannot start 75: for example a node with a broken GPU driver; other nodes may work
     a pod that is gone                        75: its node is lost, or a person deleted it
     a pod whose node reports nothing          75: replaced after ten minutes, although the cluster shows it as running
@@ -22,7 +23,7 @@ import dataclasses
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from kubernetes.utils.quantity import parse_quantity
@@ -30,7 +31,8 @@ from kubernetes.utils.quantity import parse_quantity
 from qlora_retrain.core import endings
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, Exit
-from qlora_retrain.runtimes import foreign_messages
+from qlora_retrain.runtimes import deadlines, foreign_messages
+from qlora_retrain.runtimes.docker import container_spec
 from qlora_retrain.runtimes.kubernetes.pod_spec import CONTAINER_NAME
 
 # A node that reports nothing becomes "not ready" within a minute. Kubernetes deletes its pods five minutes later, and
@@ -79,6 +81,9 @@ class PodEnding:
         return dataclasses.replace(ending, cause=self.cause or ending.cause, reason=reason)
 
 
+POD_IS_GONE = PodEnding(Exit.TRY_AGAIN, Cause.NODE_LOST, "the pod is gone: its node was lost, or somebody deleted it")
+
+
 def read_ending(pod: Any, log_ending: Ending | None = None) -> PodEnding | None:
     """Return how a pod ended; None while it runs or may still start.
 
@@ -92,7 +97,7 @@ def read_ending(pod: Any, log_ending: Ending | None = None) -> PodEnding | None:
 
     if terminated is None:
         if status.phase in ("Failed", "Succeeded"):
-            return _disruption_ending(disruption or f"the pod {status.phase.lower()} before its container ran")
+            return _disruption_ending(pod, disruption or f"the pod {status.phase.lower()} before its container ran")
         return None
 
     message = terminated.message or ""
@@ -109,7 +114,7 @@ def read_ending(pod: Any, log_ending: Ending | None = None) -> PodEnding | None:
         return PodEnding(Exit.TRY_AGAIN, Cause.NODE_LOST, reason, step_ending, last_lines)
     # Before OOMKilled, which may be about a process that died long before the eviction.
     if disruption and terminated.exit_code in _TERMINATED_EXIT_CODES:
-        return _disruption_ending(disruption, step_ending, last_lines)
+        return _disruption_ending(pod, disruption, step_ending, last_lines)
 
     has_explained_137 = step_ending is not None and step_ending.code == Exit.OUT_OF_MEMORY
     if terminated.reason == "OOMKilled" and terminated.exit_code not in _STEP_EXIT_CODES:
@@ -205,8 +210,12 @@ def _disruption(pod: Any) -> str:
     return "the pod was deleted while it ran" if pod.metadata.deletion_timestamp else ""
 
 
-def _disruption_ending(disruption: str, step_ending: Ending | None = None, last_lines: str = "") -> PodEnding:
-    """Return the ending of a pod that the cluster ended: to make room, or because the pod used too much disk."""
+def _disruption_ending(pod: Any, disruption: str, step_ending: Ending | None = None, last_lines: str = "") -> PodEnding:
+    """Return the ending of a pod that the cluster ended: to make room, or because it used too much disk or time."""
+    if pod.status.reason == "DeadlineExceeded":
+        timeout = timedelta(seconds=pod.spec.active_deadline_seconds or 0)
+        reason = f"DeadlineExceeded: {deadlines.message(pod.metadata.labels[container_spec.STEP_LABEL], timeout)}"
+        return PodEnding(Exit.USAGE, Cause.TIME_BUDGET, reason, step_ending, last_lines)
     if foreign_messages.WORK_VOLUME_FULL.search(disruption):
         reason = f"{disruption.strip()} Set a larger runtime.disk_gib in platform.yaml, or disk_gib in the profile"
         return PodEnding(Exit.USAGE, Cause.DISK_FULL, reason, step_ending, last_lines)

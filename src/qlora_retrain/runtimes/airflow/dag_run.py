@@ -1,0 +1,67 @@
+"""What an Airflow task knows of its DAG run: the store, the run's id there, the plan, and who started it.
+
+Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` in the project's folder.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.pipeline import code_identity
+from qlora_retrain.runtimes.airflow import params
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
+
+
+def store_root() -> str:
+    """Return the store's URI: the environment's, or the project's own folder."""
+    return os.environ.get(ROOT_VARIABLE) or (code_identity.project_root() / ".state" / "store").as_uri()
+
+
+def own_run_id(context: Context) -> str:
+    """Return the DAG run's own id in the store; it is the same for every task and every try.
+
+    It is made from `run_after`, which every DAG run has. A run that an asset started has no logical date.
+    """
+    from qlora_retrain.pipeline import plan
+
+    # `run_after` and both ids stay the same when tasks are cleared, so a cleared run finds its plan.
+    dag_run = context["dag_run"]
+    return plan.run_id(dag_run.run_after, dag_run.dag_id, dag_run.run_id)
+
+
+def plan_run_id(context: Context) -> str:
+    """Return the id of the run whose plan the steps run by: the DAG run's own, or the one that its form names."""
+    return str(context["params"].get(params.RESUME_RUN) or own_run_id(context))
+
+
+def plan_uri(context: Context) -> str:
+    """Return the URI of the plan, with its hash, as task 0 of this DAG run returned it.
+
+    Raises:
+        UsageError: If task 0 has left none.
+    """
+    uri = context["ti"].xcom_pull(task_ids=graph.PLAN_TASK)
+    if not uri:
+        raise UsageError(f"task {graph.PLAN_TASK} of this run has left no plan; clear that task, and the run goes on")
+    return str(uri)
+
+
+def publish_arguments(context: Context) -> list[str]:
+    """Return what Airflow says of a run's start, for the audit trail: the user whom its API authenticated.
+
+    Nothing of it comes from the run's form or its `conf`, which whoever triggers a run writes.
+    """
+    dag_run = context["dag_run"]
+    if user := getattr(dag_run, "triggering_user_name", None):
+        return ["--triggered-by", f"airflow:{quote(user, safe='@+')}"]
+    # Nobody: a schedule or an asset. Another system's name, so that no user can be called so.
+    run_type = getattr(dag_run, "run_type", "unknown")
+    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}"]

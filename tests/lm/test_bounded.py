@@ -1,0 +1,122 @@
+"""Templates and tokenizers that would take the machine: each is an error of usage, within seconds and a GiB or two."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core.bounds import Bounds, TimeIsUp
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import bounded
+from qlora_retrain.lm.chat import ChatTokenizer, load_tokenizer
+from qlora_retrain.lm.chat_format import ChatFormat
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_model: Path) -> ChatTokenizer:
+    return load_tokenizer(tiny_model, ChatFormat())
+
+
+ROW = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {
+    "nested loops": LOOP,
+    "long range": "{% for i in range(10**12) %}{% endfor %}",
+    "repeated text": "{{ 'a' * 10**10 }}",
+    "centred": "{{ 'a'|center(10**10) }}",
+    "joined": "{{ (['a' * 10**8] * 100)|join }}",
+    "replaced": "{{ ('a' * 10**5)|replace('a', 'b' * 10**5) }}",
+    "formatted": "{{ '%09999999999d'|format(1) }}",
+    "number": "{% set x = 9**(9**9) %}{{ x is even }}",
+    "list": "{% set x = [0] * 10**10 %}{{ x|length }}",
+    "growing": "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+    "long output": "{{ 'a' * 10**8 }}",
+    "in a macro": "{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) if n < 60 }}{% endfor %}{% endmacro %}{{ f(0) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_cannot_take_the_machine(
+    name: str, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "RENDER_SECONDS", 0.3)
+    began = time.process_time()
+    # What the sandbox refuses by itself raises inside the template; everything else is stopped.
+    with pytest.raises((UsageError, OverflowError)):
+        bounded.render(chat_tokenizer.tokenizer, ROW, chat_template=HOSTILE[name])
+    assert time.process_time() - began < 8
+    # The bounds are lifted again.
+    assert len("a" * (1 << 20)) == 1 << 20
+
+
+def test_a_data_sets_hostile_row_is_an_error_of_the_step_and_not_of_the_row(
+    chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "RENDER_SECONDS", 0.3)
+    marked = "{% if m.content == 'go' %}" + LOOP + "{% endif %}"
+    chat_tokenizer.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + marked + "{% endfor %}"
+    message = r"more than 0\.3 s or 1,024 MiB to render one chat; choose another data\.template"
+    with pytest.raises(UsageError, match=message):
+        chat_tokenizer.render([{"role": "user", "content": "go"}])
+
+
+def test_bounds_count_what_is_added_and_nest_in_what_was_there() -> None:
+    before = b"a" * (64 << 20)
+    with Bounds(256 << 20):
+        added = b"b" * (128 << 20)
+        with pytest.raises(MemoryError):
+            bytes(512 << 20)
+    assert len(before) + len(added) == 192 << 20
+    with pytest.raises(TimeIsUp), Bounds(1 << 30, 0.05):
+        sum(i for i in iter(int, 1))
+
+
+PROGRAM = """
+import sys
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import bounded
+tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
+kind, text = sys.argv[1], "a" * 40 + "b"
+if kind == "backtracking":
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+if kind == "many searches":
+    tokenizer.normalizer, text = normalizers.Replace(Regex("(a|a){18}[cd]"), "x"), "a" * 100_000 + "b"
+if kind == "growth":
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("a", "a" * 10)] * 8)
+bounded.TOKENIZE_SECONDS, bounded._TOKENIZE_BYTES = 2.0, 300 << 20
+try:
+    bounded.tokenize(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [text])
+except UsageError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("kind", ["backtracking", "many searches", "growth"])
+def test_a_tokenizers_pattern_ends_with_12_and_its_reason(kind: str) -> None:
+    # A process of its own, since it is the process that ends.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PROGRAM, kind]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 12, ended.stderr[-2000:]
+    assert "a pattern of its tokenizer.json searches too long, or makes the text too long" in ended.stderr
+
+
+@pytest.mark.parametrize("pattern", ["(" * 100_000 + "a" + ")" * 100_000, "a{100001}", "(a"])
+def test_a_pattern_that_cannot_be_read_is_an_error_of_usage(tiny_model: Path, tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps({**document, "pre_tokenizer": split}))
+    with pytest.raises(UsageError, match=r"no tokenizer that can be loaded|a pattern of its tokenizer"):
+        load_tokenizer(folder, ChatFormat())
