@@ -48,9 +48,11 @@ def config(make_line: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def plan(s3: str, images: None, config: Path) -> Plan:
+def plan(s3: str, images: None, config: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Make a plan, whose steps the tests run one by one."""
-    return make_plan.make_plan(config, f"{s3}/{uuid.uuid4().hex}")
+    root = f"{s3}/{uuid.uuid4().hex}"
+    monkeypatch.setenv("QLORA_RETRAIN_ROOT", root)
+    return make_plan.make_plan(config, root)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def node(tmp_path: Path, engine: Engine, images: None, canaries: dict[str, str])
     node = Node(tmp_path, engine)
     credentials = f"[default]\naws_access_key_id = a\naws_secret_access_key = {canaries['credentials file']}\n"
     node.secrets["qlora-retrain-store"] = {"credentials": credentials}
-    for account in yaml.safe_load_all((MANIFESTS / "overlays" / "production" / "roles.yaml").read_text()):
+    for account in yaml.safe_load_all((MANIFESTS / "overlays" / "production" / "accounts.yaml").read_text()):
         role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
         node.roles[account["metadata"]["name"]] = (role, canaries["token file"])
 
