@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.core.outcome import StepResult
@@ -37,6 +39,8 @@ class Attacker:
         folder: The store's folder, in which an attacker writes.
         scratch: A folder beside it.
         first: The plan of the run that is over.
+        cache: The node's cache.
+        environment: Sets variables until the test ends.
     """
 
     line: Path
@@ -44,6 +48,8 @@ class Attacker:
     steps: Mapping[str, Callable[..., StepResult]]
     scratch: Path
     first: Plan
+    cache: Path
+    environment: pytest.MonkeyPatch
 
     @property
     def folder(self) -> Path:
@@ -69,6 +75,12 @@ class Attacker:
             return answer(f"`{step}`", ending.code, ending.reason)
 
         return outcome(f"`{step}`", work)
+
+    def allow_sources(self, folder: Path) -> None:
+        """Let the platform allow sources below a folder alone."""
+        file = self.scratch / "platform.yaml"
+        file.write_text(f"sources: [{folder.as_uri()}/]\n")
+        self.environment.setenv("QLORA_RETRAIN_PLATFORM", str(file))
 
     def document(self, path: str) -> Any:
         return json.loads((self.folder / path).read_text())
@@ -135,7 +147,7 @@ def answer(who: str, code: int, reason: str | None) -> str:
         return f"{who} ends with 0"
     # The place comes first in every message; who reads the table wants the fault, without what to do about it.
     text = re.sub(r"^(file|s3)://[^ ]*: ", "", reason or "")
-    text = re.sub(r"(file:/)?/[^ ]*/(store|pulled)\b", r"\2", text)
+    text = re.sub(r"(file:/)?/[^ ]*/(store|pulled|line/)\b", lambda match: match[2].removesuffix("line/"), text)
     text = re.split(r": somebody|: to make|: it was changed|: the plan was|[;]|: no alias|, pulled before", text)[0]
     text = re.sub(r" \([0-9a-f]{12}(, [0-9a-f]{12})*\)", "", text)
     text = re.sub(r"\d{8}T\d{6}Z-\w+|[0-9a-f]{12,}", "…", text)

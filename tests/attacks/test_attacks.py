@@ -6,6 +6,7 @@ Set `WRITE_ATTACKS=1` to write the table there again.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from qlora_retrain.config.line import load
 from qlora_retrain.core.errors import QualityRefused
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import execute, make_plan
+from qlora_retrain.runtimes.airflow import params
 from qlora_retrain.storage import artifact, key_admin, open_store, registry
 from tests.attacks.attacker import LINE, RUN, Attacker, forge_done, outcome, sha256
 
@@ -260,6 +263,97 @@ def forged_store(a: Attacker) -> str:
     return a.pull("new", verify_key="0" * 64)
 
 
+@attack("a stolen key of `merge_adapter`", "signs other weights as the model that passed")
+def sign_other_weights(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.run_until(plan, "publish")
+    path = a.manifest_path(plan, "merge_adapter")
+    document = a.document(path)
+    file = a.folder / f"artifacts/model/{document['key']}/{document['attempt']}/model.safetensors"
+    file.unlink()
+    file.write_text("other weights")
+    for entry in document["files"]:
+        if entry["path"] == file.name:
+            entry |= {"size_bytes": file.stat().st_size, "sha256": sha256(file)}
+    a.write(path, a.sign(path, document, a.stolen_key("merge_adapter"), "merge_adapter"))
+    return f"not stopped: {a.run(plan.uri, 'publish')}"
+
+
+@attack("a line's YAML", "has a bomb of anchors in 500 bytes")
+def yaml_bomb(a: Attacker) -> str:
+    anchors = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(9))
+    a.line.write_text(anchors + a.line.read_text())
+    return outcome("task 0", lambda: a.plan().run_id)
+
+
+@attack("a line's YAML", "names an image and a network of its own")
+def own_image(a: Attacker) -> str:
+    a.line.write_text(a.line.read_text() + "runtime: {kind: docker, light_image: '{{ conn.store.password }}'}\n")
+    return outcome("task 0", lambda: a.plan().run_id)
+
+
+@attack("a line's YAML", "names a folder outside of the platform's `sources`")
+def foreign_source(a: Attacker) -> str:
+    a.allow_sources(a.line.parent)
+    (a.scratch / "secrets").mkdir()
+    (a.scratch / "secrets" / "key.txt").write_text("secret")
+    a.line.write_text(a.line.read_text().replace("tickets.jsonl", str(a.scratch / "secrets")))
+    return outcome("task 0", lambda: a.plan().run_id)
+
+
+@attack("a source", "has a link to a file outside of the platform's `sources`")
+def link_out(a: Attacker) -> str:
+    a.allow_sources(a.line.parent)
+    data = a.line.parent / "data"
+    data.mkdir()
+    (data / "rows.jsonl").symlink_to("/etc/passwd")
+    a.line.write_text(a.line.read_text().replace("tickets.jsonl", "data"))
+    return outcome("task 0", lambda: a.plan().run_id)
+
+
+@attack("a source", "has other bytes than when the plan was made")
+def change_source(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    rows = a.line.parent / "tickets.jsonl"
+    rows.write_text(rows.read_text().replace("{}", "[]"))
+    return a.run(plan.uri, "validate_data")
+
+
+@attack("a base model", "asks for code of its own, deep in a file")
+def nested_code(a: Attacker) -> str:
+    path = a.line.parent / "base" / "config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "text_config": {"auto_map": {"AutoModel": "evil.Model"}}}))
+    return outcome("task 0", lambda: a.plan().run_id)
+
+
+@attack("the node's cache", "exchanges a cached file, and the record beside it")
+def poison_cache(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    a.run_until(plan, "evaluate")
+    poisoned = list(a.cache.rglob("dataset.json"))
+    assert poisoned
+    for path in poisoned:
+        path.chmod(0o644)
+        path.write_text("poison")
+    texts: list[str] = []
+    run = a.steps["evaluate"]
+
+    def evaluate(**arguments: Any) -> StepResult:
+        texts.append((arguments["dataset"] / "dataset.json").read_text())
+        return run(**arguments)
+
+    evaluate.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
+    assert execute.run_step(plan, "evaluate", lambda: evaluate).code == 0
+    return "the step gets the true bytes: what differs is fetched again" if "poison" not in texts else "poisoned"
+
+
+@attack("a form or REST", "weakens a gate of the line")
+def weaken_gate(a: Attacker) -> str:
+    line = load(a.line)
+    return outcome("task 0", lambda: str(params.overrides(line, {"data.max_quarantined_fraction": 1.0})))
+
+
 def publish_next(a: Attacker) -> None:
     """Publish another version."""
     plan = a.plan(text='{"another": "row"}')
@@ -268,9 +362,17 @@ def publish_next(a: Attacker) -> None:
 
 
 @pytest.fixture
-def attacker(line: Path, root_uri: str, small_steps: dict[str, Callable[..., StepResult]], tmp_path: Path) -> Attacker:
+def attacker(
+    line: Path,
+    root_uri: str,
+    small_steps: dict[str, Callable[..., StepResult]],
+    tmp_path: Path,
+    node_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Attacker:
     """A store with keys after a whole run, whose attacker has done nothing yet."""
-    a = Attacker(line, root_uri, small_steps, tmp_path, make_plan.make_plan(line, root_uri))
+    first = make_plan.make_plan(line, root_uri)
+    a = Attacker(line, root_uri, small_steps, tmp_path, first, node_cache, monkeypatch)
     a.run_until(a.first, "publish")
     assert execute.run_step(a.first, "publish", lambda: small_steps["publish"]).code == 0
     return a
