@@ -24,6 +24,8 @@ from qlora_retrain.storage.store import Store
 from tests import schedule
 from tests.zygote import Zygote
 
+# Where the tests run in the background, a shell has them ignore SIGINT, and so would every program that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread a process: matrices this small are slower on more, and two test processes share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

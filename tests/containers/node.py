@@ -28,6 +28,7 @@ LEFT_OUT = {
     "nodeSelector": "there is one node",
     "tolerations": "there is one node, and it has no taint",
     "priorityClassName": "nobody else wants the node",
+    "activeDeadlineSeconds": "no test waits for hours; what a kubelet does then is in tests/runtimes/kubernetes",
     "hostNetwork": "it says false; but the store is on this machine's loopback, so the container is there too",
     "securityContext.fsGroupChangePolicy": "every volume is new",
     "containers.resources.requests.memory": "for the scheduler",

@@ -345,7 +345,11 @@ def test_the_page_on_deploying_names_files_overlays_and_names_that_exist() -> No
     assert len(files) > 10
     assert [name for name in files if not (ROOT.parent / name).exists()] == []
     assert set(re.findall(r"apply -k manifests/overlays/(\w+)", page)) | {"gpu"} == set(OVERLAYS)
-    assert set(re.findall(r"create secret generic (\S+)", page)) == SECRETS_MADE_BY_HAND
+    # A role's keys are in a secret that is named after the role.
+    keys = {"qlora-retrain-keys-${role//_/-}", "qlora-retrain-keys-planner"}
+    assert set(re.findall(r"create secret generic (\S+)", page)) == SECRETS_MADE_BY_HAND | keys
+    profile = ClusterProfile(key_secrets=re.findall(r"key_secrets: ([\w-]+)`", page)[0])
+    assert profile.key_secret("planner") == "qlora-retrain-keys-planner"
     assert set(re.findall(r" -n ([\w-]+)", page)) == {"airflow", *(load_profile(name).namespace for name in PROFILES)}
     for values in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
         assert isinstance(yaml.safe_load(values), dict)

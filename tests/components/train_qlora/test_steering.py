@@ -279,7 +279,7 @@ def test_the_time_of_earlier_attempts_counts(step, monkeypatch):
     """Each step takes a minute by a fake clock, and the first attempt is stopped after three steps."""
     run, minutes, checks = step(), iter(range(10**6)), iter(range(100))
     monkeypatch.setattr(control_module.TrainingControl, "step_metrics", lambda _, tokens: {
-        "tokens_per_second": tokens / 60, "memory_mib": 1, "time": float(next(minutes))
+        "tokens_per_second": tokens / 60, "memory_mib": 1, "time": float(next(minutes)), "batch_size": 16
     })  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(control_module.signals, "stop_requested", lambda: next(checks) >= 3)
