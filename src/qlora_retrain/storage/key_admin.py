@@ -117,9 +117,9 @@ def export(store: Store, roles: Sequence[str], target: Path) -> None:
         target.mkdir(mode=0o700, parents=True)
     except FileExistsError as error:
         raise UsageError(f"{target}: exists already; expected a new folder") from error
-    for name in (TRUST_FILE, *(f"{role}.pem" for role in roles)):
+    for name, mode in ((TRUST_FILE, 0o644), *((f"{role}.pem", 0o600) for role in roles)):
         if (keyring.folder / name).is_file():
-            _write_private(target / name, (keyring.folder / name).read_bytes())
+            _write_file(target / name, (keyring.folder / name).read_bytes(), mode)
 
 
 def public_key(keyring: Keyring, role: str) -> PublicKey:
@@ -162,7 +162,7 @@ def _new_key(folder: Path, role: str, kms_key: str | None) -> PublicKey:
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    _write_private(folder / f"{role}.pem", pem)
+    _write_file(folder / f"{role}.pem", pem, 0o600)
     return PublicKey(key=keys.encode_public_key(private.public_key()))
 
 
@@ -207,17 +207,19 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, trust: Trust) -> None:
-    _write_private(folder / TRUST_FILE, trust.model_dump_json(indent=1).encode() + b"\n")
+    # No secret: a container reads it as another user.
+    _write_file(folder / TRUST_FILE, trust.model_dump_json(indent=1).encode() + b"\n", 0o644)
 
 
-def _write_private(path: Path, data: bytes) -> None:
-    """Replace a file by one that only its owner may read, in one step."""
-    # `mkstemp` makes a file of mode 600.
+def _write_file(path: Path, data: bytes, mode: int) -> None:
+    """Replace a file in one step."""
+    # `mkstemp` makes a file that only its owner may read.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         Path(temporary).replace(path)
     except BaseException:
