@@ -202,6 +202,41 @@ def test_nothing_that_a_stolen_key_signed_is_accepted(published: Plan, store: St
     assert artifact.find_manifest(store, "model", published.step("merge_adapter").key) is not None
 
 
+def test_after_a_stolen_key_a_person_accepts_what_is_right_and_the_line_goes_on(
+    published: Plan, store: Store, line: Path, tmp_path: Path
+) -> None:
+    version = pull.resolve(store, REFERENCE)[0].version
+    key_admin.rotate(store, "publish-intents", is_stolen=True)
+    with pytest.raises(IntegrityError, match="expected a signature by publish-intents"):
+        make_plan.make_plan(line, store.uri)
+
+    alias, manifest = "models/intents/aliases/production.json", f"models/intents/versions/{version}/manifest.json"
+    key_admin.accept(store, [alias, manifest])
+    plan = make_plan.make_plan(line, store.uri)
+    assert plan.champion is not None
+    pull.pull(store, REFERENCE, tmp_path / "pulled")
+    # What is not accepted stays refused, and only documents that are signed can be accepted.
+    with pytest.raises(IntegrityError, match="expected a signature by publish-intents"):
+        registry.read_alias(store, "intents", "latest")
+    with pytest.raises(UsageError, match="expected a plan, a manifest, an alias"):
+        key_admin.accept(store, [f"models/intents/versions/{version}/README.md"])
+
+
+def test_another_users_home_is_as_good_as_none(
+    line: Path, root_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    # A user without a home and without a name: ~ stays as it is, and no folder of that name counts.
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.expanduser", lambda path: path)
+        assert keys.default_folder(root_uri).is_relative_to("/~")
+    monkeypatch.setenv("HOME", "/proc/1/nobody")
+    assert keys.find_keyring(root_uri) is None
+    plan = make_plan.make_plan(line, root_uri)
+    assert plan.signature is None
+    assert "no keys are made for this new store: /proc/1/nobody" in capsys.readouterr().out
+
+
 def test_a_private_key_that_others_may_read_is_refused(published: Plan, store: Store) -> None:
     path = keys.keys_folder(store.uri) / "publish-intents.pem"
     path.chmod(0o640)

@@ -32,6 +32,12 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
     verb.add_argument("--kms", metavar="ID", help="the new key in AWS KMS")
     verb.set_defaults(run=_rotate)
 
+    verb = verbs.add_parser(
+        "accept", help="accept documents as they are now, whoever signed them", parents=[options.stored]
+    )
+    verb.add_argument("path", nargs="+", help="in the store, e.g. models/my-line/aliases/production.json")
+    verb.set_defaults(run=_accept)
+
     verb = verbs.add_parser("export", help="write the keys that a step needs to a new folder", parents=[options.stored])
     verb.add_argument("role", nargs="+", help="as `keys show` lists them")
     verb.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder, for a secret or a mount")
@@ -80,6 +86,14 @@ def _rotate(args: argparse.Namespace) -> int:
         else "documents that the old key signed so far are accepted by their hash"
     )
     print("give the new trust.json to every machine that has keys, and its fingerprint to whoever pulls")
+    return 0
+
+
+def _accept(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import key_admin, open_store
+
+    keyring = key_admin.accept(open_store(store_root(args)), args.path)
+    print(f"{keyring.folder}: accepted by their hash: {', '.join(args.path)}")
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.progress import say
 from qlora_retrain.storage import keys, kms, signatures
 from qlora_retrain.storage.keys import PLANNER, TRUST_FILE, Keyring, PublicKey, Trust, publish_role
 from qlora_retrain.storage.store import NotFound, Store
@@ -73,7 +74,14 @@ def create_for_new_store(store: Store, line: str) -> Keyring | None:
             return None
     elif publish_role(line) in keyring.trust.roles or not (keyring.folder / f"{PLANNER}.pem").is_file():
         return None
-    return create(store, [line])
+    try:
+        return create(store, [line])
+    except UsageError as error:
+        # A service account has no home to write to. The store works without keys, and the plan says so.
+        if keyring is not None:
+            raise
+        say(f"no keys are made for this new store: {error}")
+        return None
 
 
 def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | None = None) -> Keyring:
@@ -101,6 +109,29 @@ def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | N
         if new.key == old.key:
             raise UsageError(f"{role}: KMS still has the same key for {new.kms}; point it at a new one, or give --kms")
         _write(folder, trust.model_copy(update={"roles": {**trust.roles, role: new}, "accepted": accepted}))
+    return require_keyring(store)
+
+
+def accept(store: Store, paths: Sequence[str]) -> Keyring:
+    """Accept documents of the store as they are now, whoever signed them: after a stolen key, for what is known good.
+
+    Raises:
+        UsageError: If one is no document that is signed, or is not there.
+    """
+    folder = require_keyring(store).folder
+    with _lock(folder):
+        trust = require_keyring(store).trust
+        accepted = dict(trust.accepted)
+        for path in paths:
+            if not any(fnmatchcase(path, pattern) for pattern in _SIGNED_DOCUMENTS):
+                raise UsageError(
+                    f"{path}: expected a plan, a manifest, an alias, an audit entry or a checkpoint's marker"
+                )
+            try:
+                accepted[path] = hashing.sha256_bytes(store.read(path).data)
+            except NotFound as error:
+                raise UsageError(f"{store.uri}/{path}: is not there") from error
+        _write(folder, trust.model_copy(update={"accepted": accepted}))
     return require_keyring(store)
 
 

@@ -126,7 +126,8 @@ def artifact_role(artifact: str) -> str:
 
 def default_folder(store_uri: str) -> Path:
     """Return the folder of a store's keys where the environment names no other."""
-    base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    # `expanduser` leaves the ~ where a container's user has no home.
+    base = Path("/", os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))  # noqa: PTH111
     uri = uris.absolute(store_uri)
     # One folder has one address, whichever links lead to it.
     if uri.startswith("file:"):
@@ -147,9 +148,13 @@ def find_keyring(store_uri: str) -> Keyring | None:
     Raises:
         UsageError: If the environment names a folder without keys, or the keys cannot be read.
     """
+    if not os.environ.get(KEYS_VARIABLE):
+        folder = default_folder(store_uri)
+        # Another user's home is as good as none: a container has HOME from its image, and its user from elsewhere.
+        return read_keyring(folder) if os.access(folder, os.X_OK) else None
     keyring = read_keyring(keys_folder(store_uri))
     # A step whose keys were not mounted must not go on as if there were none.
-    if keyring is None and os.environ.get(KEYS_VARIABLE):
+    if keyring is None:
         raise UsageError(
             f"{KEYS_VARIABLE} names {os.environ[KEYS_VARIABLE]}: expected {TRUST_FILE} there, and found none; make the "
             "keys with: qlora-retrain keys create"
