@@ -20,8 +20,8 @@ from qlora_retrain.core.errors import QualityRefused
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.runtimes.airflow import params
-from qlora_retrain.storage import artifact, key_admin, open_store, registry
-from tests.attacks.attacker import LINE, RUN, Attacker, forge_done, outcome, sha256
+from qlora_retrain.storage import artifact, audit, key_admin, open_store, registry
+from tests.attacks.attacker import LINE, RUN, Attacker, answer, forge_done, outcome, sha256
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- attacks: begin -->\n", "<!-- attacks: end -->\n"
@@ -241,6 +241,25 @@ def plant_audit_entry(a: Attacker) -> str:
     a.write(f"models/{LINE}/audit/00000099-production-{'0' * 12}.json", state)
     plan = a.plan()
     return "nothing: it is not signed, and no reader believes it" if plan.champion else "the champion is lost"
+
+
+@attack("`models/<line>/`", "changes who moved the alias, in the audit trail")
+def change_audit_entry(a: Attacker) -> str:
+    name = next(n for n in open_store(a.root).children(f"models/{LINE}/audit") if "-production-" in n)
+    path = f"models/{LINE}/audit/{name}"
+    a.write(path, a.document(path) | {"actor": "os:alice@desk"})
+    _, (fault,) = audit.history(open_store(a.root), LINE)
+    return answer("`history`", 13, fault)
+
+
+@attack("`models/<line>/`", "removes an entry of the audit trail, between two others")
+def remove_audit_entry(a: Attacker) -> str:
+    publish_next(a)
+    publish_next(a)
+    name = next(n for n in open_store(a.root).children(f"models/{LINE}/audit") if n.startswith("00000002-production"))
+    (a.folder / f"models/{LINE}/audit/{name}").unlink()
+    _, (fault,) = audit.history(open_store(a.root), LINE)
+    return answer("`history`", 13, fault)
 
 
 @attack("a copy of the store", "gives a consumer the version of before, who pulled the newer one")

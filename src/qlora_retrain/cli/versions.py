@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_retrain.cli.options import Options
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.arguments import store_root
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.visible_text import escape_controls
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument("--alias", default="production", help="default: production")
     verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
     verb.set_defaults(run=_rollback)
+
+    verb = verbs.add_parser("history", help="print who moved an alias of a line, and when", parents=[options.stored])
+    verb.add_argument("line", help="the line's name")
+    verb.set_defaults(run=_history)
 
     verb = verbs.add_parser("drop", help="delete an artifact, and all that was made from it", parents=[options.stored])
     verb.add_argument("artifact", help="e.g. dataset; `qlora-retrain graph` lists them")
@@ -115,6 +119,18 @@ def _rollback(args: argparse.Namespace) -> int:
     # Rejected by content: the next run may make the same model again and must not promote it.
     alias = registry.rollback(_open_store(args), args.line, args.alias, reason=args.reason)
     print(f"{args.line}@{args.alias}: {alias.version}, generation {alias.generation}; the version it left is rejected")
+    return 0
+
+
+def _history(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import audit
+
+    states, faults = audit.history(_open_store(args), args.line)
+    for name, state in states:
+        move = f"{state.at}  {name} {state.generation}: {state.version}  {state.actor}  {state.reason}"
+        visible_text.write_controls(f"{escape_controls(move)}\n")
+    if faults:
+        raise IntegrityError("\n".join(["the audit trail was changed:", *faults]))
     return 0
 
 

@@ -6,12 +6,15 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage import keys, signatures
 from qlora_retrain.storage.registry_documents import Alias
 from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
+
+_FILE_NAME = re.compile(r"[0-9]+-([a-z0-9-]+)-[0-9a-f]+\.json")
 
 
 def alias_path(line: str, name: str) -> str:
@@ -65,6 +68,32 @@ def entries(store: Store, line: str, name: str) -> Iterator[Alias]:
         if signatures.signed_path(f"{folder}/{file_name}") == alias_path(line, name):
             with contextlib.suppress(IntegrityError, NotFound):
                 yield read_entry(store, f"{folder}/{file_name}")
+
+
+def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]]:
+    """Read a line's whole audit trail.
+
+    Returns:
+        (alias, state) of every valid entry, the oldest first, and a sentence for each fault: an entry that is none or
+        that the line's publisher did not sign, and a move that has no entry.
+    """
+    states: list[tuple[str, Alias]] = []
+    faults: list[str] = []
+    folder = f"models/{line}/audit"
+    for file_name in store.children(folder):
+        entry = _FILE_NAME.fullmatch(file_name)
+        try:
+            if entry is None:
+                raise IntegrityError(f"{store.uri}/{folder}/{file_name}: no name of an entry")
+            states.append((entry[1], read_entry(store, f"{folder}/{file_name}")))
+        except (IntegrityError, NotFound) as error:
+            faults.append(str(error))
+
+    for name in sorted({name for name, _ in states}):
+        generations = {state.generation for alias, state in states if alias == name}
+        missing = sorted(set(range(1, max(generations) + 1)) - generations)
+        faults += [f"{line}@{name}: the entry of generation {number} is missing" for number in missing]
+    return states, faults
 
 
 def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) -> None:
