@@ -65,7 +65,8 @@ def node(tmp_path: Path, engine: Engine, images: None, canaries: dict[str, str])
     node.secrets["qlora-retrain-store"] = {"credentials": credentials}
     for account in yaml.safe_load_all((MANIFESTS / "overlays" / "production" / "accounts.yaml").read_text()):
         role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
-        node.roles[account["metadata"]["name"]] = (role, canaries["token file"])
+        # `publish` has an account for each line, whose entry is copied with the line's name.
+        node.roles[account["metadata"]["name"].replace("my-line", "boxed")] = (role, canaries["token file"])
 
     node.claims["qlora-retrain-cache"] = tmp_path / "claim"
     (tmp_path / "claim").mkdir(mode=0o770)  # as volumes.yaml sets for its driver: 770, 10001:10001
