@@ -65,6 +65,11 @@ def test_a_new_store_in_a_folder_has_a_key_for_each_role_that_only_its_owner_rea
     assert not keys.keys_folder(store.uri).is_relative_to(store.uri.removeprefix("file://"))
 
 
+def test_a_store_in_which_only_a_failure_was_written_is_new(line: Path, root_uri: str, store: Store) -> None:
+    store.write_if_absent("runs/20260131T030000Z-0123456789ab/endings/plan.json", b"{}")
+    assert make_plan.make_plan(line, root_uri).signature is not None
+
+
 def test_what_a_run_writes_is_signed_by_the_role_that_writes_it(published: Plan, store: Store) -> None:
     """Each signature is checked by the arithmetic of the curve, over the text that `signatures.py` describes."""
     folder = Path(store.uri.removeprefix("file://"))

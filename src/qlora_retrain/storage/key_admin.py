@@ -59,7 +59,7 @@ def create(store: Store, lines: Iterable[str] = (), kms_pattern: str | None = No
 
 
 def create_for_new_store(store: Store, line: str) -> Keyring | None:
-    """Make the keys of a store in a folder that holds nothing yet, and the line's where the store's are at hand.
+    """Make the keys of a store in a folder that has no plan yet, and the line's where the store's are at hand.
 
     A store elsewhere is used by machines that do not share a folder of keys, so its keys are made on purpose.
 
@@ -69,8 +69,7 @@ def create_for_new_store(store: Store, line: str) -> Keyring | None:
     keyring = keys.find_keyring(store.uri)
     if keyring is None:
         # A container's folders are gone when it ends, and the keys with them.
-        is_new = store.uri.startswith("file:") and not any(True for _ in store.children(""))
-        if not is_new or "QLORA_RETRAIN_IMAGE" in os.environ:
+        if not _is_new_folder(store) or "QLORA_RETRAIN_IMAGE" in os.environ:
             return None
     elif publish_role(line) in keyring.trust.roles or not (keyring.folder / f"{PLANNER}.pem").is_file():
         return None
@@ -82,6 +81,14 @@ def create_for_new_store(store: Store, line: str) -> Keyring | None:
             raise
         say(f"no keys are made for this new store: {error}")
         return None
+
+
+def _is_new_folder(store: Store) -> bool:
+    """Return whether a store in a folder has no document yet that would be signed; a first failure leaves an ending."""
+    return store.uri.startswith("file:") and not (
+        any(True for folder in ("artifacts", "models") for _ in store.children(folder))
+        or any("plan.json" in store.children(f"runs/{run}") for run in store.children("runs"))
+    )
 
 
 def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | None = None) -> Keyring:
