@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.airflow,
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
 ]
 LINE = {
@@ -197,25 +197,25 @@ def test_a_run_survives_a_killed_scheduler_and_triggerer_and_an_evicted_pod_and_
     try:
         with Kubelet(cluster, zygote) as kubelet:
             run = airflow.api.trigger("pods", {})
-            wait_until(lambda: kubelet.held_pod_uid, 400)
-            wait_until(lambda: state(airflow, run, "train_qlora") == "deferred", 60)
+            wait_until(lambda: kubelet.held_pod_uid)
+            wait_until(lambda: state(airflow, run, "train_qlora") == "deferred")
             pool = airflow.api.request("GET", "pools/gpu")
             assert pool["open_slots"] == pool["slots"] - 1, "a task that waits for its pod keeps its slot"
 
             cleared, first_pod_uid = clear_task(airflow, run, "train_qlora"), kubelet.held_pod_uid
             assert cleared == ["train_qlora"]
             wait_until(
-                lambda: kubelet.held_pod_uid != first_pod_uid and state(airflow, run, "train_qlora") == "deferred", 120
+                lambda: kubelet.held_pod_uid != first_pod_uid and state(airflow, run, "train_qlora") == "deferred"
             )
             assert len(cluster.pods()) == 1, "the pod of the cleared task is gone"
 
             kill_scheduler(airflow)
             kill(triggerer_process)
             kubelet.evict.set()
-            wait_until(lambda: "Evicted" in str(cluster.pods()), 60)
+            wait_until(lambda: "Evicted" in str(cluster.pods()))
             airflow._start_process("scheduler")
             triggerer_process = start_triggerer(airflow)
-            wait_until(lambda: is_over(airflow, run), 500)
+            wait_until(lambda: is_over(airflow, run))
         states = {t.task_id: t.state for t in airflow.api.task_states("pods", run)}
         assert set(states.values()) == {"success"}, states
     finally:
@@ -257,8 +257,9 @@ def is_over(airflow: StandaloneAirflow, run: str) -> bool:
     return False
 
 
-def wait_until(condition: Callable[[], object], timeout_seconds: float) -> None:
-    deadline = time.monotonic() + timeout_seconds
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for what must come; the time that it takes depends on the machine, so only a run that hangs ends the test."""
+    deadline = time.monotonic() + 900
     while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_seconds} s"
+        assert time.monotonic() < deadline, "waited 900 s"
         time.sleep(0.5)

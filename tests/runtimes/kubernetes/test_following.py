@@ -177,9 +177,20 @@ def test_a_pod_that_began_when_it_was_just_given_up_is_followed(
     assert first_event(deferred_again.value)["status"] == "failed"
 
 
-def test_a_lost_pod_is_made_again(cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]) -> None:
+def test_a_deleted_pod_is_created_again_at_once_but_not_without_end(
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
+) -> None:
+    from airflow.sdk.exceptions import TaskDeferred
+
     deferred = run_until_deferred(make_task(), task_context(plan))
     event = {"status": "error", "name": deferred.trigger.pod_name, "namespace": "qlora-retrain", "message": "404"}
+    for created_count in (2, 3, 4):
+        cluster.api.delete_namespaced_pod(deferred.trigger.pod_name, "qlora-retrain")
+        with pytest.raises(TaskDeferred) as deferred_again:
+            make_task().resume_execution(deferred.method_name, {"event": event}, task_context(plan))
+        event = {**event, **deferred_again.value.trigger.trigger_kwargs}
+        assert (cluster.created_count(), len(cluster.pods())) == (created_count, 1)
+
     cluster.api.delete_namespaced_pod(deferred.trigger.pod_name, "qlora-retrain")
     message, is_retried = failure_of(
         lambda: make_task().resume_execution(deferred.method_name, {"event": event}, task_context(plan))

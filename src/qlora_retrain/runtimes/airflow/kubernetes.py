@@ -15,7 +15,7 @@ Environment: that of Airflow's Kubernetes connection; and `QLORA_RETRAIN_PROFILE
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
@@ -94,15 +94,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
     def run_step(self, plan: Plan, context: Context) -> None:
         """Create the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
         self.prepare_pod(plan.uri, plan.step(self.step).key, plan.run_id)
-        try:
-            pod = self._find_pod_to_follow()
-            if pod is None:
-                pod = self._pod_api.create(self.pod_request_obj)
-                self.log.info("pod %s created in namespace %s", self.name, self.namespace)
-        except ApiException as error:
-            pod_api.raise_for_rejected_pod(self.namespace, error)
-        except HTTPError as error:
-            raise TryAgain(f"the Kubernetes API does not answer: {error}", cause=Cause.THROTTLED) from error
+        pod = self._follow_or_create_pod()
 
         # A pod that ended before anything followed it is judged here, without waiting.
         ending = pod_status.read_ending(pod)
@@ -154,8 +146,18 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
     def _handle_event(self, plan: Plan, context: Context, event: dict[str, Any]) -> None:
         """Return if the pod did its work; otherwise defer again, or fail the task."""
+        from qlora_retrain.pipeline import status
+
         pod = self._pod_api.read()
         ending = pod_status.POD_IS_GONE if pod is None else pod_status.read_ending(pod)
+
+        # The trigger of a cleared try deletes its pod, which may be the one that this try follows.
+        redefer_count = int(event.get("_redefer_count", 0))
+        is_replaceable = pod is None and event["status"] != _OVERDUE and redefer_count < self.MAX_REDEFER_ATTEMPTS
+        if is_replaceable and status.exit_code(plan, self.step) is None:
+            self.log.warning("pod %s is gone: creating it again", self.name)
+            self._follow_or_create_pod()
+            self._defer_to_triggerer(_redefer_count=redefer_count + 1)
 
         if ending is None and event["status"] == _OVERDUE:
             self.stop_step()
@@ -176,34 +178,14 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
 
         # The pod runs. The trigger lost its connection to the API, or timed out just before the container started.
         if ending is None:
-            redefer_count = int(event.get("_redefer_count", 0))
             if redefer_count >= self.MAX_REDEFER_ATTEMPTS:
                 raise TryAgain(f"the triggerer cannot follow the pod: {event.get('message')}", cause=Cause.THROTTLED)
             self._defer_to_triggerer(event.get("last_log_time"), _redefer_count=redefer_count + 1)
         self._finish(plan, context, pod, ending, event.get("last_log_time"))
 
     def _defer_to_triggerer(self, last_log_time: Any = None, **trigger_kwargs: Any) -> NoReturn:
-        """Free the worker until the trigger fires.
-
-        The trigger connects to the cluster by itself, so no credential of this worker is in its arguments. It looks for
-        a kubeconfig by default; with `in_cluster` it uses the service account's token instead.
-        """
-        trigger = PodTrigger(
-            pod_name=self.name,
-            pod_namespace=self.namespace,
-            trigger_start_time=datetime.now(UTC),
-            base_container_name=pod_spec.CONTAINER_NAME,
-            kubernetes_conn_id=self.kubernetes_conn_id,
-            in_cluster=self.hook.is_in_cluster or None,
-            poll_interval=self.poll_interval,
-            startup_timeout=self.startup_timeout_seconds,
-            schedule_timeout=self.startup_timeout_seconds,
-            on_finish_action="keep_pod",
-            termination_grace_period=self.termination_grace_period,
-            last_log_time=last_log_time,
-            logging_interval=self.logging_interval,
-            trigger_kwargs=trigger_kwargs,
-        )
+        """Free the worker until the trigger fires."""
+        trigger = PodTrigger.following(self, last_log_time, trigger_kwargs)
         # The cluster's own deadline comes first. This one is for a cluster that does not answer any more.
         seconds = self.startup_timeout_seconds + self.active_deadline_seconds + pod_status.LOST_NODE_SECONDS
         self.defer(trigger=trigger, method_name="trigger_reentry", timeout=timedelta(seconds=seconds))
@@ -248,6 +230,24 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             self.patch_already_checked(pod, reraise=False)
             return
         self.stop_step()
+
+    def _follow_or_create_pod(self) -> Any:
+        """Return the pod that does this step's work: the one that exists, or a new one.
+
+        Raises:
+            TryAgain: If the cluster does not accept the pod now, or does not answer.
+            UsageError: If it will not accept the pod later either.
+        """
+        try:
+            pod = self._find_pod_to_follow()
+            if pod is None:
+                pod = self._pod_api.create(self.pod_request_obj)
+                self.log.info("pod %s created in namespace %s", self.name, self.namespace)
+        except ApiException as error:
+            pod_api.raise_for_rejected_pod(self.namespace, error)
+        except HTTPError as error:
+            raise TryAgain(f"the Kubernetes API does not answer: {error}", cause=Cause.THROTTLED) from error
+        return pod
 
     def _find_pod_to_follow(self) -> Any:
         """Return the pod of this name that runs, or that ended and was not checked; None where there is none.

@@ -6,15 +6,48 @@ for as long as the pod exists.
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Self
 
 from airflow.providers.cncf.kubernetes.triggers.pod import ContainerState, KubernetesPodTrigger
 
-from qlora_retrain.runtimes.kubernetes import pod_status
+from qlora_retrain.runtimes.kubernetes import pod_spec, pod_status
+
+if TYPE_CHECKING:
+    from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
 
 class PodTrigger(KubernetesPodTrigger):  # type: ignore[misc]
     """Fire when the pod's container ended, or when its node is lost; the task then reads the pod's status itself."""
+
+    @classmethod
+    def following(cls, task: KubernetesStepOperator, last_log_time: Any, trigger_kwargs: dict[str, Any]) -> Self:
+        """Return the trigger that waits for the task's pod.
+
+        It connects to the cluster by itself, so no credential of the worker is in its arguments. It looks for a
+        kubeconfig by default; with `in_cluster` it uses the service account's token instead.
+
+        Args:
+            task: The task, with its pod prepared.
+            last_log_time: Until when the pod's log was copied; None: nothing was.
+            trigger_kwargs: What the trigger's event returns to the task.
+        """
+        return cls(
+            pod_name=task.name,
+            pod_namespace=task.namespace,
+            trigger_start_time=datetime.now(UTC),
+            base_container_name=pod_spec.CONTAINER_NAME,
+            kubernetes_conn_id=task.kubernetes_conn_id,
+            in_cluster=task.hook.is_in_cluster or None,
+            poll_interval=task.poll_interval,
+            startup_timeout=task.startup_timeout_seconds,
+            schedule_timeout=task.startup_timeout_seconds,
+            on_finish_action="keep_pod",
+            termination_grace_period=task.termination_grace_period,
+            last_log_time=last_log_time,
+            logging_interval=task.logging_interval,
+            trigger_kwargs=trigger_kwargs,
+        )
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return this class's path for the triggerer; Airflow's method would return that of its own class."""

@@ -9,7 +9,7 @@
     Evicted for more disk than the pod may    12: the next try would need as much; the message names the setting
     DeadlineExceeded                          12: the next try would need as long; the message names the setting
     a container that the runtime cannot start 75: for example a node with a broken GPU driver; other nodes may work
-    a pod that is gone                        75: its node is lost, or a person deleted it
+    a pod that is gone                        created again at once, three times a try; then 75
     a pod whose node reports nothing          75: replaced after ten minutes, although the cluster shows it as running
     an image that cannot be pulled            75: registries fail for minutes; the message names the image
     a wrong image name, a missing secret      12: waiting does not help
