@@ -84,7 +84,7 @@ def run_program_instead(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
 @pytest.fixture(autouse=True)
 def own_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `task_context` say which store is Airflow's, until the test ends."""
-    monkeypatch.setenv("QLORA_RETRAIN_ROOT", "")
+    monkeypatch.setenv("QLORA_RETRAIN_ROOT", "set by task_context")
 
 
 def task_context(plan: Plan, try_number: int = 1) -> dict[str, Any]:
