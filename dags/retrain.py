@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import os
 import re
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 
 from qlora_retrain.config import bounded_yaml, platform, schedule
 from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
 from qlora_retrain.runtimes import deadlines
@@ -32,6 +34,8 @@ from qlora_retrain.runtimes.airflow.local import LocalStepOperator
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 
 PROJECT = Path(__file__).resolve().parents[1]
+# Airflow gives up on this file, and so on every line, after 50 seconds. It needs four times as long for what it gets.
+READING_CPU_SECONDS = 6.0
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelines")
 
 
@@ -105,17 +109,11 @@ def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
     return LocalStepOperator(**common)
 
 
-def broken_dag(path: Path, dag_id: str, reason: str) -> DAG:
+def broken_dag(dag_id: str, reason: str, schedule: CronTriggerTimetable | None) -> DAG:
     """Make the DAG that stands in for a file that cannot be used.
 
     It has the line's schedule where this can be read, so it fails when the line would have run.
     """
-    schedule = None
-    # Whatever is wrong with the file is in the reason already.
-    with contextlib.suppress(Exception):
-        document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), path.name)
-        schedule = timetable(document.get("schedule"))
-
     dag = DAG(
         dag_id,
         doc_md=f"```\n{reason}\n```",
@@ -126,6 +124,21 @@ def broken_dag(path: Path, dag_id: str, reason: str) -> DAG:
     )
     BrokenLineOperator(task_id=PLAN_TASK, reason=reason, dag=dag)
     return dag
+
+
+def schedule_of(path: Path) -> CronTriggerTimetable | None:
+    """Return the schedule in a file that cannot be used, if that much can be read."""
+    # Whatever is wrong with the file is known already.
+    with contextlib.suppress(Exception):
+        document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), path.name)
+        return timetable(document.get("schedule"))
+    return None
+
+
+def line_files() -> list[Path]:
+    """List the files of lines, the oldest first: where there are too many to be read, the new ones are left out."""
+    files = [path for path in PIPELINES.glob("*") if path.suffix in (".yaml", ".yml")]
+    return sorted(files, key=lambda path: (path.lstat().st_ctime_ns, path.name))
 
 
 def broken_id(path: Path) -> str:
@@ -154,17 +167,25 @@ def plan_doc(path: Path, config: LineConfig) -> str:
 
 
 DAGS: dict[str, DAG] = {}
-broken: list[tuple[Path, str]] = []
-for path in sorted(p for p in PIPELINES.glob("*") if p.suffix in (".yaml", ".yml")):
+broken: list[tuple[Path, str, CronTriggerTimetable | None]] = []
+started = time.process_time()
+files = line_files()
+for i, path in enumerate(files):
+    if time.process_time() - started > READING_CPU_SECONDS:
+        left_out = f"{path.name} and {len(files) - i - 1} newer files"
+        broken.append((PIPELINES, f"{left_out}: not read, since it would take too long; remove some files", None))
+        break
     try:
         dag = line_dag(path)
     except Exception as error:  # noqa: BLE001 - one bad file must not take the other lines down
-        broken.append((path, str(error)))
+        # Also of characters that no file of text has, as in a file name that is not UTF-8.
+        broken.append((path, visible_text.escape_controls(str(error)), schedule_of(path)))
     else:
         DAGS[dag.dag_id] = dag
 # Last, so that no broken file has the id of a line.
-for path, reason in broken:
-    dag = broken_dag(path, broken_id(path), reason)
+for path, reason, schedule_or_none in sorted(broken, key=lambda item: item[0]):
+    dag = broken_dag(broken_id(path), reason, schedule_or_none)
     DAGS[dag.dag_id] = dag
-# Airflow collects the DAGs that are global variables of this module.
-globals().update(DAGS)
+# Airflow collects the DAGs that are global variables of this module. A file's name alone could be that of another
+# variable: with `__file__.yaml` Airflow could read no line.
+globals().update({f"dag {dag_id}": dag for dag_id, dag in DAGS.items()})

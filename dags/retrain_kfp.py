@@ -1,7 +1,8 @@
 """The Kubeflow pipeline: the plan, then the steps of the graph; `retrain.py` beside it does the same for Airflow.
 
 Reads a cluster's profile (images, nodes, secrets); makes the pipeline `retrain`. One pipeline serves every line: the
-line and the store are parameters of a run.
+line and the store are parameters of a run. Every step compares its plan with them, and the one that publishes also with
+the alias that the run may move.
 
 Command: `.venv-kfp/bin/qlora-retrain kfp compile | submit | schedule | run`
 """
@@ -18,12 +19,21 @@ def pipeline(profile: ClusterProfile) -> BaseComponent:
     """Make the pipeline for a cluster of this profile."""
 
     @dsl.pipeline(name="retrain")
-    def retrain(line: dict, root: str, resume_run: str = "", overrides: list = []):  # noqa: B006 - kfp's default
+    def retrain(
+        line: dict,
+        line_name: str,
+        root: str,
+        alias: str = "",
+        resume_run: str = "",
+        overrides: list = [],  # noqa: B006 - kfp's default
+    ):
         """Retrain a line, evaluate it, publish it if it passes.
 
         Args:
             line: The line's document, with absolute sources.
+            line_name: The line's name; a step refuses a plan of another line.
             root: The store, s3://bucket/prefix.
+            alias: The one alias that may move: the line's publish.promote_to; empty: none.
             resume_run: Another run of this store to finish, by its id; empty: make a new one.
             overrides: Settings changed for this run, e.g. ["train.learning_rate=1e-4"].
         """
@@ -32,6 +42,7 @@ def pipeline(profile: ClusterProfile) -> BaseComponent:
             plan = plan_task(profile, line=line, root=root, resume_run=resume_run, overrides=overrides)
             tasks = {}
             for step in STEPS:
-                tasks[step.name] = step_task(step, profile, plan).after(*(tasks[name] for name in upstream_steps(step)))
+                task = step_task(step, profile, plan, line_name=line_name, root=root, alias=alias)
+                tasks[step.name] = task.after(*(tasks[name] for name in upstream_steps(step)))
 
     return retrain

@@ -47,9 +47,13 @@ def _holds(operator: str, keys: Mapping[str, str | list[str]], context: Mapping[
 
 
 def _matches(patterns: str | list[str], text: str) -> bool:
-    """`*` matches any characters, also slashes, and `?` any one."""
+    """`*` matches any characters, also slashes, `?` any one, and `${*}`, `${?}`, `${$}` the character itself."""
+    meanings = {"*": ".*", "?": "."}
     regexes = (
-        re.escape(p).replace(r"\*", ".*").replace(r"\?", ".")
-        for p in ([patterns] if isinstance(patterns, str) else patterns)
+        "".join(
+            re.escape(part[2]) if part.startswith("${") else meanings.get(part, re.escape(part))
+            for part in re.findall(r"\$\{[*?$]\}|.", pattern, re.DOTALL)
+        )
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
     )
     return any(re.fullmatch(regex, text, re.DOTALL) for regex in regexes)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.publish.documents import model_card, recipe, sbom
-from components.publish.markdown import licence_text
+from components.publish.markdown import inline, licence_text
 from components.publish.model_signature import SIGNATURE_FILE, sign_model
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.core import hashing
@@ -138,7 +138,9 @@ def _publish(
         "README.md": model_card(config, plan, name, verdict, numbers),
         "recipe.json": json.dumps(recipe(plan), indent=1) + "\n",
         "sbom.json": json.dumps(sbom(plan, name), indent=1) + "\n",
-        "LICENCE.md": f"The model is published under: {licence_text(config)}. Its software is listed in `sbom.json`.\n",
+        "LICENCE.md": (
+            f"The model is published under: {inline(licence_text(config))}. Its software is listed in `sbom.json`.\n"
+        ),
     }
     document_folder = release_folder / "version"
     document_folder.mkdir()

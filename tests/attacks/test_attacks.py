@@ -18,10 +18,11 @@ import pytest
 from qlora_retrain.config.line import load
 from qlora_retrain.core.errors import QualityRefused
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import execute, make_plan
+from qlora_retrain.pipeline import execute, explain, make_plan, policies
 from qlora_retrain.runtimes.airflow import params
 from qlora_retrain.storage import artifact, audit, key_admin, open_store, registry
 from tests.attacks.attacker import LINE, RUN, Attacker, answer, forge_done, outcome, sha256
+from tests.policies import is_allowed
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- attacks: begin -->\n", "<!-- attacks: end -->\n"
@@ -320,6 +321,21 @@ def foreign_source(a: Attacker) -> str:
     return outcome("task 0", lambda: a.plan().run_id)
 
 
+@attack("a line's YAML", "has a number of 31 digits, which stops Airflow from reading every line")
+def long_number(a: Attacker) -> str:
+    a.line.write_text(a.line.read_text() + f"train: {{max_steps: {10**30}}}\n")
+    return outcome("task 0", lambda: a.plan().run_id)
+
+
+@attack("a line's YAML", "names a source `s3://*/x`, to have every bucket in the policies of its roles")
+def pattern_of_buckets(a: Attacker) -> str:
+    a.line.write_text(a.line.read_text().replace("tickets.jsonl", "'s3://*/x'"))
+    document = policies.role_policy(load(a.line), "validate_data", "s3://store")
+    statements = [s for s in document["Statement"] if s["Sid"] == "ReadSources"]
+    is_open = any(is_allowed({"Statement": statements}, "s3:GetObject", f"arn:aws:s3:::{b}/x/y") for b in ("pay", "x"))
+    return "every bucket can be read" if is_open else "the policy names a bucket that is called `*`, which none is"
+
+
 @attack("a source", "has a link to a file outside of the platform's `sources`")
 def link_out(a: Attacker) -> str:
     a.allow_sources(a.line.parent)
@@ -371,6 +387,16 @@ def poison_cache(a: Attacker) -> str:
 def weaken_gate(a: Attacker) -> str:
     line = load(a.line)
     return outcome("task 0", lambda: str(params.overrides(line, {"data.max_quarantined_fraction": 1.0})))
+
+
+@attack("a form or REST", "finishes a run that was planned under weaker gates")
+def resume_weaker_run(a: Attacker) -> str:
+    text = a.line.read_text()
+    a.line.write_text(text + "evaluate: {max_loss_to_champion: 0.5}\n")
+    plan = a.plan()
+    a.line.write_text(text)
+    changes = explain.setting_changes(plan, load(a.line))
+    return outcome("task 0", lambda: str(params.refuse_other_judgement(plan.run_id, changes)))
 
 
 def publish_next(a: Attacker) -> None:

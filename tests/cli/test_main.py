@@ -54,6 +54,24 @@ def inside(*arguments: object) -> int:
     return caught.value.code
 
 
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://user:canary7731@127.0.0.1:9", "http://canary7731@127.0.0.1:9", "http://127.0.0.1:9/?token=canary7731"],
+)
+def test_no_verb_shows_what_the_url_of_a_server_holds(
+    line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], endpoint: str
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "canary7731")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    assert inside("plan", line, "--root", "s3://bucket/store") in (12, 75)
+    assert inside("plan", line, "--root", "s3://b", "--resume", "x", "--set", "sources.raw_data=s3://u:canary7731@b")
+    output = "".join(capsys.readouterr())
+    assert "127.0.0.1:9" in output
+    assert "canary7731" not in output
+
+
 def test_check_says_which_file_airflow_takes_a_line_from(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hint = "Airflow runs a line from the file that is named after it: intents.yaml"
     for name in ("intents.yaml", "another.yaml"):

@@ -201,6 +201,48 @@ def test_every_field_says_what_it_does() -> None:
     assert all(field.description for model in models for field in model.model_fields.values())
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {max_steps: 9007199254740992}", "a number of too many digits"),
+        ("train: {max_steps: '9007199254740992'}", "expected a whole number of at most 9007199254740991"),
+        (f"train: {{rank: 0x{'f' * 9_000}}}", "a number of too many digits"),
+        (f"train: {{rank: {'1:' * 9_000}1}}", "a number of too many digits"),
+        ("data: {template_kwargs: {a: !!set {x, y}}}", "could not determine a constructor"),
+        ("data: {template_kwargs: {a: !!binary /w==}}", "could not determine a constructor"),
+        (f"publish: {{licence: '{'MIT AND (' * 100}'}}", "at most 200 characters"),
+        ('data: {template: "a\\0.jinja"}', "null byte"),
+    ],
+)
+def test_a_value_that_some_reader_cannot_take_is_refused(write, text: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match=words):
+        load(write(f"line: tickets\n{SOURCES}{text}"))
+
+
+def test_a_glob_stands_for_few_others(write) -> None:  # type: ignore[no-untyped-def]
+    def files(glob: str) -> list[str]:
+        return [f"sources.raw_data.files=['{glob}']"]
+
+    path = write(f"line: tickets\n{SOURCES}")
+    assert load(path, files("{train,dev}/*.{jsonl,csv}")).sources.raw_data.files == ("{train,dev}/*.{jsonl,csv}",)
+    for glob in ("{a,b}" * 40, "{a," * 40 + "b" + "}" * 40, f"{{{','.join('x' * 101)}}}"):
+        with pytest.raises(UsageError, match="choices in braces, expected 100 at most"):
+            load(path, files(glob))
+
+
+def test_of_very_many_faults_the_first_are_shown_and_the_others_are_counted(write) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError) as refused:
+        load(write(f"line: tickets\n{SOURCES}" + "train: {" + "".join(f"x{i}: 1, " for i in range(250)) + "}"))
+    *faults, last = str(refused.value).splitlines()
+    assert len(faults) == 100
+    assert last.endswith("and 150 more faults")
+
+
+def test_an_override_of_very_many_sections_is_refused(write) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match="expected at most 32 sections"):
+        load(write(f"line: tickets\n{SOURCES}"), ["a." * 5_000 + "b=1"])
+
+
 def test_operational_fields_stay_out_of_the_identity() -> None:
     train = sections.TrainConfig()
     operational = {"max_hours", "checkpoint_minutes", "log_every_steps", "report_to"}

@@ -174,7 +174,9 @@ def test_a_run_is_submitted_with_the_line_itself_and_the_compiled_pipeline(
     sources = {name: {"uri": uri} for name, uri in LINE["sources"].items()}  # type: ignore[attr-defined]
     assert run["runtime_config"]["parameters"] == {
         "line": {**LINE, "sources": sources},
+        "line_name": "support-intents",
         "root": "s3://models/retrain",
+        "alias": "production",
         "resume_run": "",
         "overrides": ["train.learning_rate=1e-4"],
     }

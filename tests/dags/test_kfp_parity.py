@@ -60,7 +60,7 @@ def test_the_package_is_one_that_kfp_itself_accepts(
     )
     completed = in_kfp("-c", program, tmp_path / "retrain.yaml")
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.strip() == "retrain ['line', 'overrides', 'resume_run', 'root']"
+    assert completed.stdout.strip() == "retrain ['alias', 'line', 'line_name', 'overrides', 'resume_run', 'root']"
 
 
 def test_the_tasks_are_the_plan_and_the_graphs_steps_under_an_exit_handler(compiled: CompiledPipeline) -> None:
@@ -123,14 +123,18 @@ def test_a_step_is_the_one_command_in_its_image_and_hands_over_its_report_and_nu
 ) -> None:
     container, task = compiled.container(step.name), compiled.tasks[kfp_name(step.name)]
     command = ["python", "-m", f"components.{step.name}", "--plan", "{{$.inputs.parameters['plan_uri']}}"]
-    command += ["--executor-input", "{{$}}", "--ending-to", "{{$.outputs.parameters['ending'].output_file}}"]
+    command += ["--line", "{{$.inputs.parameters['line_name']}}", "--root", "{{$.inputs.parameters['root']}}"]
+    command += ["--alias", "{{$.inputs.parameters['alias']}}", "--executor-input", "{{$}}"]
+    command += ["--ending-to", "{{$.outputs.parameters['ending'].output_file}}"]
     outputs = {"numbers": "system.Metrics"}
     if step.report:
         command += ["--report-to", "{{$.outputs.artifacts['report'].path}}"]
         outputs["report"] = "system.HTML"
     assert container["command"] == command
+    # Of the plan's maker is the plan's place alone; the line, the store and the alias are those of the run.
     assert task["inputs"]["parameters"] == {
-        "plan_uri": {"taskOutputParameter": {"producerTask": "plan", "outputParameterKey": "uri"}}
+        "plan_uri": {"taskOutputParameter": {"producerTask": "plan", "outputParameterKey": "uri"}},
+        **{name: {"componentInputParameter": f"pipelinechannel--{name}"} for name in ("line_name", "root", "alias")},
     }
     outputs_of_component = compiled.component(step.name)["outputDefinitions"]["artifacts"]
     assert {name: kind["artifactType"]["schemaTitle"] for name, kind in outputs_of_component.items()} == outputs
@@ -191,10 +195,11 @@ def test_kfp_caches_nothing_since_the_stores_keys_do(compiled: CompiledPipeline)
     assert not any(task["cachingOptions"].get("enableCache") for task in compiled.tasks.values())
 
 
-def test_only_a_line_and_a_store_must_be_given_to_a_run(compiled: CompiledPipeline) -> None:
+def test_only_a_line_its_name_and_a_store_must_be_given_to_a_run(compiled: CompiledPipeline) -> None:
     parameters = compiled.pipeline["root"]["inputDefinitions"]["parameters"]
-    assert {n for n, p in parameters.items() if not p.get("isOptional")} == {"line", "root"}
+    assert {n for n, p in parameters.items() if not p.get("isOptional")} == {"line", "line_name", "root"}
     assert {n: p["defaultValue"] for n, p in parameters.items() if p.get("isOptional")} == {
+        "alias": "",
         "resume_run": "",
         "overrides": [],
     }

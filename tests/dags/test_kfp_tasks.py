@@ -14,6 +14,7 @@ import pytest
 
 from qlora_retrain.cli import main
 from qlora_retrain.core.errors import Exit
+from qlora_retrain.pipeline import make_plan
 from qlora_retrain.pipeline.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ CLI = ["python", "-m", "qlora_retrain.cli"]
 FILL_IN_PLACEHOLDERS = """
 import json, sys
 from kfp.local.placeholder_utils import replace_placeholders
-command, values, folder, artifacts, run = json.load(sys.stdin)
+command, values, folder, artifacts, names, run = json.load(sys.stdin)
 output_artifacts = {name: {"artifacts": [{"name": name, "uri": folder + "/" + name}]} for name in artifacts}
-parameters = {"uri": {"outputFile": folder + "/uri"}}
+parameters = {name: {"outputFile": folder + "/" + name} for name in names}
 outputs = {"outputFile": folder + "/output.json", "parameters": parameters, "artifacts": output_artifacts}
 filled = {"inputs": {"parameterValues": values}, "outputs": outputs}
 print(json.dumps(replace_placeholders(command, filled, "pipeline", "plan", "root", run)))
@@ -65,17 +66,24 @@ class Tasks:
     ) -> subprocess.CompletedProcess[str]:
         arguments = {"line": self.line(line), "root": self.root, "resume_run": resume_run, "overrides": overrides}
         run_input = self.compiled.tasks[task]["inputs"]["parameters"]["run"]["runtimeValue"]["constant"]
-        artifacts = list(self.compiled.component(task)["outputDefinitions"]["artifacts"])
-        command = self.compiled.container(task)["command"]
-
-        filling = json.dumps([command, {**arguments, "run": run_input}, str(self.outputs), artifacts, run])
-        filled = self.in_kfp("-c", FILL_IN_PLACEHOLDERS, text=filling)
-        assert filled.returncode == 0, filled.stderr
-        filled_in = json.loads(filled.stdout)
+        filled_in = self.fill_in(task, {**arguments, "run": run_input}, run)
         assert filled_in[:3] == CLI
         (self.outputs / "uri").unlink(missing_ok=True)
-        command = [sys.executable, *filled_in[1:]]
-        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+        return self.execute(filled_in)
+
+    def fill_in(self, task: str, arguments: dict[str, object], run: str = "run-1") -> list[str]:
+        """Return a task's command as KFP starts it."""
+        outputs = self.compiled.component(task)["outputDefinitions"]
+        command = self.compiled.container(task)["command"]
+        names = [list(outputs[kind]) if kind in outputs else [] for kind in ("artifacts", "parameters")]
+        filling = [command, arguments, str(self.outputs), *names, run]
+        filled = self.in_kfp("-c", FILL_IN_PLACEHOLDERS, text=json.dumps(filling))
+        assert filled.returncode == 0, filled.stderr
+        command_line: list[str] = json.loads(filled.stdout)
+        return command_line
+
+    def execute(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *command[1:]], cwd=PROJECT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -101,6 +109,25 @@ def test_a_retried_task_zero_finds_its_plan_and_another_run_makes_its_own(tasks:
 
     another_plan_uri = tasks.plan("run-2")
     assert Plan.load(another_plan_uri).sources["raw_data"] != plan.sources["raw_data"]
+
+
+def test_a_step_refuses_a_plan_of_another_line_store_or_alias_than_the_runs(tasks: Tasks) -> None:
+    (tasks.folder / "line.yaml").write_text(json.dumps(tasks.line("tickets")))
+    plan = make_plan.make_plan(tasks.folder / "line.yaml", tasks.root)
+    run = {"line_name": "tickets", "root": tasks.root, "alias": "production"}
+    command = tasks.fill_in("publish", {"plan_uri": plan.uri, **run})
+    for name, foreign, words in [
+        ("line_name", "refunds", "expected a plan of line refunds, found one of tickets"),
+        ("root", f"{tasks.root}2", f"expected a plan in {tasks.root}2, found one in {tasks.root}"),
+        ("alias", "", "moves the alias production, and no alias may be moved"),
+        ("alias", "latest", "moves the alias production, and latest may be moved"),
+    ]:
+        place = command.index({"line_name": "--line", "root": "--root", "alias": "--alias"}[name]) + 1
+        assert command[place] == run[name]
+        refused = tasks.execute([*command[:place], foreign, *command[place + 1 :]])
+        assert (refused.returncode, words in refused.stderr) == (Exit.INTEGRITY, True), refused.stderr
+    # Of the run's own line it is not refused, only that nothing is there to publish.
+    assert tasks.execute(command).returncode not in (Exit.DONE, Exit.INTEGRITY)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -226,6 +228,63 @@ def test_a_hostile_file_costs_its_own_dag_alone(pipelines: Path, text: str, reas
     assert sorted(dags) == ["evil", "tickets"]
     assert reason in (dags["evil"].doc_md or "")
     assert "broken" not in dags["tickets"].tags
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (b"__file__.yaml", "x: 1"),
+        (b"__spec__.yml", "x: 1"),
+        (b"DAG.yaml", "x: 1"),
+        (b"evil\xff.yaml", "x: 1"),
+        (b"evil\x1b[2J\n.yaml", "x: 1"),
+        (b"evil.yaml", LINE.format(line="evil", schedule="null").replace("7}", f"{10**30}}}")),
+        (b"evil.yaml", LINE.format(line="evil", schedule="null").replace("7}", f"'{10**30}'}}")),
+        (b"evil.yaml", LINE.format(line="evil", schedule="null").replace("7}", f"0x{'f' * 60_000}}}")),
+        (b"evil.yaml", LINE.format(line="evil", schedule="null") + f"publish: {{licence: '{'MIT AND (' * 7_000}'}}"),
+        (b"evil.yaml", LINE.format(line="evil", schedule="null") + 'data: {template: "a\\0.jinja"}'),
+        (b"evil.yaml", LINE.format(line="evil", schedule="null") + 'description: "a\\0b"'),
+        (b"evil.yaml", LINE.format(line="evil", schedule=f"{','.join(map(str, range(60)))} {'0-23,' * 50}1 * * *")),
+        (b"evil.yaml", "train: {" + "".join(f"x{i}: 1, " for i in range(7_000)) + "}"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_what_airflow_hands_on_holds_every_line_beside_a_hostile_file(pipelines: Path, name: bytes, text: str) -> None:
+    import msgspec
+    from airflow.dag_processing.dagbag import DagBag
+    from airflow.serialization.serialized_objects import DagSerialization
+    from airflow.timetables.trigger import CronTriggerTimetable
+
+    write(pipelines, "tickets.yaml", "tickets")
+    Path(os.fsdecode(bytes(pipelines) + b"/" + name)).write_text(text)
+    bag = DagBag(str(DAG_FILE))
+    assert bag.import_errors == {}
+    assert len(bag.dags) == 2
+    assert "broken" not in bag.dags["tickets"].tags
+    # The parsing process sends all DAGs of this file as one message.
+    message = msgspec.msgpack.encode([DagSerialization.to_dict(dag) for dag in bag.dags.values()])
+    assert len(message) < 300_000
+    # The database has so much room, and takes no zero byte.
+    assert b"\0" not in "".join(f"{dag.description}{dag.doc_md}" for dag in bag.dags.values()).encode()
+    for dag in bag.dags.values():
+        assert (
+            len(CronTriggerTimetable(dag.schedule.expression, timezone="UTC").description if dag.schedule else "")
+            <= 1_000
+        )
+
+
+def test_of_more_files_than_can_be_read_the_oldest_count(pipelines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tickets", "aa", "bb"):
+        write(pipelines, f"{name}.yaml", name)
+        time.sleep(0.01)
+    # As if reading a file took four seconds.
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(time, "process_time", lambda: next(clock))
+    dags = load().DAGS
+    monkeypatch.undo()
+    assert [name for name, dag in dags.items() if "broken" not in dag.tags] == ["tickets"]
+    (new,) = set(dags) - {"tickets"}
+    assert "aa.yaml and 1 newer files: not read" in (dags[new].doc_md or "")
 
 
 def test_parsing_takes_less_than_a_second_beyond_the_imports(pipelines: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -13,6 +14,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -133,6 +135,40 @@ def test_a_killed_driver_leaves_nothing_running(tmp_path: Path, rows: Path, tiny
     assert survivors == []
 
 
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ([b"127.0.0.1:80"], 200),
+        ([b"localhost"], 200),
+        ([b"localhost", b"rebound.example"], 400),
+        ([b"rebound.example", b"localhost"], 400),
+        ([b"localhost", b"localhost"], 400),
+        ([b"127.0.0.1@rebound.example"], 400),
+        ([b"localhost."], 400),
+        ([], 400),
+    ],
+)
+def test_a_request_names_the_loopback_once(hosts: list[bytes], expected: int) -> None:
+    from starlette.responses import PlainTextResponse
+
+    from qlora_retrain.demo.airflow_plugins import loopback_names
+
+    (middleware,) = loopback_names.LoopbackNames.fastapi_root_middlewares
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", 0))
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read of a request")
+
+    guard = middleware["middleware"](PlainTextResponse("pages"), **middleware["kwargs"])
+    headers = [(b"host", host) for host in hosts]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+    asyncio.run(guard(scope, receive, send))
+    assert statuses[0] == expected
+
+
 @pytest.mark.airflow
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["/", "/api/v2/dags", "/api/v2/monitor/health", "/execution/health", "/auth/token"])
@@ -164,7 +200,7 @@ def test_the_api_asks_for_the_password_of_this_start(airflow: StandaloneAirflow,
         assert caught.value.status in (400, 401)
 
     file = airflow.home / "passwords.json"
-    assert file.stat().st_mode & 0o777 == 0o600
+    assert (file.stat().st_mode & 0o777, airflow.home.stat().st_mode & 0o777) == (0o600, 0o700)
     assert json.loads(file.read_text()) == {"admin": airflow.password}
     # It is in no log and in no process's arguments.
     assert not [log for log in airflow.home.rglob("*.log") if airflow.password in log.read_text(errors="replace")]

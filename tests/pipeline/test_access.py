@@ -142,6 +142,19 @@ def test_a_source_is_read_by_the_steps_that_read_it_and_written_by_nobody(docume
         assert versions <= {"planner"}
 
 
+def test_a_lines_uri_is_no_pattern_in_a_policy() -> None:
+    line = LINE.replace("s3://data/tickets", "s3://*/*").replace("s3://data/base", "s3://data/${aws:username}/b")
+    for role in ("planner", "validate_data", "train_qlora"):
+        document = policies.role_policy(load(line), role, ROOT)
+        for path in ("payroll/all/rows.jsonl", "data/alice/b/model.safetensors", "data/x"):
+            for action in ("s3:GetObject", "s3:GetObjectVersion"):
+                assert not is_allowed(document, action, f"arn:aws:s3:::{path}"), (role, path)
+        assert not is_allowed(document, "s3:ListBucket", "arn:aws:s3:::payroll", {"s3:prefix": "all/"})
+    planner = policies.role_policy(load(line), "planner", ROOT)
+    for path in ("*/*/rows.jsonl", "data/${aws:username}/b/model.safetensors"):
+        assert is_allowed(planner, "s3:GetObject", f"arn:aws:s3:::{path}")
+
+
 def test_no_role_has_an_action_that_nothing_needs_and_none_is_a_pattern(documents: dict[str, Document]) -> None:
     actions = {action for doc in documents.values() for statement in doc["Statement"] for action in statement["Action"]}
     assert actions == {

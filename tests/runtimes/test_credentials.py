@@ -54,6 +54,30 @@ def test_a_role_without_a_file_is_refused_and_never_runs_with_the_workers_creden
         credentials.step_environment(environment, PUBLISH, "mails")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "[default]\naws_access_key_id = w\naws_secret_access_key = w",
+        "[profile worker]\ncredential_process = /bin/w",
+        "[default]\nrole_arn = x\nCredential_Source=Ec2InstanceMetadata",
+        "[sso-session w]\nsso_region = x",
+    ],
+)
+@pytest.mark.parametrize("is_default", [True, False])
+def test_credentials_in_awss_file_of_settings_are_no_way_round_the_role(
+    folder: Path, tmp_path: Path, setting: str, is_default: bool
+) -> None:
+    path = tmp_path / ".aws" / "config"
+    path.parent.mkdir()
+    path.write_text(f"[default]\nregion = eu-west-1\n{setting}\n")
+    place = {"HOME": str(tmp_path)} if is_default else {"HOME": "/nowhere", "AWS_CONFIG_FILE": str(path)}
+    environment = {"QLORA_RETRAIN_CREDENTIALS": str(folder), "AWS_PROFILE": "worker", **place}
+    with pytest.raises(UsageError, match="gives credentials that every step could take"):
+        credentials.step_environment(environment, TRAIN, "tickets")
+    path.write_text("[default]\nregion = eu-west-1\nrole_arn = x\nsource_profile = default\n")
+    assert credentials.step_environment(environment, TRAIN, "tickets")
+
+
 def test_a_container_sees_its_own_steps_file_alone(folder: Path) -> None:
     environment = {"QLORA_RETRAIN_CREDENTIALS": str(folder), "AWS_CONFIG_FILE": "/etc/aws", "AWS_ROLE_ARN": "w"}
     settings = credentials.step_environment(environment, TRAIN, "tickets")

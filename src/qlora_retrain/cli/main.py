@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from qlora_retrain.cli import keys, kfp, policies, runs, versions
 from qlora_retrain.cli.options import shared_options
-from qlora_retrain.core import visible_text
+from qlora_retrain.core import uris, visible_text
 from qlora_retrain.core.arguments import Parser
 from qlora_retrain.core.errors import Exit, Problem
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Problem as problem:
         if args.debug:
             raise
-        print(f"qlora-retrain: {problem}", file=sys.stderr)
+        print(f"qlora-retrain: {uris.mask_secrets_of_errors(str(problem))}", file=sys.stderr)
         sys.exit(problem.exit_code)
     # `qlora-retrain status latest | head -1` must not end in a traceback.
     except BrokenPipeError:
@@ -52,8 +52,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if args.debug:
             raise
-        print(
-            f"qlora-retrain: internal error: {type(error).__name__}: {error}; run it with --debug to see where",
-            file=sys.stderr,
-        )
+        text = uris.mask_secrets_of_errors(f"{type(error).__name__}: {error}")
+        print(f"qlora-retrain: internal error: {text}; run it with --debug to see where", file=sys.stderr)
         sys.exit(Exit.BUG)

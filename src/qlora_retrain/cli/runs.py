@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options, json_list
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, uris
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import UsageError
 
@@ -146,9 +146,8 @@ def _find_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
 
     # A plan is a lock file: changed settings would have other keys.
     if overrides:
-        raise UsageError(
-            f"--resume with {', '.join(overrides)}: a plan's settings are fixed; leave out --resume to change settings"
-        )
+        names = ", ".join(map(uris.mask_secrets, overrides))
+        raise UsageError(f"--resume with {names}: a plan's settings are fixed; leave out --resume to change settings")
     line, plan = load(_line(args)).line, make_plan.find_plan(open_store(store_root(args)), args.resume)
     if plan.line != line:
         raise UsageError(f"run {plan.run_id} is of line {plan.line}; expected one of line {line}")

@@ -1,7 +1,7 @@
-"""Read YAML that anybody may have written: bounded in size and depth, and without anchors.
+"""Read YAML that anybody may have written: bounded in size, depth and numbers, without anchors, and of JSON's types.
 
 An anchor lets a few hundred bytes stand for more values than memory holds, and deep nesting exhausts the stack. Both
-are refused while the text is a stream of events, before anything is built from it.
+are refused while the text is read, before anything is built from it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import Any
 
 import yaml
 
+from qlora_retrain.core import local_files
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.source_access import SourceAccess
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
+MAX_INTEGER = 2**53 - 1
 # A document on a command line holds the text of its chat template, which is a file of its own otherwise.
 MAX_TEXT_BYTES = 16 * MAX_BYTES
 
@@ -23,19 +26,9 @@ def read_text(path: Path) -> str:
     """Return the text of a YAML file.
 
     Raises:
-        UsageError: If it cannot be read as UTF-8 text, or is too large.
+        UsageError: If it is no regular file, cannot be read as UTF-8 text, or is too large.
     """
-    try:
-        # A pipe or a device would have no end.
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: expected a YAML file, found a folder, a pipe or a device")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UsageError(f"{path}: expected at most {MAX_BYTES // 1024} KiB of YAML, found more")
-        return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    return local_files.read_text(path, SourceAccess(), MAX_BYTES)
 
 
 def parse(text: str, place: str) -> tuple[Any, yaml.Node | None]:
@@ -46,13 +39,17 @@ def parse(text: str, place: str) -> tuple[Any, yaml.Node | None]:
         place: Where it comes from; messages begin with it.
 
     Raises:
-        UsageError: If it is not valid YAML, has an anchor or an alias, or is too large or too deep.
+        UsageError: If it is not valid YAML, has an anchor, an alias or a value that JSON lacks, or is too large or too
+            deep.
     """
     if len(text) > MAX_TEXT_BYTES:
         raise UsageError(f"{place}: expected at most {MAX_TEXT_BYTES // 1024} KiB of YAML, found more")
     try:
-        _refuse_unbounded(text, place)
-        return yaml.safe_load(text), yaml.compose(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(node), node
+    except _Unbounded as error:
+        raise UsageError(f"{place}:{error}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{place}: not valid YAML: {fault(error)}") from error
     # What looks like a date or a number and is none, such as 2026-13-45.
@@ -69,15 +66,39 @@ def fault(error: yaml.YAMLError) -> str:
     return f"{where}{getattr(error, 'problem', None) or type(error).__name__}"
 
 
-def _refuse_unbounded(text: str, place: str) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark else 1
+class _Unbounded(Exception):
+    """What a text has too much of, after its line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader without what YAML has and JSON has not, except dates."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Build the next node, unless it is an anchor, an alias, or too deep."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise UsageError(f"{place}:{line}: anchors and aliases (& and *) are not allowed; write the value out")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise UsageError(f"{place}:{line}: expected at most {MAX_DEPTH} levels of nesting, found more")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+            raise _Unbounded(f"{line}: anchors and aliases (& and *) are not allowed; write the value out")
+        self._depth += 1
+        if self._depth > MAX_DEPTH and isinstance(event, yaml.CollectionStartEvent):
+            raise _Unbounded(f"{line}: expected at most {MAX_DEPTH} levels of nesting, found more")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number that every reader of JSON takes; a longer one stops Airflow from reading any line."""
+        value: int = super().construct_yaml_int(node)
+        if abs(value) > MAX_INTEGER:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+for _name in ("binary", "omap", "pairs", "set"):
+    # Also one that is written out, such as !!set.
+    del _Loader.yaml_constructors[f"tag:yaml.org,2002:{_name}"]

@@ -33,6 +33,7 @@ Name = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=253)]
 LabelKey = Annotated[str, Field(pattern=rf"^({_PART}(\.{_PART})*/)?{_LABEL}$")]
 LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Port = Annotated[int, Field(ge=1, le=65_535)]
 Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
 # Environment variables of these names hold secrets in most tools.
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE|CREDENTIAL", re.IGNORECASE)
@@ -86,7 +87,8 @@ class Destination(Section):
     blocks: tuple[str, ...] = operational((), "address blocks, e.g. 10.0.3.17/32; Kubernetes' policies know no names")
     namespace: Namespace | None = operational(None, "instead of blocks: a namespace, e.g. that of MinIO or of a proxy")
     pods: dict[LabelKey, LabelValue] = operational({}, "with namespace: labels of the pods in it")
-    ports: tuple[int, ...] = operational((443,), "TCP ports")
+    # A policy with no port would open all of them.
+    ports: Annotated[tuple[Port, ...], Field(min_length=1)] = operational((443,), "TCP ports")
 
     @field_validator("blocks")
     @classmethod

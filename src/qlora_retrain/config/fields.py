@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+from qlora_retrain.config.bounded_yaml import MAX_INTEGER
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -33,6 +35,14 @@ class Section(BaseModel):
     # No NaN or infinity: JSON has neither, so such a config would have no key.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     _reasons: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("*")
+    @classmethod
+    def _fits_into_json(cls, value: Any) -> Any:
+        # A text of digits is a number here too.
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise ValueError(f"expected a whole number of at most {MAX_INTEGER}")
+        return value
 
     @property
     def reasons(self) -> Mapping[str, str]:

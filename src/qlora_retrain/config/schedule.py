@@ -18,6 +18,8 @@ PRESETS = {
     "@quarterly": "0 0 1 */3 *",
 }
 _SIZES = (59, 23, 31, 12, 7)  # the longest step of each field that has an effect
+# Airflow puts a schedule into words, and its database has room for 1,000 characters of them.
+_MAX_CHARACTERS = 120
 FIELDS = ("minute", "hour", "day of the month", "month", "day of the week")
 
 
@@ -30,6 +32,8 @@ def five_fields(expression: str) -> str:
     from croniter import CroniterBadDateError, CroniterError
 
     text = " ".join(expression.split())
+    if len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"expected at most {_MAX_CHARACTERS} characters, found {len(text):,}; write ranges and steps")
     if text.startswith("@"):
         if text.lower() not in PRESETS:
             raise ValueError(f"{expression!r} is no name of a schedule; expected one of {', '.join(PRESETS)}")

@@ -197,6 +197,7 @@ class PublishConfig(Section):
     licence: str = identity(
         "unspecified",
         "the model's licence, for its card: SPDX, a name of the Hugging Face Hub such as llama3.1, or other",
+        max_length=200,
     )
     licence_name: str | None = identity(None, "with licence: other, the licence's own name")
     licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")

@@ -6,6 +6,7 @@ No message repeats what could be a secret: user info and queries of URIs are mas
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -20,6 +21,7 @@ from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
 
 _MAX_VALUE_CHARACTERS = 80
+_MAX_FAULTS = 100
 Model = TypeVar("Model", bound=Section)
 Document = dict[str, Any]
 
@@ -66,10 +68,13 @@ def load_section(
     try:
         return model.model_validate(prepare(document), context=context)
     except ValidationError as error:
+        faults = itertools.islice(_faults(model, error), _MAX_FAULTS)
         messages = [
             f"{name}:{_nearest_line(lines, path)}: {uris.mask_secrets('.'.join(path))}: {fault}"
-            for path, fault in _faults(model, error)
+            for path, fault in faults
         ]
+        if (left := error.error_count() - _MAX_FAULTS) > 0:
+            messages.append(f"{name}: and {left:,} more faults")
         raise UsageError("\n".join(messages)) from error
 
 
@@ -82,6 +87,8 @@ def _apply_override(document: dict[str, Any], item: str) -> None:
         )
 
     *parents, last = path.split(".")
+    if len(parents) > bounded_yaml.MAX_DEPTH:
+        raise UsageError(f"--set {path[:_MAX_VALUE_CHARACTERS]}...: expected at most {bounded_yaml.MAX_DEPTH} sections")
     target = document
     for name in parents:
         child = target.setdefault(name, {})

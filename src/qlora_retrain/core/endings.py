@@ -119,7 +119,7 @@ class Ending:
 
     def summary(self) -> str:
         """Format it for a place that names the step already: `try again (75): ...`."""
-        return f"{describe(self.code)} ({self.code}): {escape_controls(self.reason)}".rstrip(": ")
+        return f"{describe(self.code)} ({self.code}): {_printable(self.reason)}".rstrip(": ")
 
     def as_json(self, *, limit_bytes: int | None = None) -> str:
         """Return the document on one line of at most `limit_bytes`; a reason that is too long is cut."""
@@ -135,10 +135,13 @@ class Ending:
         return self._dump(self.reason[:size] + " ...")
 
     def _dump(self, reason: str) -> str:
-        # Pages, terminals and other tools show it. A library's error may hold a presigned URL.
-        printable = uris.mask_secrets_of_errors(escape_controls(reason))
-        fields: dict[str, Any] = {**asdict(self), "reason": printable, "kind": self.kind, "retry": self.retry}
+        fields: dict[str, Any] = {**asdict(self), "reason": _printable(reason), "kind": self.kind, "retry": self.retry}
         return json.dumps({name: fields[name] for name in _FIELDS}, ensure_ascii=False)
+
+
+def _printable(reason: str) -> str:
+    """Return a reason as pages, terminals and other tools may show it: a library's error may hold a presigned URL."""
+    return uris.mask_secrets_of_errors(escape_controls(reason))
 
 
 _FIELDS = ("code", "kind", "cause", "reason", "step", "key", "attempt", "retry")

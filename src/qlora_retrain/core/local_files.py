@@ -56,7 +56,8 @@ def read_text(path: Path, access: SourceAccess, max_bytes: int) -> str:
         if len(data) > max_bytes:
             raise UsageError(f"{path}: expected at most {max_bytes // 1024} KiB, found more")
         return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    # A zero byte in the path is a ValueError, and so is what is not UTF-8.
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
 
 

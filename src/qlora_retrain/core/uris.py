@@ -13,8 +13,8 @@ from qlora_retrain.core.errors import UsageError
 _USER = re.compile(r"""(?<!hf)://[^\s/'"][^\s'"]*@|://[^\s/'"]*@|://[^\s/'"]*:[^\s'"]*""")
 # A server with its port and no user, such as http://localhost:9000.
 _ENDPOINT = re.compile(r"https?://[^\s/@:?#]+:\d{1,5}(/[^@]*)?")
-# A user and a password for certain.
-_PASSWORD = re.compile(r"""://[^\s/'"@:]*:[^\s/'"@]*@""")
+# A user and a password, or a token alone, for certain.
+_PASSWORD = re.compile(r"""://[^\s/'"@]+@""")
 # A query (a presigned URL holds its signature there) or a fragment.
 _QUERY = re.compile(r"""(://[^\s?#'"]*[?#])[^\s'"]*""")
 

@@ -105,9 +105,9 @@ class StandaloneAirflow:
             UsageError: If AIRFLOW_HOME is in use or a process ends at once; with the last lines of its log.
         """
         self.home.mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)  # the logs and the database too
         # Before anything is started, because one SQLite database cannot serve two schedulers.
         self._lock = _acquire_lock(self.home)
-
         self._port = self._port or _free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.api = AirflowApi(self.url, self.password)

@@ -1,7 +1,7 @@
 """Who may do what with a store, role by role: the table behind policies, mounts and their tests.
 
 Everything follows from the graph, so a new step has its rights by itself. Patterns are paths below the store's root, as
-IAM reads them: `*` matches any characters, also `/`.
+IAM reads them: `*` matches any characters, also `/`, and `${*}` the character itself.
 
 What patterns cannot separate: the attempts of one step (their names are random), the lines in `artifacts/`, `scratch/`
 and `runs/` (keys and run ids name none), and the runs of one line.
@@ -9,6 +9,7 @@ and `runs/` (keys and run ids name none), and the runs of one line.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -121,7 +122,7 @@ def _planner_access(config: LineConfig) -> Access:
         writes=(_PLANS, endings, ".probe/*"),
         # An earlier try's ending is removed when the next try begins.
         deletes=(endings, ".probe/*"),
-        sources=tuple(f"{uri.rstrip('/')}/*" for uri in config.sources.declared_uris().values()),
+        sources=tuple(f"{_literal(uri)}/*" for uri in config.sources.declared_uris().values()),
         pins_sources=True,
     )
 
@@ -166,4 +167,9 @@ def _source_patterns(config: LineConfig, item: graph.Input) -> list[str]:
     globs = FILE_SETS[item.files]
     # A glob without a folder also names the files in folders of the source.
     names = [f"{folder}{glob}" for glob in globs for folder in ("", "*/")] or ["*"]
-    return [f"{uri.rstrip('/')}/{name}" for name in names]
+    return [f"{_literal(uri)}/{name}" for name in names]
+
+
+def _literal(uri: str) -> str:
+    """Return a line's URI as a pattern that matches itself alone: `s3://*/x` must not open every bucket."""
+    return re.sub(r"[*?$]", r"${\g<0>}", uri.rstrip("/"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
 
 from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph, progress, visible_text
@@ -88,23 +90,36 @@ def changes_since(plan: Plan, config: LineConfig) -> list[str]:
 
     The sources themselves are not read again: that takes minutes, and the run keeps its plan whatever they hold now.
     """
-    changes = []
+    changes = [f"{name} was {before!r}, is {now!r}" for name, before, now in setting_changes(plan, config)]
+    return changes + [
+        f"{planned.name}: new code or packages"
+        for planned in plan.steps
+        if code_identity.code_hash(planned.name) != planned.code
+    ]
+
+
+def setting_changes(plan: Plan, config: LineConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each setting and source of a plan that the line has otherwise: its name, the plan's value, the line's."""
     automatic_fields = {choice.field for choice in plan.choices}
     for planned in plan.steps:
-        section = graph.step(planned.name).section
-        for name, value in getattr(config, section).identity().items():
-            # The plan has the value that an automatic choice had then.
-            if f"{section}.{name}" not in automatic_fields and value != "auto" and planned.identity.get(name) != value:
-                changes.append(f"{section}.{name} was {planned.identity.get(name)!r}, is {value!r}")
-        if code_identity.code_hash(planned.name) != planned.code:
-            changes.append(f"{planned.name}: new code or packages")
+        section_name = graph.step(planned.name).section
+        section = config.section(section_name)
+        for name, now in section.model_dump(mode="json").items():
+            field, before = f"{section_name}.{name}", planned.config.get(name)
+            # The plan has the value that an automatic choice had then, or that there was nothing to choose.
+            was_automatic = field in automatic_fields or not before
+            is_automatic = now in (None, "auto") or (field in automatic_fields and name not in section.model_fields_set)
+            if before != now and not (was_automatic and is_automatic):
+                yield field, before, now
 
     for name, pinned in plan.sources.items():
         source = getattr(config.sources, name)
         before, now = pinned.uri if pinned else None, source.uri if source else None
-        if before != now:
-            changes.append(f"sources.{name} was {before}, is {now}")
-    return changes
+        # Of a source that is one file, the plan has its folder.
+        folder, _, file = (now or "").rpartition("/")
+        is_that_file = pinned is not None and before == folder and [quote(f.path) for f in pinned.files] == [file]
+        if before != now and not is_that_file:
+            yield f"sources.{name}", before, now
 
 
 def _forecast(plan: Plan, planned: PlannedStep, earlier: Plan | None) -> str:

@@ -31,7 +31,7 @@ def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
     parser.add_argument("--plan", required=True, metavar="URI", help="the run's plan.json")
     parser.add_argument("--line", metavar="NAME", help="refuse a plan of another line")
     parser.add_argument("--root", metavar="URI", help="refuse a plan of another store")
-    parser.add_argument("--alias", default=ANY_ALIAS, metavar="NAME", help="refuse to move another alias; empty: any")
+    parser.add_argument("--alias", default=ANY_ALIAS, metavar="NAME", help="refuse to move another alias; empty: none")
     parser.add_argument("--report-to", type=Path, metavar="FILE", help="copy the step's report there")
     parser.add_argument("--ending-to", type=Path, metavar="FILE", help="write the step's ending (JSON) there")
     parser.add_argument("--triggered-by", metavar="SYSTEM:NAME", help="for the audit trail, e.g. airflow:alice")

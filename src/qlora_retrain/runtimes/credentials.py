@@ -7,24 +7,36 @@ Environment: `QLORA_RETRAIN_CREDENTIALS`, a folder with a credentials file of AW
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.runtimes.docker import container_spec
 from qlora_retrain.storage.keys import TRUST_FILE, find_keyring, step_role
 
 FOLDER_VARIABLE = "QLORA_RETRAIN_CREDENTIALS"
 FILE_VARIABLE = "AWS_SHARED_CREDENTIALS_FILE"
 KEYS_DIR = "/run/secrets/keys"  # where a container has the keys of its role
 IMAGE_USER = "10001:10001"
-# boto3 takes each of these before the file.
-_STRONGER = (
+# boto3 takes each of these before the file, or where the file has not the profile that it looks for.
+_OTHERS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "AWS_ROLE_ARN",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+)
+# So it does with these in AWS's file of settings, of which every step has a copy.
+_CREDENTIAL_SETTING = re.compile(
+    r"^\s*(aws_access_key_id|aws_secret_access_key|aws_session_token|credential_process|credential_source"
+    r"|web_identity_token_file|sso_\w+|login_session)\s*=",
+    re.MULTILINE | re.IGNORECASE,
 )
 
 
@@ -32,7 +44,7 @@ def step_environment(environment: Mapping[str, str], step: graph.Step, line: str
     """Return the environment of a step's process, with its role's credentials alone where there is a folder of them.
 
     Raises:
-        UsageError: If the folder has no file for the role.
+        UsageError: If the folder has no file for the role, or AWS's file of settings has other credentials.
     """
     folder = environment.get(FOLDER_VARIABLE)
     if not folder:
@@ -41,9 +53,24 @@ def step_environment(environment: Mapping[str, str], step: graph.Step, line: str
     file = Path(folder) / role
     if not file.is_file():
         raise UsageError(f"{FOLDER_VARIABLE}: {file} is not there; expected a file with the credentials of role {role}")
+    _refuse_other_credentials(container_spec.aws_config_file(environment))
     # Nor the folder's name, which leads to the others.
-    kept_back = {FOLDER_VARIABLE, *_STRONGER}
+    kept_back = {FOLDER_VARIABLE, *_OTHERS}
     return {**{k: v for k, v in environment.items() if k not in kept_back}, FILE_VARIABLE: str(file)}
+
+
+def _refuse_other_credentials(config: Path | None) -> None:
+    if config is None:
+        return
+    try:
+        setting = _CREDENTIAL_SETTING.search(config.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise UsageError(f"{config}: cannot be read: {error.strerror}") from error
+    if setting:
+        raise UsageError(
+            f"{config}: {setting[1]} gives credentials that every step could take instead of its role's; let "
+            f"AWS_CONFIG_FILE name a file with settings alone, while {FOLDER_VARIABLE} has a file for each role"
+        )
 
 
 def key_files(root: str, role: str) -> list[Path]:

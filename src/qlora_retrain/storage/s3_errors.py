@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.storage.store import NotFound
 
@@ -45,13 +46,18 @@ def translate_errors(where: str, no_bucket: Callable[[], bool]) -> Iterator[None
         raise to_problem(where, code, text, http_status(error)) from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
-        raise UsageError(f"{where}: {error}; {hint}") from error
+        raise UsageError(f"{where}: {_text(error)}; {hint}") from error
     except boto.SSLError as error:
-        raise UsageError(f"{where}: {error}; AWS_CA_BUNDLE names the certificates to trust") from error
+        raise UsageError(f"{where}: {_text(error)}; AWS_CA_BUNDLE names the certificates to trust") from error
     except (*connection_errors, *failed_transfers, transfer.RetriesExceededError, transfer.CancelledError) as error:
-        raise TryAgain(f"{where}: {error}", cause=Cause.THROTTLED) from error
+        raise TryAgain(f"{where}: {_text(error)}", cause=Cause.THROTTLED) from error
     except (boto.BotoCoreError, Boto3Error, transfer.S3ValidationError, ResponseParserError) as error:
-        raise UsageError(f"{where}: {error}") from error
+        raise UsageError(f"{where}: {_text(error)}") from error
+
+
+def _text(error: Exception) -> str:
+    """Return a library's message without what the URL of the server or of a proxy may hold."""
+    return uris.mask_secrets_of_errors(str(error))
 
 
 def http_status(error: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -167,6 +168,59 @@ def test_another_run_can_be_finished_but_not_another_lines(
     line.write_text(line.read_text().replace("line: tickets", "line: mails"))
     with pytest.raises(AirflowFailException, match=f"run {plan.run_id} is of line tickets"):
         plan_task(project).execute(resumed)
+
+
+def test_no_exception_that_airflow_logs_holds_what_the_url_of_a_server_holds(
+    project: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airflow.sdk.exceptions import AirflowException
+
+    monkeypatch.setenv("QLORA_RETRAIN_ROOT", "s3://bucket/store")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:canary7731@127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "canary7731")
+    with pytest.raises(AirflowException) as failed:
+        plan_task(project).execute(context)
+    assert "canary7731" not in "".join(traceback.format_exception(failed.value))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fault"),
+    [
+        ("evaluate: {max_loss_to_champion: 0.5}", "", "evaluate.max_loss_to_champion is 0.5, and 0.02 in the line"),
+        ("evaluate: {allow_first_release: true}", "", "evaluate.allow_first_release is true, and false"),
+        ("publish: {promote_to: latest2}", "", 'publish.promote_to is "latest2", and "production"'),
+        ("", "evaluate: {min_accuracy: 0.9}", "evaluate.min_accuracy is null, and 0.9"),
+        ("", "data: {min_eval_rows: 99}", "data.min_eval_rows is 30, and 99"),
+        ("data: {eval_fraction: 0.01}", "", 'data.eval_fraction is 0.01, and "auto"'),
+        ("data: {min_golden_rows: 2}", "", "data.min_golden_rows is 2, and 1"),
+        ("merge: {max_kl_nats: null}", "merge: {max_kl_nats: 0.1}", "merge.max_kl_nats is null, and 0.1"),
+        ("", "sources: {raw_data: RAW, base_model: BASE, golden_data: RAW}", "sources.golden_data is null, and "),
+        ("train: {rank: 4}", "train: {max_steps: 9, micro_batch_size: 2}", None),
+        ("", "evaluate: {max_loss_to_champion: 0.5, allow_first_release: true}", None),
+        ("publish: {promote_to: null}", "", None),
+    ],
+)
+def test_a_run_that_was_planned_with_other_gates_is_not_finished_from_the_form(
+    project: Path, before: str, after: str, fault: str | None
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    line = project / "line.yaml"
+    name, sources = line.read_text().splitlines()
+    raw, base = (part.split()[1].strip(",}") for part in sources.split(": ", 1)[1].strip("{}").split(", "))
+    line.write_text(f"{name}\n{sources}\n{before}\n")
+    plan = run_plan_task(project, dag_run_context("manual__5"))
+    after = after.replace("RAW", raw).replace("BASE", base)
+    line.write_text("\n".join([name, "" if after.startswith("sources") else sources, after, ""]))
+    resumed = dag_run_context("manual__6", resume_run=plan.run_id)
+    if fault is None:
+        assert run_plan_task(project, resumed) == plan
+        return
+    with pytest.raises(AirflowFailException) as refused:
+        plan_task(project).execute(resumed)
+    assert f"run {plan.run_id}: {fault}" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
 
     def _make_or_load_plan(self, context: Context) -> Plan:
         from qlora_retrain.config.line import load
+        from qlora_retrain.pipeline import explain
         from qlora_retrain.pipeline.make_plan import find_plan, make_plan
         from qlora_retrain.storage import open_store
 
@@ -84,6 +85,7 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
             resumed = find_plan(open_store(store_root()), plan_run_id(context))
             if resumed.line != config.line:
                 raise UsageError(f"run {resumed.run_id} is of line {resumed.line}; trigger that DAG, not {config.line}")
+            params.refuse_other_judgement(resumed.run_id, explain.setting_changes(resumed, config))
             return resumed
 
         overrides = params.overrides(config, context["params"])
@@ -266,6 +268,7 @@ def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) ->
     # Task 0 fails for a mistyped run, or one of another line; nothing may be written there.
     run_id = own_run_id(context) if ending.step == graph.PLAN_TASK else plan_run_id(context)
     run_endings.write_to_store(store_root(), run_id, ending)
+    # From none: Airflow logs what an exception came from too, and a library's own message may hold a URL's password.
     if ending.retry and not is_last_try:
-        raise AirflowException(ending.summary())
-    raise AirflowFailException(ending.summary())
+        raise AirflowException(ending.summary()) from None
+    raise AirflowFailException(ending.summary()) from None

@@ -7,7 +7,7 @@ models, so the form and the REST API refuse what the plan would refuse.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -79,6 +79,25 @@ def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
         for knob in KNOBS
         if knob in form_values and form_values[knob] != line_value(config, knob)
     ]
+
+
+def refuse_other_judgement(run: str, changes: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuse to finish a run that would be judged otherwise than the line says now; its training may differ.
+
+    Args:
+        run: The run.
+        changes: What its plan has otherwise than the line: the name, the plan's value, the line's.
+
+    Raises:
+        UsageError: For a setting outside of `train`, unless the form could make it as strict; and for a source.
+    """
+    for name, value, own in changes:
+        is_stricter = name in (*_UPPER_LIMITS, *_STRICTEST) and not _is_weaker(name, value, own)
+        if not name.startswith("train.") and not is_stricter:
+            raise UsageError(
+                f"run {run}: {name} is {json.dumps(value)}, and {json.dumps(own)} in the line now; a run by hand must "
+                "be judged as the line says, so start a new one, or finish that one where it was begun"
+            )
 
 
 def _stricter_schema(config: LineConfig, knob: str) -> dict[str, Any]:

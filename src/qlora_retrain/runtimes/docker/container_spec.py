@@ -213,11 +213,17 @@ def work_volume_name(user: str | None) -> str:
 
 def _credential_files(settings: Mapping[str, str]) -> Mapping[str, Path]:
     files = {name: Path(settings[name]) for name in CREDENTIAL_FILE_VARIABLES if settings.get(name)}
-    # The worker's boto3 reads its settings there without being told.
-    default = Path(settings.get("HOME", "/")) / ".aws" / "config"
-    if "AWS_CONFIG_FILE" not in files and default.is_file():
-        files["AWS_CONFIG_FILE"] = default
+    if config := aws_config_file(settings):
+        files["AWS_CONFIG_FILE"] = config
     return {name: path.resolve() for name, path in files.items()}
+
+
+def aws_config_file(settings: Mapping[str, str]) -> Path | None:
+    """Return the file from which this process's boto3 takes its settings; None where there is none."""
+    # Without the variable it reads the one at home.
+    default = Path(settings.get("HOME", "/")) / ".aws" / "config"
+    named = Path(settings["AWS_CONFIG_FILE"]) if settings.get("AWS_CONFIG_FILE") else default
+    return named if named.is_file() else None
 
 
 def _container_path(variable: str) -> str:

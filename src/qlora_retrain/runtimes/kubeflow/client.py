@@ -1,8 +1,8 @@
 """Runs and schedules on a cluster, through KFP's API.
 
-A run's parameters are the line's document (with absolute sources), the store and the overrides. So an image needs
-nothing of the checkout that submits, except the code. Refused (12) before anything is sent: a line that is not valid,
-and a store or a source that a cluster cannot see.
+A run's parameters (`parameters.py`) are the line's document with absolute sources, the store, the overrides and what
+follows from them. So an image needs nothing of the checkout that submits, except the code. Refused (12) before anything
+is sent: a line that is not valid, and a store or a source that a cluster cannot see.
 
 Environment: `KF_PIPELINES_ENDPOINT`, the API's URL where none is given; `KF_PIPELINES_SA_TOKEN_PATH`, a file with the
 token that the API requires. A token is never an argument.
@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import kfp
@@ -29,11 +28,12 @@ from kfp.client import ServiceAccountTokenVolumeCredentials
 from urllib3.exceptions import HTTPError
 
 from qlora_retrain.config.cluster_profile import ClusterProfile
-from qlora_retrain.config.line import LineConfig, document, load
+from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.runtimes.kubeflow import tasks
 from qlora_retrain.runtimes.kubeflow.cron import kfp_cron
+from qlora_retrain.runtimes.kubeflow.parameters import pipeline_parameters
 
 ENDPOINT_VARIABLE = "KF_PIPELINES_ENDPOINT"
 TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable that names a file
@@ -60,7 +60,7 @@ class KubeflowClient:
         config = _load_cluster_line(config_path, root, overrides)
         # A person reads the name in KFP's list of runs; nothing else uses it.
         name = f"{config.line} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-        params = _pipeline_parameters(config_path, root, resume_run, overrides)
+        params = pipeline_parameters(config_path, root, resume_run=resume_run, overrides=overrides)
 
         with self._client() as client, self._compiled_pipeline() as package:
             # One experiment per line, which KFP's UI lists its runs by; an existing one is returned.
@@ -93,7 +93,7 @@ class KubeflowClient:
                 # One run of a line at a time, and no runs for the time in which the cluster was down.
                 max_concurrency=1,
                 no_catchup=True,
-                params=_pipeline_parameters(config_path, root, "", overrides),
+                params=pipeline_parameters(config_path, root, overrides=overrides),
                 pipeline_package_path=package,
                 enable_caching=False,
                 service_account=self.profile.service_account,
@@ -194,11 +194,6 @@ def _load_cluster_line(config_path: Path, root: str, overrides: Sequence[str]) -
     if faults:
         raise UsageError("\n".join(faults))
     return config
-
-
-def _pipeline_parameters(config_path: Path, root: str, resume_run: str, overrides: Sequence[str]) -> dict[str, Any]:
-    line = document(load(config_path))
-    return {"line": line, "root": root, "resume_run": resume_run, "overrides": list(overrides)}
 
 
 def _response_text(error: kfp_server_api.ApiException) -> str:

@@ -28,7 +28,7 @@ from kfp.local import docker_task_handler
 
 from qlora_retrain.config import platform
 from qlora_retrain.config.cluster_profile import ClusterProfile
-from qlora_retrain.config.line import LineConfig, document, load
+from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, Exit, TryAgain, UsageError
 from qlora_retrain.core.graph import STEPS
@@ -38,6 +38,7 @@ from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.runtimes import credentials
 from qlora_retrain.runtimes.docker import cleanup, container_spec
 from qlora_retrain.runtimes.kubeflow import tasks
+from qlora_retrain.runtimes.kubeflow.parameters import pipeline_parameters
 from qlora_retrain.storage import key_admin, keys, open_store
 
 RUN_LABEL = "qlora-retrain.kfp-run"
@@ -89,9 +90,8 @@ def run(
         try:
             docker_task_handler.run_docker_container = run_container
             local.init(_docker_runner(root, config, run_label), pipeline_root=str(folder), raise_on_error=False)
-            # Without the overrides, which are a parameter of their own, so that the plan records them.
-            line = document(load(config_path))
-            tasks.load_pipeline(profile)(line=line, root=root, resume_run=resume_run, overrides=list(overrides))
+            arguments = pipeline_parameters(config_path, root, resume_run=resume_run, overrides=overrides)
+            tasks.load_pipeline(profile)(**arguments)
         except DockerException as error:
             raise TryAgain(_ENGINE_FAILED.format(_docker_host(), error), cause=Cause.THROTTLED) from error
         finally:

@@ -1,8 +1,9 @@
 """The tasks of the Kubeflow pipeline: one container component per step, made from the same `Step` as Airflow's tasks.
 
 `plan_task` is task 0: it makes the run's plan, or checks another run's, and passes its URI on. `step_task` runs
-`python -m components.<step> --plan URI`. `summary_task` is the exit handler: however the run ended, it shows the state
-of every step, read from the store.
+`python -m components.<step> --plan URI` with the line, the store and the alias of the run's parameters, so that a step
+refuses any other plan. `summary_task` is the exit handler: however the run ended, it shows the state of every step,
+read from the store.
 
 Data never passes through KFP, because steps exchange artifacts through the store. So KFP's cache is off: the store's
 keys do that work, and a retry finds whatever is complete. Reports and numbers are copied to KFP only for its UI.
@@ -64,7 +65,7 @@ def plan_task(
     return _configure_task(task, PLAN_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light)
 
 
-def step_task(step: Step, profile: ClusterProfile, plan: Any) -> Any:
+def step_task(step: Step, profile: ClusterProfile, plan: Any, *, line_name: str, root: str, alias: str) -> Any:
     """Make the task of one step; it takes the plan task's output, so it runs after task 0."""
     image = profile.image(step.image)
 
@@ -72,31 +73,34 @@ def step_task(step: Step, profile: ClusterProfile, plan: Any) -> Any:
     # output parameter `ending` is the JSON document of `core.endings`, which other tools can read.
     def with_report(
         plan_uri: str,
+        line_name: str,
+        root: str,
+        alias: str,
         report: dsl.Output[dsl.HTML],
         numbers: dsl.Output[dsl.Metrics],
         ending: dsl.OutputPath(str),  # type: ignore[valid-type]
     ) -> dsl.ContainerSpec:
-        return dsl.ContainerSpec(image=image, command=[*step_command(plan_uri, ending), "--report-to", report.path])
+        command = step_command(plan_uri, line_name, root, alias, ending)
+        return dsl.ContainerSpec(image=image, command=[*command, "--report-to", report.path])
 
     def with_numbers(
         plan_uri: str,
+        line_name: str,
+        root: str,
+        alias: str,
         numbers: dsl.Output[dsl.Metrics],
         ending: dsl.OutputPath(str),  # type: ignore[valid-type]
     ) -> dsl.ContainerSpec:
-        return dsl.ContainerSpec(image=image, command=step_command(plan_uri, ending))
+        return dsl.ContainerSpec(image=image, command=step_command(plan_uri, line_name, root, alias, ending))
 
-    def step_command(plan_uri: str, ending: Any) -> list[Any]:
-        return [
-            *container_spec.step_command(step.name, plan_uri),
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-            "--ending-to",
-            ending,
-        ]
+    def step_command(plan_uri: str, line_name: str, root: str, alias: str, ending: Any) -> list[Any]:
+        command: list[Any] = [*container_spec.step_command(step.name, plan_uri), "--line", line_name, "--root", root]
+        command += ["--alias", alias, "--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER]
+        return [*command, "--ending-to", ending]
 
     run = with_report if step.report else with_numbers
     run.__name__ = step.name  # kfp names a component after its function
-    task = _container_component(run)(plan_uri=plan.outputs["uri"])
+    task = _container_component(run)(plan_uri=plan.outputs["uri"], line_name=line_name, root=root, alias=alias)
     _configure_task(task, step.name, image, step.retries, profile, profile.pod(step))
 
     if profile.gpus(step):
