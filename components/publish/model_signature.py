@@ -34,20 +34,43 @@ def sign_model(keyring: Keyring, role: str, name: str, files: Iterable[File]) ->
         name: The version's name, for people.
         files: Every file of the version but those that are written later.
     """
-    payload = json.dumps(_statement(name, sorted(files, key=lambda file: file.path)), indent=1).encode()
+    payload = _payload(name, files)
+    return _bundle(keyring.trust.roles[role].key, payload, keyring.sign(role, _signed_text(payload)))
+
+
+def is_signature(text: bytes, keyring: Keyring, role: str, name: str, files: Iterable[File]) -> bool:
+    """Return whether a text is what `sign_model` could have returned: no two signatures of it are the same."""
+    key, payload = keyring.trust.roles[role].key, _payload(name, files)
+    try:
+        signature = base64.b64decode(json.loads(text)["dsseEnvelope"]["signatures"][0]["sig"])
+        # Whatever else the text holds, it holds nothing but a signature of its own.
+        return _bundle(key, payload, signature).encode() == text and keys.is_valid_signature(
+            key, signature, _signed_text(payload)
+        )
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _payload(name: str, files: Iterable[File]) -> bytes:
+    return json.dumps(_statement(name, sorted(files, key=lambda file: file.path)), indent=1).encode()
+
+
+def _signed_text(payload: bytes) -> bytes:
     # DSSE signs its "pre-authentication encoding": the type and the payload, each with its length before it.
-    signed = b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD_TYPE), _PAYLOAD_TYPE.encode(), len(payload), payload)
-    pem = keys.as_pem(keyring.trust.roles[role].key)
+    return b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD_TYPE), _PAYLOAD_TYPE.encode(), len(payload), payload)
+
+
+def _bundle(key: str, payload: bytes, signature: bytes) -> str:
     bundle = {
         "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
         "verificationMaterial": {
-            "publicKey": {"hint": hashlib.sha256(pem.encode()).hexdigest()},
+            "publicKey": {"hint": hashlib.sha256(keys.as_pem(key).encode()).hexdigest()},
             "tlogEntries": [],
         },
         "dsseEnvelope": {
             "payload": base64.b64encode(payload).decode(),
             "payloadType": _PAYLOAD_TYPE,
-            "signatures": [{"sig": base64.b64encode(keyring.sign(role, signed)).decode()}],
+            "signatures": [{"sig": base64.b64encode(signature).decode()}],
         },
     }
     return json.dumps(bundle, indent=1) + "\n"

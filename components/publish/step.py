@@ -13,12 +13,13 @@ Command: `python -m components.publish --plan URI`
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from components.publish.documents import model_card, recipe, sbom
 from components.publish.markdown import inline, licence_text
-from components.publish.model_signature import SIGNATURE_FILE, sign_model
+from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
@@ -26,8 +27,9 @@ from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, audit, keys, registry, release_files, retention
 from qlora_retrain.storage.artifact import File, Manifest
+from qlora_retrain.storage.keys import Keyring
 from qlora_retrain.storage.registry import Release
-from qlora_retrain.storage.store import Store
+from qlora_retrain.storage.store import AlreadyExists, Store
 
 # The files of each artifact that have another path in the version. These paths are part of every published version.
 _RENAMED_FILES = {
@@ -161,9 +163,7 @@ def _publish(
     files = (*copied, *artifact.list_files(document_folder))
     keyring = keys.find_keyring(store.uri)
     if keyring is not None:
-        signature = sign_model(keyring, keys.publish_role(plan.line), name, files)
-        (document_folder / SIGNATURE_FILE).write_text(signature, encoding="utf-8")
-        store.upload(document_folder, folder, [SIGNATURE_FILE])
+        _write_signature(store, keyring, keys.publish_role(plan.line), folder, document_folder, files)
         files = (*copied, *artifact.list_files(document_folder))
     files = tuple(sorted(files, key=lambda f: f.path))
     # Hashed where consumers will read them, since an artifact may have changed after it was judged.
@@ -190,6 +190,23 @@ def _publish(
             provenance={"run_id": plan.run_id, "steps": {n: m.provenance for n, m in inputs.items()}},
         ),
     )
+
+
+def _write_signature(
+    store: Store, keyring: Keyring, role: str, folder: str, document_folder: Path, files: Sequence[File]
+) -> None:
+    """Write `model.sig` to the version and to the folder of its documents."""
+    path, local = f"{folder}/{SIGNATURE_FILE}", document_folder / SIGNATURE_FILE
+    name = folder.rpartition("/")[2]
+    local.write_text(sign_model(keyring, role, name, files), encoding="utf-8")
+    try:
+        store.write_if_absent(path, local.read_bytes())
+    except AlreadyExists as error:
+        # No two signatures are the same. That of another attempt stays, since its manifest may name it already.
+        if is_signature(error.stored.data, keyring, role, name, files):
+            local.write_bytes(error.stored.data)
+        else:
+            store.upload(document_folder, folder, [SIGNATURE_FILE])
 
 
 def _anchor(plan: Plan, version: str, model: Manifest) -> str:

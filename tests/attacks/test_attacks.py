@@ -18,7 +18,7 @@ import pytest
 from qlora_retrain.config.line import load
 from qlora_retrain.core.errors import QualityRefused
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import execute, explain, make_plan, policies
+from qlora_retrain.pipeline import execute, explain, policies
 from qlora_retrain.runtimes.airflow import params
 from qlora_retrain.storage import artifact, audit, key_admin, open_store, registry
 from tests.attacks.attacker import LINE, RUN, Attacker, answer, forge_done, outcome, sha256
@@ -404,23 +404,6 @@ def publish_next(a: Attacker) -> None:
     plan = a.plan(text='{"another": "row"}')
     for name, step in a.steps.items():
         assert execute.run_step(plan, name, lambda step=step: step).code == 0  # type: ignore[misc]
-
-
-@pytest.fixture
-def attacker(
-    line: Path,
-    root_uri: str,
-    small_steps: dict[str, Callable[..., StepResult]],
-    tmp_path: Path,
-    node_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Attacker:
-    """A store with keys after a whole run, whose attacker has done nothing yet."""
-    first = make_plan.make_plan(line, root_uri)
-    a = Attacker(line, root_uri, small_steps, tmp_path, first, node_cache, monkeypatch)
-    a.run_until(a.first, "publish")
-    assert execute.run_step(a.first, "publish", lambda: small_steps["publish"]).code == 0
-    return a
 
 
 def table_in_document() -> list[str]:

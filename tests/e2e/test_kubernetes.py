@@ -258,7 +258,7 @@ def is_over(airflow: StandaloneAirflow, run: str) -> bool:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for what must come; the time that it takes depends on the machine, so only a run that hangs ends the test."""
+    """Wait for what must come; the time that it takes depends on the machine, so only a hang fails the test."""
     deadline = time.monotonic() + 900
     while not condition():
         assert time.monotonic() < deadline, "waited 900 s"

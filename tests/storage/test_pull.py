@@ -189,12 +189,17 @@ def test_one_generation_with_two_versions_is_refused(
     second = publish("two")
     # A copy of the store that went on by itself: both have a generation 2, with different versions.
     twin = open_store((tmp_path / "twin").as_uri())
-    monkeypatch.setenv(keys.KEYS_VARIABLE, str(keys.keys_folder(store.uri)))
+    shutil.copytree(keys.keys_folder(store.uri), tmp_path / "keys")
+    trust = tmp_path / "keys" / keys.TRUST_FILE
+    trust.write_text(trust.read_text().replace(store.uri, twin.uri))
     third = second.model_copy(update={"version": "20990101T000000Z-x"})
     folder = registry.version_folder("intents", second.version)
     shutil.copytree(tmp_path / "store" / folder, tmp_path / "twin" / folder.replace(second.version, third.version))
     (tmp_path / "twin" / folder.replace(second.version, third.version) / "manifest.json").unlink()
-    registry.move_alias(twin, "intents", "production", registry.complete_version(twin, third), reason="a split brain")
+    with monkeypatch.context() as patch:
+        patch.setenv(keys.KEYS_VARIABLE, str(tmp_path / "keys"))
+        third = registry.complete_version(twin, third)
+        registry.move_alias(twin, "intents", "production", third, reason="a split brain")
     pull.pull(store, REFERENCE, tmp_path / "dest")
 
     with pytest.raises(IntegrityError, match="does not follow generation 2"):

@@ -94,7 +94,7 @@ def test_each_move_raises_the_generation_and_remembers_where_it_came_from(store:
     state = alias_state(store, PRODUCTION)
 
     assert [m.version for m in state.moves] == [r.version for r in versions[2:12]]  # the last ten
-    assert state.manifest_sha256 == registry.manifest_sha256(store, LINE, versions[-1].version)
+    assert state.manifest_sha256 == registry.read_release(store, LINE, versions[-1].version).sha256
     assert {g: [s.version for s in states] for g, states in audit(store, PRODUCTION).items()} == {
         i + 1: [r.version] for i, r in enumerate(versions)
     }

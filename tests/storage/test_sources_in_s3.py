@@ -153,3 +153,13 @@ def test_a_base_model_in_a_bucket_is_asked_what_a_folder_is(
     assert messages[0] == messages[1]
     assert "n_routed_experts: 8" in messages[1]
     assert "is stored in bfloat16" in messages[1]
+
+
+@pytest.mark.parametrize("key", ["a//b.jsonl", "../b.jsonl", "a\x1b[2J.jsonl", ".store-b.jsonl"])
+def test_an_object_whose_name_no_file_may_have_is_refused_by_the_plan(bucket_folder: str, key: str) -> None:
+    bucket, prefix = uris.bucket_and_prefix(bucket_folder)
+    S3Store(bucket_folder).client.put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=b"{}")
+    with pytest.raises(UsageError, match=r"sources\.raw_data: .*not a path in a store"):
+        sources.pin("raw_data", bucket_folder, ["**"])
+    # One that is not among the files that count does not matter.
+    assert len(sources.pin("raw_data", bucket_folder, ["rows.jsonl"]).files) == 1

@@ -20,6 +20,9 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
     verb.add_argument(
         "--kms", metavar="ID", help="sign with keys in AWS KMS, e.g. alias/qlora-{role}; without it, keys in files"
     )
+    verb.add_argument(
+        "--lost", action="store_true", help="the store's keys are lost: accept what they signed as it is now"
+    )
     verb.set_defaults(run=_create)
 
     verb = verbs.add_parser("show", help="print whose keys a store trusts", parents=[options.stored])
@@ -47,7 +50,7 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
 def _create(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import key_admin, open_store
 
-    keyring = key_admin.create(open_store(store_root(args)), args.line, args.kms)
+    keyring = key_admin.create(open_store(store_root(args)), args.line, args.kms, is_lost=args.lost)
     print(f"{keyring.folder}: keys of {', '.join(sorted(keyring.trust.roles))}")
     if keyring.trust.accepted:
         print(f"{len(keyring.trust.accepted)} documents that were there before are accepted as they are")
@@ -81,7 +84,7 @@ def _rotate(args: argparse.Namespace) -> int:
     keyring = key_admin.rotate(store, args.role, is_stolen=args.stolen, kms_key=args.kms)
     print(f"{args.role}: {fingerprint(keyring.trust.roles[args.role].key)}")
     print(
-        "nothing that the old key signed is accepted any more"
+        "nothing that a key of this role signed is accepted any more"
         if args.stolen
         else "documents that the old key signed so far are accepted by their hash"
     )
@@ -92,8 +95,8 @@ def _rotate(args: argparse.Namespace) -> int:
 def _accept(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import key_admin, open_store
 
-    keyring = key_admin.accept(open_store(store_root(args)), args.path)
-    print(f"{keyring.folder}: accepted by their hash: {', '.join(args.path)}")
+    texts = key_admin.accept(open_store(store_root(args)), args.path)
+    print("accepted by their hash, whatever signed them:", *texts, sep="\n")
     return 0
 
 

@@ -82,7 +82,7 @@ def _pull(args: argparse.Namespace) -> int:
         args.reference,
         args.destination,
         min_generation=args.min_generation,
-        verify_key=read_fingerprint(args.verify_key) if args.verify_key else None,
+        verify_key=None if args.verify_key is None else read_fingerprint(args.verify_key),
     )
     print(f"{release.line} {release.version}: {len(release.files)} files verified in {args.destination}")
     signer = pull.recorded_signer(args.destination)
@@ -128,7 +128,8 @@ def _history(args: argparse.Namespace) -> int:
     states, faults = audit.history(_open_store(args), args.line)
     for name, state in states:
         move = f"{state.at}  {name} {state.generation}: {state.version}  {state.actor}  {state.reason}"
-        visible_text.write_controls(f"{escape_controls(move)}\n")
+        # One line a move, so that no reason can pass for a further one.
+        visible_text.write_controls(f"{escape_controls(move.replace(chr(10), ' '))}\n")
     if faults:
         raise IntegrityError("\n".join(["the audit trail was changed:", *faults]))
     return 0

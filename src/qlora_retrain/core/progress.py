@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from qlora_retrain.core import visible_text
+from qlora_retrain.core import json_depth, visible_text
 from qlora_retrain.core.outcome import Number
 
 Update = Mapping[str, Number]
 _BAR_WIDTH = 28
+_MAX_COUNT = 1e18
 _subscribers: list[Callable[[Update], None]] = []
 
 
@@ -70,14 +71,15 @@ def parse_update(line: str) -> Update | None:
 def from_json(text: str | bytes) -> Update | None:
     """Return the update in a JSON document; None where it is none, whatever somebody else has put there."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
+        record = json_depth.loads(text)
+    except ValueError:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("what"), str):
         return None
-    # A number and no text, since it is formatted as one; a bool is an int, too.
+    # A number and no text, since it is formatted as one: not NaN, nor an int that is too large for a float.
     counts = (record.get("done"), record.get("total"))
-    return record if all(isinstance(count, int | float) for count in counts) else None
+    is_update = all(isinstance(count, int | float) and -_MAX_COUNT < count < _MAX_COUNT for count in counts)
+    return record if is_update else None
 
 
 def describe(record: Update) -> str:

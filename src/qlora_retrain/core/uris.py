@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from qlora_retrain.core import source_access
 from qlora_retrain.core.errors import UsageError
 
 # User info, or what could be user info. A password may hold a /, so it reaches up to the last @; the first branch
@@ -61,10 +62,12 @@ def local_path(uri: str) -> Path:
 
 
 def absolute(uri: str) -> str:
-    """Return the URI without a trailing slash; a bare path becomes an absolute `file://` URI.
+    """Return the one form of a URI; a bare path becomes an absolute `file://` URI.
+
+    One form, because a store's keys are found by its URI: another spelling of it would be a store without keys.
 
     Raises:
-        UsageError: If it holds a secret, or its scheme is not one that a store or a source has.
+        UsageError: If it holds a secret or a part such as `..`, or its scheme is not one that a store or a source has.
     """
     try:
         refuse_secrets(uri)
@@ -76,7 +79,10 @@ def absolute(uri: str) -> str:
         return Path(uri).expanduser().resolve().as_uri()
     if parts.scheme not in ("file", "s3", "hf"):
         raise UsageError(f"{mask_secrets(uri)}: unknown scheme {parts.scheme!r}; expected file://, s3:// or a path")
-    return uri.rstrip("/")
+    try:
+        return source_access.canonical(uri)
+    except ValueError as error:
+        raise UsageError(f"{mask_secrets(uri)}: {error}") from error
 
 
 def bucket_and_prefix(uri: str) -> tuple[str, str]:

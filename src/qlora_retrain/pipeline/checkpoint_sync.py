@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_retrain.core import hashing, signals
-from qlora_retrain.core.errors import IntegrityError, Problem, TryAgain, UsageError
+from qlora_retrain.core.errors import IntegrityError, Problem, TryAgain
 from qlora_retrain.core.progress import say
 from qlora_retrain.lm import checkpoints
 from qlora_retrain.lm.checkpoints import InvalidCheckpoint, Marker
 from qlora_retrain.storage import signatures
-from qlora_retrain.storage.store import NotFound, Store, validate_path
+from qlora_retrain.storage.store import NotFound, Store, is_valid_path
 
 # Two, so that one damaged checkpoint does not cost all the work.
 _NUM_CHECKPOINTS = 2
@@ -256,7 +256,7 @@ def _read_marker(store: Store, stored: StoredCheckpoint, data: bytes) -> Marker:
     try:
         signer = signatures.signer_of(path, signatures.parse_fields(data))
         signatures.check(store, path, signer, _role(path), hashing.sha256_bytes(data))
-    except IntegrityError as error:
+    except (IntegrityError, ValueError) as error:
         raise InvalidCheckpoint(str(error)) from error
     return marker
 
@@ -268,12 +268,4 @@ def _role(path: str) -> str:
 
 def _delete_below(store: Store, prefix: str) -> None:
     """Delete the files below a folder, except those whose names no store could have given them."""
-    store.delete([entry.path for entry in store.list(prefix) if _is_valid(entry.path)])
-
-
-def _is_valid(path: str) -> bool:
-    try:
-        validate_path(path)
-    except UsageError:
-        return False
-    return True
+    store.delete([entry.path for entry in store.list(prefix) if is_valid_path(entry.path)])

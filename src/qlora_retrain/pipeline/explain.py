@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -68,21 +69,27 @@ def status_text(plan: Plan) -> str:
         else:
             reason = f"  {manifest.reason}" if manifest.reason else ""
             text = f"{manifest.outcome}  {progress.format_numbers(manifest.numbers)}{reason}"
-        lines.append(f"  {planned.name:<15} {text}")
+        # Further lines stand below the first, so that no text of a step can pass for the line of another one.
+        lines.append(f"  {planned.name:<15} {text}".replace("\n", f"\n{' ' * 18}"))
     return "\n".join(lines)
 
 
 def previous_plan(store: Store, plan: Plan) -> Plan | None:
     """Return the line's newest plan before this one, or None."""
     runs = [run for run in store.children("runs") if run < plan.run_id]
+    return next((earlier for earlier in _plans(store, runs) if earlier.line == plan.line), None)
+
+
+def newest_plan(store: Store) -> Plan | None:
+    """Return the newest plan of any line, or None."""
+    return next(_plans(store, store.children("runs")), None)
+
+
+def _plans(store: Store, runs: Iterable[str]) -> Iterator[Plan]:
     for run in sorted(runs, reverse=True)[:_MAX_RUNS_READ]:
-        try:
-            earlier = Plan.read(plan_uri(store.uri, run))
-        except Problem:
-            continue  # a run that never got its plan, or one of another schema
-        if earlier.line == plan.line:
-            return earlier
-    return None
+        # A run may never have got its plan, or has one of another schema.
+        with contextlib.suppress(Problem):
+            yield Plan.read(plan_uri(store.uri, run))
 
 
 def changes_since(plan: Plan, config: LineConfig) -> list[str]:

@@ -1,7 +1,8 @@
 """Turn the exception that ends a step into an `Ending`, in one place.
 
 Our own errors have their exit code and cause. Of the errors of libraries, three kinds are recognised: memory that ran
-out, a full disk, and a stop signal that a library wrapped. Any other exception is a bug of ours.
+out, a full disk, and a stop signal that a library wrapped. A file that vanished from the store is none of our bugs
+either. Any other exception is one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from qlora_retrain.core import signals
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, Exit, Problem, TryAgain
 from qlora_retrain.lm import oom
+from qlora_retrain.storage.store import NotFound
 
 
 def classify(step_name: str, error: Exception, *, key: str | None = None) -> Ending:
@@ -34,4 +36,7 @@ def classify(step_name: str, error: Exception, *, key: str | None = None) -> End
         return ending(Exit.OUT_OF_MEMORY, Cause.GPU_OOM, f"the GPU ran out of memory; {advice}: {error}")
     if oom.is_out_of_memory(error):
         return ending(Exit.OUT_OF_MEMORY, Cause.HOST_OOM, f"the machine ran out of memory: {error}")
+    if isinstance(error, NotFound):
+        reason = f"{error}: is no longer there, or somebody put a link in its place; have it made again"
+        return ending(Exit.INTEGRITY, Cause.INTEGRITY, reason)
     return ending(Exit.BUG, Cause.BUG, f"{type(error).__name__}: {error}")

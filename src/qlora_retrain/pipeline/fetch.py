@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_retrain.config import platform
@@ -13,7 +13,7 @@ from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.pipeline.planned_steps import FILE_SETS, PlannedStep
 from qlora_retrain.storage import artifact, cache, registry, sources
-from qlora_retrain.storage.artifact import Manifest
+from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.store import NotFound, Store
 
 
@@ -95,23 +95,32 @@ def _refuse_unfit_base(plan: Plan, item: graph.Input, folder: Path) -> None:
 
 def _fetch_artifact(store: Store, manifest: Manifest) -> Path:
     """Return a local folder with the files of an artifact, each checked against its manifest."""
-    paths = [f.path for f in manifest.files]
     # The cache is shared by all runs on this node; it verifies every file before a step sees it.
     try:
         return cache.fetch(
             manifest.artifact,
             manifest.key,
-            lambda folder: store.download(manifest.prefix, paths, folder),
+            lambda folder: _download(store, manifest.prefix, manifest.files, folder),
             manifest.files,
         )
-    except IntegrityError as error:
-        raise artifact.corruption_error(store, manifest, str(error)) from error
-    except NotFound as error:
+    except (IntegrityError, NotFound) as error:
         # A dropped artifact will be made again. If its manifest is still there, the store has lost a file.
         if artifact.find_manifest(store, manifest.artifact, manifest.key) != manifest:
             message = f"{manifest.artifact} was dropped while it was fetched; run again"
             raise TryAgain(message, cause=Cause.INPUT_MISSING) from error
-        raise artifact.corruption_error(store, manifest, f"{error}: missing") from error
+        fault = f"{error}: missing" if isinstance(error, NotFound) else str(error)
+        raise artifact.corruption_error(store, manifest, fault) from error
+
+
+def _download(store: Store, prefix: str, files: Sequence[File], folder: Path) -> None:
+    """Copy files from a folder of the store.
+
+    Raises:
+        IntegrityError: If one of them is missing or has another size, before it fills the disk.
+    """
+    if fault := artifact.size_fault(store, prefix, files):
+        raise IntegrityError(fault)
+    store.download(prefix, [file.path for file in files], folder)
 
 
 def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
@@ -124,9 +133,7 @@ def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
     prefix = registry.version_folder(plan.line, pinned.version)
 
     try:
-        return cache.fetch(
-            name, pinned.manifest_sha256, lambda f: store.download(prefix, [x.path for x in files], f), files
-        )
+        return cache.fetch(name, pinned.manifest_sha256, lambda folder: _download(store, prefix, files, folder), files)
     except (IntegrityError, NotFound) as error:
         role = {"champion": "the version in production", "anchor": "the line's best version"}.get(name, pinned.version)
         raise IntegrityError(

@@ -77,6 +77,7 @@ def make_plan(
     # Without an id from outside, a person started the run on the command line; it gets a random one.
     run = run or _new_run_id(at, config.line, orchestrator)
     key_admin.create_for_new_store(store, config.line)
+    _refuse_without_keys(store)
     store.probe()  # before gigabytes of sources are read
     plan = signatures.sign(store, plan_path(run), _build(config, store, run, at), keys.PLANNER)
     try:
@@ -84,6 +85,16 @@ def make_plan(
     except AlreadyExists:  # another try of the same task was faster, and its plan counts
         return find_plan(store, run)
     return plan
+
+
+def _refuse_without_keys(store: Store) -> None:
+    """Refuse to plan without the keys of a store that has them, though no alias of the line says so.
+
+    Raises:
+        UsageError: If the newest plan is signed, and this process has no keys.
+    """
+    if keys.find_keyring(store.uri) is None and (newest := explain.newest_plan(store)):
+        signatures.refuse_unverified(store, plan_path(newest.run_id), newest.signature)
 
 
 def _has_plan(store: Store, run: str) -> bool:
@@ -217,7 +228,7 @@ def _pin_version(store: Store, line: str, version: str) -> PinnedVersion:
     release = registry.read_release(store, line, version)
     return PinnedVersion(
         version=version,
-        manifest_sha256=registry.manifest_sha256(store, line, version),
+        manifest_sha256=release.sha256,
         content_hash=release.content_hash,
     )
 

@@ -113,9 +113,12 @@ class Plan(Signed):
 
         Raises:
             UsageError: If there is none at `uri`.
-            IntegrityError: If it is not a plan, has another hash than the URI's, or is a copy of another plan.
+            IntegrityError: If it is not a plan, has another hash than the URI's, is a copy of another plan, or was not
+                signed by the planner of a store with keys.
         """
-        return _read(uri)[0]
+        plan, data = _read(uri)
+        signatures.parse(open_store(plan.root), plan_path(plan.run_id), data, Plan, keys.PLANNER)
+        return plan
 
     def refuse_other(self, *, line: str | None = None, root: str | None = None, alias: str | None = ANY_ALIAS) -> None:
         """Refuse a plan of another line or store, or one that moves another alias, than the orchestrator says.

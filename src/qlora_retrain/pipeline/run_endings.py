@@ -80,7 +80,7 @@ def _upload(root: str, run_id: str, ending: Ending) -> None:
         contextlib.suppress(Exception),  # also a bug of ours or of a library: the step has ended
         tempfile.TemporaryDirectory(prefix="qlora-retrain-ending-", ignore_cleanup_errors=True) as temporary,
     ):
-        (Path(temporary) / name).write_text(ending.as_json(), encoding="utf-8")
+        (Path(temporary) / name).write_text(ending.as_json(limit_bytes=_LINE_BYTES), encoding="utf-8")
         open_store(root).upload(Path(temporary), _folder(run_id), [name])
 
 
@@ -108,7 +108,8 @@ def read(store: Store, run_id: str, step_name: str) -> Ending | None:
         step_name: The step, or the name of task 0.
     """
     try:
-        return endings.from_json(store.read(f"{_folder(run_id)}/{step_name}.json").data)
+        # A longer one is cut, and so no ending; no step wrote it.
+        return endings.from_json(store.read_start(f"{_folder(run_id)}/{step_name}.json", _LINE_BYTES))
     except (NotFound, Problem):
         return None
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from qlora_retrain.core import graph, progress
 from qlora_retrain.core.endings import Ending
-from qlora_retrain.core.errors import Exit, IntegrityError
+from qlora_retrain.core.errors import Exit
 from qlora_retrain.core.outcome import Number
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import NotFound
+
+# An update has some hundred bytes. Every step may write it, so a longer one is none.
+_MAX_UPDATE_BYTES = 16 * 1024
 
 
 def exit_code(plan: Plan, step_name: str) -> int | None:
@@ -59,8 +62,8 @@ def manifest_ending(manifest: Manifest, *, prefix: str = "") -> Ending:
 def progress_text(plan: Plan, step_name: str) -> str | None:
     """Return the last progress update of a step as text; None where there is none that can be read."""
     try:
-        data = open_store(plan.root).read(f"runs/{plan.run_id}/status/{step_name}.json").data
-    except (NotFound, IntegrityError):
+        data = open_store(plan.root).read_start(f"runs/{plan.run_id}/status/{step_name}.json", _MAX_UPDATE_BYTES)
+    except NotFound:
         return None
     update = progress.from_json(data)
     return progress.describe(update) if update else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, UsageErro
 from qlora_retrain.core.outcome import Number
 from qlora_retrain.storage import keys, signatures
 from qlora_retrain.storage.signatures import Signed
-from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, is_valid_path
 
 
 class File(BaseModel):
@@ -89,6 +89,29 @@ def manifest_path(artifact: str, key: str) -> str:
     return f"{artifact_folder(artifact, key)}/_manifest.json"
 
 
+def signing_role(artifact: str, key: str, fields: Mapping[str, Any]) -> str:
+    """Return the role that signs an artifact's manifest; what no role signs has a name that no role has.
+
+    Args:
+        artifact: The artifact.
+        key: Its key, as the manifest's path says.
+        fields: The manifest's fields.
+    """
+    step = graph.producer(artifact)
+    if step is None:
+        return f"the maker of {artifact}"
+    if step.kind != graph.StepKind.PUBLISH:
+        return step.name
+    # One publisher for each line, and the line is part of the key. Without that, a publisher could tell the run of
+    # another line that its version is published.
+    try:
+        inputs = fields["inputs"]
+        is_its_key = hashing.step_key(step.name, fields["config"], inputs, fields["code"]) == key
+        return keys.step_role(step, inputs["line"]) if is_its_key else f"the publisher of the line in key {key[:12]}"
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return f"the maker of {artifact}"
+
+
 def find_manifest(store: Store, artifact: str, key: str) -> Manifest | None:
     """Return the artifact's manifest, or None while there is none.
 
@@ -103,7 +126,7 @@ def find_manifest(store: Store, artifact: str, key: str) -> Manifest | None:
         return None
 
     try:
-        manifest = signatures.parse(store, path, data, Manifest, keys.artifact_role(artifact))
+        manifest = signatures.parse(store, path, data, Manifest, lambda fields: signing_role(artifact, key, fields))
     except IntegrityError as error:
         raise IntegrityError(f"{error}: {_drop_hint(store, artifact, key)}") from error
     except ValueError as error:
@@ -125,12 +148,19 @@ def check_files(store: Store, manifest: Manifest) -> None:
     Raises:
         IntegrityError: If a file is missing or has another size. The message names the command that drops the artifact.
     """
-    # Names relative to the attempt's folder, as the manifest has them.
-    sizes_bytes = {e.path.removeprefix(f"{manifest.prefix}/"): e.size_bytes for e in store.list(manifest.prefix)}
-    for file in manifest.files:
+    if fault := size_fault(store, manifest.prefix, manifest.files):
+        raise corruption_error(store, manifest, fault)
+
+
+def size_fault(store: Store, prefix: str, files: Iterable[File]) -> str | None:
+    """Return which file below a folder of the store is missing or has another size, or None; reads no file."""
+    # Names relative to the folder, as the files have them.
+    sizes_bytes = {e.path.removeprefix(f"{prefix}/"): e.size_bytes for e in store.list(prefix)}
+    for file in files:
         if sizes_bytes.get(file.path) != file.size_bytes:
             actual = f"{sizes_bytes[file.path]} bytes" if file.path in sizes_bytes else "missing"
-            raise corruption_error(store, manifest, f"{file.path}: expected {file.size_bytes} bytes, found {actual}")
+            return f"{file.path}: expected {file.size_bytes} bytes, found {actual}"
+    return None
 
 
 def corruption_error(store: Store, manifest: Manifest, fault: str) -> IntegrityError:
@@ -155,7 +185,7 @@ def drop(store: Store, artifact: str, key: str) -> list[str]:
             f"{artifact} {key}: expected one of {', '.join(s.makes for s in graph.STEPS)} and a key of 64 hex"
         )
 
-    files = [e.path for e in store.list(artifact_folder(artifact, key))]
+    files = [e.path for e in store.list(artifact_folder(artifact, key)) if is_valid_path(e.path)]
     dropped = []
     if files:
         # The manifest first: without it the artifact does not exist, so no step uses it while its files disappear.
@@ -167,7 +197,7 @@ def drop(store: Store, artifact: str, key: str) -> list[str]:
         if artifact in (i.name for i in step.reads):
             for dependent_key in store.children(f"artifacts/{step.makes}"):
                 # One that cannot be read is left; a step that reads it fails and names its `drop` command.
-                with contextlib.suppress(IntegrityError):
+                with contextlib.suppress(IntegrityError, UsageError):
                     manifest = find_manifest(store, step.makes, dependent_key)
                     if manifest is not None and manifest.inputs.get(artifact) == key:
                         dropped += drop(store, step.makes, dependent_key)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage import keys, signatures
 from qlora_retrain.storage.registry_documents import Alias
 from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
 
-_FILE_NAME = re.compile(r"[0-9]+-([a-z0-9-]+)-[0-9a-f]+\.json")
+_NAME = re.compile(r"[a-z0-9-]+")
+_FILE_NAME = re.compile(r"([0-9]{8,12})-([a-z0-9-]+)-[0-9a-f]+\.json")
 
 
 def alias_path(line: str, name: str) -> str:
@@ -70,14 +73,30 @@ def entries(store: Store, line: str, name: str) -> Iterator[Alias]:
                 yield read_entry(store, f"{folder}/{file_name}")
 
 
+def read_alias(store: Store, line: str, name: str) -> tuple[Alias, str]:
+    """Return the state in an alias's document, and the document's tag.
+
+    Raises:
+        NotFound: If there is no such alias.
+        IntegrityError: If it is no alias, or the publisher of the line did not sign it.
+    """
+    path = alias_path(line, name)
+    stored = store.read(path)
+    try:
+        return signatures.parse(store, path, stored.data, Alias, keys.publish_role(line)), stored.tag
+    except ValueError as error:
+        raise IntegrityError(f"{store.uri}/{path}: not an alias") from error
+
+
 def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]]:
     """Read a line's whole audit trail.
 
     Returns:
         (alias, state) of every valid entry, the oldest first, and a sentence for each fault: an entry that is none or
-        that the line's publisher did not sign, and a move that has no entry.
+        that the line's publisher did not sign, and a move that has no entry, up to the alias's present state.
     """
     states: list[tuple[str, Alias]] = []
+    generations: dict[str, set[int]] = defaultdict(set)
     faults: list[str] = []
     folder = f"models/{line}/audit"
     for file_name in store.children(folder):
@@ -85,15 +104,31 @@ def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]
         try:
             if entry is None:
                 raise IntegrityError(f"{store.uri}/{folder}/{file_name}: no name of an entry")
-            states.append((entry[1], read_entry(store, f"{folder}/{file_name}")))
+            generations[entry[2]].add(int(entry[1]))
+            states.append((entry[2], read_entry(store, f"{folder}/{file_name}")))
         except (IntegrityError, NotFound) as error:
             faults.append(str(error))
 
-    for name in sorted({name for name, _ in states}):
-        generations = {state.generation for alias, state in states if alias == name}
-        missing = sorted(set(range(1, max(generations) + 1)) - generations)
-        faults += [f"{line}@{name}: the entry of generation {number} is missing" for number in missing]
-    return states, faults
+    for file_name in store.children(f"models/{line}/aliases"):
+        name = file_name.removesuffix(".json")
+        if not _NAME.fullmatch(name):
+            faults.append(f"{store.uri}/{alias_path(line, name)}: no name of an alias")
+            continue
+        # An alias is a state like those in the trail, so it shows that the newest entries were removed.
+        with contextlib.suppress(NotFound):
+            try:
+                generations[name].add(read_alias(store, line, name)[0].generation + 1)
+            except IntegrityError as error:
+                faults.append(str(error))
+    return states, faults + [f"{line}@{n}: {gap}" for n in sorted(generations) for gap in _gaps({0, *generations[n]})]
+
+
+def _gaps(generations: set[int]) -> Iterator[str]:
+    for before, after in pairwise(sorted(generations)):
+        if after - before == 2:
+            yield f"the entry of generation {before + 1} is missing"
+        elif after - before > 2:
+            yield f"the entries of the generations {before + 1} to {after - 1} are missing"
 
 
 def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) -> None:

@@ -14,11 +14,12 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from qlora_retrain.core import hashing
-from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.storage import atomic_files, plain_files
 from qlora_retrain.storage.artifact import File
 
 
@@ -40,15 +41,18 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
 
     Raises:
         IntegrityError: If a fresh download is not what `files` promises.
+        UsageError: If somebody else's folder is in its place, and cannot be removed.
     """
     target = cache_folder() / name / key
-    if target.is_dir():
+    # What belongs to another user can change after it was hashed.
+    owners = (os.geteuid(), 0)
+    if os.path.lexists(target):
         # Hashed at every use: a damaged file in a shared cache would harm every run on this node.
-        if _fault(target, files) is None:
+        if _fault(target, files, owners) is None:
             return target
         _remove(target)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.make_folder(target.parent)
     # On the cache's own disk, so that one rename puts the complete folder in its place.
     with _folder_in(cache_folder() / "work") as work:
         temporary = work / name
@@ -59,24 +63,28 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
             raise IntegrityError(f"{name}: {fault}")
 
         # Read-only, so that a step that writes to its input fails instead of changing what others read.
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(0o444)
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o444)
         try:
             temporary.rename(target)
-        except OSError:
-            # If the folder is there now, another process was first, and its folder has the same content.
-            if not target.is_dir():
+        except OSError as error:
+            # Another process may have been first; a folder that could not be removed is no such thing.
+            if not os.path.lexists(target):
                 raise
+            fault = _fault(target, files, owners)
+            if fault is not None:
+                raise UsageError(f"{target}: {fault}, and it cannot be replaced: remove it") from error
     return target
 
 
-def _fault(folder: Path, files: tuple[File, ...]) -> str | None:
+def _fault(folder: Path, files: tuple[File, ...], owners: Collection[int] | None = None) -> str | None:
     """Return what is wrong with a folder, or None."""
     expected = [(f.path, f.sha256) for f in files]
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    if extra := sorted(present - {path for path, _ in expected}):
-        return f"{extra[0]}: does not belong here"
+    try:
+        if foreign := plain_files.first_foreign(folder, {path for path, _ in expected}, owners):
+            return foreign
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
 
     for path, sha256 in expected:
         try:
@@ -89,6 +97,9 @@ def _fault(folder: Path, files: tuple[File, ...]) -> str | None:
 
 
 def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        with contextlib.suppress(OSError):
+            folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,7 +116,7 @@ def _folder_in(parent: Path) -> Iterator[Path]:
     Each folder has a lock file beside it, which its process holds locked. The kernel releases the lock of a process
     that was killed. So a lock that can be taken marks a folder that nobody uses any more, and that is removed first.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.make_folder(parent)
     for stale in parent.glob("*.lock"):
         # Another process may remove it, lock it or own it meanwhile: then it is not ours to clean.
         with contextlib.suppress(OSError), stale.open("rb+") as stream:
@@ -117,7 +128,8 @@ def _folder_in(parent: Path) -> Iterator[Path]:
     lock = own_folder.with_suffix(".lock")
     with lock.open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        own_folder.mkdir()
+        # A step works here; no other user has to see what it makes.
+        own_folder.mkdir(mode=0o700)
         try:
             yield own_folder
         finally:

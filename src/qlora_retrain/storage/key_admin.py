@@ -12,46 +12,41 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.progress import say
-from qlora_retrain.storage import keys, kms, signatures
+from qlora_retrain.storage import atomic_files, keys, kms, signed_documents
 from qlora_retrain.storage.keys import PLANNER, TRUST_FILE, Keyring, PublicKey, Trust, publish_role
 from qlora_retrain.storage.store import NotFound, Store
 
-# The signed documents of a store, as patterns of paths.
-_SIGNED_DOCUMENTS = (
-    "runs/*/plan.json",
-    "artifacts/*/*/_manifest.json",
-    "scratch/*/_complete.json",
-    "models/*/versions/*/manifest.json",
-    "models/*/aliases/*.json",
-    "models/*/audit/*.json",
-)
 _LINE = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
-def create(store: Store, lines: Iterable[str] = (), kms_pattern: str | None = None) -> Keyring:
+def create(
+    store: Store, lines: Iterable[str] = (), kms_pattern: str | None = None, *, is_lost: bool = False
+) -> Keyring:
     """Make the keys of a store that has none, or those that are missing for further lines.
 
     Args:
         store: The store. Its documents, if there are any, are accepted as they are now.
         lines: The lines to publish: each has a publisher's key of its own.
         kms_pattern: The id of a role's key in AWS KMS, with `{role}` in it. None: keys in files.
+        is_lost: Accept what is there also where it is signed, since the keys that signed it are lost.
 
     Raises:
-        UsageError: If a line cannot have that name, or the folder cannot be written.
+        UsageError: If a line cannot have that name, the folder cannot be written, or the store has keys elsewhere.
     """
     roles = [PLANNER, *(s.name for s in graph.STEPS if s.kind != graph.StepKind.PUBLISH)]
     roles += [publish_role(_checked_line(line)) for line in lines]
     folder = keys.keys_folder(store.uri)
 
     with _lock(folder):
-        keyring = keys.read_keyring(folder)
-        trust = keyring.trust if keyring else Trust(store=store.uri, roles={}, accepted=_hashes(store))
+        keyring = keys.read_keyring(folder, store.uri)
+        trust = keyring.trust if keyring else Trust(store=store.uri, roles={})
+        if keyring is None:
+            trust = trust.model_copy(update={"accepted": _hashes_before_keys(store, is_lost=is_lost)})
         added = {role: _new_key(folder, role, kms_pattern) for role in roles if role not in trust.roles}
         if added:
             _write(folder, trust.model_copy(update={"roles": {**trust.roles, **added}}))
@@ -97,8 +92,8 @@ def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | N
     Args:
         store: The store.
         role: The role.
-        is_stolen: Accept nothing that the old key signed. Otherwise every document that it has signed so far stays
-            accepted.
+        is_stolen: Accept nothing that a key of this role signed, earlier ones included: somebody may learn of a theft
+            after a rotation. Otherwise every document that the old key has signed so far stays accepted.
         kms_key: The id of the new key in KMS; None: the present id, or a file where there is none.
 
     Raises:
@@ -109,9 +104,10 @@ def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | N
         # Read under the lock: another process may be adding a line's key.
         keyring = require_keyring(store)
         trust, old = keyring.trust, public_key(keyring, role)
-        accepted = dict(trust.accepted)
-        if not is_stolen:
-            accepted |= _hashes(store, old.key)
+        if is_stolen:
+            accepted = {p: h for p, h in trust.accepted.items() if not _may_be_signed_by(store, role, p, h)}
+        else:
+            accepted = trust.accepted | _hashes_signed_by(store, role, old.key)
         new = _new_key(folder, role, kms_key or old.kms)
         if new.key == old.key:
             raise UsageError(f"{role}: KMS still has the same key for {new.kms}; point it at a new one, or give --kms")
@@ -119,27 +115,39 @@ def rotate(store: Store, role: str, *, is_stolen: bool = False, kms_key: str | N
     return require_keyring(store)
 
 
-def accept(store: Store, paths: Sequence[str]) -> Keyring:
+def accept(store: Store, paths: Sequence[str]) -> list[str]:
     """Accept documents of the store as they are now, whoever signed them: after a stolen key, for what is known good.
+
+    Returns:
+        A text about each, for the person who accepts it: its hash, who signed it and what it holds.
 
     Raises:
         UsageError: If one is no document that is signed, or is not there.
     """
-    folder = require_keyring(store).folder
+    folder, texts = require_keyring(store).folder, []
     with _lock(folder):
         trust = require_keyring(store).trust
         accepted = dict(trust.accepted)
         for path in paths:
-            if not any(fnmatchcase(path, pattern) for pattern in _SIGNED_DOCUMENTS):
-                raise UsageError(
-                    f"{path}: expected a plan, a manifest, an alias, an audit entry or a checkpoint's marker"
-                )
+            if not signed_documents.is_one(path):
+                raise UsageError(f"{path}: expected a plan, a manifest, an alias, an audit entry or a marker")
             try:
-                accepted[path] = hashing.sha256_bytes(store.read(path).data)
+                data = store.read(path).data
             except NotFound as error:
                 raise UsageError(f"{store.uri}/{path}: is not there") from error
+            accepted[path] = hashing.sha256_bytes(data)
+            texts.append(_description(trust, path, data))
         _write(folder, trust.model_copy(update={"accepted": accepted}))
-    return require_keyring(store)
+    return texts
+
+
+def _description(trust: Trust, path: str, data: bytes) -> str:
+    """Return what a person has to know of a document that they accept: its hash, its signer and its short fields."""
+    _, key, fields = signed_documents.signer(path, data)
+    names = sorted(role for role, public in trust.roles.items() if public.key == key)
+    signer = "not signed" if key is None else f"signed by {', '.join(names) or 'a key that is not known'}"
+    values = [f"{k} {v!r:.100}" for k, v in fields.items() if isinstance(v, str | int | float | None)]
+    return f"{path}: sha256 {hashing.sha256_bytes(data)[:12]}, {signer}: {', '.join(values[:20])}"
 
 
 def export(store: Store, roles: Sequence[str], target: Path) -> None:
@@ -204,23 +212,42 @@ def _new_key(folder: Path, role: str, kms_key: str | None) -> PublicKey:
     return PublicKey(key=keys.encode_public_key(private.public_key()))
 
 
-def _hashes(store: Store, signer: str | None = None) -> dict[str, str]:
-    """Return the sha256 of the store's documents, by path: of all, or of those that a key has signed."""
+def _hashes_signed_by(store: Store, role: str, key: str) -> dict[str, str]:
+    """Return the sha256 of the documents that a role has signed with a key, by path."""
+    # A key counts for its own role's documents alone, so a rotation accepts nothing that readers refuse.
+    return {
+        path: hashing.sha256_bytes(data)
+        for path, data in signed_documents.read_all(store)
+        if signed_documents.signer(path, data)[:2] == (role, key)
+    }
+
+
+def _hashes_before_keys(store: Store, *, is_lost: bool) -> dict[str, str]:
+    """Return the sha256 of every document of a store for which there are no keys, by path.
+
+    Raises:
+        UsageError: If one is signed, so that there were keys, and nobody said that they are lost.
+    """
     hashes = {}
-    for entry in store.list(""):
-        if any(fnmatchcase(entry.path, pattern) for pattern in _SIGNED_DOCUMENTS):
-            with contextlib.suppress(NotFound):  # removed while this reads
-                data = store.read(entry.path).data
-                if signer is None or _is_signed_by(signer, entry.path, data):
-                    hashes[entry.path] = hashing.sha256_bytes(data)
+    for path, data in signed_documents.read_all(store):
+        if not is_lost and signed_documents.signer(path, data)[1] is not None:
+            raise UsageError(
+                f"{store.uri}/{path}: is signed, so the store has keys, and they are not in "
+                f"{keys.keys_folder(store.uri)}; put your copy of them there. If they are lost, look at what is in the "
+                "store, since all of it will be accepted as it is, and run: qlora-retrain keys create --lost"
+            )
+        hashes[path] = hashing.sha256_bytes(data)
     return hashes
 
 
-def _is_signed_by(key: str, path: str, data: bytes) -> bool:
+def _may_be_signed_by(store: Store, role: str, path: str, sha256: str) -> bool:
+    """Return whether an accepted document is one that a key of the role may have signed; not one from before keys."""
     try:
-        return signatures.signer_of(signatures.signed_path(path), signatures.parse_fields(data)) == key
-    except ValueError:
-        return False
+        data = store.read(path).data
+    except NotFound:
+        data = b""
+    signing_role, key, _ = signed_documents.signer(path, data)
+    return signing_role == role and (key is not None or hashing.sha256_bytes(data) != sha256)
 
 
 def _checked_line(line: str) -> str:
@@ -233,7 +260,8 @@ def _checked_line(line: str) -> str:
 def _lock(folder: Path) -> Iterator[None]:
     """Let one process at a time change the keys."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_files.make_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise UsageError(f"{folder}: the keys cannot be changed here: {error.strerror}") from error

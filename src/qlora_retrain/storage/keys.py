@@ -18,7 +18,6 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,8 +73,8 @@ class Keyring:
     trust: Trust
 
     def public_keys(self, role: str) -> set[str]:
-        """Return the keys of every role that a pattern such as `publish-*` names."""
-        return {public.key for name, public in self.trust.roles.items() if fnmatchcase(name, role)}
+        """Return the keys that count for a role; none where it has none."""
+        return {self.trust.roles[role].key} if role in self.trust.roles else set()
 
     def sign(self, role: str, data: bytes) -> bytes:
         """Return the signature of the data by a role's key: ECDSA over P-256 with SHA-256, in DER.
@@ -118,22 +117,19 @@ def step_role(step: graph.Step, line: str) -> str:
     return publish_role(line) if step is _PUBLISH else step.name
 
 
-def artifact_role(artifact: str) -> str:
-    """Return the pattern of the roles that may have signed an artifact's manifest, whatever the line."""
-    step = graph.producer(artifact)
-    return step_role(step, "*") if step else ""
-
-
 def default_folder(store_uri: str) -> Path:
     """Return the folder of a store's keys where the environment names no other."""
     # `expanduser` leaves the ~ where a container's user has no home.
     base = Path("/", os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))  # noqa: PTH111
-    uri = uris.absolute(store_uri)
-    # One folder has one address, whichever links lead to it.
-    if uri.startswith("file:"):
-        uri = uris.local_path(uri).resolve().as_uri()
+    uri = _place(store_uri)
     name = uri.rpartition("/")[2] or "store"
     return base / "qlora-retrain" / "keys" / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
+
+
+def _place(store_uri: str) -> str:
+    """Return the one address of a store: of a folder that of the place which its links lead to."""
+    uri = uris.absolute(store_uri)
+    return uris.local_path(uri).resolve().as_uri() if uri.startswith("file:") else uri
 
 
 def keys_folder(store_uri: str) -> Path:
@@ -148,25 +144,31 @@ def find_keyring(store_uri: str) -> Keyring | None:
     Raises:
         UsageError: If the environment names a folder without keys, or the keys cannot be read.
     """
-    if not os.environ.get(KEYS_VARIABLE):
-        folder = default_folder(store_uri)
-        # Another user's home is as good as none: a container has HOME from its image, and its user from elsewhere.
-        return read_keyring(folder) if os.access(folder, os.X_OK) else None
-    keyring = read_keyring(keys_folder(store_uri))
+    named, folder = os.environ.get(KEYS_VARIABLE), keys_folder(store_uri)
+    # Another user's home is as good as none: a container has HOME from its image, and its user from elsewhere.
+    if not named and not os.access(folder, os.X_OK):
+        return None
+
+    keyring = read_keyring(folder, store_uri)
     # A step whose keys were not mounted must not go on as if there were none.
-    if keyring is None:
+    if keyring is None and named:
         raise UsageError(
-            f"{KEYS_VARIABLE} names {os.environ[KEYS_VARIABLE]}: expected {TRUST_FILE} there, and found none; make the "
-            "keys with: qlora-retrain keys create"
+            f"{KEYS_VARIABLE} names {named}: expected {TRUST_FILE} there, and found none; make the keys with: "
+            "qlora-retrain keys create"
+        )
+    if keyring is None and any(folder.glob("*.pem")):
+        raise UsageError(
+            f"{folder}: has private keys and no {TRUST_FILE}, without which nothing in the store is checked; put your "
+            "copy of it there. If it is lost, look at what is in the store, and run: qlora-retrain keys create --lost"
         )
     return keyring
 
 
-def read_keyring(folder: Path) -> Keyring | None:
-    """Return the keys in a folder; None where it has none.
+def read_keyring(folder: Path, store_uri: str) -> Keyring | None:
+    """Return a store's keys in a folder; None where it has none.
 
     Raises:
-        UsageError: If they cannot be read.
+        UsageError: If they cannot be read, or are those of another store.
     """
     path = folder / TRUST_FILE
     try:
@@ -175,7 +177,16 @@ def read_keyring(folder: Path) -> Keyring | None:
         return None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    return Keyring(folder, _read_trust(path, (status.st_mtime_ns, status.st_ino)))
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        raise UsageError(f"{path}: other users may write this file, and so say whose keys are trusted: chmod go-w")
+    trust = _read_trust(path, (status.st_mtime_ns, status.st_ino))
+    # With the same keys, a document of one store would pass for one of another.
+    if _place(trust.store) != _place(store_uri):
+        raise UsageError(
+            f"{folder}: has the keys of {trust.store}, expected those of {store_uri}; every store has keys of its own. "
+            f"If the store was moved, change `store` in {path}"
+        )
+    return Keyring(folder, trust)
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import hashing, uris
-from qlora_retrain.core.errors import Cause, TryAgain
+from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.storage import atomic_files
 from qlora_retrain.storage.store import (
     RESERVED_PREFIX,
@@ -28,6 +28,7 @@ from qlora_retrain.storage.store import (
     Document,
     Entry,
     NotFound,
+    is_valid_path,
     join_path,
     probe,
     read_bounded,
@@ -80,7 +81,7 @@ class LocalStore:
     def write_if_absent(self, path: str, data: bytes) -> str:
         """Hard-link a finished temporary file to its name, which fails if the name is taken."""
         # Not a rename, which would replace what is there.
-        target = self._root / validate_path(path)
+        target = self._changeable(path)
 
         for _ in range(atomic_files.MAX_ATTEMPTS):
             with contextlib.suppress(FileExistsError):
@@ -112,7 +113,9 @@ class LocalStore:
                     if stored.tag != expected:
                         raise Conflict(f"{self.uri}/{path}")
                     atomic_files.write_atomically(
-                        self._root / path, lambda temporary: temporary.write_bytes(data), atomic_files.publish_by_rename
+                        self._changeable(path),
+                        lambda temporary: temporary.write_bytes(data),
+                        atomic_files.publish_by_rename,
                     )
                 return _tag(data)
         except (AlreadyExists, NotFound) as error:
@@ -132,15 +135,18 @@ class LocalStore:
         """Look into the folder, and into each of its folders as far as the first file: an empty one does not count."""
         with atomic_files.disk_errors(self._root):
             entries = atomic_files.visible_entries(self._folder(prefix))
-            return iter(
-                sorted(e.name for e in entries if not e.is_dir() or any(True for _ in atomic_files.walk_files(e.path)))
+            names = (
+                e.name
+                for e in entries
+                if is_valid_path(e.name) and (not e.is_dir() or any(True for _ in atomic_files.walk_files(e.path)))
             )
+            return iter(sorted(names))
 
     def upload(self, folder: Path, prefix: str, paths: Iterable[str]) -> None:
         """Copy, flush, rename."""
 
         def upload_file(path: str) -> None:
-            target = self._root / join_path(prefix, path)
+            target = self._changeable(join_path(prefix, path))
             atomic_files.write_atomically(
                 target, lambda temporary: shutil.copyfile(folder / path, temporary), atomic_files.publish_by_rename
             )
@@ -164,7 +170,7 @@ class LocalStore:
         def copy_file(pair: tuple[str, str]) -> None:
             source, target = pair
             atomic_files.write_atomically(
-                self._root / validate_path(target),
+                self._changeable(target),
                 lambda temporary: atomic_files.link_or_copy(self._existing(source), temporary),
                 atomic_files.publish_by_rename,
             )
@@ -173,7 +179,7 @@ class LocalStore:
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove the files, and the folders that this empties."""
-        targets = [self._root / validate_path(path) for path in paths]
+        targets = [self._changeable(path) for path in paths]
         if not self._root.is_dir():
             return
 
@@ -191,11 +197,28 @@ class LocalStore:
         probe(self)
 
     def _existing(self, path: str) -> Path:
-        """Return the path of a file that exists; raise `NotFound` where it does not."""
+        """Return the path of a file that exists; raise `NotFound` for anything else, a link too."""
         with atomic_files.disk_errors(self._root):
-            if not (self._root / validate_path(path)).is_file():
+            file = self._root / validate_path(path)
+            if not file.is_file() or file.is_symlink():
                 raise NotFound(f"{self.uri}/{path}")
-        return self._root / path
+        return file
+
+    def _changeable(self, path: str) -> Path:
+        """Return the path of a file that is written or removed.
+
+        Raises:
+            UsageError: If a folder above it is a link. Whoever may write to a part of the store could have put it
+                there, and another process would write or remove where it leads to.
+        """
+        file = self._root / validate_path(path)
+        # The store, and the folders in it, may be on other disks; no step may write there.
+        for folder in list(file.parents)[: len(Path(path).parts) - 2]:
+            if folder.is_symlink():
+                raise UsageError(
+                    f"{folder}: is a link; no folder of a store is one, so somebody put it there: remove it"
+                )
+        return file
 
     def _folder(self, prefix: str) -> Path:
         return self._root / validate_path(prefix) if prefix else self._root

@@ -20,7 +20,7 @@ from typing import Any
 
 from qlora_retrain.core import hashing, safety
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import keys, registry
+from qlora_retrain.storage import artifact, keys, plain_files, registry
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.store import NotFound, Store
@@ -41,16 +41,21 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
     if not at or not line or not name:
         raise UsageError(f"{reference}: expected LINE@ALIAS, e.g. support-intents@production")
 
-    alias, _ = registry.read_alias(store, line, name)
+    # A version's name is none of an alias, so nobody can put an alias in its place.
+    alias = registry.read_alias(store, line, name)[0] if registry.is_alias_name(name) else None
     if alias is None:
         # A version has a - between its time and its hash; most aliases have none.
         if "-" not in name:
             raise UsageError(f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it")
         release = registry.read_release(store, line, name)
-        sha256 = registry.manifest_sha256(store, line, name)
-        record = {"line": line, "alias": None, "version": name, "generation": 0, "manifest_sha256": sha256}
+        record = {"line": line, "alias": None, "version": name, "generation": 0, "manifest_sha256": release.sha256}
         return release, record | {"signer": _fingerprint(release)}
     release = registry.read_release(store, line, alias.version, sha256=alias.manifest_sha256)
+    # Whoever signs versions signs aliases too.
+    if release.signer and not alias.signer:
+        raise IntegrityError(
+            f"{reference}: is not signed, and {alias.version}, which it names, is: somebody else moved it"
+        )
     return release, {
         "line": line,
         "alias": name,
@@ -120,6 +125,9 @@ def pull(
     try:
         temporary.mkdir()
         folder = registry.version_folder(release.line, release.version)
+        # Before they fill the disk.
+        if fault := artifact.size_fault(store, folder, release.files):
+            raise IntegrityError(f"{store.uri}/{folder}/{fault}; nothing was written to {destination}")
         # A file that is missing in the store is reported below, with its name.
         with contextlib.suppress(NotFound):
             store.download(folder, [path for path, _ in expected], temporary)
@@ -173,7 +181,9 @@ def _previous_record(destination: Path) -> dict[str, Any]:
 
 
 def _fault(folder: Path, expected: Sequence[tuple[str, str]]) -> str | None:
-    """Return what is wrong with the first (path, sha256) that does not hold, or None."""
+    """Return the first fault of a folder that must hold these (path, sha256) and nothing else, or None."""
+    if foreign := plain_files.first_foreign(folder, {RECORD, *(name for name, _ in expected)}):
+        return foreign
     for name, sha256 in expected:
         path = folder / name
         if not path.is_file():

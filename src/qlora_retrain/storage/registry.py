@@ -9,6 +9,7 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
 from collections.abc import Sequence
@@ -36,6 +37,11 @@ _NUM_READERS = 8
 _ALIAS_PATTERN = r"[a-z][a-z0-9-]{0,31}"
 
 
+def is_alias_name(name: str) -> bool:
+    """Return whether an alias may have that name; no version has one like it."""
+    return bool(re.fullmatch(_ALIAS_PATTERN, name))
+
+
 def version_folder(line: str, version: str) -> str:
     """Return the store's folder of a version."""
     return f"models/{line}/versions/{version}"
@@ -60,10 +66,9 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
     except NotFound as error:
         raise UsageError(f"{store.uri}: line {line} has no version {version}") from error
 
-    if sha256 is not None and hashing.sha256_bytes(data) != sha256:
-        raise IntegrityError(
-            f"{store.uri}/{path}: expected sha256 {sha256[:12]}, found {hashing.sha256_bytes(data)[:12]}"
-        )
+    actual = hashing.sha256_bytes(data)
+    if sha256 not in (None, actual):
+        raise IntegrityError(f"{store.uri}/{path}: expected sha256 {sha256[:12]}, found {actual[:12]}")
 
     try:
         release = signatures.parse(store, path, data, Release, keys.publish_role(line))
@@ -71,12 +76,8 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
         raise IntegrityError(f"{store.uri}/{path}: not a version's manifest") from error
     if (release.line, release.version) != (line, version):
         raise IntegrityError(f"{store.uri}/{path}: is the manifest of {release.line} {release.version}")
+    release._sha256 = actual
     return release
-
-
-def manifest_sha256(store: Store, line: str, version: str) -> str:
-    """Return the hash by which an alias names a version."""
-    return hashing.sha256_bytes(store.read(f"{version_folder(line, version)}/manifest.json").data)
 
 
 def find_by_content(store: Store, line: str, content_hash: str) -> Release | None:
@@ -94,14 +95,12 @@ def find_by_content(store: Store, line: str, content_hash: str) -> Release | Non
 
 
 def complete_version(store: Store, release: Release) -> Release:
-    """Write a version's manifest, the last of its files; return the manifest of another writer that was first."""
+    """Write a version's manifest, the last of its files; return the one that is there then, of the first writer."""
     path = f"{version_folder(release.line, release.version)}/manifest.json"
     release = signatures.sign(store, path, release, keys.publish_role(release.line))
-    try:
+    with contextlib.suppress(AlreadyExists):
         store.write_if_absent(path, release.model_dump_json(indent=1).encode())
-    except AlreadyExists:
-        return read_release(store, release.line, release.version)
-    return release
+    return read_release(store, release.line, release.version)
 
 
 def first_fault(store: Store, folder: str, files: Sequence[File]) -> tuple[File, str] | None:
@@ -157,14 +156,10 @@ def read_alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | 
 
 
 def _alias_document(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
-    path = audit.alias_path(line, name)
     try:
-        stored = store.read(path)
-        return signatures.parse(store, path, stored.data, Alias, keys.publish_role(line)), stored.tag
+        return audit.read_alias(store, line, name)
     except NotFound:
         return None, None
-    except ValueError as error:
-        raise IntegrityError(f"{store.uri}/{path}: not an alias") from error
 
 
 def move_alias(
@@ -201,7 +196,7 @@ def move_alias(
         IntegrityError: If a byte of the version differs from its manifest.
         UsageError: If an alias cannot have that name.
     """
-    if not re.fullmatch(_ALIAS_PATTERN, name):
+    if not is_alias_name(name):
         raise UsageError(f"{name!r}: an alias is a lower-case letter, then letters, digits and -, 32 in all at most")
 
     path = audit.alias_path(line, name)
@@ -236,8 +231,7 @@ def move_alias(
             verify_version(store, release)
             is_verified = True
 
-        sha256 = manifest_sha256(store, line, release.version)
-        new = _next_state(state, release, sha256, reason, rejected, actor.describe(store))
+        new = _next_state(state, release, reason, rejected, actor.describe(store))
         new = signatures.sign(store, path, new, keys.publish_role(line))
         try:
             store.swap(path, new.model_dump_json(indent=1).encode(), tag)
@@ -271,9 +265,7 @@ def rollback(store: Store, line: str, name: str, *, reason: str) -> Alias:
     raise UsageError(f"{line}@{name}: names no earlier version to go back to")
 
 
-def _next_state(
-    state: Alias | None, release: Release, sha256: str, reason: str, rejected: list[str], actor_name: str
-) -> Alias:
+def _next_state(state: Alias | None, release: Release, reason: str, rejected: list[str], actor_name: str) -> Alias:
     """Return the state of an alias after a move."""
     # The current state becomes the newest of the earlier ones.
     moves = list(state.moves) if state else []
@@ -282,7 +274,7 @@ def _next_state(
 
     return Alias(
         version=release.version,
-        manifest_sha256=sha256,
+        manifest_sha256=release.sha256,
         generation=state.generation + 1 if state else 1,
         moves=tuple(moves[-_MAX_MOVES:]),
         # Each content once, in order; with an override the content that comes back is no longer rejected.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.signatures import Signed
@@ -39,6 +39,14 @@ class Release(Signed):
     base: dict[str, Any]
     numbers: dict[str, Any]
     provenance: dict[str, Any]
+    # Of the bytes that it was read from.
+    _sha256: str | None = PrivateAttr(default=None)
+
+    @property
+    def sha256(self) -> str:
+        """The hash by which an alias names it: of the bytes that were read, whatever is in their place by now."""
+        assert self._sha256 is not None, "the manifest was not read from a store"
+        return self._sha256
 
     def parts(self, *names: str) -> tuple[File, ...]:
         """Return the files that have these names or are in folders of these names."""

@@ -31,6 +31,7 @@ from qlora_retrain.storage.store import (
     Document,
     Entry,
     NotFound,
+    is_valid_path,
     join_path,
     probe,
     read_bounded,
@@ -159,7 +160,7 @@ class S3Store:
                 names.update(item["Prefix"][len(below) : -1] for item in page.get("CommonPrefixes", ()))
 
         # Without the empty name, which is the object that a console makes for the folder itself.
-        return iter(sorted(names - {""}))
+        return iter(sorted(filter(is_valid_path, names)))
 
     def upload(self, folder: Path, prefix: str, paths: Iterable[str]) -> None:
         """Hash each file while the files before it travel; an error aborts the multipart uploads that have begun."""

@@ -10,18 +10,20 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from qlora_retrain.core import hashing
+from qlora_retrain.core import hashing, json_depth
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import keys
 from qlora_retrain.storage.store import Store
 
 # Before every signed text, so that a key's signature of something else is never taken for that of a document.
 _PREFIX = b"qlora-retrain document 1\n"
+# In the largest document, a plan of 100,000 files, 500,000. Ten bytes of JSON can take a hundred times that in memory.
+_MAX_VALUES = 5_000_000
 _AUDIT_ENTRY = re.compile(r"(models/[^/]+)/audit/\d+-([a-z0-9-]+)-[0-9a-f]+\.json")
 
 
@@ -90,39 +92,48 @@ def refuse_without_key(store: Store, role: str) -> None:
 
 
 def parse(
-    store: Store, path: str, data: bytes, model: type[_SignedT], role: str, *, signed_path: str | None = None
+    store: Store,
+    path: str,
+    data: bytes,
+    model: type[_SignedT],
+    role: str | Callable[[Mapping[str, Any]], str],
+    *,
+    signed_path: str | None = None,
 ) -> _SignedT:
     """Return the document in a file's bytes, after checking that the role signed it for this path.
 
-    Without keys nothing is checked. A reader who must not go on then asks `refuse_unverified`.
+    Without keys nobody knows who may sign, so only a signature that is none is refused. A reader who must not go on
+    then asks `refuse_unverified`.
 
     Args:
         store: The store.
         path: Where the document is in the store.
         data: Its bytes.
         model: The kind of document.
-        role: The role that must have signed it; `publish-*` means that of any line.
+        role: The role that must have signed it, or what says so from the document's fields.
         signed_path: The path that its signature is for; None: `path`.
 
     Raises:
-        IntegrityError: If the store has keys, and the role did not sign this document.
+        IntegrityError: If the store has keys, and the role did not sign this document; or if its signature is that of
+            another document.
         ValueError: If it is no document of that kind.
     """
     # Parsed once: what is checked is what is used.
     fields = parse_fields(data)
     signer = signer_of(signed_path or path, fields)
-    check(store, path, signer, role, hashing.sha256_bytes(data))
+    check(store, path, signer, role(fields) if callable(role) else role, hashing.sha256_bytes(data))
     document = model.model_validate(fields)
+    if document.signature is not None and signer is None and keys.find_keyring(store.uri) is None:
+        raise IntegrityError(f"{store.uri}/{path}: its signature is not one of this document: somebody changed it")
     document._signer = signer
     return document
 
 
 def parse_fields(data: bytes) -> dict[str, Any]:
     """Return the fields of a JSON document; raise `ValueError` where it is none."""
-    try:
-        fields = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    if sum(data.count(sign) for sign in (b",", b"[", b"{")) > _MAX_VALUES:
+        raise ValueError(f"has more than {_MAX_VALUES:,} values")
+    fields = json_depth.loads(data)
     if not isinstance(fields, dict):
         raise ValueError("expected an object")
     return fields
@@ -170,8 +181,9 @@ def describe(store: Store) -> str:
     keyring = keys.find_keyring(store.uri)
     if keyring is None:
         return (
-            "nothing in this store is signed: whoever may write to it can change what is published; to sign, run: "
-            f"qlora-retrain keys create --root {store.uri}"
+            "nothing in this store is signed, or its keys are not in "
+            f"{keys.keys_folder(store.uri)}: whoever may write to it can change what is published; to sign a store "
+            f"without keys, run: qlora-retrain keys create --root {store.uri}"
         )
     return f"signatures are checked with the keys in {keyring.folder}"
 

@@ -19,7 +19,7 @@ from qlora_retrain.storage.pinned_source import PinnedFile as PinnedFile
 from qlora_retrain.storage.pinned_source import PinnedSource as PinnedSource
 from qlora_retrain.storage.s3 import S3Store
 from qlora_retrain.storage.source_folder import SourceFolder, glob_hint
-from qlora_retrain.storage.store import NotFound, Store
+from qlora_retrain.storage.store import NotFound, Store, validate_path
 
 BASE = "base_model"
 # The files that are taken from a Hugging Face repository. They are part of the key of every commit.
@@ -182,6 +182,7 @@ def _pin_s3(name: str, uri: str, patterns: Sequence[str], access: SourceAccess) 
     included, left_out = _split(name, entries)
     # The store itself may lie below the source.
     for path in included:
+        validate_path(path)  # now, and not when a step fetches it
         _refuse_closed(f"{uri}/{path}", access)
     files = [
         PinnedFile(path=path, size_bytes=entries[path].size_bytes, pin=f"sha256:{sha256}")

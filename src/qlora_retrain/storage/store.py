@@ -99,7 +99,10 @@ class Store(Protocol):
         ...
 
     def children(self, prefix: str) -> Iterator[str]:
-        """Return the names of the files and folders directly below the folder `prefix`, sorted."""
+        """Return the names of the files and folders directly below the folder `prefix`, sorted.
+
+        Those that no path may have are left out: nobody could read what is there.
+        """
         ...
 
     def upload(self, folder: Path, prefix: str, paths: Iterable[str]) -> None:
@@ -143,6 +146,15 @@ def validate_path(path: str) -> str:
                 f"unprintable or beginning with {RESERVED_PREFIX!r}"
             )
     return path
+
+
+def is_valid_path(path: str) -> bool:
+    """Return whether a path may name a file of a store; what others put there can have any name."""
+    try:
+        validate_path(path)
+    except UsageError:
+        return False
+    return True
 
 
 def join_path(prefix: str, path: str) -> str:
