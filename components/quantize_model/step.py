@@ -13,6 +13,7 @@ Command: `python -m components.quantize_model --plan URI`
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -45,6 +46,12 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     model = _quantize(config, base_model)
     quantized_fraction = _sufficient_coverage(config, model).fraction
     errors = layer_errors(model, base_model)
+    # The 4-bit codes of what is not finite may look like any others.
+    if faulty := [kind for kind, error in errors.items() if not math.isfinite(error)]:
+        raise IntegrityError(
+            f"base_model: a weight of its {faulty[-1]} layers holds numbers that are not finite, or too large for "
+            "float32; quantization cannot repair them"
+        )
     state = _checked_state(model)
     progress.update("quantizing", 1, 3)
 

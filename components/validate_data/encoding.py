@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from components.validate_data.checks import Row
+from components.validate_data.readers.limits import count_characters
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
@@ -14,6 +15,7 @@ from qlora_retrain.lm.chat import ChatTokenizer, EncodedChat, RowRefused
 from qlora_retrain.lm.chat_format import ChatFormat
 
 ROWS_PER_CHUNK = 1024  # tokenized at once; a fast tokenizer works on them in parallel
+_CHUNK_CHARACTERS = 1 << 22
 # The reasons that a template gives, and not the row alone.
 TEMPLATE_REASONS = (
     "template_refuses",
@@ -41,9 +43,13 @@ def encode_rows(rows: Sequence[Row], config: DataConfig, tokenizer: ChatTokenize
     if config.marks_in_text == "refuse":
         _refuse_marks(rows, config, tokenizer)
 
+    # Every turn has a token, and the time of a chat grows with the square of its turns.
+    for row in rows:
+        if not row.reason and len(row.messages) > config.max_length_tokens:
+            row.reason, row.tokens = "too_long", len(row.messages)
     good_rows = [row for row in rows if not row.reason]
-    for start in range(0, len(good_rows), ROWS_PER_CHUNK):
-        chunk = good_rows[start : start + ROWS_PER_CHUNK]
+    num_done = 0
+    for chunk in _chunks(good_rows):
         encoded = tokenizer.encode_many([(row.messages, row.tools) for row in chunk])
         for row, examples in zip(chunk, encoded, strict=True):
             if isinstance(examples, RowRefused):
@@ -59,7 +65,8 @@ def encode_rows(rows: Sequence[Row], config: DataConfig, tokenizer: ChatTokenize
                 row.reason = "too_long"
             elif not row.supervised_tokens:
                 row.reason = "no_supervised_tokens"
-        progress.update("measuring", start + len(chunk), len(good_rows))
+        num_done += len(chunk)
+        progress.update("measuring", num_done, len(good_rows))
 
     # One bad row is that row's fault. Where none can be rendered, the template or the data's layout is wrong.
     if good_rows and all(row.reason in TEMPLATE_REASONS for row in good_rows):
@@ -68,6 +75,19 @@ def encode_rows(rows: Sequence[Row], config: DataConfig, tokenizer: ChatTokenize
             f"{source}: {first.location}: {first.detail} ({first.reason}); none of {len(good_rows):,} rows "
             "can be rendered; choose another data.template, another base model, or another layout of the rows"
         )
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the rows in parts; a tokenizer takes some hundred bytes of memory for each character."""
+    chunk, num_characters = list[Row](), 0
+    for row in rows:
+        chunk.append(row)
+        num_characters += count_characters(row.messages, _CHUNK_CHARACTERS)
+        if len(chunk) == ROWS_PER_CHUNK or num_characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, num_characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _prompt_key(examples: Sequence[EncodedChat]) -> str:

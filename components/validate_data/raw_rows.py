@@ -34,7 +34,7 @@ from qlora_retrain.core.errors import UsageError
 SAMPLE_ROWS = 200  # of each file, from which its layout is recognised
 _SAMPLE_CHARACTERS = 1 << 26  # of very long rows, fewer are enough
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8}){0,3}")  # e.g. de, pt-BR, english
-_MAX_FIELD_NAMES = 50  # in the message about a missing field; each row of JSON may have other names
+_MAX_FIELD_NAMES = 50  # in a message; each row of JSON may have other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,9 @@ class RowReader:
             keys = ", ".join(f"{key} ({count:,} turns)" for key, count in ignored.most_common(10))
             self.warnings.append(f"keys of turns that nothing reads: {keys}")
         if self.unread:
-            columns = ", ".join(f'"{path}" (in {count:,} rows)' for path, count in self.unread.items())
+            listed = [f'"{path}" (in {count:,} rows)' for path, count in self.unread.items()]
+            num_hidden = len(listed) - _MAX_FIELD_NAMES
+            columns = ", ".join(listed[:_MAX_FIELD_NAMES]) + (f" and {num_hidden} more" if num_hidden > 0 else "")
             progress.say(f"{self._source}: columns with text that nothing reads: {columns}")
         for warning in self.warnings:
             progress.say(f"{self._source}: {warning}")

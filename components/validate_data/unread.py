@@ -36,6 +36,7 @@ MIN_SHARED_WORDS = 6  # of the texts that rows share
 MAX_DIFFERENT_FRACTION = 0.2  # of the rows; a column with more different texts shares few
 MIN_WORDS = 3  # a column with fewer words a value is a name or a category, not prose
 MIN_VARYING_FRACTION = 0.002  # of the rows; fewer may be repetitions of whole rows with another note
+_MAX_COLUMNS = 2000  # of a source; nobody reads a longer list
 _MAX_PROBES = 1000  # values of a column that are looked at to say what it holds
 
 
@@ -100,6 +101,9 @@ class UnreadColumns:
         self._answers.append(hash(answer))
 
         for path, value in _unread_values(fields, {*layout.read, *layout.left_out}, self._ignored):
+            # Each row of JSON may have other names.
+            if path not in self._columns and len(self._columns) >= _MAX_COLUMNS:
+                continue
             self.verdicts.add(path, value)
             # By its name it may be a part of the prompt, whatever it holds, such as a list of numbers to choose from.
             is_part = is_prompt_part(path) or folded(path) in _SETTINGS

@@ -131,3 +131,8 @@ def test_the_sentence_names_the_step_the_meaning_the_code_and_the_reason() -> No
     ending = Ending.from_exit_code("validate_data", 10, "half of the rows are bad")
     assert ending.sentence() == "validate_data: data refused (10): half of the rows are bad"
     assert Ending.from_exit_code("x", -9).summary() == "ended by signal 9 (-9)"
+
+
+def test_a_message_that_quotes_a_text_of_any_length_is_cut() -> None:
+    assert str(UsageError("x" * 30_000)) == "x" * 20_000 + "… (10,000 more)"
+    assert str(UsageError("x" * 20_000)) == "x" * 20_000

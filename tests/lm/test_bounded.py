@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,84 @@ def test_a_pattern_that_cannot_be_read_is_an_error_of_usage(tiny_model: Path, tm
     (folder / "tokenizer.json").write_text(json.dumps({**document, "pre_tokenizer": split}))
     with pytest.raises(UsageError, match=r"no tokenizer that can be loaded|a pattern of its tokenizer"):
         load_tokenizer(folder, ChatFormat())
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, "is a RagTokenizer that is none of a language"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "look at tokenizer_class and model_max_length"),
+        (
+            "tokenizer.json",
+            {"model": {"type": "WordPiece", "unk_token": "none", "vocab": {"a": 0}}},
+            "the tokenizer cannot tokenize a text: .*Missing|no tokenizer that can be loaded",
+        ),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_an_error_of_usage(
+    tiny_model: Path, tmp_path: Path, file: str, fields: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    document = json.loads((folder / file).read_text())
+    if "model" in fields:
+        fields["model"] |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    (folder / file).write_text(json.dumps({**document, **fields}))
+    with pytest.raises(UsageError, match=message):
+        load_tokenizer(folder, ChatFormat()).encode(ROW)
+
+
+def test_added_tokens_of_megabytes_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    document = json.loads((folder / "tokenizer.json").read_text())
+    token = {**document["added_tokens"][0], "id": 512, "content": "x" * (2 << 20)}
+    document["added_tokens"].append(token)
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=r"its added tokens have 2,097,\d+ characters, and 1,048,576 are the most"):
+        load_tokenizer(folder, ChatFormat())
+
+
+def test_a_template_that_is_slow_for_every_chat_is_stopped_before_it_has_rendered_all(
+    chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "_FREE_SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "_MEAN_SECONDS", 0.001)
+    monkeypatch.setattr(bounded, "_rendering", bounded._Budget("chat template", "mend it"))
+    slow = "{% for i in range(99999) %}{% endfor %}"
+
+    def render_all() -> None:
+        for _ in range(1000):
+            bounded.render(chat_tokenizer.tokenizer, ROW, chat_template=slow)
+
+    with pytest.raises(
+        UsageError, match=r"the chat template took 1 s for \d+ calls, and 0\.001 s for each are the most"
+    ):
+        render_all()
+    assert bounded._rendering.number < 1000
+
+
+GROWTH = """
+import json, sys
+from pathlib import Path
+from qlora_retrain.lm import bounded
+from qlora_retrain.lm.chat import load_tokenizer
+from qlora_retrain.lm.chat_format import ChatFormat
+path = Path(sys.argv[1]) / "tokenizer.json"
+replace = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
+document = json.loads(path.read_text()) | {"normalizer": {"type": "Sequence", "normalizers": [replace] * 6}}
+path.write_text(json.dumps(document))
+tokenizer = load_tokenizer(path.parent, ChatFormat())
+tokenizer.find_mark("x")
+bounded._TOKENIZE_BYTES = 300 << 20
+tokenizer.find_mark("e")
+"""
+
+
+def test_a_normalizer_that_makes_a_text_too_long_is_stopped_where_marks_are_searched(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", GROWTH, str(folder)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 12, ended.stderr[-2000:]
+    assert "makes the text too long" in ended.stderr

@@ -206,3 +206,10 @@ def test_a_commit_that_cannot_be_reached_is_a_usage_error(tmp_path: Path) -> Non
     # The tests run with HF_HUB_OFFLINE=1, so no request is made.
     with pytest.raises(UsageError, match="cannot be reached"):
         sources.fetch(pinned, tmp_path)
+
+
+def test_a_file_of_holes_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(UsageError, match=r"rows\.jsonl: expected a file with its bytes on the disk, found 4,398,"):
+        sources.pin("raw_data", tmp_path.as_uri(), ["**"])

@@ -10,6 +10,7 @@ import datetime
 import decimal
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ _MAX_BATCH_ROWS = 1024
 _MAX_BATCH_BYTES = 1 << 26
 # Of a batch, however it is stored: its pages are unpacked before the first row is seen.
 _MAX_DECODING_BYTES = 1 << 29
+# Of a Parquet file: what describes its columns and row groups, and is read first; its end says how long it is. Memory
+# that runs out while they are read may end the process, since not every part of the library expects it.
+_MAX_FOOTER_BYTES, _FOOTER_END_BYTES, _MAX_COLUMNS = 1 << 24, 8, 10_000
 # `datasets` stores a list of turns as one list a key; these keys mark them.
 _TURN_KEYS = (frozenset(("role", "content")), frozenset(("from", "value")))
 
@@ -58,7 +62,21 @@ def read_arrow(file: SourceFile) -> Iterator[Record]:
 
 
 def _parquet_batches(file: SourceFile) -> Iterator[pyarrow.RecordBatch]:
+    with file.path.open("rb") as stream:
+        stream.seek(-_FOOTER_END_BYTES, os.SEEK_END)
+        footer_bytes = int.from_bytes(stream.read(4), "little")
+    # A larger number than the file has bytes is no footer's, and the library says that the file is damaged.
+    if _MAX_FOOTER_BYTES < footer_bytes < file.path.stat().st_size:
+        raise UsageError(
+            f"{file.name}: the footer has {footer_bytes:,} bytes, and {_MAX_FOOTER_BYTES:,} are the most; write the "
+            "file with larger row groups and fewer columns, or leave it out"
+        )
     with pyarrow.parquet.ParquetFile(file.path) as parquet:
+        if parquet.metadata.num_columns > _MAX_COLUMNS:
+            raise UsageError(
+                f"{file.name}: the file has {parquet.metadata.num_columns:,} columns, and {_MAX_COLUMNS:,} are the "
+                "most; keep those that hold the rows' texts, or leave it out"
+            )
         if parquet.metadata.num_rows * limits.MIN_ROW_CHARACTERS > file.max_characters:
             raise file.too_large()
         for i in range(parquet.num_row_groups):

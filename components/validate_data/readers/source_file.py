@@ -34,6 +34,9 @@ _BEGINNINGS = {
 _SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 
 
+_LINE_BYTES = 16
+
+
 class _CountedStream(io.RawIOBase):
     """Unpacked bytes, and no more of them than a file of this size may hold."""
 
@@ -46,7 +49,8 @@ class _CountedStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         part = self._stream.read(len(buffer))
-        self._remaining -= len(part)
+        # A line takes time however short it is.
+        self._remaining -= len(part) + part.count(b"\n") * _LINE_BYTES
         if self._remaining < 0:
             raise self._file.too_large()
         buffer[: len(part)] = part

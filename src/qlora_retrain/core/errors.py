@@ -69,6 +69,9 @@ MEANING = {
 }
 
 
+MAX_MESSAGE_CHARACTERS = 20_000
+
+
 class Problem(Exception):
     """An error that a person can act on: it says what was expected, what was found, where, and what to do."""
 
@@ -76,7 +79,9 @@ class Problem(Exception):
     default_cause: ClassVar[Cause] = Cause.BUG
 
     def __init__(self, message: str = "", *, cause: Cause | None = None) -> None:
-        super().__init__(message)
+        # It quotes files of strangers, which may have names and texts of any length.
+        num_hidden = len(message) - MAX_MESSAGE_CHARACTERS
+        super().__init__(f"{message[:MAX_MESSAGE_CHARACTERS]}… ({num_hidden:,} more)" if num_hidden > 0 else message)
         self.cause = cause or self.default_cause
 
 

@@ -5,6 +5,7 @@ Command: none; `load_tokenizer` gives the `ChatTokenizer` that every step uses.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.core.errors import Problem, UsageError
-from qlora_retrain.lm import bounded
+from qlora_retrain.lm import bounded, declared_size
 from qlora_retrain.lm.answers import Answer, common_length, cut_answer
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.named_templates import choose_template, missing_marks, older_template
@@ -264,6 +265,9 @@ def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatT
 
     chat_format = ChatFormat.from_folder(folder) if chat_format is None else chat_format
     try:
+        # transformers reads config.json first, whatever it declares.
+        with contextlib.suppress(OSError, ValueError):
+            declared_size.read_config(folder, "base_model")
         with bounded.tokenizer_bounds():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Problem:
@@ -271,6 +275,7 @@ def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatT
     # The native library raises a plain Exception for a pattern that it cannot read.
     except Exception as error:
         raise UsageError(f"base_model: no tokenizer that can be loaded: {str(error)[:1000]}") from error
+    bounded.refuse_unusable(tokenizer)
     tokenizer.eos_token = end_of_sequence(tokenizer, chat_format.stop_tokens, folder)
     tokenizer.chat_template = tokenizer.chat_template or older_template(folder)
     tokenizer.chat_template = choose_template(tokenizer, chat_format.template)

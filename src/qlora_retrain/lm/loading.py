@@ -14,9 +14,9 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from qlora_retrain.core import progress
-from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
 from qlora_retrain.core.safety import read_json, refuse_unsafe
-from qlora_retrain.lm import model_files
+from qlora_retrain.lm import declared_size, model_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -189,15 +189,14 @@ def _from_pretrained(
     # Checked before any file is opened, since loading could run code of the folder.
     silence_transformers()
     refuse_unsafe(folder)
-    is_gguf = "gguf_file" in kwargs
-    if not is_gguf:
-        # transformers would make its own choice among several candidates, and other readers another.
-        model_files.weight_paths(folder, f"{folder.name}: cannot be loaded")
+    attention = "eager" if attn_implementation == "auto" else attn_implementation
+    if "gguf_file" not in kwargs:  # all families that are read from GGUF have every attention
+        attention = _refuse_unfit(folder, attention)
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=_supported_attention(folder, attn_implementation, is_gguf=is_gguf),
+            attn_implementation=attention,
             device_map={"": "cpu" if device == "auto" else device},
             **({"quantization_config": quantization} if quantization else {}),
             use_safetensors=True,
@@ -218,12 +217,20 @@ def _from_pretrained(
     if missing := sorted(loading_info["missing_keys"]):
         raise IntegrityError(f"{folder.name}: {len(missing)} weights are missing, e.g. {missing[0]}")
 
-    for module in model.modules():
+    for name, module in model.named_modules():
+        # transformers compares the shapes of all weights but those that it quantizes.
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (declared := (module.out_features, module.in_features)):
+            raise IntegrityError(
+                f"{folder.name}: its weights do not fit its config.json: {name} is {tuple(state.shape)} in the files, "
+                f"and config.json declares {declared}; fetch the model again"
+            )
         # On some CPUs, in a forward pass without gradients, bitsandbytes repacks the weights in place with scales
         # rounded to bf16. Training cannot use these, and scores must not depend on the CPU or on earlier forward
         # passes.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    model.config.return_dict = True  # or the outputs have no names
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -246,14 +253,35 @@ def _gguf_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def _supported_attention(folder: Path, attn_implementation: str, *, is_gguf: bool) -> str:
-    """Return the implementation to load with; eager computes the same where a family has no other, as Gemma 2."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+def _refuse_unfit(folder: Path, attn_implementation: str) -> str:
+    """Refuse a folder whose files do not fit each other; return the attention that its family has."""
+    from safetensors import SafetensorError
 
-    # All families that are read from GGUF have it.
-    if attn_implementation != "sdpa" or is_gguf:
-        return "eager" if attn_implementation == "auto" else attn_implementation
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # transformers would make its own choice among several candidates, and other readers another.
+    paths = model_files.weight_paths(folder, f"{folder.name}: cannot be loaded")
+    try:
+        config = declared_size.read_config(folder, folder.name)
+        # A model that this project packed was checked before, and its files have other shapes.
+        if getattr(config, "quantization_config", None) is None:
+            declared_size.refuse_unfit(config, paths, folder.name)
+        return _supported_attention(folder, config, attn_implementation)
+    except Problem:
+        raise
+    except SafetensorError as error:
+        raise IntegrityError(f"{folder.name}: its weights are damaged: {error}") from error
+    # A model class raises whatever it likes about a config.json that is not its family's.
+    except Exception as error:
+        raise UsageError(
+            f"{folder.name}: cannot be loaded as a causal language model: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _supported_attention(folder: Path, config: PreTrainedConfig, attn_implementation: str) -> str:
+    """Return the implementation to load with; eager computes the same where a family has no other, as Gemma 2."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if attn_implementation != "sdpa":
+        return attn_implementation
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None or model_class._supports_sdpa:
         return attn_implementation

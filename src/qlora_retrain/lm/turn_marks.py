@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.lm import bounded
 from qlora_retrain.lm.rendering import Message, Renderer, RowRefused, is_reasoning_tag
 from qlora_retrain.lm.tool_calls import fit_calls
 
@@ -42,7 +43,9 @@ class TurnMarks:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = backend
         self._normalizer = backend.normalizer if backend is not None else None
+        self._may_lengthen = type(self._normalizer).__name__ not in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip")
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         special = {text for text, is_special in added.items() if is_special} | set(tokenizer.all_special_tokens)
         tool_tokens = _tool_marks(renderer, added)
@@ -84,7 +87,13 @@ class TurnMarks:
 
     def _as_tokenized(self, text: str) -> str:
         """Return the text as the tokenizer reads it: in its normal form, and with SentencePiece's word mark a space."""
-        normal = self._normalizer.normalize_str(text) if self._normalizer is not None else text
+        if self._normalizer is None:
+            return text.replace(_WORD_MARK, " ")
+        # The normalizer keeps Python's lock, so that nothing could end it; the whole tokenizer lets other threads run.
+        if self._may_lengthen:
+            with bounded.tokenizer_bounds(len(text)):
+                self._backend.encode_batch([text], add_special_tokens=False)
+        normal: str = self._normalizer.normalize_str(text)
         return normal.replace(_WORD_MARK, " ")
 
 

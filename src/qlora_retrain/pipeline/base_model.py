@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.lm import gguf_names, model_files
+from qlora_retrain.lm import bounded, gguf_names, model_files
 from qlora_retrain.lm.context_length import language_config, max_context_tokens
 from qlora_retrain.pipeline import architectures, token_ids
 from qlora_retrain.pipeline.model_folder import LABEL, ModelFolder
@@ -118,10 +118,13 @@ def _missing_embeddings(config: Mapping[str, Any], documents: Mapping[str, Any],
         folder.read(path).decode("utf-8", errors="replace") for path in token_ids.TEMPLATE_FILES if path in folder.names
     )
     try:
+        num_characters = token_ids.added_characters(documents)
         tokens = token_ids.tokens_without_embedding(config, documents, template)
     # A tokenizer of another form than transformers writes is reported by the step that loads it.
     except (AttributeError, KeyError, TypeError, ValueError):
         return []
+    if num_characters > bounded.MAX_ADDED_CHARACTERS:
+        return [f"{LABEL}: {bounded.too_long_tokens(num_characters)}"]
     if not tokens:
         return []
     token, last_id = max(tokens.items(), key=lambda pair: pair[1])

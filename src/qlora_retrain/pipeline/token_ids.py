@@ -53,6 +53,13 @@ def tokens_without_embedding(
     }
 
 
+def added_characters(documents: Mapping[str, Any]) -> int:
+    """Return how many characters the added tokens have; the library makes one automaton of them all."""
+    tokens = (documents.get("tokenizer.json") or {}).get("added_tokens") or ()
+    decoder = (documents.get("tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
+    return max(sum(len(_content(token)) for token in group) for group in (tokens, decoder.values()))
+
+
 def _vocabulary(documents: Mapping[str, Any]) -> dict[str, int]:
     """Return the tokens with which the tokenizer was trained; empty where no file of JSON has them."""
     model = (documents.get("tokenizer.json") or {}).get("model") or {}

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_retrain.core import hashing, local_files
+from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.source_access import SourceAccess
 from qlora_retrain.storage import atomic_files
 from qlora_retrain.storage.store import Document, NotFound, join_path, read_bounded, validate_path
 
 _NUM_WORKERS = 8
+_BLOCK_BYTES = 512  # of `st_blocks`, on every system
+# A file system that compresses saves less.
+_MIN_SPARSE_BYTES, _MAX_SPARSENESS = 1 << 30, 64
 
 
 class SourceFolder:
@@ -48,7 +52,15 @@ class SourceFolder:
     def size_and_sha256(self, path: str) -> tuple[int, str]:
         """Return the size of a file in bytes, and its sha256."""
         with self._open(path) as file:
-            return os.fstat(file.fileno()).st_size, hashing.sha256_stream(file)
+            status = os.fstat(file.fileno())
+            size_bytes, disk_bytes = status.st_size, status.st_blocks * _BLOCK_BYTES
+            # Any number of terabytes takes no place on a disk, and hours to hash and to copy.
+            if size_bytes > max(_MIN_SPARSE_BYTES, disk_bytes * _MAX_SPARSENESS):
+                raise UsageError(
+                    f"{self._path / path}: expected a file with its bytes on the disk, found {size_bytes:,} bytes of "
+                    f"which the disk has {disk_bytes:,}: it is nearly all holes; leave it out with `files`"
+                )
+            return size_bytes, hashing.sha256_stream(file)
 
     def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
         """Copy files, several at once. Never a link: what a step does to its input must not reach the source."""

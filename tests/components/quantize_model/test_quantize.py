@@ -207,3 +207,14 @@ def test_weights_that_are_not_finite_are_refused(tiny_model, tmp_path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds numbers that are not finite"):
         quantize(base, tmp_path / "nf4")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_linear_layer_that_is_not_finite_is_refused_though_its_codes_are_like_any_others(tiny_model, tmp_path, value):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = value
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match="a weight of its up_proj layers holds numbers that are not finite"):
+        quantize(base, tmp_path / "nf4")

@@ -106,6 +106,11 @@ def test_a_row_that_is_too_long_or_teaches_nothing_has_its_reason(encode: Any) -
     assert row.reason == "too_long"
 
 
+def test_a_row_of_more_turns_than_it_may_have_tokens_is_not_rendered(encode: Any) -> None:
+    (row,) = encode(BODY, [PAIR * 40], max_length_tokens=64)
+    assert (row.reason, row.tokens) == ("too_long", 80)
+
+
 def test_the_datasets_format_says_where_its_answers_begin(encode: Any) -> None:
     rows = encode(BODY, [PAIR, PAIR], prompt="<think>\n")
     for row in rows:

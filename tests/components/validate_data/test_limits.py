@@ -224,3 +224,23 @@ def test_many_small_files_get_no_more_than_one(tmp_path: Path, monkeypatch: pyte
     assert 250 * len(rows) + 1_000_000 // 50 < 15_000 * 31
     with pytest.raises(UsageError, match=r"0\.jsonl\.gz: the file has .* bytes and unpacks to more than"):
         read(tmp_path)
+
+
+def test_a_parquet_file_of_very_many_columns_or_row_groups_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({f"c{i}": ["a"] for i in range(10_001)}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet: the file has 10,001 columns, and 10,000 are the most"):
+        read(tmp_path)
+    monkeypatch.setattr(arrow_files, "_MAX_FOOTER_BYTES", 1 << 20)
+    with pytest.raises(UsageError, match=r"a\.parquet: the footer has 1,\d+,\d+ bytes, and 1,048,576 are the most"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_packed_lines_without_anything_count(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_FREE_CHARACTERS", 2_000_000)
+    first = b"prompt,answer\n" if name == "a.csv" else b'{"prompt": "a", "answer": "b"}\n'
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(first + b"\n" * 1_000_000))
+    with pytest.raises(UsageError, match=r"\.gz: the file has .* bytes and unpacks to more than"):
+        read(tmp_path)

@@ -195,3 +195,15 @@ def test_what_says_how_a_row_is_rendered_is_named(read: Read) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     row = {"messages": turns, "chat_template_kwargs": {"enable_thinking": False}, "flags": {"a": False}}
     assert read([row] * 3).unread == {"chat_template_kwargs": 3}
+
+
+def test_rows_that_each_have_other_columns_are_counted_and_listed_up_to_a_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "a", **{f"k{i}_{j}": "a text" for j in range(300)}} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = RowReader(tmp_path, DataConfig(), "raw_data")
+    assert len(list(reader.rows())) == 10
+    assert len(reader.unread) == 2000
+    line = next(text for text in capsys.readouterr().out.split("\n") if "that nothing reads" in text)
+    assert line.endswith('"k0_49" (in 1 rows) and 1950 more')
