@@ -16,6 +16,7 @@ from torch.nn import Linear
 from transformers import PreTrainedModel
 
 from components.train_qlora.fused_lora import fuse_lora_layers
+from components.train_qlora.loss import has_plain_logits
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
@@ -53,9 +54,10 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
     _refuse_missed_layers(peft_model, layer_names)
 
-    # All three run a probe through the model. So the adapter must be attached, and eval mode turns dropout off.
+    # All of them run a probe through the model. So the adapter must be attached, and eval mode turns dropout off.
     patch_norms_and_mlps(peft_model.eval(), config.kernels)
     fuse_lora_layers(peft_model)
+    has_plain_logits(peft_model)
     probe_rows(peft_model)
 
     if config.gradient_checkpointing:

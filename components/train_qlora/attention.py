@@ -171,7 +171,8 @@ def gather_rows(query: Tensor, key: Tensor, value: Tensor, index: HeadIndex) -> 
     """Copy the packed tokens into rows: queries (R * K, H / K * L, D), keys (R * K, S, D), values (R * K, S, DV)."""
     batch, length, kv_length = index.attn_bias.shape
     q = flatten_tokens(query).index_select(0, index.q_index).view(batch, length, -1)
-    k, v = (flatten_tokens(x).index_select(0, index.kv_index).view(batch, kv_length, -1) for x in (key, value))
+    k = flatten_tokens(key).index_select(0, index.kv_index).view(batch, kv_length, -1)
+    v = flatten_tokens(value).index_select(0, index.kv_index).view(batch, kv_length, -1)
     return q, k, v
 
 

@@ -17,7 +17,8 @@ from components.train_qlora.data import IGNORE_INDEX, Batch, PaddingCollator, To
 from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Cause, TryAgain
 
-CHUNK_POSITIONS = 512  # logits in memory at a time: 100 MB in fp32 with a vocabulary of 49,152
+# Logits in memory at a time, in fp32. Larger chunks keep a GPU busy; a CPU needs no more than 512 x 49,152.
+CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 PLAIN_LOGITS_CACHE = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: the results of `has_plain_logits`
 
 
@@ -31,22 +32,15 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 
     The model's own forward method runs; a hook reduces the input of its output layer to the supervised positions.
     """
-    if not packing.can_pack(model):
-        labels, inputs = batch["labels"][:, 1:], {k: batch[k] for k in ("input_ids", "attention_mask")}
-        return _loss_of_positions(model, labels, inputs, positions=slice(None, -1))
-    packed = packing.pack(batch, model.dtype)
-    with packing.packed_attention(model):
-        return _loss_of_positions(
-            model,
-            packed.labels,
-            {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed_batch": packed},
-        )
-
-
-def _loss_of_positions(model: Any, labels: Tensor, inputs: dict[str, Any], positions: slice = slice(None)) -> Tensor:
-    """Return the summed loss; `labels` (B, P) are the tokens to predict at the `positions` of the inputs."""
+    if packing.can_pack(model):
+        packed = packing.pack(batch, model.dtype)
+        labels, positions = packed.labels, slice(None)  # (1, T): what each position must predict
+        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed_batch": packed}
+    else:
+        labels, positions = batch["labels"][:, 1:], slice(None, -1)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     is_labelled = labels != IGNORE_INDEX
-    lm_head, is_plain = model.get_output_embeddings(), has_plain_logits(model, inputs)
+    lm_head, is_plain = model.get_output_embeddings(), has_plain_logits(model)
     hidden_states: list[Tensor] = []
 
     # Where logits are the plain output of the output layer, that layer gets no position, and `ChunkedCrossEntropy`
@@ -57,7 +51,8 @@ def _loss_of_positions(model: Any, labels: Tensor, inputs: dict[str, Any], posit
 
     hook = lm_head.register_forward_pre_hook(select_supervised)
     try:
-        logits = model(**inputs, use_cache=False).logits
+        with packing.packed_attention(model):
+            logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
 
@@ -67,25 +62,20 @@ def _loss_of_positions(model: Any, labels: Tensor, inputs: dict[str, Any], posit
     return cross_entropy(logits.float(), labels[is_labelled], reduction="sum")
 
 
-def has_plain_logits(model: Any, inputs: dict[str, Any]) -> bool:
+def has_plain_logits(model: Any) -> bool:
     """Return whether a model's logits are the output of its output layer; some models scale or cap them afterwards.
 
-    Config files have many names for that, so a probe finds it out, once per output layer. The probe is a forward pass
-    over `inputs` with the logits of one position per row.
+    Config files have many names for that, so a forward pass over three tokens finds it out, once per output layer.
     """
     lm_head, lm_head_outputs = model.get_output_embeddings(), list[Tensor]()
     if lm_head not in PLAIN_LOGITS_CACHE:
-        hooks = (
-            lm_head.register_forward_pre_hook(lambda _, args: (args[0][:, :1],)),
-            lm_head.register_forward_hook(lambda _, args, output: lm_head_outputs.append(output)),
-        )
+        hook = lm_head.register_forward_hook(lambda _, args, output: lm_head_outputs.append(output))
         try:
-            # A resumed run probes in the middle of training, and the probe must not change the draws of dropout.
+            # The probe must not change the draws of dropout.
             with torch.no_grad(), torch.random.fork_rng():
-                logits = model(**inputs, use_cache=False).logits
+                logits = model(input_ids=torch.tensor([[0, 1, 2]], device=model.device), use_cache=False).logits
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         PLAIN_LOGITS_CACHE[lm_head] = torch.equal(logits.float(), lm_head_outputs[0].float())
     return PLAIN_LOGITS_CACHE[lm_head]
 
@@ -99,9 +89,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         total_loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
 
-        for start in range(0, len(labels), CHUNK_POSITIONS):
-            chunk = hidden[start : start + CHUNK_POSITIONS]  # (chunk, D)
-            targets = labels[start : start + CHUNK_POSITIONS].unsqueeze(1)  # (chunk, 1)
+        chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))  # positions
+        for start in range(0, len(labels), chunk_size):
+            chunk = hidden[start : start + chunk_size]  # (chunk, D)
+            targets = labels[start : start + chunk_size].unsqueeze(1)  # (chunk, 1)
             logits = torch.nn.functional.linear(chunk, weight, bias).float()  # (chunk, V)
             logits.sub_(logits.amax(1, keepdim=True))  # so that exp does not overflow
             target_logits = logits.gather(1, targets)
@@ -114,7 +105,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             # The gradient of the logits is softmax minus one-hot.
             if grad_hidden is not None:
                 exp_logits.div_(normalizer).scatter_add_(1, targets, -torch.ones_like(targets, dtype=exp_logits.dtype))
-                grad_hidden[start : start + CHUNK_POSITIONS] = exp_logits.to(weight.dtype) @ weight
+                grad_hidden[start : start + chunk_size] = exp_logits.to(weight.dtype) @ weight
+            del logits, exp_logits  # before the next chunk is allocated
         ctx.grad_hidden = grad_hidden  # (N, D)
         return total_loss
 

@@ -239,7 +239,7 @@ def test_a_model_whose_attention_has_a_window_gets_padded_batches():
 
 
 def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_POSITIONS", 7)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 7 * 4 * 50})
     torch.manual_seed(0)
     hidden, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (30,))
