@@ -28,33 +28,27 @@ def make_full_trainer(options: argparse.Namespace, rows: list[Any], rate: float)
     import torch
     from transformers import set_seed
 
-    from components.train_qlora import packing
-    from components.train_qlora.data import IGNORE_INDEX, TokenizedDataset
-    from components.train_qlora.trainer import AdapterTrainer
+    from components.train_qlora import packing, train
+    from components.train_qlora.data import IGNORE_INDEX
     from qlora_retrain.lm import loading
 
-    class FullTrainer(AdapterTrainer):
-        def compute_loss(self, model: Any, inputs: Any, _: bool = False, num_items_in_batch: Any = None) -> Any:
-            packed = packing.pack(inputs, torch.bfloat16)
-            is_target = packed.labels != IGNORE_INDEX
-            # The weights are fp32, but products are computed in bf16 as in the step.
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = model.base_model(
-                    input_ids=packed.input_ids, position_ids=packed.position_ids, packed_batch=packed, use_cache=False
-                ).last_hidden_state
-                logits = model.get_output_embeddings()(hidden[is_target])  # (supervised, vocabulary)
-            loss = torch.nn.functional.cross_entropy(logits.float(), packed.labels[is_target], reduction="sum")
-            return loss / num_items_in_batch
+    def summed_loss(model: Any, inputs: Any) -> Any:
+        packed = packing.pack(inputs, torch.bfloat16)
+        is_target = packed.labels != IGNORE_INDEX
+        # The weights are fp32, but products are computed in bf16 as in the step.
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.base_model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, packed_batch=packed, use_cache=False
+            ).last_hidden_state
+            logits = model.get_output_embeddings()(hidden[is_target])  # (supervised, vocabulary)
+        return torch.nn.functional.cross_entropy(logits.float(), packed.labels[is_target], reduction="sum")
 
     # Everything but the loss and the frozen weights is as in the step.
+    train.summed_loss = summed_loss
     config = training_contestants.our_config(options, learning_rate=rate, **RECIPE)
     set_seed(options.seed)
     model = loading.load_base(options.base, attn_implementation="eager", dtype="float32")
-    trainer = FullTrainer(model, config, TokenizedDataset(rows), TokenizedDataset([]), 2, options.work / "scratch")
-    trainer.batch_sampler.sampler = training_contestants.keep_order(trainer.sampler)
-    # A checkpoint is of no use here, and a full model with its optimizer state takes 1.6 GB.
-    trainer._save_checkpoint = lambda *_: None
-    return trainer
+    return training_contestants.OurTrainer(training_contestants.our_run(options, config, model, rows))
 
 
 def save(model: Any, name: str, folder: Path) -> None:

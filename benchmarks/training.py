@@ -273,10 +273,6 @@ def train_contestant(options: argparse.Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     rows = json.loads((options.work / "rows.json").read_text())
     is_ours = options.contestant.startswith("ours")
-    if is_ours:
-        from components.train_qlora import worker
-
-        worker.block_datasets_import()  # as in the process that the step trains in
     trainer = contestants.TRAINER_FACTORIES[options.contestant](options, rows)
     result = train_and_time(options, trainer, rows)
     # Ours trains in a child of the step's process, so the memory of the step's process is added.

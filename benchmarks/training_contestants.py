@@ -3,16 +3,62 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 from typing import Any
 
 
+class OurTrainer:
+    """The step's loop over a run, with what the benchmarks use of a Trainer."""
+
+    def __init__(self, run: Any) -> None:
+        from components.train_qlora import checkpoint
+
+        self.run, self.model = run, run.model
+        # `training.py` wrote the rows in the sampler's order; sorting them again would change it.
+        run.sampler = keep_order(run.sampler)
+        checkpoint.save = lambda _: None  # the peers save no checkpoint either
+
+    def add_callback(self, callback: Any) -> None:
+        """Call `on_step_end` after every step."""
+        self.run.report = lambda *_: callback.on_step_end()
+
+    def train(self) -> None:
+        """Run every step."""
+        from components.train_qlora import train
+        from components.train_qlora.control import TrainingControl
+
+        train.run_steps(self.run, TrainingControl(self.run))
+
+    @property
+    def state(self) -> Any:
+        """What has the log, as in a Trainer."""
+        return SimpleNamespace(log_history=self.run.log)
+
+
+def our_run(options: argparse.Namespace, config: Any, model: Any, rows: list[Any]) -> Any:
+    """Return a run of the step's loop that trains what the model leaves trainable."""
+    from components.train_qlora.data import LengthGroupedSampler, Rows, TokenizedDataset
+    from components.train_qlora.optimizer import AdapterOptimizer
+    from components.train_qlora.training_run import TrainingRun
+
+    dataset = TokenizedDataset(rows)
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return TrainingRun(
+        config,
+        model,
+        AdapterOptimizer(config, trainable),
+        Rows(dataset, TokenizedDataset([]), pad_token_id=2),
+        LengthGroupedSampler(dataset.lengths, config.global_batch_size, config.seed),
+        options.work / "scratch",
+        lambda *_: None,
+    )
+
+
 def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, **overrides: Any) -> Any:
-    """Return the step's trainer over the 4-bit or the 16-bit base; `overrides` change its config."""
+    """Return the step's loop over the 4-bit or the 16-bit base; `overrides` change its config."""
     from transformers import set_seed
 
     from components.train_qlora import adapter
-    from components.train_qlora.data import TokenizedDataset
-    from components.train_qlora.trainer import AdapterTrainer
     from qlora_retrain.lm import loading
 
     # In bf16 with eager attention, like `trl, tuned`.
@@ -22,18 +68,9 @@ def make_ours(options: argparse.Namespace, rows: list[Any], *, bits: int = 4, **
     else:
         base = loading.load_base(options.base, attn_implementation="eager", dtype="bfloat16")
     set_seed(options.seed)
-    trainer = AdapterTrainer(
-        adapter.attach_new(base, config),
-        config,
-        TokenizedDataset(rows),
-        TokenizedDataset([]),
-        2,
-        options.work / "scratch",
-    )
-    # `training.py` wrote the rows in the sampler's order; sorting them again would change it.
-    trainer.batch_sampler.sampler = keep_order(trainer.sampler)
-    trainer._save_checkpoint = lambda *_: None  # the peers save no checkpoint either
-    return trainer
+    model = adapter.attach_new(base, config)
+    set_seed(options.seed)
+    return OurTrainer(our_run(options, config, model, rows))
 
 
 def our_config(options: argparse.Namespace, **overrides: Any) -> Any:

@@ -309,12 +309,10 @@ def _receive_request(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 def serve(listener: socket.socket, owner_pid: int) -> NoReturn:
     """Import every module once, then fork for every request a process that starts the program and waits for its end."""
-    from components.train_qlora import worker
     from qlora_retrain.core import supervisor
 
     supervisor.exit_with_parent(owner_pid, signal.SIGKILL)
     # Before transformers is imported, as in a training process.
-    worker.block_datasets_import()
     for name in MODULES:
         import_module(name)
 

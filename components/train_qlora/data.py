@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import json_lines, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.lm.chat import Chat, ChatTokenizer, EncodedChat, Message, RowRefused
+from qlora_retrain.lm.chat import Chat, ChatTokenizer, EncodedChat, Message, RowRefused, load_tokenizer
+from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.rendering import Tools
 
 IGNORE_INDEX = -100  # the label of a token without loss, as torch's cross_entropy has it
@@ -48,6 +50,49 @@ class TokenizedDataset(Dataset[Example]):  # type: ignore[misc]
         if index < 0:
             return {"input_ids": self.examples[~index]["input_ids"][:1], "labels": [IGNORE_INDEX], "row_index": [-1]}
         return {**self.examples[index], "row_index": [index]}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a run, and the token that fills the padding between them."""
+
+    train: TokenizedDataset
+    eval: TokenizedDataset
+    pad_token_id: int
+
+
+def read_rows(config: TrainConfig, dataset: Path, base_nf4: Path) -> Rows:
+    """Tokenize both files of a data set as the base's chat template writes them.
+
+    Raises:
+        UsageError: If there is nothing to train on, or nothing to measure the loss on that the settings ask for.
+        IntegrityError: If a line is not a row as `validate_data` writes it.
+    """
+    tokenizer = load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
+    train = load_tokenized_dataset(dataset / "train.jsonl", tokenizer, config.loss)
+    held_out = load_tokenized_dataset(dataset / "eval.jsonl", tokenizer, config.loss)
+    if config.num_evals and not len(held_out):
+        raise UsageError(
+            "train.num_evals: dataset/eval.jsonl has no rows to measure the loss on; leave the setting out"
+        )
+    if not len(train):
+        raise UsageError("dataset/train.jsonl has no rows; there is nothing to train on")
+    return Rows(train, held_out, tokenizer.pad_token_id)
+
+
+def refuse_longer_rows(rows: Rows, max_tokens: int | None) -> None:
+    """Refuse a row that has more tokens than the model takes; None: it takes any number.
+
+    Raises:
+        UsageError: With the file and the length of its longest row.
+    """
+    for file, dataset in (("train.jsonl", rows.train), ("eval.jsonl", rows.eval)):
+        longest_row = max(dataset.lengths, default=0)
+        if max_tokens and longest_row > max_tokens:
+            raise UsageError(
+                f"dataset/{file}: a row has {longest_row} tokens, but the model takes at most {max_tokens}; lower "
+                "data.max_length_tokens"
+            )
 
 
 def load_tokenized_dataset(
@@ -220,7 +265,7 @@ class DistributedBatchSampler(Sampler[list[int]]):  # type: ignore[misc]
         self.sampler, self.rank, self.world_size = sampler, rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; the Trainer calls this before each one."""
+        """Set the epoch; called before each one."""
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:

@@ -7,10 +7,12 @@ host memories (gloo on loopback), never through a GPU. Every process must make e
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
 
@@ -70,8 +72,17 @@ def broadcast(make: Callable[[], Value]) -> Value:
 class ForwardThroughDDP:
     """Run a model's forward pass through DDP, which then averages the gradients; all else is the model's own."""
 
-    def __init__(self, ddp_model: Any, model: Any) -> None:
-        self.ddp_model, self.model = ddp_model, model
+    def __init__(self, model: Any, device: str) -> None:
+        # All processes read the same base from disk, so nothing but the adapter is synchronized.
+        frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        model._ddp_params_and_buffers_to_ignore = frozen_names + [name for name, _ in model.named_buffers()]
+        device_ids = [rank()] if device == "cuda" else None
+        self.model, self.ddp_model = model, DistributedDataParallel(model, device_ids=device_ids)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Keep the gradients of this process to itself in backward passes inside the context."""
+        context: AbstractContextManager[None] = self.ddp_model.no_sync()
+        return context
 
     def __call__(self, **inputs: Any) -> Any:
         """Run a forward pass."""
@@ -79,9 +90,3 @@ class ForwardThroughDDP:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
-
-
-def exclude_frozen_from_ddp(model: Any) -> None:
-    """Exclude the frozen parameters from DDP's synchronization: all processes read the same base from disk."""
-    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    model._ddp_params_and_buffers_to_ignore = frozen_names + [name for name, _ in model.named_buffers()]

@@ -1,4 +1,4 @@
-"""Read a run's steps, speed and evaluations from the Trainer's log, which is in every checkpoint.
+"""Read a run's steps, speed and evaluations from its log, which is in every checkpoint.
 
 The log says what earlier attempts trained too. A file in scratch says at which step this attempt began.
 
@@ -16,11 +16,12 @@ LogHistory = Sequence[dict[str, Any]]
 STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
 TIMING_FIELDS = ("step", "tokens_per_second", "memory_mib")
 FIRST_STEP_FILE = "first_step.txt"
+STATE_FILE = "state.json"  # in a checkpoint: the step and the log
 CURVE_FIELDS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
 
 
 def max_state_bytes(step: int) -> int:
-    """Return more bytes than the Trainer's state of this step has: an entry of the log has some 300."""
+    """Return more bytes than the state file of this step has: an entry of the log has some 300."""
     return 2**20 + 4096 * step
 
 

@@ -75,9 +75,9 @@ def _newest_checkpoint_size(config: TrainConfig, scratch: Path) -> int:
     """
     newest = checkpoints.sorted_checkpoints(scratch)[-1:]
     try:
-        with (newest[0] / "trainer_state.json").open("rb") as file:
+        with (newest[0] / history.STATE_FILE).open("rb") as file:
             state = json.loads(file.read(history.max_state_bytes(checkpoints.step_of(newest[0]))))
-        size = history.last_batch_size(state["log_history"])
+        size = history.last_batch_size(state["log"])
         # A size from another recipe, or from a damaged file, may not divide the batch.
         if type(size) is int and size > 0 and config.global_batch_size % size == 0:
             return size

@@ -1,4 +1,4 @@
-"""Check before a run that the model can learn a few short rows; otherwise more training would not help either."""
+"""Check before a run that the machine has what it needs, and that the model can learn a few short rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from components.train_qlora import adapter, distributed, packing
+from components.train_qlora import adapter, distributed, liger, packing, tracker_keys
 from components.train_qlora.data import Batch, PaddingCollator, TokenizedDataset
 from components.train_qlora.loss import summed_loss, supervised_mask
 from qlora_retrain.config.sections import TrainConfig
@@ -22,6 +22,28 @@ LEARNT_FRACTION = 0.1
 FALLEN_FRACTION = 0.98
 # The check is skipped where it would cost more than this fraction of the run's tokens.
 MAX_TOKENS_FRACTION = 0.05
+
+
+def check_environment(config: TrainConfig) -> None:
+    """Check that the machine has what the settings need, before anything is read.
+
+    Raises:
+        UsageError: If a GPU or a package is missing.
+    """
+    if config.kernels == "liger" and not liger.IS_INSTALLED:
+        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it, or set `torch`")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "train.device is cuda, but torch sees no GPU here; make the plan on a machine like the one that trains"
+        )
+    if config.device == "cuda" and torch.cuda.device_count() < config.num_processes:
+        raise UsageError(
+            f"train.num_processes: {config.num_processes} processes need one GPU each, but torch sees "
+            f"{torch.cuda.device_count()} here; give the step more GPUs, or set fewer processes"
+        )
+
+    for tracker in config.report_to:
+        tracker_keys.refuse_unready(tracker)
 
 
 def overfit_shortest_rows(

@@ -16,7 +16,7 @@ class TrainingResult:
     """The numbers of a finished run; its adapter is on disk.
 
     Attributes:
-        log: The Trainer's log; `history` reads it.
+        log: Every step and evaluation; `history` reads it.
         optimizer: A description of the optimizer that ran.
         eval_loss: Nats per supervised token of the evaluation rows; None where there are no such rows.
         tokens_per_second: The speed of all processes together; None where earlier attempts did every step.
@@ -38,19 +38,6 @@ class TrainingResult:
 
 # More points than this cannot be distinguished on the page.
 CURVE_POINTS = 400
-
-
-def describe_optimizer(config: TrainConfig, optimizer: Any) -> str:
-    """Describe the optimizer that ran, and whether its state was paged; on a CPU it never is."""
-    name = config.optimizer.removeprefix("paged_")
-    if config.device != "cuda":
-        return f"{name}, not paged: bitsandbytes pages no memory on a CPU (the setting is {config.optimizer})"
-
-    # Where an earlier attempt did every step, there is no optimizer.
-    states = optimizer.state.values() if optimizer is not None else ()
-    tensors = [tensor for state in states for tensor in state.values() if hasattr(tensor, "is_cuda")]
-    num_paged = sum(1 for tensor in tensors if getattr(tensor, "is_paged", False))
-    return f"{config.optimizer}, {num_paged} of {len(tensors)} state tensors are paged (small ones never are)"
 
 
 def report_page(

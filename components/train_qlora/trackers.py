@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from components.train_qlora import distributed
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
@@ -118,24 +116,21 @@ class Tracker:
         self.is_away = bool(error)
 
 
-class TrackerCallback(TrainerCallback):  # type: ignore[misc]
-    """Hand the Trainer's log to the trackers."""
+class Trackers:
+    """The trackers of a run, any number of them."""
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self.trackers = trackers
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        """Hand over the numbers of an optimizer step or an evaluation."""
-        values = {name: float(value) for name, value in logs.items() if _is_number(value)}
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand the numbers of an optimizer step, or of an evaluation after it, to each."""
         for tracker in self.trackers:
-            tracker.log(state.global_step, values)
+            tracker.log(step, values)
 
 
 @contextlib.contextmanager
-def report(config: TrainConfig) -> Iterator[TrackerCallback]:
-    """Yield a callback for the Trainer; the trackers' runs end with the block, as failed where it raises."""
+def started(config: TrainConfig) -> Iterator[Trackers]:
+    """Yield the line's trackers; their runs end with the block, as failed where it raises."""
     # Every process has the same losses, so one of them reports.
     names = list(dict.fromkeys(config.report_to)) if distributed.is_main() else []
     trackers: list[Tracker] = []
@@ -147,12 +142,8 @@ def report(config: TrainConfig) -> Iterator[TrackerCallback]:
             progress.say(f"warning: train.report_to: {name} cannot start, and training goes on without it: {error}")
     succeeded = False
     try:
-        yield TrackerCallback(trackers)
+        yield Trackers(trackers)
         succeeded = True
     finally:
         for tracker in trackers:
             tracker.close(succeeded=succeeded)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (hasattr(value, "numel") and value.numel() == 1)

@@ -1,133 +1,187 @@
-"""Train the adapter and write it, in a single process or in each of several."""
+"""Train the adapter and write it, in a single process or in each of several: the loop, from top to bottom."""
 
 from __future__ import annotations
 
+import math
 import resource
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import set_seed
 
-from components.train_qlora import adapter, distributed, fsdp, liger, tracker_keys, trackers
+from components.train_qlora import adapter, checkpoint, distributed, divergence, evaluation, packing, trackers
 from components.train_qlora.batching import eval_batch_size
-from components.train_qlora.data import TokenizedDataset, load_tokenized_dataset
-from components.train_qlora.loss import mean_loss
+from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
+from components.train_qlora.data import Batch, read_rows
+from components.train_qlora.loss import mean_loss, summed_loss, supervised_mask
 from components.train_qlora.memory import as_memory_error
-from components.train_qlora.report import TrainingResult, describe_optimizer
-from components.train_qlora.trainer import AdapterTrainer
+from components.train_qlora.optimizer import learning_rate
+from components.train_qlora.preflight import overfit_shortest_rows
+from components.train_qlora.report import TrainingResult
+from components.train_qlora.training_run import ADAPTER_FOLDER, TrainingRun, build_run
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.core import progress
-from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import loading
-from qlora_retrain.lm.chat import load_tokenizer
-from qlora_retrain.lm.chat_format import ChatFormat
-from qlora_retrain.lm.context_length import max_context_tokens
+from qlora_retrain.core import progress, signals
+from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 
 
 def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Path, scratch: Path) -> TrainingResult:
     """Train from the newest checkpoint or from the start, write the adapter, and measure the evaluation loss.
 
     Raises:
-        UsageError: If there is nothing to learn, or the settings do not fit the model.
+        UsageError: If there is nothing to learn, the settings do not fit the model, or the time budget is used up.
         IntegrityError: If an input is unsafe or damaged.
         Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
         TryAgain: If stopped before the end, after saving a checkpoint.
         MemoryError: If memory runs out, with the numbers.
     """
-    tokenizer = load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
-    train_dataset = load_tokenized_dataset(dataset / "train.jsonl", tokenizer, config.loss)
-    eval_dataset = load_tokenized_dataset(dataset / "eval.jsonl", tokenizer, config.loss)
-    if config.num_evals and not len(eval_dataset):
-        raise UsageError(
-            "train.num_evals: dataset/eval.jsonl has no rows to measure the loss on; leave the setting out"
-        )
-    if not len(train_dataset):
-        raise UsageError("dataset/train.jsonl has no rows; there is nothing to train on")
-
+    rows = read_rows(config, dataset, base_nf4)
     # The rows are read first, since the message of an out-of-memory error names the longest one.
-    with as_memory_error(config, max(train_dataset.lengths)), trackers.report(config) as tracker_callback:
-        pad_token_id = tokenizer.pad_token_id
-        trainer = _build_trainer(config, train_dataset, eval_dataset, base_nf4, pad_token_id, scratch)
-        trainer.add_callback(tracker_callback)
-        with warnings.catch_warnings():
-            # bitsandbytes has no paged memory on a CPU; the report says which optimizer ran.
-            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            trainer.train_or_resume()
+    with as_memory_error(config, max(rows.train.lengths)), trackers.started(config) as started_trackers:
+        run = build_run(config, rows, base_nf4, scratch, started_trackers.log)
+        _resume(run)
+        control = TrainingControl(run)
+        if run.step < run.total_steps and not run.has_stopped_improving:
+            _refuse_useless(run, control)
+            run_steps(run, control)
+        if run.best_weights is not None:
+            adapter.set_weights(run.model, run.best_weights)
 
-        model = trainer.model
         if distributed.is_main():
-            adapter.save(model, adapter_folder)
-        optimizer = describe_optimizer(config, trainer.optimizer)
-        progress.say(f"optimizer: {optimizer}")
-        eval_loss = mean_loss(model, eval_dataset, pad_token_id, eval_batch_size(config))
+            adapter.save(run.model, adapter_folder)
+        progress.say(f"optimizer: {run.optimizer.describe()}")
+        eval_loss = mean_loss(run.model, rows.eval, rows.pad_token_id, eval_batch_size(config))
 
-    control = trainer.training_control
     return TrainingResult(
-        log=trainer.state.log_history,
-        optimizer=optimizer,
+        log=run.log,
+        optimizer=run.optimizer.describe(),
         eval_loss=eval_loss,
         tokens_per_second=round(control.tokens_per_second, 1) if control.tokens else None,
         peak_rss_mib=round(distributed.all_reduce_sum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)[0]),
-        layers=adapter.trainable_by_layer(model),
-        train_rows=len(train_dataset),
-        eval_rows=len(eval_dataset),
+        layers=adapter.trainable_by_layer(run.model),
+        train_rows=len(rows.train),
+        eval_rows=len(rows.eval),
     )
 
 
-def _build_trainer(
-    config: TrainConfig,
-    train_dataset: TokenizedDataset,
-    eval_dataset: TokenizedDataset,
-    base_nf4: Path,
-    pad_token_id: int,
-    scratch: Path,
-) -> AdapterTrainer:
-    """Load the base, attach a fresh adapter and build the trainer over both."""
-    # With several GPUs, each process takes the GPU of its rank.
-    has_gpu_per_rank = config.device == "cuda" and distributed.world_size() > 1
-    device = f"cuda:{distributed.rank()}" if has_gpu_per_rank else config.device
-    base = loading.load_nf4(base_nf4, device=device, attn_implementation=config.attention, dtype=config.precision)
-    if base.dtype == torch.float16:
-        raise UsageError(
-            "quantize.compute_dtype: float16 gradients underflow without loss scaling; train over bfloat16"
-        )
-    limit = max_context_tokens(base.config.to_dict())
-    for file, dataset in (("train.jsonl", train_dataset), ("eval.jsonl", eval_dataset)):
-        longest_row = max(dataset.lengths, default=0)
-        if limit and longest_row > limit:
-            raise UsageError(
-                f"dataset/{file}: a row has {longest_row} tokens, but the model takes at most {limit}; lower "
-                "data.max_length_tokens"
-            )
-
-    # The adapter must start the same in every process, but dropout must differ between them.
-    set_seed(config.seed)
-    model = adapter.attach_new(base, config)
-    if config.parallel == "fsdp":
-        fsdp.shard(model, config.device)
-    trainer = AdapterTrainer(model, config, train_dataset, eval_dataset, pad_token_id, scratch)
-    set_seed(config.seed + distributed.rank())
-    return trainer
+def _resume(run: TrainingRun) -> None:
+    """Go on from the newest valid checkpoint, if there is one."""
+    # Every process must resume from the same checkpoint, so one of them chooses it.
+    if newest := distributed.broadcast(lambda: checkpoint.newest(run)):
+        progress.say(f"resuming from {newest.name} of {run.total_steps} steps")
+        checkpoint.restore(run, newest)
+        evaluation.finish_interrupted(run)
 
 
-def check_environment(config: TrainConfig) -> None:
-    """Check that the machine has what the settings need, before anything is read.
+def _refuse_useless(run: TrainingRun, control: TrainingControl) -> None:
+    """Refuse to begin where the run must stop at once, or cannot learn."""
+    if signals.stop_requested():
+        raise TryAgain("asked to stop before the first step; run it again", cause=Cause.PREEMPTED)
+    if not run.step:
+        overfit_shortest_rows(run.model, run.config, run.rows.train, run.rows.pad_token_id, run.total_steps)
+    # The time budget counts all attempts, so a retry does not extend it.
+    if control.is_budget_used_up(control.earlier_seconds):
+        raise _stopped(run, BUDGET_USED_UP)
+
+
+def run_steps(run: TrainingRun, control: TrainingControl) -> None:
+    """Run the remaining optimizer steps.
 
     Raises:
-        UsageError: If a GPU or a package is missing.
+        Diverged: If a loss or a gradient is not finite, or the loss is hopeless.
+        UsageError: If the time budget is used up; after saving.
+        TryAgain: If asked to stop before the last step; after saving.
     """
-    if config.kernels == "liger" and not liger.IS_INSTALLED:
-        raise UsageError("train.kernels: liger-kernel is not installed where the step runs; install it, or set `torch`")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "train.device is cuda, but torch sees no GPU here; make the plan on a machine like the one that trains"
-        )
-    if config.device == "cuda" and torch.cuda.device_count() < config.num_processes:
-        raise UsageError(
-            f"train.num_processes: {config.num_processes} processes need one GPU each, but torch sees "
-            f"{torch.cuda.device_count()} here; give the step more GPUs, or set fewer processes"
-        )
+    is_alone = distributed.world_size() == 1
+    forward = run.model if is_alone else distributed.ForwardThroughDDP(run.model, run.config.device)
+    run.model.train()
+    control.begin()
+    for batch in run.remaining_steps():
+        control.begin_step()
+        numbers = _train_step(run, forward, batch)
+        run.step += 1
+        due = control.end_step()
 
-    for tracker in config.report_to:
-        tracker_keys.refuse_unready(tracker)
+        run.add_to_log({**numbers, **control.step_metrics(numbers["tokens"])})
+        control.report_progress(run.log[-1])
+        vocab_size = run.model.config.get_text_config().vocab_size
+        if reason := divergence.hopeless_training_loss(run.log, vocab_size):
+            raise run.divergence(run.step, reason)
+
+        if due.evaluate:
+            try:
+                is_best = evaluation.evaluate(run, batch["row_indices"].tolist())
+            except TryAgain:  # the optimizer step is complete: save it, and evaluate when the run is resumed
+                control.stop_reason = "asked to stop"
+                due.save = due.stop = True
+            else:
+                # Even if the run fails later, the best adapter can be used.
+                due.save |= is_best or run.has_stopped_improving
+                due.stop |= run.has_stopped_improving
+        if due.save:
+            checkpoint.save(run)
+        if due.stop:
+            break
+    if control.stop_reason:
+        raise _stopped(run, control.stop_reason)
+
+
+def _train_step(run: TrainingRun, forward: Any, batch: Batch) -> dict[str, Any]:
+    """Run one optimizer step: forward and backward over its rows, in as few micro-batches as fit; clip; update.
+
+    Args:
+        run: The run.
+        forward: The model, or DDP's around it.
+        batch: The rows that this process has in the step.
+
+    Returns:
+        The step's numbers for the log, those of all processes together.
+
+    Raises:
+        Diverged: If the loss or the norm of the gradients is not finite; a NaN must not reach the optimizer.
+    """
+    model, config, row_indices = run.model, run.config, batch["row_indices"]
+    rows = {name: tensor for name, tensor in batch.items() if name != "row_indices"}
+    # A row index below 0 marks a filler row, whose tokens are not counted.
+    own_counts = int(rows["attention_mask"][row_indices >= 0].sum()), int(supervised_mask(rows).sum())
+    tokens, supervised_tokens = map(round, distributed.all_reduce_sum(*own_counts))
+
+    own_count = packing.num_micro_batches(rows, config.micro_batch_size, is_packed=packing.can_pack(model))
+    # With FSDP every rank must run the same number of micro-batches: each forward gathers shards from all ranks.
+    count = max(distributed.all_gather(own_count))
+    losses = []
+    with packing.packed_attention(model):  # also around backward, which recomputes checkpointed layers
+        for i, micro_batch in enumerate(packing.split_batch(rows, count)):
+            inputs = {name: tensor.to(model.device) for name, tensor in micro_batch.items()}
+            # DDP sums the gradients over the processes once, in the last backward pass.
+            with nullcontext() if i == count - 1 or forward is model else forward.no_sync():
+                # DDP divides the sum by the number of processes, so the loss is multiplied by it.
+                loss = summed_loss(forward, inputs) * distributed.world_size() / supervised_tokens
+                loss.backward()
+            losses.append(loss.detach())
+
+    norm = torch.nn.utils.clip_grad_norm_(run.optimizer.parameters.values(), config.max_grad_norm)
+    # The CPU waits for the GPU here, once a step.
+    own_values = torch.stack([torch.stack(losses).sum(), norm.detach()]).tolist()
+    loss_and_norm = [total / distributed.world_size() for total in distributed.all_reduce_sum(*own_values)]
+    for label, value in zip(("loss", "gradient norm"), loss_and_norm, strict=True):
+        if not math.isfinite(value):
+            raise run.divergence(run.step + 1, f"the {label} is {value}", row_indices.tolist())
+
+    rate = learning_rate(config, run.step, run.total_steps)
+    run.optimizer.step(rate)
+    return {
+        "loss": loss_and_norm[0], "grad_norm": loss_and_norm[1], "learning_rate": rate, "tokens": tokens,
+        "supervised_tokens": supervised_tokens,
+    }  # fmt: skip
+
+
+def _stopped(run: TrainingRun, reason: str) -> UsageError | TryAgain:
+    """Return the error that ends an attempt before the last step, after saving."""
+    is_over_budget = reason == BUDGET_USED_UP
+    # A retry has the same budget, and would end at once.
+    return (UsageError if is_over_budget else TryAgain)(
+        f"step {run.step} of {run.total_steps}, saved as checkpoint-{run.step}: {reason}. "
+        f"Its {ADAPTER_FOLDER}/ is a complete adapter{run.best_adapter_clause}",
+        cause=Cause.TIME_BUDGET if is_over_budget else Cause.PREEMPTED,
+    )

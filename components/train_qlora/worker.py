@@ -89,9 +89,13 @@ def main(rank: int, job: TrainingJob, writer: Connection) -> None:
     # A process that a library starts must not inherit the pipe, or the pipe would stay open.
     os.set_inheritable(writer.fileno(), False)
     sys.stdout = sys.stderr = stream = PipeStream(writer, forwards_lines=rank == 0)
-    block_datasets_import()
     try:
-        stream.send_outcome(_train(rank, job))
+        _begin(rank, job)
+        from components.train_qlora import train
+
+        result = train.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
+        _end(job)
+        stream.send_outcome(result)
     except Exception as error:  # noqa: BLE001 - it is raised again where the step runs
         stream.send_outcome(_picklable_error(rank, job, error))
         if job.port is not None:
@@ -100,30 +104,24 @@ def main(rank: int, job: TrainingJob, writer: Connection) -> None:
         sys.exit(1)
 
 
-def block_datasets_import() -> None:
-    """Make transformers believe that `datasets` is not installed.
+def _begin(rank: int, job: TrainingJob) -> None:
+    """Check the machine, and meet the other processes."""
+    from components.train_qlora import preflight
 
-    `datasets` would import pandas and pyarrow, which take 80 MiB and which training does not use. Call this before
-    anything imports the Trainer, in a process that only trains.
-    """
-    sys.modules["datasets"] = None  # type: ignore[assignment] # the import system's own mark for "not importable"
-
-
-def _train(rank: int, job: TrainingJob) -> TrainingResult:
-    import torch.distributed as dist
-
-    from components.train_qlora import distributed, train
-
-    train.check_environment(job.config)
+    preflight.check_environment(job.config)
     if job.port is not None:
         _init_process_group(rank, job, job.port)
-    result = train.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
 
+
+def _end(job: TrainingJob) -> None:
+    """Part from the other processes; one that leaves early would break a collective that a peer is still in."""
     if job.port is not None:
-        # A process that leaves early would break a collective that a peer is still in.
+        import torch.distributed as dist
+
+        from components.train_qlora import distributed
+
         distributed.barrier()
         dist.destroy_process_group()
-    return result
 
 
 def _init_process_group(rank: int, job: TrainingJob, port: int) -> None:

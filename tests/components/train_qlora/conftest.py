@@ -17,7 +17,7 @@ import pytest
 
 import components.train_qlora.step
 from components.quantize_model.step import run as quantize
-from components.train_qlora import launch
+from components.train_qlora import launch, preflight
 from components.train_qlora import train as training
 from components.train_qlora.report import TrainingResult
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
@@ -44,7 +44,7 @@ def train_in_test_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(config: TrainConfig, *folders: Path) -> TrainingResult:
         if config.num_processes > 1:
             return launch.launch(config, *folders)
-        training.check_environment(config)
+        preflight.check_environment(config)
         return training.train(config, *folders)
 
     monkeypatch.setattr(components.train_qlora.step, "launch", train)

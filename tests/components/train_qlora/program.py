@@ -23,9 +23,9 @@ FAULT, AT = os.environ.get("FAULT", ":").split(":")
 
 def inject_fault() -> None:
     """Replace the loss of a micro-batch by one that goes wrong."""
-    from components.train_qlora import trainer
+    from components.train_qlora import train
 
-    correct_loss, calls = trainer.summed_loss, count()
+    correct_loss, calls = train.summed_loss, count()
 
     def faulty_loss(model: Any, batch: Any) -> Any:
         loss = correct_loss(model, batch)
@@ -48,7 +48,7 @@ def inject_fault() -> None:
             leave_an_orphan()
         return loss
 
-    trainer.summed_loss = faulty_loss
+    train.summed_loss = faulty_loss
 
 
 def stop_the_step() -> None:

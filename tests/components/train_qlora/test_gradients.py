@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from components.train_qlora import trainer as trainer_module
+from components.train_qlora import train as training
 from components.train_qlora.loss import summed_loss
 from qlora_retrain.core.errors import Diverged
 
@@ -38,7 +38,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(step, monkeypat
         return loss + (loss - loss.detach()) * 1e38 * 1e38 * (next(calls) >= 4)
 
     before_each_update(lambda parameters: is_finite.append(all(bool(p.grad.isfinite().all()) for p in parameters)))
-    monkeypatch.setattr(trainer_module, "summed_loss", steep_loss)
+    monkeypatch.setattr(training, "summed_loss", steep_loss)
     with pytest.raises(
         Diverged, match=r"step 3 of 14: the (loss|gradient norm) is (inf|nan); there is no checkpoint yet"
     ):

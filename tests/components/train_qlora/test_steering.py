@@ -2,18 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
 
-from components.train_qlora import adapter, history, preflight
+from components.train_qlora import adapter, evaluation, history, preflight
 from components.train_qlora import control as control_module
-from components.train_qlora import trainer as trainer_module
-from components.train_qlora.data import TokenizedDataset
+from components.train_qlora.data import Rows, TokenizedDataset
 from components.train_qlora.loss import summed_loss
+from components.train_qlora.training_run import TrainingRun
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import Diverged, TryAgain, UsageError
 from qlora_retrain.lm import chat, checkpoints, loading
@@ -25,7 +25,7 @@ def set_eval_losses(monkeypatch: pytest.MonkeyPatch):
 
     def arrange(*losses: float) -> None:
         remaining = iter(losses)
-        monkeypatch.setattr(trainer_module, "mean_loss", lambda *_: next(remaining))
+        monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(remaining))
 
     return arrange
 
@@ -234,7 +234,7 @@ def test_a_run_that_is_stopped_while_it_evaluates_ends_with_the_same_best_adapte
             numbers = parts(num_evals=7)
         except TryAgain:
             newest = checkpoints.newest_valid(parts.scratch)
-            log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+            log = json.loads((newest / "state.json").read_text())["log"]
             reached = checkpoints.step_of(newest)
             # Every second step is evaluated.
             interrupted_evals += reached % 2 == 0 and reached not in dict(history.eval_losses(log))
@@ -293,19 +293,22 @@ def test_the_time_of_earlier_attempts_counts(step, monkeypatch):
         run(max_hours=3.0000001 / 60)
 
 
+def blank_run(**settings: Any) -> TrainingRun:
+    """Return a run of 14 steps over nothing, for what only looks at its settings and counts."""
+    rows = Rows(TokenizedDataset([]), TokenizedDataset([]), pad_token_id=0)
+    return TrainingRun(TrainConfig(max_steps=14, **settings), None, None, rows, None, Path(), print)
+
+
 def test_a_checkpoint_is_saved_every_so_many_minutes(monkeypatch):
     """With steps of 70 seconds the fifth is the first after 5 minutes, and so on from each save."""
     seconds = iter(range(0, 10**6, 70))
-    training_control = control_module.TrainingControl(TrainConfig(checkpoint_minutes=5.0), total_steps=14)
-    saved_steps = []
+    run, saved_steps = blank_run(checkpoint_minutes=5.0), []
     with monkeypatch.context() as patch:
         patch.setattr(control_module.time, "monotonic", lambda: float(next(seconds)))
-        # The clock is looked at once at the start and once per step.
-        training_control.on_train_begin(None, TrainerState(), TrainerControl())
-        for number in range(1, 14):
-            control = TrainerControl()
-            training_control.on_step_end(None, TrainerState(global_step=number), control)
-            saved_steps += [number] if control.should_save else []
+        # The clock is read once at the start, and once for each step.
+        control = control_module.TrainingControl(run)
+        for run.step in range(1, 14):
+            saved_steps += [run.step] if control.end_step().save else []
     assert saved_steps == [5, 10]
 
 
@@ -319,11 +322,12 @@ def test_a_used_up_time_budget_names_the_best_adapter_too(step):
 def test_a_slow_step_is_warned_of_once(monkeypatch, capsys):
     # Each look at the clock is 31 s after the last, one more than a step may take without a warning.
     seconds = iter(range(0, 10**6, 31))
-    training_control = control_module.TrainingControl(TrainConfig(), total_steps=14)
+    run = blank_run()
+    control = control_module.TrainingControl(run)
     monkeypatch.setattr(control_module.time, "monotonic", lambda: float(next(seconds)))
-    for number in range(1, 4):
-        training_control.on_step_begin(None, TrainerState(), TrainerControl())
-        training_control.on_step_end(None, TrainerState(global_step=number), TrainerControl())
+    for run.step in range(1, 4):
+        control.begin_step()
+        control.end_step()
     assert capsys.readouterr().out.count("one step takes 31 s, and a stop request waits for the end of the step") == 1
 
 

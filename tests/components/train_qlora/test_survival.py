@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from components.train_qlora import memory, packing
-from components.train_qlora import trainer as trainer_module
+from components.train_qlora import train as training
 from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import signals
@@ -108,8 +108,8 @@ def flip_a_bit(file: Path) -> None:
     ("damage", "reason"),
     [
         (lambda folder: truncate(folder / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors has"),
-        (lambda folder: flip_a_bit(folder / "optimizer.pt"), "optimizer.pt has another sha256"),
-        (lambda folder: [(folder / name).unlink() for name in ("scheduler.pt", "rng_state.pth")], " is missing"),
+        (lambda folder: flip_a_bit(folder / "optimizer.safetensors"), "optimizer.safetensors has another sha256"),
+        (lambda folder: [(folder / name).unlink() for name in ("state.json", "random_0.safetensors")], " is missing"),
     ],
     ids=["truncated", "bit-flipped", "half-deleted"],
 )
@@ -204,7 +204,7 @@ def test_a_run_that_is_short_of_memory_continues_with_smaller_micro_batches_and_
 
 def test_an_attempt_after_memory_ran_out_starts_with_the_smaller_micro_batches_and_reports_why(step, monkeypatch):
     run, checks = step(), iter(range(100))
-    correct_loss = trainer_module.summed_loss
+    correct_loss = training.summed_loss
 
     def loss_short_of_memory(model: Any, batch: Any) -> Any:
         if len(batch["input_ids"]) > 2:
@@ -212,7 +212,7 @@ def test_an_attempt_after_memory_ran_out_starts_with_the_smaller_micro_batches_a
         return correct_loss(model, batch)
 
     # Without packing a micro-batch has exactly as many rows as the config says.
-    monkeypatch.setattr(trainer_module, "summed_loss", loss_short_of_memory)
+    monkeypatch.setattr(training, "summed_loss", loss_short_of_memory)
     monkeypatch.setattr(packing, "can_pack", lambda _: False)
     with monkeypatch.context() as patch:
         patch.setattr(signals, "stop_requested", lambda: next(checks) >= 6)
@@ -220,7 +220,7 @@ def test_an_attempt_after_memory_ran_out_starts_with_the_smaller_micro_batches_a
             run()
 
     # The second attempt would have enough memory for the larger ones.
-    monkeypatch.setattr(trainer_module, "summed_loss", correct_loss)
+    monkeypatch.setattr(training, "summed_loss", correct_loss)
     numbers = run()
     message = "out of memory in an earlier attempt, which continued with a micro-batch size of 2, 4 per step"
     assert (numbers["micro_batch_size"], numbers["out_of_memory"]) == (2, 1)
@@ -231,20 +231,20 @@ def test_an_attempt_after_memory_ran_out_starts_with_the_smaller_micro_batches_a
 @pytest.mark.parametrize(
     "state",
     [
-        '{"log_history": [{"batch_size": 3}]}',
-        '{"log_history": [{"batch_size": -2}]}',
-        '{"log_history": [{"loss": 1.0}]}',
+        '{"log": [{"batch_size": 3}]}',
+        '{"log": [{"batch_size": -2}]}',
+        '{"log": [{"loss": 1.0}]}',
         "{",
         "[]",
         "[" * 100_000,
-        '{"log_history": [{"batch_size": 2.0}]}',
-        '{"log_history": [{"batch_size": 2}], "padding": "' + "x" * 2_000_000 + '"}',
+        '{"log": [{"batch_size": 2.0}]}',
+        '{"log": [{"batch_size": 2}], "padding": "' + "x" * 2_000_000 + '"}',
     ],
     ids=lambda state: state[:40],
 )
 def test_a_checkpoint_without_a_usable_batch_size_changes_nothing(tmp_path, state):
     (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-3" / "state.json").write_text(state)
     config = TrainConfig(micro_batch_size=4, global_batch_size=8)
     assert retry_with_smaller_micro_batches(config, tmp_path, lambda config: config.micro_batch_size) == (4, config, [])
 

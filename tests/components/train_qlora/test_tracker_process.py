@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from components.train_qlora import tracker_keys, tracker_process, trackers
-from components.train_qlora.train import check_environment
+from components.train_qlora.preflight import check_environment
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
 
@@ -73,22 +73,21 @@ def records(fake: Path) -> list[list[Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def losses(count: int) -> Callable[[trackers.TrackerCallback], None]:
+def losses(count: int) -> Callable[[trackers.Trackers], None]:
     """Training: so many steps, each with a loss."""
 
-    def train(callback: trackers.TrackerCallback) -> None:
+    def train(report: trackers.Trackers) -> None:
         for step in range(1, count + 1):
-            state = type("State", (), {"global_step": step, "is_world_process_zero": True})
-            callback.on_log(None, state, None, {"loss": 1 / step, "note": "text"})
+            report.log(step, {"loss": 1 / step})
 
     return train
 
 
-def train_with(*names: str, work: Callable[[trackers.TrackerCallback], None]) -> float:
+def train_with(*names: str, work: Callable[[trackers.Trackers], None]) -> float:
     """Train and report to these trackers; how many seconds the work and the end took."""
     begin = time.monotonic()
-    with trackers.report(TrainConfig(report_to=list(names))) as callback:
-        work(callback)
+    with trackers.started(TrainConfig(report_to=list(names))) as report:
+        work(report)
     return time.monotonic() - begin
 
 
@@ -107,9 +106,8 @@ def test_wandb_gets_the_names_that_transformers_gave(fake: Path, monkeypatch: py
     monkeypatch.setenv("WANDB_PROJECT", "tickets")
     monkeypatch.setenv("WANDB_DISABLED", "true")
 
-    def work(callback: trackers.TrackerCallback) -> None:
-        state = type("State", (), {"global_step": 7})
-        callback.on_log(None, state, None, {"eval_loss": 2.0, "loss": 1.0})
+    def work(report: trackers.Trackers) -> None:
+        report.log(7, {"eval_loss": 2.0, "loss": 1.0})
 
     train_with("wandb", work=work)
     assert records(fake) == [
@@ -120,8 +118,8 @@ def test_wandb_gets_the_names_that_transformers_gave(fake: Path, monkeypatch: py
 
 
 def test_a_failed_run_is_ended_as_failed(fake: Path) -> None:
-    def work(callback: trackers.TrackerCallback) -> None:
-        losses(1)(callback)
+    def work(report: trackers.Trackers) -> None:
+        losses(1)(report)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -146,12 +144,12 @@ def test_a_client_that_fails_is_one_warning_and_no_delay(
     (fake / point).write_text(fault)
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 5.0)
 
-    def work(callback: trackers.TrackerCallback) -> None:
+    def work(report: trackers.Trackers) -> None:
         begin = time.monotonic()
-        losses(1000)(callback)
+        losses(1000)(report)
         assert time.monotonic() - begin < 1.0
         # As long as the first steps of a real run.
-        wait_for(lambda: callback.trackers[0].is_away or callback.trackers[0].process.poll() is not None)
+        wait_for(lambda: report.trackers[0].is_away or report.trackers[0].process.poll() is not None)
 
     if point == "end":
         work = losses(3)
@@ -215,9 +213,9 @@ def test_a_stopped_process_is_dropped_lines_and_no_wait(
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(trackers, "MAX_WAITING", 100)
 
-    def work(callback: trackers.TrackerCallback) -> None:
-        os.kill(callback.trackers[0].process.pid, signal.SIGSTOP)
-        losses(5000)(callback)
+    def work(report: trackers.Trackers) -> None:
+        os.kill(report.trackers[0].process.pid, signal.SIGSTOP)
+        losses(5000)(report)
 
     assert train_with("mlflow", work=work) < 3.0
     assert capsys.readouterr().out.count("too slow; further numbers are dropped") == 1
@@ -228,11 +226,11 @@ def test_a_server_that_comes_back_gets_what_it_missed(
 ) -> None:
     (fake / "start").write_text("raise ConnectionError('away')")
 
-    def work(callback: trackers.TrackerCallback) -> None:
-        losses(5)(callback)
-        wait_for(lambda: callback.trackers[0].is_away)
+    def work(report: trackers.Trackers) -> None:
+        losses(5)(report)
+        wait_for(lambda: report.trackers[0].is_away)
         (fake / "start").unlink()
-        wait_for(lambda: not callback.trackers[0].is_away)
+        wait_for(lambda: not report.trackers[0].is_away)
 
     train_with("mlflow", work=work)
     assert [record[1] for record in records(fake) if record[0] == "log"] == [1, 2, 3, 4, 5]

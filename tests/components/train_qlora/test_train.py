@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from safetensors.torch import load_file
 
 from components.publish import step as publish
 from components.quantize_model.step import run as quantize
-from components.train_qlora import trainer as trainer_module
+from components.train_qlora import train as train_module
 from components.train_qlora.data import IGNORE_INDEX, LengthGroupedSampler, PaddingCollator, load_tokenized_dataset
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.step import run
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
+from qlora_retrain.core import signals
 from qlora_retrain.core.errors import Diverged, IntegrityError, TryAgain, UsageError
 from qlora_retrain.lm import chat, checkpoints, loading
+from qlora_retrain.pipeline.code_identity import project_root
 
 PHRASES = {
     "refund": "I want my money back for order",
@@ -98,9 +101,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 
     def arrange(steps: int | None) -> None:
         checks = iter(range(10_000))  # the first check is before the first step
-        monkeypatch.setattr(
-            trainer_module.signals, "stop_requested", lambda: steps is not None and next(checks) >= steps
-        )
+        monkeypatch.setattr(signals, "stop_requested", lambda: steps is not None and next(checks) >= steps)
 
     return arrange
 
@@ -208,14 +209,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(training, sto
     assert [f.name for f in checkpoints.sorted_checkpoints(parts.scratch)] == ["checkpoint-6", "checkpoint-7"]
 
     # One bit is enough.
-    optimizer = parts.scratch / "checkpoint-7" / "optimizer.pt"
+    optimizer = parts.scratch / "checkpoint-7" / "optimizer.safetensors"
     content = bytearray(optimizer.read_bytes())
     content[len(content) // 2] ^= 1
     optimizer.write_bytes(content)
     stop_after(None)
     parts()
     output = capsys.readouterr().out
-    assert "skipped checkpoint-7: optimizer.pt has another sha256" in output
+    assert "skipped checkpoint-7: optimizer.safetensors has another sha256" in output
     assert "resuming from checkpoint-6 of 14 steps" in output
     assert parts.weights == whole.weights
 
@@ -259,7 +260,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_last_good_checkp
         return summed_loss(model, batch) * (float("nan") if next(calls) >= 6 else 1.0)
 
     # Two micro-batches per step: the seventh loss is in the fourth step.
-    monkeypatch.setattr(trainer_module, "summed_loss", loss_with_nan)
+    monkeypatch.setattr(train_module, "summed_loss", loss_with_nan)
     reason = r"step 4 of 14: the loss is nan; the last good checkpoint is checkpoint-3"
     with pytest.raises(Diverged, match=reason + r"; its rows are ([0-9a-f]{16}, ){7}[0-9a-f]{16}\."):
         train(checkpoint_minutes=1e-9)
@@ -273,7 +274,7 @@ def test_a_hopeless_loss_ends_the_run(training, monkeypatch):
         extra_nats = 1000.0 if next(calls) >= 1 else 0.0
         return summed_loss(model, batch) + extra_nats * (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
-    monkeypatch.setattr(trainer_module, "summed_loss", hopeless_loss)
+    monkeypatch.setattr(train_module, "summed_loss", hopeless_loss)
     with pytest.raises(
         Diverged, match=r"the mean loss of the last 20 steps is \d+\.\d nats per token, worse than guessing"
     ):
@@ -397,3 +398,29 @@ def test_an_epoch_sees_every_row_once_in_an_order_of_its_own():
     # Rows of like length share a step, so padding each step to its longest row would add less than 5 %.
     padded = sum(max(lengths[i] for i in first[s : s + 8]) * len(first[s : s + 8]) for s in range(0, 1003, 8))
     assert padded < 1.05 * sum(lengths)
+
+
+def test_few_calls_lie_between_the_start_of_training_and_its_arithmetic(training):
+    """The longest chain of calls within this project, in a training process and without torch's and transformers'."""
+    project, longest = f"{project_root()}/", []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        nonlocal longest
+        if event == "call" and frame.f_code.co_filename.startswith(project):
+            chain, caller = [], frame
+            while caller is not None:
+                path = Path(caller.f_code.co_filename)
+                if path.is_relative_to(project) and path.relative_to(project).parts[0] in ("src", "components"):
+                    chain.append(f"{path.stem}.{caller.f_code.co_name}")
+                caller = caller.f_back
+            if "train._train_step" in chain and len(chain) > len(longest):
+                longest = chain
+
+    sys.setprofile(note)
+    try:
+        training()(max_steps=1)
+    finally:
+        sys.setprofile(None)
+    # The test calls the step, which has two calls more; a training process begins with `worker.main`.
+    chain = ["worker.main", *reversed(longest[: longest.index("train.train") + 1])]
+    assert len(chain) <= 10, chain

@@ -1,0 +1,111 @@
+"""bitsandbytes' AdamW over the adapter, its learning rate at each step, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from bitsandbytes.optim import AdamW
+from torch import Tensor
+from torch.nn import Parameter
+
+from qlora_retrain.config.sections import TrainConfig
+
+# bitsandbytes' tables of 8-bit values are the same in every run.
+CONSTANT_PARTS = ("qmap1", "qmap2")
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: The highest rate, the fraction of the steps that rise to it, and the schedule behind them.
+        step: The number of the step, from 0.
+        total_steps: The optimizer steps of the whole run.
+    """
+    warmup_steps = math.ceil(total_steps * config.warmup_ratio)
+    falling_steps = max(1, total_steps - warmup_steps)
+    if step < warmup_steps:
+        factor = step / warmup_steps
+    elif config.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / falling_steps)))
+    elif config.schedule == "linear":
+        factor = (total_steps - step) / falling_steps
+    else:
+        factor = 1.0
+    return config.learning_rate * factor
+
+
+class AdapterOptimizer:
+    """AdamW, as the settings describe it.
+
+    Attributes:
+        config: The settings.
+        parameters: What it trains, by name.
+        adamw: bitsandbytes' optimizer over these parameters.
+    """
+
+    def __init__(self, config: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
+        self.config = config
+        self.parameters = dict(named_parameters)
+        self.adamw = AdamW(
+            list(self.parameters.values()),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            optim_bits=8 if config.optimizer.endswith("8bit") else 32,
+            # bitsandbytes pages no memory of a CPU.
+            is_paged=config.optimizer.startswith("paged_") and config.device == "cuda",
+        )
+
+    def step(self, rate: float) -> None:
+        """Change the parameters by their gradients, and forget these."""
+        self.adamw.param_groups[0]["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the moments, and the scales of 8-bit ones, by `<parameter>.<part>`; nothing before the first step."""
+        return dict(self._state_tensors())
+
+    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Bring the optimizer to the state that it had after `step` steps.
+
+        The values are copied into memory that bitsandbytes allocates, since only such memory is paged.
+        """
+        self._allocate()
+        for name, tensor in self._state_tensors():
+            tensor.copy_(tensors[name])
+        for parameter in self.parameters.values():
+            self.adamw.state[parameter]["step"] = step
+
+    def empty_state(self) -> dict[str, Tensor]:
+        """Return what `state` has after a step, as tensors of the meta device, which take no memory."""
+        twins = {
+            name: Parameter(torch.empty_like(parameter, device="meta")) for name, parameter in self.parameters.items()
+        }
+        twin = AdapterOptimizer(self.config, twins.items())
+        twin.adamw.is_paged = False
+        twin._allocate()
+        return twin.state()
+
+    def describe(self) -> str:
+        """Describe the optimizer, and whether its state is paged; on a CPU it never is."""
+        setting = self.config.optimizer
+        if self.config.device != "cuda":
+            name = setting.removeprefix("paged_")
+            return f"{name}, not paged: bitsandbytes pages no memory on a CPU (the setting is {setting})"
+        tensors = self.state().values()
+        num_paged = sum(1 for tensor in tensors if getattr(tensor, "is_paged", False))
+        return f"{setting}, {num_paged} of {len(tensors)} state tensors are paged (small ones never are)"
+
+    def _allocate(self) -> None:
+        for i, parameter in enumerate(self.parameters.values()):
+            if not self.adamw.state[parameter]:
+                self.adamw.init_state(self.adamw.param_groups[0], parameter, 0, i)
+
+    def _state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.parameters.items():
+            for part, tensor in self.adamw.state[parameter].items():
+                if isinstance(tensor, Tensor) and part not in CONSTANT_PARTS:
+                    yield f"{name}.{part}", tensor
