@@ -12,6 +12,7 @@ from typing import Any
 
 from components.publish import markdown
 from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.lm.adapter_scale import describe_adapter
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
 
@@ -72,6 +73,7 @@ def model_card(
 ) -> str:
     """Return the model card: what the version is, how it was evaluated, and how to use it."""
     train = plan.step("train_qlora").identity
+    adapter = describe_adapter(train["rank"], train["alpha"], rslora=train["rslora"])
     rule_rows = [
         markdown.row(
             r["name"],
@@ -111,7 +113,7 @@ def model_card(
             "",
             "## How it was made",
             "",
-            f"QLoRA: rank {train['rank']}, alpha {train['alpha']:g}, learning rate {train['learning_rate']:g}, "
+            f"QLoRA: {adapter}, learning rate {train['learning_rate']:g}, "
             f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows. "
             "`recipe.json` lists every setting and content pin, `sbom.json` the software.",
             "",

@@ -21,6 +21,7 @@ from components.train_qlora.memory_efficient import patch_norms_and_mlps
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.adapter_scale import default_alpha
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
@@ -34,8 +35,9 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         UsageError: If `target_modules` names no layer of this model, or the model does not support
             gradient checkpointing.
     """
-    # A whole number is stored as an integer, since other tools write `32` to adapter_config.json and not `32.0`.
-    alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    # A plan has a number. A whole one is stored as an integer, since other tools write `32` and not `32.0`.
+    alpha = config.alpha if config.alpha is not None else default_alpha(config.rank, rslora=config.rslora)
+    alpha = int(alpha) if alpha == int(alpha) else alpha
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=alpha,

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import html
 from qlora_retrain.core.outcome import Number
+from qlora_retrain.lm.adapter_scale import describe_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,9 @@ def report_page(
         )
     if numbers["best_step"] is not None:
         summary += f" The adapter is that of step {numbers['best_step']}, where the evaluation loss was lowest."
+
+    if config.alpha is not None:
+        summary += f" The adapter has {describe_adapter(config.rank, config.alpha, rslora=config.rslora)}."
 
     # A curve without points is left out, and each setting is shown with the reason where the plan chose it.
     losses = {"training": _curve(steps, "loss"), "evaluation": [(float(step), loss) for step, loss in eval_losses]}

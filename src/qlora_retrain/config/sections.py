@@ -39,7 +39,13 @@ class TrainConfig(Section):
 
     # The adapter.
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
-    alpha: float = identity(32.0, "scales the adapter by alpha/rank; acts like a learning rate", gt=0.0, le=4096)
+    alpha: float | None = identity(
+        None,
+        "scales the adapter by alpha/rank; acts like a learning rate; null: 2 x rank (rslora: 2 x sqrt(rank)), so the "
+        "scale is 2 for every rank",
+        gt=0.0,
+        le=4096,
+    )
     dropout: float = identity(0.05, "dropout on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
     rslora: bool = identity(False, "scale by alpha/sqrt(rank) instead of alpha/rank")
     target_modules: Literal["all-linear", "attention"] | list[str] = identity(

@@ -12,6 +12,7 @@ from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.adapter_scale import default_alpha, describe_adapter
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
@@ -38,7 +39,7 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
     sections = {step.section: config.section(step.section) for step in graph.STEPS}
     choices: list[Choice] = []
 
-    def choose(section: str, name: str, value: str | int, reason: str) -> None:
+    def choose(section: str, name: str, value: str | float, reason: str) -> None:
         choices.append(Choice(field=f"{section}.{name}", value=str(value), reason=reason))
         sections[section] = sections[section].model_copy(update={name: value})
 
@@ -47,6 +48,11 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
         choose("data", "split_seed", config.line, "not set: the line's name")
     for name, value, reason in _evidence(config):
         choose("data", name, value, reason)
+
+    train = config.train
+    if train.alpha is None:
+        alpha = default_alpha(train.rank, rslora=train.rslora)
+        choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, rslora=train.rslora)}")
 
     # The device first, because the other choices depend on it.
     for name, section in list(sections.items()):

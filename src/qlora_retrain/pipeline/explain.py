@@ -10,6 +10,7 @@ from urllib.parse import quote
 from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph, progress, visible_text
 from qlora_retrain.core.errors import Problem, describe
+from qlora_retrain.lm.adapter_scale import describe_adapter
 from qlora_retrain.pipeline import code_identity, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
@@ -38,6 +39,8 @@ def as_text(plan: Plan) -> str:
         lines.append(f"unchanged: production is already {plan.unchanged}, made by this recipe; nothing will run")
         return "\n".join(lines)
 
+    train = next(planned.identity for planned in plan.steps if graph.step(planned.name).section == "train")
+    lines.append(f"adapter: {describe_adapter(train['rank'], train['alpha'], rslora=train['rslora'])}")
     # The comparison is with the line's last run, since that is the one that a person remembers.
     earlier = previous_plan(open_store(plan.root), plan)
     for planned in plan.steps:

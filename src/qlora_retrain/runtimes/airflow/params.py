@@ -19,6 +19,7 @@ from qlora_retrain.runtimes import deadlines
 KNOBS = (
     "train.learning_rate",
     "train.rank",
+    "train.alpha",
     "train.epochs",
     "train.max_steps",
     "train.micro_batch_size",
