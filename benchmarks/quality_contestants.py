@@ -28,7 +28,7 @@ def make_full_trainer(options: argparse.Namespace, rows: list[Any], rate: float)
     import torch
     from transformers import set_seed
 
-    from components.train_qlora import packing, train
+    from components.train_qlora import packing
     from components.train_qlora.data import IGNORE_INDEX
     from qlora_retrain.lm import loading
 
@@ -44,11 +44,10 @@ def make_full_trainer(options: argparse.Namespace, rows: list[Any], rate: float)
         return torch.nn.functional.cross_entropy(logits.float(), packed.labels[is_target], reduction="sum")
 
     # Everything but the loss and the frozen weights is as in the step.
-    train.summed_loss = summed_loss
     config = training_contestants.our_config(options, learning_rate=rate, **RECIPE)
     set_seed(options.seed)
     model = loading.load_base(options.base, attn_implementation="eager", dtype="float32")
-    return training_contestants.OurTrainer(training_contestants.our_run(options, config, model, rows))
+    return training_contestants.OurTrainer(training_contestants.our_run(options, config, model, rows), summed_loss)
 
 
 def save(model: Any, name: str, folder: Path) -> None:

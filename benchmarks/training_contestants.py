@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 
 class OurTrainer:
-    """The step's loop over a run, with what the benchmarks use of a Trainer."""
+    """The step's loop over a run, with what the benchmarks use of a Trainer.
 
-    def __init__(self, run: Any) -> None:
-        from components.train_qlora import checkpoint
+    Attributes:
+        run: The run.
+        model: Its model.
+        summed_loss: The loss of a micro-batch: the step's own, or another one.
+    """
 
-        self.run, self.model = run, run.model
+    def __init__(self, run: Any, summed_loss: Any = None) -> None:
+        from components.train_qlora import loss
+
+        self.run, self.model, self.summed_loss = run, run.model, summed_loss or loss.summed_loss
         # `training.py` wrote the rows in the sampler's order; sorting them again would change it.
         run.sampler = keep_order(run.sampler)
-        checkpoint.save = lambda _: None  # the peers save no checkpoint either
 
     def add_callback(self, callback: Any) -> None:
         """Call `on_step_end` after every step."""
@@ -24,10 +30,12 @@ class OurTrainer:
 
     def train(self) -> None:
         """Run every step."""
-        from components.train_qlora import train
+        from components.train_qlora import checkpoint, train
         from components.train_qlora.control import TrainingControl
 
-        train.run_steps(self.run, TrainingControl(self.run))
+        no_checkpoint = mock.patch.object(checkpoint, "save")  # the peers save none either
+        with no_checkpoint, mock.patch.object(train, "summed_loss", self.summed_loss):
+            train.run_steps(self.run, TrainingControl(self.run))
 
     @property
     def state(self) -> Any:

@@ -234,8 +234,8 @@ def test_of_very_many_faults_the_first_are_shown_and_the_others_are_counted(writ
     with pytest.raises(UsageError) as refused:
         load(write(f"line: tickets\n{SOURCES}" + "train: {" + "".join(f"x{i}: 1, " for i in range(250)) + "}"))
     *faults, last = str(refused.value).splitlines()
-    assert len(faults) == 100
-    assert last.endswith("and 150 more faults")
+    assert len(faults) == 30
+    assert last.endswith("and 220 more faults")
 
 
 def test_an_override_of_very_many_sections_is_refused(write) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
 
 _MAX_VALUE_CHARACTERS = 80
-_MAX_FAULTS = 100
+_MAX_FAULTS = 30
 Model = TypeVar("Model", bound=Section)
 Document = dict[str, Any]
 
