@@ -6,6 +6,8 @@
 #   make test-containers   those of them that run containers: the images, both orchestrators (podman, runc, debootstrap)
 #   make test-fast   the fast tier: no scheduler, no network
 #   make soak        long tests: kills, races, large data
+#   make gpu-check   on a machine with an NVIDIA GPU: the tests that need one, then our training beside TRL's and Unsloth's
+#   make gpu-check-large   the same machine: the largest models that 48, 24 and 8 GB hold
 #   make bench-setup   the library that benchmarks/training.py compares with (TRL), in a folder of its own
 #   make gguf-setup  llama.cpp, in a folder of its own: tests then load our GGUF files with it
 #   make liger-setup liger-kernel and Triton: a test then runs the kernels in Triton's interpreter, without a GPU
@@ -27,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak bench-setup gguf-setup liger-setup tracker-setup container-setup check docs format images wheels base pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak gpu-check gpu-check-large bench-setup gguf-setup liger-setup tracker-setup container-setup check docs format images wheels base pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +83,17 @@ test-containers: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+# Where the packages are there already, name their Python: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+GPU_SETUP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup bench-setup liger-setup)
+
+gpu-check: $(GPU_SETUP)
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/.state/liger:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu tests/components
+	PYTHONPATH=$(CURDIR)/.state/liger:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py
+
+gpu-check-large: $(GPU_SETUP)
+	PYTHONPATH=$(CURDIR)/.state/liger:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py --large
 
 # Only for comparison, never a dependency: installed without its own dependencies, which are here already.
 bench-setup: setup
