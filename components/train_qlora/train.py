@@ -159,6 +159,7 @@ def _train_step(run: TrainingRun, forward: Any, batch: Batch) -> dict[str, Any]:
                 loss = summed_loss(forward, inputs) * distributed.world_size() / supervised_tokens
                 loss.backward()
             losses.append(loss.detach())
+            del loss  # and with it what the backward pass kept, before the next forward pass
 
     norm = torch.nn.utils.clip_grad_norm_(run.optimizer.parameters.values(), config.max_grad_norm)
     # The CPU waits for the GPU here, once a step.
