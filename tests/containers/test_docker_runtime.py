@@ -124,7 +124,7 @@ def test_a_step_sees_a_read_only_root_and_has_no_capability(
     with pytest.raises(AirflowFailException) as caught:
         make_task().execute(task_context(plan))
     assert json.loads(str(caught.value).partition(": ")[2]) == CONFINEMENT
-    assert engine.names() == []
+    assert engine.names(plan.run_id) == []
 
 
 def test_a_step_that_takes_too_much_memory_is_killed_and_the_limit_is_named(
@@ -155,7 +155,7 @@ def test_a_second_try_follows_the_container_that_the_first_left(
     run_program_instead("print('a second one')")
     with pytest.raises(AirflowFailException, match="the first one ended"):
         make_task().execute(task_context(plan, try_number=2))
-    assert engine.names() == []
+    assert engine.names(plan.run_id) == []
 
 
 def run_in_thread(run: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
@@ -188,7 +188,7 @@ def test_killing_the_task_lets_the_step_save_and_leaves_no_container(
     """)
     task = make_task()
     thread, errors = run_in_thread(lambda: task.execute(task_context(plan)))
-    wait_until(lambda: engine.names() and "ready" in engine("logs", engine.names()[0]))
+    wait_until(lambda: engine.names(plan.run_id) and "ready" in engine("logs", engine.names(plan.run_id)[0]))
 
     task.on_kill()
     thread.join(300)
@@ -196,7 +196,7 @@ def test_killing_the_task_lets_the_step_save_and_leaves_no_container(
     assert str(error).startswith("try again (75)")
     assert str(error).endswith("saved"), "its last output, although the container was being removed"
     assert task._cleanup_process.wait(300) == 0
-    assert engine.names() == []
+    assert engine.names(plan.run_id) == []
 
 
 # docker-py does not close its socket where it cannot connect.
@@ -228,7 +228,7 @@ def test_an_engine_that_stops_under_a_running_step_is_named_and_the_next_try_fol
         "import sys, time; print('ready', flush=True); time.sleep(12); print('the same one ended'); sys.exit(12)"
     )
     thread, errors = run_in_thread(lambda: make_task().execute(task_context(plan)))
-    wait_until(lambda: engine.names() and "ready" in engine("logs", engine.names()[0]))
+    wait_until(lambda: engine.names(plan.run_id) and "ready" in engine("logs", engine.names(plan.run_id)[0]))
 
     engine.stop()
     thread.join(300)
@@ -242,7 +242,7 @@ def test_an_engine_that_stops_under_a_running_step_is_named_and_the_next_try_fol
 
     with pytest.raises(AirflowFailException, match="the same one ended"):
         make_task().execute(task_context(plan, try_number=2))
-    assert engine.names() == []
+    assert engine.names(plan.run_id) == []
 
 
 @pytest.fixture
@@ -287,10 +287,10 @@ def test_a_container_that_was_removed_is_not_waited_for(
 ) -> None:
     run_program_instead("import time; print('ready', flush=True); time.sleep(60)")
     thread, errors = run_in_thread(lambda: make_task().execute(task_context(plan)))
-    wait_until(lambda: engine.names() and "ready" in engine("logs", engine.names()[0]))
+    wait_until(lambda: engine.names(plan.run_id) and "ready" in engine("logs", engine.names(plan.run_id)[0]))
 
     started = time.monotonic()
-    engine("rm", "-f", engine.names()[0])
+    engine("rm", "-f", engine.names(plan.run_id)[0])
     thread.join(300)
     assert time.monotonic() - started < 30
     (error,) = errors
