@@ -26,7 +26,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from components.train_qlora import adapter, distributed, history
+from components.train_qlora import adapter, history
+from components.train_qlora.processes import distributed
 from components.train_qlora.training_run import ADAPTER_FOLDER, BEST_FOLDER, TrainingRun
 from qlora_retrain.core.errors import Cause, TryAgain
 from qlora_retrain.lm import checkpoints, oom

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from components.train_qlora import distributed, history
+from components.train_qlora import history
+from components.train_qlora.processes import distributed
 from components.train_qlora.training_run import TrainingRun
 from qlora_retrain.core import progress, signals
 

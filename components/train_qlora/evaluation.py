@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from components.train_qlora import adapter, checkpoint, divergence, history
+from components.train_qlora import adapter, checkpoint, history
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.loss import mean_loss
 from components.train_qlora.training_run import TrainingRun
@@ -30,7 +30,7 @@ def evaluate(run: TrainingRun, row_indices: list[int]) -> bool:
     is_best = not earlier_losses or loss < min(earlier_losses)
     if is_best:
         run.best_weights = adapter.copy_weights(run.model)
-    if reason := divergence.hopeless_eval_loss(earlier_losses, loss, run.config):
+    if reason := history.hopeless_eval_loss(earlier_losses, loss, run.config):
         raise run.divergence(run.step, reason, row_indices)
     if run.has_stopped_improving:
         times = f"{run.config.early_stopping_patience} evaluations"

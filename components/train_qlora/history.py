@@ -2,15 +2,20 @@
 
 The log says what earlier attempts trained too. A file in scratch says at which step this attempt began.
 
+A run that no longer learns is recognized from its losses.
+
 The log is a list of entries. An entry with `loss` is an optimizer step; an entry with `eval_loss` is an evaluation
 during training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from qlora_retrain.config.sections import TrainConfig
 
 LogHistory = Sequence[dict[str, Any]]
 STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
@@ -18,6 +23,10 @@ TIMING_FIELDS = ("step", "tokens_per_second", "memory_mib")
 FIRST_STEP_FILE = "first_step.txt"
 STATE_FILE = "state.json"  # in a checkpoint: the step and the log
 CURVE_FIELDS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
+# A mean training loss over 20 steps is hopeless where it is above 1.5 times that of guessing, and above the first
+# step's loss.
+HOPELESS_STEPS = 20
+HOPELESS_FACTOR = 1.5
 
 
 def max_state_bytes(step: int) -> int:
@@ -92,3 +101,35 @@ def note_first_step(scratch: Path, step: int) -> None:
 def first_step(scratch: Path) -> int:
     """Return the step that the attempt resumed from."""
     return int((scratch / FIRST_STEP_FILE).read_text(encoding="ascii"))
+
+
+def hopeless_training_loss(log: LogHistory, vocab_size: int) -> str | None:
+    """Return a sentence about the recent training losses where they are hopeless, None where they are not."""
+    # Evaluations have entries of their own between the steps.
+    recent_losses = [entry["loss"] for entry in log[-2 * HOPELESS_STEPS :] if "loss" in entry][-HOPELESS_STEPS:]
+    first_loss = next((entry["loss"] for entry in log if "loss" in entry), 0.0)
+    mean = sum(recent_losses) / HOPELESS_STEPS
+
+    # A uniform distribution over the vocabulary costs log(vocab_size) nats per token.
+    limit = max(HOPELESS_FACTOR * math.log(vocab_size), first_loss)
+    if len(recent_losses) >= HOPELESS_STEPS and mean > limit:
+        return f"the mean loss of the last {HOPELESS_STEPS} steps is {mean:.1f} nats per token, worse than guessing"
+    return None
+
+
+def hopeless_eval_loss(earlier_losses: Sequence[float], loss: float, config: TrainConfig) -> str | None:
+    """Return a sentence about the evaluation losses where they are hopeless, None where they are not.
+
+    Args:
+        earlier_losses: The losses before this one, oldest first.
+        loss: The newest loss.
+        config: `divergence_factor` and `divergence_patience` are the limits.
+    """
+    # A single bad evaluation may be noise; `divergence_patience` of them in a row are not.
+    recent_losses = [*earlier_losses, loss][-config.divergence_patience :]
+    limit = config.divergence_factor * min(earlier_losses, default=math.inf)
+    if not math.isfinite(loss):
+        return f"the evaluation loss is {loss}"
+    if len(recent_losses) == config.divergence_patience and min(recent_losses) > limit:
+        return f"the evaluation loss is {loss:.3f}, {len(recent_losses)} times in a row above {limit:.3f}"
+    return None

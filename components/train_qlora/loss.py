@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from components.train_qlora import distributed, packing
+from components.train_qlora import packing
 from components.train_qlora.data import IGNORE_INDEX, Batch, PaddingCollator, TokenizedDataset
+from components.train_qlora.processes import distributed
 from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Cause, TryAgain
 

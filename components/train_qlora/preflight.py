@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from components.train_qlora import adapter, distributed, liger, packing, tracker_keys
+from components.train_qlora import adapter, liger, packing
 from components.train_qlora.data import Batch, PaddingCollator, TokenizedDataset
 from components.train_qlora.loss import summed_loss, supervised_mask
+from components.train_qlora.processes import distributed
+from components.train_qlora.trackers import keys
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
@@ -43,7 +45,7 @@ def check_environment(config: TrainConfig) -> None:
         )
 
     for tracker in config.report_to:
-        tracker_keys.refuse_unready(tracker)
+        keys.refuse_unready(tracker)
 
 
 def overfit_shortest_rows(

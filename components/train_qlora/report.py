@@ -1,9 +1,10 @@
-"""Hold the result of a training run, describe the optimizer that ran, and render the report."""
+"""Hold the result of a training run, render its report, and write its curves as a TensorBoard event file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_retrain.config.sections import TrainConfig
@@ -39,6 +40,8 @@ class TrainingResult:
 
 # More points than this cannot be distinguished on the page.
 CURVE_POINTS = 400
+# The library's default name contains the host and the time, which an artifact must not hold.
+EVENT_FILE = "events.out.tfevents.0.train"
 
 
 def report_page(
@@ -100,6 +103,23 @@ def report_page(
         html.section("Trained layers", html.table(("layer", "number of layers", "parameters"), layers)),
         html.section("Settings", html.table(("setting", "value", "why", "what it does"), settings)),
     )
+
+
+def write_event_file(folder: Path, curves: Iterable[tuple[int, float, Mapping[str, float]]]) -> None:
+    """Write one TensorBoard event for each (step, seconds since 1970, values by tag)."""
+    # tensorboardX supplies the messages and checksums, without TensorBoard's web server.
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import RecordWriter
+
+    # Every file starts with its version.
+    writer = RecordWriter(str(folder / EVENT_FILE))
+    writer.write(Event(wall_time=0.0, file_version="brain.Event:2").SerializeToString())
+
+    for step, wall_time, scalars in curves:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        writer.write(Event(wall_time=wall_time, step=step, summary=Summary(value=values)).SerializeToString())
+    writer.close()
 
 
 def _curve(entries: Sequence[Mapping[str, Any]], field: str) -> list[tuple[float, float]]:

@@ -17,11 +17,11 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from components.train_qlora import events, history
+from components.train_qlora import history
 from components.train_qlora.batching import process_micro_batch_size
-from components.train_qlora.launch import launch
-from components.train_qlora.oom_retry import retry_with_smaller_micro_batches
-from components.train_qlora.report import report_page
+from components.train_qlora.processes.launch import launch
+from components.train_qlora.processes.oom_retry import retry_with_smaller_micro_batches
+from components.train_qlora.report import report_page, write_event_file
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import json_lines, progress
 from qlora_retrain.core.outcome import Number, StepResult
@@ -80,7 +80,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     document |= {"evaluation_losses": eval_losses, "out_of_memory": oom_messages}
     (adapter / "training.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     json_lines.write(adapter / "loss.jsonl", steps)
-    events.write(adapter, history.curves(log))
+    write_event_file(adapter, history.curves(log))
 
     page = report_page(config, numbers, steps, eval_losses, history.timings(log), result.layers, oom_messages)
     (adapter / "report.html").write_text(page, encoding="utf-8")

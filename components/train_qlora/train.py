@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from components.train_qlora import adapter, checkpoint, distributed, divergence, evaluation, packing, trackers
+from components.train_qlora import adapter, checkpoint, evaluation, history, packing
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
 from components.train_qlora.data import Batch, read_rows
 from components.train_qlora.loss import mean_loss, summed_loss, supervised_mask
-from components.train_qlora.memory import as_memory_error
 from components.train_qlora.optimizer import learning_rate
 from components.train_qlora.preflight import overfit_shortest_rows
+from components.train_qlora.processes import distributed
+from components.train_qlora.processes.memory_error import as_memory_error
 from components.train_qlora.report import TrainingResult
+from components.train_qlora.trackers import trackers
 from components.train_qlora.training_run import ADAPTER_FOLDER, TrainingRun, build_run
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
@@ -105,7 +107,7 @@ def run_steps(run: TrainingRun, control: TrainingControl) -> None:
         run.add_to_log({**numbers, **control.step_metrics(numbers["tokens"])})
         control.report_progress(run.log[-1])
         vocab_size = run.model.config.get_text_config().vocab_size
-        if reason := divergence.hopeless_training_loss(run.log, vocab_size):
+        if reason := history.hopeless_training_loss(run.log, vocab_size):
             raise run.divergence(run.step, reason)
 
         if due.evaluate:

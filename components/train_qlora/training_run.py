@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from components.train_qlora import adapter, distributed, fsdp, history
+from components.train_qlora import adapter, history
 from components.train_qlora.data import (
     Batch,
     DistributedBatchSampler,
@@ -23,6 +23,7 @@ from components.train_qlora.data import (
     refuse_longer_rows,
 )
 from components.train_qlora.optimizer import AdapterOptimizer
+from components.train_qlora.processes import distributed, fsdp
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import Diverged, UsageError
 from qlora_retrain.lm import checkpoints, loading

@@ -17,8 +17,9 @@ import pytest
 
 import components.train_qlora.step
 from components.quantize_model.step import run as quantize
-from components.train_qlora import launch, preflight
+from components.train_qlora import preflight
 from components.train_qlora import train as training
+from components.train_qlora.processes import launch
 from components.train_qlora.report import TrainingResult
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
 from tests.zygote import Zygote

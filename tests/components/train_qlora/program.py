@@ -81,7 +81,7 @@ def limit_memory() -> None:
 
 def inject_fault_into_forked_processes() -> None:
     """Do for training processes that are forked what importing this file does for those that are spawned."""
-    from components.train_qlora import worker
+    from components.train_qlora.processes import worker
 
     plain = worker.main
 

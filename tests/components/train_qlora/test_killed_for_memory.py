@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from components.train_qlora import cgroup
+from components.train_qlora.processes import cgroup
 from qlora_retrain.lm import checkpoints
 
 LONG = {"micro_batch_size": 16, "global_batch_size": 16, "max_steps": 4, "checkpoint_minutes": 1e-9}

@@ -6,7 +6,7 @@ import struct
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from components.train_qlora import events
+from components.train_qlora.report import EVENT_FILE
 from qlora_retrain.core.errors import UsageError
 
 
@@ -45,7 +45,7 @@ def read_events(data: bytes) -> list[tuple[int, float, dict[str, float]]]:
 def test_the_event_file_holds_the_curves(step):
     run = step()
     run(max_steps=4, num_evals=2)
-    header, *curves = read_events((run.adapter / events.FILE_NAME).read_bytes())
+    header, *curves = read_events((run.adapter / EVENT_FILE).read_bytes())
     assert header == (0, 0.0, {})
 
     # The file must say the same as the step's other outputs.

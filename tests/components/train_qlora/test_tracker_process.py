@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from components.train_qlora import tracker_keys, tracker_process, trackers
 from components.train_qlora.preflight import check_environment
+from components.train_qlora.trackers import client_process, keys, trackers
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
 
@@ -174,7 +174,7 @@ def test_a_tracker_whose_process_cannot_be_started_is_one_warning(
 
 def test_what_a_client_says_is_on_one_line_and_repeats_no_secret() -> None:
     reports = io.StringIO()
-    tracker_process._report(reports, "GET https://me:canary@host/api?token=canary\n failed")
+    client_process._report(reports, "GET https://me:canary@host/api?token=canary\n failed")
     assert json.loads(reports.getvalue()) == {"error": "GET https://***@host/api?*** failed"}
 
 
@@ -292,9 +292,9 @@ def test_a_missing_key_is_12_before_anything_is_read(
 
 
 def test_a_missing_package_is_12(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker_keys, "find_spec", lambda name: None)
+    monkeypatch.setattr(keys, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"train\.report_to: wandb is not installed where the step runs"):
-        tracker_keys.refuse_unready("wandb")
+        keys.refuse_unready("wandb")
 
 
 def test_training_with_a_tracker_that_dies_makes_the_same_adapter(

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from components.train_qlora import distributed
+from components.train_qlora.processes import distributed
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
 
@@ -45,7 +45,7 @@ class Tracker:
         # The process imports what this one can import.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "components.train_qlora.tracker_process", name, str(os.getpid())],
+            [sys.executable, "-m", "components.train_qlora.trackers.client_process", name, str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._read)]

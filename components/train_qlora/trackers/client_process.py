@@ -3,7 +3,7 @@
 A record that cannot be sent is tried again until it can, so a server that is away for a while misses nothing. Each
 change between the two is a line on stdout. Imports neither torch nor transformers.
 
-Command: `python -m components.train_qlora.tracker_process mlflow|wandb PARENT_PID`
+Command: `python -m components.train_qlora.trackers.client_process mlflow|wandb PARENT_PID`
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from components.train_qlora import distributed
+from components.train_qlora.processes import distributed
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 

@@ -118,7 +118,7 @@ def _end(job: TrainingJob) -> None:
     if job.port is not None:
         import torch.distributed as dist
 
-        from components.train_qlora import distributed
+        from components.train_qlora.processes import distributed
 
         distributed.barrier()
         dist.destroy_process_group()

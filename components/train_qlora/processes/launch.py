@@ -22,8 +22,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.train_qlora import cgroup, worker
 from components.train_qlora.batching import process_micro_batch_size
+from components.train_qlora.processes import cgroup, worker
 from components.train_qlora.report import TrainingResult
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
