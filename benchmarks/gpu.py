@@ -3,7 +3,8 @@
 All contestants train on the same 4-bit model and the same rows in the same order, with the same rank, layers, learning
 rate, optimizer and batch. Each runs in a process of its own. The table has tokens per second after the first three
 steps, the peak of allocated memory, the share of the card's own speed in large bf16 products that the necessary
-arithmetic of a step reaches, and whether the loss of the first step is that of `ours`.
+arithmetic of a step reaches, and whether the loss of the first step is that of `ours`. Beside our peaks is what a plan
+predicts (docs/planning.md).
 
     python benchmarks/gpu.py                 8B and 1B: chats of about 200 tokens, rows of 2,048; within 9 minutes
     python benchmarks/gpu.py --large         70B in 48 GB, 33B in 24 GB, 8B in 8 GB with paged states: peaks
@@ -79,6 +80,8 @@ def main() -> None:
     for job in large_jobs(card) if options.large else list(jobs(options, device)):
         is_late = time.monotonic() > deadline
         result = {**job, **({"not_run": "no time was left"} if is_late else job_result(options, job, card))}
+        if job["name"].startswith("ours"):
+            result["predicted_gib"] = round(gpu_models.predicted_gib(job), 2)
         if "tokens_per_second" in result:
             result["peak_share"] = round(result["tflops"] / card["tflops"], 3)
             first = first_losses.setdefault(f"{job['shape']} {job['rows']}", result["losses"][0])
@@ -228,6 +231,8 @@ def describe(result: dict[str, Any]) -> str:
     if reason := result.get("not_run") or result.get("error"):
         return f"{where}  {result['name']:<28} {'not run' if 'not_run' in result else 'failed'}: {reason}"
     peak = "" if result["peak_gib"] is None else f"{result['peak_gib']:7.2f} GiB"
+    if peak and "predicted_gib" in result:
+        peak += f" ({result['predicted_gib']:.2f} predicted)"
     return (
         f"{where}  {result['name']:<28}{result['tokens_per_second']:>8,} tokens/s{peak}"
         f"{result['peak_share']:>7.0%} of the card's peak, first loss differs by {result['first_loss_differs_by']}"

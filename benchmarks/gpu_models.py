@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,34 @@ def necessary_flop(shape: str, lengths: list[int], supervised: int) -> float:
     attention = 6 * s["num_hidden_layers"] * s["hidden_size"] * sum(length * length for length in lengths)
     head = 4 * s["hidden_size"] * s["vocab_size"] * supervised
     return 4 * layer_weights(shape) * sum(lengths) + attention + head
+
+
+def predicted_gib(job: Mapping[str, Any]) -> float:
+    """Return what a plan predicts that torch allocates for our loop at the peak: that of its largest micro-batch."""
+    from qlora_retrain.lm.memory_model import MicroBatch, Settings, estimate
+    from qlora_retrain.lm.model_shape import ModelShape
+
+    name, size = job["shape"], job["micro_batch_size"]
+    shape = ModelShape.from_config(
+        {**SHAPES[name], "model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": name in TIED_SHAPES}
+    )
+    settings = Settings(
+        rank=16,
+        dropout=0.0,
+        optimizer_bits=8 if job["optimizer"].endswith("8bit") else 32,
+        device=job["device"],
+        attention="sdpa" if job["device"] == "cuda" else "eager",
+        kernels="liger" if "liger" in job["name"] else "torch",
+        checkpoint_every=int("checkpointing" in job["name"]),
+        accumulates=job["accumulation"] > 1,
+    )
+    rows = new_rows(name, job["rows"], job["steps"] * size * job["accumulation"])
+    totals = []
+    for start in range(0, len(rows), size):
+        lengths = [len(row["input_ids"]) for row in rows[start : start + size]]
+        supervised = sum(label != IGNORE_INDEX for row in rows[start : start + size] for label in row["labels"][1:])
+        totals.append(estimate(shape, settings, MicroBatch(size, max(lengths), sum(lengths), supervised)).total)
+    return max(totals) / 2**30
 
 
 def new_rows(shape: str, kind: str, count: int) -> list[dict[str, list[int]]]:

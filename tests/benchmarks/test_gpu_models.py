@@ -46,3 +46,15 @@ def test_a_model_written_from_one_layer_loads_with_every_layer(tmp_path: Path) -
     assert [len(row["input_ids"]) for row in gpu_models.new_rows("tiny", "512", 2)] == [512, 512]
     with torch.no_grad():
         assert model(input_ids=torch.tensor([rows[0]["input_ids"]])).logits.isfinite().all()
+
+
+def test_a_plans_prediction_stands_beside_our_jobs() -> None:
+    """70B in 48 GB, 33B in 24 and 8B in 8, as `make gpu-check-large` tries it."""
+
+    def predicted(shape: str, rows: str, size: int, name: str) -> float:
+        job = {"name": name, "shape": shape, "rows": rows, "micro_batch_size": size, "accumulation": 1, "steps": 5}
+        return gpu_models.predicted_gib({**job, "optimizer": "paged_adamw_8bit", "device": "cuda"})
+
+    for shape, limit_gib in {"70b": 48, "33b": 24, "8b": 8}.items():
+        assert gpu_models.weights_gib(shape) < predicted(shape, "512", 1, "ours, checkpointing") < limit_gib
+    assert predicted("8b", "2048", 4, "ours, liger, checkpointing") < predicted("8b", "2048", 4, "ours, liger") / 2

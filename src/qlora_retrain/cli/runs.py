@@ -51,6 +51,8 @@ def add_verbs(verbs: Any, options: Options) -> None:
         "--set-json", type=json_list, default=[], metavar="LIST", help="like --set, but all changes as one JSON list"
     )
     verb.add_argument("--uri-to", type=Path, metavar="FILE", help="write the plan's URI there")
+    verb.add_argument("--gpu", metavar="NAME", help="estimate memory, time and cost for this card, e.g. h100")
+    verb.add_argument("--memory", action="store_true", help="print the parts of the memory, too")
     verb.set_defaults(run=_plan)
 
     parents = [options.stored, options.settings]
@@ -107,8 +109,11 @@ def _preview(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from qlora_retrain.pipeline import explain, kfp_outputs, make_plan
+    from qlora_retrain.config import gpus, platform
+    from qlora_retrain.pipeline import explain, forecast_text, kfp_outputs, make_plan
 
+    if args.gpu is not None:
+        gpus.find_card(args.gpu, platform.load().gpus)  # before anything is written
     # A person writes --set; an orchestrator fills a list parameter in as one --set-json.
     overrides = [*args.set, *args.set_json]
     if args.resume:
@@ -119,6 +124,8 @@ def _plan(args: argparse.Namespace) -> int:
         )
 
     text = explain.as_text(plan)
+    if not plan.unchanged:
+        text += f"\n{forecast_text.as_text(plan, gpu=args.gpu, has_parts=args.memory)}"
     print(text)
     # KFP shows Markdown; the fences keep the columns of the table aligned.
     if args.report_to is not None:

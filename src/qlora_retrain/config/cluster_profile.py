@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain.config.fields import Section, operational
+from qlora_retrain.config.gpus import CardName
 from qlora_retrain.config.platform import ImagesConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, uris
@@ -140,6 +141,9 @@ class ClusterProfile(ImagesConfig):
     # GPUs.
     gpu_pool: Name | None = operational(None, "Airflow: the pool that counts GPUs in use; null: no pool")
     gpu_resource: LabelKey | None = operational("nvidia.com/gpu", "the resource name of a GPU; null: no GPUs")
+    gpu_card: CardName | None = operational(
+        None, "the card of the GPU nodes, e.g. h100: a plan estimates for it; null: platform.yaml's runtime.gpu"
+    )
     train_gpus: int = operational(1, "GPUs of the training pod: as many as the lines' train.num_processes", ge=1, le=64)
     # Deadlines; in Airflow each line has its own.
     max_step_hours: float = operational(

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from qlora_retrain.config.fields import Section, operational
+from qlora_retrain.config.gpus import CardName, GpuConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, source_access
 from qlora_retrain.core.errors import UsageError
@@ -76,6 +77,9 @@ class RuntimeConfig(ImagesConfig):
     max_step_hours: float = operational(
         24.0, "a step other than training is stopped after this long, and the run ends (12)", gt=0.0, le=720.0
     )
+    gpu: CardName | None = operational(
+        None, "the card of the machines that train: a plan estimates for it; null: for this machine's memory"
+    )
     pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
     network: str = operational("bridge", "docker: the network's name; host if the store is on this machine's loopback")
 
@@ -98,6 +102,9 @@ class PlatformConfig(Section):
         None,
         "prefixes below which sources lie: file:///data/, s3://bucket/prefix/, hf://owner/; null: wherever this user "
         "may read",
+    )
+    gpus: dict[CardName, GpuConfig] = operational(
+        {}, "by a card's name: its price an hour, and its memory where the list of cards has not got it"
     )
     _origin: Path | None = PrivateAttr(None)
 

@@ -85,7 +85,12 @@ def previous_plan(store: Store, plan: Plan) -> Plan | None:
 
 def newest_plan(store: Store) -> Plan | None:
     """Return the newest plan of any line, or None."""
-    return next(_plans(store, store.children("runs")), None)
+    return next(newest_plans(store), None)
+
+
+def newest_plans(store: Store) -> Iterator[Plan]:
+    """Yield the newest plans of all lines, the newest first."""
+    yield from _plans(store, store.children("runs"))
 
 
 def _plans(store: Store, runs: Iterable[str]) -> Iterator[Plan]:

@@ -1,0 +1,227 @@
+"""Estimate the memory of a training step from the sizes of the model and the settings alone, part by part.
+
+Pure arithmetic, without torch, of what the training step allocates: `fused_lora` keeps the input of a group of layers
+once, `memory_efficient` recomputes the outputs of norms and gates, `loss` has a chunk of logits at a time, and packed
+rows have no padding. Where training leaves a module to autograd, what autograd keeps is counted.
+
+    estimate(ModelShape.from_config(config), Settings(...), MicroBatch(rows=8, longest=512)).total     bytes
+    largest_micro_batch(shape, settings, memory_bytes, longest=512, ...)                               rows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
+from qlora_retrain.lm.step_memory import StepMemory
+
+# Bits of a 4-bit weight with its scale: a scale of 32 bits for 64 weights; with double quantization one of 8 bits, and
+# 32 bits for 256 scales (QLoRA, arXiv 2305.14314, section 3).
+BITS_PER_WEIGHT = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
+# bitsandbytes keeps the states of smaller tensors in 32 bits, and a scale of 32 bits for 256 states of 8 bits.
+_MIN_8_BIT_STATE, _BLOCK_8_BIT = 4096, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of a line that decide about memory.
+
+    Attributes:
+        rank: The adapter's.
+        target_modules: `all-linear`, `attention` or names of layers.
+        dropout: On the adapter's input.
+        optimizer_bits: 32 or 8.
+        is_paged: Whether the optimizer's states may move to the host's memory.
+        device: `cpu` or `cuda`.
+        precision: `bfloat16` or `float32`; with the latter the base is dequantized once.
+        attention: `eager` keeps scores of every pair of positions; any other name stands for a fused kernel.
+        kernels: `torch` or `liger`.
+        checkpoint_every: Recompute every n-th layer in the backward pass; 0: none.
+        offloads: Whether the inputs of recomputed layers wait in the host's memory.
+        double_quant: Whether the scales of the 4-bit weights are quantized, too.
+        accumulates: Whether an optimizer step has several micro-batches.
+        num_processes: The processes that share an optimizer step.
+        is_sharded: Whether each of them has only a part of the base.
+    """
+
+    rank: int = 16
+    target_modules: str | Sequence[str] = "all-linear"
+    dropout: float = 0.05
+    optimizer_bits: int = 32
+    is_paged: bool = True
+    device: str = "cuda"
+    precision: str = "bfloat16"
+    attention: str = "sdpa"
+    kernels: str = "torch"
+    checkpoint_every: int = 0
+    offloads: bool = False
+    double_quant: bool = True
+    accumulates: bool = False
+    num_processes: int = 1
+    is_sharded: bool = False
+
+    @classmethod
+    def from_sections(cls, train: Mapping[str, Any], quantize: Mapping[str, Any]) -> Settings:
+        """Take them from the values of the sections `train` and `quantize`, none of which is `auto`."""
+        rows_of_process = -(-train["global_batch_size"] // train["num_processes"])
+        micro_batch_size, recomputed = train["micro_batch_size"], train["gradient_checkpointing"]
+        is_fixed = isinstance(micro_batch_size, int)
+        return cls(
+            rank=train["rank"],
+            target_modules=train["target_modules"],
+            dropout=train["dropout"],
+            optimizer_bits=8 if train["optimizer"].endswith("8bit") else 32,
+            is_paged=train["optimizer"].startswith("paged_") and train["device"] == "cuda",
+            device=train["device"],
+            precision=train["precision"],
+            attention=train["attention"],
+            kernels=train["kernels"],
+            checkpoint_every=1 if recomputed == "offload" else recomputed or 0,
+            offloads=recomputed == "offload",
+            double_quant=quantize["double_quant"],
+            accumulates=not is_fixed or rows_of_process > micro_batch_size,
+            num_processes=train["num_processes"],
+            is_sharded=train["parallel"] == "fsdp",
+        )
+
+    @property
+    def bytes_per_number(self) -> int:
+        """The bytes of a number in the precision of the arithmetic."""
+        return 4 if self.precision == "float32" else 2
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The rows that go through the model at once.
+
+    Attributes:
+        rows: Their number.
+        longest: The tokens of the longest row.
+        tokens: The tokens of all rows without padding, the shared prefix once; None: as many as `rows` longest rows.
+        supervised: Those with a loss; None: all.
+    """
+
+    rows: int
+    longest: int
+    tokens: int | None = None
+    supervised: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory of a training process at the peak of an optimizer step, in bytes.
+
+    Attributes:
+        weights: The frozen base: 4-bit weights with their scales, embeddings and norms.
+        adapter: Its matrices in fp32, and the copies of them in the precision of the arithmetic.
+        gradients: The adapter's.
+        optimizer: Two moments of every weight of the adapter.
+        activations: What the forward pass keeps for the backward pass.
+        logits: A chunk of logits, where the peak is there, else 0.
+        workspace: What the backward pass of a layer needs beside that, where the peak is there.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.static + self.activations + self.logits + self.workspace
+
+    @property
+    def static(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+    def parts(self) -> dict[str, int]:
+        """Return the parts by name, in bytes."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def estimate(shape: ModelShape, settings: Settings, batch: MicroBatch) -> Memory:
+    """Estimate the memory of a training process at the peak of an optimizer step."""
+    adapted = adapted_layers(shape, settings.target_modules)
+    step = StepMemory(shape, settings, batch, adapted)
+    layer, layer_input = step.activations_of_layer(), step.numbers(shape.width)
+
+    # Of n layers the first is recomputed: it keeps its input alone, and all again when its turn comes.
+    every = settings.checkpoint_every
+    recomputed = math.ceil(shape.layers / every) if every else 0
+    is_last_recomputed = bool(every) and (shape.layers - 1) % every == 0
+    num_inputs = min(recomputed, 2) if settings.offloads else recomputed  # on the device; two are on their way
+    activations = step.of_all_layers() + num_inputs * layer_input + (shape.layers - recomputed) * layer
+    backward = step.backward_of_layer() + (layer - layer_input if is_last_recomputed else 0)
+    # The peak is either where the loss is computed, or where the backward pass begins: nothing was freed before.
+    logits = step.logits()
+    is_at_logits = logits >= backward
+
+    # Gradients exist at the peak only where an earlier micro-batch made them, or DDP has buffers for them.
+    adapter_weights = shape.layers * sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted)
+    return Memory(
+        weights=weight_bytes(shape, settings),
+        adapter=4 * adapter_weights,
+        gradients=4 * adapter_weights * (settings.accumulates + (settings.num_processes > 1)),
+        optimizer=_optimizer_bytes(shape, settings, adapted),
+        activations=activations,
+        logits=logits if is_at_logits else 0,
+        workspace=0 if is_at_logits else backward,
+    )
+
+
+def largest_micro_batch(
+    shape: ModelShape, settings: Settings, memory_bytes: int, longest: int, tokens_per_row: float | None, limit: int
+) -> int:
+    """Return the largest number of rows, at most `limit`, whose step fits into a memory; 0 where not one row does.
+
+    Args:
+        shape: The model's.
+        settings: The line's.
+        memory_bytes: What a training process may allocate.
+        longest: The tokens of the longest row.
+        tokens_per_row: The mean of a micro-batch's tokens per row; None: as many as the longest row.
+        limit: The largest number that is asked for: the rows of an optimizer step in a process.
+    """
+    fitting, failing = 0, limit + 1
+    while failing - fitting > 1:
+        rows = (fitting + failing) // 2
+        tokens = None if tokens_per_row is None else math.ceil(rows * tokens_per_row)
+        fits = estimate(shape, settings, MicroBatch(rows, longest, tokens)).total <= memory_bytes
+        fitting, failing = (rows, failing) if fits else (fitting, rows)
+    return fitting
+
+
+def adapted_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> list[LinearLayer]:
+    """Return the linear layers of a decoder layer that get an adapter; all of them where no name is one of them."""
+    if target_modules == "all-linear":
+        return list(shape.linear_layers)
+    if target_modules == "attention":
+        return [layer for layer in shape.linear_layers if layer.group in ("qkv", "o")]
+    return [layer for layer in shape.linear_layers if layer.name in target_modules] or list(shape.linear_layers)
+
+
+def weight_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of the frozen base in a training process."""
+    if settings.precision == "float32":
+        return 4 * shape.weights
+    packed = shape.layer_weights * BITS_PER_WEIGHT[settings.double_quant] / 8
+    if settings.is_sharded:
+        packed = packed / settings.num_processes + packed / shape.layers  # and the layer that is gathered
+    return round(packed) + 2 * (shape.embedding_weights + shape.norm_weights)
+
+
+def _optimizer_bytes(shape: ModelShape, settings: Settings, adapted: Sequence[LinearLayer]) -> int:
+    total = 0
+    for layer in adapted:
+        for weights in (settings.rank * layer.in_width, settings.rank * layer.out_width):
+            is_packed = settings.optimizer_bits == 8 and weights >= _MIN_8_BIT_STATE
+            total += 2 * (weights + 4 * -(-weights // _BLOCK_8_BIT)) if is_packed else 8 * weights
+    return shape.layers * total
