@@ -6,7 +6,8 @@ steps, the peak of allocated memory, the share of the card's own speed in large 
 arithmetic of a step reaches, and whether the loss of the first step is that of `ours`. Beside our peaks is what a plan
 predicts (docs/planning.md).
 
-    python benchmarks/gpu.py                 8B and 1B: chats of about 200 tokens, rows of 2,048; within 9 minutes
+    python benchmarks/gpu.py                 8B and 1B: chats of about 200 tokens, rows of 2,048, and our
+                                             ways to compute attention side by side; within 9 minutes
     python benchmarks/gpu.py --large         70B in 48 GB, 33B in 24 GB, 8B in 8 GB with paged states: peaks
     python benchmarks/gpu.py --dry-run       a tiny model on the CPU: whether everything runs
 
@@ -40,16 +41,21 @@ GIB = 2**30
 # Shape, kind of rows, rows of a micro-batch, micro-batches of a step, steps, optimizer, contestants.
 ALL = ("ours, liger", "trl, tuned", "unsloth", "ours", "trl")
 LONG = ("ours, liger", "trl, tuned", "unsloth", "ours, liger, checkpointing", "unsloth, checkpointing", "trl")
+BACKENDS = ("ours (varlen, shared prefix)", "ours (varlen)", "ours (rows with a bias)", "ours (padded)")
 JOBS: list[tuple[str, str, int, int, int, str, tuple[str, ...]]] = [
     ("8b", "chat", 16, 1, 12, "paged_adamw_32bit", ALL),
     ("8b", "2048", 4, 1, 8, "paged_adamw_32bit", LONG),
     # What most people run: small micro-batches, 8-bit states, checkpointing.
     ("8b", "2048", 2, 4, 6, "paged_adamw_8bit", ("ours, liger, checkpointing", "unsloth, checkpointing")),
     ("1b", "chat", 16, 1, 15, "paged_adamw_32bit", ALL),
+    ("1b", "system", 16, 1, 12, "paged_adamw_32bit", BACKENDS),
 ]
 # The same with the memory, in GiB, that the card may use; only whether it runs and its peak count.
 LARGE_JOBS = [("70b", "512", 48), ("33b", "512", 24), ("8b", "512", 8)]
-TINY_JOBS = [("tiny", "chat", 4, 1, 5, "paged_adamw_32bit", ("ours", "ours, checkpointing", "trl", "trl, tuned"))]
+TINY_JOBS = [
+    ("tiny", "chat", 4, 1, 5, "paged_adamw_32bit", ("ours", "ours, checkpointing", "trl", "trl, tuned")),
+    ("tiny", "system", 4, 1, 5, "paged_adamw_32bit", BACKENDS),
+]
 
 
 def main() -> None:

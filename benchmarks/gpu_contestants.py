@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 
 
-def make_ours(options: argparse.Namespace, model_folder: Path, rows: list[Any], *, liger: bool, every_n: int) -> Any:
-    """Return the step's loop; `every_n` > 0 recomputes every n-th layer."""
+def make_ours(
+    options: argparse.Namespace,
+    model_folder: Path,
+    rows: list[Any],
+    *,
+    liger: bool = False,
+    every_n: int = 0,
+    backend: str = "varlen",
+    shares_prefix: bool = True,
+) -> Any:
+    """Return the step's loop.
+
+    Args:
+        options: The job.
+        model_folder: The 4-bit base.
+        rows: The rows, in their order.
+        liger: Whether liger-kernel computes norms and gates.
+        every_n: Recompute every n-th layer; 0: none.
+        backend: How attention is computed, on a GPU; `padded` stands for transformers' own, over padded rows.
+        shares_prefix: Whether the tokens that all rows begin with are computed once.
+    """
     import training_contestants
     from transformers import set_seed
 
-    from components.train_qlora import adapter
+    from components.train_qlora import adapter, attention, packing, varlen
     from qlora_retrain.config.sections import TrainConfig
     from qlora_retrain.lm import loading
 
@@ -26,6 +47,12 @@ def make_ours(options: argparse.Namespace, model_folder: Path, rows: list[Any], 
         kernels="liger" if liger else "torch", gradient_checkpointing=every_n or None, checkpoint_minutes=1e6,
     )  # fmt: skip
     base = loading.load_nf4(model_folder, device=options.device, attn_implementation=config.attention, dtype="bfloat16")
+    if backend == "sdpa":
+        varlen.is_available = lambda *_: False
+    if backend == "padded":
+        packing.can_pack = lambda _: False
+    for name, each in attention.BACKENDS.items():
+        attention.BACKENDS[name] = dataclasses.replace(each, shares_prefix=shares_prefix)
     set_seed(0)
     run = training_contestants.our_run(options, config, adapter.attach_new(base, config), rows)
     return training_contestants.OurTrainer(run)
@@ -92,10 +119,15 @@ def make_unsloth(options: argparse.Namespace, model_folder: Path, rows: list[Any
 
 
 CONTESTANTS: dict[str, Any] = {
-    "ours": lambda *a: make_ours(*a, liger=False, every_n=0),
-    "ours, liger": lambda *a: make_ours(*a, liger=True, every_n=0),
-    "ours, liger, checkpointing": lambda *a: make_ours(*a, liger=True, every_n=1),
-    "ours, checkpointing": lambda *a: make_ours(*a, liger=False, every_n=1),
+    # "ours" is what the step chooses: the flash kernels over packed rows, whose common prefix is computed once.
+    "ours": make_ours,
+    "ours (varlen, shared prefix)": make_ours,
+    "ours (varlen)": functools.partial(make_ours, shares_prefix=False),
+    "ours (rows with a bias)": functools.partial(make_ours, backend="sdpa"),
+    "ours (padded)": functools.partial(make_ours, backend="padded"),
+    "ours, liger": functools.partial(make_ours, liger=True),
+    "ours, liger, checkpointing": functools.partial(make_ours, liger=True, every_n=1),
+    "ours, checkpointing": functools.partial(make_ours, every_n=1),
     "trl": lambda *a: make_trl(*a, tuned=False),
     "trl, tuned": lambda *a: make_trl(*a, tuned=True),
     "unsloth": lambda *a: make_unsloth(*a, checkpointing=False),

@@ -96,12 +96,17 @@ def predicted_gib(job: Mapping[str, Any]) -> float:
 
 
 def new_rows(shape: str, kind: str, count: int) -> list[dict[str, list[int]]]:
-    """Return rows of random tokens: `chat` for about 200 with 57 % supervised, a number for that many with all."""
+    """Return rows of random tokens.
+
+    `chat` stands for about 200 tokens with 57 % supervised, `system` for such rows that begin with the same 60, and a
+    number for that many tokens, all supervised.
+    """
     rng, vocabulary = random.Random(0), SHAPES[shape]["vocab_size"]
+    system_turn = [rng.randrange(3, vocabulary) for _ in range(60)] if kind == "system" else []
     rows = []
     for _ in range(count):
         length = int(kind) if kind.isdigit() else max(60, round(rng.lognormvariate(5.2, 0.35)))
-        tokens = [rng.randrange(3, vocabulary) for _ in range(length)]
+        tokens = (system_turn + [rng.randrange(3, vocabulary) for _ in range(length)])[:length]
         unsupervised = 0 if kind.isdigit() else round(0.43 * length)
         rows.append({"input_ids": tokens, "labels": [IGNORE_INDEX] * unsupervised + tokens[unsupervised:]})
     return rows

@@ -28,26 +28,23 @@ def make_full_trainer(options: argparse.Namespace, rows: list[Any], rate: float)
     import torch
     from transformers import set_seed
 
-    from components.train_qlora import packing
-    from components.train_qlora.data import IGNORE_INDEX
+    from components.train_qlora.micro_batches import prepare
     from qlora_retrain.lm import loading
 
-    def summed_loss(model: Any, inputs: Any) -> Any:
-        packed = packing.pack(inputs, torch.bfloat16)
-        is_target = packed.labels != IGNORE_INDEX
+    def summed_loss(model: Any, batch: Any) -> Any:
+        micro_batch = prepare(model, batch, torch.bfloat16)
         # The weights are fp32, but products are computed in bf16 as in the step.
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.base_model(
-                input_ids=packed.input_ids, position_ids=packed.position_ids, packed_batch=packed, use_cache=False
-            ).last_hidden_state
-            logits = model.get_output_embeddings()(hidden[is_target])  # (supervised, vocabulary)
-        return torch.nn.functional.cross_entropy(logits.float(), packed.labels[is_target], reduction="sum")
+            hidden = model.base_model(**micro_batch.inputs, use_cache=False).last_hidden_state[0]
+            logits = model.get_output_embeddings()(hidden[micro_batch.label_positions])  # (supervised, vocabulary)
+        return torch.nn.functional.cross_entropy(logits.float(), micro_batch.labels, reduction="sum")
 
     # Everything but the loss and the frozen weights is as in the step.
     config = training_contestants.our_config(options, learning_rate=rate, **RECIPE)
     set_seed(options.seed)
     model = loading.load_base(options.base, attn_implementation="eager", dtype="float32")
-    return training_contestants.OurTrainer(training_contestants.our_run(options, config, model, rows), summed_loss)
+    run = training_contestants.our_run(options, config, model, rows)
+    return training_contestants.OurTrainer(run, summed_loss, torch.bfloat16)
 
 
 def save(model: Any, name: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,11 +16,13 @@ class OurTrainer:
         run: The run.
         model: Its model.
         summed_loss: The loss of a micro-batch: the step's own, or another one.
+        dtype: The type of attention; None: that of the weights, as in the step.
     """
 
-    def __init__(self, run: Any, summed_loss: Any = None) -> None:
+    def __init__(self, run: Any, summed_loss: Any = None, dtype: Any = None) -> None:
         from components.train_qlora import loss
 
+        self.dtype = dtype
         self.run, self.model, self.summed_loss = run, run.model, summed_loss or loss.summed_loss
         # `training.py` wrote the rows in the sampler's order; sorting them again would change it.
         run.sampler = keep_order(run.sampler)
@@ -30,11 +33,13 @@ class OurTrainer:
 
     def train(self) -> None:
         """Run every step."""
-        from components.train_qlora import checkpoint, train
+        from components.train_qlora import checkpoint, micro_batches, train, training_run
         from components.train_qlora.control import TrainingControl
 
         no_checkpoint = mock.patch.object(checkpoint, "save")  # the peers save none either
-        with no_checkpoint, mock.patch.object(train, "summed_loss", self.summed_loss):
+        prepare = functools.partial(micro_batches.prepare, dtype=self.dtype)
+        in_dtype = mock.patch.object(training_run, "prepare", prepare)
+        with no_checkpoint, in_dtype, mock.patch.object(train, "summed_loss", self.summed_loss):
             train.run_steps(self.run, TrainingControl(self.run))
 
     @property

@@ -1,7 +1,11 @@
-"""Compute causal attention over packed rows, forward and backward, in a few operations for all rows at once.
+"""Compute causal attention over packed rows: the backends, and the one for a CPU.
 
-`packing` lays out the rows of a micro-batch as one sequence of T tokens, with their shared prefix only once. Here the
-tokens are gathered into padded rows, all rows are computed as one batch, and the outputs go back to the T tokens.
+`packing` lays out the rows of a micro-batch as one sequence of T tokens, with their shared prefix only once. A backend
+computes attention over it. `BACKENDS` has three: `eager` and `sdpa`, which are below, and `varlen`, which has a module
+of its own and takes the place of `sdpa` where its kernels run.
+
+Below, the tokens are gathered into padded rows, all rows are computed as one batch in a few operations, and the outputs
+go back to the T tokens.
 
 The backward pass is written by hand. Autograd would keep padded copies of queries, keys, values and scores for every
 layer. Here only the packed queries, keys and values are kept, and the rest is recomputed. So a prefix that many short
@@ -21,12 +25,16 @@ The letters in shapes:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from components.train_qlora import varlen
 
 KV_LENGTH_MULTIPLE = (
     32  # S is padded to a multiple: on a CPU, softmax over 57 bf16 numbers takes three times as long as over 64
@@ -250,3 +258,42 @@ def reduce_kv_grad(grad_rows: Tensor, index: HeadIndex, layout: RowLayout, shape
 def flatten_tokens(x: Tensor) -> Tensor:
     """Reshape (..., D) to (N, D)."""
     return x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A way to compute attention over a packed batch.
+
+    Attributes:
+        new_layout: takes (suffix mask, prefix length, type of the scores) and returns the layout, in host memory
+        attend: takes (query (T, H, D), key (T, K, D), value (T, K, DV), layout, scaling, window), returns (T, H, DV)
+        fits: takes (suffix lengths, prefix length, tokens), returns whether attention stays in the memory of the tokens
+        has_windows: whether a layer may see only the last tokens; without it, `window` is always None
+        shares_prefix: whether the tokens that all rows begin with are computed once
+    """
+
+    new_layout: Callable[[Tensor, int, torch.dtype], Any]
+    attend: Callable[..., Tensor]
+    fits: Callable[[list[int], int, int], bool]
+    has_windows: bool = False
+    shares_prefix: bool = True
+
+
+def attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float, window: None, *, use_sdpa: bool
+) -> Tensor:
+    """Compute attention in padded rows; the eager version is faster for short rows on a CPU."""
+    output: Tensor = SharedPrefixAttention.apply(query, key, value, layout, scaling, use_sdpa)
+    return output
+
+
+def rows_fit(suffix_lens: list[int], _: int, max_tokens: int) -> bool:
+    """Return whether attention, which pads to the longest row, computes at most twice the positions of the tokens."""
+    return len(suffix_lens) * max(suffix_lens, default=0) <= 2 * max_tokens
+
+
+BACKENDS = {
+    "eager": Backend(RowLayout.from_mask, partial(attend_rows, use_sdpa=False), rows_fit),
+    "sdpa": Backend(RowLayout.from_mask, partial(attend_rows, use_sdpa=True), rows_fit),
+    "varlen": Backend(varlen.VarlenLayout.from_mask, varlen.attend, varlen.fits, has_windows=True),
+}

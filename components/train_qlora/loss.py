@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from components.train_qlora import packing
 from components.train_qlora.data import IGNORE_INDEX, Batch, PaddingCollator, TokenizedDataset
+from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.processes import distributed
 from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Cause, TryAgain
@@ -28,39 +29,32 @@ def supervised_mask(batch: Batch) -> Tensor:
     return batch["labels"][:, 1:] != IGNORE_INDEX
 
 
-def summed_loss(model: Any, batch: Batch) -> Tensor:
+def summed_loss(model: Any, batch: Batch | MicroBatch) -> Tensor:
     """Return the cross entropy in nats, summed over the supervised tokens of a batch.
 
     The model's own forward method runs; a hook reduces the input of its output layer to the supervised positions.
     """
-    if packing.can_pack(model):
-        packed = packing.pack(batch, model.dtype)
-        labels, positions = packed.labels, slice(None)  # (1, T): what each position must predict
-        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed_batch": packed}
-    else:
-        labels, positions = batch["labels"][:, 1:], slice(None, -1)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    is_labelled = labels != IGNORE_INDEX
+    micro_batch = prepare(model, batch)
     lm_head, is_plain = model.get_output_embeddings(), has_plain_logits(model)
     hidden_states: list[Tensor] = []
 
     # Where logits are the plain output of the output layer, that layer gets no position, and `ChunkedCrossEntropy`
     # computes them. Otherwise the model computes the logits of the supervised positions, scaled or capped as it does.
     def select_supervised(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        hidden_states.append(args[0][:, positions][is_labelled])  # (supervised, D)
+        hidden_states.append(args[0].flatten(0, 1).index_select(0, micro_batch.label_positions))  # (supervised, D)
         return (hidden_states[0][:0] if is_plain else hidden_states[0],)
 
     hook = lm_head.register_forward_pre_hook(select_supervised)
     try:
         with packing.packed_attention(model):
-            logits = model(**inputs, use_cache=False).logits
+            logits = model(**micro_batch.inputs, use_cache=False).logits
     finally:
         hook.remove()
 
     if is_plain:
-        loss: Tensor = ChunkedCrossEntropy.apply(hidden_states[0], lm_head.weight, lm_head.bias, labels[is_labelled])
+        loss: Tensor = ChunkedCrossEntropy.apply(hidden_states[0], lm_head.weight, lm_head.bias, micro_batch.labels)
         return loss
-    return cross_entropy(logits.float(), labels[is_labelled], reduction="sum")
+    return cross_entropy(logits.float(), micro_batch.labels, reduction="sum")
 
 
 def has_plain_logits(model: Any) -> bool:
@@ -141,7 +135,7 @@ def mean_loss(model: Any, dataset: TokenizedDataset, pad_token_id: int, batch_si
         # With FSDP every process must run the same number of forward passes; one without a row gets `~index`, a row
         # without labels.
         indices = order[start : start + batch_size] or [~order[0]]
-        batch = {k: v.to(model.device) for k, v in collate([dataset[i] for i in indices]).items()}
+        batch = collate([dataset[i] for i in indices])
         total_loss += summed_loss(model, batch).item()
         num_tokens += int(supervised_mask(batch).sum())
 

@@ -13,7 +13,7 @@ gradients equal those of the padded batch; nothing is approximated.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +22,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
-from components.train_qlora.attention import RowLayout, SharedPrefixAttention
+from components.train_qlora import varlen
+from components.train_qlora.attention import BACKENDS, Backend
 from components.train_qlora.data import IGNORE_INDEX, Batch
 
-PACKED_ATTENTION = {"eager": "packed_eager", "sdpa": "packed_sdpa"}  # by transformers' implementation: ours
-# Config fields of attention that is not plain causal; `SharedPrefixAttention` supports no window, cap or chunk.
-UNSUPPORTED_OPTIONS = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
+PACKED = "packed_"  # before a backend's name: its name among the attention implementations of transformers
+# Config fields of attention that no backend computes.
+UNSUPPORTED_OPTIONS = ("attn_logit_softcapping", "attention_chunk_size")
 # oneDNN builds and keeps a kernel for every matrix size (20 MB for the products of one layer). Rounding up the number
 # of packed tokens, and the length of rows in attention, keeps the number of sizes small.
 TOKENS_MULTIPLE, ROW_LENGTH_MULTIPLE = 16, 8
@@ -45,33 +46,62 @@ class PackedBatch:
         position_ids: (1, T), within each token's own row
         labels: (1, T), the label of the next token; `IGNORE_INDEX` where nothing is learnt
         prefix_len: the number of tokens in the prefix that all rows share
-        layout: the layout of the rows
+        layout: the layout of the rows, which the backend made
+        dtype: the type in which attention computes
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     prefix_len: int
-    layout: RowLayout
+    layout: Any
+    dtype: torch.dtype
+
+
+def backend_name(model: Any) -> str:
+    """Return the name of the backend that the model's attention stands for; transformers' own where we have none."""
+    name: str = model.config.get_text_config()._attn_implementation.removeprefix(PACKED)
+    # Both are torch's fused attention; over packed rows, one needs padding and a mask in memory.
+    return "varlen" if name == "sdpa" and varlen.is_available(model.device, model.dtype) else name
+
+
+def backend(model: Any) -> Backend:
+    """Return the backend for the rows of the model; `eager`, which computes nothing then, where none can be packed."""
+    return BACKENDS.get(backend_name(model), BACKENDS["eager"])
+
+
+def obstacle(model: Any) -> str | None:
+    """Return why the model's rows cannot be packed, as the predicate of a sentence; None where they can."""
+    config, name = model.config.get_text_config(), backend_name(model)
+    if name not in BACKENDS:
+        return f"computes {name} attention, which takes padded rows"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "computes attention in code of its own"
+    if options := [option for option in UNSUPPORTED_OPTIONS if getattr(config, option, None)]:
+        return f"has {' and '.join(options)}, which packed attention has not"
+
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if others := layer_types - {"full_attention", "sliding_attention"}:
+        return f"has layers of {' and '.join(sorted(others))}, which packed attention has not"
+    has_windows = getattr(config, "sliding_window", None) or "sliding_attention" in layer_types
+    if has_windows and not BACKENDS[name].has_windows:
+        return "has windows, which packed attention has only on a GPU, in 16 bits, with sdpa"
+    if not IS_PACKABLE.get(model.get_output_embeddings(), True):
+        return "does not compute packed rows like single ones"
+    return None
 
 
 def can_pack(model: Any) -> bool:
-    """Return whether the model's attention is plain causal attention and goes through transformers' interface."""
-    config = model.config.get_text_config()
-    is_plain = not any(getattr(config, name, None) for name in UNSUPPORTED_OPTIONS)
-    is_full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    is_replaceable = config._attn_implementation in (*PACKED_ATTENTION, *PACKED_ATTENTION.values()) and bool(
-        getattr(model, "_supports_attention_backend", False)
-    )
-    return is_plain and is_full and is_replaceable and IS_PACKABLE.get(model.get_output_embeddings(), True)
+    """Return whether a backend computes what the model's attention does, as far as is known."""
+    return obstacle(model) is None
 
 
-def pack(batch: Batch, dtype: torch.dtype) -> PackedBatch:
-    """Pack a batch whose rows are padded on the right; `dtype` is that of the attention scores."""
+def pack(batch: Batch, dtype: torch.dtype, backend: Backend = BACKENDS["eager"]) -> PackedBatch:
+    """Pack a batch whose rows are padded on the right, for a backend that computes attention in a type."""
     input_ids, labels = batch["input_ids"], batch["labels"]  # (B, seq)
     next_labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, seq): what each position must predict
     mask = batch["attention_mask"].bool() & mask_until_last_label(next_labels != IGNORE_INDEX)
-    prefix_len = shared_prefix_len(input_ids, mask, next_labels)
+    prefix_len = shared_prefix_len(input_ids, mask, next_labels) if backend.shares_prefix else 0
     suffix_mask = lengthen_to_multiple(mask[:, prefix_len:], prefix_len)
     num_rows, suffix_len = suffix_mask.shape
 
@@ -94,34 +124,39 @@ def pack(batch: Batch, dtype: torch.dtype) -> PackedBatch:
         flatten_rows(positions),
         flatten_rows(next_labels),
         prefix_len,
-        RowLayout.from_mask(suffix_mask, prefix_len, dtype),
+        backend.new_layout(suffix_mask, prefix_len, dtype),
+        dtype,
     )
 
 
-def num_micro_batches(batch: Batch, micro_batch_size: int, *, is_packed: bool) -> int:
+def num_micro_batches(
+    batch: Batch, micro_batch_size: int, *, is_packed: bool, backend: Backend = BACKENDS["eager"]
+) -> int:
     """Return the smallest number of micro-batches that fits the memory of `micro_batch_size` padded rows.
 
-    No micro-batch may compute more tokens than those padded rows. Attention pads to the longest row of a micro-batch.
-    So one with many short rows beside a long one is split further, until attention computes at most twice their
-    positions.
+    No micro-batch may compute more tokens than those padded rows, and attention must stay in the memory of as many: the
+    eager backend pads to the longest row of a micro-batch, so one with many short rows beside a long one is split.
     """
     input_ids, num_rows = batch["input_ids"], len(batch["input_ids"])
     if not is_packed:
         return -(-num_rows // micro_batch_size)
     next_labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     mask = batch["attention_mask"].bool() & mask_until_last_label(next_labels != IGNORE_INDEX)
-    prefix_len, row_tokens = shared_prefix_len(input_ids, mask, next_labels), mask.sum(1)
+    prefix_len = shared_prefix_len(input_ids, mask, next_labels) if backend.shares_prefix else 0
+    row_tokens = mask.sum(1)
     suffix_lens, max_tokens = (row_tokens - prefix_len).tolist(), micro_batch_size * int(row_tokens.max())
 
-    def fits(lens: list[int]) -> bool:
-        return sum(lens) <= max_tokens - prefix_len and len(lens) * max(lens, default=0) <= 2 * max_tokens
+    def split(count: int) -> list[list[int]]:
+        return [suffix_lens[i * num_rows // count : (i + 1) * num_rows // count] for i in range(count)]
 
     # All suffix tokens together need at least this many micro-batches, so the search begins there.
     min_parts = max(1, sum(suffix_lens) // max(max_tokens - prefix_len, 1))
     return next(
         count
         for count in range(min_parts, num_rows + 1)
-        if all(fits(suffix_lens[i * num_rows // count : (i + 1) * num_rows // count]) for i in range(count))
+        if all(
+            sum(lens) <= max_tokens - prefix_len and backend.fits(lens, prefix_len, max_tokens) for lens in split(count)
+        )
     )
 
 
@@ -173,7 +208,7 @@ def packed_attention(model: Any) -> Iterator[None]:
     config = model.config.get_text_config()
     original_implementation = config._attn_implementation
     if can_pack(model):
-        config._attn_implementation = PACKED_ATTENTION.get(original_implementation, original_implementation)
+        config._attn_implementation = PACKED + backend_name(model)
     try:
         yield
     finally:
@@ -189,20 +224,35 @@ def packed_attention_forward(
     *,
     scaling: float,
     packed_batch: PackedBatch,
-    use_sdpa: bool,
+    attend: Callable[..., Tensor],
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each row; (1, H, T, D) in, (1, T, H, DV) out.
 
-    `use_sdpa` selects torch's fused kernel. The eager version is faster for short rows on a CPU.
+    Raises:
+        ValueError: If a family asks for more than that; `row_probe` finds it out before training.
     """
+    if softcap or s_aux is not None or sliding_window != layer_window(module):
+        raise ValueError("packed attention has no cap, no sink, and only the windows that the model's config gives")
     # Where weights are wider than the compute type, rotary embeddings leave queries and keys wider than values.
     # (1, H, T, D), (1, K, T, D), (1, K, T, DV) to (T, H, D), (T, K, D), (T, K, DV)
-    qkv = (x[0].transpose(0, 1).to(packed_batch.layout.attn_bias.dtype) for x in (query, key, value))
-    attn_output: Tensor = SharedPrefixAttention.apply(*qkv, packed_batch.layout, scaling, use_sdpa)
-    return attn_output.unsqueeze(0), None
+    qkv = (x[0].transpose(0, 1).to(packed_batch.dtype) for x in (query, key, value))
+    return attend(*qkv, packed_batch.layout, scaling, sliding_window).unsqueeze(0), None
 
 
-for implementation, packed_name in PACKED_ATTENTION.items():
-    AttentionInterface.register(packed_name, partial(packed_attention_forward, use_sdpa=implementation == "sdpa"))
-    AttentionMaskInterface.register(packed_name, lambda *_, **__: None)  # `RowLayout.attn_bias` is the mask
+def layer_window(module: Any) -> int | None:
+    """Return the window that a layer has by the model's config, in tokens; None: it sees all tokens before."""
+    config = module.config
+    layer_types = getattr(config, "layer_types", None)
+    has_window = layer_types is None or layer_types[module.layer_idx] == "sliding_attention"
+    window: int | None = (getattr(config, "sliding_window", None) or None) if has_window else None
+    return window
+
+
+# transformers makes no mask for a name that is not in its `AttentionMaskInterface`: the layout is the mask. For a name
+# that is there, it would ask the GPU whether several rows are packed, and wait for the answer.
+for _name, _backend in BACKENDS.items():
+    AttentionInterface.register(PACKED + _name, partial(packed_attention_forward, attend=_backend.attend))

@@ -106,8 +106,9 @@ def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.0)
 
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    count = packing.num_micro_batches(batch, config.micro_batch_size, is_packed=packing.can_pack(model))
+    count = packing.num_micro_batches(
+        batch, config.micro_batch_size, is_packed=packing.can_pack(model), backend=packing.backend(model)
+    )
     micro_batches = packing.split_batch(batch, count)
 
     losses: list[float] = []

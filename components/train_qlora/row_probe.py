@@ -13,6 +13,7 @@ from torch import Tensor
 
 from components.train_qlora import packing
 from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
+from components.train_qlora.micro_batches import prepare
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 
@@ -45,8 +46,9 @@ def probe_rows(model: Any) -> None:
 
     # The labels of the batch are its tokens, so packing leaves none out.
     examples = [{"input_ids": row, "labels": [IGNORE_INDEX] * PREFIX_LEN + row[PREFIX_LEN:]} for row in rows]
-    batch = {key: tensor.to(model.device) for key, tensor in PaddingCollator(0)(examples).items()}
-    padded = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    batch = PaddingCollator(0)(examples)
+    padded_inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    padded = model(**padded_inputs, use_cache=False).logits
     if not all(_is_close(model, padded[i, : len(row)], alone[i]) for i, row in enumerate(rows)):
         raise UsageError(
             f"base_nf4: the logits of {name} change when a shorter row is padded on the right, as training and "
@@ -54,7 +56,8 @@ def probe_rows(model: Any) -> None:
         )
     if packing.can_pack(model) and not _is_packed_alike(model, batch, alone):
         packing.IS_PACKABLE[model.get_output_embeddings()] = False
-        progress.say(f"train: {name} does not compute packed rows like single ones, so rows are padded instead")
+    if reason := packing.obstacle(model):
+        progress.say(f"train: {name} {reason}, so rows are padded instead")
 
 
 def _rows(vocab_size: int) -> list[list[int]]:
@@ -71,18 +74,17 @@ def _tensor(model: Any, row: list[int]) -> Tensor:
 
 
 def _is_packed_alike(model: Any, batch: dict[str, Tensor], alone: list[Tensor]) -> bool:
-    packed = packing.pack(batch, model.dtype)
-    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed_batch": packed}
+    micro_batch = prepare(model, batch)
     try:
         with packing.packed_attention(model):
-            logits = model(**inputs, use_cache=False).logits[0]  # (T, vocab)
+            logits = model(**micro_batch.inputs, use_cache=False).logits[0]  # (T, vocab)
     # A family that calls attention in a way of its own lacks an argument, or has one too many.
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
 
     # What predicts a label, row after row.
-    is_labelled = packed.labels[0] != IGNORE_INDEX
-    return _is_close(model, logits[is_labelled], torch.cat([row[PREFIX_LEN - 1 : -1] for row in alone]))
+    expected = torch.cat([row[PREFIX_LEN - 1 : -1] for row in alone])
+    return _is_close(model, logits[micro_batch.label_positions], expected)
 
 
 def _is_close(model: Any, logits: Tensor, expected: Tensor) -> bool:

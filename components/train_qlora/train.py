@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ import torch
 from components.train_qlora import adapter, checkpoint, evaluation, history, packing
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
-from components.train_qlora.data import Batch, read_rows
-from components.train_qlora.loss import mean_loss, summed_loss, supervised_mask
+from components.train_qlora.data import read_rows
+from components.train_qlora.loss import mean_loss, summed_loss
 from components.train_qlora.optimizer import learning_rate
 from components.train_qlora.preflight import overfit_shortest_rows
 from components.train_qlora.processes import distributed
 from components.train_qlora.processes.memory_error import as_memory_error
 from components.train_qlora.report import TrainingResult
 from components.train_qlora.trackers import trackers
-from components.train_qlora.training_run import ADAPTER_FOLDER, TrainingRun, build_run
+from components.train_qlora.training_run import ADAPTER_FOLDER, StepBatch, TrainingRun, build_run
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
@@ -98,9 +99,11 @@ def run_steps(run: TrainingRun, control: TrainingControl) -> None:
     forward = run.model if is_alone else distributed.ForwardThroughDDP(run.model, run.config.device)
     run.model.train()
     control.begin()
-    for batch in run.remaining_steps():
+    steps = run.remaining_steps()
+    for step in steps:
         control.begin_step()
-        numbers = _train_step(run, forward, batch)
+        run.begin_step()
+        numbers = _train_step(run, forward, step, steps.look_ahead)
         run.step += 1
         due = control.end_step()
 
@@ -112,7 +115,7 @@ def run_steps(run: TrainingRun, control: TrainingControl) -> None:
 
         if due.evaluate:
             try:
-                is_best = evaluation.evaluate(run, batch["row_indices"].tolist())
+                is_best = evaluation.evaluate(run, step.row_indices)
             except TryAgain:  # the optimizer step is complete: save it, and evaluate when the run is resumed
                 control.stop_reason = "asked to stop"
                 due.save = due.stop = True
@@ -128,13 +131,16 @@ def run_steps(run: TrainingRun, control: TrainingControl) -> None:
         raise _stopped(run, control.stop_reason)
 
 
-def _train_step(run: TrainingRun, forward: Any, batch: Batch) -> dict[str, Any]:
-    """Run one optimizer step: forward and backward over its rows, in as few micro-batches as fit; clip; update.
+def _train_step(
+    run: TrainingRun, forward: Any, step: StepBatch, prepare_next_step: Callable[[], None]
+) -> dict[str, Any]:
+    """Run one optimizer step: forward and backward over its micro-batches; clip; update.
 
     Args:
         run: The run.
         forward: The model, or DDP's around it.
-        batch: The rows that this process has in the step.
+        step: The rows that this process has in the step.
+        prepare_next_step: Is called while a GPU still computes this one.
 
     Returns:
         The step's numbers for the log, those of all processes together.
@@ -142,40 +148,32 @@ def _train_step(run: TrainingRun, forward: Any, batch: Batch) -> dict[str, Any]:
     Raises:
         Diverged: If the loss or the norm of the gradients is not finite; a NaN must not reach the optimizer.
     """
-    model, config, row_indices = run.model, run.config, batch["row_indices"]
-    rows = {name: tensor for name, tensor in batch.items() if name != "row_indices"}
-    # A row index below 0 marks a filler row, whose tokens are not counted.
-    own_counts = int(rows["attention_mask"][row_indices >= 0].sum()), int(supervised_mask(rows).sum())
-    tokens, supervised_tokens = map(round, distributed.all_reduce_sum(*own_counts))
-
-    own_count = packing.num_micro_batches(rows, config.micro_batch_size, is_packed=packing.can_pack(model))
-    # With FSDP every rank must run the same number of micro-batches: each forward gathers shards from all ranks.
-    count = max(distributed.all_gather(own_count))
-    losses = []
+    model, config, losses = run.model, run.config, []
     with packing.packed_attention(model):  # also around backward, which recomputes checkpointed layers
-        for i, micro_batch in enumerate(packing.split_batch(rows, count)):
-            inputs = {name: tensor.to(model.device) for name, tensor in micro_batch.items()}
+        for i, micro_batch in enumerate(step.micro_batches):
             # DDP sums the gradients over the processes once, in the last backward pass.
-            with nullcontext() if i == count - 1 or forward is model else forward.no_sync():
+            is_last = i == step.num_micro_batches - 1
+            with nullcontext() if is_last or forward is model else forward.no_sync():
                 # DDP divides the sum by the number of processes, so the loss is multiplied by it.
-                loss = summed_loss(forward, inputs) * distributed.world_size() / supervised_tokens
+                loss = summed_loss(forward, micro_batch) * distributed.world_size() / step.supervised_tokens
                 loss.backward()
             losses.append(loss.detach())
-            del loss  # and with it what the backward pass kept, before the next forward pass
+            del loss, micro_batch  # and with them what the backward pass kept, before the next forward pass
 
     norm = torch.nn.utils.clip_grad_norm_(run.optimizer.parameters.values(), config.max_grad_norm)
+    prepare_next_step()
     # The CPU waits for the GPU here, once a step.
     own_values = torch.stack([torch.stack(losses).sum(), norm.detach()]).tolist()
     loss_and_norm = [total / distributed.world_size() for total in distributed.all_reduce_sum(*own_values)]
     for label, value in zip(("loss", "gradient norm"), loss_and_norm, strict=True):
         if not math.isfinite(value):
-            raise run.divergence(run.step + 1, f"the {label} is {value}", row_indices.tolist())
+            raise run.divergence(run.step + 1, f"the {label} is {value}", step.row_indices)
 
     rate = learning_rate(config, run.step, run.total_steps)
     run.optimizer.step(rate)
     return {
-        "loss": loss_and_norm[0], "grad_norm": loss_and_norm[1], "learning_rate": rate, "tokens": tokens,
-        "supervised_tokens": supervised_tokens,
+        "loss": loss_and_norm[0], "grad_norm": loss_and_norm[1], "learning_rate": rate, "tokens": step.tokens,
+        "supervised_tokens": step.supervised_tokens,
     }  # fmt: skip
 
 

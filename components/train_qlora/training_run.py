@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from components.train_qlora import adapter, history
+from components.train_qlora import adapter, history, packing
 from components.train_qlora.data import (
-    Batch,
     DistributedBatchSampler,
     LengthGroupedSampler,
     PaddingCollator,
     Rows,
     refuse_longer_rows,
 )
+from components.train_qlora.loss import supervised_mask
+from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed, fsdp
 from qlora_retrain.config.sections import TrainConfig
@@ -29,8 +32,48 @@ from qlora_retrain.core.errors import Diverged, UsageError
 from qlora_retrain.lm import checkpoints, loading
 from qlora_retrain.lm.context_length import max_context_tokens
 
+Item = TypeVar("Item")
+
 ADAPTER_FOLDER = "adapter"  # in a checkpoint: a folder that PEFT can load as it is
 BEST_FOLDER = "best"  # in a checkpoint: the same, with the weights of the lowest evaluation loss so far
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The rows that this process has in an optimizer step, ready for the model.
+
+    Attributes:
+        row_indices: The rows; one below 0 is a filler, without labels.
+        tokens: The tokens of all processes together, without padding.
+        supervised_tokens: Those of them that have a label.
+        num_micro_batches: The fewest forward passes that fit in memory.
+        micro_batches: Their rows. A GPU still computes the one before when the next one is laid out.
+    """
+
+    row_indices: list[int]
+    tokens: int
+    supervised_tokens: int
+    num_micro_batches: int
+    micro_batches: Iterator[MicroBatch]
+
+
+class Lookahead(Iterator[Item]):
+    """Iterate over items that take time to compute, and compute the next one earlier where asked to."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self.items = items
+        self.ahead: list[Item] = []
+
+    def look_ahead(self) -> None:
+        """Compute the next item now, if there is one."""
+        if not self.ahead:
+            self.ahead += islice(self.items, 1)
+
+    def __next__(self) -> Item:
+        self.look_ahead()
+        if not self.ahead:
+            raise StopIteration
+        return self.ahead.pop()
 
 
 @dataclass
@@ -90,19 +133,44 @@ class TrainingRun:
             return ""
         return f"; its {BEST_FOLDER}/ is the adapter of step {step}, with the lowest evaluation loss"
 
-    def remaining_steps(self) -> Iterator[Batch]:
-        """Yield the rows of this process in each remaining step; they depend on the seed and the epoch alone."""
-        collate = PaddingCollator(self.rows.pad_token_id)
+    def remaining_steps(self) -> Lookahead[StepBatch]:
+        """Iterate over the rows of this process in each remaining step; they depend on the seed and the epoch alone."""
+        indices = islice(self._row_indices(), max(0, self.total_steps - self.step))
+        return Lookahead(map(self._prepare_step, indices))
+
+    def _row_indices(self) -> Iterator[list[int]]:
+        """Yield the rows of this process in each step from the next one on, without end."""
+        epoch, position = divmod(self.step, self.steps_per_epoch)
         while True:
-            epoch, position = divmod(self.step, self.steps_per_epoch)
             self.sampler.set_epoch(epoch)
-            if position == 0:
-                # torch's DataLoader draws once an epoch; so dropout draws what it would draw in a loop over one.
-                torch.empty((), dtype=torch.int64).random_()
             batches = DistributedBatchSampler(self.sampler, distributed.rank(), distributed.world_size())
-            for i, indices in enumerate(batches):
-                if i >= position:
-                    yield collate([self.rows.train[index] for index in indices])
+            yield from islice(batches, position, None)
+            epoch, position = epoch + 1, 0
+
+    def _prepare_step(self, indices: list[int]) -> StepBatch:
+        """Collate the rows, and cut them into as few micro-batches as fit."""
+        batch = PaddingCollator(self.rows.pad_token_id)([self.rows.train[index] for index in indices])
+        row_indices = batch.pop("row_indices")
+        # A row index below 0 marks a filler row, whose tokens are not counted.
+        own_counts = int(batch["attention_mask"][row_indices >= 0].sum()), int(supervised_mask(batch).sum())
+        tokens, supervised_tokens = map(round, distributed.all_reduce_sum(*own_counts))
+
+        own_count = packing.num_micro_batches(
+            batch,
+            self.config.micro_batch_size,
+            is_packed=packing.can_pack(self.model),
+            backend=packing.backend(self.model),
+        )
+        # With FSDP every rank must run the same number of micro-batches: each forward gathers shards from all ranks.
+        parts = packing.split_batch(batch, max(distributed.all_gather(own_count)))
+        # Only the first is laid out now. Each other is laid out after the one before it, whose layout is freed then.
+        first, rest = prepare(self.model, parts[0]), map(partial(prepare, self.model), parts[1:])
+        return StepBatch(row_indices.tolist(), tokens, supervised_tokens, len(parts), chain([first], rest))
+
+    def begin_step(self) -> None:
+        """Draw what torch's DataLoader draws once an epoch, so that dropout draws what it would in a loop over one."""
+        if self.step % self.steps_per_epoch == 0:
+            torch.empty((), dtype=torch.int64).random_()
 
     def add_to_log(self, numbers: Mapping[str, Any]) -> None:
         """Add the numbers of the step that is done, or of an evaluation after it, to the log, and report them."""

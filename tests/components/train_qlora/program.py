@@ -36,7 +36,7 @@ def inject_fault() -> None:
 
         if FAULT == "nan":
             return loss * float("nan")
-        if FAULT == "memory" and len(batch["input_ids"]) > 1:
+        if FAULT == "memory" and batch.num_rows > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if FAULT == "bug":
             raise ValueError("a fault of ours")

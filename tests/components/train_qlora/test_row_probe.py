@@ -60,8 +60,8 @@ def test_rows_are_padded_where_packed_logits_differ(monkeypatch):
     # As if a family ignored the positions of packed rows.
     original = packing.pack
 
-    def pack(batch, dtype):
-        packed = original(batch, dtype)
+    def pack(*arguments):
+        packed = original(*arguments)
         packed.position_ids.copy_(torch.arange(packed.position_ids.shape[1]))
         return packed
 
