@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,8 +62,6 @@ def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iter
 
     yield Contestant("base", folders.base_model, load_base(folders.base_model))
 
-    # Reference cycles may keep a model alive, so without a collection two models could be in memory at once.
-    gc.collect()
     # Loaded once for two contestants, which saves the time and memory of a second 4-bit model.
     nf4_with_adapter = loading.attach_adapter(load_nf4(folders.base_nf4), folders.adapter)
     yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, scoring_context=nf4_with_adapter.disable_adapter)
@@ -73,5 +70,4 @@ def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iter
 
     for name, version in (("champion", folders.champion), ("anchor", folders.anchor)):
         if version:
-            gc.collect()
             yield Contestant(name, version / "model", load_base(version / "model"), is_published=True)

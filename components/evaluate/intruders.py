@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _BASE_VECTORS_FACTOR = 2
 # Relative to the largest squared singular value. Below it, rounding dominates a vector of the Gram matrix.
 _MIN_RELATIVE_SQUARE = 1e-10
+_FP64_ROWS = 1024  # rows of a matrix in fp64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ def count_intruders(model: PeftModel, *, top_k: int, epsilon: float) -> list[Lay
             intruders = int((similarities < epsilon).sum())
             layers.append(LayerIntruders(name, intruders, len(similarities), float(similarities.min())))
             progress.update("intruder dimensions", len(layers), total)
+            del base, tuned  # or the next pair would be in memory with this one
     return layers
 
 
@@ -107,16 +109,25 @@ def _top_left_singular_vectors(matrix: torch.Tensor, count: int) -> torch.Tensor
 
     count = min(count, *matrix.shape)
     if count < min(matrix.shape) and not matrix.is_cuda:
-        values = matrix.double().numpy()
-        is_wide = values.shape[0] <= values.shape[1]
-        gram = values @ values.T if is_wide else values.T @ values
+        is_wide = matrix.shape[0] <= matrix.shape[1]
+        # Rows that are as long as the Gram matrix is wide, so that it is a sum over parts of them.
+        rows = (matrix.T if is_wide else matrix).split(_FP64_ROWS)
+        gram = torch.zeros(rows[0].shape[1], rows[0].shape[1], dtype=torch.float64)
+        for part in rows:
+            values = part.double()
+            gram.addmm_(values.T, values)
         # eigh sorts in ascending order, so the largest are the last.
         first = len(gram) - count
-        squares, vectors = eigh(gram, subset_by_index=[first, len(gram) - 1], driver="evr")
+        # Transposed it is in LAPACK's order, so no copy is made.
+        subset = [first, len(gram) - 1]
+        squares, vectors = eigh(gram.numpy().T, subset_by_index=subset, driver="evr", overwrite_a=True)
         if squares[0] > _MIN_RELATIVE_SQUARE * squares[-1]:
+            largest = torch.from_numpy(vectors[:, ::-1].copy())
+            if is_wide:
+                return largest
             # M^T M has the right singular vectors v; the left ones are M v / s.
-            left = vectors if is_wide else values @ vectors / squares**0.5
-            return torch.from_numpy(left[:, ::-1].copy())
+            left = torch.cat([part.double() @ largest for part in rows])
+            return left / torch.from_numpy(squares[::-1].copy()).sqrt()
     left_vectors, _, _ = torch.linalg.svd(matrix, full_matrices=False)
     return left_vectors[:, :count].double()
 

@@ -1,7 +1,8 @@
 """Build, score and select the candidates: the adapter merged into either base. The better one ships.
 
 A form is a version of the model: a candidate, or an export of the selected one. Every form is compared with the
-unmerged model, the 4-bit base with the adapter over it; `certificate.json` and the manifest call that one `live`.
+unmerged model, the 4-bit base with the adapter over it; `certificate.json` and the manifest call that one `live`. One
+form is in memory at a time, and the unmerged model beside none of them.
 
 Neither base is better in general: the adapter was trained over the 4-bit values, and these approximate the original
 ones. So both are merged and scored. One half of the evaluation rows selects, the other half certifies the selection.
@@ -9,7 +10,6 @@ ones. So both are merged and scored. One half of the evaluation rows selects, th
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 import shutil
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.merge_adapter import agreement
-from components.merge_adapter.agreement import Agreement
+from components.merge_adapter.agreement import Agreement, UnmergedLogits
 from components.merge_adapter.chat_files import write_chat_files
 from components.merge_adapter.merge import MergeStats, merge
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
@@ -64,42 +63,18 @@ class FormScorer:
     """Scores every form of the merged model in the same way.
 
     Attributes:
-        unmerged: The 4-bit base with the adapter over it, in memory.
+        unmerged_logits: With which a form is compared; they are of the rows that certify.
         rows: The evaluation rows; all are scored.
-        compared_ids: The ids of the rows on which a form is compared with the unmerged model; that takes two forward
-            passes per row.
         labels: The closed set of answers, or None.
         load_options: The options with which models are loaded: device, attention implementation, dtype.
         settings: The evaluation's settings: the metrics, and the tokens of a forward pass.
     """
 
-    unmerged: Any
+    unmerged_logits: UnmergedLogits
     rows: Sequence[Row]
-    compared_ids: frozenset[str]
     labels: Sequence[str] | None
     load_options: LoadOptions
     settings: EvaluateConfig
-
-    @classmethod
-    def from_adapter(
-        cls,
-        config: MergeConfig,
-        settings: EvaluateConfig,
-        rows: Sequence[Row],
-        compared_ids: frozenset[str],
-        labels: Sequence[str] | None,
-        base_nf4: Path,
-        adapter: Path,
-    ) -> FormScorer:
-        """Load the unmerged model, which stays in memory."""
-        device = config.device
-        load_options: LoadOptions = {
-            "device": device,
-            "attn_implementation": scoring.attn_implementation(device),
-            "dtype": config.precision,
-        }
-        unmerged = loading.attach_adapter(loading.load_nf4(base_nf4, **load_options), adapter)
-        return cls(unmerged, rows, compared_ids, labels, load_options, settings)
 
     def score(
         self, name: str, model: Any, folder: Path, rows: Sequence[Row] | None = None, *, measure_endings: bool = False
@@ -119,13 +94,8 @@ class FormScorer:
             self.settings, model, tokenizer, rows, self.labels, options, description=f"scoring {name}"
         )
 
-        # Both models read each of these rows, so only the rows that certify are compared.
-        rows = [row for row in rows if row.id in self.compared_ids]
         description = f"comparing {name} with the unmerged model"
-        return FormScores(
-            scores,
-            agreement.compare_models(self.unmerged, model, tokenizer, rows, self.settings.batch_tokens, description),
-        )
+        return FormScores(scores, self.unmerged_logits.compare(model, description))
 
 
 def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig, str]:
@@ -172,15 +142,13 @@ def build_candidates(
 
 
 def score_candidates(scorer: FormScorer, names: Iterable[str], model: Path) -> dict[str, FormScores]:
-    """Score the candidates, one in memory at a time beside the unmerged model."""
+    """Score the candidates, one in memory at a time."""
     results = {}
     for name in names:
         folder = model / _FOLDER / name
         loaded = loading.load_base(folder, **scorer.load_options)
         results[name] = scorer.score(name, loaded, folder)
-        # The next candidate is loaded only when this one is gone, so that three models are never in memory.
-        del loaded
-        gc.collect()
+        del loaded  # before the next one is loaded
     return results
 
 

@@ -39,6 +39,7 @@ class Certificate:
         row_counts: The number of rows in each half.
         forms: The numbers of the unmerged model and of every candidate, on either half.
         suites: The numbers of the unmerged model and of the one that ships, on golden rows and reference text.
+        compared_positions: On how many of how many supervised tokens KL and agreement rest: `compared`, `of`.
         stats: The statistics of the merge.
         exports: Every form that ships: its path below `model/`, its size and its numbers.
         serving_warnings: Known problems of serving the adapter without merging.
@@ -51,6 +52,7 @@ class Certificate:
     row_counts: dict[str, int]
     forms: dict[str, dict[str, Numbers]]
     suites: dict[str, dict[str, Numbers]]
+    compared_positions: dict[str, int]
     stats: MergeStats
     exports: dict[str, dict[str, Any]]
     serving_warnings: list[str]
@@ -72,6 +74,7 @@ class Certificate:
             "forms": self.forms,
             **{suite: numbers for suite, numbers in self.suites.items() if numbers},
             "rules": self.outcome.rules_as_json(),
+            "compared_positions": self.compared_positions,
             "built": asdict(self.stats),
             "exports": self.exports,
             "serving_warnings": self.serving_warnings,
@@ -84,7 +87,12 @@ class Certificate:
             f"Merged model: {self.outcome.decision}",
             self.outcome.sentence,
             html.section("Rules", html.table(*verdict.rules_table(self.outcome.rules))),
-            html.section("Selected base", self.reason, *self._candidate_tables()),
+            html.section(
+                "Selected base",
+                self.reason,
+                *self._candidate_tables(),
+                agreement.positions_sentence(self.compared_positions),
+            ),
             *(
                 html.section(titles[suite], html.table(*verdict.metrics_table(numbers)))
                 for suite, numbers in self.suites.items()

@@ -11,7 +11,6 @@ change would round it back to that level, so the training would be lost.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,10 +54,11 @@ def refuse_unsupported(config: MergeConfig, base_model: Path) -> None:
 def build_exports(
     config: MergeConfig, scorer: FormScorer, base_model: Path, base_nf4: Path, adapter: Path, model: Path
 ) -> dict[str, Export]:
-    """Build and score every export but bf16, one at a time in memory beside the unmerged model."""
+    """Build and score every export but bf16, one in memory at a time."""
     exports: dict[str, Export] = {}
     # An export takes no part in the selection, so only the rows that certify are scored.
-    rows = [row for row in scorer.rows if row.id in scorer.compared_ids]
+    compared_ids = set(scorer.unmerged_logits.row_ids)
+    rows = [row for row in scorer.rows if row.id in compared_ids]
 
     # bf16 is the model folder itself, which was scored already.
     for name in (name for name in config.exports if name != "bf16"):
@@ -86,8 +86,7 @@ def build_exports(
             size_bytes,
             scorer.score(name, loaded, model, rows, measure_endings=True),
         )
-        del loaded
-        gc.collect()
+        del loaded  # before the next one is loaded
     return exports
 
 

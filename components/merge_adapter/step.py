@@ -11,14 +11,13 @@ Command: `python -m components.merge_adapter --plan URI`.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from components.merge_adapter import candidates, certificate, exports, serving_warnings
+from components.merge_adapter import candidates, certificate, exports, serving_warnings, unmerged
 from components.merge_adapter.candidates import FormScorer, FormScores
 from components.merge_adapter.certificate import Certificate
 from components.merge_adapter.evaluation_inputs import EvaluationInputs
@@ -33,7 +32,6 @@ from qlora_retrain.evaluation.metrics import completion_metrics
 from qlora_retrain.evaluation.rules import suite_rules
 from qlora_retrain.evaluation.scoring import Row, RowScore
 from qlora_retrain.lm import chat, loading
-from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.generation import Completion
 
@@ -59,21 +57,23 @@ def run(
     tokenizer = chat.load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
     stats = candidates.build_candidates(config, base_model, base_nf4, adapter, tokenizer, model)
 
-    # Score the candidates on the rows of both halves; one half selects the base.
+    # Score the unmerged model first, then the candidates on the rows of both halves; one half selects the base.
     halves = _split_rows(config, inputs.rows["eval"])
-    rows = inputs.rows["eval"], halves["certification"]
-    scorer = FormScorer.from_adapter(config, inputs.settings, *rows, inputs.labels, base_nf4, adapter)
-    inputs = _rescore_unmerged(config, inputs, scorer, tokenizer)
-    form_scores = candidates.score_candidates(scorer, stats, model)
-    winner = candidates.lowest_loss(form_scores, halves["selection"])
-    candidates.keep_winner(winner, model)
-    reason = base_reason or _selection_reason(form_scores, halves["selection"], winner)
-    progress.say(reason)
+    # Beside the model folder, and without a name: it is never a part of the artifact, and goes with the process.
+    with TemporaryFile(dir=model.parent) as logits_file:
+        inputs, scorer = unmerged.measure(
+            config, inputs, halves["certification"], base_nf4, adapter, tokenizer, logits_file
+        )
+        form_scores = candidates.score_candidates(scorer, stats, model)
+        winner = candidates.lowest_loss(form_scores, halves["selection"])
+        candidates.keep_winner(winner, model)
+        reason = base_reason or _selection_reason(form_scores, halves["selection"], winner)
+        progress.say(reason)
 
-    # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
-    suite_scores, answers = _score_other_suites(scorer, inputs, model)
-    form_scores[winner] = form_scores[winner].with_endings(answers)
-    built_exports = exports.build_exports(config, scorer, base_model, base_nf4, adapter, model)
+        # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
+        suite_scores, answers = _score_other_suites(scorer, inputs, model)
+        form_scores[winner] = form_scores[winner].with_endings(answers)
+        built_exports = exports.build_exports(config, scorer, base_model, base_nf4, adapter, model)
     merge_certificate = _certify(
         config,
         inputs,
@@ -84,6 +84,7 @@ def run(
         stats[winner],
         suite_scores,
         built_exports,
+        scorer.unmerged_logits.positions,
         serving_warnings.read_warnings(adapter),
     )
 
@@ -108,26 +109,6 @@ def _with_shipped_form(
     """Return every contestant's scores, with the form that ships as the challenger."""
     suites = {"eval": merged.scores, **suite_scores}
     return {**inputs.scores, "challenger": [score for suite in _SUITES for score in suites[suite]]}
-
-
-def _rescore_unmerged(
-    config: MergeConfig, inputs: EvaluationInputs, scorer: FormScorer, tokenizer: ChatTokenizer
-) -> EvaluationInputs:
-    """Return the inputs with the unmerged model scored on the device and in the precision of the merged forms.
-
-    Otherwise the cost of merging would include the effect of another precision, as where a GPU evaluates and a CPU
-    merges.
-    """
-    settings, rows = inputs.settings, inputs.rows["eval"]
-    if (settings.device, settings.precision) == (config.device, config.precision):
-        return inputs
-
-    # The other contestants are not loaded here, so they keep their scores from the evaluation.
-    scores, _ = scoring.score_and_generate(
-        settings, scorer.unmerged, tokenizer, rows, inputs.labels, description="scoring the unmerged model again"
-    )
-    other_suites = [score for score in inputs.scores["challenger"] if score.suite != "eval"]
-    return replace(inputs, scores={**inputs.scores, "challenger": [*scores, *other_suites]})
 
 
 def _split_rows(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:
@@ -176,9 +157,7 @@ def _score_other_suites(
             answers = answer_endings.measure(
                 inputs.settings, loaded, tokenizer, inputs.rows["eval"], inputs.labels, completions={}
             )
-        # Released here, since an export is loaded next, beside the unmerged model.
-        del loaded
-        gc.collect()
+        del loaded  # an export is loaded next
 
     # Forgetting is measured passage by passage, so the passages must be the evaluation's.
     if [score.id for score in suite_scores["reference"]] != [score.id for score in inputs.unmerged_scores("reference")]:
@@ -198,6 +177,7 @@ def _certify(
     stats: MergeStats,
     suite_scores: Mapping[str, list[RowScore]],
     built_exports: Mapping[str, Export],
+    compared_positions: dict[str, int],
     warnings: list[str],
 ) -> Certificate:
     """Apply the rules of the evaluation to the form that ships, and the merge's own rules to the cost of merging."""
@@ -205,8 +185,10 @@ def _certify(
 
     # The winner was chosen on the selecting rows, so it looks too good there. The own rules use only the other half.
     row_counts = {half: len(ids) for half, ids in halves.items()}
-    unmerged = [score for score in inputs.unmerged_scores("eval") if score.id in halves["certification"]]
-    own_rules = certificate.merge_rules(config, settings, unmerged, form_scores[winner].subset(halves["certification"]))
+    live_scores = [score for score in inputs.unmerged_scores("eval") if score.id in halves["certification"]]
+    own_rules = certificate.merge_rules(
+        config, settings, live_scores, form_scores[winner].subset(halves["certification"])
+    )
     rules = [*certificate.min_rows_rules(config, row_counts), *own_rules]
 
     # bf16 is listed with the other exports, but its only own rule is merge_cost.
@@ -216,7 +198,7 @@ def _certify(
     }
     listed: dict[str, dict[str, Any]] = {}
     for name, export in shipped.items():
-        numbers, limits = certificate.certify_export(config, settings, unmerged, name, export.scores, answers)
+        numbers, limits = certificate.certify_export(config, settings, live_scores, name, export.scores, answers)
         listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers}
         rules += limits if name != "bf16" else []
 
@@ -238,6 +220,7 @@ def _certify(
             )
             for suite in ("golden", "reference")
         },
+        compared_positions=compared_positions,
         stats=stats,
         exports=listed,
         serving_warnings=warnings,

@@ -1,7 +1,7 @@
 """Run forward passes in batches of similar length under a token budget, with logits only at scored positions.
 
 Logits are as wide as the vocabulary, so computing them at every position would take most of the memory of a forward
-pass.
+pass. With 262,144 words the logits of 4,096 positions are 4.3 GB, so they are computed in chunks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-FP32_ROWS = 256  # rows of logits that are widened to fp32 at a time: 50 MB with a vocabulary of 49,152
+# Logits in memory at a time, in fp32. A larger chunk keeps a GPU busy; on a CPU it would only be a higher peak.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,17 @@ def target_logprobs(
         positions: The (row, position) pairs of the inputs at which logits are computed.
         targets: The targets, as (index into `positions`, token).
     """
-    values: list[float] = _select_logprobs(logits_at(model, inputs, positions), targets).tolist()
-    return values
+    import torch
+
+    index, token = torch.tensor(targets).unbind(1)
+    values = torch.empty(len(targets))
+    start = 0
+    for logits in logit_chunks(model, inputs, positions):
+        in_chunk = (index >= start) & (index < start + len(logits))
+        values[in_chunk] = _select_logprobs(logits, index[in_chunk] - start, token[in_chunk]).cpu()
+        start += len(logits)
+    result: list[float] = values.tolist()
+    return result
 
 
 def score_sequences(
@@ -110,55 +120,101 @@ def score_sequences(
 
         # A batch may have no target at all: a chat without an assistant turn, or a text of one token.
         if positions:
-            with torch.inference_mode():
-                logits = logits_at(model, {"input_ids": ids, "use_cache": False}, positions)  # (targets, vocab)
-                values = iter(_select_logprobs(logits, list(enumerate(tokens))).tolist())
-                hits = iter((logits.argmax(-1) == torch.tensor(tokens, device=logits.device)).tolist())
+            values, hits = _score_targets(model, ids, positions, tokens)
+            start = 0
             for i in batch:
-                count = len(sequences[i].target_ids)
+                end = start + len(sequences[i].target_ids)
                 # fsum rounds once, so the sum does not depend on the order of the tokens.
-                loss = -math.fsum(next(values) for _ in range(count))
-                scores[i] = SequenceScore(loss, sum(next(hits) for _ in range(count)))
+                scores[i] = SequenceScore(-math.fsum(values[start:end]), sum(hits[start:end]))
+                start = end
         if on_progress:
             on_progress(len(batch))
     return scores
 
 
-def logits_at(model: PreTrainedModel, inputs: dict[str, Any], positions: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the logits at these (row, position) pairs, (len(positions), vocab), on the model's device."""
+def _score_targets(
+    model: PreTrainedModel, ids: torch.Tensor, positions: Sequence[tuple[int, int]], tokens: Sequence[int]
+) -> tuple[list[float], list[bool]]:
+    """Return of each position the log-probability of its token, and whether no other token is likelier."""
+    import torch
+
+    values: list[float] = []
+    hits: list[bool] = []
+    with torch.inference_mode():
+        for logits in logit_chunks(model, {"input_ids": ids, "use_cache": False}, positions):
+            targets = torch.tensor(tokens[len(values) : len(values) + len(logits)])
+            values += _select_logprobs(logits, torch.arange(len(logits)), targets).tolist()
+            hits += (logits.argmax(-1) == targets.to(logits.device)).tolist()
+    return values, hits
+
+
+def logit_chunks(
+    model: PreTrainedModel, inputs: dict[str, Any], positions: Sequence[tuple[int, int]]
+) -> Iterator[torch.Tensor]:
+    """Yield the logits at these (row, position) pairs, in their order, on the model's device: (chunk, vocab) each.
+
+    The model's body runs once. What follows it runs once for every chunk: the output layer, and what some families do
+    to logits afterwards. The output layer gets the hidden states of a chunk alone. This is a hook, and not a call of
+    body and output layer, because of that which follows the output layer.
+    """
     import torch
 
     device = model.get_input_embeddings().weight.device
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     row_index, position_index = torch.tensor(positions, device=device).unbind(1)
-    with _logits_only_at(model, row_index, position_index):
-        logits: torch.Tensor = model(**inputs).logits[0]
-    return logits
+    output_layer = model.get_output_embeddings()
+    chunk_size = max(1, CHUNK_BYTES[device.type] // (4 * len(output_layer.weight)))  # positions
+    start = 0
+
+    with _body_runs_once(model) as body_outputs:
+
+        def select(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            # A body that transformers does not name has run unnoticed, and must not run again: no chunks then.
+            chunk = slice(start, start + chunk_size if body_outputs else None)
+            # (B, T, D) -> (1, chunk, D)
+            return (args[0][row_index[chunk], position_index[chunk]].unsqueeze(0), *args[1:])
+
+        handle = output_layer.register_forward_pre_hook(select)
+        try:
+            while start < len(positions):
+                logits = model(**inputs).logits[0]
+                start += len(logits)
+                yield logits
+                del logits  # or two chunks would be in memory
+        finally:
+            handle.remove()
 
 
-def _select_logprobs(logits: torch.Tensor, targets: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the log-probability of each target, (len(targets),); a target is (row of the logits, token)."""
-    import torch
-
-    # log p(token) = logit - logsumexp(logits). In parts, since a full fp32 copy of the logits would double the memory.
-    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(FP32_ROWS)])
-    index, token = torch.tensor(targets, device=logits.device).unbind(1)
-    return logits[index, token].float() - total[index]
+def _select_logprobs(logits: torch.Tensor, index: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each target, (len(index),): of token[i] by the logits' row index[i]."""
+    index, token = index.to(logits.device), token.to(logits.device)
+    # log p(token) = logit - logsumexp(logits)
+    return logits[index, token].float() - logits.float().logsumexp(-1)[index]
 
 
 @contextmanager
-def _logits_only_at(model: PreTrainedModel, row_index: torch.Tensor, position_index: torch.Tensor) -> Iterator[None]:
-    """Give the output layer only the hidden states of these positions, as one row, inside the context.
+def _body_runs_once(model: PreTrainedModel) -> Iterator[list[Any]]:
+    """Make all layers before the output layer answer with their first outputs, which the context's list then holds."""
+    # An adapter wraps the causal model, of which transformers knows the body.
+    causal_model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body: Any = causal_model.get_decoder()
+    body_forward, outputs = body.forward, list[Any]()
 
-    This is a hook, and not a call of backbone and output layer, because some families cap or scale logits afterwards.
-    """
+    def forward_once(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(body_forward(*args, **kwargs))
+        return outputs[0]
 
-    def select(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        # (B, T, D) -> (1, positions, D)
-        return (args[0][row_index, position_index].unsqueeze(0), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    if body is causal_model:  # a family without a part of that name
+        yield outputs
+        return
+    # The class has the method; only a library's hook puts another one on the module itself.
+    previous = vars(body).get("forward")
+    body.forward = forward_once
     try:
-        yield
+        yield outputs
     finally:
-        handle.remove()
+        if previous is None:
+            del body.forward
+        else:
+            body.forward = previous

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
 from qlora_retrain.core.safety import read_json, refuse_unsafe
-from qlora_retrain.lm import declared_size, model_files
+from qlora_retrain.lm import declared_size, dequantize, memory, model_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,10 +88,7 @@ def load_nf4(
 
     # "auto" is the precision in config.json, for which the weights were quantized.
     model = _from_pretrained(folder, device=device, attn_implementation=attn_implementation, dtype="auto")
-    if _resolve_dtype(dtype, device) == "float32":
-        dequantized: PreTrainedModel = model.dequantize().float().eval()
-        return dequantized
-    return model
+    return dequantize.dequantize(model) if _resolve_dtype(dtype, device) == "float32" else model
 
 
 def load_gguf(
@@ -186,6 +183,8 @@ def _from_pretrained(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    # One model is in memory at a time, if its caller has dropped the one before.
+    memory.release_dropped_models()
     # Checked before any file is opened, since loading could run code of the folder.
     silence_transformers()
     refuse_unsafe(folder)
