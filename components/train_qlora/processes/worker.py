@@ -13,13 +13,15 @@ import threading
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import signals, supervisor
-from qlora_retrain.core.errors import Problem
+from qlora_retrain.core.bounds import Watchdog
+from qlora_retrain.core.errors import Problem, UsageError
 
 if TYPE_CHECKING:
     from components.train_qlora.report import TrainingResult
@@ -89,6 +91,7 @@ def main(rank: int, job: TrainingJob, writer: Connection) -> None:
     # A process that a library starts must not inherit the pipe, or the pipe would stay open.
     os.set_inheritable(writer.fileno(), False)
     sys.stdout = sys.stderr = stream = PipeStream(writer, forwards_lines=rank == 0)
+    Watchdog.end_process = partial(_end_process, stream)
     try:
         _begin(rank, job)
         from components.train_qlora import train
@@ -102,6 +105,12 @@ def main(rank: int, job: TrainingJob, writer: Connection) -> None:
             # Exit without cleanup: a library that waits for the other processes at exit would wait for ever.
             os._exit(1)
         sys.exit(1)
+
+
+def _end_process(stream: PipeStream, reason: str) -> NoReturn:
+    """Report work in native code that takes too long, and end the process."""
+    stream.send_outcome(UsageError(reason))
+    os._exit(1)
 
 
 def _begin(rank: int, job: TrainingJob) -> None:

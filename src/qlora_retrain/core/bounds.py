@@ -2,7 +2,8 @@
 
 `Bounds` is for code that Python can interrupt: the kernel counts what the process allocates (RLIMIT_DATA) and how long
 it computes (a timer of processor time, whose signal raises). `Watchdog` is for native code that cannot be interrupted
-and lets other threads run: a thread ends the process, with the exit code and the reason of an error of usage.
+and lets other threads run: a thread counts its processor time and its memory, and ends the process with the exit code
+and the reason of an error of usage.
 
 Both are no protection against code that runs in this process; that is refused before it is loaded (`core.safety`).
 """
@@ -96,7 +97,9 @@ def _exit_with_usage_error(reason: str) -> None:
 
 
 class Watchdog:
-    """A context in which native code may take so long and so much memory; above it, the process ends.
+    """A context in which native code may compute so long and take so much memory; above it, the process ends.
+
+    Processor time is counted, and not the time of a clock: on a busy machine the same work takes many times as long.
 
     Attributes:
         end_process: Gets the reason. A step replaces it, so that its ending is written first.
@@ -114,7 +117,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         """Begin to watch; one thread does so for the whole process."""
-        self._deadline = time.monotonic() + self.seconds
+        self._deadline = time.process_time() + self.seconds
         self._max_bytes = _statm(_RSS) + self.extra_bytes if sys.platform == "linux" else sys.maxsize
         Watchdog._current = self
         # Threads do not survive a fork.
@@ -132,8 +135,8 @@ class Watchdog:
         Watchdog._current = None
 
     def is_exceeded(self) -> bool:
-        """Return whether the time or the memory is used up."""
-        if time.monotonic() > self._deadline:
+        """Return whether the processor time, of all threads of the process, or the memory is used up."""
+        if time.process_time() > self._deadline:
             return True
         return sys.platform == "linux" and _statm(_RSS) > self._max_bytes
 
