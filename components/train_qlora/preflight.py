@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from components.train_qlora import adapter, distributed, liger, packing, tracker_keys
+from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.data import Batch, PaddingCollator, TokenizedDataset
 from components.train_qlora.loss import summed_loss, supervised_mask
 from qlora_retrain.config.sections import TrainConfig
@@ -105,7 +106,7 @@ def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.0)
 
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    count = packing.num_micro_batches(batch, config.micro_batch_size, is_packed=packing.can_pack(model))
+    count = packing.num_micro_batches(batch, micro_batch_size(config), is_packed=packing.can_pack(model))
     micro_batches = packing.split_batch(batch, count)
 
     losses: list[float] = []

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from components.train_qlora import adapter, checkpoint, distributed, divergence, evaluation, packing, trackers
-from components.train_qlora.batching import eval_batch_size
+from components.train_qlora.auto_size import resolve_micro_batch_size
+from components.train_qlora.batching import eval_batch_size, micro_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
 from components.train_qlora.data import Batch, read_rows
 from components.train_qlora.loss import mean_loss, summed_loss, supervised_mask
@@ -37,8 +38,9 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
     """
     rows = read_rows(config, dataset, base_nf4)
     # The rows are read first, since the message of an out-of-memory error names the longest one.
-    with as_memory_error(config, max(rows.train.lengths)), trackers.started(config) as started_trackers:
+    with as_memory_error(config, max(rows.train.lengths), scratch), trackers.started(config) as started_trackers:
         run = build_run(config, rows, base_nf4, scratch, started_trackers.log)
+        run.config = resolve_micro_batch_size(run)
         _resume(run)
         control = TrainingControl(run)
         if run.step < run.total_steps and not run.has_stopped_improving:
@@ -50,7 +52,7 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         if distributed.is_main():
             adapter.save(run.model, adapter_folder)
         progress.say(f"optimizer: {run.optimizer.describe()}")
-        eval_loss = mean_loss(run.model, rows.eval, rows.pad_token_id, eval_batch_size(config))
+        eval_loss = mean_loss(run.model, rows.eval, rows.pad_token_id, eval_batch_size(run.config))
 
     return TrainingResult(
         log=run.log,
@@ -146,7 +148,7 @@ def _train_step(run: TrainingRun, forward: Any, batch: Batch) -> dict[str, Any]:
     own_counts = int(rows["attention_mask"][row_indices >= 0].sum()), int(supervised_mask(rows).sum())
     tokens, supervised_tokens = map(round, distributed.all_reduce_sum(*own_counts))
 
-    own_count = packing.num_micro_batches(rows, config.micro_batch_size, is_packed=packing.can_pack(model))
+    own_count = packing.num_micro_batches(rows, micro_batch_size(config), is_packed=packing.can_pack(model))
     # With FSDP every rank must run the same number of micro-batches: each forward gathers shards from all ranks.
     count = max(distributed.all_gather(own_count))
     losses = []

@@ -158,4 +158,10 @@ def build_run(
 
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     sampler = LengthGroupedSampler(rows.train.lengths, config.global_batch_size, config.seed)
-    return TrainingRun(config, model, AdapterOptimizer(config, trainable), rows, sampler, scratch, report)
+    run = TrainingRun(config, model, AdapterOptimizer(config, trainable), rows, sampler, scratch, report)
+    if (config.warmup_steps or 0) >= run.total_steps:
+        raise UsageError(
+            f"train.warmup_steps: the learning rate would rise for {config.warmup_steps} steps, and the run has "
+            f"{run.total_steps} in all; set fewer, or train.warmup_ratio"
+        )
+    return run
