@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch.nn import Linear
 from transformers import PreTrainedModel
 
 from components.train_qlora.fused_lora import fuse_lora_layers
-from components.train_qlora.loss import has_plain_logits
+from components.train_qlora.logits import logits_kind
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
+from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
@@ -59,7 +61,7 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     # All of them run a probe through the model. So the adapter must be attached, and eval mode turns dropout off.
     patch_norms_and_mlps(peft_model.eval(), config.kernels)
     fuse_lora_layers(peft_model)
-    has_plain_logits(peft_model)
+    logits_kind(peft_model)
     probe_rows(peft_model)
 
     if config.gradient_checkpointing:
@@ -67,7 +69,11 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             raise UsageError(
                 f"train.gradient_checkpointing: {type(model).__name__} does not support it; leave the setting out"
             )
-        model.activation_checkpointing_enable(every_n_layers=config.gradient_checkpointing)
+        is_offloaded = config.gradient_checkpointing == "offload"
+        model.activation_checkpointing_enable(every_n_layers=1 if is_offloaded else config.gradient_checkpointing)
+        # On a CPU the inputs are in host memory already.
+        if is_offloaded and config.device == "cuda":
+            offload_layer_inputs(model, InputOffload(torch.cuda.Stream(model.device)))
     return peft_model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from components.train_qlora import history
+from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.processes import distributed
 from components.train_qlora.training_run import TrainingRun
 from qlora_retrain.core import progress, signals
@@ -104,7 +105,7 @@ class TrainingControl:
             "memory_mib": memory,
             "time": time.time(),
             # Smaller than the line's setting where memory ran out; a later attempt starts with it (`oom_retry`).
-            "batch_size": self.run.config.micro_batch_size,
+            "batch_size": micro_batch_size(self.run.config),
         }
 
     def report_progress(self, entry: dict[str, Any]) -> None:

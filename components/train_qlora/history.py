@@ -21,6 +21,7 @@ LogHistory = Sequence[dict[str, Any]]
 STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
 TIMING_FIELDS = ("step", "tokens_per_second", "memory_mib")
 FIRST_STEP_FILE = "first_step.txt"
+MICRO_BATCH_FILE = "micro_batch_size.txt"
 STATE_FILE = "state.json"  # in a checkpoint: the step and the log
 CURVE_FIELDS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mib")
 # A mean training loss over 20 steps is hopeless where it is above 1.5 times that of guessing, and above the first
@@ -76,6 +77,17 @@ def eval_losses(log: LogHistory) -> list[tuple[int, float]]:
     return [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
 
 
+def note_micro_batch_size(scratch: Path, size: int) -> None:
+    """Note the micro-batch size that a training process uses where the setting is `auto`."""
+    (scratch / MICRO_BATCH_FILE).write_text(str(size), encoding="ascii")
+
+
+def noted_micro_batch_size(scratch: Path) -> int | None:
+    """Return the size that a training process of this attempt has noted; None where none has."""
+    path = scratch / MICRO_BATCH_FILE
+    return int(path.read_text(encoding="ascii")) if path.exists() else None
+
+
 def best_step(log: LogHistory) -> int | None:
     """Return the step of the lowest evaluation loss, None where there was no evaluation."""
     return min(eval_losses(log), key=lambda step_and_loss: step_and_loss[1], default=(None, 0.0))[0]
@@ -88,8 +100,9 @@ def has_stopped_improving(log: LogHistory, patience: int | None) -> bool:
 
 
 def begin_attempt(scratch: Path) -> None:
-    """Forget at which step an earlier attempt began."""
-    (scratch / FIRST_STEP_FILE).unlink(missing_ok=True)
+    """Forget at which step an earlier attempt began, and which micro-batch size it found."""
+    for name in (FIRST_STEP_FILE, MICRO_BATCH_FILE):
+        (scratch / name).unlink(missing_ok=True)
 
 
 def note_first_step(scratch: Path, step: int) -> None:

@@ -5,8 +5,9 @@ With a vocabulary of 49,152 and answers of a few tokens, full logits would be mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from components.train_qlora import packing
 from components.train_qlora.data import IGNORE_INDEX, Batch, PaddingCollator, TokenizedDataset
+from components.train_qlora.logits import after_head, logits_kind
 from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.processes import distributed
 from qlora_retrain.core import progress, signals
@@ -21,7 +23,8 @@ from qlora_retrain.core.errors import Cause, TryAgain
 
 # Logits in memory at a time, in fp32. Larger chunks keep a GPU busy; a CPU needs no more than 512 x 49,152.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
-PLAIN_LOGITS_CACHE = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: the results of `has_plain_logits`
+# What a logit takes beside its gradient: one fp32 number, and where the model scales or caps it, what autograd keeps.
+BYTES_PER_LOGIT = {"plain": 4, "transformed": 12}
 
 
 def supervised_mask(batch: Batch) -> Tensor:
@@ -35,14 +38,14 @@ def summed_loss(model: Any, batch: Batch | MicroBatch) -> Tensor:
     The model's own forward method runs; a hook reduces the input of its output layer to the supervised positions.
     """
     micro_batch = prepare(model, batch)
-    lm_head, is_plain = model.get_output_embeddings(), has_plain_logits(model)
+    lm_head, kind = model.get_output_embeddings(), logits_kind(model)
     hidden_states: list[Tensor] = []
 
-    # Where logits are the plain output of the output layer, that layer gets no position, and `ChunkedCrossEntropy`
-    # computes them. Otherwise the model computes the logits of the supervised positions, scaled or capped as it does.
+    # The output layer gets no position, and `ChunkedCrossEntropy` computes the logits. Where only the whole model can
+    # compute them, it does so for the supervised positions.
     def select_supervised(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         hidden_states.append(args[0].flatten(0, 1).index_select(0, micro_batch.label_positions))  # (supervised, D)
-        return (hidden_states[0][:0] if is_plain else hidden_states[0],)
+        return (hidden_states[0] if kind == "other" else hidden_states[0][:0],)
 
     hook = lm_head.register_forward_pre_hook(select_supervised)
     try:
@@ -51,44 +54,47 @@ def summed_loss(model: Any, batch: Batch | MicroBatch) -> Tensor:
     finally:
         hook.remove()
 
-    if is_plain:
-        loss: Tensor = ChunkedCrossEntropy.apply(hidden_states[0], lm_head.weight, lm_head.bias, micro_batch.labels)
-        return loss
-    return cross_entropy(logits.float(), micro_batch.labels, reduction="sum")
-
-
-def has_plain_logits(model: Any) -> bool:
-    """Return whether a model's logits are the output of its output layer; some models scale or cap them afterwards.
-
-    Config files have many names for that, so a forward pass over three tokens finds it out, once per output layer.
-    """
-    lm_head, lm_head_outputs = model.get_output_embeddings(), list[Tensor]()
-    if lm_head not in PLAIN_LOGITS_CACHE:
-        hook = lm_head.register_forward_hook(lambda _, args, output: lm_head_outputs.append(output))
-        try:
-            # The probe must not change the draws of dropout.
-            with torch.no_grad(), torch.random.fork_rng():
-                logits = model(input_ids=torch.tensor([[0, 1, 2]], device=model.device), use_cache=False).logits
-        finally:
-            hook.remove()
-        PLAIN_LOGITS_CACHE[lm_head] = torch.equal(logits.float(), lm_head_outputs[0].float())
-    return PLAIN_LOGITS_CACHE[lm_head]
+    if kind == "other":
+        return cross_entropy(logits.float(), micro_batch.labels, reduction="sum")
+    transform = partial(after_head, model) if kind == "transformed" else None
+    loss: Tensor = ChunkedCrossEntropy.apply(
+        hidden_states[0], lm_head.weight, lm_head.bias, micro_batch.labels, transform
+    )
+    return loss
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Sum the cross entropy of a frozen output layer; compute the gradient in forward, while the logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        """Return a scalar from `hidden` (N, D), `weight` (V, D), `bias` (V,) and `labels` (N,)."""
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """Return a scalar from `hidden` (N, D), `weight` (V, D), `bias` (V,) and `labels` (N,).
+
+        `transform` makes the logits (chunk, V) of the output layer's outputs (chunk, V); None: they are the logits.
+        """
         total_loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
 
-        chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))  # positions
+        bytes_per_logit = BYTES_PER_LOGIT["transformed" if transform else "plain"]
+        chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (bytes_per_logit * len(weight)))  # positions
         for start in range(0, len(labels), chunk_size):
             chunk = hidden[start : start + chunk_size]  # (chunk, D)
             targets = labels[start : start + chunk_size].unsqueeze(1)  # (chunk, 1)
-            logits = torch.nn.functional.linear(chunk, weight, bias).float()  # (chunk, V)
+            outputs = transformed = torch.nn.functional.linear(chunk, weight, bias)  # (chunk, V)
+            if transform:
+                with torch.set_grad_enabled(grad_hidden is not None):
+                    transformed = transform(outputs.requires_grad_(grad_hidden is not None))
+            # A copy where autograd keeps the transformed logits for the gradient.
+            logits = transformed.detach().to(torch.float32, copy=transform is not None)
+            graph = (transformed, outputs) if transform else None
+            del outputs, transformed
             logits.sub_(logits.amax(1, keepdim=True))  # so that exp does not overflow
             target_logits = logits.gather(1, targets)
 
@@ -100,15 +106,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             # The gradient of the logits is softmax minus one-hot.
             if grad_hidden is not None:
                 exp_logits.div_(normalizer).scatter_add_(1, targets, -torch.ones_like(targets, dtype=exp_logits.dtype))
-                grad_hidden[start : start + chunk_size] = exp_logits.to(weight.dtype) @ weight
-            del logits, exp_logits  # before the next chunk is allocated
+                grad_outputs = exp_logits.to(weight.dtype)
+                if graph:
+                    (grad_outputs,) = torch.autograd.grad(*graph, grad_outputs.to(graph[0].dtype))
+                grad_hidden[start : start + chunk_size] = grad_outputs @ weight
+                del grad_outputs
+            del graph, logits, exp_logits  # before the next chunk is allocated
         ctx.grad_hidden = grad_hidden  # (N, D)
         return total_loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient that forward computed, scaled by `grad_output`."""
-        return (ctx.grad_hidden * grad_output.to(ctx.grad_hidden.dtype), None, None, None)
+        return (ctx.grad_hidden * grad_output.to(ctx.grad_hidden.dtype), None, None, None, None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

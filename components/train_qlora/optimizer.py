@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.lm.warmup import num_warmup_steps
 
 # bitsandbytes' tables of 8-bit values are the same in every run.
 CONSTANT_PARTS = ("qmap1", "qmap2")
@@ -20,11 +21,11 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of a step.
 
     Args:
-        config: The highest rate, the fraction of the steps that rise to it, and the schedule behind them.
+        config: The highest rate, the steps that rise to it, and the schedule behind them.
         step: The number of the step, from 0.
         total_steps: The optimizer steps of the whole run.
     """
-    warmup_steps = math.ceil(total_steps * config.warmup_ratio)
+    warmup_steps = num_warmup_steps(total_steps, steps=config.warmup_steps, ratio=config.warmup_ratio)
     falling_steps = max(1, total_steps - warmup_steps)
     if step < warmup_steps:
         factor = step / warmup_steps

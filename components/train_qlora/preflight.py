@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from components.train_qlora import adapter, liger, packing
+from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.data import Batch, PaddingCollator, TokenizedDataset
 from components.train_qlora.loss import summed_loss, supervised_mask
 from components.train_qlora.processes import distributed
@@ -107,7 +108,7 @@ def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.0)
 
     count = packing.num_micro_batches(
-        batch, config.micro_batch_size, is_packed=packing.can_pack(model), backend=packing.backend(model)
+        batch, micro_batch_size(config), is_packed=packing.can_pack(model), backend=packing.backend(model)
     )
     micro_batches = packing.split_batch(batch, count)
 

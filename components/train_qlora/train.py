@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from components.train_qlora import adapter, checkpoint, evaluation, history, packing
+from components.train_qlora.auto_size import resolve_micro_batch_size
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
 from components.train_qlora.data import read_rows
@@ -40,8 +41,9 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
     """
     rows = read_rows(config, dataset, base_nf4)
     # The rows are read first, since the message of an out-of-memory error names the longest one.
-    with as_memory_error(config, max(rows.train.lengths)), trackers.started(config) as started_trackers:
+    with as_memory_error(config, max(rows.train.lengths), scratch), trackers.started(config) as started_trackers:
         run = build_run(config, rows, base_nf4, scratch, started_trackers.log)
+        run.config = resolve_micro_batch_size(run)
         _resume(run)
         control = TrainingControl(run)
         if run.step < run.total_steps and not run.has_stopped_improving:
@@ -53,7 +55,7 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         if distributed.is_main():
             adapter.save(run.model, adapter_folder)
         progress.say(f"optimizer: {run.optimizer.describe()}")
-        eval_loss = mean_loss(run.model, rows.eval, rows.pad_token_id, eval_batch_size(config))
+        eval_loss = mean_loss(run.model, rows.eval, rows.pad_token_id, eval_batch_size(run.config))
 
     return TrainingResult(
         log=run.log,

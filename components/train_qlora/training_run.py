@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from components.train_qlora import adapter, history, packing
+from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.data import (
     DistributedBatchSampler,
     LengthGroupedSampler,
@@ -157,7 +158,7 @@ class TrainingRun:
 
         own_count = packing.num_micro_batches(
             batch,
-            self.config.micro_batch_size,
+            micro_batch_size(self.config),
             is_packed=packing.can_pack(self.model),
             backend=packing.backend(self.model),
         )
@@ -227,4 +228,10 @@ def build_run(
 
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     sampler = LengthGroupedSampler(rows.train.lengths, config.global_batch_size, config.seed)
-    return TrainingRun(config, model, AdapterOptimizer(config, trainable), rows, sampler, scratch, report)
+    run = TrainingRun(config, model, AdapterOptimizer(config, trainable), rows, sampler, scratch, report)
+    if (config.warmup_steps or 0) >= run.total_steps:
+        raise UsageError(
+            f"train.warmup_steps: the learning rate would rise for {config.warmup_steps} steps, and the run has "
+            f"{run.total_steps} in all; set fewer, or train.warmup_ratio"
+        )
+    return run

@@ -75,7 +75,7 @@ def copied_tree(folder: Path) -> Path:
 def test_another_formula_for_a_derived_size_changes_the_identity_of_training(tmp_path: Path) -> None:
     before, after = copied_tree(tmp_path / "before"), copied_tree(tmp_path / "after")
     batching = after / "components/train_qlora/batching.py"
-    formula = "return min(config.micro_batch_size, rows_per_process)"
+    formula = "return min(micro_batch_size(config), rows_per_process)"
     assert formula in batching.read_text()
     batching.write_text(batching.read_text().replace(formula, formula.replace("return", "return 2 *")))
     changed = {step for step in STEPS if code_identity.code_hash(step, before) != code_identity.code_hash(step, after)}

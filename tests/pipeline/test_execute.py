@@ -95,7 +95,7 @@ def test_a_step_knows_why_its_automatic_settings_are_what_they_are(made_plan: Pl
     assert execute.run_step(made_plan, "train_qlora", lambda: run).code == 0
     choices = [c for c in made_plan.choices if c.field.startswith("train.")]
     assert reasons == {c.field.removeprefix("train."): c.reason for c in choices}
-    assert set(reasons) == {"alpha", "device", "precision", "attention", "kernels"}
+    assert set(reasons) == {"alpha", "warmup_ratio", "device", "precision", "attention", "kernels"}
 
 
 @pytest.mark.parametrize("refusal", [DataRefused("half of the rows are bad"), QualityRefused("worse than before")])

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.train_qlora.batching import process_micro_batch_size
+from components.train_qlora.batching import process_micro_batch_size, with_noted_size
 from components.train_qlora.processes import cgroup, worker
 from components.train_qlora.report import TrainingResult
 from qlora_retrain.config.sections import TrainConfig
@@ -124,7 +124,7 @@ def launch(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, sc
         if handle.has_failed:
             # The kernel counts its kills but does not say which process it killed.
             by_oom_killer = oom_kills_before is not None and (cgroup.oom_kills() or 0) > oom_kills_before
-            raise _root_cause(workers, config, by_oom_killer=by_oom_killer)
+            raise _root_cause(workers, with_noted_size(config, scratch), by_oom_killer=by_oom_killer)
     result = workers[0].outcome
     assert isinstance(result, TrainingResult)
     return result

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from components.train_qlora import history
-from components.train_qlora.batching import process_micro_batch_size
+from components.train_qlora.batching import process_micro_batch_size, with_micro_batch_size, with_noted_size
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress
 from qlora_retrain.lm import checkpoints
@@ -21,7 +21,8 @@ def retry_with_smaller_micro_batches(
 ) -> tuple[Result, TrainConfig, list[str]]:
     """Call `train` with the config, and with half the micro-batch size each time that memory runs out.
 
-    If memory ran out in an earlier attempt, start with the micro-batch size of the newest checkpoint in `scratch`.
+    If memory ran out in an earlier attempt, or the setting is `auto`, start with the micro-batch size of the newest
+    checkpoint in `scratch`.
 
     Returns:
         The result of `train`, the config that it succeeded with, and a sentence for each time that memory ran out.
@@ -33,19 +34,25 @@ def retry_with_smaller_micro_batches(
 
     # An earlier attempt found a size that fits, so trying larger ones again would only cost time.
     size = _newest_checkpoint_size(config, scratch)
-    if size < config.micro_batch_size:
+    if size is None:
+        pass
+    elif config.micro_batch_size == "auto":
+        progress.say(f"train.micro_batch_size: auto; {size}, as in the newest checkpoint")
+        config = with_micro_batch_size(config, size)
+    elif size < config.micro_batch_size:
         oom_messages.append(
             f"out of memory in an earlier attempt, which continued with a micro-batch size of {size}, "
             f"{config.global_batch_size // size} per step"
         )
         progress.say(f"{oom_messages[-1]}; this attempt uses the same size")
-        config = _with_micro_batch_size(config, size)
+        config = with_micro_batch_size(config, size)
 
     while True:
         try:
-            return train(config), config, oom_messages
+            return train(config), with_noted_size(config, scratch), oom_messages
         except MemoryError as error:
             oom_messages.append(str(error))
+            config = with_noted_size(config, scratch)
 
         # Only a divisor of the global batch size cuts the step into equal micro-batches.
         step_rows = config.global_batch_size
@@ -59,16 +66,11 @@ def retry_with_smaller_micro_batches(
             f"{oom_messages[-1]}: continuing with a micro-batch size of {smaller_sizes[-1]}, "
             f"{step_rows // smaller_sizes[-1]} per step"
         )
-        config = _with_micro_batch_size(config, smaller_sizes[-1])
+        config = with_micro_batch_size(config, smaller_sizes[-1])
 
 
-def _with_micro_batch_size(config: TrainConfig, size: int) -> TrainConfig:
-    """Return the config with this micro-batch size; the global batch size, and so the result, stays the same."""
-    return config.model_copy(update={"micro_batch_size": size})
-
-
-def _newest_checkpoint_size(config: TrainConfig, scratch: Path) -> int:
-    """Return the micro-batch size of the newest checkpoint's last step; the config's where there is no usable one.
+def _newest_checkpoint_size(config: TrainConfig, scratch: Path) -> int | None:
+    """Return the micro-batch size of the newest checkpoint's last step; None where there is no usable one.
 
     The checkpoint is not verified here, since the training process does that: a wrong number costs only speed or
     another attempt.
@@ -83,4 +85,4 @@ def _newest_checkpoint_size(config: TrainConfig, scratch: Path) -> int:
             return size
     except (IndexError, OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    return config.micro_batch_size
+    return None

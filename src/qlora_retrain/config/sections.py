@@ -55,7 +55,12 @@ class TrainConfig(Section):
     # The optimizer.
     learning_rate: float = identity(2e-4, "5-10 times that of full fine-tuning", gt=0.0, le=1.0)
     schedule: Literal["cosine", "linear", "constant"] = identity("cosine", "how the learning rate falls after warm-up")
-    warmup_ratio: float = identity(0.03, "fraction of the steps in which the rate rises", ge=0.0, lt=1.0)
+    warmup_ratio: float | None = identity(
+        None, "fraction of the steps in which the rate rises; null: 0.03, or warmup_steps", ge=0.0, lt=1.0
+    )
+    warmup_steps: int | None = identity(
+        None, "number of steps in which the rate rises, in place of warmup_ratio; 0: none", ge=0
+    )
     weight_decay: float = identity(0.0, "AdamW's decay on the adapter", ge=0.0, le=1.0)
     max_grad_norm: float = identity(1.0, "gradients are clipped to this norm; 0.3 helps against loss spikes", gt=0.0)
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = identity(
@@ -63,11 +68,10 @@ class TrainConfig(Section):
     )
 
     # Batches, and the processes that share them.
-    micro_batch_size: int = identity(
+    micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = identity(
         16,
-        "a micro-batch has at most the tokens of this many padded rows; higher: faster, more memory",
-        ge=1,
-        le=4096,
+        "a micro-batch has at most the tokens of this many padded rows; higher: faster, more memory; auto: the largest "
+        "divisor of global_batch_size for which a measured step fits into memory",
     )
     global_batch_size: int = identity(
         16,
@@ -99,8 +103,10 @@ class TrainConfig(Section):
     kernels: Literal["auto", "torch", "liger"] = identity(
         "auto", "for norms and gates; auto: liger on cuda if it is installed where the plan is made, else torch"
     )
-    gradient_checkpointing: int | None = identity(
-        None, "recompute every n-th layer in the backward pass; 1: a third slower, far less memory; null: none", ge=1
+    gradient_checkpointing: Literal["offload"] | Annotated[int, Field(ge=1)] | None = identity(
+        None,
+        "recompute every n-th layer in the backward pass; 1 or true: all, a third slower, far less memory; null or "
+        "false: none; offload: all, and their inputs wait in the host's memory (on a CPU as 1)",
     )
 
     # Evaluation during training.
@@ -133,6 +139,11 @@ class TrainConfig(Section):
         [], "trackers that also get the losses, if installed; their own environment variables configure them"
     )
 
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _all_or_none(cls, value: object) -> object:
+        return {True: 1, False: None}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _processes_have_work_to_share(self) -> TrainConfig:
         if self.num_processes > self.global_batch_size:
@@ -142,6 +153,15 @@ class TrainConfig(Section):
             )
         if self.parallel == "fsdp" and self.num_processes == 1:
             raise ValueError("parallel: fsdp shares the base among processes, and num_processes is 1; set 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainConfig:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"warmup_ratio: {self.warmup_ratio:g} and warmup_steps: {self.warmup_steps} say the same thing twice; "
+                "leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

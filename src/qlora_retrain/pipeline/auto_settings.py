@@ -13,6 +13,7 @@ from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.adapter_scale import default_alpha, describe_adapter
+from qlora_retrain.lm.warmup import DEFAULT_WARMUP_RATIO
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
@@ -53,6 +54,9 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
     if train.alpha is None:
         alpha = default_alpha(train.rank, rslora=train.rslora)
         choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, rslora=train.rslora)}")
+
+    if train.warmup_ratio is None and train.warmup_steps is None:
+        choose("train", "warmup_ratio", DEFAULT_WARMUP_RATIO, "not set: the rate rises in this fraction of the steps")
 
     # The device first, because the other choices depend on it.
     for name, section in list(sections.items()):

@@ -1,6 +1,6 @@
 """Train one step of a model with 262,144 tokens in its vocabulary, and print what that took beside the model, in MiB.
 
-Command: `peak_of_a_step.py packed|padded`
+Command: `peak_of_a_step.py packed|padded|scaled`; scaled: a family that scales its logits
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import resource
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 from components.train_qlora import adapter, loss, packing
 from components.train_qlora.data import PaddingCollator
@@ -29,10 +30,10 @@ def main(kind: str) -> None:
     torch.manual_seed(0)
     # One layer, so that the embeddings are most of it.
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, attn_implementation="eager", **sizes)
-    model = adapter.attach_new(
-        LlamaForCausalLM(config).bfloat16(), TrainConfig(device="cpu", rank=4, dropout=0.0)
-    ).train()
+    make_config = partial(GraniteConfig, logits_scaling=8.0) if kind == "scaled" else LlamaConfig
+    config = make_config(vocab_size=VOCABULARY, tie_word_embeddings=True, **sizes)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager").bfloat16()
+    model = adapter.attach_new(base, TrainConfig(device="cpu", rank=4, dropout=0.0)).train()
     tokens = [list(range(9 + i, 49 + 2 * i)) for i in range(NUM_ROWS)]
     batch = PaddingCollator(0)([{"input_ids": row, "labels": row} for row in tokens])
 

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from components.train_qlora import loss, packing
 from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
+from components.train_qlora.logits import LOGITS_KINDS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -60,7 +61,9 @@ def take_gradients(model: Any) -> dict[str, torch.Tensor]:
     ("family", "attention"),
     [*((family, "eager") for family in FAMILIES), *((family, "sdpa") for family in sorted(CAN_PACK))],
 )
-def test_the_loss_is_that_of_the_models_own_logits_and_so_are_the_gradients(family, attention):
+def test_the_loss_is_that_of_the_models_own_logits_and_so_are_the_gradients(family, attention, monkeypatch):
+    # Three positions at a time, or one where the model changes the logits.
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 3 * 4 * SIZES["vocab_size"])
     model = new_model(family, attention)
     expected_loss = 0.0
     for row in ROWS:  # alone, without padding, by the model's own logits
@@ -75,7 +78,8 @@ def test_the_loss_is_that_of_the_models_own_logits_and_so_are_the_gradients(fami
     assert packing.can_pack(model) == (family in CAN_PACK)
     actual_loss = loss.summed_loss(model, PaddingCollator(0)(ROWS))
     actual_loss.backward()
-    assert loss.PLAIN_LOGITS_CACHE[model.get_output_embeddings()] == (family not in CHANGE_LOGITS)
+    expected_kind = "transformed" if family in CHANGE_LOGITS else "plain"
+    assert LOGITS_KINDS[model.get_output_embeddings()] == expected_kind
     assert actual_loss.item() == pytest.approx(expected_loss, rel=1e-5)
 
     actual = take_gradients(model)
@@ -89,7 +93,7 @@ def test_the_loss_is_that_of_the_models_own_logits_and_so_are_the_gradients(fami
 def test_probing_for_plain_logits_draws_no_random_number(monkeypatch):
     """A resumed run probes in the middle, and its dropout must be that of an uninterrupted run."""
     model = new_model("Llama", "eager")
-    # Only the first of the two probes: the second finds the answer in `PLAIN_LOGITS_CACHE`.
+    # Only the first of the two probes: the second finds the answer in `LOGITS_KINDS`.
     losses = []
     for _ in range(2):
         torch.manual_seed(3)

@@ -1,6 +1,7 @@
 """What training computes, against the same computed plainly: adapters, dropout, packed rows, the loss in chunks."""
 
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from components.train_qlora import adapter, fused_lora, liger, loss, memory_efficient, packing
+from components.train_qlora import adapter, fused_lora, liger, loss, memory_efficient, offload, packing
 from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm import chat, loading
@@ -247,7 +248,7 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(monkeypa
     (3 * cross_entropy(linear(hidden, head), labels, reduction="sum")).backward()
     expected, hidden.grad = hidden.grad, None
 
-    chunked = loss.ChunkedCrossEntropy.apply(hidden, head, None, labels)
+    chunked = loss.ChunkedCrossEntropy.apply(hidden, head, None, labels, None)
     assert chunked.item() == pytest.approx(
         cross_entropy(linear(hidden, head), labels, reduction="sum").item(), rel=1e-5
     )
@@ -383,6 +384,79 @@ def test_gradient_checkpointing_saves_fewer_bytes_and_the_gradients_are_bit_equa
         assert fewer_bytes < saved_bytes / factor
         assert len(gradients) == len(expected) > 0
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize(("setting", "every_n_layers"), [(True, 1), (1, 1), (2, 2), ("offload", 1)])
+def test_each_way_to_recompute_layers_gives_the_same_gradients(nf4, new_rows, setting, every_n_layers):
+    batch = PaddingCollator(0)(new_rows(6))
+    _, expected = saved_bytes_and_gradients(new_model(nf4, dropout=0.1), batch)
+    model = new_model(nf4, dropout=0.1, gradient_checkpointing=setting)
+    is_recomputed = [layer.gradient_checkpointing for layer in model.base_model.model.model.layers]
+    assert is_recomputed == [i % every_n_layers == 0 for i in range(len(is_recomputed))]
+    _, gradients = saved_bytes_and_gradients(model, batch)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+def test_what_layers_get_can_wait_in_host_memory_and_comes_back_in_time(nf4, new_rows, monkeypatch):
+    batch = PaddingCollator(0)(new_rows(6))
+    _, expected = saved_bytes_and_gradients(new_model(nf4, dropout=0.1), batch)
+
+    fetches, copies = list[int](), list[Any]()
+    make_copy, take = offload.HostCopy.__init__, offload.HostCopy.take
+
+    def make_and_list(self: Any, *arguments: Any) -> None:
+        make_copy(self, *arguments)
+        copies.append(weakref.ref(self))
+
+    def take_and_count(self: Any) -> torch.Tensor:
+        tensor = take(self)
+        # What is there once a layer has its input: the one that the backward pass needs next, and no other.
+        fetches.append(sum(copy is not None and copy.fetched is not None for copy in (ref() for ref in copies)))
+        return tensor
+
+    monkeypatch.setattr(offload.HostCopy, "__init__", make_and_list)
+    monkeypatch.setattr(offload.HostCopy, "take", take_and_count)
+    # The inputs are copied on a CPU too, where nobody would do it but this test.
+    model = new_model(nf4, dropout=0.1, gradient_checkpointing="offload")
+    host = offload.InputOffload(stream=None, min_bytes=1)
+    num_layers = len(model.base_model.model.model.layers)
+    assert offload.offload_layer_inputs(model.get_base_model(), host) >= num_layers
+    torch.manual_seed(1)  # the same dropout
+    with packing.packed_attention(model):
+        loss.summed_loss(model, batch).backward()
+
+    assert host.num_copies == len(copies) == num_layers
+    assert fetches == [1] * (num_layers - 1) + [0]
+    assert not any(copy() for copy in copies), "freed with the graph"
+    gradients = take_gradients(model)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.gpu
+def test_offloaded_layers_take_less_memory_of_a_gpu_and_give_the_same_gradients():
+    peaks, gradients = dict[Any, int](), dict[Any, dict[str, torch.Tensor]]()
+    for setting in (1, "offload"):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+        settings = TrainConfig(
+            rank=4, dropout=0.0, device="cuda", kernels="torch", attention="sdpa", gradient_checkpointing=setting
+        )
+        model = adapter.attach_new(LlamaForCausalLM(config).bfloat16().cuda(), settings).train()
+        # 8 rows of 2,048 tokens: 32 MiB for the input of each layer.
+        tokens = (torch.arange(8 * 2048, device="cuda") % 500).view(8, 2048)
+        batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            with packing.packed_attention(model):
+                loss.summed_loss(model, batch).backward()
+        peaks[setting], gradients[setting] = torch.cuda.max_memory_allocated(), take_gradients(model)
+        del model
+    assert peaks[1] - peaks["offload"] > 18 * 8 * 2048 * 1024 * 2
+    assert all(torch.equal(gradients["offload"][name], gradient) for name, gradient in gradients[1].items())
 
 
 def test_a_module_that_computes_something_else_is_not_patched():

@@ -13,7 +13,7 @@ from tests.components.train_qlora.peak_of_a_step import NUM_ROWS, VOCABULARY, WI
 from tests.zygote import Zygote
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["packed", "padded", "scaled"])
 def test_a_step_takes_the_memory_of_a_chunk_of_logits_and_copies_no_output_layer(zygote: Zygote, kind: str) -> None:
     program = str(Path(__file__).with_name("peak_of_a_step.py"))
     process = zygote.popen([sys.executable, program, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

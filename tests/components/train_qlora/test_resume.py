@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -176,12 +175,21 @@ def test_an_optimizer_goes_on_where_its_state_was_saved(bits: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5])
-def test_the_learning_rates_are_those_of_transformers(schedule: Any, warmup_ratio: float) -> None:
-    config, total_steps = TrainConfig(schedule=schedule, warmup_ratio=warmup_ratio), 101
+@pytest.mark.parametrize(
+    ("warmup", "warmup_steps"),
+    [
+        ({}, 4),  # 3 % of 101 steps, rounded up
+        ({"warmup_ratio": 0.0}, 0),
+        ({"warmup_ratio": 0.5}, 51),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_steps": 20}, 20),
+    ],
+)
+def test_the_learning_rates_are_those_of_transformers(schedule: Any, warmup: dict[str, Any], warmup_steps: int) -> None:
+    config, total_steps = TrainConfig(schedule=schedule, **warmup), 101
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
-    reference = get_scheduler(name, optimizer, math.ceil(warmup_ratio * total_steps), total_steps)
+    reference = get_scheduler(name, optimizer, warmup_steps, total_steps)
     for number in range(total_steps):
         assert learning_rate(config, number, total_steps) == reference.get_last_lr()[0]
         optimizer.step()

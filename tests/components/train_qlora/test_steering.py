@@ -336,6 +336,13 @@ def test_early_stopping_without_evaluations_is_refused():
         TrainConfig(early_stopping_patience=2)
 
 
+def test_a_warm_up_is_set_once_and_ends_before_the_run_does(step):
+    with pytest.raises(ValueError, match=r"warmup_ratio: 0\.03 and warmup_steps: 100 say the same thing twice"):
+        TrainConfig(warmup_ratio=0.03, warmup_steps=100)
+    with pytest.raises(UsageError, match=r"train\.warmup_steps: .* rise for 14 steps, and the run has 14 in all"):
+        step()(warmup_steps=14)
+
+
 def test_evaluations_without_evaluation_rows_are_refused(step):
     with pytest.raises(UsageError, match=r"train\.num_evals: dataset/eval\.jsonl has no rows"):
         step(held_out=0)(num_evals=2)

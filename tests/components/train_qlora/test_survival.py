@@ -255,7 +255,7 @@ def test_micro_batches_are_halved_to_divisors_of_the_global_batch(tmp_path):
 
     def train(config: TrainConfig) -> str:
         sizes.append((config.micro_batch_size, config.global_batch_size // config.micro_batch_size))
-        with memory_error.as_memory_error(config, 77):
+        with memory_error.as_memory_error(config, 77, Path()):
             if config.micro_batch_size > 2:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return "trained"
@@ -271,7 +271,7 @@ def test_micro_batches_are_halved_to_divisors_of_the_global_batch(tmp_path):
 
 def test_running_out_of_memory_with_one_row_ends_the_run_with_the_numbers(tmp_path):
     def train(config: TrainConfig) -> None:
-        with memory_error.as_memory_error(config, 77):
+        with memory_error.as_memory_error(config, 77, Path()):
             raise MemoryError("no more")
 
     with pytest.raises(
@@ -295,7 +295,7 @@ def test_every_librarys_out_of_memory_error_is_recognized(message):
 
 def test_an_error_that_is_not_about_memory_is_raised_as_it_is(tmp_path):
     def train(config: TrainConfig) -> None:
-        with memory_error.as_memory_error(config, 77):
+        with memory_error.as_memory_error(config, 77, Path()):
             raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):

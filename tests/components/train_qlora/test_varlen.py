@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from components.train_qlora import adapter, attention, loss, packing, row_probe, varlen
 from components.train_qlora.data import IGNORE_INDEX, LengthGroupedSampler, PaddingCollator, Rows, TokenizedDataset
+from components.train_qlora.logits import logits_kind
 from components.train_qlora.micro_batches import prepare, to_device
 from components.train_qlora.training_run import Lookahead, TrainingRun
 from qlora_retrain.config.sections import TrainConfig
@@ -103,7 +104,7 @@ def summed_loss_of_rows_alone(model: Any) -> Tensor:
 
 def summed_loss(model: Any) -> Tensor:
     """The loss as training computes it, its backward pass included."""
-    loss.has_plain_logits(model)  # by a forward pass of its own
+    logits_kind(model)  # by a forward pass of its own
     with packing.packed_attention(model):
         return loss.summed_loss(model, PaddingCollator(0)(ROWS))
 
@@ -303,7 +304,7 @@ def test_no_forward_or_backward_pass_asks_the_device_for_a_number(nf4, monkeypat
     else:
         model = new_model(family, "eager").train()
         model.activation_checkpointing_enable()
-        loss.has_plain_logits(model)  # asks once for every model
+        logits_kind(model)  # asks once for every model
     model.config.get_text_config()._attn_implementation = "eager" if backend == "eager" else "sdpa"
     micro_batch = prepare(model, PaddingCollator(0)(ROWS))
     assert isinstance(micro_batch.inputs["packed_batch"].layout, varlen.VarlenLayout) == (backend == "varlen")
@@ -377,7 +378,7 @@ def test_a_gpu_computes_the_packed_rows_of_a_family_and_nothing_waits_for_it(mon
     model = new_model(family).bfloat16().cuda()
     assert packing.backend_name(model) == "varlen"
     expected_loss, expected = loss_and_gradients(model, lambda: summed_loss_of_rows_alone(model))
-    loss.has_plain_logits(model)  # asks once for every model
+    logits_kind(model)  # asks once for every model
     micro_batch = prepare(model, PaddingCollator(0)(ROWS))
 
     torch.cuda.set_sync_debug_mode("error")

@@ -7,6 +7,7 @@ models, so the form and the REST API refuse what the plan would refuse.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -18,6 +19,8 @@ from qlora_retrain.runtimes import deadlines
 
 KNOBS = (
     "train.learning_rate",
+    "train.warmup_ratio",
+    "train.warmup_steps",
     "train.rank",
     "train.alpha",
     "train.epochs",
@@ -153,6 +156,9 @@ def _flatten_schema(document: Mapping[str, Any], node: Mapping[str, Any]) -> dic
     In JSON schema bounds apply to numbers alone, so the null is still accepted.
     """
     node = _resolve_refs(document, node)
+    if "const" in node and node.get("type") == "string":
+        # A constant would be asked of numbers beside it too; a pattern is asked of texts alone.
+        node["pattern"] = f"^{re.escape(node.pop('const'))}$"
     branches = [_flatten_schema(document, branch) for branch in node.pop("anyOf", [])]
     merged = {key: item for branch in branches for key, item in branch.items() if key != "type"}
     types = [branch["type"] for branch in branches]
