@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,16 +13,18 @@ from typing import Any
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
+from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import Embedding
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from components.quantize_model.four_bit import BLOCK_SIZE, SCALES_PER_GROUP
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.model_files import weight_paths
 from qlora_retrain.lm.weight_names import names_in_model
 
-BLOCK_SIZE = 64  # weights that share a scale
-SCALES_PER_GROUP = 256  # scales that share a second scale, with double quantization
+_CHUNK_NUMBERS = 1 << 18  # a statistic's temporaries in fp32 then take 3 MiB, whatever the tensor
 
 # Stored once per tensor whatever its size: the levels of both codes, and a small JSON with shapes and the scales' mean.
 FIXED_SIZE_PARTS = ("quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
@@ -81,7 +82,7 @@ class Coverage:
 
 
 def coverage(model: PreTrainedModel) -> Coverage:
-    """Count the weights of a quantized model by whether bitsandbytes packed them."""
+    """Count the weights of a model by whether bitsandbytes packs them; they need not be loaded yet."""
     # Tied weights are one tensor under two names, so tensors are told apart by identity.
     aside = [m for m in model.modules() if isinstance(m, Embedding)] + [model.get_output_embeddings()]
     seen_ids = {id(parameter) for module in aside if module is not None for parameter in module.parameters()}
@@ -94,8 +95,8 @@ def coverage(model: PreTrainedModel) -> Coverage:
                 continue
             seen_ids.add(id(parameter))
             if isinstance(module, Linear4bit) and name == "weight":
-                # The packed tensor has two weights in each byte.
-                size = math.prod(parameter.quant_state.shape)
+                # The layer's own numbers, since a packed tensor has two weights in each byte.
+                size = module.in_features * module.out_features
                 quantized += size
             else:
                 size = parameter.numel()
@@ -103,6 +104,26 @@ def coverage(model: PreTrainedModel) -> Coverage:
                     largest, largest_rest = size, f"{module_name}.{name} ({type(module).__name__})"
             total += size
     return Coverage(quantized / total if total else 0.0, largest_rest)
+
+
+def sufficient_coverage(model: PreTrainedModel, min_fraction: float) -> Coverage:
+    """Return how much of the model becomes 4-bit; its weights need not be loaded yet.
+
+    Raises:
+        UsageError: If it is less than `min_fraction`.
+    """
+    # bitsandbytes silently leaves layers other than Linear in 16 bits. LoRA does not reach these either.
+    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise UsageError(f"base_model: {type(model).__name__} has no linear layer that bitsandbytes can quantize")
+    result = coverage(model)
+    if result.fraction < min_fraction:
+        raise UsageError(
+            f"base_model: only {result.fraction:.1%} of the weights outside embeddings and head would become 4-bit, "
+            f"and quantize.min_quantized_fraction is {min_fraction:g}. The largest that stays in 16 bits is "
+            f"{result.largest_rest}, which is no Linear layer: no adapter would reach it either. Choose another base, "
+            "or lower the setting if that is what you want"
+        )
+    return result
 
 
 def layer_errors(model: PreTrainedModel, base_model: Path) -> dict[str, float]:
@@ -121,31 +142,52 @@ def layer_errors(model: PreTrainedModel, base_model: Path) -> dict[str, float]:
         for path in weight_paths(base_model):
             file = stack.enter_context(safe_open(path, "pt"))
             files |= dict.fromkeys(file.keys(), file)
-        quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-        file_names = {model_name: name for name, model_name in names_in_model(files, quantized).items()}
+        layers = {f"{n}.weight": module for n, module in model.named_modules() if isinstance(module, Linear4bit)}
+        file_names = {model_name: name for name, model_name in names_in_model(files, layers).items()}
         # The merge writes the adapter into these weights, hours later.
-        if missing := sorted(quantized - set(file_names)):
+        if missing := sorted(
+            name for name in layers if not _is_stored_alike(layers[name], files, file_names.get(name))
+        ):
             raise UsageError(
-                f"base_model: {len(missing)} of {len(quantized)} quantized weights of {type(model).__name__} have "
+                f"base_model: {len(missing)} of {len(layers)} quantized weights of {type(model).__name__} have "
                 f"other names or another form in its files, e.g. {missing[0]}, so no adapter could be merged into "
                 "them; choose another base"
             )
 
-        for name, module in model.named_modules():
-            if not isinstance(module, Linear4bit):
-                continue
-            key = file_names[f"{name}.weight"]
-            original = files[key].get_tensor(key).float()
-            stored = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
-            # In place, which saves one fp32 tensor of the layer's size.
-            norm, error = float(vector_norm(original)) ** 2, float(vector_norm(stored.sub_(original))) ** 2
-            for kind in (name.rsplit(".", 1)[-1], "all"):
+        for name, module in layers.items():
+            original = files[file_names[name]].get_tensor(file_names[name])
+            stored = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            norm, error = _squared_norms(original, stored)
+            for kind in (name.split(".")[-2], "all"):
                 squared_errors[kind] += error
                 squared_norms[kind] += norm
     return {
         kind: (squared_errors[kind] / squared_norms[kind]) ** 0.5 if squared_norms[kind] else 0.0
         for kind in sorted(squared_norms)
     }
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite."""
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(_CHUNK_NUMBERS))
+
+
+def _is_stored_alike(module: Linear4bit, files: dict[str, Any], name: str | None) -> bool:
+    """Return whether a file holds the layer's own weight, (out, in)."""
+    if name is None or issubclass(module.source_cls, Conv1D):
+        return False
+    return bool(files[name].get_slice(name).get_shape() == [module.out_features, module.in_features])
+
+
+def _squared_norms(original: Tensor, stored: Tensor) -> tuple[float, float]:
+    """Return |W|^2 and |W - W4|^2, in chunks: the fp32 forms of whole tensors take 4 times the 16-bit size."""
+    norm = error = 0.0
+    parts = (tensor.flatten().split(_CHUNK_NUMBERS) for tensor in (original, stored))
+    for part, stored_part in zip(*parts, strict=True):
+        numbers = part.float()
+        norm += float(vector_norm(numbers)) ** 2
+        error += float(vector_norm(stored_part.float().sub_(numbers))) ** 2
+    return norm, error
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,7 @@
-"""Store the base model in 4 bits (NF4, by default with double quantization), once, on the CPU.
+"""Store the base model in 4 bits (NF4, by default with double quantization), once, on a GPU where there is one.
+
+The weights are read, packed and written one tensor at a time. So the step needs memory for the largest tensor, and not
+for the model.
 
 Reads base_model: a Hugging Face folder with 16- or 32-bit safetensors weights and a tokenizer.
 Makes base_nf4: the same model pre-quantized by bitsandbytes, its tokenizer files copied byte by byte, and
@@ -17,13 +20,20 @@ import math
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from components.quantize_model.quantization_stats import Coverage, coverage, expected_bits, layer_errors, stored_bits
+from components.quantize_model.quantization_stats import (
+    coverage,
+    expected_bits,
+    is_finite,
+    layer_errors,
+    stored_bits,
+    sufficient_coverage,
+)
+from components.quantize_model.streaming import load_quantized
 from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core import progress
-from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import loading
 from qlora_retrain.lm.model_files import weight_paths
@@ -43,8 +53,8 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     """
     # The error of each layer needs both forms, so it is measured before the model is saved and dropped.
     progress.update("quantizing", 0, 3)
-    model = _quantize(config, base_model)
-    quantized_fraction = _sufficient_coverage(config, model).fraction
+    model = _quantize(config, base_model, base_nf4)
+    quantized_fraction = coverage(model).fraction
     errors = layer_errors(model, base_model)
     # The 4-bit codes of what is not finite may look like any others.
     if faulty := [kind for kind, error in errors.items() if not math.isfinite(error)]:
@@ -96,35 +106,21 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     return StepResult(numbers)
 
 
-def _quantize(config: QuantizeConfig, base_model: Path) -> PreTrainedModel:
-    """Load the base model with its linear layers quantized while they are read."""
+def _quantize(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> PreTrainedModel:
+    """Load the base model with its linear layers quantized; refuse one that hardly has any before it is read."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
     )
-    return loading.load_base(base_model, dtype=config.compute_dtype, quantization=settings)
-
-
-def _sufficient_coverage(config: QuantizeConfig, model: PreTrainedModel) -> Coverage:
-    """Return how much of the model became 4-bit.
-
-    Raises:
-        UsageError: If it is less than the line asks for.
-    """
-    # bitsandbytes silently leaves layers other than Linear in 16 bits. LoRA does not reach these either.
-    if not any(isinstance(module, Linear4bit) for module in model.modules()):
-        raise UsageError(f"base_model: {type(model).__name__} has no linear layer that bitsandbytes can quantize")
-    result = coverage(model)
-    if result.fraction < config.min_quantized_fraction:
-        raise UsageError(
-            f"base_model: only {result.fraction:.1%} of the weights outside embeddings and head became 4-bit, and "
-            f"quantize.min_quantized_fraction is {config.min_quantized_fraction:g}. The largest that stayed in 16 bits "
-            f"is {result.largest_rest}, which is no Linear layer: no adapter would reach it either. Choose another "
-            "base, or lower the setting if that is what you want"
-        )
-    return result
+    return load_quantized(
+        base_model,
+        settings,
+        base_nf4,
+        dtype=config.compute_dtype,
+        check_skeleton=lambda model: sufficient_coverage(model, config.min_quantized_fraction),
+    )
 
 
 def _checked_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -135,7 +131,7 @@ def _checked_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     state = dict(model.state_dict())
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise IntegrityError(
                 f"base_model: {name} holds numbers that are not finite; quantization cannot repair them"
             )
