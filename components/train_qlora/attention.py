@@ -5,7 +5,8 @@ tokens are gathered into padded rows, all rows are computed as one batch, and th
 
 The backward pass is written by hand. Autograd would keep padded copies of queries, keys, values and scores for every
 layer. Here only the packed queries, keys and values are kept, and the rest is recomputed. So a prefix that many short
-rows share takes its memory only once.
+rows share takes its memory only once. Long rows are computed in blocks of queries, each over the keys up to its last
+query: what would be masked is left out, and the scores of a block stay in the cache.
 
 The letters in shapes:
 
@@ -31,6 +32,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 KV_LENGTH_MULTIPLE = (
     32  # S is padded to a multiple: on a CPU, softmax over 57 bf16 numbers takes three times as long as over 64
 )
+BLOCK_LENGTH = 128  # query positions; rows of 1,024 tokens take half the time of one block, shorter blocks no less
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +40,24 @@ class HeadIndex:
     """Indices between packed tokens and rows for a number of heads, into tensors flattened to (N, D).
 
     Attributes:
-        q_index: (R * H * L,) for each query position, its query among the packed (T * H)
+        q_index: (R * H * L,) for each query position, its query among the packed (T * H), block after block
         kv_index: (R * K * S,) for each key position, its key or value among the packed (T * K)
         q_inverse: (T * H,) for each packed query, its position in `q_index`
         own_kv_index: ((T - prefix) * K,) for each packed key after the prefix, its position in `kv_index`
-        attn_bias: (R * K, H / K * L, S), added to the scores
+        attn_biases: for each block of query positions, (R * K, H / K * block, keys up to its last), added to the scores
     """
 
     q_index: Tensor
     kv_index: Tensor
     q_inverse: Tensor
     own_kv_index: Tensor
-    attn_bias: Tensor
+    attn_biases: tuple[Tensor, ...]
+
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """View x (R * H * L, D) by blocks, each (R * K, H / K * block, D)."""
+        shapes = [bias.shape[:2] for bias in self.attn_biases]
+        parts = x.split([shape.numel() for shape in shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,7 @@ class RowLayout:
         token_slots: (T,), the position of each token among the (R * L) query positions
         attn_bias: (R, L, S), added to the scores: 0 where a query may see a key, else the lowest number
         prefix_len: the number of tokens in the shared prefix
-        head_indices: the cache of `head_index`, by (query heads, key/value heads)
+        head_indices: the cache of `head_index`, by its arguments
     """
 
     query_tokens: Tensor
@@ -70,7 +78,7 @@ class RowLayout:
     token_slots: Tensor
     attn_bias: Tensor
     prefix_len: int
-    head_indices: dict[tuple[int, int], HeadIndex] = field(default_factory=dict)
+    head_indices: dict[tuple[int, int, int], HeadIndex] = field(default_factory=dict)
 
     @classmethod
     def from_mask(cls, suffix_mask: Tensor, prefix_len: int, dtype: torch.dtype) -> RowLayout:
@@ -108,24 +116,36 @@ class RowLayout:
         )
         return cls(query_tokens, key_tokens, token_slots, attn_bias, prefix_len)
 
-    def head_index(self, num_heads: int, num_kv_heads: int) -> HeadIndex:
-        """Return the indices for a number of heads; they are built once for all layers."""
-        index = self.head_indices.get((num_heads, num_kv_heads))
+    def head_index(self, num_heads: int, num_kv_heads: int, block_length: int) -> HeadIndex:
+        """Return the indices for a number of heads and a length of blocks; they are built once for all layers."""
+        index = self.head_indices.get((num_heads, num_kv_heads, block_length))
         if index is None:
             length, kv_length = self.attn_bias.shape[1:]
             head, kv_head = (torch.arange(n, device=self.query_tokens.device) for n in (num_heads, num_kv_heads))
-            row, column = self.token_slots // length, self.token_slots % length
-            own_row, own_column = row[self.prefix_len :, None], column[self.prefix_len :, None]
+            row, column = (self.token_slots // length)[:, None], (self.token_slots % length)[:, None]
+            own_row, own_column = row[self.prefix_len :], column[self.prefix_len :]
 
             # Heads come before positions within a row, so that one batched product serves every head of a row. The
             # H / K query heads of a group lie side by side: they multiply the same keys and values.
-            bias = self.attn_bias[:, None, None].expand(-1, num_kv_heads, num_heads // num_kv_heads, -1, -1)
-            index = self.head_indices[num_heads, num_kv_heads] = HeadIndex(
-                q_index=(self.query_tokens.unsqueeze(1) * num_heads + head[:, None]).view(-1),
+            q_indices, biases = [], []
+            for start in range(0, length, block_length):
+                end = min(start + block_length, length)
+                q_indices.append((self.query_tokens[:, None, start:end] * num_heads + head[:, None]).view(-1))
+                num_keys = -(-(self.prefix_len + end) // KV_LENGTH_MULTIPLE) * KV_LENGTH_MULTIPLE
+                bias = self.attn_bias[:, None, None, start:end, :num_keys]
+                bias = bias.expand(-1, num_kv_heads, num_heads // num_kv_heads, -1, -1)
+                biases.append(bias.reshape(len(bias) * num_kv_heads, -1, num_keys))
+
+            # All blocks before that of a token are full.
+            block_start = column // block_length * block_length
+            own_block_length = (length - block_start).clamp(max=block_length)
+            first = block_start * len(self.query_tokens) * num_heads
+            index = self.head_indices[num_heads, num_kv_heads, block_length] = HeadIndex(
+                q_index=torch.cat(q_indices),
                 kv_index=(self.key_tokens.unsqueeze(1) * num_kv_heads + kv_head[:, None]).view(-1),
-                q_inverse=((row[:, None] * num_heads + head) * length + column[:, None]).view(-1),
+                q_inverse=(first + (row * num_heads + head) * own_block_length + column - block_start).view(-1),
                 own_kv_index=((own_row * num_kv_heads + kv_head) * kv_length + self.prefix_len + own_column).view(-1),
-                attn_bias=bias.reshape(-1, num_heads // num_kv_heads * length, kv_length),
+                attn_biases=tuple(biases),
             )
         return index
 
@@ -138,23 +158,22 @@ class SharedPrefixAttention(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float, use_sdpa: bool
     ) -> Tensor:
         """Return (T, H, DV) from `query` (T, H, D), `key` (T, K, D) and `value` (T, K, DV)."""
-        index = layout.head_index(query.shape[1], key.shape[1])
-        q, k, v = gather_rows(query, key, value, index)  # (R * K, H / K * L, D), (R * K, S, D), (R * K, S, DV)
+        block_length = layout.attn_bias.shape[1] if use_sdpa else BLOCK_LENGTH
+        index = layout.head_index(query.shape[1], key.shape[1], block_length)
+        q, k, v = gather_rows(query, key, value, index)  # (R * H * L, D), (R * K, S, D), (R * K, S, DV)
         ctx.save_for_backward(query, key, value)
-        ctx.layout, ctx.scaling, ctx.use_sdpa = layout, scaling, use_sdpa
+        ctx.layout, ctx.index, ctx.scaling, ctx.use_sdpa = layout, index, scaling, use_sdpa
 
-        attn_output = (
-            sdpa_forward(q, k, v, layout, scaling) if use_sdpa else torch.bmm(attention_probs(q, k, index, scaling), v)
-        )
+        attn_output = sdpa_forward(q, k, v, layout, scaling) if use_sdpa else eager_forward(q, k, v, index, scaling)
         return flatten_tokens(attn_output).index_select(0, index.q_inverse).view(*query.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of query (T, H, D), key (T, K, D) and value (T, K, DV)."""
         query, key, value = ctx.saved_tensors
-        index = ctx.layout.head_index(query.shape[1], key.shape[1])
+        index = ctx.index
         rows = gather_rows(query, key, value, index)  # recomputed to save memory: see the module docstring
-        grad_attn_output = scatter_rows(grad_output, index).view(*rows[0].shape[:2], -1)  # (R * K, H / K * L, DV)
+        grad_attn_output = scatter_rows(grad_output, index)  # (R * H * L, DV)
 
         row_backward = sdpa_backward if ctx.use_sdpa else eager_backward
         grad_query, grad_key, grad_value = row_backward(grad_attn_output, *rows, index, ctx.layout, ctx.scaling)
@@ -168,17 +187,25 @@ class SharedPrefixAttention(torch.autograd.Function):  # type: ignore[misc]
 
 
 def gather_rows(query: Tensor, key: Tensor, value: Tensor, index: HeadIndex) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the packed tokens into rows: queries (R * K, H / K * L, D), keys (R * K, S, D), values (R * K, S, DV)."""
-    batch, length, kv_length = index.attn_bias.shape
-    q = flatten_tokens(query).index_select(0, index.q_index).view(batch, length, -1)
-    k = flatten_tokens(key).index_select(0, index.kv_index).view(batch, kv_length, -1)
-    v = flatten_tokens(value).index_select(0, index.kv_index).view(batch, kv_length, -1)
-    return q, k, v
+    """Copy the packed tokens into rows: queries (R * H * L, D), keys (R * K, S, D), values (R * K, S, DV)."""
+    num_rows, _, kv_length = index.attn_biases[-1].shape
+    k = flatten_tokens(key).index_select(0, index.kv_index).view(num_rows, kv_length, -1)
+    v = flatten_tokens(value).index_select(0, index.kv_index).view(num_rows, kv_length, -1)
+    return flatten_tokens(query).index_select(0, index.q_index), k, v
 
 
-def attention_probs(query: Tensor, key: Tensor, index: HeadIndex, scaling: float) -> Tensor:
-    """Return the attention probabilities, (R * K, H / K * L, S)."""
-    return torch.baddbmm(index.attn_bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
+def attention_probs(query: Tensor, key: Tensor, attn_bias: Tensor, scaling: float) -> Tensor:
+    """Return the attention probabilities of a block, (R * K, H / K * block, S)."""
+    return torch.baddbmm(attn_bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
+
+
+def eager_forward(query: Tensor, key: Tensor, value: Tensor, index: HeadIndex, scaling: float) -> Tensor:
+    """Return the attention output, (R * H * L, DV), block after block."""
+    attn_output = value.new_empty(len(query), value.shape[2])
+    for q, output, bias in zip(index.blocks(query), index.blocks(attn_output), index.attn_biases, strict=True):
+        k, v = key[:, : bias.shape[2]], value[:, : bias.shape[2]]
+        torch.bmm(attention_probs(q, k, bias, scaling), v, out=output)
+    return attn_output
 
 
 def eager_backward(
@@ -191,13 +218,20 @@ def eager_backward(
     scaling: float,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of queries, keys and values in rows, by the formulas of softmax attention."""
-    probs = attention_probs(query, key, index, scaling)
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    blocks = zip(*map(index.blocks, (query, grad_query, grad_attn_output)), index.attn_biases, strict=True)
+    for q, grad_q, grad_output, bias in blocks:
+        k, v, grad_k, grad_v = (x[:, : bias.shape[2]] for x in (key, value, grad_key, grad_value))
+        probs = attention_probs(q, k, bias, scaling)
 
-    # With P the probabilities and S the scores: dS = P * (dP - sum(dP * P)), then dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO.
-    grad_probs = torch.bmm(grad_attn_output, value.transpose(1, 2))
-    grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scaling)
-    grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
-    return torch.bmm(grad_scores, key), grad_key, torch.bmm(probs.transpose(1, 2), grad_attn_output)
+        # With P the probabilities, S the scores: dS = P * (dP - sum(dP * P)), dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO.
+        grad_probs = torch.bmm(grad_output, v.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        torch.bmm(grad_scores, k, out=grad_q)
+        grad_k.baddbmm_(grad_scores.transpose(1, 2), q)
+        grad_v.baddbmm_(probs.transpose(1, 2), grad_output)
+    # Here and not on the scores, which are more numbers.
+    return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value
 
 
 def sdpa_backward(
@@ -221,7 +255,7 @@ def sdpa_backward(
 def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
     """Return the attention output by torch's fused attention, (R, H, L, DV)."""
     num_rows, length, _ = layout.attn_bias.shape
-    num_kv_heads = len(query) // num_rows
+    num_kv_heads = len(key) // num_rows
     q = query.view(num_rows, -1, length, query.shape[-1])  # (R, H, L, D)
     k, v = (x.view(num_rows, num_kv_heads, -1, x.shape[-1]) for x in (key, value))  # (R, K, S, D), (R, K, S, DV)
     bias = layout.attn_bias.unsqueeze(1)  # (R, 1, L, S)

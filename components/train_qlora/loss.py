@@ -19,6 +19,8 @@ from qlora_retrain.core.errors import Cause, TryAgain
 
 # Logits in memory at a time, in fp32. Larger chunks keep a GPU busy; a CPU needs no more than 512 x 49,152.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
+# Of these, the softmax takes so many at a time: a part that stays in a CPU's cache takes a third of the time.
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 256 * 2**20}
 PLAIN_LOGITS_CACHE = WeakKeyDictionary[torch.nn.Module, bool]()  # by output layer: the results of `has_plain_logits`
 
 
@@ -93,20 +95,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         for start in range(0, len(labels), chunk_size):
             chunk = hidden[start : start + chunk_size]  # (chunk, D)
             targets = labels[start : start + chunk_size].unsqueeze(1)  # (chunk, 1)
-            logits = torch.nn.functional.linear(chunk, weight, bias).float()  # (chunk, V)
-            logits.sub_(logits.amax(1, keepdim=True))  # so that exp does not overflow
-            target_logits = logits.gather(1, targets)
-
-            # In place, in the memory of the logits: an allocation of their size takes longer than the arithmetic.
-            exp_logits = logits.exp_()
-            normalizer = exp_logits.sum(1, keepdim=True)
-            total_loss += (normalizer.log() - target_logits).sum()
-
-            # The gradient of the logits is softmax minus one-hot.
+            logits = torch.nn.functional.linear(chunk, weight, bias)  # (chunk, V)
+            total_loss += cross_entropy_in_place(logits, targets, needs_grad=grad_hidden is not None).sum()
             if grad_hidden is not None:
-                exp_logits.div_(normalizer).scatter_add_(1, targets, -torch.ones_like(targets, dtype=exp_logits.dtype))
-                grad_hidden[start : start + chunk_size] = exp_logits.to(weight.dtype) @ weight
-            del logits, exp_logits  # before the next chunk is allocated
+                grad_hidden[start : start + chunk_size] = logits @ weight
+            del logits  # before the next chunk is allocated
         ctx.grad_hidden = grad_hidden  # (N, D)
         return total_loss
 
@@ -114,6 +107,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient that forward computed, scaled by `grad_output`."""
         return (ctx.grad_hidden * grad_output.to(ctx.grad_hidden.dtype), None, None, None)
+
+
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> Tensor:
+    """Return the cross entropy of each position, (N, 1) in fp32; overwrite the logits, by their gradient if needed.
+
+    Args:
+        logits: (N, V), in any precision; the arithmetic is in fp32.
+        targets: (N, 1)
+        needs_grad: Whether the logits become their gradient.
+    """
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    block_size = max(1, BLOCK_BYTES[logits.device.type] // (4 * logits.shape[1]))  # positions
+    for block, block_targets, block_losses in zip(
+        *(x.split(block_size) for x in (logits, targets, losses)), strict=True
+    ):
+        block_fp32 = block.float()
+        block_fp32.sub_(block_fp32.amax(1, keepdim=True))  # so that exp does not overflow
+        target_logits = block_fp32.gather(1, block_targets)
+
+        # In place: an allocation of this size takes longer than the arithmetic.
+        exp_logits = block_fp32.exp_()
+        normalizer = exp_logits.sum(1, keepdim=True)
+        torch.sub(normalizer.log(), target_logits, out=block_losses)
+
+        # The gradient of the logits is softmax minus one-hot.
+        if needs_grad:
+            exp_logits.div_(normalizer)
+            exp_logits.scatter_add_(1, block_targets, -torch.ones_like(block_targets, dtype=torch.float32))
+            block.copy_(exp_logits)
+    return losses
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -198,7 +198,8 @@ def packed_attention_forward(
     """
     # Where weights are wider than the compute type, rotary embeddings leave queries and keys wider than values.
     # (1, H, T, D), (1, K, T, D), (1, K, T, DV) to (T, H, D), (T, K, D), (T, K, DV)
-    qkv = (x[0].transpose(0, 1).to(packed_batch.layout.attn_bias.dtype) for x in (query, key, value))
+    # `squeeze`, since the gradient of an index is a copy.
+    qkv = (x.squeeze(0).transpose(0, 1).to(packed_batch.layout.attn_bias.dtype) for x in (query, key, value))
     attn_output: Tensor = SharedPrefixAttention.apply(*qkv, packed_batch.layout, scaling, use_sdpa)
     return attn_output.unsqueeze(0), None
 
