@@ -9,7 +9,6 @@ With `train.kernels: liger`, the kernels of `liger` are used where their results
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,24 +23,27 @@ class RMSNormFunction(torch.autograd.Function):  # type: ignore[misc]
     """Compute RMSNorm with a frozen weight; save the input in its own precision, where autograd saves an fp32 copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Normalize x (..., D) over its last dimension."""
-        ctx.save_for_backward(x, weight)
-        ctx.epsilon = epsilon
-        return rms_norm(x, weight, epsilon)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """Normalize x (..., D) over its last dimension; return the output, and one over the root mean square (..., 1).
+
+        RMSNorm is that of Zhang and Sennrich, arXiv 1910.07467, equation 4.
+        """
+        x_fp32 = x.float()
+        inverse_rms = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.mark_non_differentiable(inverse_rms)
+        return normalize(x_fp32, weight, inverse_rms), inverse_rms
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of x; the weight is frozen and has none."""
-        x, weight = ctx.saved_tensors
-        x_fp32 = x.float()
-        rsqrt = rsqrt_mean_square(x_fp32, ctx.epsilon)  # (..., 1)
+        x, weight, inverse_rms = ctx.saved_tensors
 
-        # With u = x * rsqrt and g the gradient of u: dx = rsqrt * (g - u * mean(g * u)).
+        # With u = x * inverse_rms and g the gradient of u: dx = inverse_rms * (g - u * mean(g * u)).
         # In place, since each of these fp32 tensors (..., D) has twice the bytes of x.
-        grad_unit, unit = (grad_output * weight).float(), x_fp32.mul_(rsqrt)
+        grad_unit, unit = (grad_output * weight).float(), x * inverse_rms
         projection = (grad_unit * unit).mean(-1, keepdim=True)  # (..., 1)
-        return grad_unit.sub_(unit.mul_(projection)).mul_(rsqrt).to(x.dtype), None, None
+        return grad_unit.sub_(unit.mul_(projection)).mul_(inverse_rms).to(x.dtype), None, None
 
 
 class SiluMulFunction(torch.autograd.Function):  # type: ignore[misc]
@@ -75,15 +77,9 @@ class Recompute:
         return self.silu_gate * up
 
 
-def rsqrt_mean_square(x_fp32: Tensor, epsilon: float) -> Tensor:
-    """Return one over the root of the mean square over the last dimension, (..., 1)."""
-    return torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + epsilon)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Compute RMSNorm over the last dimension (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
-    x_fp32 = x.float()
-    return weight * (x_fp32 * rsqrt_mean_square(x_fp32, epsilon)).to(x.dtype)
+def normalize(x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """Return weight * (x * inverse_rms), (..., D); the product in brackets in fp32, rounded as Llama's norm rounds."""
+    return weight * (x * inverse_rms).to(weight.dtype)
 
 
 def patch_norms_and_mlps(model: Any, kernels: str = "torch") -> int:
@@ -132,8 +128,8 @@ def is_close(expected: Tensor, actual: Tensor) -> bool:
 
 def rms_norm_forward(module: Any, x: Tensor) -> Tensor:
     """Replace the forward method of an RMSNorm module."""
-    recompute, sources = partial(rms_norm, epsilon=module.variance_epsilon), (x, module.weight)
-    return fused_lora.recompute_from(recompute, sources, RMSNormFunction.apply(*sources, module.variance_epsilon))
+    output, inverse_rms = RMSNormFunction.apply(x, module.weight, module.variance_epsilon)
+    return fused_lora.recompute_from(normalize, (x, module.weight, inverse_rms), output)
 
 
 def mlp_forward(module: Any, x: Tensor) -> Tensor:

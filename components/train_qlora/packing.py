@@ -239,7 +239,8 @@ def packed_attention_forward(
         raise ValueError("packed attention has no cap, no sink, and only the windows that the model's config gives")
     # Where weights are wider than the compute type, rotary embeddings leave queries and keys wider than values.
     # (1, H, T, D), (1, K, T, D), (1, K, T, DV) to (T, H, D), (T, K, D), (T, K, DV)
-    qkv = (x[0].transpose(0, 1).to(packed_batch.dtype) for x in (query, key, value))
+    # `squeeze`, since the gradient of an index is a copy.
+    qkv = (x.squeeze(0).transpose(0, 1).to(packed_batch.dtype) for x in (query, key, value))
     return attend(*qkv, packed_batch.layout, scaling, sliding_window).unsqueeze(0), None
 
 

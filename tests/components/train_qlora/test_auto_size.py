@@ -9,6 +9,7 @@ import pytest
 from components.train_qlora import auto_size, train
 from components.train_qlora.auto_size import largest_size
 from components.train_qlora.batching import divisors
+from components.train_qlora.micro_batches import MicroBatch
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import TryAgain
 from qlora_retrain.lm import checkpoints
@@ -83,7 +84,7 @@ def test_memory_that_runs_out_halves_the_measured_size(step, limited, monkeypatc
     correct_loss = train.summed_loss
 
     def faulty_loss(model, batch):
-        if len(batch["input_ids"]) > 4:
+        if (batch.num_rows if isinstance(batch, MicroBatch) else len(batch["input_ids"])) > 4:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return correct_loss(model, batch)
 

@@ -13,7 +13,16 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from components.train_qlora import adapter, fused_lora, liger, loss, memory_efficient, offload, packing
+from components.train_qlora import (
+    adapter,
+    fused_lora,
+    liger,
+    loss,
+    memory_efficient,
+    offload,
+    packing,
+    padded_rows,
+)
 from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm import chat, loading
@@ -117,13 +126,17 @@ def test_layers_that_share_an_input_are_one_group(nf4):
     assert fused_lora.fuse_lora_layers(model) == 2 * 4  # in each of two layers: q k v, o, gate up, down
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("attention", "block_length"), [("eager", 128), ("eager", 16), ("sdpa", 128)])
 @pytest.mark.parametrize("sentences", [0, 1, 9])  # in the prefix: none, fewer and more tokens than a row's own
-def test_packed_rows_have_the_loss_and_the_gradients_of_each_row_alone(nf4, new_rows, attention, sentences):
+def test_padded_rows_have_the_loss_and_the_gradients_of_each_row_alone(
+    nf4, new_rows, attention, block_length, sentences, monkeypatch
+):
+    monkeypatch.setattr(padded_rows, "BLOCK_LENGTH", block_length)  # rows in one block, or in several
     model = new_model(nf4, attention=attention)
     rows = new_rows(5, shared=sentences > 0, times=sentences)
     layout = packing.pack(PaddingCollator(0)(rows), torch.float32).layout
     assert (layout.prefix_len > layout.query_tokens.shape[1]) == (sentences == 9)
+    assert 16 < layout.query_tokens.shape[1] < 128
 
     for row in rows:  # unpadded, full logits, torch's own loss
         labels = torch.tensor(row["labels"][1:])
@@ -368,7 +381,8 @@ def test_outputs_of_norms_and_mlps_are_not_saved_and_the_gradients_are_bit_equal
 
     tokens = packing.pack(batch, torch.float32).input_ids.shape[1]
     widths = 2 * (64 + 64 + 128)  # in each of two layers: two norms and a gate
-    instead = 64 * tokens + 64  # the embeddings and the first norm's weight, which nothing else needs
+    # The embeddings, and the weight and the factors of the first norm, which nothing else needs.
+    instead = 64 * tokens + 64 + tokens
     # 4 bytes per number in fp32.
     assert saved_bytes - patched_bytes == 4 * (tokens * widths - instead)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
