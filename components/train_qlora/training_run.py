@@ -165,8 +165,8 @@ class TrainingRun:
         # With FSDP every rank must run the same number of micro-batches: each forward gathers shards from all ranks.
         parts = packing.split_batch(batch, max(distributed.all_gather(own_count)))
         # Only the first is laid out now. Each other is laid out after the one before it, whose layout is freed then.
-        first, rest = prepare(self.model, parts[0]), map(partial(prepare, self.model), parts[1:])
-        return StepBatch(row_indices.tolist(), tokens, supervised_tokens, len(parts), chain([first], rest))
+        first, later = prepare(self.model, parts[0]), map(partial(prepare, self.model), parts[1:])
+        return StepBatch(row_indices.tolist(), tokens, supervised_tokens, len(parts), chain([first], later))
 
     def begin_step(self) -> None:
         """Draw what torch's DataLoader draws once an epoch, so that dropout draws what it would in a loop over one."""

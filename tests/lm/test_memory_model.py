@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from components.train_qlora import loss
+from components.train_qlora import loss, padded_rows
 from qlora_retrain.lm import memory_model, step_memory
 from qlora_retrain.lm.memory_model import MicroBatch, Settings, estimate, largest_micro_batch
 from qlora_retrain.lm.model_shape import ModelShape
@@ -101,3 +101,5 @@ def test_the_claims_of_the_papers_hold_for_a_short_row(sizes: tuple[int, int, in
 
 def test_chunks_of_logits_are_those_of_the_training_step() -> None:
     assert step_memory.LOSS_CHUNK_BYTES == loss.CHUNK_BYTES
+    assert step_memory.LOSS_BLOCK_BYTES == loss.BLOCK_BYTES
+    assert step_memory.ATTENTION_BLOCK == padded_rows.BLOCK_LENGTH

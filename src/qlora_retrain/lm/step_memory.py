@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 # As `loss.CHUNK_BYTES` of the training step, which a test compares: logits in memory at a time, in fp32.
 LOSS_CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
-# Attention over packed rows pads queries to 8 and keys to 32 positions.
-_QUERY_MULTIPLE, _KEY_MULTIPLE = 8, 32
+# As `loss.BLOCK_BYTES`: of a chunk, what the softmax takes at a time.
+LOSS_BLOCK_BYTES = {"cpu": 2**20, "cuda": 256 * 2**20}
+# Attention over packed rows pads queries to 8 and keys to 32 positions, and takes so many queries at a time.
+_QUERY_MULTIPLE, _KEY_MULTIPLE, ATTENTION_BLOCK = 8, 32, 128
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class StepMemory:
         inputs = shape.norms_per_layer * shape.width
         inputs += shape.q_width + shape.kv_width if shape.has_query_key_norm else 0
         if shape.norm == "rms":
-            return self.numbers(inputs)  # the outputs are recomputed
+            # The outputs are recomputed, from the inputs and one fp32 number for each token.
+            return self.numbers(inputs) + 4 * self.tokens * shape.norms_per_layer
         # Autograd keeps the input, in fp32 for RMSNorm, and the adapted layers behind a norm keep its output.
         outputs = self.numbers(shape.width * sum(self._is_adapted(group) for group in ("qkv", "up")))
         return outputs + (self.numbers(inputs) if shape.norm == "layer_norm" else 4 * self.tokens * inputs)
@@ -105,22 +108,25 @@ class StepMemory:
         total = self.numbers(self.shape.width)
         if self._is_in_rows:
             rows, length, kv_length = self._row_sizes()
-            # The bias for all heads together and for each, and 64-bit indices of queries and keys.
-            total += (1 + self.shape.heads) * rows * length * kv_length * self.settings.bytes_per_number
+            # The bias for all heads together, for each head where a query may see a key, and 64-bit indices.
+            for_each_head = sum(self._blocks(length))
+            total += rows * (length * kv_length + self.shape.heads * for_each_head) * self.settings.bytes_per_number
             total += 8 * rows * (self.shape.heads * length + self.shape.kv_heads * kv_length)
         return total
 
     # What is needed for a moment.
 
     def logits(self) -> int:
-        """Return a chunk of logits in fp32 and in the output layer's precision, and the gradient of its input."""
+        """Return a chunk of logits in the output layer's precision, a block in fp32, and the gradient of its input."""
         vocabulary, e = self.shape.vocabulary, self.settings.bytes_per_number
         # Where the model scales or caps its logits, autograd keeps some, and a chunk has as many fewer positions.
         is_plain = self.shape.has_plain_logits
         chunk_size = LOSS_CHUNK_BYTES[self.settings.device] // ((4 if is_plain else 12) * vocabulary)
         positions = min(self.supervised, max(1, chunk_size))
-        bytes_per_logit = 4 + e % 4 if is_plain else 12 + e
-        return positions * vocabulary * bytes_per_logit + 3 * self.supervised * self.shape.width * e
+        bytes_per_logit = e if is_plain else 12 + e
+        block = min(4 * positions * vocabulary, max(LOSS_BLOCK_BYTES[self.settings.device], 4 * vocabulary))
+        block_copy = block if e == 2 else 0
+        return positions * vocabulary * bytes_per_logit + block_copy + 3 * self.supervised * self.shape.width * e
 
     def backward_of_layer(self) -> int:
         """Return the most that the backward pass of a layer needs beside what was kept."""
@@ -144,7 +150,7 @@ class StepMemory:
         gradients = self.numbers(2 * shape.q_width + 2 * shape.kv_width)
         if self._is_in_rows:
             rows, length, kv_length = self._row_sizes()
-            scores = 3 * rows * shape.heads * length * kv_length
+            scores = 3 * rows * shape.heads * max(self._blocks(length))
             copies = 3 * rows * length * shape.q_width + 4 * rows * kv_length * shape.kv_width
             return hidden + (scores + copies) * e
         if self._has_scores:
@@ -174,6 +180,11 @@ class StepMemory:
         """Return rows, query positions and key positions of packed attention."""
         length = -(-self.batch.longest // _QUERY_MULTIPLE) * _QUERY_MULTIPLE
         return self.batch.rows, length, -(-length // _KEY_MULTIPLE) * _KEY_MULTIPLE
+
+    def _blocks(self, length: int) -> list[int]:
+        """Return the scores of each block of queries: it has the keys up to its last query."""
+        blocks = [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
+        return [(end - start) * -(-end // _KEY_MULTIPLE) * _KEY_MULTIPLE for start, end in blocks]
 
     def _is_adapted(self, group: str) -> bool:
         return any(layer.group == group for layer in self.adapted)
