@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from components.train_qlora import adapter, loss, packing
+from components.train_qlora import adapter, loss, packing, row_probe
 from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
@@ -98,3 +98,19 @@ def test_a_model_whose_rows_change_with_their_padding_is_refused(monkeypatch):
     model = PaddedLlama(transformers.LlamaConfig(**SIZES)).eval()
     with pytest.raises(UsageError, match="the logits of PaddedLlama change when a shorter row is padded"):
         adapter.attach_new(model, CONFIG)
+
+
+def test_a_model_that_amplifies_rounding_may_differ_by_more_and_by_less_than_a_fault() -> None:
+    """As Qwen2.5 1.5B does in bf16, which was padded for that; rounding in fp32 excuses nothing."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, "hidden_size": 64, "num_hidden_layers": 4}, initializer_range=0.5)
+    model = transformers.LlamaForCausalLM(config).eval()
+    row = row_probe._rows(SIZES["vocab_size"])[0]
+    ids, shifted = torch.tensor([row]), torch.tensor([[0, 1, 2, *range(4, len(row) + 1)]])
+    with torch.no_grad():
+        for dtype, least, most in ((torch.float32, 1e-3, 1e-3), (torch.bfloat16, 0.11, 0.5)):
+            logits = model.to(dtype)(input_ids=ids).logits[0]
+            limit = row_probe._max_distance(model, row, logits)
+            assert least <= limit <= most
+            assert row_probe._is_close(logits, logits, limit)
+            assert not row_probe._is_close(model(input_ids=ids, position_ids=shifted).logits[0], logits, limit)
