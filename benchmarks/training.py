@@ -345,10 +345,13 @@ def new_step_clock() -> Any:
 
 OPERATIONS_BY_KIND = {
     "products of frozen layers and adapters": ("aten::mm", "aten::addmm_", "aten::addmm"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::index_select"),
+    "attention": (
+        "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::_softmax", "aten::_softmax_backward_data",
+        "aten::index_select",
+    ),
     "unpacking 4 bits": ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise"),
     "random numbers for dropout": ("aten::random_",),
-}
+}  # fmt: skip
 
 
 def profile(options: argparse.Namespace) -> None:
