@@ -117,5 +117,5 @@ def _is_close(logits: Tensor, expected: Tensor, limit: float) -> bool:
 
 def _distance(logits: Tensor, expected: Tensor) -> float:
     """Return the distance of two sets of logits (tokens, vocab), relative to the spread of the second."""
-    spread = (expected.float() - expected.float().mean(-1, keepdim=True)).norm()
-    return float((logits.float() - expected.float()).norm() / spread)
+    scale = (expected.float() - expected.float().mean(-1, keepdim=True)).norm()
+    return float((logits.float() - expected.float()).norm() / scale)
