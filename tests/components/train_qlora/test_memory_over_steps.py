@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from qlora_retrain.lm import checkpoints
 
 STEPS = 12
 GROWTH_MIB = 96  # kernels until their caches are full, and fragments; without a bound it is 190, and goes on
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_over_steps_whose_rows_have_other_lengths(step, program) -> None:
     def lengthen(text: str) -> str:
         # 8 rows of a step have about the same length, and no two steps have the same.
