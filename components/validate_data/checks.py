@@ -16,6 +16,25 @@ from components.validate_data.raw_rows import RawRow
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.lm import chat, conversations
 
+# What the checks in `data.checks` look for in the texts of a row, by name.
+LOOKED_FOR = {
+    "private_keys": "a private key in PEM form",
+    "access_keys": "a key or token in the form of a provider, e.g. AKIA..., ghp_..., sk_live_...",
+    "passwords": "a password or key behind its name, e.g. password=..., or in a URL",
+    "card_numbers": "the number of a payment card (Luhn's check digit)",
+    "ibans": "the number of a bank account (IBAN, by its check digits)",
+    "social_security_numbers": "a US social security number, e.g. 536-90-4399",
+    "emails": "an e-mail address",
+    "phone_numbers": "a phone number",
+    "ip_addresses": "the IP address of a machine",
+    "replacement_characters": "U+FFFD, which stands for bytes that could not be read",
+    "mojibake": "text read in a wrong encoding, e.g. Ã© for é",
+    "control_characters": "control characters, such as NUL or an escape",
+    "bidi_characters": "characters that reverse the direction in which text is shown",
+    "invisible_tags": "tag characters and long runs of variation selectors, which nobody sees and models read",
+    "no_visible_text": "a turn that only has characters that nobody sees",
+    "prompt_injection": "a phrase that orders a model to ignore its instructions",
+}
 # The clause of a message for each reason; {field} and {limit} are filled in. What was found follows in brackets.
 REASONS = {
     # The record, as its file states it.
@@ -61,6 +80,8 @@ REASONS = {
     "in_golden_set": "the conversation is in golden_data, which is never trained on",
     "in_eval_data": "the conversation is in eval_data, which is never trained on",
     "shared_opening": "chats on both sides of the split begin with this one, so it can be on neither",
+    # What the texts say; data.checks decides about each.
+    **{name: f"{{field}} holds {text}" for name, text in LOOKED_FOR.items()},
 }
 # Reasons that are no fault of the row itself. Such rows do not count as bad; they have a limit of their own, or none.
 NOT_BAD = ("not_kept", "exact_duplicate", "in_golden_set", "in_eval_data", "shared_opening")
@@ -80,6 +101,7 @@ class Row:
         tools: The tools that the answer may call, in the OpenAI form.
         detail: Free words about the fault, for a message; never the row's text.
         warnings: Codes of what the template did to a good row, e.g. `trimmed_ends`.
+        hits: The names of the checks in `data.checks` that found something in its texts.
         examples: How many training examples the row gives.
         prompt_key: Equal for rows that give the model the same tokens before the answer; empty where not measured.
         field: The names of the fields that should hold the chat, quoted, for a message.
@@ -97,6 +119,7 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     detail: str = ""
     warnings: tuple[str, ...] = ()
+    hits: tuple[str, ...] = ()
     examples: int = 0
     prompt_key: str = ""
     field: str = ""

@@ -8,8 +8,6 @@ computed is an error and says nothing about the data.
 from __future__ import annotations
 
 import os
-import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from typing import Any, Literal
 
 import pandas
 
-from components.validate_data.checks import NOT_BAD, Row
+from components.validate_data.checks import LOOKED_FOR, NOT_BAD, Row
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import conversations
@@ -35,10 +33,6 @@ with warnings.catch_warnings():
 gxe = great_expectations.expectations
 Outcome = Literal["met", "warn", "refuse"]
 Limit = float | int | None
-# A row with a larger fraction of control characters was probably not text.
-_MAX_UNPRINTABLE_FRACTION = 0.05
-# What stands for bytes that were not UTF-8, and UTF-8 that was read as Windows-1252, e.g. `Ã©` for `é`, `â€™` for `’`.
-_MISREAD = re.compile("\ufffd|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u00bf\u2018-\u203a\u2122\u0153]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ def check_expectations(rows: Sequence[Row], config: DataConfig) -> list[Finding]
     """
     rows = [row for row in rows if row.reason != "not_kept"]
     split_rows = [row for row in rows if row.split in ("train", "eval")]
-    expectations = _row_limits(config)
+    expectations = _row_limits(config) + (_check_limits(config) if rows else [])
     # Great Expectations would find nothing wrong with a column without values.
     if split_rows:
         expectations += _length_limits(config) + (_label_limits(split_rows) if config.task == "labels" else [])
@@ -110,14 +104,26 @@ def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
         "answer_chars": [len(conversations.answer_of(row.messages)) if row else None for row in split_rows],
         "tokens": [row.tokens if row else None for row in split_rows],
         "supervised_tokens": [row.supervised_tokens if row else None for row in split_rows],
-        "replacement_characters": [_count_misread(row) if row else None for row in split_rows],
-        "unprintable_share": [_unprintable_fraction(row) if row else None for row in split_rows],
         "label": labels,
         "label_misspelt": [spellings[label.casefold()] > 1 if label else None for label in labels],
         "label_untrained": [label not in train_labels if label else None for label in labels],
     }
 
+    columns |= {name: [name in row.hits for row in rows] for name in _judged_checks(config)}
     return pandas.DataFrame(columns)
+
+
+def _judged_checks(config: DataConfig) -> list[str]:
+    """Return the checks of texts that warn or refuse; rows that others keep out are counted with the bad rows."""
+    return [name for name, severity in config.checks.items() if severity in ("warn", "refuse")]
+
+
+def _check_limits(config: DataConfig) -> list[Expectation]:
+    total = gxe.ExpectColumnSumToBeBetween
+    return [
+        _between(name, f"rows with {LOOKED_FOR[name]}", total, name, None, 0, config.checks[name] == "refuse")
+        for name in _judged_checks(config)
+    ]
 
 
 def _row_limits(config: DataConfig) -> list[Expectation]:
@@ -141,26 +147,9 @@ def _row_limits(config: DataConfig) -> list[Expectation]:
 
 def _length_limits(config: DataConfig) -> list[Expectation]:
     highest, lowest = gxe.ExpectColumnMaxToBeBetween, gxe.ExpectColumnMinToBeBetween
-    # One row in a hundred may break the limit: a single strange character says little about a file's encoding.
-    tolerance = {"mostly": 0.99}
-
     return [
         _between("tokens", "longest chat, in tokens", highest, "tokens", None, config.max_length_tokens, True),
         _between("supervised_tokens", "fewest tokens to learn", lowest, "supervised_tokens", 1, None, True),
-        Expectation(
-            "replacement_characters",
-            "percent of rows with marks of a wrong encoding: U+FFFD, or Ã© for é",
-            gxe.ExpectColumnValuesToBeBetween,
-            {"column": "replacement_characters", "max_value": 0, **tolerance},
-            high=1,
-        ),
-        Expectation(
-            "unprintable_share",
-            "percent of rows with more than 5 % control characters",
-            gxe.ExpectColumnValuesToBeBetween,
-            {"column": "unprintable_share", "max_value": _MAX_UNPRINTABLE_FRACTION, **tolerance},
-            high=1,
-        ),
     ]
 
 
@@ -230,15 +219,3 @@ def _label(row: Row) -> str:
 
 def _chars(turns: Sequence[Message]) -> int:
     return sum(len(conversations.turn_text(turn)) for turn in turns)
-
-
-def _count_misread(row: Row) -> int:
-    """Count what is left of characters that were read in a wrong encoding."""
-    return sum(len(_MISREAD.findall(conversations.turn_text(turn))) for turn in row.messages)
-
-
-def _unprintable_fraction(row: Row) -> float:
-    """Return the fraction of the row's characters that are control characters (Unicode Cc) other than white space."""
-    characters = "".join(conversations.turn_text(turn) for turn in row.messages)
-    count = sum(unicodedata.category(c) == "Cc" and c not in "\n\r\t" for c in characters)
-    return count / max(1, len(characters))

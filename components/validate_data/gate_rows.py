@@ -9,6 +9,7 @@ from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
 from components.validate_data.raw_rows import RowReader
 from components.validate_data.repeats import quarantine_repeats
+from components.validate_data.row_checks import check_texts
 from components.validate_data.sizes import explain_too_long, refuse_few_golden_rows
 from components.validate_data.splitting import (
     assign_splits,
@@ -109,6 +110,7 @@ def read_gate_rows(
 def _read_source(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:
     reader = RowReader(folder, config, source)
     rows = [check_row(raw, config) for raw in reader.rows()]
+    check_texts(rows, config, is_reserved=source != "raw_data")
     encode_rows(rows, config, tokenizer, source)
     return SourceRows(rows, reader.layouts, reader.unread, reader.warnings)
 

@@ -70,6 +70,7 @@ def build_profile(
         "chat": _chat_facts(chat_format, tokenizer),
         "reasons": _first_rows([row for row in rows if row.reason], lambda row: [row.reason or ""]),
         "row_warnings": _first_rows([*split_rows, *golden], lambda row: row.warnings),
+        "checks": _checks([*rows, *golden], config),
         "too_long": length_limits(rows, config),
         "train": _lengths(train),
         "eval": _lengths(evaluation),
@@ -111,6 +112,17 @@ def _first_rows(rows: Sequence[Row], codes: Callable[[Row], Iterable[str]]) -> d
             first_locations.setdefault(code, row.location)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return {code: {"rows": count, "first": first_locations[code]} for code, count in ordered}
+
+
+def _checks(rows: Sequence[Row], config: DataConfig) -> dict[str, dict[str, Any]]:
+    """Return of each check that is on what it does, how many rows it found and where the first ones are."""
+    first_rows = _first_rows(rows, lambda row: row.hits)
+    nothing = {"rows": 0, "first": None}
+    return {
+        name: {"severity": severity, **first_rows.get(name, nothing)}
+        for name, severity in config.checks.items()
+        if severity != "off"
+    }
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import NormalDist
 from typing import Any
 
-from components.validate_data.checks import REASONS
+from components.validate_data.checks import LOOKED_FOR, REASONS
 from components.validate_data.sizes import describe_length_limits
 from qlora_retrain.core import html
 
@@ -26,6 +26,7 @@ def report_page(profile: dict[str, Any], sentence: str) -> str:
         html.section("Rows", html.key_value_table(profile["rows"]), *explain_evidence(profile)),
         html.section("Split", html.key_value_table(profile["split"])),
         html.section("Expectations", _expectations(profile)),
+        html.section("Checks of what rows say", _checks(profile)),
         html.section("Rows that were kept out", _reasons(profile)),
         *_noticed(profile),
         html.section(
@@ -79,6 +80,14 @@ def _reasons(profile: dict[str, Any]) -> html.Html | str:
         for reason, entry in profile["reasons"].items()
     ]
     return html.table(("reason", "meaning", "rows", "first row"), reasons) if reasons else "No row was kept out."
+
+
+def _checks(profile: dict[str, Any]) -> html.Html:
+    rows = [
+        (name, LOOKED_FOR[name], entry["severity"], entry["rows"], entry["first"] or "")
+        for name, entry in profile["checks"].items()
+    ]
+    return html.table(("check", "looks for", "does", "rows", "first row"), rows)
 
 
 def _noticed(profile: dict[str, Any]) -> list[html.Html]:

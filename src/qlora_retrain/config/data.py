@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qlora_retrain.config import data_checks
+from qlora_retrain.config.data_checks import Severity
 from qlora_retrain.config.fields import Section, identity, operational
 
 Version = Annotated[str, Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{12}$")]
@@ -67,6 +69,13 @@ class DataConfig(Section):
         "refuse", "rows whose text holds a mark with which the template begins or ends a turn, so that it forges one"
     )
 
+    # What rows say; `data_checks` lists the checks.
+    checks: dict[str, Any] = identity(
+        {},
+        "checks of what rows say, by name: off, warn, redact, drop or refuse; docs/data.md lists them",
+        validate_default=True,
+    )
+
     # Drift from a version that the line names.
     reference_version: Version | None = identity(
         None, "version to compare the data with: refuse drift before training; null: only `evaluate` checks drift"
@@ -119,6 +128,11 @@ class DataConfig(Section):
         if value not in (None, "auto"):
             datetime.date.fromisoformat(str(value))
         return value
+
+    @field_validator("checks")
+    @classmethod
+    def _every_check(cls, value: dict[str, Any]) -> dict[str, Severity]:
+        return data_checks.complete(value)
 
     @field_validator("template_kwargs")
     @classmethod

@@ -272,19 +272,49 @@ def test_odd_but_usable_data_is_a_warning(gate: Gate) -> None:
     marks = ("\ufffd", "caf\u00c3\u00a9", "don\u00e2\u20ac\u2122t")
     rows += [pair(f"odd {marks[i % 3]} question {i}", "Refund") for i in range(9)]
     rows += [pair("d\u00c3\u2014ne one of its kind: \u00c2 \u20ac5", "unique")]
-    report, dataset = gate(rows)
+    report, dataset = gate(rows, checks={"replacement_characters": "warn", "mojibake": "warn"})
 
     assert report.refused is None
     expectations_by_name = {e["name"]: e for e in json.loads((dataset / "profile.json").read_text())["expectations"]}
     warned = {name for name, e in expectations_by_name.items() if e["outcome"] == "warn"}
 
-    assert warned >= {"replacement_characters", "labels_misspelt", "labels_once"}
+    assert warned >= {"replacement_characters", "mojibake", "labels_misspelt", "labels_once"}
     # 100 rows of refund and 9 of Refund.
     assert expectations_by_name["labels_misspelt"]["observed"] == 109
-    assert expectations_by_name["replacement_characters"]["observed"] == pytest.approx(9 / 310 * 100)
+    assert expectations_by_name["replacement_characters"]["observed"] == 3
+    assert expectations_by_name["mojibake"]["observed"] == 7
     # A label that occurs once may be any text.
     assert "unique" not in (dataset / "profile.json").read_text()
     assert "warnings:" in (dataset / "report.html").read_text()
+
+
+def test_a_secret_keeps_its_row_out_and_stands_in_no_output(gate: Gate, capfd: pytest.CaptureFixture[str]) -> None:
+    secret, address = "Tr0ub4dor&3x", "canary.person@mail-host.io"
+    rows = good(300)
+    rows[7] = pair(f"my password is {secret}", "login")
+    rows[8] = pair(f"write to {address}", "login")
+    report, dataset = gate(rows, checks={"emails": "redact"})
+
+    assert report.refused is None
+    profile = json.loads((dataset / "profile.json").read_text())
+    assert profile["checks"]["passwords"] == {"severity": "drop", "rows": 1, "first": "tickets.jsonl:8"}
+    assert profile["checks"]["emails"] == {"severity": "redact", "rows": 1, "first": "tickets.jsonl:9"}
+    assert profile["checks"]["mojibake"] == {"severity": "drop", "rows": 0, "first": None}
+    assert profile["rows"]["quarantined"] == 1
+    assert lines(dataset / "quarantine.jsonl")[0]["reason"] == "passwords"
+    outputs = [path.read_text(encoding="utf-8") for path in dataset.iterdir()] + [*capfd.readouterr(), str(report)]
+    assert not any(text in output for output in outputs for text in (secret, address))
+    assert "write to [email]" in (dataset / "train.jsonl").read_text() + (dataset / "eval.jsonl").read_text()
+
+
+def test_a_check_that_refuses_ends_with_the_rows_and_without_their_text(gate: Gate) -> None:
+    rows = [*good(300), pair("call +1 415 555 2671", "login")]
+    report, dataset = gate(rows, checks={"phone_numbers": "refuse"})
+    assert str(report.refused) == (
+        "data refused: rows with a phone number: 1, expected at most 0 (phone_numbers); tickets.jsonl:301: "
+        "\"messages\" holds a phone number (turn 1, of the user) (phone_numbers: 1 of 301 rows)"
+    )
+    assert "555" not in (dataset / "report.html").read_text()
 
 
 def test_an_expectation_that_cannot_be_computed_is_an_error_and_not_bad_data(

@@ -1,0 +1,129 @@
+"""Look at what each row says: secrets, personal data, damaged and hidden text, orders to the model.
+
+`config/data_checks.py` lists the checks and what each does by default. Texts never leave this module: a row only gets
+the names of the checks that found something, and where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from components.validate_data import credentials, damaged_text, personal_data
+from components.validate_data.checks import Row
+from qlora_retrain.config.data import DataConfig
+
+Spans = Sequence[tuple[int, int]]
+Finder = Callable[[str], Spans]
+
+_INJECTION = re.compile(
+    r"(?i)\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,30}\b(?:previous|prior|above|earlier|preceding|"
+    r"original)\b[^.!?\n]{0,20}\b(?:instruction|prompt|rule|guideline|guidance|direction|directive|command|message)s?\b"
+    r"|\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,12}\b(?:all|any|your|the|these)\b[^.!?\n]{0,12}"
+    r"\b(?:instruction|prompt|guideline|directive)s?\b"
+    r"|\b(?:reveal|print|show|repeat|output|leak)\b[^.!?\n]{0,20}\b(?:system|hidden|initial|secret)"
+    r" (?:prompt|instructions?|message)\b"
+    r"|\bdo anything now\b|\byou are now (?:in )?(?:dan|developer mode|jailbroken|unrestricted)\b|\bjailbreak mode\b"
+    r"|\bignor(?:iere|ieren sie|a|ez|e) (?:alle |todas las |toutes les |les )?(?:vorherigen|bisherigen|instrucciones|"
+    r"instructions)\b"
+)
+
+
+def find_prompt_injection(text: str) -> Spans:
+    """Return the phrases that order a model to leave its instructions."""
+    return [m.span() for m in _INJECTION.finditer(text)]
+
+
+# In this order: of several that keep a row out, the first one is its reason.
+FINDERS: dict[str, Finder] = {
+    "private_keys": credentials.find_private_keys,
+    "access_keys": credentials.find_access_keys,
+    "passwords": credentials.find_passwords,
+    "card_numbers": personal_data.find_card_numbers,
+    "ibans": personal_data.find_ibans,
+    "social_security_numbers": personal_data.find_social_security_numbers,
+    "emails": personal_data.find_emails,
+    "phone_numbers": personal_data.find_phone_numbers,
+    "ip_addresses": personal_data.find_ip_addresses,
+    "replacement_characters": damaged_text.find_replacement_characters,
+    "mojibake": damaged_text.find_mojibake,
+    "control_characters": damaged_text.find_control_characters,
+    "bidi_characters": damaged_text.find_bidi_characters,
+    "invisible_tags": damaged_text.find_invisible_tags,
+    "no_visible_text": damaged_text.find_no_visible_text,
+    "prompt_injection": find_prompt_injection,
+}
+PLACEHOLDERS = {
+    "private_keys": "[private key]",
+    "access_keys": "[access key]",
+    "passwords": "[password]",
+    "card_numbers": "[card number]",
+    "ibans": "[account number]",
+    "social_security_numbers": "[social security number]",
+    "emails": "[email]",
+    "phone_numbers": "[phone number]",
+    "ip_addresses": "[IP address]",
+}
+
+
+def check_texts(rows: Iterable[Row], config: DataConfig, *, is_reserved: bool) -> None:
+    """Note in each good row which checks found something, redact what the line says, and give a reason to bad rows.
+
+    Args:
+        rows: Rows of one source; those with a reason are left as they are.
+        config: The checks and what each does.
+        is_reserved: Whether a person chose these rows to measure with. They are not learnt, so `drop` only warns there.
+    """
+    enabled = [(name, finder) for name, finder in FINDERS.items() if config.checks[name] != "off"]
+    for row in rows:
+        if not row.reason:
+            _check_row(row, enabled, config, is_reserved=is_reserved)
+
+
+def _check_row(row: Row, enabled: Sequence[tuple[str, Finder]], config: DataConfig, *, is_reserved: bool) -> None:
+    places: dict[str, str] = {}
+
+    def check(place: str, text: str) -> str:
+        for name, find in enabled:
+            if spans := find(text):
+                places.setdefault(name, place)
+                if config.checks[name] == "redact":
+                    text = _replace(text, spans, PLACEHOLDERS[name])
+        return text
+
+    for i, turn in enumerate(row.messages):
+        # The line's own system turn is in its config, where its author has read it.
+        if turn["role"] == "system" and turn["content"] == config.system:
+            continue
+        place = f"turn {i + 1}, of the {turn['role']}"
+        for field, value in turn.items():
+            if field not in ("role", "weight"):
+                turn[field] = _map_texts(value, partial(check, place))
+    if row.tools:
+        row.tools = _map_texts(row.tools, partial(check, "its tools"))
+
+    row.hits = tuple(name for name in FINDERS if name in places)
+    keeping_out = ("refuse",) if is_reserved else ("drop", "refuse")
+    if reason := next((name for name in row.hits if config.checks[name] in keeping_out), None):
+        row.reason, row.detail = reason, places[reason]
+
+
+def _replace(text: str, spans: Spans, placeholder: str) -> str:
+    parts, position = [], 0
+    for start, end in sorted(spans):
+        # Two forms may match at one place, e.g. a password that is also a provider's key.
+        if start >= position:
+            parts += [text[position:start], placeholder]
+            position = end
+    return "".join([*parts, text[position:]])
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with every text changed; the names of its fields stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    return [_map_texts(item, change) for item in value] if isinstance(value, list) else value
