@@ -56,7 +56,7 @@ def test_a_chat_without_an_assistant_turn_is_all_prompt() -> None:
 def test_canonical_text_is_nfkc_case_folded_with_white_space_collapsed_and_without_system_turns() -> None:
     wide = [SYSTEM, turn("user", "  \uff37here\u00a0is\nORDER \u2460\u2460 ")]
     assert conversations.normalized_text(wide) == "user: where is order 11"
-    assert conversations.normalized_text([USER, ANSWER]) == "user: where is order 1007?\nassistant: on its way."
+    assert conversations.normalized_text([USER, ANSWER]) == "user: where is order 1007\nassistant: on its way"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_the_path_of_a_chat_is_a_beginning_of_the_path_of_its_continuation() -> 
     chat = [SYSTEM, USER, ANSWER]
     longer = [*chat, turn("user", "WHEN?"), CALLING, RESULT, turn("assistant", "Today.")]
     path = conversations.conversation_path(chat)
-    assert path == ("user: where is order 1007?", "system: be brief.")
-    assert conversations.conversation_path(longer) == (*path, "user: when?")
+    assert path == ("user: where is order 1007", "system: be brief")
+    assert conversations.conversation_path(longer) == (*path, "user: when")
     # The same question under another instruction shares the first element.
     assert conversations.conversation_path([USER, ANSWER]) == (path[0], "system: ")
 
@@ -113,14 +113,14 @@ def test_texts_without_a_user_turn_are_told_apart_by_what_they_say() -> None:
     }
     assert paths == {("assistant: one day",), ("assistant: two days",)}
     # Where the system turn alone asks, it comes first.
-    assert conversations.conversation_path([SYSTEM, ANSWER]) == ("system: be brief.", "assistant: on its way.")
+    assert conversations.conversation_path([SYSTEM, ANSWER]) == ("system: be brief", "assistant: on its way")
 
 
 def test_a_later_system_turn_stands_where_it_is_in_the_path_and_an_unsupervised_end_does_not() -> None:
     late = turn("system", "Now be polite.")
     chat = [SYSTEM, USER, ANSWER, late, turn("user", "When?"), turn("assistant", "Today.")]
     beginning = conversations.conversation_path([SYSTEM, USER, ANSWER])
-    assert conversations.conversation_path(chat) == (*beginning, "system: now be polite.", "user: when?")
+    assert conversations.conversation_path(chat) == (*beginning, "system: now be polite", "user: when")
     # Before the first answer all system turns are one element, wherever they stand.
     assert conversations.conversation_path([USER, SYSTEM, ANSWER]) == beginning
 
@@ -130,3 +130,26 @@ def test_a_later_system_turn_stands_where_it_is_in_the_path_and_an_unsupervised_
     assert conversations.greeting_of(silent) == [greeting]
     assert not conversations.greeting_of([{**greeting, "weight": 0}, USER, ANSWER])
     assert not conversations.greeting_of([greeting])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "where's my order - the blue one",
+        "Where\u2019s my order - the blue one?",
+        "where\u02bcs my  order \u2014 the blue one!!",
+        "where's my order \u2013 the blue one\u2026",
+        "Where's\u200b my\u00ad order - the blue\ufe0f one \uff1f",
+        "\ufeffwhere's my order - the blue one.",
+        "where\u00b4s my order \u2212 the\u00a0blue one \u061f",
+    ],
+)
+def test_typography_and_what_nobody_sees_do_not_change_a_conversations_side(text: str) -> None:
+    assert conversations.canonical_text(text) == "where's my order - the blue one"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("?", "!"), ("don't", "dont"), ("a-b", "ab"), ("\u0915", "\u0916"), ("5", "6")]
+)
+def test_texts_that_a_reader_tells_apart_stay_apart(first: str, second: str) -> None:
+    assert conversations.canonical_text(first) != conversations.canonical_text(second)

@@ -17,6 +17,14 @@ from typing import Any
 
 from qlora_retrain.lm.rendering import Chat, Message, Tools
 
+# Quotes, apostrophes and dashes of typography, as a keyboard has them.
+_PLAIN_MARKS = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4\u02b9\u02bc\u2039\u203a", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+)
+_FINAL_MARKS = " .!?,;:\u3002\u061f\u06d4\u0964"  # NFKC has made one form of the full-width ones
+
 
 def prompt_of(chat: Chat) -> list[Message]:
     """Return everything before the answer: the last assistant turn that is supervised."""
@@ -51,8 +59,22 @@ def canonical_call(call: Mapping[str, Any]) -> str:
 
 
 def canonical_text(text: str) -> str:
-    """Return the text by which two texts count as equal: NFKC, case folded, white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Return the text by which two texts count as equal on the sides of a split; coarser than any reader would notice.
+
+    NFKC and case folded; without characters that have no shape; quotes and dashes of one form each; white space
+    collapsed; without punctuation at the end. A text of punctuation alone stays.
+    """
+    # Quotes first, since NFKC makes a space and an accent of the acute one.
+    text = unicodedata.normalize("NFKC", text if text.isascii() else text.translate(_PLAIN_MARKS)).casefold()
+    if not text.isascii():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf" and not _is_selector(c))
+    text = " ".join(text.split())
+    return text.rstrip(_FINAL_MARKS) or text
+
+
+def _is_selector(character: str) -> bool:
+    """Return whether the character only selects the shape of the one before it."""
+    return "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
 
 
 def normalized_text(chat: Chat) -> str:

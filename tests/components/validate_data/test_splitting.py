@@ -65,11 +65,11 @@ def assert_walls(rows: list[Row], reserved: Sequence[Row] = ()) -> None:
 
 
 def test_the_fraction_is_the_first_64_bits_of_a_hash_of_seed_and_first_user_turn() -> None:
-    bits = "".join(f"{byte:08b}" for byte in hashlib.sha256(b"line\nuser: where is it?").digest())
+    bits = "".join(f"{byte:08b}" for byte in hashlib.sha256(b"line\nuser: where is it").digest())
     expected = sum(int(bit) / 2 ** (i + 1) for i, bit in enumerate(bits[:64]))
     beginnings = digest_beginnings(chat("WHERE  is it?", "Here.", "And now?", "There.", system="Be brief."), "line")
     assert abs(as_fraction(beginnings[0]) - expected) < 1e-12
-    whole = hashlib.sha256(b"line\nuser: where is it?\nsystem: be brief.\nuser: and now?").hexdigest()
+    whole = hashlib.sha256(b"line\nuser: where is it\nsystem: be brief\nuser: and now").hexdigest()
     assert beginnings[-1] == whole[:16]
 
 
