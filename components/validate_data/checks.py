@@ -34,6 +34,8 @@ LOOKED_FOR = {
     "invisible_tags": "tag characters and long runs of variation selectors, which nobody sees and models read",
     "no_visible_text": "a turn that only has characters that nobody sees",
     "prompt_injection": "a phrase that orders a model to ignore its instructions",
+    "near_evaluation": "nearly the words of an evaluation or golden row, so training on it would give the answer away",
+    "near_duplicates": "nearly the words and the answer of another training row",
 }
 # The clause of a message for each reason; {field} and {limit} are filled in. What was found follows in brackets.
 REASONS = {
@@ -84,7 +86,15 @@ REASONS = {
     **{name: f"{{field}} holds {text}" for name, text in LOOKED_FOR.items()},
 }
 # Reasons that are no fault of the row itself. Such rows do not count as bad; they have a limit of their own, or none.
-NOT_BAD = ("not_kept", "exact_duplicate", "in_golden_set", "in_eval_data", "shared_opening")
+NOT_BAD = (
+    "not_kept",
+    "exact_duplicate",
+    "in_golden_set",
+    "in_eval_data",
+    "shared_opening",
+    "near_evaluation",
+    "near_duplicates",
+)
 Split = Literal["train", "eval", "dropped"]
 
 

@@ -10,6 +10,7 @@ from components.validate_data.encoding import encode_rows
 from components.validate_data.raw_rows import RowReader
 from components.validate_data.repeats import quarantine_repeats
 from components.validate_data.row_checks import check_texts
+from components.validate_data.similar_rows import check_similar_rows
 from components.validate_data.sizes import explain_too_long, refuse_few_golden_rows
 from components.validate_data.splitting import (
     assign_splits,
@@ -95,16 +96,21 @@ def read_gate_rows(
             reserved = [row for row in sources[source].rows if not row.reason]
             keep_apart(rows, reserved, reason, config, openings)
     quarantine_repeats(rows, config)
+    golden = [row for row in sources["golden_data"].rows if not row.reason] if golden_data else []
 
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
-        return GateRows(sources, rows, eval_fraction, openings, split_fractions(rows, config, openings))
+        fractions = split_fractions(rows, config, openings)
+        check_similar_rows(rows, golden, config)
+        return GateRows(sources, rows, eval_fraction, openings, fractions)
 
     # The file is the evaluation, so no row of the others is kept from training.
     for row in rows:
         row.split = None if row.reason else "train"
     reserve_evaluation(sources["eval_data"].rows, config)
-    return GateRows(sources, [*rows, *sources["eval_data"].rows], None, None, [])
+    rows = [*rows, *sources["eval_data"].rows]
+    check_similar_rows(rows, golden, config)
+    return GateRows(sources, rows, None, None, [])
 
 
 def _read_source(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:

@@ -58,6 +58,8 @@ def build_profile(
             "in_golden_set": reasons["in_golden_set"],
             "in_eval_data": reasons["in_eval_data"],
             "shared_opening": reasons["shared_opening"],
+            "near_evaluation": reasons["near_evaluation"],
+            "near_duplicates": reasons["near_duplicates"],
         },
         "split": {
             "eval_fraction": gate_rows.eval_fraction,

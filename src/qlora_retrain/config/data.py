@@ -76,6 +76,10 @@ class DataConfig(Section):
         validate_default=True,
     )
 
+    near_duplicate_threshold: float = identity(
+        0.8, "rows whose words have at least this Jaccard similarity are near-duplicates", ge=0.5, le=1.0
+    )
+
     # Drift from a version that the line names.
     reference_version: Version | None = identity(
         None, "version to compare the data with: refuse drift before training; null: only `evaluate` checks drift"

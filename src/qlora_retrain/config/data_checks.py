@@ -45,6 +45,9 @@ CHECKS: Mapping[str, Check] = {
     "invisible_tags": Check("drop"),
     "no_visible_text": Check("drop"),
     "prompt_injection": Check("warn"),
+    # Rows beside other rows.
+    "near_evaluation": Check("drop"),
+    "near_duplicates": Check("warn"),
 }
 
 

@@ -312,7 +312,7 @@ def test_a_check_that_refuses_ends_with_the_rows_and_without_their_text(gate: Ga
     report, dataset = gate(rows, checks={"phone_numbers": "refuse"})
     assert str(report.refused) == (
         "data refused: rows with a phone number: 1, expected at most 0 (phone_numbers); tickets.jsonl:301: "
-        "\"messages\" holds a phone number (turn 1, of the user) (phone_numbers: 1 of 301 rows)"
+        '"messages" holds a phone number (turn 1, of the user) (phone_numbers: 1 of 301 rows)'
     )
     assert "555" not in (dataset / "report.html").read_text()
 
