@@ -196,7 +196,7 @@ def _chat_fault(messages: list[chat.Message]) -> tuple[str | None, str]:
 def _has_surrogate(value: object) -> bool:
     """Return whether a text within holds half of a surrogate pair, which JSON can escape and UTF-8 cannot write."""
     if isinstance(value, str):
-        return any("\ud800" <= character <= "\udfff" for character in value)
+        return not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, Mapping):
         return any(_has_surrogate(item) for pair in value.items() for item in pair)
     return isinstance(value, list) and any(map(_has_surrogate, value))

@@ -19,6 +19,7 @@ _LONGEST_LOCAL_PART = 64  # RFC 5321
 
 # A number in groups; what separates them is decided by each kind of number.
 _NUMBER = re.compile(r"(?<![\w.,/-])\+?[(]?\d(?:[ ().\-/\u00a0\u2011\u2013]{0,2}\d){6,22}(?![\w])")
+_SEVEN_DIGITS = re.compile(r"\d(?:\D{0,2}\d){6}")
 _NON_DIGITS = re.compile(r"\D")
 # Payment cards: the first digits and the lengths of the networks (ISO/IEC 7812).
 _CARD = re.compile(
@@ -34,9 +35,8 @@ _PHONE_WORDS = re.compile(
     r"(?i)\b(?:phone|mobile|cell|telephone|tel|call|text|sms|whatsapp|fax|reach|ring|handy|telefon)\b[^.!?\d]*$"
 )
 _SSN = re.compile(r"(?<![\d-])(?!000|666|9)\d{3}([- ])(?!00)\d\d\1(?!0000)\d{4}(?![\d-])")
-_NAMED_SSN = re.compile(
-    r"(?i)\b(?:ssn|social security(?: number| no\.?)?)\D{0,12}((?!000|666|9)\d{3}(?!00)\d\d(?!0000)\d{4})(?!\d)"
-)
+_NINE_DIGITS = re.compile(r"(?<!\d)(?!000|666|9)\d{3}(?!00)\d\d(?!0000)\d{4}(?!\d)")
+_SSN_NAME = re.compile(r"(?i)\b(?:ssn|social security(?: number| no\.?)?)\D{0,12}$")
 
 _IBAN_START = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d\d")
 _IBAN_BODY = re.compile(r"(?:[ \u00a0-]?[A-Za-z0-9])+")
@@ -111,7 +111,13 @@ def _is_named_phone(text: str, start: int) -> bool:
 
 def find_social_security_numbers(text: str) -> Spans:
     """Return US social security numbers in groups of 3, 2 and 4 digits, or of 9 digits behind their name."""
-    return [m.span() for m in _SSN.finditer(text)] + [m.span(1) for m in _NAMED_SSN.finditer(text)]
+    if not _SEVEN_DIGITS.search(text):
+        return ()
+    spans = [m.span() for m in _SSN.finditer(text)]
+    for m in _NINE_DIGITS.finditer(text):
+        if _SSN_NAME.search(text[max(0, m.start() - 40) : m.start()]):
+            spans.append(m.span())
+    return spans
 
 
 def find_ibans(text: str) -> Spans:
@@ -129,7 +135,9 @@ def find_ibans(text: str) -> Spans:
 
 def find_ip_addresses(text: str) -> Spans:
     """Return the IP addresses but for those that name no machine, such as 0.0.0.0, 127.0.0.1 and network masks."""
-    matches = list(_IPV4.finditer(text)) + (list(_IPV6.finditer(text)) if text.count(":") > 1 else [])
+    matches = (list(_IPV4.finditer(text)) if text.count(".") > 2 else []) + (
+        list(_IPV6.finditer(text)) if text.count(":") > 1 else []
+    )
     return [
         m.span()
         for m in matches
@@ -138,7 +146,7 @@ def find_ip_addresses(text: str) -> Spans:
 
 
 def _numbers(text: str) -> Iterator[tuple[tuple[int, int], str]]:
-    return ((m.span(), m.group()) for m in _NUMBER.finditer(text))
+    return ((m.span(), m.group()) for m in _NUMBER.finditer(text)) if _SEVEN_DIGITS.search(text) else iter(())
 
 
 def _is_card(number: str) -> bool:

@@ -30,10 +30,26 @@ _INJECTION = re.compile(
     r"instructions)\b"
 )
 
+_HINTS = (
+    "instruc",
+    "prompt",
+    "guid",
+    "direct",
+    "rule",
+    "command",
+    "message",
+    "anything now",
+    "you are now",
+    "jailbreak",
+    "vorherigen",
+    "bisherigen",
+)  # of which every such phrase has one
+
 
 def find_prompt_injection(text: str) -> Spans:
     """Return the phrases that order a model to leave its instructions."""
-    return [m.span() for m in _INJECTION.finditer(text)]
+    folded = text.casefold()
+    return [m.span() for m in _INJECTION.finditer(text)] if any(hint in folded for hint in _HINTS) else ()
 
 
 # In this order: of several that keep a row out, the first one is its reason.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 
 from qlora_retrain.lm import chat, conversations
 
@@ -35,12 +36,17 @@ def length_range(text: str) -> str:
     return f"0-{_SHORTEST_CHARACTERS - 1}" if low < _SHORTEST_CHARACTERS else f"{low}-{2 * low - 1}"
 
 
+@lru_cache(10_000)
+def _script_of(letter: str) -> str:
+    return unicodedata.name(letter, "unknown").split()[0].lower()
+
+
 def dominant_script(text: str) -> str:
     """Return the script of most letters, e.g. `latin`, `cyrillic` or `cjk`; `none` without letters.
 
     The first word of a letter's Unicode name is its script.
     """
     letters = [c for c in text if c.isalpha()][:_MAX_LETTERS]
-    counts = Counter(unicodedata.name(c, "unknown").split()[0].lower() for c in letters)
+    counts = Counter(map(_script_of, letters))
     # Ties are broken by name, so that the slice does not depend on the order of the letters.
     return min(counts, key=lambda name: (-counts[name], name)) if counts else "none"

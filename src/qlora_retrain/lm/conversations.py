@@ -65,7 +65,7 @@ def canonical_text(text: str) -> str:
     collapsed; without punctuation at the end. A text of punctuation alone stays.
     """
     # Quotes first, since NFKC makes a space and an accent of the acute one.
-    text = unicodedata.normalize("NFKC", text if text.isascii() else text.translate(_PLAIN_MARKS)).casefold()
+    text = (text if text.isascii() else unicodedata.normalize("NFKC", text.translate(_PLAIN_MARKS))).casefold()
     if not text.isascii():
         text = "".join(c for c in text if unicodedata.category(c) != "Cf" and not _is_selector(c))
     text = " ".join(text.split())
