@@ -80,6 +80,8 @@ def build_profile(
         "length_histogram": _histogram([row.tokens for row in split_rows]),
         "labels": _labels(train, evaluation, golden) if is_closed_set else None,
         "distributions": _distributions(split_rows, is_closed_set),
+        "reference": None,
+        "settings": {name: value for name, value in config.identity().items() if name != "template"},
         "expectations": [asdict(finding) for finding in findings],
     }
 

@@ -49,14 +49,22 @@ def explain_refusal(gate_rows: GateRows, findings: Sequence[Finding], config: Da
     return "data refused: " + "; ".join(parts)
 
 
-def explain_drift(profile: dict[str, Any], reference_profile: Path, config: DataConfig) -> str:
-    """Return why the data differs too much from that of `data.reference_version`; empty where it does not."""
+def compare_with_reference(
+    profile: dict[str, Any], reference_profile: Path, config: DataConfig
+) -> tuple[dict[str, Any] | None, str]:
+    """Return the drift from the data of `data.reference_version`, and why it is too much; empty where it is not."""
     if not reference_profile.is_file():
-        return f"data refused: version {config.reference_version} has no data profile to compare with"
+        return None, f"data refused: version {config.reference_version} has no data profile to compare with"
     before = drift.read_distributions(reference_profile)
     drifts = None if before is None else drift.compute_drift(before, profile["distributions"], _DRIFT_CONFIDENCE)
+    document = {
+        "version": config.reference_version,
+        "max_drift_psi": config.max_drift_psi,
+        "drift": drift.as_json(drifts or []),
+        "labels": dict((before or {}).get("label", {})),
+    }
     text, passed = drift.check_limit(drifts, config.max_drift_psi, f"the data of {config.reference_version}")
-    return "" if passed else f"data refused: {text} (data.max_drift_psi)"
+    return document, "" if passed else f"data refused: {text} (data.max_drift_psi)"
 
 
 def explain_acceptance(profile: dict[str, Any], findings: Sequence[Finding]) -> str:

@@ -21,7 +21,7 @@ from components.validate_data.encoding import dataset_chat_format
 from components.validate_data.expectations import check_expectations
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
-from components.validate_data.refusal import explain_acceptance, explain_drift, explain_refusal
+from components.validate_data.refusal import compare_with_reference, explain_acceptance, explain_refusal
 from components.validate_data.report import describe_row_warning, explain_evidence, report_page
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import graph, json_lines, progress
@@ -63,9 +63,11 @@ def run(
         progress.say(text)
 
     refusal = explain_refusal(gate_rows, findings, config)
-    # Data that is refused anyway needs no second reason.
-    if reference_profile and not refusal:
-        refusal = explain_drift(profile, reference_profile / graph.PROFILE_PATH, config)
+    if reference_profile:
+        path = reference_profile / graph.PROFILE_PATH
+        profile["reference"], drift_refusal = compare_with_reference(profile, path, config)
+        # Data that is refused anyway needs no second reason.
+        refusal = refusal or drift_refusal
 
     # Refused data is written too, since its report shows a person what to correct.
     sentence = refusal or explain_acceptance(profile, findings)

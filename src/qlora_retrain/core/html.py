@@ -116,15 +116,22 @@ def with_interval(value: str, interval: str) -> Html:
     return Html(f'{_text(value)}<br><span class="note">{_text(interval)}</span>')
 
 
-def bar_chart(values: Mapping[str, float], caption: str = "") -> Html:
-    """Return one horizontal bar per name; a value that is negative or not finite gets no bar."""
+def bar_chart(values: Mapping[str, float], caption: str = "", notes: Mapping[str, str] | None = None) -> Html:
+    """Return one horizontal bar per name; a value that is negative or not finite gets no bar.
+
+    Args:
+        values: The lengths, by name.
+        caption: A sentence above.
+        notes: By name, words in small letters below it.
+    """
     # NaN would make every comparison false, and an infinite value would shrink all other bars to nothing.
     longest = max((v for v in values.values() if math.isfinite(v)), default=0.0)
     body = ""
     for name, value in values.items():
         percent = value / longest * 100 if longest > 0 and math.isfinite(value) and value > 0 else 0.0
         bar = f'<div class="bar" style="width:{percent:.2f}%"></div>' if percent else ""
-        body += f"<tr><td>{_breakable(name)}</td>{_cell(value)}<td>{bar}</td></tr>\n"
+        note = f'<br><span class="note">{_text(notes[name])}</span>' if notes and name in notes else ""
+        body += f"<tr><td>{_breakable(name)}{note}</td>{_cell(value)}<td>{bar}</td></tr>\n"
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(f'<table class="bars">{title}<tbody>\n{body}</tbody></table>')
 
