@@ -22,6 +22,7 @@ from components.validate_data.field_leaves import describe_fields, is_about_row,
 from components.validate_data.field_names import Columns, named, values_of
 from components.validate_data.layouts import Layout, configured_layout, quote_fields, rejected_fields
 from components.validate_data.prompt_template import PromptTemplate
+from components.validate_data.redaction import redact
 from components.validate_data.rendered import SpeakerLines, style_of
 from components.validate_data.setting_words import prompt_template
 from components.validate_data.suggestions import suggest_settings
@@ -95,9 +96,13 @@ def _recognise(file: str, columns: Columns, config: DataConfig, parser: TurnPars
     if layout is None and (by_name := named(columns, names.CHATS[:2])):
         return Layout(f'chats in "{by_name[0]}"', chat=by_name[0])
     if layout is None:
+        is_headless = any(redact(name) != name for name in columns)
+        hint = (
+            "the first line looks like a row; write a line with the names of the fields above it" if is_headless else ""
+        )
         raise UsageError(
             f"{file}: no field is recognised as a chat, or as a prompt with its answer; the fields are: "
-            f"{describe_fields(columns)}; {suggest_settings(candidates, parser)}"
+            f"{describe_fields(columns)}; {hint or suggest_settings(candidates, parser)}"
         )
     return layout
 

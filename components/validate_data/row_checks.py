@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from components.validate_data import credentials, damaged_text, personal_data
+from components.validate_data import damaged_text, redaction
 from components.validate_data.checks import Row
+from components.validate_data.redaction import PLACEHOLDERS, Finder, Spans, replace
 from qlora_retrain.config.data import DataConfig
-
-Spans = Sequence[tuple[int, int]]
-Finder = Callable[[str], Spans]
 
 _INJECTION = re.compile(
     r"(?i)\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,30}\b(?:previous|prior|above|earlier|preceding|"
@@ -54,15 +52,7 @@ def find_prompt_injection(text: str) -> Spans:
 
 # In this order: of several that keep a row out, the first one is its reason.
 FINDERS: dict[str, Finder] = {
-    "private_keys": credentials.find_private_keys,
-    "access_keys": credentials.find_access_keys,
-    "passwords": credentials.find_passwords,
-    "card_numbers": personal_data.find_card_numbers,
-    "ibans": personal_data.find_ibans,
-    "social_security_numbers": personal_data.find_social_security_numbers,
-    "emails": personal_data.find_emails,
-    "phone_numbers": personal_data.find_phone_numbers,
-    "ip_addresses": personal_data.find_ip_addresses,
+    **redaction.FINDERS,
     "replacement_characters": damaged_text.find_replacement_characters,
     "mojibake": damaged_text.find_mojibake,
     "control_characters": damaged_text.find_control_characters,
@@ -70,17 +60,6 @@ FINDERS: dict[str, Finder] = {
     "invisible_tags": damaged_text.find_invisible_tags,
     "no_visible_text": damaged_text.find_no_visible_text,
     "prompt_injection": find_prompt_injection,
-}
-PLACEHOLDERS = {
-    "private_keys": "[private key]",
-    "access_keys": "[access key]",
-    "passwords": "[password]",
-    "card_numbers": "[card number]",
-    "ibans": "[account number]",
-    "social_security_numbers": "[social security number]",
-    "emails": "[email]",
-    "phone_numbers": "[phone number]",
-    "ip_addresses": "[IP address]",
 }
 
 
@@ -106,7 +85,7 @@ def _check_row(row: Row, enabled: Sequence[tuple[str, Finder]], config: DataConf
             if spans := find(text):
                 places.setdefault(name, place)
                 if config.checks[name] == "redact":
-                    text = _replace(text, spans, PLACEHOLDERS[name])
+                    text = replace(text, spans, PLACEHOLDERS[name])
         return text
 
     for i, turn in enumerate(row.messages):
@@ -124,16 +103,6 @@ def _check_row(row: Row, enabled: Sequence[tuple[str, Finder]], config: DataConf
     keeping_out = ("refuse",) if is_reserved else ("drop", "refuse")
     if reason := next((name for name in row.hits if config.checks[name] in keeping_out), None):
         row.reason, row.detail = reason, places[reason]
-
-
-def _replace(text: str, spans: Spans, placeholder: str) -> str:
-    parts, position = [], 0
-    for start, end in sorted(spans):
-        # Two forms may match at one place, e.g. a password that is also a provider's key.
-        if start >= position:
-            parts += [text[position:start], placeholder]
-            position = end
-    return "".join([*parts, text[position:]])
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

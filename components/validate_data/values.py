@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
+from components.validate_data.redaction import redact
 from qlora_retrain.core import json_depth
 
 MAX_NAME_CHARACTERS = 40  # of a name in a message: in a bad file even a name may be a row's text
@@ -167,8 +168,11 @@ def folded(name: str) -> str:
 
 
 def shorten(name: object) -> str:
-    """Return a name for a message, cut to 40 characters and without line breaks."""
-    text = " ".join(str(name).split())
+    """Return a name for a message, cut to 40 characters, without line breaks, secrets and personal data.
+
+    A CSV file without a header has a row where the names should be.
+    """
+    text = redact(" ".join(str(name).split()))
     return text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 1] + "…"
 
 

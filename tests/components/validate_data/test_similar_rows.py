@@ -12,7 +12,7 @@ from qlora_retrain.config.data import DataConfig
 
 QUESTION = "how long does it take until my new card is delivered to me"
 SIMILAR = "how long does it take until the new card is delivered to me?"
-OTHER = "why was I charged twice for the same purchase at the store"
+UNRELATED = "why was I charged twice for the same purchase at the store"
 
 
 def row(prompt: str, answer: str = "delivery", split: Split | None = "train") -> Row:
@@ -26,7 +26,7 @@ def check(rows: Sequence[Row], golden: Sequence[Row] = (), **settings: object) -
 
 
 def test_a_training_row_like_an_evaluation_row_is_not_trained_on() -> None:
-    rows = [row(SIMILAR), row(OTHER), row(QUESTION, split="eval")]
+    rows = [row(SIMILAR), row(UNRELATED), row(QUESTION, split="eval")]
     assert check(rows) == ["near_evaluation", None, None]
     assert [r.split for r in rows] == [None, "train", "eval"]
     # Also one that max_eval_rows leaves out: a higher limit brings it back.
@@ -34,7 +34,7 @@ def test_a_training_row_like_an_evaluation_row_is_not_trained_on() -> None:
 
 
 def test_a_training_row_like_a_golden_row_is_not_trained_on_whatever_its_answer() -> None:
-    assert check([row(SIMILAR, "another label"), row(OTHER)], [row(QUESTION)]) == ["near_evaluation", None]
+    assert check([row(SIMILAR, "another label"), row(UNRELATED)], [row(QUESTION)]) == ["near_evaluation", None]
 
 
 def test_the_check_warns_refuses_or_is_off() -> None:
@@ -49,7 +49,7 @@ def test_the_check_warns_refuses_or_is_off() -> None:
 
 
 def test_near_duplicates_within_training_are_noted_and_dropped_where_the_line_says_so() -> None:
-    rows = [row(QUESTION), row(OTHER), row(SIMILAR)]
+    rows = [row(QUESTION), row(UNRELATED), row(SIMILAR)]
     assert check(rows) == [None, None, None]
     assert [r.hits for r in rows] == [(), (), ("near_duplicates",)]
     assert check([row(QUESTION), row(SIMILAR)], checks={"near_duplicates": "drop"}) == [None, "near_duplicates"]
@@ -68,14 +68,16 @@ def test_the_threshold_decides() -> None:
 
 
 def test_rows_without_a_user_are_compared_by_all_of_their_text() -> None:
-    texts = [Row("a", 1, [{"role": "assistant", "content": text}], "0", split="train") for text in (QUESTION, OTHER)]
+    texts = [
+        Row("a", 1, [{"role": "assistant", "content": text}], "0", split="train") for text in (QUESTION, UNRELATED)
+    ]
     evaluation = Row("a", 3, [{"role": "assistant", "content": SIMILAR}], "0", split="eval")
     assert check([*texts, evaluation]) == ["near_evaluation", None, None]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_order_of_the_rows_does_not_decide_what_the_walls_keep_out(reverse: bool) -> None:
-    rows = [row(f"{SIMILAR} number {i}") for i in range(5)] + [row(f"{SIMILAR} number 7", split="eval"), row(OTHER)]
+    rows = [row(f"{SIMILAR} number {i}") for i in range(5)] + [row(f"{SIMILAR} number 7", split="eval"), row(UNRELATED)]
     rows = rows[::-1] if reverse else rows
     check(rows)
-    assert [r.messages[0]["content"] for r in rows if r.split == "train"] == [OTHER]
+    assert [r.messages[0]["content"] for r in rows if r.split == "train"] == [UNRELATED]
