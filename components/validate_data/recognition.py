@@ -96,13 +96,12 @@ def _recognise(file: str, columns: Columns, config: DataConfig, parser: TurnPars
     if layout is None and (by_name := named(columns, names.CHATS[:2])):
         return Layout(f'chats in "{by_name[0]}"', chat=by_name[0])
     if layout is None:
-        is_headless = any(redact(name) != name for name in columns)
-        hint = (
-            "the first line looks like a row; write a line with the names of the fields above it" if is_headless else ""
-        )
+        hint = suggest_settings(candidates, parser)
+        if any(redact(name) != name for name in columns):
+            hint = "the first line looks like a row; write a line with the names of the fields above it"
         raise UsageError(
             f"{file}: no field is recognised as a chat, or as a prompt with its answer; the fields are: "
-            f"{describe_fields(columns)}; {hint or suggest_settings(candidates, parser)}"
+            f"{describe_fields(columns)}; {hint}"
         )
     return layout
 

@@ -307,6 +307,17 @@ def test_a_secret_keeps_its_row_out_and_stands_in_no_output(gate: Gate, capfd: p
     assert "write to [email]" in (dataset / "train.jsonl").read_text() + (dataset / "eval.jsonl").read_text()
 
 
+def test_a_file_without_a_header_shows_no_personal_data(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    rows = "4111 1111 1111 1111,ann.lee@mail-host.io,my password is Tr0ub4dor&3\n5500005555555559,bo@x.io,hello\n"
+    (tmp_path / "raw/a.csv").write_text(rows)
+    with pytest.raises(UsageError, match="the first line looks like a row; write a line with the names") as caught:
+        run(DataConfig(split_seed="line"), tmp_path / "raw", tiny_model, None, None, None, tmp_path)
+    message = str(caught.value)
+    assert "[card number] (text), [email] (text), my password is [password] (text)" in message
+    assert not any(text in message for text in ("4111", "ann.lee", "Tr0ub4dor"))
+
+
 def test_a_check_that_refuses_ends_with_the_rows_and_without_their_text(gate: Gate) -> None:
     rows = [*good(300), pair("call +1 415 555 2671", "login")]
     report, dataset = gate(rows, checks={"phone_numbers": "refuse"})
