@@ -58,7 +58,7 @@ TEMPLATE = (
 
 
 # Every character that some function takes for a line break; all of them pass through every run of the pipeline.
-LINE_BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
+LINE_BREAKS = "\u2028\u2029\x0b\x0c\r"
 
 
 def ticket_rows(count: int) -> list[dict[str, object]]:
@@ -66,7 +66,8 @@ def ticket_rows(count: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for i in range(count):
         intent = INTENTS[i % len(INTENTS)]
-        text = f"{PHRASES[intent][i // 3 % 3]} number {1000 + i}"
+        # Two numbers of their own, so that no row nearly equals another.
+        text = f"{PHRASES[intent][i // 3 % 3]} number {1000 + i} {i * 7919 % 10007}"
         if i % 10 == 0:
             text += f"{LINE_BREAKS[i // 10 % len(LINE_BREAKS)]}please"
         rows.append({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": intent}]})
