@@ -172,12 +172,13 @@ def run_contestant(contestant: str, base: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from components.quantize_model.step import SHARD_SIZE, run
-    from components.quantize_model.streaming import load_quantized
     from qlora_retrain.config.sections import QuantizeConfig
     from qlora_retrain.lm import loading
+    from qlora_retrain.lm.streaming_quantizer import load_quantized
 
     loading.silence_transformers()
     print(PREFIX + json.dumps({"threads": torch.get_num_threads()}), flush=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     wall, cpu = time.perf_counter(), sum(os.times()[:2])
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -186,10 +187,9 @@ def run_contestant(contestant: str, base: Path, folder: Path) -> None:
     if contestant == "step":
         run(QuantizeConfig(), base, folder)
     elif contestant == "stream":
-        model = load_quantized(base, settings, folder, dtype="bfloat16")
+        model = load_quantized(base, settings, folder, device=device, dtype="bfloat16")
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.bfloat16, quantization_config=settings, device_map=device
         )

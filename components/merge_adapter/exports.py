@@ -23,6 +23,7 @@ from components.merge_adapter.merge import copy_tokenizer, merge
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.lm import loading
+from qlora_retrain.lm.streaming_quantizer import load_quantized
 
 FOLDER = "exports"
 
@@ -91,14 +92,15 @@ def build_exports(
 
 
 def _quantize(merged: Path, model: Path, base_nf4: Path, folder: Path, max_shard_gib: float) -> None:
-    """Quantize with the settings of base_nf4: the same type, scales and excluded layers."""
+    """Quantize with the settings of base_nf4: the same type, scales and excluded layers; one tensor at a time."""
     from transformers import BitsAndBytesConfig
 
     # Other settings would give other numbers than those that training saw.
     nf4_config: Mapping[str, Any] = json.loads((base_nf4 / "config.json").read_text(encoding="utf-8"))
     quantization = BitsAndBytesConfig.from_dict(nf4_config["quantization_config"])
 
-    loaded = loading.load_base(merged, dtype="bfloat16", quantization=quantization)
+    # On the CPU wherever the step runs: the same inputs give the same bytes.
+    loaded = load_quantized(merged, quantization, folder, device="cpu", dtype="bfloat16")
     loaded.config._name_or_path = ""  # a path of this machine must not enter the artifact
     loaded.save_pretrained(folder, max_shard_size=f"{max_shard_gib * 1024**3 / 1e6:.0f}MB")
     # save_pretrained writes no tokenizer, and a generation config that names the base's end of an answer.

@@ -19,8 +19,8 @@ from torch.nn import Embedding
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from components.quantize_model.four_bit import BLOCK_SIZE, SCALES_PER_GROUP
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.four_bit import BLOCK_SIZE, SCALES_PER_GROUP
 from qlora_retrain.lm.model_files import weight_paths
 from qlora_retrain.lm.weight_names import names_in_model
 

@@ -30,13 +30,13 @@ from components.quantize_model.quantization_stats import (
     stored_bits,
     sufficient_coverage,
 )
-from components.quantize_model.streaming import load_quantized
 from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import loading
 from qlora_retrain.lm.model_files import weight_paths
+from qlora_retrain.lm.streaming_quantizer import load_quantized
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
 
 SHARD_SIZE = "5GB"  # set here, so that a new default of transformers cannot change the files
@@ -118,6 +118,7 @@ def _quantize(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> PreTr
         base_model,
         settings,
         base_nf4,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=config.compute_dtype,
         check_skeleton=lambda model: sufficient_coverage(model, config.min_quantized_fraction),
     )

@@ -1,6 +1,8 @@
-"""Choose the micro-batch size by one measured step, where the line leaves it open (`micro_batch_size: auto`).
+"""Choose the micro-batch size by an estimate and one measured step, where the line leaves it open.
 
-The rows of an optimizer step, its loss and its gradients stay the same: they are only cut in another way.
+With `micro_batch_size: auto` training begins with the planner's estimate for the memory at hand, measures one step of
+that size, and corrects the estimate by it. The rows of an optimizer step, its loss and its gradients stay the same:
+they are only cut in another way.
 """
 
 from __future__ import annotations
@@ -13,51 +15,66 @@ from typing import Any
 import torch
 
 from components.train_qlora import history, packing
-from components.train_qlora.batching import divisors, process_micro_batch_size, with_micro_batch_size
+from components.train_qlora.batching import AUTO_START_ROWS, divisors, with_micro_batch_size
 from components.train_qlora.data import Batch, PaddingCollator
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.micro_batches import prepare
 from components.train_qlora.processes import cgroup, distributed
+from components.train_qlora.step_estimate import StepEstimate
 from components.train_qlora.training_run import TrainingRun
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import progress
+from qlora_retrain.lm import memory, oom
 
 # The rest is for what a measured step does not show: fragments, a batch of another shape.
 MEMORY_FRACTION = 0.85
+# A step that seems to take less than this fraction of the estimate used memory that was free inside the process.
+MIN_CORRECTION = 0.5
 
 
 def resolve_micro_batch_size(run: TrainingRun) -> TrainConfig:
     """Return the run's config with a number for `auto`; a config that has one stays as it is.
 
-    Every process measures the same rows, the longest ones, and all use the size that fits into each of them. What the
-    memory holds grows with the tokens of a micro-batch. If memory runs out here, the step tries smaller sizes.
+    Every process measures the same rows, the longest ones, and all use the size that fits into each of them. If memory
+    runs out, a smaller size is measured, and none is used that is as large as the one that failed.
     """
     config, sizes = run.config, divisors(run.config)
     if config.micro_batch_size != "auto":
         return config
-    start = max(size for size in sizes if size <= process_micro_batch_size(config))
-    _note(run, start)
+    estimate = StepEstimate.from_run(run, sizes[-1])
+    free_bytes = MEMORY_FRACTION * memory_limit_bytes(config) - _used_bytes(config) - _optimizer_bytes(run)
 
-    lengths = run.rows.train.lengths
-    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:start]
-    batch = PaddingCollator(run.rows.pad_token_id)([run.rows.train[i] for i in longest])
-    tokens, held_bytes, step_bytes = _measure(run.model, batch)
-    free_bytes = MEMORY_FRACTION * memory_limit_bytes(config) - held_bytes
+    start = size = _common_size(sizes, estimate.rows_within(free_bytes) if estimate else AUTO_START_ROWS)
+    while (measured := _try_to_measure(run, size, may_fail=size > sizes[0])) is None:
+        sizes = [smaller for smaller in sizes if smaller < size]
+        size = _largest_size(sizes, size // 2)
 
-    own_size = largest_size(sizes, free_bytes, step_bytes / tokens * max(lengths))
-    size = min(distributed.all_gather(own_size))
-    _note(run, size)
+    tokens, step_bytes = measured
+    if estimate:
+        correction = step_bytes / estimate.step_bytes(size, tokens)
+        rows = estimate.rows_within(free_bytes / max(correction, MIN_CORRECTION))
+    else:
+        rows = int(max(0.0, free_bytes) // (step_bytes / tokens * max(run.rows.train.lengths)))
+    corrected = _common_size(sizes, rows)
+
+    _note(run, corrected)
+    source = "by the planner's estimate" if estimate else "to begin with, since the planner does not know this family"
     progress.say(
-        f"train.micro_batch_size: auto; a measured step over the {len(longest)} longest rows took "
-        f"{step_bytes / 2**20:.0f} MiB, and {max(free_bytes, 0) / 2**20:.0f} MiB may be used: {size} rows, "
-        f"{config.global_batch_size // size} micro-batches per step"
+        f"train.micro_batch_size: auto; {start} rows {source}; a measured step over the {size} longest rows took "
+        f"{step_bytes / 2**20:.0f} MiB, and {max(free_bytes, 0) / 2**20:.0f} MiB may be used: {corrected} rows, "
+        f"{config.global_batch_size // corrected} micro-batches per step"
     )
-    return with_micro_batch_size(config, size)
+    return with_micro_batch_size(config, corrected)
 
 
-def largest_size(sizes: list[int], free_bytes: float, row_bytes: float) -> int:
-    """Return the largest of these ascending sizes whose rows fit; the first where not one does."""
-    return max([size for size in sizes if size * row_bytes <= free_bytes], default=sizes[0])
+def _largest_size(sizes: list[int], rows: int) -> int:
+    """Return the largest of these ascending sizes that has at most so many rows; the first where none has."""
+    return max([size for size in sizes if size <= rows], default=sizes[0])
+
+
+def _common_size(sizes: list[int], rows: int) -> int:
+    """Return the largest size that has at most so many rows in each process, of which each has its own number."""
+    return _largest_size(sizes, min(distributed.all_gather(rows)))
 
 
 def memory_limit_bytes(config: TrainConfig) -> float:
@@ -71,22 +88,63 @@ def memory_limit_bytes(config: TrainConfig) -> float:
     return min(host_bytes, math.inf if limit_mib is None else limit_mib * 2**20) / config.num_processes
 
 
-def _measure(model: Any, batch: Batch) -> tuple[int, int, int]:
+def _used_bytes(config: TrainConfig) -> int:
+    """Return the memory that this process uses now."""
+    if config.device == "cuda":
+        return int(torch.cuda.memory_allocated())
+    return int(_proc_field(Path("/proc/self/status"), "VmRSS")) * 1024
+
+
+def _optimizer_bytes(run: TrainingRun) -> int:
+    """Return the bytes of gradients and optimizer states, which do not exist before the first step."""
+    gradients: int = sum(parameter.nbytes for parameter in run.optimizer.parameters.values())
+    states: int = sum(tensor.nbytes for tensor in run.optimizer.empty_state().values())
+    # DDP has a buffer for gradients, too.
+    return gradients * (2 if run.config.num_processes > 1 else 1) + states
+
+
+def _try_to_measure(run: TrainingRun, size: int, *, may_fail: bool) -> tuple[int, int] | None:
+    """Measure a step over the longest rows; return None where memory runs out in any process.
+
+    Where that must not happen, or with FSDP, whose processes wait for each other within a step, the error ends the
+    process, and the step begins again with half the size.
+    """
+    _note(run, size)
+    lengths = run.rows.train.lengths
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:size]
+    batch = PaddingCollator(run.rows.pad_token_id)([run.rows.train[i] for i in longest])
+
+    measured = None
+    try:
+        measured = _measure(run.model, batch)
+    except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
+        if not may_fail or run.config.parallel == "fsdp" or not oom.is_out_of_memory(error):
+            raise
+    if all(distributed.all_gather(measured is not None)):
+        return measured
+
+    run.model.zero_grad()
+    memory.release_dropped_models()  # what the failed step had allocated
+    progress.say(f"train.micro_batch_size: auto; out of memory in a measured step over the {size} longest rows")
+    return None
+
+
+def _measure(model: Any, batch: Batch) -> tuple[int, int]:
     """Run forward and backward once, and forget the gradients and the draws of dropout.
 
     Returns:
-        The tokens that were computed, the bytes that this process held before, and those that the step added.
+        The tokens that were computed, and the bytes that the step added to those in use.
     """
     is_gpu = model.device.type == "cuda"
     micro_batch = prepare(model, {name: tensor for name, tensor in batch.items() if name != "row_indices"})
     with torch.random.fork_rng(devices=[model.device] if is_gpu else []):
         model.train()
-        held_bytes = _begin_peak(is_gpu=is_gpu)
+        used_bytes = _begin_peak(is_gpu=is_gpu)
         with packing.packed_attention(model):  # also around backward, which recomputes checkpointed layers
             summed_loss(model, micro_batch).backward()
         peak_bytes = _peak_bytes(is_gpu=is_gpu)
     model.zero_grad()
-    return micro_batch.inputs["input_ids"].numel(), held_bytes, max(peak_bytes - held_bytes, 1)
+    return micro_batch.inputs["input_ids"].numel(), max(peak_bytes - used_bytes, 1)
 
 
 def _begin_peak(*, is_gpu: bool) -> int:

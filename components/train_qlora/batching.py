@@ -11,12 +11,12 @@ from pathlib import Path
 from components.train_qlora import history
 from qlora_retrain.config.sections import TrainConfig
 
-# With `micro_batch_size: auto`, the rows of the step that is measured.
+# With `micro_batch_size: auto`, the rows with which measuring begins where the planner does not know the family.
 AUTO_START_ROWS = 16
 
 
 def micro_batch_size(config: TrainConfig) -> int:
-    """Return the rows of a micro-batch as they are set; with `auto`, those with which measuring begins."""
+    """Return the rows of a micro-batch as they are set; before `auto` is resolved, `AUTO_START_ROWS`."""
     return AUTO_START_ROWS if config.micro_batch_size == "auto" else config.micro_batch_size
 
 

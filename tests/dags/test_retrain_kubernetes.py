@@ -50,10 +50,14 @@ def test_the_steps_are_pods_and_those_with_a_gpu_take_a_slot_of_the_pool_for_eac
         assert (task.pool, task.pool_slots) == (("gpu", gpus) if gpus else ("default_pool", 1))
 
 
-def test_airflow_accepts_and_serializes_the_dag(line: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", ["", ", memory_gib: auto, disk_gib: auto"])
+def test_airflow_accepts_and_serializes_the_dag(
+    line: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: str
+) -> None:
     from airflow.serialization.serialized_objects import DagSerialization
 
     monkeypatch.setenv("QLORA_RETRAIN_PROFILE", str(PROFILE))
+    (tmp_path / "platform.yaml").write_text(f"runtime: {{kind: kubernetes{sizes}}}\n")
     stored = str(DagSerialization.to_dict(parsed().DAGS["tickets"]))
     assert "KubernetesStepOperator" in stored
 

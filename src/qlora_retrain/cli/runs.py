@@ -51,6 +51,14 @@ def add_verbs(verbs: Any, options: Options) -> None:
         "--set-json", type=json_list, default=[], metavar="LIST", help="like --set, but all changes as one JSON list"
     )
     verb.add_argument("--uri-to", type=Path, metavar="FILE", help="write the plan's URI there")
+    verb.add_argument(
+        "--memory-to",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("STEP", "MAX_GIB", "FILE"),
+        help="write there the memory that the step's pod needs, as Kubernetes writes it; what cannot be estimated: MAX",
+    )
     verb.add_argument("--gpu", metavar="NAME", help="estimate memory, time and cost for this card, e.g. h100")
     verb.add_argument("--memory", action="store_true", help="print the parts of the memory, too")
     verb.set_defaults(run=_plan)
@@ -132,7 +140,25 @@ def _plan(args: argparse.Namespace) -> int:
         kfp_outputs.write_file(args.report_to, f"```\n{text}\n```\n")
     if args.uri_to is not None:
         kfp_outputs.write_file(args.uri_to, plan.uri)
+    if args.memory_to:
+        _write_memory(plan, args.memory_to)
     return 0
+
+
+def _write_memory(plan: Plan, requests: list[list[str]]) -> None:
+    """Write the memory of steps' pods; each request is a step, the most GiB that its pod may get, and a file."""
+    from qlora_retrain.pipeline import kfp_outputs, pod_sizes
+    from qlora_retrain.pipeline.forecast import NotEstimated
+
+    try:
+        sizes = pod_sizes.planned_sizes(plan)
+    except NotEstimated as reason:
+        print(f"the pods' memory is not estimated, so they get the most that they may: {reason}")
+        sizes = {}
+    for step, text, path in requests:
+        max_gib = float(text)
+        memory_gib = min(sizes[step].memory_gib, max_gib) if sizes else max_gib
+        kfp_outputs.write_file(Path(path), f"{memory_gib:g}Gi")
 
 
 def _line(args: argparse.Namespace) -> Path | str:

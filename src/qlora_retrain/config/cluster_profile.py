@@ -19,13 +19,14 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.gpus import CardName
-from qlora_retrain.config.platform import ImagesConfig
+from qlora_retrain.config.platform import DiskGib, ImagesConfig, MemoryGib
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, uris
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import Step, StepKind
 
 PROFILE_VARIABLE = "QLORA_RETRAIN_PROFILE"
+DEFAULT_DISK_GIB = 100.0
 # Names of Kubernetes objects (RFC 1123) and a node's labels, as the cluster's server checks them.
 _PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
@@ -60,15 +61,26 @@ class PodConfig(Section):
     """The resources that a kind of pod requests, and the nodes where it may run."""
 
     cpus: float | None = operational(None, "cores requested; null: the cluster's default", gt=0.0, le=1024)
-    memory_gib: float | None = operational(None, "request and limit: above it the pod is killed", gt=0.0, le=4096)
+    memory_gib: MemoryGib | None = operational(
+        None, "request and limit: above it the pod is killed; auto: as the plan estimates, at most max_memory_gib"
+    )
     max_memory_gib: float | None = operational(
         None,
-        "Airflow: a step killed for memory is retried with 1.5 times as much, up to this; null: once, with the same",
+        "Airflow: a step killed for memory is retried with 1.5 times as much, up to this; null: once, with the same; "
+        "with memory_gib: auto the most that a pod gets, and all that it gets where nothing can be estimated",
         gt=0.0,
         le=4096,
     )
     node_selector: dict[LabelKey, LabelValue] = operational({}, "labels that a node must have")
     tolerations: tuple[Toleration, ...] = operational((), "taints of nodes where the pod may run all the same")
+
+    @model_validator(mode="after")
+    def _auto_has_a_bound(self) -> PodConfig:
+        if self.memory_gib == "auto" and self.max_memory_gib is None:
+            raise ValueError(
+                "memory_gib: auto needs max_memory_gib: the most that a pod may get, as much as a node of yours has"
+            )
+        return self
 
 
 class SecretMount(Section):
@@ -163,8 +175,10 @@ class ClusterProfile(ImagesConfig):
         "secrets with the store's keys, <key_secrets>-<role>, as `qlora-retrain keys export` writes them: a pod sees "
         "that of its own role; null: the store has no keys",
     )
-    disk_gib: float = operational(
-        100.0, "a pod's own disk, for output and checkpoints, and without cache_claim for inputs", gt=0.0, le=65_536
+    disk_gib: DiskGib = operational(
+        DEFAULT_DISK_GIB,
+        "a pod's own disk, for output and checkpoints, and without cache_claim for inputs; auto: as the plan "
+        "estimates, on Kubeflow 100",
     )
     storage_class: Name | None = operational(
         None, "Airflow: that disk is a volume of this class, which lives as long as the pod; null: the node's own disk"

@@ -28,6 +28,9 @@ PLATFORM_VARIABLE = "QLORA_RETRAIN_PLATFORM"
 # Each ends with a slash, as a reminder that it is compared by whole parts.
 SourcePrefix = Annotated[str, AfterValidator(lambda prefix: f"{source_access.canonical(prefix).rstrip('/')}/")]
 LineName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
+# With `auto` a pod gets what the planner estimates for its step, when the pod is created.
+MemoryGib = Annotated[float, Field(gt=0.0, le=4096)] | Literal["auto"]
+DiskGib = Annotated[float, Field(gt=0.0, le=65_536)] | Literal["auto"]
 _STORE_FOLDERS = ("artifacts", "models", "runs", "scratch")
 
 
@@ -62,8 +65,10 @@ class RuntimeConfig(ImagesConfig):
         "local",
         "local: subprocesses of the worker; docker: containers; kubernetes: pods, as the cluster's profile says",
     )
-    memory_gib: float | None = operational(
-        None, "a step that uses more is killed (137); null: no limit, on kubernetes the profile's", gt=0.0, le=4096
+    memory_gib: MemoryGib | None = operational(
+        None,
+        "a step that uses more is killed (137); null: no limit, on kubernetes the profile's; auto: kubernetes, as the "
+        "plan estimates, at most the profile's max_memory_gib",
     )
     cpus: float | None = operational(
         None,
@@ -71,8 +76,10 @@ class RuntimeConfig(ImagesConfig):
         gt=0.0,
         le=1024,
     )
-    disk_gib: float | None = operational(
-        None, "kubernetes: a pod's disk, for output and checkpoints; null: the profile's disk_gib", gt=0.0, le=65_536
+    disk_gib: DiskGib | None = operational(
+        None,
+        "kubernetes: a pod's disk, for output and checkpoints; null: the profile's disk_gib; auto: as the plan "
+        "estimates",
     )
     max_step_hours: float = operational(
         24.0, "a step other than training is stopped after this long, and the run ends (12)", gt=0.0, le=720.0
@@ -90,6 +97,13 @@ class RuntimeConfig(ImagesConfig):
             raise ValueError(
                 f"{image_fields[0]} has no effect with kind: kubernetes; the cluster's profile names the images"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_pods_follow_the_plan(self) -> RuntimeConfig:
+        for name in ("memory_gib", "disk_gib"):
+            if self.kind != "kubernetes" and getattr(self, name) == "auto":
+                raise ValueError(f"{name}: auto is for kind: kubernetes; expected a number or null with {self.kind}")
         return self
 
 

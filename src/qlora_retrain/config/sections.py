@@ -71,7 +71,7 @@ class TrainConfig(Section):
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = identity(
         16,
         "a micro-batch has at most the tokens of this many padded rows; higher: faster, more memory; auto: the largest "
-        "divisor of global_batch_size for which a measured step fits into memory",
+        "divisor of global_batch_size that fits into memory by the plan's estimate and a measured step",
     )
     global_batch_size: int = identity(
         16,

@@ -18,7 +18,7 @@ from qlora_retrain.core.errors import Problem
 from qlora_retrain.lm import memory_model
 from qlora_retrain.lm.memory_model import Memory, MicroBatch, Settings
 from qlora_retrain.lm.model_shape import ModelShape
-from qlora_retrain.pipeline import status
+from qlora_retrain.pipeline import past_runs, status
 from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.past_runs import PastRun, RowLengths
 from qlora_retrain.pipeline.plan import Plan
@@ -125,6 +125,27 @@ def read_work(plan: Plan, document: Mapping[str, Any], lengths: RowLengths | Non
     settings = Settings.from_sections(sections["train"], sections["quantize"])
     max_tokens = sections["data"]["max_length_tokens"]
     return Work(ModelShape.from_config(document), settings, sections["train"], lengths, max_tokens)
+
+
+def load_work(plan: Plan, *, is_on_gpu: bool = False) -> Work:
+    """Return what a plan's training is, with all that the base, the data set and earlier runs say of it.
+
+    Args:
+        plan: The plan.
+        is_on_gpu: Whether to estimate for a GPU a plan that was made where there is none.
+
+    Raises:
+        NotEstimated: If the base's config.json cannot be read yet.
+        UnknownShape: If the family's memory is not counted.
+    """
+    work = read_work(plan, read_config(plan), past_runs.read_lengths(plan))
+    if is_on_gpu and work.settings.device != "cuda":
+        # As `auto` would be resolved where there is a GPU.
+        settings = dataclasses.replace(
+            work.settings, device="cuda", precision="bfloat16", attention="sdpa", is_paged=True
+        )
+        work = dataclasses.replace(work, settings=settings)
+    return dataclasses.replace(work, past_runs=past_runs.find_past_runs(plan, work.settings.device))
 
 
 def read_config(plan: Plan) -> Mapping[str, Any]:

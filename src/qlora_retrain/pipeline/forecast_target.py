@@ -8,6 +8,7 @@ from typing import Any
 from qlora_retrain.config import cluster_profile, gpus, platform
 from qlora_retrain.config.cluster_profile import ClusterProfile
 from qlora_retrain.core import graph
+from qlora_retrain.core.graph import Step
 from qlora_retrain.pipeline.forecast import GIB, Target
 from qlora_retrain.pipeline.plan import Plan
 
@@ -18,6 +19,16 @@ def find_profile(plan: Plan) -> ClusterProfile | None:
     if not is_cluster or not os.environ.get(cluster_profile.PROFILE_VARIABLE):
         return None
     return cluster_profile.from_environment()
+
+
+def configured_memory_gib(plan: Plan, step: Step) -> float | None:
+    """Return the GiB of memory that a step gets, or with `auto` gets at most; None: no limit."""
+    runtime, profile = platform.load().runtime_of(plan.line), find_profile(plan)
+    pod = profile.pod(step) if profile else None
+    configured = runtime.memory_gib or (pod.memory_gib if pod else None)
+    if configured == "auto":
+        return pod.max_memory_gib if pod else None
+    return configured
 
 
 def card_name(plan: Plan, requested: str | None) -> str | None:
@@ -51,12 +62,10 @@ def find_target(plan: Plan, card: str | None) -> Target:
     if _train(plan)["device"] == "cuda":
         return Target("the GPU, whose name nobody has said", None)
 
-    runtime, profile = settings.runtime_of(plan.line), find_profile(plan)
-    step = graph.step(graph.producer_name("adapter"))
-    memory_gib = runtime.memory_gib or (profile.pod(step).memory_gib if profile else None)
+    memory_gib = configured_memory_gib(plan, graph.step(graph.producer_name("adapter")))
     if memory_gib:
         return Target(f"the {memory_gib:g} GiB of the step", round(memory_gib * GIB / _train(plan)["num_processes"]))
-    if runtime.kind == "kubernetes":
+    if settings.runtime_of(plan.line).kind == "kubernetes":
         return Target("the pod, whose memory nobody limits", None)
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     label = f"the {machine_bytes / GIB:.0f} GiB of this machine"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.lm.model_shape import UnknownShape
-from qlora_retrain.pipeline import forecast, forecast_target, forecast_time, past_runs, pod_sizes
+from qlora_retrain.pipeline import forecast, forecast_target, forecast_time, pod_sizes
 from qlora_retrain.pipeline.forecast import GIB, MemoryForecast, NotEstimated, Target, Work
 from qlora_retrain.pipeline.forecast_time import TimeForecast
 from qlora_retrain.pipeline.plan import Plan
@@ -38,7 +37,7 @@ def as_text(plan: Plan, *, gpu: str | None = None, has_parts: bool = False) -> s
 
 def _lines(plan: Plan, card: str | None, *, has_parts: bool) -> Iterator[str]:
     target = forecast_target.find_target(plan, card)
-    work = _work(plan, is_on_gpu=card is not None)
+    work = forecast.load_work(plan, is_on_gpu=card is not None)
     memory = forecast.forecast_memory(work)
     yield f"memory: {_verdict(work, memory, target)}"
     if has_parts:
@@ -51,19 +50,6 @@ def _lines(plan: Plan, card: str | None, *, has_parts: bool) -> Iterator[str]:
     except NotEstimated as reason:
         yield f"time: not estimated: {reason}"
     yield from _sizes(plan, work, memory)
-
-
-def _work(plan: Plan, *, is_on_gpu: bool) -> Work:
-    lengths = past_runs.read_lengths(plan)
-    work = forecast.read_work(plan, forecast.read_config(plan), lengths)
-    if is_on_gpu and work.settings.device != "cuda":
-        # As `auto` would be resolved where there is a GPU.
-        settings = dataclasses.replace(
-            work.settings, device="cuda", precision="bfloat16", attention="sdpa", is_paged=True
-        )
-        work = dataclasses.replace(work, settings=settings)
-    runs = past_runs.find_past_runs(plan, work.settings.device)
-    return dataclasses.replace(work, past_runs=runs)
 
 
 def _verdict(work: Work, memory: MemoryForecast, target: Target) -> str:

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlora_retrain.config import platform
 from qlora_retrain.core import graph
+from qlora_retrain.core.errors import Problem
 from qlora_retrain.core.graph import Step
 from qlora_retrain.lm import memory_model
-from qlora_retrain.pipeline import forecast_target
-from qlora_retrain.pipeline.forecast import GIB, MemoryForecast, Work
+from qlora_retrain.lm.model_shape import UnknownShape
+from qlora_retrain.pipeline import forecast, forecast_target
+from qlora_retrain.pipeline.forecast import GIB, MemoryForecast, NotEstimated, Work
 from qlora_retrain.pipeline.plan import Plan
 
 # Python with torch and its libraries; with CUDA's, whose files and buffers are the host's, too.
@@ -38,7 +39,7 @@ class StepSize:
         step: Its name.
         memory_gib: GiB of memory.
         disk_gib: GiB of disk, beside the image.
-        configured_gib: GiB of memory that the platform or the profile gives it; None: no limit.
+        configured_gib: GiB of memory that the platform or the profile gives it, or at most gives it; None: no limit.
     """
 
     step: str
@@ -54,12 +55,24 @@ class StepSize:
 
 def step_sizes(plan: Plan, work: Work, memory: MemoryForecast) -> Iterator[StepSize]:
     """Yield what each step should get, in whole GiB."""
-    runtime, profile = platform.load().runtime_of(plan.line), forecast_target.find_profile(plan)
     for step in graph.STEPS:
         memory_bytes = _memory_bytes(plan, step, work, memory)
         disk_bytes = _raw_bytes(plan) + _DISK_FACTORS.get(step.makes, 0.1) * 2 * work.shape.weights + GIB
-        configured = runtime.memory_gib or (profile.pod(step).memory_gib if profile else None)
+        configured = forecast_target.configured_memory_gib(plan, step)
         yield StepSize(step.name, math.ceil(memory_bytes / GIB), math.ceil(disk_bytes / GIB), configured)
+
+
+def planned_sizes(plan: Plan) -> dict[str, StepSize]:
+    """Return what each step of a plan should get, by its name.
+
+    Raises:
+        NotEstimated: If it cannot be estimated, or not yet.
+    """
+    try:
+        work = forecast.load_work(plan)
+        return {size.step: size for size in step_sizes(plan, work, forecast.forecast_memory(work))}
+    except (UnknownShape, Problem) as reason:
+        raise NotEstimated(str(reason)) from reason
 
 
 def _memory_bytes(plan: Plan, step: Step, work: Work, memory: MemoryForecast) -> float:

@@ -16,11 +16,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from components.quantize_model import four_bit
 from components.quantize_model.step import run
-from components.quantize_model.streaming import load_quantized
 from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.lm import four_bit
+from qlora_retrain.lm.streaming_quantizer import load_quantized
 
 SIZES = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -85,7 +85,8 @@ def save_by_transformers(base: Path, folder: Path, device: str = "cpu", **settin
 
 def save_streamed(base: Path, folder: Path, **settings: Any) -> dict[str, bytes]:
     config = QuantizeConfig(**settings)
-    model = load_quantized(base, bitsandbytes_settings(config), folder, dtype=config.compute_dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_quantized(base, bitsandbytes_settings(config), folder, device=device, dtype=config.compute_dtype)
     assert list(folder.iterdir()) == []  # the mapped files have no names
     return save(model, folder)
 
@@ -146,8 +147,13 @@ def test_a_base_in_shards_gets_the_same_bytes_and_so_does_its_result_in_shards(t
 
 
 def test_a_bitsandbytes_with_another_code_is_refused(tiny_model, tmp_path, monkeypatch):
-    levels = four_bit.get_4bit_type
-    monkeypatch.setattr(four_bit, "get_4bit_type", lambda *args, **options: levels(*args, **options) * 0.999)
+    bounds_and_codes = four_bit._bounds_and_codes
+
+    def others(quant_type):
+        bounds, code_of_rank = bounds_and_codes(quant_type)
+        return bounds * bounds.dtype.type(0.999), code_of_rank
+
+    monkeypatch.setattr(four_bit, "_bounds_and_codes", others)
     with pytest.raises(IntegrityError, match="gives other nf4 codes than expected"):
         run(QuantizeConfig(), tiny_model, tmp_path)
 

@@ -1,8 +1,9 @@
 """Run the step as its runner would start and end it: `python program.py '{"config": …, "dataset": …, …}'`.
 
 The training processes read this file too, so the environment can inject a fault into one of them. `FAULT=kind:n`
-injects it from the n-th forward pass on, in rank 1 where there are several. `FAULT=limit:n` allows n MiB of memory
-beyond what torch takes. `FAULT=late:0` crashes once the work is done.
+injects it from the n-th forward pass on, in rank 1 where there are several. `FAULT=measure:n` refuses memory to a
+measured step of more than n rows there. `FAULT=limit:n` allows n MiB of memory beyond what torch takes. `FAULT=late:0`
+crashes once the work is done.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FAULT, AT = os.environ.get("FAULT", ":").split(":")
 
 def inject_fault() -> None:
     """Replace the loss of a micro-batch by one that goes wrong."""
-    from components.train_qlora import train
+    from components.train_qlora import auto_size, train
 
     correct_loss, calls = train.summed_loss, count()
 
@@ -48,7 +49,15 @@ def inject_fault() -> None:
             leave_an_orphan()
         return loss
 
-    train.summed_loss = faulty_loss
+    def measured_loss(model: Any, batch: Any) -> Any:
+        if os.environ.get("RANK", "1") == "1" and batch.num_rows > int(AT):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return correct_loss(model, batch)
+
+    if FAULT == "measure":
+        auto_size.summed_loss = measured_loss
+    else:
+        train.summed_loss = faulty_loss
 
 
 def stop_the_step() -> None:

@@ -1,12 +1,16 @@
 """Several processes that share an optimizer step: real ones, over gloo, on the tiny model."""
 
 import json
+import shutil
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from components.quantize_model.step import run as quantize
 from components.train_qlora.data import (
     IGNORE_INDEX,
     DistributedBatchSampler,
@@ -14,7 +18,7 @@ from components.train_qlora.data import (
     PaddingCollator,
     TokenizedDataset,
 )
-from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
 from qlora_retrain.lm import checkpoints
 
 SETTINGS = {
@@ -81,6 +85,51 @@ def test_two_processes_train_to_the_losses_and_the_adapter_of_one(step, capsys):
     output = capsys.readouterr().out
     assert "2 processes share 8 rows per step (ddp)" in output
     assert output.count("optimizer: ") == 2
+
+
+# Models that scale or cap their logits: what they make of their output layer's outputs is computed in chunks.
+CHANGED_LOGITS = {"Granite": {"logits_scaling": 8.0}, "Gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0}}
+
+
+def quantized_model(family: str, tiny_model: Path, folder: Path) -> Path:
+    """Quantize a random model of another family with the tiny model's tokenizer."""
+    base, nf4 = folder / "base", folder / "nf4"
+    shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, **CHANGED_LOGITS[family])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # large logits, which a cap changes
+    model.to(torch.bfloat16).save_pretrained(base)
+    nf4.mkdir()
+    quantize(QuantizeConfig(), base, nf4)
+    return nf4
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("Granite", "fsdp"),
+        pytest.param("Granite", "ddp", marks=pytest.mark.slow),
+        pytest.param("Gemma2", "ddp", marks=pytest.mark.slow),
+        pytest.param("Gemma2", "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_a_model_that_changes_its_logits_as_one_does_with_a_size_of_their_own_choice(
+    step, train, tiny_model, tmp_path, family, parallel
+):
+    nf4 = quantized_model(family, tiny_model, tmp_path)
+    single, double = step("single"), step("double")
+    single.base_nf4 = double.base_nf4 = nf4
+    settings = {"dropout": 0.0, "max_steps": 2}
+    single(**SETTINGS | settings | {"num_processes": 1})
+    numbers, stdout = train(double, **settings, micro_batch_size="auto", parallel=parallel)
+    assert_same_training(single, double, rel=1e-5)
+    # Each process has four of the eight rows of a step, and the machine has memory for all of them.
+    assert numbers["micro_batch_size"] == 4
+    assert "train.micro_batch_size: auto; 4 rows by the planner's estimate; a measured step" in stdout
 
 
 @pytest.mark.slow
@@ -166,6 +215,25 @@ def test_out_of_memory_in_one_process_halves_the_micro_batches_of_all(step, prog
     # The numbers are the program's last line.
     numbers = json.loads(stdout.splitlines()[-1])
     assert (numbers["steps"], numbers["micro_batch_size"], numbers["out_of_memory"]) == (3, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ("ddp", "out of memory in a measured step over the 4 longest rows"),
+        ("fsdp", "continuing with a micro-batch size of 2, 4 per step"),  # a process cannot leave a step alone
+    ],
+)
+def test_out_of_memory_in_the_measured_step_of_one_process_makes_all_measure_a_smaller_one(
+    step, program, parallel, message
+):
+    run = step()
+    settings = {"micro_batch_size": "auto", "max_steps": 2, "parallel": parallel}
+    exit_code, stdout, stderr = program(run, "measure:2", **settings).finish()
+    assert exit_code == 0, stderr
+    assert message in stdout
+    assert json.loads(stdout.splitlines()[-1])["micro_batch_size"] == 2
 
 
 @pytest.mark.slow

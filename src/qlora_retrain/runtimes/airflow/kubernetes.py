@@ -29,9 +29,10 @@ from qlora_retrain.core.errors import Cause, Problem, TryAgain
 from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow.dag_run import plan_uri
 from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
+from qlora_retrain.runtimes.airflow.pod_defaults import OPERATOR_DEFAULTS
 from qlora_retrain.runtimes.airflow.pod_trigger import PodTrigger
 from qlora_retrain.runtimes.docker import container_spec
-from qlora_retrain.runtimes.kubernetes import pod_api, pod_spec, pod_status, retries
+from qlora_retrain.runtimes.kubernetes import pod_api, pod_size, pod_spec, pod_status, retries
 from qlora_retrain.runtimes.kubernetes.pod_api import PodApi
 from qlora_retrain.runtimes.kubernetes.pod_status import PodEnding
 
@@ -42,12 +43,7 @@ if TYPE_CHECKING:
     from qlora_retrain.config.platform import RuntimeConfig
     from qlora_retrain.pipeline.plan import Plan
 
-_STARTUP_TIMEOUT_SECONDS = 1800  # a node pool may have to grow, and the image is several gigabytes
-_LOGGING_INTERVAL_SECONDS = 30
 _POLL_INTERVAL_SECONDS = 5
-# A full quota, a drain or a lost node lasts longer than a throttled store; these retries span at least half an hour.
-_RETRIES = 8
-_BACKOFF: dict[str, Any] = {"retry_delay": timedelta(seconds=15), "max_retry_delay": timedelta(minutes=10)}
 # The status of an event of ours: the cluster has not reported the pod's end by its deadline.
 _OVERDUE = "overdue"
 
@@ -67,17 +63,8 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             step=step,
             line=line,
             **pod_spec.operator_arguments(graph.step(step), line, profile, runtime),
-            random_name_suffix=False,
-            deferrable=True,
-            do_xcom_push=False,
-            get_logs=True,
-            logging_interval=_LOGGING_INTERVAL_SECONDS,
             poll_interval=_POLL_INTERVAL_SECONDS,
-            startup_timeout_seconds=_STARTUP_TIMEOUT_SECONDS,
-            on_finish_action="delete_succeeded_pod",
-            on_kill_action="delete_pod",
-            log_pod_spec_on_failure=False,
-            **{"retries": _RETRIES, **_BACKOFF, **kwargs},
+            **{**OPERATOR_DEFAULTS, **kwargs},
         )
         self.runtime, self.profile = runtime, profile
 
@@ -91,10 +78,22 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
         self.pod = self.pod_request_obj  # the pod that `on_kill` deletes
 
+    def size_pod(self, plan: Plan) -> None:
+        """Give the pod what the planner says of this run's step, where its memory or disk is `auto`."""
+        step = graph.step(self.step)
+        if not pod_size.follows_plan(step, self.profile, self.runtime):
+            return
+        self.runtime, failure = pod_size.with_numbers(plan, step, self.profile, self.runtime)
+        if failure:
+            self.log.warning("the pod's size is not estimated, so it gets the profile's: %s", failure)
+        arguments = pod_spec.operator_arguments(step, self.line, self.profile, self.runtime)
+        self.container_resources, self.volumes = arguments["container_resources"], arguments["volumes"]
+        self.pod_request_obj = self.build_pod_request_obj(dry_run=True)
+
     def run_step(self, plan: Plan, context: Context) -> None:
         """Create the pod, or follow the one of an earlier try; leave the waiting to the triggerer."""
         self.prepare_pod(plan.uri, plan.step(self.step).key, plan.run_id)
-        pod = self._follow_or_create_pod()
+        pod = self._follow_or_create_pod(plan)
 
         # A pod that ended before anything followed it is judged here, without waiting.
         ending = pod_status.read_ending(pod)
@@ -156,7 +155,7 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
         is_replaceable = pod is None and event["status"] != _OVERDUE and redefer_count < self.MAX_REDEFER_ATTEMPTS
         if is_replaceable and status.exit_code(plan, self.step) is None:
             self.log.warning("pod %s is gone: creating it again", self.name)
-            self._follow_or_create_pod()
+            self._follow_or_create_pod(plan)
             self._defer_to_triggerer(_redefer_count=redefer_count + 1)
 
         if ending is None and event["status"] == _OVERDUE:
@@ -231,13 +230,14 @@ class KubernetesStepOperator(StepOperator, KubernetesPodOperator):  # type: igno
             return
         self.stop_step()
 
-    def _follow_or_create_pod(self) -> Any:
+    def _follow_or_create_pod(self, plan: Plan) -> Any:
         """Return the pod that does this step's work: the one that exists, or a new one.
 
         Raises:
             TryAgain: If the cluster does not accept the pod now, or does not answer.
             UsageError: If it will not accept the pod later either.
         """
+        self.size_pod(plan)
         try:
             pod = self._find_pod_to_follow()
             if pod is None:

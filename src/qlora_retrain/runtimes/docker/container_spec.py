@@ -65,6 +65,8 @@ def host_config_options(runtime: RuntimeConfig) -> dict[str, Any]:
 
     The engine's default seccomp profile stays in force, because no option here replaces it.
     """
+    # `auto` is for pods: a Kubeflow pipeline that runs on this machine has no limit then.
+    memory_gib = None if runtime.memory_gib == "auto" else runtime.memory_gib
     # Limits that are not set are None, which the engine reads as "no limit".
     return {
         "read_only": True,
@@ -72,7 +74,7 @@ def host_config_options(runtime: RuntimeConfig) -> dict[str, Any]:
         "security_opt": ["no-new-privileges"],
         "privileged": False,
         "pids_limit": runtime.pids,
-        "mem_limit": int(runtime.memory_gib * 2**30) if runtime.memory_gib else None,
+        "mem_limit": int(memory_gib * 2**30) if memory_gib else None,
         "nano_cpus": int(runtime.cpus * 1e9) if runtime.cpus else None,
         "tmpfs": {"/tmp": "rw,nosuid,nodev,size=1g"},  # noqa: S108 - the container's own
         "network_mode": runtime.network,

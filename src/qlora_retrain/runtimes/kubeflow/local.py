@@ -27,7 +27,7 @@ from kfp import local
 from kfp.local import docker_task_handler
 
 from qlora_retrain.config import platform
-from qlora_retrain.config.cluster_profile import ClusterProfile
+from qlora_retrain.config.cluster_profile import ClusterProfile, PodConfig
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, Exit, TryAgain, UsageError
@@ -74,7 +74,8 @@ def run(
     config = load(config_path, overrides)
     root = uris.absolute(root)
     images = {name: _local_image_name(getattr(profile, name)) for name in ("light_image", "train_image")}
-    profile = profile.model_copy(update={**images, "gpu_resource": None})
+    pods = dict.fromkeys(("light", "train", "gpu"), PodConfig())
+    profile = profile.model_copy(update={**images, **pods, "gpu_resource": None})
     # Containers run as the folder's owner, and an engine mounts no folder that is missing.
     if root.startswith("file:"):
         uris.local_path(root).mkdir(parents=True, exist_ok=True)

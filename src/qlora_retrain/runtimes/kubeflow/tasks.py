@@ -15,6 +15,7 @@ Command: `.venv-kfp/bin/qlora-retrain kfp compile`
 
 # No `from __future__ import annotations`: kfp reads a component's annotations as objects.
 
+import inspect
 import math
 import runpy
 from collections.abc import Callable
@@ -24,9 +25,9 @@ from typing import Any
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl.base_component import BaseComponent
 
-from qlora_retrain.config.cluster_profile import ClusterProfile, PodConfig
+from qlora_retrain.config.cluster_profile import DEFAULT_DISK_GIB, ClusterProfile, PodConfig
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.core.graph import PLAN_TASK, Step
+from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step
 from qlora_retrain.pipeline import code_identity
 from qlora_retrain.runtimes import credentials, deadlines
 from qlora_retrain.runtimes.docker import container_spec
@@ -35,6 +36,8 @@ from qlora_retrain.storage.keys import KEYS_VARIABLE, PLANNER
 SUMMARY_TASK = "summary"
 PLAN_RETRIES = 2  # as in Airflow: a plan reads sources and the store, which may be throttled
 USER_ID = 10001  # the images' own user
+# With `auto`, of the tasks that have no plan yet, or no step: they read files, and hold neither rows nor a model.
+LIGHT_TASK_GIB = 2.0
 CLI_COMMAND = ["python", "-m", "qlora_retrain.cli"]
 # KFP replaces this placeholder only where it is a task's argument, not inside a command.
 RUN_ID_PLACEHOLDER = dsl.PIPELINE_JOB_ID_PLACEHOLDER
@@ -43,7 +46,12 @@ RUN_ID_PLACEHOLDER = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 def plan_task(
     profile: ClusterProfile, *, line: dict[str, Any], root: str, resume_run: str, overrides: list[str]
 ) -> Any:
-    """Make task 0, whose output `uri` is the plan's URI; the keyword arguments are the pipeline's parameters."""
+    """Make task 0; the keyword arguments are the pipeline's parameters.
+
+    Its output `uri` is the plan's URI. For each step whose memory is `auto` it has an output with the memory of the
+    step's pod, which KFP fills in when it creates the pod.
+    """
+    sized_steps = [step for step in STEPS if profile.pod(step).memory_gib == "auto"]
 
     def plan(
         line: dict,  # type: ignore[type-arg]
@@ -53,16 +61,21 @@ def plan_task(
         run: str,
         uri: dsl.OutputPath(str),  # type: ignore[valid-type]
         report: dsl.Output[dsl.Markdown],
+        *memory_files: dsl.OutputPath(str),  # type: ignore[valid-type]
     ) -> dsl.ContainerSpec:
         command: list[Any] = [*CLI_COMMAND, "plan", "--document", line, "--root", root, "--orchestrator-id", run]
         # KFP passes a list as JSON.
         command += ["--resume", resume_run, "--set-json", overrides, "--report-to", report.path, "--uri-to", uri]
+        for step, file in zip(sized_steps, memory_files, strict=True):
+            command += ["--memory-to", step.name, f"{profile.pod(step).max_memory_gib:g}", file]
         return dsl.ContainerSpec(image=profile.light_image, command=command)
 
+    _name_outputs(plan, [_memory_output(step) for step in sized_steps])
     task = _container_component(plan)(
         line=line, root=root, resume_run=resume_run, overrides=overrides, run=RUN_ID_PLACEHOLDER
     )
-    return _configure_task(task, PLAN_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light)
+    memory = _memory_without_plan(profile.light)
+    return _configure_task(task, PLAN_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light, memory)
 
 
 def step_task(step: Step, profile: ClusterProfile, plan: Any, *, line_name: str, root: str, alias: str) -> Any:
@@ -101,7 +114,9 @@ def step_task(step: Step, profile: ClusterProfile, plan: Any, *, line_name: str,
     run = with_report if step.report else with_numbers
     run.__name__ = step.name  # kfp names a component after its function
     task = _container_component(run)(plan_uri=plan.outputs["uri"], line_name=line_name, root=root, alias=alias)
-    _configure_task(task, step.name, image, step.retries, profile, profile.pod(step))
+    pod = profile.pod(step)
+    memory = plan.outputs[_memory_output(step)] if pod.memory_gib == "auto" else _memory_without_plan(pod)
+    _configure_task(task, step.name, image, step.retries, profile, pod, memory)
 
     if profile.gpus(step):
         task.set_accelerator_type(profile.gpu_resource).set_accelerator_limit(profile.gpus(step))
@@ -132,7 +147,8 @@ def summary_task(profile: ClusterProfile, *, line: dict[str, Any], root: str, re
         return dsl.ContainerSpec(image=profile.light_image, command=command)
 
     task = _container_component(summary)(line=line, root=root, resume_run=resume_run, run=RUN_ID_PLACEHOLDER)
-    return _configure_task(task, SUMMARY_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light)
+    memory = _memory_without_plan(profile.light)
+    return _configure_task(task, SUMMARY_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light, memory)
 
 
 def load_pipeline(profile: ClusterProfile) -> BaseComponent:
@@ -161,8 +177,33 @@ def _container_component(function: Callable[..., dsl.ContainerSpec]) -> Callable
     return component
 
 
-def _configure_task(task: Any, name: str, image: str, retries: int, profile: ClusterProfile, pod: PodConfig) -> Any:
-    """Set what every task has: the graph's name in the UI, no cache, retries, and what the profile gives its pod."""
+def _memory_output(step: Step) -> str:
+    """Return the name of task 0's output with the memory of a step's pod."""
+    return f"memory_{step.name}"
+
+
+def _name_outputs(function: Callable[..., dsl.ContainerSpec], names: list[str]) -> None:
+    """Replace the last parameter, which stands for any number of outputs, by these names in the signature kfp reads."""
+    signature = inspect.signature(function)
+    *parameters, last = signature.parameters.values()
+    parameters += [last.replace(name=name, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+
+def _memory_without_plan(pod: PodConfig) -> str | None:
+    """Return the memory that the profile gives a pod whatever the plan says; None: no limit."""
+    if pod.memory_gib == "auto":
+        return f"{min(LIGHT_TASK_GIB, pod.max_memory_gib or LIGHT_TASK_GIB):g}Gi"
+    return f"{pod.memory_gib:g}Gi" if pod.memory_gib else None
+
+
+def _configure_task(
+    task: Any, name: str, image: str, retries: int, profile: ClusterProfile, pod: PodConfig, memory: Any
+) -> Any:
+    """Set what every task has: the graph's name in the UI, no cache, retries, and what the profile gives its pod.
+
+    `memory` is a quantity, an output of another task, or None.
+    """
     task.set_display_name(name)
     task.set_caching_options(enable_caching=False)
     # KFP retries whatever the exit code; a refusal is found in the store at once and costs seconds.
@@ -174,8 +215,8 @@ def _configure_task(task: Any, name: str, image: str, retries: int, profile: Clu
 
     if pod.cpus:
         task.set_cpu_request(f"{pod.cpus:g}")
-    if pod.memory_gib:
-        task.set_memory_request(f"{pod.memory_gib:g}Gi").set_memory_limit(f"{pod.memory_gib:g}Gi")
+    if memory is not None:
+        task.set_memory_request(memory).set_memory_limit(memory)
 
     variables = {
         **profile.env,
@@ -192,7 +233,9 @@ def _configure_task(task: Any, name: str, image: str, retries: int, profile: Clu
 
     kubernetes.set_security_context(task, run_as_user=USER_ID, run_as_group=USER_ID, run_as_non_root=True)
     # Not a persistent volume claim: a new disk belongs to root, and KFP has no setting for `fsGroup`.
-    kubernetes.empty_dir_mount(task, "work", container_spec.WORK_DIR, size_limit=f"{profile.disk_gib:g}Gi")
+    # Its size is fixed when the pipeline is compiled, so `auto` is the default here.
+    disk_gib = DEFAULT_DISK_GIB if profile.disk_gib == "auto" else profile.disk_gib
+    kubernetes.empty_dir_mount(task, "work", container_spec.WORK_DIR, size_limit=f"{disk_gib:g}Gi")
 
     for label, value in pod.node_selector.items():
         kubernetes.add_node_selector(task, label, value)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kubernetes.client import models as k8s
 
+from qlora_retrain.config.cluster_profile import DEFAULT_DISK_GIB
 from qlora_retrain.core import graph
 from qlora_retrain.core.graph import Step
 from qlora_retrain.runtimes import credentials
@@ -50,7 +51,7 @@ CONTAINER_SECURITY_CONTEXT = {
 
 
 def operator_arguments(step: Step, line: str, profile: ClusterProfile, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Build the operator's arguments that describe a step's pod and are the same for every run."""
+    """Build the operator's arguments that describe a step's pod and, without `auto`, are the same for every run."""
     pod = profile.pod(step)
     image = profile.image(step.image)
     variables = {
@@ -125,8 +126,9 @@ def resource_requirements(
 
 
 def first_memory_gib(step: Step, profile: ClusterProfile, runtime: RuntimeConfig) -> float | None:
-    """Return the memory in GiB that a first try gets."""
-    return runtime.memory_gib or profile.pod(step).memory_gib
+    """Return the memory in GiB that a first try gets; None: no limit, or `auto` before `pod_size` replaced it."""
+    memory_gib = runtime.memory_gib or profile.pod(step).memory_gib
+    return None if memory_gib == "auto" else memory_gib
 
 
 def increased_memory_gib(previous_gib: float | None, step: Step, profile: ClusterProfile) -> float | None:
@@ -154,7 +156,8 @@ def service_account_names(profile: ClusterProfile, line: str) -> set[str]:
 
 
 def _work_volume_gib(profile: ClusterProfile, runtime: RuntimeConfig) -> float:
-    return runtime.disk_gib or profile.disk_gib
+    disk_gib = runtime.disk_gib or profile.disk_gib
+    return DEFAULT_DISK_GIB if disk_gib == "auto" else disk_gib
 
 
 def _volumes(

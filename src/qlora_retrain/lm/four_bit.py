@@ -11,20 +11,19 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import torch
-from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
-
 from qlora_retrain.core.errors import IntegrityError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from bitsandbytes.functional import QuantState
     from numpy.typing import NDArray
 
 BLOCK_SIZE = 64  # weights that share a scale
 SCALES_PER_GROUP = 256  # scales that share a second scale, with double quantization
 CHUNK_WEIGHTS = 1 << 17  # their fp32 form and a temporary have 1 MiB, the second-level cache of a core
 _TRIAL_BLOCKS = 512
-_TINY = np.float32(1e-38)  # bitsandbytes' least divisor, for a block of zeros
+_TINY = 1e-38  # bitsandbytes' least divisor, for a block of zeros
 
 
 def quantize(
@@ -39,6 +38,8 @@ def quantize(
         double_quant: Whether the scales are quantized too.
         device: `cpu`, or `cuda` for bitsandbytes' own kernel there.
     """
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+
     if device != "cpu":
         codes, state = quantize_4bit(
             weights.contiguous().to(device),
@@ -65,6 +66,9 @@ def refuse_another_code(quant_type: str) -> None:
     Raises:
         IntegrityError: If a bit differs.
     """
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
     numbers = torch.randn(_TRIAL_BLOCKS, BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
     # Each bound with both its neighbours in fp32; a 1 makes the block's scale 1.
     bounds = torch.from_numpy(_bounds_and_codes(quant_type)[0])
@@ -81,6 +85,10 @@ def refuse_another_code(quant_type: str) -> None:
 
 def _quantize_in_chunks(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and fp32 scales of a flat tensor."""
+    import numpy as np
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
     num_whole = weights.numel() // BLOCK_SIZE * BLOCK_SIZE
     codes = np.empty((num_whole // 2, 1), np.uint8)
     absmax = np.empty(num_whole // BLOCK_SIZE, np.float32)
@@ -113,6 +121,9 @@ def _quantize_in_chunks(weights: torch.Tensor, quant_type: str) -> tuple[torch.T
 
 def _bounds_and_codes(quant_type: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Return the 15 bounds between the levels, ascending, and the code of each of the 16 levels in that order."""
+    import torch
+    from bitsandbytes.functional import get_4bit_type
+
     levels = get_4bit_type(quant_type, device="cpu")
     order = torch.argsort(levels)
     bounds: NDArray[np.float32] = ((levels[order[:-1]] + levels[order[1:]]) / 2).numpy()
@@ -121,6 +132,9 @@ def _bounds_and_codes(quant_type: str) -> tuple[NDArray[np.float32], NDArray[np.
 
 def _float32(weights: torch.Tensor) -> NDArray[Any]:
     """Return a flat tensor's numbers in fp32; NumPy has no bfloat16, which is the upper half of an fp32."""
+    import numpy as np
+    import torch
+
     if weights.dtype != torch.bfloat16:
         return weights.numpy().astype(np.float32, copy=False)
     return (weights.view(torch.uint16).numpy().astype(np.uint32) << np.uint32(16)).view(np.float32)

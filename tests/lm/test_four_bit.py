@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
-from components.quantize_model import four_bit
+from qlora_retrain.lm import four_bit
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -1,0 +1,148 @@
+"""Quantize a model while transformers loads it, tensor by tensor, with next to nothing of it in memory.
+
+transformers builds the model without memory, knows every family's names, and hands each weight of a linear layer to a
+quantizer, memory-mapped from the safetensors file. The quantizer here is bitsandbytes' in all but one thing: it puts
+codes and scales into memory mapped from files, which the system writes to disk when memory is short. So what stays in
+memory is what transformers itself converts: weights outside the quantized layers that are stored in another type than
+the one to compute in, and experts that it joins.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_retrain.lm import four_bit, loading
+
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.nn import Params4bit
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+_METHOD = "bitsandbytes_4bit_streamed"
+
+
+def load_quantized(
+    base: Path,
+    settings: BitsAndBytesConfig,
+    folder: Path,
+    *,
+    device: str,
+    dtype: str,
+    check_skeleton: Callable[[PreTrainedModel], object] | None = None,
+) -> PreTrainedModel:
+    """Load a 16-bit model with its linear layers in 4 bits, in memory that is mapped from unnamed files.
+
+    Args:
+        base: The model, as `loading.load_base` reads it.
+        settings: The 4-bit form.
+        folder: Where the files are written, as large as the 4-bit weights. They vanish with the model.
+        device: Where tensors are packed, one at a time: `cpu` or `cuda`. Their bytes may differ.
+        dtype: The type of what is not quantized, and the one from which weights are quantized.
+        check_skeleton: Is called with the model before its weights are read, and may raise.
+
+    Raises:
+        UsageError: If `base` is no causal language model in 16 bits.
+        IntegrityError: If it is unsafe, damaged or lacks weights, or bitsandbytes gives unexpected codes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if device == "cpu":
+        four_bit.refuse_another_code(settings.bnb_4bit_quant_type)
+
+    # transformers selects the quantizer by the method's name, and hands it these settings with all that is in them.
+    _register_quantizer()
+    streamed: Any = copy.copy(settings)
+    streamed.quant_method = _METHOD
+    streamed.folder, streamed.device, streamed.check_skeleton = folder, device, check_skeleton
+    try:
+        model = loading.load_base(base, dtype=dtype, quantization=streamed)
+    except _QuantizationFailed as failure:
+        raise failure.error from None
+
+    # The files must name bitsandbytes, which reads them.
+    model.config.quantization_config = model.hf_quantizer.quantization_config = settings
+    model.quantization_method = settings.quant_method
+    return model
+
+
+class _QuantizationFailed(BaseException):
+    """Carries an error, such as a full disk, past transformers, which reports every `Exception` as unfit weights."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@cache
+def _register_quantizer() -> None:
+    """Register bitsandbytes' quantizer with results that are mapped from files, once in a process.
+
+    The classes are made here, because a module of the library imports neither torch nor transformers by itself.
+    """
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers import register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    class StreamedQuantize(ConversionOps):  # type: ignore[misc]
+        """Turn one linear layer's weight into its 4-bit form."""
+
+        def __init__(self, streamed: Any) -> None:
+            self.streamed = streamed
+
+        def convert(
+            self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
+        ) -> dict[str, torch.nn.Parameter]:
+            """Return by its name the packed weight that replaces the one on the meta device."""
+            ((name, tensors),) = input_dict.items()
+            weights = tensors[0] if isinstance(tensors, list) else tensors
+            try:
+                return {name: _pack(weights, model.get_submodule(name.rpartition(".")[0]), self.streamed)}
+            except Exception as error:
+                raise _QuantizationFailed(error) from error
+
+    @register_quantizer(_METHOD)
+    class StreamingQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+        """bitsandbytes' quantizer, whose results are mapped from files."""
+
+        def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
+            """Replace the linear layers; here the model has shapes and no weights yet."""
+            super()._process_model_before_weight_loading(model, device_map, **kwargs)
+            if self.quantization_config.check_skeleton is not None:
+                self.quantization_config.check_skeleton(model)
+
+        def get_quantize_ops(self) -> ConversionOps:
+            """Return what transformers calls with each weight of a linear layer."""
+            return StreamedQuantize(self.quantization_config)
+
+
+def _pack(weights: torch.Tensor, module: Any, streamed: Any) -> Params4bit:
+    """Return a layer's weight in 4 bits, and set the layer's scales."""
+    from bitsandbytes.nn import Params4bit
+    from transformers.pytorch_utils import Conv1D
+
+    if issubclass(module.source_cls, Conv1D):
+        weights = weights.T
+    placeholder = module.weight
+    codes, state = four_bit.quantize(weights, placeholder.quant_type, placeholder.compress_statistics, streamed.device)
+    state.absmax = _map_to_file(state.absmax, streamed.folder)
+    module.quant_state = state
+    module._is_hf_initialized = True
+    options = placeholder.__dict__ | {"quant_state": state, "bnb_quantized": True}
+    return Params4bit(_map_to_file(codes, streamed.folder), requires_grad=False, **options)
+
+
+def _map_to_file(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Copy a tensor to memory that is mapped from a file without a name, which lives as long as the copy."""
+    import torch
+
+    path = folder / "weight.tmp"
+    with path.open("xb") as file:
+        # Room is made now: a disk that is full later would kill the process where it writes to the memory.
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+    mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    path.unlink()
+    return mapped.copy_(tensor)
