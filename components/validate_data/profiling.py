@@ -59,6 +59,10 @@ def build_profile(
             "in_eval_data": reasons["in_eval_data"],
             "shared_opening": reasons["shared_opening"],
         },
+        "prompts": {
+            side: len({row.prompt_id for row in side_rows})
+            for side, side_rows in (("train", train), ("eval", evaluation), ("golden", golden))
+        },
         "split": {
             "eval_fraction": gate_rows.eval_fraction,
             "shared_openings": None if gate_rows.shared_openings is None else len(gate_rows.shared_openings),

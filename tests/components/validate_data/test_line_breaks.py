@@ -67,7 +67,7 @@ def gate(folder: Path, tiny_model: Path, name: str) -> Path:
     (folder / "raw" / name).write_bytes(FORMS[name](rows))
     (folder / "dataset").mkdir()
     config = DataConfig(
-        split_seed="line", eval_fraction=0.3, min_train_rows=1, min_eval_rows=1, system="Be\u2028brief.\x85"
+        split_seed="line", eval_fraction=0.3, min_train_rows=1, min_eval_prompts=1, system="Be\u2028brief.\x85"
     )
     report = run(config, folder / "raw", tiny_model, None, None, None, folder / "dataset")
     assert report.numbers["rows_read"] == len(PAIRS)
