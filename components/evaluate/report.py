@@ -100,15 +100,15 @@ def _difference_plot(result: EvaluationResult) -> Html | None:
 
 
 def _slice_plot(result: EvaluationResult) -> Html | None:
-    # Slices with too few rows have no interval to draw.
+    # Slices with too few prompts have no interval to draw.
     compared = [s for s in result.slices if s.gain]
     if not result.slices:
         return None
     too_small = len(result.slices) - len(compared)
-    note = f"; {too_small} with too few rows are not shown" if too_small else ""
+    note = f"; {too_small} with too few different prompts are not shown" if too_small else ""
     return html.forest_plot(
         [
-            ForestRow(f"{s.name} ({s.rows} rows)", s.gain.value, s.gain.low, s.gain.high, None)
+            ForestRow(f"{s.name} ({s.size})", s.gain.value, s.gain.low, s.gain.high, None)
             for s in compared[:_MAX_TABLE_ROWS]
             if s.gain
         ],

@@ -126,7 +126,8 @@ def compute_train_eval_gap(
         if not sum(tokens) or not all(math.isfinite(score.loss_nats) for score in scores):
             return {}
         losses = [score.loss_nats for score in scores]
-        intervals.append(bootstrap.ratio_interval(losses, tokens, BootstrapSettings.from_config(config)))
+        prompts = [score.prompt for score in scores]
+        intervals.append(bootstrap.ratio_interval(losses, tokens, BootstrapSettings.from_config(config), prompts))
 
     # The widest difference that the two intervals allow.
     eval_loss, train_loss = intervals

@@ -146,7 +146,10 @@ def _compute_drift(config: EvaluateConfig, champion: Path, dataset: Path) -> lis
     if not profile_before.is_file() or not profile_now.is_file():
         return None
     before, now = drift.read_distributions(profile_before), drift.read_distributions(profile_now)
-    return None if before is None or now is None else drift.compute_drift(before, now, config.confidence)
+    if before is None or now is None:
+        return None
+    prompts = drift.read_prompts(profile_before), drift.read_prompts(profile_now)
+    return drift.compute_drift(before, now, config.confidence, prompts)
 
 
 def _check_drift(config: EvaluateConfig, champion: Path | None, result: EvaluationResult) -> RuleResult | None:
@@ -165,7 +168,9 @@ def _check_drift(config: EvaluateConfig, champion: Path | None, result: Evaluati
 def _headline_numbers(metrics: dict[str, MetricValues], config: EvaluateConfig) -> dict[str, Number]:
     """Select the numbers for the manifest and the last line of the log."""
     # Accuracy and loss, the primary metric where it is a third one, and the answers that ended by themselves.
-    numbers: dict[str, Number] = {"rows": max((int(values["rows"] or 0) for values in metrics.values()), default=0)}
+    numbers: dict[str, Number] = {
+        name: max((int(values[name] or 0) for values in metrics.values()), default=0) for name in ("rows", "prompts")
+    }
     for metric in dict.fromkeys(("accuracy", "loss", config.primary_metric or "loss", answer_endings.METRIC)):
         numbers |= {f"{metric}_{name}": values[metric] for name, values in metrics.items() if metric in values}
     return numbers

@@ -38,12 +38,14 @@ class Agreement:
 
     Attributes:
         id: The row's id.
+        prompt: The id of its prompt.
         tokens: The number of its supervised tokens at which they were compared.
         kl_nats: KL(unmerged || other) of the next-token distribution, summed over these tokens.
         agreed_tokens: The number of them at which both models find the same token likeliest.
     """
 
     id: str
+    prompt: str
     tokens: int
     kl_nats: float
     agreed_tokens: int
@@ -70,6 +72,7 @@ class UnmergedLogits:
 
     Attributes:
         row_ids: The ids of the rows.
+        prompts: The ids of their prompts.
         batches: The sequences in the order of the file, batch by batch.
         compared_positions: The number of positions in the file.
         all_positions: The number of supervised tokens of all rows.
@@ -79,6 +82,7 @@ class UnmergedLogits:
     """
 
     row_ids: list[str]
+    prompts: list[str]
     batches: list[list[_Sequence]]
     compared_positions: int
     all_positions: int
@@ -122,8 +126,9 @@ class UnmergedLogits:
                     file.write(logits.cpu().contiguous().view(torch.uint8).numpy().data)
             progress.update("the unmerged model's logits", done := done + len(batch), len(sequences))
 
-        row_ids, compared_positions = [row.id for row in rows], sum(len(s.positions) for s in sequences)
-        return cls(row_ids, batches, compared_positions, all_positions, file, probe.shape[1], probe.dtype)
+        row_ids, prompts = [row.id for row in rows], [row.prompt for row in rows]
+        compared = sum(len(sequence.positions) for sequence in sequences)
+        return cls(row_ids, prompts, batches, compared, all_positions, file, probe.shape[1], probe.dtype)
 
     @property
     def positions(self) -> dict[str, int]:
@@ -156,7 +161,8 @@ class UnmergedLogits:
                 kl_nats[sequence.row] += float(kl[part].double().sum())
                 agreed_tokens[sequence.row] += int(is_same[part].sum())
             progress.update(description, done := done + len(batch), total)
-        return [Agreement(*sums) for sums in zip(self.row_ids, tokens, kl_nats, agreed_tokens, strict=True)]
+        columns = (self.row_ids, self.prompts, tokens, kl_nats, agreed_tokens)
+        return [Agreement(*values) for values in zip(*columns, strict=True)]
 
     def _compare_batch(self, form: PreTrainedModel, batch: Sequence[_Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return KL(unmerged || form) and whether both choose the same token, each (positions of the batch,)."""
@@ -187,32 +193,34 @@ def positions_sentence(positions: Mapping[str, int]) -> str:
 
 
 def mean_kl(agreements: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
-    """Return the mean KL divergence in nats per token, with its interval over rows.
+    """Return the mean KL divergence in nats per token, with its interval over prompts.
 
     Returns:
         None where the KL is not finite, or where there is no token.
     """
-    return _mean_interval([(row.kl_nats, row.tokens) for row in agreements], settings)
+    return _mean_interval(agreements, [row.kl_nats for row in agreements], settings)
 
 
 def greedy_agreement(agreements: Sequence[Agreement], settings: EvaluateConfig) -> Interval | None:
-    """Return the fraction of tokens at which both models choose alike, with its interval over rows.
+    """Return the fraction of tokens at which both models choose alike, with its interval over prompts.
 
     Returns:
         None where there is no token.
     """
-    return _mean_interval([(row.agreed_tokens, row.tokens) for row in agreements], settings)
+    return _mean_interval(agreements, [row.agreed_tokens for row in agreements], settings)
 
 
-def _mean_interval(rows: Sequence[tuple[float, int]], settings: EvaluateConfig) -> Interval | None:
-    """Return the mean per token of rows, each of them a sum over its tokens and their number."""
+def _mean_interval(rows: Sequence[Agreement], sums: Sequence[float], settings: EvaluateConfig) -> Interval | None:
+    """Return the mean per token of rows, of which each has a sum over its tokens."""
     # No token of a row is chosen where few are.
-    sums, tokens = [total for total, count in rows if count], [count for _, count in rows if count]
-    if not tokens or not math.isfinite(sum(sums)):
+    sums = [total for row, total in zip(rows, sums, strict=True) if row.tokens]
+    rows = [row for row in rows if row.tokens]
+    if not rows or not math.isfinite(sum(sums)):
         return None
 
     # A few rows make most of a KL divergence, so the interval must be right for skewed differences.
-    return bootstrap.difference_interval(sums, tokens, BootstrapSettings.from_config(settings))
+    tokens, prompts = [row.tokens for row in rows], [row.prompt for row in rows]
+    return bootstrap.difference_interval(sums, tokens, BootstrapSettings.from_config(settings), prompts=prompts)
 
 
 def _supervised_sequences(tokenizer: ChatTokenizer, rows: Sequence[Row]) -> list[_Sequence]:

@@ -25,8 +25,9 @@ from components.merge_adapter.merge import MergeStats, merge
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.evaluation import answer_endings, scoring
+from qlora_retrain.evaluation.rows import count_prompts
 from qlora_retrain.evaluation.scoring import Row, RowScore, ScoringOptions
-from qlora_retrain.lm import chat, conversations, loading
+from qlora_retrain.lm import chat, loading
 from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.generation import Completion
 from qlora_retrain.lm.loading import LoadOptions
@@ -109,12 +110,13 @@ def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig,
         reason = f"{config.base}, as merge.base sets it; no measurement selected it"
         return config, "" if config.base == "measured" else reason
 
-    # With fewer rows than one half needs, nothing can be certified, and `measured` refuses for that.
-    fewest = min(map(len, split_halves(rows)))
-    base = "dequantized" if fewest < config.min_rows <= len(rows) else "measured"
+    # With fewer prompts than one half needs, nothing can be certified, and `measured` refuses for that.
+    prompts = count_prompts(rows)
+    base = "dequantized" if prompts // 2 < config.min_prompts <= prompts else "measured"
     reason = (
-        f"{base}, which computes what was evaluated: {len(rows)} evaluation rows are too few to select on one half and "
-        f"certify on the other, of at least {config.min_rows} rows each (merge.min_rows), so all of them certify it"
+        f"{base}, which computes what was evaluated: evaluation rows of {prompts} different prompts are too few to "
+        f"select on one half and certify on the other, of at least {config.min_prompts} prompts each "
+        "(merge.min_prompts), so all of them certify it"
     )
     return config.model_copy(update={"base": base}), "" if base == "measured" else reason
 
@@ -155,23 +157,16 @@ def score_candidates(scorer: FormScorer, names: Iterable[str], model: Path) -> d
 def split_halves(rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
     """Return the ids of the rows that select and of those that certify; a row is always in the same half.
 
-    The rows of one conversation are in one half, since they share turns. Only where that would leave a half almost
-    empty, because one conversation is more than half of the rows, each row counts by itself.
+    Each half has half of the prompts, since prompts are what its interval counts, with all their rows.
     """
-    groups: dict[str, list[str]] = defaultdict(list)
+    ids_by_prompt: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        groups[conversations.conversation_path(row.messages)[0]].append(row.id)
-    groups_of_ids = list(groups.values())
-    if max(map(len, groups_of_ids), default=0) > (len(rows) + 1) // 2:
-        groups_of_ids = [[row.id] for row in rows]
+        ids_by_prompt[row.prompt].append(row.id)
 
     # Hashed once more, so that the halves do not depend on how ids are made.
-    groups_of_ids.sort(key=lambda ids: hashlib.sha256(f"merge:{min(ids)}".encode()).digest())
-    selection: set[str] = set()
-    for ids in groups_of_ids:
-        if len(selection) + len(ids) <= len(rows) // 2:
-            selection.update(ids)
-    return frozenset(selection), frozenset(row.id for row in rows) - selection
+    groups = sorted(ids_by_prompt.values(), key=lambda ids: hashlib.sha256(f"merge:{min(ids)}".encode()).digest())
+    selection = frozenset(row_id for ids in groups[: len(groups) // 2] for row_id in ids)
+    return selection, frozenset(row.id for row in rows) - selection
 
 
 def lowest_loss(candidates: Mapping[str, FormScores], ids: frozenset[str]) -> str:

@@ -14,6 +14,7 @@ from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import html
 from qlora_retrain.evaluation import answer_endings, verdict
 from qlora_retrain.evaluation.metrics.completion_metrics import COMPLETION_METRICS
+from qlora_retrain.evaluation.rows import describe_counts
 from qlora_retrain.evaluation.rules.ending_rule import answers_end
 from qlora_retrain.evaluation.rules.rule_result import format_interval
 from qlora_retrain.evaluation.scoring import RowScore
@@ -37,6 +38,7 @@ class Certificate:
         outcome: The verdict by the rules of the evaluation and of the merge.
         merge_cost: The rule on the loss increase over the unmerged model, on the rows that certify.
         row_counts: The number of rows in each half.
+        prompt_counts: The number of different prompts in each half.
         forms: The numbers of the unmerged model and of every candidate, on either half.
         suites: The numbers of the unmerged model and of the one that ships, on golden rows and reference text.
         compared_positions: On how many of how many supervised tokens KL and agreement rest: `compared`, `of`.
@@ -50,6 +52,7 @@ class Certificate:
     outcome: Verdict
     merge_cost: RuleResult
     row_counts: dict[str, int]
+    prompt_counts: dict[str, int]
     forms: dict[str, dict[str, Numbers]]
     suites: dict[str, dict[str, Numbers]]
     compared_positions: dict[str, int]
@@ -66,6 +69,7 @@ class Certificate:
             "base": self.base,
             "why": self.reason,
             "rows": self.row_counts,
+            "prompts": self.prompt_counts,
             "merge_loss_nats": {
                 "value": self.merge_cost.value,
                 "low": self.merge_cost.low,
@@ -109,8 +113,8 @@ class Certificate:
     def _candidate_tables(self) -> list[html.Html]:
         """Return a table for each half that has rows."""
         titles = {
-            "selection": f"the {self.row_counts['selection']} rows that select the base",
-            "certification": f"the {self.row_counts['certification']} rows that certify it",
+            "selection": f"the {self._size('selection')} that select the base",
+            "certification": f"the {self._size('certification')} that certify it",
         }
         return [
             html.table(*verdict.metrics_table(self.forms[half], "form", _CANDIDATE_COLUMNS), caption=title)
@@ -129,8 +133,11 @@ class Certificate:
         return html.table(
             [headers[0], "path below model/", "MiB", *headers[1:]],
             [[name, *location_cells[name], *cells] for name, *cells in rows],
-            caption=f"on the {self.row_counts['certification']} rows that certify",
+            caption=f"on the {self._size('certification')} that certify",
         )
+
+    def _size(self, half: str) -> str:
+        return describe_counts(self.row_counts[half], self.prompt_counts[half])
 
 
 def merge_rules(
@@ -186,18 +193,20 @@ def _interval_rule(name: str, text: str, interval: Interval | None, limit: float
     return RuleResult(name, text, interval.value, interval.low, interval.high, limit, passed)
 
 
-def min_rows_rules(config: MergeConfig, row_counts: Mapping[str, int]) -> list[RuleResult]:
-    """Check that both halves have enough rows, where halves are used; too few are insufficient evidence."""
+def min_prompts_rules(config: MergeConfig, prompt_counts: Mapping[str, int]) -> list[RuleResult]:
+    """Check that both halves have enough prompts, where halves are used; too few are insufficient evidence."""
     if config.base != "measured":
         return []
-    fewest = min(row_counts.values())
-    text = f"{row_counts['selection']} rows select the base, {row_counts['certification']} rows certify it"
-    if fewest >= config.min_rows:
-        return [RuleResult("merge_rows", text, fewest, limit=config.min_rows, passed=True)]
+    fewest, limit = min(prompt_counts.values()), config.min_prompts
+    text = f"rows of {prompt_counts['selection']} different prompts select the base, those of "
+    text += f"{prompt_counts['certification']} others certify it"
+    if fewest >= limit:
+        return [RuleResult("merge_prompts", text, fewest, limit=limit, passed=True)]
 
-    # `passed` stays None, because too few rows are missing evidence and not a failure.
-    text += f"; {config.min_rows} of each are needed: keep more evaluation rows, or set merge.base to one base"
-    return [RuleResult("merge_rows", text, fewest, limit=config.min_rows)]
+    # `passed` stays None, because too few prompts are missing evidence and not a failure.
+    text += f"; at least {limit} different prompts of each are needed (merge.min_prompts): keep more evaluation rows, "
+    text += "or set merge.base to one base"
+    return [RuleResult("merge_prompts", text, fewest, limit=limit)]
 
 
 def form_numbers(form: FormScores, settings: EvaluateConfig, answers: Mapping[str, str]) -> Numbers:

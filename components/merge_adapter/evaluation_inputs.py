@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_retrain.config.sections import EvaluateConfig
@@ -57,7 +57,15 @@ class EvaluationInputs:
                 raise IntegrityError(
                     "evaluation: its rows are not those of the data set; it was made from another data set"
                 )
-        return inputs
+
+        # An evaluation of an older release does not state the prompts, and the data set does.
+        prompts = {(suite, row.id): row.prompt_id for suite, rows in inputs.rows.items() for row in rows}
+        prompts |= {("reference", reference_text.passage_id(p)): reference_text.prompt_id(p) for p in inputs.passages}
+        scores = {
+            name: [replace(s, prompt_id=prompts.get((s.suite, s.id), "")) for s in rows]
+            for name, rows in inputs.scores.items()
+        }
+        return replace(inputs, scores=scores)
 
     def unmerged_scores(self, suite: str) -> list[RowScore]:
         """Return the unmerged model's scores on a suite; the evaluation calls it `challenger`."""

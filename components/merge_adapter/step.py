@@ -29,6 +29,7 @@ from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.evaluation import answer_endings, scoring, verdict
 from qlora_retrain.evaluation.metrics import completion_metrics
+from qlora_retrain.evaluation.rows import count_prompts
 from qlora_retrain.evaluation.rules import suite_rules
 from qlora_retrain.evaluation.scoring import Row, RowScore
 from qlora_retrain.lm import chat, loading
@@ -184,12 +185,13 @@ def _certify(
     settings, answers = inputs.settings, inputs.answers
 
     # The winner was chosen on the selecting rows, so it looks too good there. The own rules use only the other half.
-    row_counts = {half: len(ids) for half, ids in halves.items()}
+    rows = {half: [row for row in inputs.rows["eval"] if row.id in ids] for half, ids in halves.items()}
+    prompt_counts = {half: count_prompts(half_rows) for half, half_rows in rows.items()}
     live_scores = [score for score in inputs.unmerged_scores("eval") if score.id in halves["certification"]]
     own_rules = certificate.merge_rules(
         config, settings, live_scores, form_scores[winner].subset(halves["certification"])
     )
-    rules = [*certificate.min_rows_rules(config, row_counts), *own_rules]
+    rules = [*certificate.min_prompts_rules(config, prompt_counts), *own_rules]
 
     # bf16 is listed with the other exports, but its only own rule is merge_cost.
     shipped = {
@@ -209,7 +211,8 @@ def _certify(
         reason=reason,
         outcome=verdict.apply_rules(_with_shipped_form(inputs, form_scores[winner], suite_scores), settings, rules),
         merge_cost=own_rules[0],
-        row_counts=row_counts,
+        row_counts={half: len(half_rows) for half, half_rows in rows.items()},
+        prompt_counts=prompt_counts,
         forms={
             half: {name: certificate.form_numbers(form.subset(ids), settings, answers) for name, form in forms.items()}
             for half, ids in halves.items()

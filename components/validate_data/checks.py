@@ -115,6 +115,7 @@ class Row:
         examples: How many training examples the row gives.
         prompt_key: Equal for rows that give the model the same tokens before the answer; empty where not measured.
         field: The names of the fields that should hold the chat, quoted, for a message.
+        prompt_id: Equal for good rows that are no independent evidence: those that one hash puts on a side.
     """
 
     file: str
@@ -133,6 +134,7 @@ class Row:
     examples: int = 0
     prompt_key: str = ""
     field: str = ""
+    prompt_id: str = ""
 
     @property
     def location(self) -> str:

@@ -93,11 +93,13 @@ def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
     train_labels = {label for row, label in zip(rows, labels, strict=True) if row.split == "train"}
     spellings = Counter(label.casefold() for label in {label for label in labels if label is not None})
 
+    # The first evaluation row of each prompt, so that their sum is the number of prompts.
+    first_rows = {row.prompt_id: row for row in reversed(rows) if row.split == "eval"}
     columns = {
         "bad": [bool(row.reason) and row.reason not in NOT_BAD for row in rows],
         "duplicate": [row.reason == "exact_duplicate" for row in rows],
         "in_train": [row.split == "train" for row in rows],
-        "in_eval": [row.split == "eval" for row in rows],
+        "new_prompt": [row is first_rows.get(row.prompt_id) for row in rows],
         "turns": [len(row.messages) if row else None for row in split_rows],
         "has_system": [row.messages[0]["role"] == "system" if row else None for row in split_rows],
         "prompt_chars": [_chars(conversations.prompt_of(row.messages)) if row else None for row in split_rows],
@@ -139,7 +141,7 @@ def _row_limits(config: DataConfig) -> list[Expectation]:
         ("max_quarantined_fraction", "share of rows that are bad", fraction, "bad", None, max_bad),
         ("max_duplicates_fraction", "share of rows that repeat another", fraction, "duplicate", None, max_repeated),
         ("min_train_rows", "rows to train on", at_least, "in_train", config.min_train_rows, None),
-        ("min_eval_rows", "rows to evaluate on", at_least, "in_eval", config.min_eval_rows, None),
+        ("min_eval_prompts", "different prompts to evaluate on", at_least, "new_prompt", config.min_eval_prompts, None),
     ]
 
     return [_between(name, text, kind, column, low, high, True) for name, text, kind, column, low, high in limits]

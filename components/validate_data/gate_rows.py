@@ -84,7 +84,6 @@ def read_gate_rows(
     sources: dict[str, SourceRows] = {}
     if golden_data:
         sources["golden_data"] = _read_reserved(golden_data, "golden_data", config, tokenizer)
-        refuse_few_golden_rows([row for row in sources["golden_data"].rows if not row.reason], config)
     if eval_data:
         sources["eval_data"] = _read_reserved(eval_data, "eval_data", config, tokenizer)
     sources["raw_data"] = _read_source(raw_data, "raw_data", config, tokenizer)
@@ -95,6 +94,8 @@ def read_gate_rows(
         if source in sources:
             reserved = [row for row in sources[source].rows if not row.reason]
             keep_apart(rows, reserved, reason, config, openings)
+            if source == "golden_data":
+                refuse_few_golden_rows(reserved, config)
     quarantine_repeats(rows, config)
     golden = [row for row in sources["golden_data"].rows if not row.reason] if golden_data else []
 

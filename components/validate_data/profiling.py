@@ -61,6 +61,10 @@ def build_profile(
             "near_evaluation": reasons["near_evaluation"],
             "near_duplicates": reasons["near_duplicates"],
         },
+        "prompts": {
+            side: len({row.prompt_id for row in side_rows})
+            for side, side_rows in (("train", train), ("eval", evaluation), ("golden", golden))
+        },
         "split": {
             "eval_fraction": gate_rows.eval_fraction,
             "shared_openings": None if gate_rows.shared_openings is None else len(gate_rows.shared_openings),

@@ -17,7 +17,7 @@ from qlora_retrain.evaluation import drift
 
 _DRIFT_CONFIDENCE = 0.95  # the confidence that the drift is more than chance
 _MAX_EXPLAINED_REASONS = 3  # a refusal is one line of a log, so it stays short
-_SIZE_LIMITS = ("min_train_rows", "min_eval_rows")
+_SIZE_LIMITS = ("min_train_rows", "min_eval_prompts")
 _SHARE_LIMITS = ("max_quarantined_fraction", "max_duplicates_fraction")
 
 
@@ -56,7 +56,9 @@ def compare_with_reference(
     if not reference_profile.is_file():
         return None, f"data refused: version {config.reference_version} has no data profile to compare with"
     before = drift.read_distributions(reference_profile)
-    drifts = None if before is None else drift.compute_drift(before, profile["distributions"], _DRIFT_CONFIDENCE)
+    prompts = drift.read_prompts(reference_profile), profile["prompts"]["train"] + profile["prompts"]["eval"]
+    now = profile["distributions"]
+    drifts = None if before is None else drift.compute_drift(before, now, _DRIFT_CONFIDENCE, prompts)
     document = {
         "version": config.reference_version,
         "max_drift_psi": config.max_drift_psi,
@@ -101,6 +103,6 @@ def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataCon
     if gate_rows.eval_fraction is not None:
         return [*parts, explain_too_few(gate_rows.fractions, config)]
     # With an evaluation file there is no split, so only more rows help.
-    if any(finding.name == "min_eval_rows" for finding in failed):
+    if any(finding.name == "min_eval_prompts" for finding in failed):
         parts.append("add rows to eval_data, or leave it out, so that the evaluation is a part of raw_data")
     return parts

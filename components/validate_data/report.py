@@ -56,16 +56,17 @@ def describe_row_warning(code: str) -> str:
 
 
 def explain_evidence(profile: dict[str, Any]) -> list[str]:
-    """Return what so many rows can prove, where the answers are labels."""
-    num_eval = profile["rows"]["eval"]
-    if not profile["labels"] or not num_eval:
+    """Return what so many prompts can prove, where the answers are labels."""
+    prompts = profile["prompts"]["eval"]
+    if not profile["labels"] or not prompts:
         return []
     # As `evaluation.stats` has it. That module is not imported, since a new rule of the verdict makes no new dataset.
     z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
-    loss = z * z / (num_eval + z * z)
+    loss = z * z / (prompts + z * z)
     return [
-        f"{num_eval:,} evaluation rows can rule out no loss of accuracy below {loss:.3f} against a champion, even if "
-        "both answer all rows alike; evaluate.max_loss_to_champion below that needs more of them (data.min_eval_rows)"
+        f"evaluation rows of {prompts:,} different prompts can rule out no loss of accuracy below {loss:.3f} against a "
+        "champion, even if both answer all rows alike; evaluate.max_loss_to_champion below that needs more prompts "
+        "(data.min_eval_prompts)"
     ]
 
 

@@ -23,57 +23,62 @@ def choose_fraction(fractions: Sequence[float], config: DataConfig) -> float:
     """Return the fraction below which a row's hash is evaluation.
 
     `auto` is at least 0.1, at least what the line's earlier version had, and at most half of the rows. Between these it
-    is what `min_eval_rows` needs, with a margin of two standard deviations where the rows allow that.
+    is what `min_eval_prompts` needs, with a margin of two standard deviations where the prompts allow that.
 
     Args:
-        fractions: The hashes of the good rows; those of one conversation are equal.
+        fractions: The hashes of the good rows; those of one prompt are equal.
         config: The line's settings.
     """
     if config.eval_fraction != "auto":
         return config.eval_fraction
 
-    fractions, total, needed = sorted(fractions), len(fractions), config.min_eval_rows
+    fractions, total, needed = sorted(fractions), len(fractions), config.min_eval_prompts
+    prompts = sorted(set(fractions))
     lowest = max(MIN_EVAL_FRACTION, config.min_eval_fraction or 0.0)
-    if count_below(fractions, lowest) >= needed:
+    if count_below(prompts, lowest) >= needed:
         return lowest
 
-    # The smallest fraction that gives a number of rows lies just above a row's hash.
-    thresholds = [t for t in map(_just_above, dict.fromkeys(fractions)) if t > lowest]
+    # The smallest fraction that gives a number of prompts lies just above a prompt's hash.
+    thresholds = [t for t in map(_just_above, prompts) if t > lowest]
     counts = [(threshold, count_below(fractions, threshold)) for threshold in thresholds]
     half, with_margin = total // 2, needed + math.ceil(2 * math.sqrt(needed))
-    margin = min(with_margin, int(total * _MAX_MARGIN_FRACTION))
+    margin = min(with_margin, int(len(prompts) * _MAX_MARGIN_FRACTION))
     # Half of the rows may lie below a slightly larger number than 0.5, which is taken only where they are needed.
     for target, highest in ((max(margin, needed), 0.5), (needed, 1.0)):
         for threshold, count in counts:
-            if target <= count <= half and threshold <= highest and total - count >= config.min_train_rows:
+            has_enough = count_below(prompts, threshold) >= target and total - count >= config.min_train_rows
+            if has_enough and count <= half and threshold <= highest:
                 return threshold
-    # No fraction gives enough rows: the largest that leaves half of them, and the gate refuses.
+    # No fraction gives enough prompts: the largest that leaves half of them, and the gate refuses.
     return max([threshold for threshold, count in counts if count <= half and threshold <= 0.5], default=lowest)
 
 
 def count_below(sorted_fractions: Sequence[float], eval_fraction: float) -> int:
-    """Count the rows that are evaluation at a fraction."""
+    """Count the rows or prompts that are evaluation at a fraction."""
     return bisect.bisect_left(sorted_fractions, eval_fraction)
 
 
 def explain_too_few(fractions: Sequence[float], config: DataConfig) -> str:
-    """Return what would give enough rows on both sides of the split: a setting and its numbers, or more rows."""
-    fractions, total, needed = sorted(fractions), len(fractions), config.min_eval_rows
+    """Return what would give enough on both sides of the split: a setting and its numbers, or more rows."""
+    fractions, total, needed = sorted(fractions), len(fractions), config.min_eval_prompts
+    prompts = sorted(set(fractions))
     auto = choose_fraction(fractions, config.model_copy(update={"eval_fraction": "auto"}))
     if config.eval_fraction != "auto" and _is_enough(fractions, auto, config):
         return _advice("data.eval_fraction: auto", fractions, auto)
 
     # Without a limit of a half.
-    thresholds = map(_just_above, fractions)
-    enough = next((t for t in thresholds if count_below(fractions, t) >= needed), None)
+    thresholds = map(_just_above, prompts)
+    enough = next((t for t in thresholds if count_below(prompts, t) >= needed), None)
     if enough is not None and _is_enough(fractions, enough, config):
         return _advice(f"data.eval_fraction: {enough:g}", fractions, enough)
 
     least = needed + config.min_train_rows
-    if total < least:
+    missing = max(least - total, needed - len(prompts))
+    if missing > 0:
         text = (
-            f"the data has {total:,} good rows, and min_eval_rows ({needed:,}, as evaluate.min_rows and merge.min_rows "
-            f"need) and min_train_rows ({config.min_train_rows:,}) take {least:,}: add {least - total:,} rows"
+            f"the data has {total:,} good rows of {len(prompts):,} different prompts, and min_eval_prompts "
+            f"({needed:,}, as evaluate.min_prompts and merge.min_prompts need) and min_train_rows "
+            f"({config.min_train_rows:,}) take {least:,} rows: add {missing:,} rows of other prompts"
         )
         if enough is not None and (left := total - count_below(fractions, enough)) > 0:
             settings = f"data.eval_fraction: {enough:g} and data.min_train_rows: {left}"
@@ -123,12 +128,13 @@ def refuse_few_golden_rows(golden: Sequence[Row], config: DataConfig) -> None:
     """Refuse golden rows that are too few to decide anything, before hours of training and not after them.
 
     Raises:
-        UsageError: If there are some, but fewer than the evaluation needs.
+        UsageError: If there are some, but of fewer prompts than the evaluation needs.
     """
-    if len(golden) < config.min_golden_rows:
+    prompts = len({row.prompt_id for row in golden})
+    if prompts < config.min_golden_prompts:
         raise UsageError(
-            f"golden_data: {len(golden)} rows, and evaluate.min_golden_rows needs {config.min_golden_rows}; add rows, "
-            "lower that setting, or leave golden_data out"
+            f"golden_data: {len(golden)} rows of {prompts} different prompts, and evaluate.min_golden_prompts needs "
+            f"{config.min_golden_prompts}; add rows of other prompts, lower that setting, or leave golden_data out"
         )
 
 
@@ -139,7 +145,8 @@ def _just_above(fraction: float) -> float:
 
 def _is_enough(fractions: Sequence[float], eval_fraction: float, config: DataConfig) -> bool:
     count = count_below(fractions, eval_fraction)
-    return count >= config.min_eval_rows and len(fractions) - count >= config.min_train_rows
+    prompts = count_below(sorted(set(fractions)), eval_fraction)
+    return prompts >= config.min_eval_prompts and len(fractions) - count >= config.min_train_rows
 
 
 def _advice(settings: str, fractions: Sequence[float], eval_fraction: float) -> str:

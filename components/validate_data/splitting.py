@@ -82,14 +82,17 @@ def find_openings(rows: Iterable[Row], config: DataConfig) -> tuple[str, ...]:
 def keep_apart(
     rows: Iterable[Row], reserved: Sequence[Row], reason: str, config: DataConfig, openings: Collection[str]
 ) -> None:
-    """Give the reason to every good row that is a reserved conversation, or a beginning or continuation of one."""
+    """Give the reason to every good row that is a reserved conversation, or a beginning or continuation of one.
+
+    Name the prompt of all rows, reserved ones too.
+    """
     keys: set[str] = set()
     endings: set[str] = set()  # reserved chats that are a shared opening
     inner: set[str] = set()
     greetings: set[str] = set()
     for row in reserved:
         path = digest_beginnings(row, config.split_seed)
-        key, is_opening = _group(path, openings)
+        key, is_opening = _name_prompt(row, path, openings)
         keys.add(key)
         inner.update(path)
         greetings.update(digest_greeting(row, config.split_seed))
@@ -100,7 +103,7 @@ def keep_apart(
         if row.reason:
             continue
         path = digest_beginnings(row, config.split_seed)
-        key, is_opening = _group(path, openings)
+        key, is_opening = _name_prompt(row, path, openings)
         # A chat that is itself a shared opening is the beginning of all that go on from it.
         is_kept_apart = key in keys or (is_opening and key in inner) or not endings.isdisjoint(path)
         if is_kept_apart or key in greetings or not keys.isdisjoint(digest_greeting(row, config.split_seed)):
@@ -108,7 +111,7 @@ def keep_apart(
 
 
 def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[str] = ()) -> float:
-    """Assign each good row to train or eval; beyond `max_eval_rows`, drop the rows with the largest hash.
+    """Assign each good row to train or eval, and name its prompt; beyond `max_eval_rows`, drop the largest hashes.
 
     A row that is dropped from eval does not enter train, because a higher limit would bring it back to eval.
 
@@ -119,7 +122,8 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
     paths = [digest_beginnings(row, config.split_seed) for row in good_rows]
     # An opening that no other chat goes on from is a conversation of its own.
     continued = {digest for path in paths for digest in path[:-1]}
-    groups = [(key, is_opening and key in continued) for key, is_opening in (_group(path, openings) for path in paths)]
+    named = [_name_prompt(row, path, openings) for row, path in zip(good_rows, paths, strict=True)]
+    groups = [(key, is_opening and key in continued) for key, is_opening in named]
     fractions = [as_fraction(key) for key, is_opening in groups if not is_opening]
     eval_fraction = choose_fraction(fractions, config)
 
@@ -166,6 +170,13 @@ def split_fractions(rows: Iterable[Row], config: DataConfig, openings: Collectio
     """Return the hash of each row that was split, which says what another fraction would give."""
     paths = [digest_beginnings(row, config.split_seed) for row in rows if row.split]
     return [as_fraction(_group(path, openings)[0]) for path in paths]
+
+
+def _name_prompt(row: Row, path: Beginnings, openings: Collection[str]) -> tuple[str, bool]:
+    """Return the row's `_group`, whose key is also the id of its prompt: rows on one side by one hash are a cluster."""
+    key, is_opening = _group(path, openings)
+    row.prompt_id = key
+    return key, is_opening
 
 
 def _group(path: Beginnings, openings: Collection[str]) -> tuple[str, bool]:

@@ -124,7 +124,8 @@ def _write_rows(dataset: Path, gate_rows: GateRows, config: DataConfig) -> None:
 def _records(rows: list[Row]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for row in rows:
-        record = {"id": conversations.row_id(row.messages, row.tools), "messages": row.messages}
+        row_id = conversations.row_id(row.messages, row.tools)
+        record = {"id": row_id, "prompt_id": row.prompt_id, "messages": row.messages}
         record |= {"tools": row.tools} if row.tools else {}
         records.append(record | ({"language": row.language} if row.language else {}))
 

@@ -66,7 +66,7 @@ def pages(
 
     # Every optional metric, floor and rule is on, so that no section is empty.
     settings = EvaluateConfig(
-        device="cpu", bootstrap_samples=200, text_in_reports=True, max_new_tokens=12, min_slice_rows=8,
+        device="cpu", bootstrap_samples=200, text_in_reports=True, max_new_tokens=12, min_slice_prompts=8,
         metrics=("loss", "perplexity", "accuracy", "macro_f1", "exact_match", "rouge_l", "chrf"),
         floors={"rouge_l": 0.5}, min_accuracy=0.9, slice_floor=0.3, max_forgetting_nats=9.0,
         max_forgetting_accuracy=0.9, max_train_eval_gap_nats=1.0, train_rows=16,

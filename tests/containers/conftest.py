@@ -42,7 +42,7 @@ LINE = {
         "bootstrap_samples": 500,
         "max_loss_to_champion": 1,
     },
-    "merge": {"max_loss_increase_nats": 0.5, "min_rows": 10},
+    "merge": {"max_loss_increase_nats": 0.5, "min_prompts": 10},
 }
 PLATFORM = {"runtime": {"kind": "docker", "network": "host", "memory_gib": 8}}
 # A fake secret for every way in which a credential can reach a worker; none may be found anywhere afterwards.

@@ -135,16 +135,16 @@ def test_a_bad_file_becomes_a_dag_that_fails_with_its_errors_on_its_schedule(
     monkeypatch.setenv("QLORA_RETRAIN_ROOT", (pipelines / "store").as_uri())
     write(pipelines, "tickets.yaml", "tickets")
     bad = write(pipelines, "mails.yaml", "mails", '"0 3 * * 1"')
-    bad.write_text(bad.read_text() + "evaluate: {min_row: 3}\n")
+    bad.write_text(bad.read_text() + "evaluate: {min_prompt: 3}\n")
     (pipelines / "c.yaml").write_text("line: [")
     dags = load().DAGS
     assert sorted(dags) == ["c", "mails", "tickets"]
     assert [name for name, dag in dags.items() if "broken" in dag.tags] == ["c", "mails"]
-    assert "did you mean min_rows?" in (dags["mails"].doc_md or "")
+    assert "did you mean min_prompts?" in (dags["mails"].doc_md or "")
     assert dags["mails"].timetable.expression == "0 3 * * 1"
     dag_run = SimpleNamespace(dag_id="mails", run_id="x", run_after=datetime(2026, 1, 31, 3, tzinfo=UTC))
     context = {"dag_run": dag_run, "params": {}}
-    with pytest.raises(AirflowFailException, match="did you mean min_rows"):
+    with pytest.raises(AirflowFailException, match="did you mean min_prompts"):
         dags["mails"].get_task("plan").execute(context)
     with pytest.raises(AirflowFailException, match="not valid YAML"):
         dags["c"].get_task("plan").execute(context)

@@ -97,7 +97,7 @@ def test_a_run_publishes_pulls_and_asks_and_the_next_finds_nothing_changed(
         "train: {learning_rate: 5e-3, epochs: 10, micro_batch_size: 16, dropout: 0.0, rank: 8}\n"
         "evaluate: {allow_first_release: true, min_gain_over_base: 0.1, bootstrap_samples: 500, "
         "text_in_reports: true}\n"
-        "merge: {max_loss_increase_nats: 0.5, min_rows: 10}\n"
+        "merge: {max_loss_increase_nats: 0.5, min_prompts: 10}\n"
     )
     with start(tmp_path) as process:
         output, _ = process.communicate(timeout=550)

@@ -22,7 +22,7 @@ LINE = {
     "train": {"learning_rate": 5e-3, "epochs": 10, "micro_batch_size": 16, "dropout": 0.0, "rank": 8},
     "evaluate": {"allow_first_release": True, "min_gain_over_base": 0.1, "bootstrap_samples": 500},
     # These tests are about the mechanics: a random model's 16-bit and 4-bit forms hardly differ.
-    "merge": {"max_loss_increase_nats": 0.5, "min_rows": 10},
+    "merge": {"max_loss_increase_nats": 0.5, "min_prompts": 10},
 }
 
 

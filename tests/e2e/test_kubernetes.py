@@ -46,7 +46,7 @@ LINE = {
         "bootstrap_samples": 500,
         "max_loss_to_champion": 1,
     },
-    "merge": {"max_loss_increase_nats": 0.5, "min_rows": 10},
+    "merge": {"max_loss_increase_nats": 0.5, "min_prompts": 10},
 }
 
 

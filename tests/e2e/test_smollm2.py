@@ -13,7 +13,7 @@ from qlora_retrain.pipeline.code_identity import project_root
 SHORT = [
     "train.max_steps=60",
     "data.max_eval_rows=40",
-    "merge.min_rows=20",
+    "merge.min_prompts=20",
     # The demo's own limits are for its full training; the test asserts below what 60 steps reach.
     "evaluate.min_accuracy=0.0",
     "evaluate.min_gain_over_base=0.0",

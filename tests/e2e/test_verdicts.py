@@ -30,7 +30,7 @@ SETTINGS = {
     "allow_first_release": True,
     "min_gain_over_base": 0.1,
     "max_loss_to_champion": 0.1,
-    "min_slice_rows": 6,
+    "min_slice_prompts": 6,
     "bootstrap_samples": 500,
 }
 LabelNames = Callable[[str], str]  # the label that a training row gets in place of its own

@@ -138,7 +138,7 @@ def scores(ended: int, count: int, *, labels: bool = True) -> list[RowScore]:
         (16, 20, True, {}, None),
         (15, 20, True, {}, False),
         (18, 20, True, {}, True),
-        (16, 20, True, {"min_rows": 20}, False),
+        (16, 20, True, {"min_prompts": 20}, False),
         (0, 1, True, {}, False),
         (1, 1, True, {}, True),
     ],

@@ -37,6 +37,28 @@ def test_chance_alone_passes_as_often_as_it_should() -> None:
     assert beyond / 300 < 0.08
 
 
+def test_chance_has_more_to_say_where_prompts_have_several_rows(tmp_path: Path) -> None:
+    """Eight rows of one length a prompt differ between two samples as much as one row a prompt would."""
+    generator = random.Random(1)
+    categories, by_prompt, by_row = [str(i) for i in range(20)], 0, 0
+    for _ in range(200):
+        before, now = (
+            {name: 8 * n for name, n in Counter(generator.choices(categories, k=250)).items()} for _ in range(2)
+        )
+        (length_drift,) = drift.compute_drift({"length": before}, {"length": now}, 0.95, (250, 250))
+        by_prompt += length_drift.psi_beyond_chance > 0
+        (length_drift,) = drift.compute_drift({"length": before}, {"length": now}, 0.95)
+        by_row += length_drift.psi_beyond_chance > 0
+    assert by_prompt / 200 < 0.08
+    assert by_row / 200 > 0.9
+
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"prompts": {"train": 200, "eval": 50, "golden": 3}}))
+    assert drift.read_prompts(path) == 250
+    path.write_text("{}")
+    assert drift.read_prompts(path) is None
+
+
 @pytest.mark.parametrize("degrees", [2, 5, 20, 76])
 def test_the_quantile_agrees_with_scipys(degrees: int) -> None:
     from scipy.stats import chi2

@@ -247,7 +247,7 @@ def test_with_few_resamples_no_more_pass(kind: Kind) -> None:
 def test_a_challenger_equal_to_the_champion_is_seldom_refused_for_one_of_many_slices() -> None:
     generator = np.random.default_rng(6)
     settings = EvaluateConfig(
-        max_loss_to_champion=1.0, max_slice_regression=0.0, min_slice_rows=20, allow_first_release=True
+        max_loss_to_champion=1.0, max_slice_regression=0.0, min_slice_prompts=20, allow_first_release=True
     )
     refused = 0
     for _ in range(1000):

@@ -93,12 +93,12 @@ def test_small_slices_are_counted_and_decide_only_where_a_floor_names_them() -> 
     base = score_labels({"a": first_right(3), "b": first_right(3), "c": first_right(3), "d": [True] * 5})
     verdict = apply_rules({"base": base, "challenger": challenger}, FIRST)
     assert verdict.decision == "pass"
-    assert "1 slices with fewer than 20 rows were not compared" in find_rule(verdict, "slices").text
+    assert "1 slices with fewer than 20 different prompts were not compared" in find_rule(verdict, "slices").text
 
     named = FIRST.model_copy(update={"slice_floors": {"label=d": 0.5}})
     verdict = apply_rules({"base": base, "challenger": challenger}, named)
     assert verdict.decision == "insufficient evidence"
-    assert "label=d has 5 evaluation rows; at least 20 are needed" in verdict.sentence
+    assert "label=d has evaluation rows of 5 different prompts; at least 20 are needed" in verdict.sentence
 
 
 def test_floors_hold_in_every_slice_and_by_name() -> None:
@@ -124,7 +124,7 @@ def test_a_floor_for_slices_needs_a_metric_that_can_have_a_floor() -> None:
 
 
 def test_where_no_slice_has_enough_rows_the_rule_lacks_evidence() -> None:
-    few = FIRST.model_copy(update={"min_slice_rows": 1000})
+    few = FIRST.model_copy(update={"min_slice_prompts": 1000})
     verdict = apply_rules({"base": BASE, "challenger": CHAMPION}, few)
     assert verdict.decision == "insufficient evidence"
 

@@ -108,7 +108,8 @@ def test_too_few_rows_are_insufficient_evidence_whatever_they_say(rows: int) -> 
     scores = {"base": label_scores([True] * rows), "challenger": label_scores([False] * rows)}
     verdict = apply_rules(scores, FIRST)
     assert verdict.decision == "insufficient evidence"
-    assert f"{rows} evaluation rows; at least 30 are needed" in verdict.sentence
+    text = f"{rows} evaluation rows of {rows} different prompts; at least 30 different prompts are needed"
+    assert text in verdict.sentence
 
 
 def test_a_floor_under_the_accuracy_refuses() -> None:
@@ -169,8 +170,8 @@ def test_few_golden_rows_are_insufficient_evidence_unless_the_line_lowers_the_mi
     }
     verdict = apply_rules(scores, FIRST)
     assert verdict.decision == "insufficient evidence"
-    assert "9 golden rows; at least 10 are needed (evaluate.min_golden_rows)" in verdict.sentence
-    assert apply_rules(scores, FIRST.model_copy(update={"min_golden_rows": 9})).decision == "pass"
+    assert "9 golden rows of 9 different prompts; at least 10 different prompts are needed" in verdict.sentence
+    assert apply_rules(scores, FIRST.model_copy(update={"min_golden_prompts": 9})).decision == "pass"
 
 
 def test_forgetting_more_than_allowed_refuses_and_no_reference_text_lacks_evidence() -> None:
@@ -189,7 +190,8 @@ def test_forgetting_more_than_allowed_refuses_and_no_reference_text_lacks_eviden
     for few in (0, 1, 15):
         verdict = apply_rules({"base": base + reference[:few], "challenger": challenger + reference[:few]}, settings)
         assert verdict.decision == "insufficient evidence"
-        assert f"there are {few} passages of reference text and at least 16 are needed" in verdict.sentence
+        text = f"there are {few} passages of reference text (chats with one prompt count once) and at least 16 are"
+        assert text in verdict.sentence
 
 
 def passage_scores(hits: Sequence[int], tokens: Sequence[int]) -> list[RowScore]:
@@ -241,11 +243,11 @@ def json_scores(is_valid: Sequence[bool | None], suite: str = "eval") -> list[Ro
 def test_rows_for_which_the_primary_metric_is_not_defined_are_no_evidence() -> None:
     settings = EvaluateConfig(allow_first_release=True, metrics=["json_validity"], primary_metric="json_validity")
     undefined: list[bool | None] = [None] * 40
-    # 45 rows, of which 5 have the metric: fewer than the 30 of min_rows.
+    # 45 rows, of which 5 have the metric: fewer than the 30 of min_prompts.
     base, challenger = json_scores([False] * 5 + undefined), json_scores([True] * 5 + undefined)
     verdict = apply_rules({"base": base, "challenger": challenger}, settings)
     assert verdict.decision == "insufficient evidence"
-    assert "it is defined for 5 evaluation rows; at least 30 are needed" in verdict.sentence
+    assert "it is defined for evaluation rows of 5 different prompts; at least 30 are needed" in verdict.sentence
 
     base, challenger = json_scores([False] * 30 + undefined), json_scores([True] * 30 + undefined)
     assert apply_rules({"base": base, "challenger": challenger}, settings).decision == "pass"
@@ -253,7 +255,7 @@ def test_rows_for_which_the_primary_metric_is_not_defined_are_no_evidence() -> N
     golden = json_scores([None] * 12, "golden")
     verdict = apply_rules({"base": base + golden, "challenger": challenger + golden}, settings)
     assert verdict.decision == "insufficient evidence"
-    assert "0 golden rows beside 12 for which" in verdict.sentence
+    assert "0 golden rows of 0 different prompts beside 12 rows for which" in verdict.sentence
 
 
 def test_merging_that_costs_more_than_allowed_fails_its_rule() -> None:

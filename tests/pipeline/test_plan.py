@@ -289,7 +289,7 @@ def test_later_data_is_split_as_that_of_the_version_in_production(
     run_all(first)
     # With the same data there is nothing to do.
     assert with_settings().unchanged is not None
-    assert changed(first, with_settings("data.min_eval_rows=31")) >= {"validate_data"}
+    assert changed(first, with_settings("data.min_eval_prompts=31")) >= {"validate_data"}
 
     (line.parent / "tickets.jsonl").write_text("more data\n")
     grown = with_settings()
@@ -306,33 +306,35 @@ def test_later_data_is_split_as_that_of_the_version_in_production(
     ("overrides", "needed"),
     [
         ((), 30),
-        (("evaluate.min_rows=50",), 50),
-        (("evaluate.min_rows=10", "merge.min_rows=20"), 20),
+        (("evaluate.min_prompts=50",), 50),
+        (("evaluate.min_prompts=10", "merge.min_prompts=20"), 20),
         (("merge.base=measured",), 60),
-        (("merge.base=original", "evaluate.min_rows=12"), 12),
-        (("data.min_eval_rows=70", "merge.base=measured"), 70),
+        (("merge.base=original", "evaluate.min_prompts=12"), 12),
+        (("data.min_eval_prompts=70", "merge.base=measured"), 70),
     ],
 )
 def test_the_data_gate_asks_for_the_rows_that_the_later_gates_need(
     with_settings: Callable[..., Plan], overrides: tuple[str, ...], needed: int
 ) -> None:
-    assert with_settings(*overrides).step("validate_data").config["min_eval_rows"] == needed
+    assert with_settings(*overrides).step("validate_data").config["min_eval_prompts"] == needed
 
 
 def test_a_data_gate_that_lets_too_little_through_is_refused_before_training(
     with_settings: Callable[..., Plan],
 ) -> None:
-    with pytest.raises(UsageError, match=r"data\.min_eval_rows: 10 .* evaluate\.min_rows needs 30"):
-        with_settings("data.min_eval_rows=10")
-    with pytest.raises(UsageError, match=r"data\.min_eval_rows: 50 .* merge\.min_rows needs 60"):
-        with_settings("data.min_eval_rows=50", "merge.base=measured")
+    with pytest.raises(
+        UsageError, match=r"min_eval_prompts: 10 .* evaluate\.min_prompts needs .* 30 different prompts"
+    ):
+        with_settings("data.min_eval_prompts=10")
+    with pytest.raises(UsageError, match=r"min_eval_prompts: 50 .* merge\.min_prompts needs .* 60 different prompts"):
+        with_settings("data.min_eval_prompts=50", "merge.base=measured")
 
 
 def test_golden_rows_are_asked_for_as_the_evaluation_needs_them(with_settings: Callable[..., Plan], line: Path) -> None:
     (line.parent / "golden.jsonl").write_text("golden\n")
     plans = [
-        with_settings("sources.golden_data=golden.jsonl", f"evaluate.min_golden_rows={count}") for count in (10, 3)
+        with_settings("sources.golden_data=golden.jsonl", f"evaluate.min_golden_prompts={count}") for count in (10, 3)
     ]
-    assert [p.step("validate_data").config["min_golden_rows"] for p in plans] == [10, 3]
+    assert [p.step("validate_data").config["min_golden_prompts"] for p in plans] == [10, 3]
     # Fewer rows refuse before anything is made, so the number is no part of what is made.
     assert plans[0].step("validate_data").key == plans[1].step("validate_data").key

@@ -93,7 +93,7 @@ class DataConfig(Section):
         None, "seeds the split by hash; null: the line's name. Another seed moves rows across the split"
     )
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] = identity(
-        "auto", "fraction of prompts for evaluation, chosen by hash; auto: what min_eval_rows needs, up to a half"
+        "auto", "fraction of prompts for evaluation, chosen by hash; auto: what min_eval_prompts needs, up to a half"
     )
     min_eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = identity(
         None, "with eval_fraction: auto, never less; null: the champion's, so that no evaluation row is learnt"
@@ -106,14 +106,17 @@ class DataConfig(Section):
     )
     max_length_tokens: int = identity(1024, "longer rows are quarantined, never truncated", ge=16, le=131_072)
     min_train_rows: int = identity(10, "refuse data with fewer training rows than this", ge=1)
-    min_eval_rows: int = identity(
+    min_eval_prompts: int = identity(
         30,
-        "refuse data with fewer evaluation rows; not set: as many as evaluate.min_rows and merge.min_rows need",
+        "refuse data whose evaluation rows have fewer different prompts; not set: as many as evaluate.min_prompts and "
+        "merge.min_prompts need",
         ge=1,
     )
     # Operational, since it refuses before anything is made.
-    min_golden_rows: int = operational(
-        1, "refuse golden_data with fewer rows than this; not set: as many as evaluate.min_golden_rows needs", ge=1
+    min_golden_prompts: int = operational(
+        1,
+        "refuse golden_data with fewer different prompts; not set: as many as evaluate.min_golden_prompts needs",
+        ge=1,
     )
     max_quarantined_fraction: float = identity(0.05, "refuse when a larger fraction of the rows is bad", ge=0.0, le=1.0)
     max_duplicates_fraction: float = identity(

@@ -55,9 +55,14 @@ class EvaluateConfig(Section):
     )
 
     # How much evidence the rules need.
-    min_rows: int = identity(30, "fewer evaluation rows than this are insufficient evidence", ge=1)
-    min_golden_rows: int = identity(
-        10, "fewer golden rows, where the line has any, are insufficient evidence", ge=1, le=1_000_000
+    min_prompts: int = identity(
+        30, "evaluation rows of fewer different prompts than this are insufficient evidence", ge=1
+    )
+    min_golden_prompts: int = identity(
+        10,
+        "golden rows of fewer different prompts, where the line has any, are insufficient evidence",
+        ge=1,
+        le=1_000_000,
     )
 
     # The limits, each against another contestant. Margins are in accuracy points / 100, or in nats per token.
@@ -77,9 +82,9 @@ class EvaluateConfig(Section):
     )
     slice_floor: Fraction | None = identity(None, "lowest primary metric of any slice; null: none")
     slice_floors: dict[str, Fraction] = identity(
-        {}, "the same for named slices, e.g. {label=refund: 0.8}; too few rows in one are insufficient evidence"
+        {}, "the same for named slices, e.g. {label=refund: 0.8}; too few prompts in one are insufficient evidence"
     )
-    min_slice_rows: int = identity(20, "a slice with fewer rows is only shown", ge=2)
+    min_slice_prompts: int = identity(20, "a slice with fewer different prompts is only shown", ge=2)
     max_forgetting_nats: float | None = identity(
         None, "refuse when the loss per token on reference text is this much above the base's", gt=0.0
     )
@@ -113,7 +118,7 @@ class EvaluateConfig(Section):
 
     # Statistics, and how the scoring runs.
     confidence: float = identity(0.95, "confidence level of every interval", gt=0.5, lt=1.0)
-    bootstrap_samples: int = identity(2000, "resamples of the rows; higher: steadier intervals", ge=200, le=100_000)
+    bootstrap_samples: int = identity(2000, "resamples of the prompts; higher: steadier intervals", ge=200, le=100_000)
     seed: int = identity(0, "seeds the resampling", ge=0, le=2**31 - 1)
     device: Device = identity("auto", "as in train")
     precision: Precision = identity("auto", "the type of the arithmetic; auto: bfloat16 on cuda, float32 on a CPU")

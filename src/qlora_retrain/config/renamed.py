@@ -10,6 +10,8 @@ RENAMED_KNOBS = {
     "data.max_drift": "data.max_drift_psi",
     "data.max_duplicates": "data.max_duplicates_fraction",
     "data.max_quarantined": "data.max_quarantined_fraction",
+    "data.min_eval_rows": "data.min_eval_prompts",
+    "data.min_golden_rows": "data.min_golden_prompts",
     "data.reference": "data.reference_version",
     "data.salt": "data.split_seed",
     "quantize.dtype": "quantize.compute_dtype",
@@ -27,13 +29,24 @@ RENAMED_KNOBS = {
     "evaluate.max_drift": "evaluate.max_drift_psi",
     "evaluate.max_slice_loss": "evaluate.max_slice_regression",
     "evaluate.max_train_eval_gap": "evaluate.max_train_eval_gap_nats",
+    "evaluate.min_golden_rows": "evaluate.min_golden_prompts",
+    "evaluate.min_rows": "evaluate.min_prompts",
+    "evaluate.min_slice_rows": "evaluate.min_slice_prompts",
     "evaluate.primary": "evaluate.primary_metric",
     "merge.max_export_loss_nats": "merge.max_export_loss_increase_nats",
     "merge.max_loss_nats": "merge.max_loss_increase_nats",
+    "merge.min_rows": "merge.min_prompts",
     "work_gib": "disk_gib",  # of a cluster's profile
 }
 # What else changed, where the old value does not simply move to the new name.
+_COUNTS_PROMPTS = "it counts different prompts, and no longer rows"
 _NOTES = {
+    "data.min_eval_rows": _COUNTS_PROMPTS,
+    "data.min_golden_rows": _COUNTS_PROMPTS,
+    "evaluate.min_golden_rows": _COUNTS_PROMPTS,
+    "evaluate.min_rows": _COUNTS_PROMPTS,
+    "evaluate.min_slice_rows": _COUNTS_PROMPTS,
+    "merge.min_rows": _COUNTS_PROMPTS,
     "train.batch_size": "set train.global_batch_size too, to micro_batch_size * the old gradient_accumulation",
     "train.gradient_accumulation": "set it to micro_batch_size * the old gradient_accumulation",
 }

@@ -179,11 +179,13 @@ class MergeConfig(Section):
     base: Literal["auto", "measured", "original", "dequantized"] = identity(
         "auto",
         "measured: build both, choose on half the evaluation rows, certify on the other half; auto: that, or the "
-        "dequantized base, certified on all rows, where a half would have fewer than min_rows",
+        "dequantized base, certified on all rows, where a half would have fewer than min_prompts",
     )
 
     # The limits, each against the unmerged model: the 4-bit base with its adapter.
-    min_rows: int = identity(30, "measured: fewer rows than this in a half are insufficient evidence", ge=1)
+    min_prompts: int = identity(
+        30, "measured: fewer different prompts than this in a half are insufficient evidence", ge=1
+    )
     max_loss_increase_nats: float = identity(0.05, "refuse when merging costs more loss per token than this", gt=0.0)
     max_kl_nats: float | None = identity(
         None, "refuse when KL(unmerged || merged) per token may be above this; null: only reported", gt=0.0

@@ -5,7 +5,8 @@ Below 0.1 it is small; above 0.25 the population is a different one.
 
 Small samples of one population also differ. With n and m rows in k categories the index is about (1/n + 1/m) times a
 chi-squared variable of k - 1 degrees of freedom (Yurdakul and Naranjo 2020). The part that this could explain at the
-given confidence is subtracted, and only the remainder is compared with the limit.
+given confidence is subtracted, and only the remainder is compared with the limit. The rows of one prompt mostly have
+one length and one language, so n and m are numbers of prompts where the profiles state them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 from qlora_retrain.core.errors import IntegrityError
 
-# Rows added to each category, so that a new or missing category has a finite index.
-_PSEUDOCOUNT_ROWS = 0.5
+# Prompts added to each category, so that a new or missing category has a finite index.
+_PSEUDOCOUNT_PROMPTS = 0.5
 _MAX_CATEGORIES_IN_SENTENCE = 3
 Counts = Mapping[str, int]  # rows by category
 
@@ -59,9 +60,30 @@ def read_distributions(profile: Path) -> dict[str, Counts] | None:
     return distributions if isinstance(distributions, dict) else None
 
 
-def compute_drift(before: Mapping[str, Counts], now: Mapping[str, Counts], confidence: float) -> list[Drift]:
-    """Compute the drift of every distribution that both data sets have, the largest first."""
-    drifts = [_compute_one(name, before[name], now[name], confidence) for name in before if name in now]
+def read_prompts(profile: Path) -> int | None:
+    """Return how many different prompts the rows of a data set's `profile.json` have.
+
+    Return None for a profile of an older release, which does not say so.
+    """
+    prompts = json.loads(profile.read_text(encoding="utf-8")).get("prompts")
+    return prompts["train"] + prompts["eval"] if prompts else None
+
+
+def compute_drift(
+    before: Mapping[str, Counts],
+    now: Mapping[str, Counts],
+    confidence: float,
+    prompts: tuple[int | None, int | None] = (None, None),
+) -> list[Drift]:
+    """Compute the drift of every distribution that both data sets have, the largest first.
+
+    Args:
+        before: The distributions of the one data set, by name.
+        now: Those of the other.
+        confidence: The confidence with which chance cannot explain what remains.
+        prompts: The number of different prompts of either; None: each row has its own.
+    """
+    drifts = [_compute_one(name, before[name], now[name], confidence, prompts) for name in before if name in now]
     return sorted(drifts, key=lambda d: (-d.psi_beyond_chance, -d.psi))
 
 
@@ -103,14 +125,18 @@ def as_json(drifts: list[Drift]) -> list[dict[str, Any]]:
     ]
 
 
-def _compute_one(distribution: str, before: Counts, now: Counts, confidence: float) -> Drift:
+def _compute_one(
+    distribution: str, before: Counts, now: Counts, confidence: float, prompts: tuple[int | None, int | None]
+) -> Drift:
     categories = sorted(before.keys() | now.keys())
     # Both fractions are over all categories of either data set, so that they are comparable.
-    rows_before, rows_now = sum(before.values()), sum(now.values())
+    rows = sum(before.values()), sum(now.values())
+    sizes = tuple(max(1, n or num_rows) for n, num_rows in zip(prompts, rows, strict=True))
+    added = [_PSEUDOCOUNT_PROMPTS * max(1, num_rows) / n for num_rows, n in zip(rows, sizes, strict=True)]
     fractions = {
         category: tuple(
-            (counts.get(category, 0) + _PSEUDOCOUNT_ROWS) / (rows + _PSEUDOCOUNT_ROWS * len(categories))
-            for counts, rows in ((before, rows_before), (now, rows_now))
+            (counts.get(category, 0) + added_rows) / (num_rows + added_rows * len(categories))
+            for counts, num_rows, added_rows in zip((before, now), rows, added, strict=True)
         )
         for category in categories
     }
@@ -118,7 +144,7 @@ def _compute_one(distribution: str, before: Counts, now: Counts, confidence: flo
     psi = math.fsum(terms.values())
 
     # Two samples of one population exceed this index by chance with probability 1 - confidence.
-    scale = 1 / max(1, rows_before) + 1 / max(1, rows_now)
+    scale = sum(1 / n for n in sizes)
     psi_by_chance = scale * _chi_squared_quantile(len(categories) - 1, confidence)
     ordered = sorted(categories, key=lambda category: (-terms[category], category))
     shifts = tuple((category, *fractions[category]) for category in ordered)

@@ -62,7 +62,16 @@ def rank_labels(
             else:
                 loss, tokens = -log_likelihood, int(trie.incidence[target].sum())
             names = slices.slice_names(row.messages, row.language, has_labels=True)
-            scores[i] = RowScore(row.id, row.suite, loss, tokens, labels[best], best == target, slices=names)
+            scores[i] = RowScore(
+                row.id,
+                row.suite,
+                loss,
+                tokens,
+                labels[best],
+                best == target,
+                slices=names,
+                prompt_id=row.prompt_id,
+            )
     return [scores[i] for i in range(len(rows))]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_retrain.core import json_depth, json_lines
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import chat, conversations
 
 Passage = str | list[chat.Message]
 
@@ -51,6 +51,11 @@ def passage_id(passage: Passage) -> str:
     # Sorted keys, so that a chat has one id however its file was written.
     text = passage if isinstance(passage, str) else json.dumps(passage, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prompt_id(passage: Passage) -> str:
+    """Return the id of a chat's prompt, which several chats may have; empty for a text, which has no prompt."""
+    return "" if isinstance(passage, str) else conversations.prompt_id(passage)
 
 
 def _split_paragraphs(text: str) -> list[str]:

@@ -6,14 +6,14 @@ Text is read and never written: a score holds a row's id, its slices, and number
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import json_lines
 from qlora_retrain.core.errors import IntegrityError
-from qlora_retrain.lm import chat
+from qlora_retrain.lm import chat, conversations
 
 UNPARSABLE = "(no label)"  # the prediction of a model that was to generate a label and generated other text
 
@@ -28,6 +28,7 @@ class Row:
         messages: The turns.
         language: What the data states, if it states one.
         tools: The tools that the answer may call, in the OpenAI form.
+        prompt_id: Names the row's prompt, which other rows may have too; where it is empty, no other row has it.
     """
 
     id: str
@@ -35,6 +36,12 @@ class Row:
     messages: chat.Chat
     language: str | None = None
     tools: list[dict[str, Any]] | None = None
+    prompt_id: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """Return the id of the row's prompt; that of the row where it has a prompt of its own."""
+        return self.prompt_id or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,7 @@ class RowScore:
         hits: The number of tokens that the model finds likeliest; counted on reference text.
         values: Metrics of the model's completion, each in [0, 1]; empty where none was generated.
         slices: The slices that the row belongs to, e.g. `label=refund`, `length=32-63`, `language=latin`.
+        prompt_id: Names the row's prompt, as in `Row`.
     """
 
     id: str
@@ -62,16 +70,26 @@ class RowScore:
     hits: int | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     slices: tuple[str, ...] = ()
+    prompt_id: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """Return the id of the row's prompt; that of the row where it has a prompt of its own."""
+        return self.prompt_id or self.id
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields that are set, fit for JSON: a loss that is not finite becomes null."""
         # Empty fields are left out, which keeps the line of a row short.
         fields = {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
+        if not self.prompt_id:
+            del fields["prompt_id"]
         return fields | {"loss_nats": self.loss_nats if math.isfinite(self.loss_nats) else None}
 
 
 def read_rows(path: Path, suite: str) -> list[Row]:
-    """Read the rows of `eval.jsonl` or `golden.jsonl`.
+    """Read the rows of `eval.jsonl`, `golden.jsonl` or `train.jsonl`.
+
+    Where a row states no `prompt_id`, as in data sets of older releases, it is derived from its turns.
 
     Raises:
         IntegrityError: If a line is not a row, or has the id of an earlier one.
@@ -80,7 +98,8 @@ def read_rows(path: Path, suite: str) -> list[Row]:
     first_numbers: dict[str, int] = {}
     for number, row in json_lines.read(path):
         try:
-            rows.append(Row(str(row["id"]), suite, row["messages"], row.get("language"), row.get("tools")))
+            prompt_id = str(row.get("prompt_id") or "") or conversations.prompt_id(row["messages"])
+            rows.append(Row(str(row["id"]), suite, row["messages"], row.get("language"), row.get("tools"), prompt_id))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = f'{path.name}:{number}: the line is not a row; it must be {{"id", "messages"}}: {error!r}'
             raise IntegrityError(text) from error
@@ -119,3 +138,18 @@ def read_scores(path: Path) -> dict[str, list[RowScore]]:
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path.name}:{number}: the line is not a row's score: {error!r}") from error
     return scores
+
+
+def count_prompts(rows: Iterable[Row | RowScore]) -> int:
+    """Count the different prompts of the rows."""
+    return len({row.prompt for row in rows})
+
+
+def describe_rows(rows: Sequence[Row | RowScore]) -> str:
+    """Say how many rows there are, and how many prompts they have where that differs."""
+    return describe_counts(len(rows), count_prompts(rows))
+
+
+def describe_counts(rows: int, prompts: int) -> str:
+    """Say the same of counts: `838 rows of 110 different prompts`, or `12 rows`."""
+    return f"{rows} rows" + (f" of {prompts} different prompts" if prompts < rows else "")

@@ -120,7 +120,7 @@ def score_and_generate(
     # A row without tokens holds the place of a row that the template refuses.
     carried = iter(scores)
     all_scores = [
-        next(carried) if refusal is None else RowScore(row.id, row.suite, 0.0, 0)
+        next(carried) if refusal is None else RowScore(row.id, row.suite, 0.0, 0, prompt_id=row.prompt_id)
         for row, refusal in zip(all_rows, refusals, strict=True)
     ]
     return all_scores, {row_id: completion.text for row_id, completion in generated.items()}
@@ -172,6 +172,7 @@ def score_rows(
             group.loss_nats,
             group.tokens,
             slices=slices.slice_names(row.messages, row.language, has_labels=last_answer_only),
+            prompt_id=row.prompt_id,
         )
         for row, group in zip(rows, sums, strict=True)
     ]
@@ -198,7 +199,14 @@ def score_passages(
     on_progress = _ProgressReporter(description, done, done + len(passages) if total is None else total)
     sums = _score_groups(model, items, batch_tokens, on_progress)
     return [
-        RowScore(reference_text.passage_id(passage), "reference", group.loss_nats, group.tokens, hits=group.hits)
+        RowScore(
+            reference_text.passage_id(passage),
+            "reference",
+            group.loss_nats,
+            group.tokens,
+            hits=group.hits,
+            prompt_id=reference_text.prompt_id(passage),
+        )
         for passage, group in zip(passages, sums, strict=True)
     ]
 

@@ -18,7 +18,7 @@ from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.evaluation.metrics.suite_metrics import compute_metrics as compute_metrics
 from qlora_retrain.evaluation.metrics.suite_metrics import compute_suite_metrics as compute_suite_metrics
 from qlora_retrain.evaluation.metrics.suite_metrics import metrics_table as metrics_table
-from qlora_retrain.evaluation.rows import RowScore
+from qlora_retrain.evaluation.rows import RowScore, count_prompts
 from qlora_retrain.evaluation.rules import slice_rules, suite_rules
 from qlora_retrain.evaluation.rules.comparison import (
     Scores,
@@ -73,18 +73,20 @@ def apply_rules(scores: Scores, settings: EvaluateConfig, extra: Sequence[RuleRe
         settings: The limits.
         extra: Rules that a step has applied itself; they count like the others.
     """
-    # With a loss that is not finite, or with too few rows, no comparison means anything. Then only this result and the
-    # step's own rules count.
+    # With a loss that is not finite, or with too few prompts, no comparison means anything. Then only this result and
+    # the step's own rules count.
     non_finite = sorted(name for name, rows in scores.items() if not all(math.isfinite(s.loss_nats) for s in rows))
     if non_finite:
         text = f"{', '.join(non_finite)}: some rows have a loss that is not finite"
         return _decide([RuleResult("finite_scores", text, passed=False), *extra], "")
-    rows = len(rows_of_suite(scores["challenger"], "eval"))
-    if rows < max(1, settings.min_rows):
-        text = f"{rows} evaluation rows; at least {settings.min_rows} are needed"
-        return _decide([RuleResult("enough_rows", text, rows, limit=settings.min_rows), *extra], "")
+    rows, limit = rows_of_suite(scores["challenger"], "eval"), settings.min_prompts
+    prompts = count_prompts(rows)
+    text = f"{len(rows)} evaluation rows of {prompts} different prompts"
+    if prompts < limit:
+        text += f"; at least {limit} different prompts are needed (evaluate.min_prompts)"
+        return _decide([RuleResult("enough_prompts", text, prompts, limit=limit), *extra], "")
 
-    results = [RuleResult("enough_rows", f"{rows} evaluation rows", rows, limit=settings.min_rows, passed=True)]
+    results = [RuleResult("enough_prompts", text, prompts, limit=limit, passed=True)]
     results += suite_rules.apply(scores, settings)
     results += slice_rules.apply(scores, settings, slice_rules.compare_slices(scores, settings))
     return _decide([*results, *extra], _summarize_gains(scores, settings))
@@ -113,8 +115,8 @@ def _decide(rules: Sequence[RuleResult], gains: str) -> Verdict:
     failed = [r.text for r in rules if r.passed is False]
     undecided = [r.text for r in rules if r.passed is None]
 
-    # With too few rows nothing can have failed, not even a rule of the step's own.
-    if "enough_rows" in by_name and by_name["enough_rows"].passed is None:
+    # With too few prompts nothing can have failed, not even a rule of the step's own.
+    if "enough_prompts" in by_name and by_name["enough_prompts"].passed is None:
         failed = []
     # One failed rule refuses, even where others lack evidence.
     if failed:

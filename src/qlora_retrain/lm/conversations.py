@@ -1,8 +1,9 @@
 """Say which part of a chat is asked for, and when two chats are the same.
 
-There are three notions of sameness, one for each use:
+There are four notions of sameness, one for each use:
 
 - one prompt, to the letter (`prompt_key`): what the model is given, for duplicates and contradictions;
+- one prompt, by canonical text (`prompt_id`): which rows are no independent evidence, where the data gate does not say;
 - one conversation, by canonical text (`conversation_path`): what must not be on both sides of a split;
 - one row, to the letter (`row_id`): what scores and completions are looked up by.
 """
@@ -121,6 +122,14 @@ def prompt_key(chat: Chat, tools: Tools = None) -> str:
     """Return 16 hex digits that are equal where the model is given the same, to the letter, before the answer."""
     unsupervised = [{key: value for key, value in turn.items() if key != "weight"} for turn in prompt_of(chat)]
     return _digest(unsupervised, tools)
+
+
+def prompt_id(chat: Chat) -> str:
+    """Return 16 hex digits that are equal where a chat asks the same, by canonical text.
+
+    The data gate's rows state a coarser id, which a chat shares with its continuations (`prompt_id` of a row).
+    """
+    return hashlib.sha256("\n".join(conversation_path(chat)).encode()).hexdigest()[:16]
 
 
 def row_id(chat: Chat, tools: Tools = None) -> str:

@@ -77,23 +77,23 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
 
 
 def _evidence(config: LineConfig) -> Iterator[tuple[str, int, str]]:
-    """Yield how many rows the data gate must ask for, so that data which passes is not refused after training."""
+    """Yield how many prompts the data gate must ask for, so that data which passes is not refused after training."""
     data, evaluate, merge = config.data, config.evaluate, config.merge
     # `measured` needs two halves; `auto` needs one.
-    merge_rows = {"measured": 2 * merge.min_rows, "auto": merge.min_rows}.get(merge.base, 0)
-    needed = max(evaluate.min_rows, merge_rows)
-    setting = "evaluate.min_rows" if needed == evaluate.min_rows else "merge.min_rows"
-    if "min_eval_rows" not in data.model_fields_set:
-        if needed != data.min_eval_rows:
-            yield "min_eval_rows", needed, f"not set: what {setting} needs"
-    elif data.min_eval_rows < needed:
+    merge_prompts = {"measured": 2 * merge.min_prompts, "auto": merge.min_prompts}.get(merge.base, 0)
+    needed = max(evaluate.min_prompts, merge_prompts)
+    setting = "evaluate.min_prompts" if needed == evaluate.min_prompts else "merge.min_prompts"
+    if "min_eval_prompts" not in data.model_fields_set:
+        if needed != data.min_eval_prompts:
+            yield "min_eval_prompts", needed, f"not set: what {setting} needs"
+    elif data.min_eval_prompts < needed:
         raise UsageError(
-            f"data.min_eval_rows: {data.min_eval_rows} lets data pass that is refused after training, since {setting} "
-            f"needs {needed} evaluation rows; leave it out, or lower {setting} too"
+            f"data.min_eval_prompts: {data.min_eval_prompts} lets data pass that is refused after training, since "
+            f"{setting} needs evaluation rows of {needed} different prompts; leave it out, or lower {setting} too"
         )
 
-    if config.sources.golden_data is not None and "min_golden_rows" not in data.model_fields_set:
-        yield "min_golden_rows", evaluate.min_golden_rows, "not set: what evaluate.min_golden_rows needs"
+    if config.sources.golden_data is not None and "min_golden_prompts" not in data.model_fields_set:
+        yield "min_golden_prompts", evaluate.min_golden_prompts, "not set: what evaluate.min_golden_prompts needs"
 
 
 def _device() -> tuple[str, str]:

@@ -140,7 +140,10 @@ def test_too_few_comparable_rows_are_insufficient_evidence(
     config = CONFIG.model_copy(update={"max_drift_psi": None})
     document = evaluate(tiny_adapter, config, champion=champion, edit=lambda dataset: with_system_turns(dataset, 36))
     assert document["verdict"] == "insufficient evidence"
-    assert "refuses 36 of the evaluation rows; 0 can be compared" in rule(document, "loss_to_champion")["text"]
+    assert (
+        "refuses 36 of the evaluation rows; rows of 0 different prompts can be compared"
+        in rule(document, "loss_to_champion")["text"]
+    )
 
 
 def test_a_row_that_the_lines_own_template_refuses_is_named(

@@ -55,7 +55,7 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert set(document["golden"]) == set(document["reference"]) == set(document["contestants"])
     assert EvaluateConfig.model_validate(document["settings"]) == CONFIG
     assert [rule["passed"] for rule in document["rules"]] == [True] * len(document["rules"])
-    names = ["enough_rows", "gain_over_base", "loss_to_champion", "answers_end", "golden", "slices"]
+    names = ["enough_prompts", "gain_over_base", "loss_to_champion", "answers_end", "golden", "slices"]
     assert [rule["name"] for rule in document["rules"]] == names
 
     # The metrics of the document are those of the scores.
@@ -192,7 +192,7 @@ def test_an_empty_evaluation_set_is_insufficient_evidence(
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert read_document(evaluation)["verdict"] == "insufficient evidence"
-    assert "0 evaluation rows; at least 30 are needed" in str(report.refused)
+    assert "0 evaluation rows of 0 different prompts; at least 30 different prompts are needed" in str(report.refused)
     assert (evaluation / "report.html").is_file()
 
 

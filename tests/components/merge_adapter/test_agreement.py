@@ -127,12 +127,12 @@ def test_a_model_agrees_with_itself(tiny_model: Path) -> None:
 
 
 def test_long_rows_weigh_by_their_tokens_and_nan_is_no_number() -> None:
-    agreements = [Agreement("a", 1, 1.0, 1), Agreement("b", 3, 1.0, 0)]
+    agreements = [Agreement("a", "a", 1, 1.0, 1), Agreement("b", "b", 3, 1.0, 0)]
     settings = EvaluateConfig(bootstrap_samples=200)
     interval = agreement.mean_kl(agreements, settings)
     assert interval is not None
     assert interval.value == 0.5
-    assert agreement.mean_kl([*agreements, Agreement("c", 1, float("nan"), 0)], settings) is None
+    assert agreement.mean_kl([*agreements, Agreement("c", "c", 1, float("nan"), 0)], settings) is None
     assert agreement.mean_kl([], settings) is None
 
 
@@ -147,10 +147,10 @@ def test_halves_depend_on_the_ids_alone_and_cover_them() -> None:
 
 def talk(number: int, *contents: str) -> Row:
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    return Row(f"{number:016x}", "eval", turns)
+    return Row(f"{number:016x}", "eval", turns, prompt_id=contents[0] if contents[0] != "hello" else "")
 
 
-def test_the_rows_of_one_conversation_are_in_one_half() -> None:
+def test_the_rows_of_one_prompt_are_in_one_half() -> None:
     many = [
         talk(10 * i + n, f"question {i}", "a", *["more", "b"] * n) for i in range(40) for n in range(3 if i % 2 else 1)
     ]
@@ -159,7 +159,8 @@ def test_the_rows_of_one_conversation_are_in_one_half() -> None:
     for i in range(40):
         conversation = {row.id for row in many if row.messages[0]["content"] == f"question {i}"}
         assert conversation <= selection or conversation <= certification
-    assert len(many) // 2 - 3 < len(selection) <= len(many) // 2
+    # Each half has 20 of the 40 prompts.
+    assert len({row.messages[0]["content"] for row in many if row.id in selection}) == 20
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,18 @@ def test_both_bases_are_measured_where_each_half_has_enough_rows(base: Any, num_
     config, reason = candidates.resolve_base(MergeConfig(base=base), rows)
     assert config.base == resolved
     assert bool(reason) == (resolved != "measured")
-    assert (f"{num_rows} evaluation rows are too few" in reason) == (base == "auto" and resolved == "dequantized")
+    is_too_few = base == "auto" and resolved == "dequantized"
+    assert (f"rows of {num_rows} different prompts are too few" in reason) == is_too_few
 
 
-def test_one_conversation_that_is_most_of_the_rows_is_divided() -> None:
+def test_prompts_and_not_rows_are_what_two_halves_need() -> None:
+    """Two rows of each of 40 prompts would be halves of 40 rows, but they are only 20 prompts each."""
+    rows = [talk(2 * i + n, f"question {i}", f"answer {n}") for i in range(40) for n in range(2)]
+    config, reason = candidates.resolve_base(MergeConfig(base="auto"), rows)
+    assert config.base == "dequantized"
+    assert "rows of 40 different prompts are too few" in reason
+
+
+def test_chats_that_only_begin_alike_are_divided() -> None:
     rows = [talk(i, "hello", "hi", f"question {i}", "a") for i in range(60)]
     assert sorted(map(len, candidates.split_halves(rows))) == [30, 30]

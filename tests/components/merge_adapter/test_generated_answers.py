@@ -26,7 +26,7 @@ COMPLETION_METRICS = ("exact_match", "rouge_l", "chrf", "json_validity", "field_
 SETTINGS = EvaluateConfig(
     allow_first_release=True, bootstrap_samples=200, device="cpu", metrics=("loss", *COMPLETION_METRICS),
     primary_metric="field_accuracy",
-    max_new_tokens=16, floors={"json_validity": 0.5, "rouge_l": 0.5}, slice_floor=0.3, min_slice_rows=12,
+    max_new_tokens=16, floors={"json_validity": 0.5, "rouge_l": 0.5}, slice_floor=0.3, min_slice_prompts=12,
 )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def metrics_by_hand(pairs: list[tuple[str, str]]) -> dict[str, float]:
 def test_both_candidates_and_every_export_are_measured_by_what_they_write(
     text_inputs: dict[str, Any], tmp_path: Path
 ) -> None:
-    report = run(MergeConfig(device="cpu", min_rows=18, exports=["bf16", "gguf-q8_0"]), **text_inputs)
+    report = run(MergeConfig(device="cpu", min_prompts=18, exports=["bf16", "gguf-q8_0"]), **text_inputs)
     assert report.refused is None
     document = certificate(text_inputs)
     halves: dict[str, set[str]] = {"selection": set(), "certification": set()}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from components.merge_adapter.evaluation_inputs import EvaluationInputs
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
 from qlora_retrain.config.sections import MergeConfig
@@ -25,7 +26,7 @@ from qlora_retrain.evaluation.scoring import read_scores, write_scores
 from qlora_retrain.lm import chat, loading
 
 # The interval of a cost on 18 rows of a tiny model is wide, so its upper end may lie above the default limit by chance.
-CONFIG = MergeConfig(device="cpu", min_rows=18, max_loss_increase_nats=0.2)
+CONFIG = MergeConfig(device="cpu", min_prompts=18, max_loss_increase_nats=0.2)
 
 
 def certificate(inputs: dict[str, Path]) -> dict[str, Any]:
@@ -39,14 +40,14 @@ def test_the_merged_form_is_certified_by_the_rules_of_the_evaluation(inputs: dic
     document = certificate(inputs)
     names = [rule["name"] for rule in document["rules"]]
     expected = [
-        "enough_rows",
+        "enough_prompts",
         "gain_over_base",
         "loss_to_champion",
         "answers_end",
         "golden",
         "forgetting",
         "slices",
-        "merge_rows",
+        "merge_prompts",
         "merge_cost",
     ]
     assert names == expected
@@ -147,18 +148,23 @@ def test_a_base_that_is_named_is_certified_on_every_row(inputs: dict[str, Path],
 
 def test_halves_that_are_too_small_are_insufficient_evidence(inputs: dict[str, Path]) -> None:
     # 36 evaluation rows make two halves of 18.
-    report = run(CONFIG.model_copy(update={"base": "measured", "min_rows": 19}), **inputs)
+    report = run(CONFIG.model_copy(update={"base": "measured", "min_prompts": 19}), **inputs)
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
-    assert "18 rows select the base, 18 rows certify it; 19 of each are needed" in str(report.refused)
+    assert (
+        "rows of 18 different prompts select the base, those of 18 others certify it; at least 19 different prompts of "
+        "each are needed (merge.min_prompts)" in str(report.refused)
+    )
     assert certificate(inputs)["verdict"] == "insufficient evidence"
 
 
 def test_too_few_rows_for_two_halves_certify_the_evaluated_base_with_all_of_them(inputs: dict[str, Path]) -> None:
-    run(MergeConfig(device="cpu", min_rows=19), **inputs)
+    run(MergeConfig(device="cpu", min_prompts=19), **inputs)
     document = certificate(inputs)
     assert (document["base"], document["rows"]) == ("dequantized", {"selection": 0, "certification": 36})
-    assert document["why"].startswith("dequantized, which computes what was evaluated: 36 evaluation rows are too few")
+    assert document["why"].startswith(
+        "dequantized, which computes what was evaluated: evaluation rows of 36 different prompts are too few"
+    )
 
 
 def test_kl_and_agreement_are_gates_only_where_a_limit_is_set(inputs: dict[str, Path]) -> None:
@@ -241,6 +247,18 @@ def test_a_merge_that_costs_too_much_is_refused_with_its_certificate(inputs: dic
     assert document["verdict"] == "refuse"
     assert document["merge_loss_nats"]["high"] > CONFIG.max_loss_increase_nats
     assert (inputs["model"] / "report.html").is_file()
+
+
+def test_scores_of_an_older_release_take_their_prompts_from_the_data_set(inputs: dict[str, Path]) -> None:
+    folders = inputs["dataset"], inputs["evaluation"], inputs["reference_data"]
+    expected = EvaluationInputs.from_folders(*folders).scores
+    assert all(score.prompt_id for scores in expected.values() for score in scores if score.suite == "eval")
+    path = inputs["evaluation"] / "scores.jsonl"
+    assert read_scores(path) == expected
+    scores = {name: [replace(score, prompt_id="") for score in rows] for name, rows in expected.items()}
+    write_scores(path, scores)
+    assert read_scores(path) == scores
+    assert EvaluationInputs.from_folders(*folders).scores == expected
 
 
 def test_an_evaluation_of_another_data_set_is_refused(

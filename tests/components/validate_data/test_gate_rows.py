@@ -68,6 +68,31 @@ def test_no_part_of_a_golden_or_evaluation_conversation_is_trained_on(read: Read
     assert not learnt & {"question 0", "question 1"}
 
 
+@pytest.mark.parametrize("has_evaluation_file", [False, True])
+def test_rows_that_are_no_independent_evidence_have_one_prompt(read: Read, has_evaluation_file: bool) -> None:
+    """One question in other letters or under another instruction, and one conversation with its continuations."""
+    groups = [[talk(f"question {i}", f"answer {n}") for n in range(7)] for i in range(12)]
+    groups += [[talk("Where is it?", "a"), talk("where  IS it?", "b"), talk("Where is it?", "c", system="Be brief.")]]
+    groups += [[talk("more", *["a", "b"] * n, "a") for n in range(4)]]
+    # A greeting with which many chats begin says nothing about them.
+    groups += [[talk("hello", "hi", f"topic {i}", "a")] for i in range(20)]
+    rows = [row for group in groups for row in group]
+    golden = [talk("gold", "x"), talk("GOLD", "y"), talk("hello", "hi", "golden topic", "z")]
+    sources = {"raw_data": rows_of(30), "eval_data": rows} if has_evaluation_file else {"raw_data": rows}
+    if has_evaluation_file:
+        sources["raw_data"] += [talk("hello", "hi", f"other {i}", "a") for i in range(30)]
+    gate_rows = read(golden_data=golden, **sources)
+
+    prompts = {row.location.removeprefix("eval_data/"): row.prompt_id for row in gate_rows.rows[-len(rows) :]}
+    ids = iter(prompts.values())
+    by_group = [{next(ids) for _ in group} for group in groups]
+    assert [len(group) for group in by_group] == [1] * len(groups)
+    assert len(set().union(*by_group)) == len(groups)
+    assert all(row.prompt_id for row in gate_rows.rows)
+    assert [row.prompt_id for row in gate_rows.golden].count(gate_rows.golden[0].prompt_id) == 2
+    assert gate_rows.golden[2].prompt_id not in set().union(*by_group)
+
+
 def test_with_an_evaluation_file_no_row_is_kept_from_training_and_its_limit_holds(read: Read) -> None:
     evaluation = [talk(f"other {i}", "x") for i in range(30)]
     gate_rows = read({"max_eval_rows": 20}, raw_data=rows_of(50), eval_data=evaluation)
@@ -104,8 +129,8 @@ def test_contradicting_evaluation_labels_are_an_error(read: Read) -> None:
 
 
 def test_too_few_golden_rows_are_refused_before_anything_is_trained(read: Read) -> None:
-    with pytest.raises(UsageError, match=r"golden_data: 2 rows, and evaluate\.min_golden_rows needs 10"):
-        read({"min_golden_rows": 10}, raw_data=rows_of(20), golden_data=[talk("a", "x"), talk("b", "y")])
+    with pytest.raises(UsageError, match=r"2 rows of 2 different prompts, and evaluate\.min_golden_prompts needs 10"):
+        read({"min_golden_prompts": 10}, raw_data=rows_of(20), golden_data=[talk("a", "x"), talk("b", "y")])
 
 
 def test_tasks_told_apart_by_their_system_turn_or_by_a_letter_are_good_data(read: Read) -> None:

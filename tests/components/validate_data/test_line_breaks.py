@@ -70,7 +70,7 @@ def gate(folder: Path, tiny_model: Path, name: str) -> Path:
         split_seed="line",
         eval_fraction=0.3,
         min_train_rows=1,
-        min_eval_rows=1,
+        min_eval_prompts=1,
         system="Be\u2028brief.\x85",
         checks={"control_characters": "warn", "mojibake": "warn", "near_evaluation": "off"},
     )

@@ -81,8 +81,9 @@ def test_too_long_rows_have_their_settings_on_the_page() -> None:
 
 @pytest.mark.parametrize("num_eval", [30, 135])
 def test_the_page_says_what_so_many_evaluation_rows_can_prove_of_labels(num_eval: int) -> None:
-    rows = [row(i, "eval") for i in range(num_eval)]
+    # Two rows of each prompt tell no more than one where all are answered alike.
+    rows = [row(i, "eval", prompt_id=f"{i // 2}") for i in range(2 * num_eval)]
     loss = stats.smallest_excludable_loss(num_eval, 0.95)
-    sentence = f"{num_eval} evaluation rows can rule out no loss of accuracy below {loss:.3f} against a champion"
+    sentence = f"rows of {num_eval} different prompts can rule out no loss of accuracy below {loss:.3f} against a "
     assert sentence in report_page(profile_of(rows, DataConfig(task="labels")), "accepted")
     assert "rule out" not in report_page(profile_of(rows, DataConfig()), "accepted")

@@ -79,14 +79,18 @@ def test_a_fraction_never_shrinks_within_a_line_and_stays_where_it_is_enough(bef
 def test_auto_takes_what_is_needed_wherever_half_of_the_rows_allow_it(
     count: int, min_train: int, min_eval: int, group: int, seed: int
 ) -> None:
-    config = DataConfig(min_train_rows=min_train, min_eval_rows=min_eval)
+    config = DataConfig(min_train_rows=min_train, min_eval_prompts=min_eval)
     fractions = [random.Random(f"{seed}/{i // group}").random() for i in range(count)]
     num_train, num_eval = sizes(fractions, config)
     # Tried out one by one: is there a fraction of at least 0.1 that gives both?
     thresholds = [max(0.1, f + 1e-6) for f in fractions] + [0.1]
-    enough = [t for t in thresholds if min_eval <= sum(f < t for f in fractions) <= max(count // 2, sum(
-        f < 0.1 for f in fractions)) and sum(f >= t for f in fractions) >= min_train]  # fmt: skip
-    assert (num_eval >= min_eval and num_train >= min_train) == bool(enough)
+    enough = [t for t in thresholds if len({f for f in fractions if f < t}) >= min_eval and sum(
+        f < t for f in fractions) <= max(count // 2, sum(f < 0.1 for f in fractions)) and sum(
+        f >= t for f in fractions) >= min_train]  # fmt: skip
+    fraction = choose_fraction(fractions, config)
+    num_prompts = len({f for f in fractions if f < fraction})
+    assert (num_prompts >= min_eval and num_train >= min_train) == bool(enough)
+    assert num_eval == sum(f < fraction for f in fractions)
 
 
 def test_too_small_a_fraction_is_told_what_auto_would_give() -> None:
@@ -96,13 +100,13 @@ def test_too_small_a_fraction_is_told_what_auto_would_give() -> None:
     assert advice == f"data.eval_fraction: auto would give {num_train} training rows and {num_eval} evaluation rows"
 
 
-@pytest.mark.parametrize(("count", "changes"), [(59, {}), (45, {}), (40, {}), (150, {"min_eval_rows": 100})])
+@pytest.mark.parametrize(("count", "changes"), [(59, {}), (45, {}), (40, {}), (150, {"min_eval_prompts": 100})])
 def test_below_two_halves_one_fraction_is_named_that_gives_enough(count: int, changes: dict[str, int]) -> None:
     fractions, config = hashes(count), DataConfig(**changes)
-    assert sizes(fractions, config)[1] < config.min_eval_rows
+    assert sizes(fractions, config)[1] < config.min_eval_prompts
     advice = explain_too_few(fractions, config)
     num_train, num_eval = sizes(fractions, with_settings(advice))
-    assert num_eval == config.min_eval_rows
+    assert num_eval == config.min_eval_prompts
     assert num_train >= config.min_train_rows
     assert advice.endswith(f"would give {num_train} training rows and {num_eval} evaluation rows")
 
@@ -110,17 +114,20 @@ def test_below_two_halves_one_fraction_is_named_that_gives_enough(count: int, ch
 def test_fewer_rows_than_all_that_is_needed_are_told_how_many_are_missing() -> None:
     advice = explain_too_few(hashes(35), AUTO)
     assert advice.startswith(
-        "the data has 35 good rows, and min_eval_rows (30, as evaluate.min_rows and merge.min_rows need) and "
-        "min_train_rows (10) take 40: add 5 rows, or data.eval_fraction: "
+        "the data has 35 good rows of 35 different prompts, and min_eval_prompts (30, as evaluate.min_prompts and "
+        "merge.min_prompts need) and min_train_rows (10) take 40 rows: add 5 rows of other prompts, or "
+        "data.eval_fraction: "
     )
     assert sizes(hashes(35), with_settings(advice)) == (5, 30)
     assert with_settings(advice).min_train_rows == 5
-    assert explain_too_few(hashes(20), AUTO).endswith("take 40: add 20 rows")
-    assert explain_too_few([], AUTO).endswith("take 40: add 40 rows")
+    assert explain_too_few(hashes(20), AUTO).endswith("take 40 rows: add 20 rows of other prompts")
+    assert explain_too_few([], AUTO).endswith("take 40 rows: add 40 rows of other prompts")
+    # 80 rows of 20 prompts are enough rows, and not enough prompts.
+    assert explain_too_few(hashes(20) * 4, AUTO).endswith("take 40 rows: add 10 rows of other prompts")
 
 
 def test_one_conversation_that_is_too_large_is_named() -> None:
-    advice = explain_too_few([0.05] * 500 + hashes(20), DataConfig(min_train_rows=30))
+    advice = explain_too_few([0.05] * 500 + hashes(20), DataConfig(min_train_rows=30, min_eval_prompts=20))
     assert advice.startswith("500 of 520 rows begin with one and the same user turn")
     assert "sources.eval_data" in advice
 
@@ -168,5 +175,9 @@ def test_a_length_that_helps_nobody_is_not_advised(lengths: list[int], advice: s
 
 def test_golden_rows_that_decide_nothing_are_refused_before_training() -> None:
     refuse_few_golden_rows(measured(1), AUTO)
-    with pytest.raises(UsageError, match=r"golden_data: 3 rows, and evaluate\.min_golden_rows needs 10"):
-        refuse_few_golden_rows(measured(1, 1, 1), DataConfig(min_golden_rows=10))
+    rows = measured(*[1] * 12)
+    for i, item in enumerate(rows):
+        item.prompt_id = f"prompt {i // 2}"
+    refuse_few_golden_rows(rows, DataConfig(min_golden_prompts=6))
+    with pytest.raises(UsageError, match=r"12 rows of 6 different prompts, and evaluate\.min_golden_prompts needs 7"):
+        refuse_few_golden_rows(rows, DataConfig(min_golden_prompts=7))

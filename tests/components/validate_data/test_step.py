@@ -58,7 +58,7 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
             text = "".join(json.dumps(row) + "\n" for row in content or [])
             (folder / name / f"{name}.jsonl").write_text(text, encoding="utf-8")
         (folder / "dataset").mkdir()
-        defaults = {"task": "labels", "split_seed": "line", "eval_fraction": 0.1, "min_eval_rows": 10}
+        defaults = {"task": "labels", "split_seed": "line", "eval_fraction": 0.1, "min_eval_prompts": 10}
         report = run(
             DataConfig(**{**defaults, **settings}),
             raw_data=folder / "tickets",
@@ -75,7 +75,7 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
 
 def test_good_rows_become_a_complete_dataset(gate: Gate, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, dataset = gate(good(300), golden=[pair("a golden question", "login")], system="Answer with the intent.")
-    assert "evaluation rows can rule out no loss of accuracy below" in capsys.readouterr().out
+    assert "different prompts can rule out no loss of accuracy below" in capsys.readouterr().out
     assert report.refused is None
     assert {path.name for path in dataset.iterdir()} == FILES
 
@@ -234,7 +234,7 @@ def test_too_many_duplicates_are_refused_apart_from_bad_rows(gate: Gate) -> None
     assert str(report.refused).endswith("or leave them out with data.max_duplicates_fraction: 0.34")
 
 
-@pytest.mark.parametrize("knob", ["min_train_rows", "min_eval_rows"])
+@pytest.mark.parametrize("knob", ["min_train_rows", "min_eval_prompts"])
 def test_too_few_rows_are_refused(gate: Gate, knob: str) -> None:
     report, _ = gate(good(300), **{knob: 299})
     assert f"expected at least 299 ({knob})" in str(report.refused)
@@ -417,9 +417,9 @@ def test_an_evaluation_file_is_the_evaluation_and_the_gate_accounts_for_its_rows
 
 
 def test_too_few_rows_are_told_the_setting_that_would_pass_and_it_passes(gate: Gate) -> None:
-    settings = {"eval_fraction": 0.05, "min_eval_rows": 30}
+    settings = {"eval_fraction": 0.05, "min_eval_prompts": 30}
     report, _ = gate(good(200), **settings)
-    assert "(min_eval_rows); data.eval_fraction: auto would give" in str(report.refused)
+    assert "(min_eval_prompts); data.eval_fraction: auto would give" in str(report.refused)
     assert gate(good(200), **{**settings, "eval_fraction": "auto"})[0].refused is None
 
     report, _ = gate(good(40), **{**settings, "eval_fraction": "auto"})
@@ -443,5 +443,6 @@ def test_too_long_rows_are_told_the_setting_that_keeps_them_in_log_and_report(ga
 
 def test_an_evaluation_file_that_is_too_small_is_named(gate: Gate) -> None:
     report, _ = gate(good(300), evaluation=good(5))
-    assert "rows to evaluate on: 5, expected at least 10 (min_eval_rows); 5 rows were kept out" in str(report.refused)
+    sentence = str(report.refused)
+    assert "different prompts to evaluate on: 5, expected at least 10 (min_eval_prompts); 5 rows were kept" in sentence
     assert "add rows to eval_data, or leave it out" in str(report.refused)

@@ -11,7 +11,7 @@ from qlora_retrain.core import html
 from qlora_retrain.evaluation import answer_endings, bootstrap
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.metrics.completion_metrics import selected_completion_metrics
-from qlora_retrain.evaluation.rows import RowScore
+from qlora_retrain.evaluation.rows import RowScore, count_prompts
 from qlora_retrain.evaluation.rules.comparison import (
     Metric,
     Scores,
@@ -21,7 +21,8 @@ from qlora_retrain.evaluation.rules.comparison import (
     rows_of_suite,
 )
 
-MetricValues = dict[str, float | None]  # a metric by name, its ends as `<name>_low` and `<name>_high`, and `rows`
+# A metric by name, its ends as `<name>_low` and `<name>_high`, and the counts `prompts` and `rows`.
+MetricValues = dict[str, float | None]
 _TITLES = {
     "loss": "loss, nats per token",
     "cost": "nats per token lost against the unmerged model",
@@ -40,7 +41,8 @@ _PERCENTAGES = (
     "answers_ended",
 )
 # Fixed decimals, so that the numbers of a column can be compared; all other metrics have 4.
-_DECIMALS = {"perplexity": 1, "kl": 5, "rows": 0}
+_DECIMALS = {"perplexity": 1, "kl": 5, "prompts": 0, "rows": 0}
+_COUNTS = ("prompts", "rows")
 # exp() of a double overflows above 709.
 _MAX_EXPONENT = 700.0
 
@@ -57,10 +59,10 @@ def compute_metrics(rows: Sequence[RowScore], settings: EvaluateConfig, answers:
         return {}
     # One loss that is not finite makes every mean meaningless.
     if not all(math.isfinite(s.loss_nats) for s in rows) or not sum(s.tokens for s in rows):
-        return {"loss": None, "perplexity": None, "rows": len(rows)}
+        return {"loss": None, "perplexity": None, **_counts(rows)}
 
-    options = BootstrapSettings.from_config(settings)
-    loss = bootstrap.ratio_interval([s.loss_nats for s in rows], [s.tokens for s in rows], options)
+    options, prompts = BootstrapSettings.from_config(settings), [s.prompt for s in rows]
+    loss = bootstrap.ratio_interval([s.loss_nats for s in rows], [s.tokens for s in rows], options, prompts)
     values: MetricValues = {"loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
     # exp() is monotonic, so the quantiles of the resampled perplexities are those of the resampled losses.
     values |= {
@@ -71,7 +73,10 @@ def compute_metrics(rows: Sequence[RowScore], settings: EvaluateConfig, answers:
     if predicted_rows:
         values |= _mean_with_ends(rows, "accuracy", settings)
         macro_f1 = bootstrap.macro_f1_interval(
-            [answers[s.id] for s in predicted_rows], [str(s.predicted) for s in predicted_rows], options
+            [answers[s.id] for s in predicted_rows],
+            [str(s.predicted) for s in predicted_rows],
+            options,
+            [s.prompt for s in predicted_rows],
         )
         values |= {"macro_f1": macro_f1.value, "macro_f1_low": macro_f1.low, "macro_f1_high": macro_f1.high}
     for name in (*selected_completion_metrics(settings), answer_endings.METRIC):
@@ -79,9 +84,13 @@ def compute_metrics(rows: Sequence[RowScore], settings: EvaluateConfig, answers:
 
     # Hits are counted on reference text only.
     if any(s.hits is not None for s in rows):
-        hits = bootstrap.ratio_interval([s.hits or 0 for s in rows], [s.tokens for s in rows], options)
+        hits = bootstrap.ratio_interval([s.hits or 0 for s in rows], [s.tokens for s in rows], options, prompts)
         values |= {"token_accuracy": hits.value, "token_accuracy_low": hits.low, "token_accuracy_high": hits.high}
-    return values | {"rows": len(rows)}
+    return values | _counts(rows)
+
+
+def _counts(rows: Sequence[RowScore]) -> MetricValues:
+    return {"prompts": count_prompts(rows), "rows": len(rows)}
 
 
 def compute_suite_metrics(
@@ -105,12 +114,12 @@ def metrics_table(
     Args:
         metrics: The metrics of each contestant.
         row_header: What a row stands for, e.g. `contestant` or `form`.
-        columns: The metrics to show; those that no contestant has are left out. None: all metrics, then the number
-            of rows.
+        columns: The metrics to show; those that no contestant has are left out. None: all metrics, then the numbers
+            of prompts and rows.
     """
     # A metric's ends are shown in the cell of the metric itself.
     names = [key for values in metrics.values() for key in values if not key.endswith(("_low", "_high"))]
-    requested = [*(name for name in names if name != "rows"), "rows"] if columns is None else columns
+    requested = [*(name for name in names if name not in _COUNTS), *_COUNTS] if columns is None else columns
     visible = [c for c in dict.fromkeys(requested) if any(values.get(c) is not None for values in metrics.values())]
     rows = [[name, *(format_cell(values, column) for column in visible)] for name, values in metrics.items()]
     return [row_header, *map(column_title, visible)], rows

@@ -1,7 +1,8 @@
 """Compare two contestants on the same rows: how much better one of them is, and how certain that is.
 
 Every comparison is a gain: above 0 the challenger is better, whatever the metric. Shares of right answers use the
-interval of McNemar's test (`stats.paired_proportion_interval`); every other metric uses the paired bootstrap.
+interval of McNemar's test (`stats.paired_proportion_interval`); every other metric uses the paired bootstrap. Either
+counts prompts, since the rows of one prompt are not independent of each other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from qlora_retrain.config.evaluate import EvaluateConfig
-from qlora_retrain.evaluation import bootstrap, stats
+from qlora_retrain.evaluation import bootstrap, clusters, stats
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.rows import RowScore
 from qlora_retrain.evaluation.stats import Interval
@@ -95,7 +96,7 @@ def gain_interval(
         ValueError: If they were scored on different rows, or the metric is defined for no row.
     """
     pairs = [(a, b) for a, b in comparable_pairs(scores, rival, suite, metric) if row_ids is None or a.id in row_ids]
-    options = BootstrapSettings.from_config(settings, confidence)
+    options, prompts = BootstrapSettings.from_config(settings, confidence), [a.prompt for a, _ in pairs]
 
     # Where both answer every row alike, a bootstrap has width 0 and would pass challengers that it should refuse.
     if metric in BINARY_METRICS:
@@ -103,6 +104,7 @@ def gain_interval(
             [metric_value(a, metric) > 0 for a, _ in pairs],
             [metric_value(b, metric) > 0 for _, b in pairs],
             confidence=options.confidence,
+            prompts=prompts,
         )
 
     weights: list[float] | None = None
@@ -115,7 +117,7 @@ def gain_interval(
     else:
         differences = [metric_value(a, metric) - metric_value(b, metric) for a, b in pairs]
     # Every metric but the loss lies in [0, 1], so its differences lie in [-1, 1].
-    return bootstrap.difference_interval(differences, weights, options, bounded=metric != "loss")
+    return bootstrap.difference_interval(differences, weights, options, prompts=prompts, bounded=metric != "loss")
 
 
 def comparable_pairs(scores: Scores, rival: str, suite: str, metric: Metric) -> list[tuple[RowScore, RowScore]]:
@@ -137,8 +139,19 @@ def metric_interval(rows: Sequence[RowScore], metric: Metric, settings: Evaluate
     Raises:
         ValueError: If the metric is defined for no row.
     """
-    values = [metric_value(row, metric) for row in rows if has_metric(row, metric)]
+    measured = [row for row in rows if has_metric(row, metric)]
+    values, prompts = [metric_value(row, metric) for row in measured], [row.prompt for row in measured]
     # A bootstrap of answers that are all right would have no width.
     if metric in BINARY_METRICS:
-        return stats.proportion_interval(sum(x > 0 for x in values), len(values), confidence=settings.confidence)
-    return bootstrap.ratio_interval(values, None, BootstrapSettings.from_config(settings))
+        return share_interval([x > 0 for x in values], prompts, settings)
+    return bootstrap.ratio_interval(values, None, BootstrapSettings.from_config(settings), prompts)
+
+
+def share_interval(hits: Sequence[bool], prompts: Sequence[str], settings: EvaluateConfig) -> Interval:
+    """Compute the share of the rows that are hits, with its interval.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    effect = clusters.design_effect([int(hit) for hit in hits], prompts, extremes=(0.0, 1.0))
+    return stats.proportion_interval(sum(hits), len(hits), confidence=settings.confidence, design_effect=effect)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_retrain.config.evaluate import EvaluateConfig
-from qlora_retrain.evaluation import stats
 from qlora_retrain.evaluation.answer_endings import EMPTY, METRIC
-from qlora_retrain.evaluation.rows import RowScore
-from qlora_retrain.evaluation.rules.comparison import has_metric, metric_interval, rows_of_suite
+from qlora_retrain.evaluation.rows import RowScore, count_prompts
+from qlora_retrain.evaluation.rules.comparison import has_metric, metric_interval, rows_of_suite, share_interval
 from qlora_retrain.evaluation.rules.rule_result import RuleResult
 from qlora_retrain.evaluation.stats import Interval
 
@@ -19,9 +18,9 @@ _DEFAULT_FLOORS = {"labels": 0.9, "text": 0.8}
 def answers_end(rows: Sequence[RowScore], settings: EvaluateConfig, name: str = "answers_end") -> RuleResult:
     """Check that enough greedy answers end by themselves before the limit of new tokens.
 
-    Like other floors, the rule uses the measured share. With fewer rows than `min_rows`, a share below the floor is a
-    refusal only where it is certainly below; otherwise it is missing evidence. Without any row nothing was measured,
-    which is shown and refuses nothing.
+    Like other floors, the rule uses the measured share. With fewer prompts than `min_prompts`, a share below the floor
+    is a refusal only where it is certainly below; otherwise it is missing evidence. Without any row nothing was
+    measured, which is shown and refuses nothing.
 
     Args:
         rows: The scores of one form of the model.
@@ -43,21 +42,24 @@ def answers_end(rows: Sequence[RowScore], settings: EvaluateConfig, name: str = 
         return RuleResult(name, text, limit=limit, passed=True, is_measured=False)
 
     interval = metric_interval(measured, METRIC, settings)
-    text = describe(len(measured), interval, limit)
+    prompts = count_prompts(measured)
+    text = describe(len(measured), prompts, interval, limit)
     # A model that says nothing ends at once, and must not pass for that.
     is_empty = [row.values.get(EMPTY) == 1.0 for row in measured]
     if any(is_empty):
         text += f"; empty ones, which the rule does not count: {sum(is_empty)}"
-    ends = sum(row.values[METRIC] > 0 and not empty for row, empty in zip(measured, is_empty, strict=True))
-    share = stats.proportion_interval(ends, len(measured), confidence=settings.confidence)
+    ends = [row.values[METRIC] > 0 and not empty for row, empty in zip(measured, is_empty, strict=True)]
+    share = share_interval(ends, [row.prompt for row in measured], settings)
     passed: bool | None = share.value >= limit
-    if not passed and len(measured) < settings.min_rows and share.high >= limit:
+    if not passed and prompts < settings.min_prompts and share.high >= limit:
         passed = None
-        text += f"; {settings.min_rows} rows whose right answer fits evaluate.max_new_tokens would decide"
+        text += f"; rows of {settings.min_prompts} different prompts whose right answer fits evaluate.max_new_tokens "
+        text += "would decide"
     return RuleResult.from_interval(name, text, interval, limit, passed)
 
 
-def describe(rows: int, interval: Interval, limit: float) -> str:
+def describe(rows: int, prompts: int, interval: Interval, limit: float) -> str:
     """Say the share in words, e.g. `of 200 answers 198 ended by themselves (99 %; at least 90 %)`."""
     ended = round(interval.value * rows)
-    return f"of {rows} answers {ended} ended by themselves ({100 * interval.value:.3g} %; at least {100 * limit:.3g} %)"
+    number = f"{rows} answers" + (f" to {prompts} different prompts" if prompts < rows else "")
+    return f"of {number} {ended} ended by themselves ({100 * interval.value:.3g} %; at least {100 * limit:.3g} %)"

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_retrain.config.evaluate import EvaluateConfig
-from qlora_retrain.evaluation import bootstrap, stats
+from qlora_retrain.evaluation import bootstrap, clusters, stats
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
+from qlora_retrain.evaluation.rows import count_prompts, describe_rows
 from qlora_retrain.evaluation.rules.comparison import (
     BINARY_METRICS,
     Metric,
@@ -33,15 +34,16 @@ _MIN_PASSAGES = 16
 def apply(scores: Scores, settings: EvaluateConfig) -> Iterator[RuleResult]:
     """Apply every rule over whole suites that the line's settings ask for."""
     metric = primary_metric(scores, settings)
-    rows = count_rows_with_metric(scores, "eval", metric)
+    prompts = count_prompts_with_metric(scores, "eval", metric)
     # Without enough values of the primary metric no comparison means anything, so no other rule is applied.
-    if rows == 0:
+    if prompts == 0:
         text = f"{display_name(metric)} is the primary metric, but it is defined for no evaluation row"
         yield RuleResult("primary_metric", text)
         return
-    if rows < settings.min_rows:
-        text = f"{display_name(metric)} is the primary metric, and it is defined for {rows} evaluation rows; at least "
-        yield RuleResult("primary_metric", f"{text}{settings.min_rows} are needed", rows, limit=settings.min_rows)
+    if prompts < settings.min_prompts:
+        text = f"{display_name(metric)} is the primary metric, and it is defined for evaluation rows of {prompts} "
+        text += f"different prompts; at least {settings.min_prompts} are needed (evaluate.min_prompts)"
+        yield RuleResult("primary_metric", text, prompts, limit=settings.min_prompts)
         return
 
     yield gain_over_base(scores, metric, settings)
@@ -66,6 +68,11 @@ def apply(scores: Scores, settings: EvaluateConfig) -> Iterator[RuleResult]:
 def count_rows_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
     """Count the rows of a suite for which the metric is defined."""
     return sum(has_metric(row, metric) for row in rows_of_suite(scores["challenger"], suite))
+
+
+def count_prompts_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
+    """Count the different prompts among these rows."""
+    return count_prompts(row for row in rows_of_suite(scores["challenger"], suite) if has_metric(row, metric))
 
 
 def gain_over_base(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
@@ -105,24 +112,24 @@ def _loss_to_rival(
     """Check the loss to the contestant `rival`, which has the role `champion` or `anchor`."""
     title = "champion" if role == "champion" else "best version so far" + (", the champion" if rival != role else "")
     # Rows that the rival's own template refuses cannot be compared.
-    rows = len(comparable_pairs(scores, rival, "eval", metric))
-    left_out = count_rows_with_metric(scores, "eval", metric) - rows
-    if rows < max(1, settings.min_rows):
-        text = (
-            f"the {title}'s own chat template refuses {left_out} of the evaluation rows; {rows} can be compared, and "
-        )
-        text += f"at least {settings.min_rows} are needed; a line of another name starts without it"
-        return RuleResult(f"loss_to_{role}", text, rows, limit=settings.min_rows)
+    rows = [ours for ours, _ in comparable_pairs(scores, rival, "eval", metric)]
+    left_out, prompts = count_rows_with_metric(scores, "eval", metric) - len(rows), count_prompts(rows)
+    if prompts < settings.min_prompts:
+        text = f"the {title}'s own chat template refuses {left_out} of the evaluation rows; rows of {prompts} "
+        text += f"different prompts can be compared, and at least {settings.min_prompts} are needed "
+        text += "(evaluate.min_prompts); a line of another name starts without it"
+        return RuleResult(f"loss_to_{role}", text, prompts, limit=settings.min_prompts)
 
     loss = gain_interval(scores, rival, "eval", metric, settings).negated
     text = f"{display_name(metric)} lost to the {title}: {format_interval(loss)}; "
     text += f"its upper end must not lie above {limit:g}"
     text += f"; {left_out} rows are left out, since its own chat template refuses them" if left_out else ""
 
-    # With too few rows not even equal answers could pass. That is missing evidence, not a worse challenger.
-    excludable = stats.smallest_excludable_loss(rows, settings.confidence)
+    # With too few prompts not even equal answers could pass. That is missing evidence, not a worse challenger.
+    independent_rows = len(rows) / clusters.mean_prompt_rows([row.prompt for row in rows])
+    excludable = stats.smallest_excludable_loss(independent_rows, settings.confidence)
     if metric in BINARY_METRICS and loss.high > limit >= loss.value and excludable > limit:
-        text += f". {rows} rows can rule out no loss below {excludable:.3f}, even if all are answered alike"
+        text += f". {describe_rows(rows)} can rule out no loss below {excludable:.3f}, even if all are answered alike"
         return RuleResult.from_interval(f"loss_to_{role}", text, loss, limit)
 
     text += _mcnemar_note(scores, rival, metric)
@@ -143,6 +150,7 @@ def metric_floor(name: str, metric: Metric, scores: Scores, settings: EvaluateCo
             [_true_label(row.slices, row.predicted, row.correct) for row in rows],
             [str(row.predicted) for row in rows],
             BootstrapSettings.from_config(settings),
+            [row.prompt for row in rows],
         )
     else:
         interval = metric_interval(rows, metric, settings)
@@ -154,13 +162,14 @@ def metric_floor(name: str, metric: Metric, scores: Scores, settings: EvaluateCo
 def golden_rows(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
     """Check that the challenger is not certainly worse than the champion, or the base, on the golden rows."""
     rival = "champion" if "champion" in scores else "base"
-    rows = len(comparable_pairs(scores, rival, "golden", metric))
-    if rows < settings.min_golden_rows:  # which is at least 1
-        undefined = len(rows_of_suite(scores["challenger"], "golden")) - rows
-        text = f"{rows} golden rows"
-        text += f" beside {undefined} for which {display_name(metric)} cannot be compared" if undefined else ""
-        text += f"; at least {settings.min_golden_rows} are needed (evaluate.min_golden_rows)"
-        return RuleResult("golden", text, rows, limit=settings.min_golden_rows)
+    rows = [ours for ours, _ in comparable_pairs(scores, rival, "golden", metric)]
+    prompts = count_prompts(rows)
+    if prompts < settings.min_golden_prompts:  # which is at least 1
+        undefined = len(rows_of_suite(scores["challenger"], "golden")) - len(rows)
+        text = f"{len(rows)} golden rows of {prompts} different prompts"
+        text += f" beside {undefined} rows for which {display_name(metric)} cannot be compared" if undefined else ""
+        text += f"; at least {settings.min_golden_prompts} different prompts are needed (evaluate.min_golden_prompts)"
+        return RuleResult("golden", text, prompts, limit=settings.min_golden_prompts)
 
     # Only a certain loss refuses, since with so few rows almost every challenger may be worse.
     loss = gain_interval(scores, rival, "golden", metric, settings).negated
@@ -172,10 +181,11 @@ def golden_rows(scores: Scores, metric: Metric, settings: EvaluateConfig) -> Rul
 def forgetting(scores: Scores, settings: EvaluateConfig, metric: Metric, limit: float) -> RuleResult:
     """Check the loss on reference text against the base, in nats per token or in the share of right next tokens."""
     name = "forgetting" if metric == "loss" else "forgetting_accuracy"
-    passages = count_rows_with_metric(scores, "reference", metric)
+    passages = count_prompts_with_metric(scores, "reference", metric)
     if passages < _MIN_PASSAGES:
-        text = f"a limit on forgetting is set, but there are {passages} passages of reference text and "
-        text += f"at least {_MIN_PASSAGES} are needed; set sources.reference_data to general text"
+        text = f"a limit on forgetting is set, but there are {passages} passages of reference text (chats with one "
+        text += f"prompt count once) and at least {_MIN_PASSAGES} are needed; set sources.reference_data to "
+        text += "general text"
         return RuleResult(name, text, passages, limit=limit)
 
     # Compared with the base and not with the champion, because forgetting adds up from version to version.
@@ -243,6 +253,8 @@ def _mcnemar_note(scores: Scores, rival: str, metric: Metric) -> str:
         return ""
     pairs = comparable_pairs(scores, rival, "eval", metric)
     p = stats.mcnemar_p_value(
-        [metric_value(a, metric) > 0 for a, _ in pairs], [metric_value(b, metric) > 0 for _, b in pairs]
+        [metric_value(a, metric) > 0 for a, _ in pairs],
+        [metric_value(b, metric) > 0 for _, b in pairs],
+        [a.prompt for a, _ in pairs],
     )
     return f" (exact McNemar p {p:.3g})"
