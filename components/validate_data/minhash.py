@@ -19,7 +19,9 @@ MAX_BANDS = 48  # each takes 4 bytes a set
 MIN_RECALL = 0.99  # of two sets whose similarity is the threshold itself
 # A set that shares a band with many others is compared with so many before and behind it, in a fixed order.
 NEIGHBOURS = 8
-BATCH_HASHES = 100_000  # so that a batch stays in the processor's cache
+# So many are hashed at a time, so that they stay in the processor's cache.
+BATCH_HASHES = 100_000
+BATCH_SETS = 5000
 BATCH_PAIRS = 100_000
 
 Indices: TypeAlias = NDArray[np.int64]
@@ -61,7 +63,7 @@ def sign(sets: Iterable[Hashes], num_sets: int, threshold: float) -> Signatures:
             rows.append(row)
             batch.append(hashes)
             num_hashes += len(hashes)
-        if num_hashes >= BATCH_HASHES:
+        if num_hashes >= BATCH_HASHES or len(rows) >= BATCH_SETS:
             _sign_batch(np.array(rows), batch, band_size, signatures)
             rows, batch, num_hashes = [], [], 0
     if rows:
@@ -143,29 +145,28 @@ def _pairs_in_buckets(keys: Hashes, is_reserved: Mask) -> Iterator[tuple[Indices
         is_reserved: (N,) In the same order.
     """
     free, reserved = np.flatnonzero(~is_reserved), np.flatnonzero(is_reserved)
+    free_keys = keys[free]
     for distance in range(1, min(NEIGHBOURS, len(free) - 1) + 1):
-        places = np.flatnonzero(keys[free[distance:]] == keys[free[:-distance]])
+        places = np.flatnonzero(free_keys[distance:] == free_keys[:-distance])
         if not len(places):
             break
-        yield from _batches(free[places], free[places + distance])
+        for part in _batches(places):
+            yield free[part], free[part + distance]
 
     # The reserved sets before and behind each free one.
-    behind: Indices = np.searchsorted(reserved, free)
-    for distance in range(min(NEIGHBOURS, len(reserved))):
-        num_pairs = 0
-        for nearest in (behind + distance, behind - 1 - distance):
-            is_inside = (nearest >= 0) & (nearest < len(reserved))
-            first, second = reserved[nearest[is_inside]], free[is_inside]
-            is_equal = keys[first] == keys[second]
-            num_pairs += int(is_equal.sum())
-            yield from _batches(first[is_equal], second[is_equal])
-        if not num_pairs:
-            break
+    for part in _batches(free):
+        behind: Indices = np.searchsorted(reserved, part)
+        for distance in range(min(NEIGHBOURS, len(reserved))):
+            for nearest in (behind + distance, behind - 1 - distance):
+                is_inside = (nearest >= 0) & (nearest < len(reserved))
+                first, second = reserved[nearest[is_inside]], part[is_inside]
+                is_equal = keys[first] == keys[second]
+                yield first[is_equal], second[is_equal]
 
 
-def _batches(first: Indices, second: Indices) -> Iterator[tuple[Indices, Indices]]:
-    for start in range(0, len(first), BATCH_PAIRS):
-        yield first[start : start + BATCH_PAIRS], second[start : start + BATCH_PAIRS]
+def _batches(places: Indices) -> Iterator[Indices]:
+    for start in range(0, len(places), BATCH_PAIRS):
+        yield places[start : start + BATCH_PAIRS]
 
 
 def _may_be_similar(sketches: NDArray[np.uint64], others: NDArray[np.uint64], threshold: float) -> Mask:

@@ -23,7 +23,7 @@ from components.validate_data.text_words import cut_words, hash_words, similarit
 
 # Fewer rows than the first show no template; about as many as the second are looked at.
 MIN_TEMPLATE_ROWS = 50
-MAX_TEMPLATE_SAMPLE = 20_000
+MAX_TEMPLATE_SAMPLE = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,10 @@ class NearDuplicates:
 
 
 def find_near_duplicates(
-    texts: Sequence[str], threshold: float, is_reserved: Sequence[bool] | None = None
+    texts: Sequence[str],
+    threshold: float,
+    is_reserved: Sequence[bool] | None = None,
+    reserved_threshold: float | None = None,
 ) -> NearDuplicates:
     """Find the texts whose words have at least this Jaccard similarity.
 
@@ -50,12 +53,16 @@ def find_near_duplicates(
             when it is asked for saves memory.
         threshold: The similarity from which on two texts are near-duplicates, 0.5 to 1.
         is_reserved: (N,) Whether no near-duplicate of the row may be trained on. Without it no row is reserved.
+        reserved_threshold: The similarity to a reserved row; None for the same.
 
     Raises:
         ValueError: For another threshold.
     """
-    if not 0.5 <= threshold <= 1:
-        raise ValueError(f"the threshold is {threshold}; expected 0.5 to 1")
+    reserved_threshold = threshold if reserved_threshold is None else reserved_threshold
+    for value in (threshold, reserved_threshold):
+        if not 0.5 <= value <= 1:
+            raise ValueError(f"the threshold is {value}; expected 0.5 to 1")
+    lower_threshold = min(threshold, reserved_threshold)
     reserved = np.zeros(len(texts), bool) if is_reserved is None else np.asarray(is_reserved, bool)
     template_words = _find_template_words(texts)
 
@@ -63,15 +70,16 @@ def find_near_duplicates(
         words = cut_words(text)
         return words - template_words or words
 
-    signatures = sign((hash_words(cut(text)) for text in texts), len(texts), threshold)
-    clusters = _Clusters(lambda row: cut(texts[row]), threshold, reserved)
+    signatures = sign((hash_words(cut(text)) for text in texts), len(texts), lower_threshold)
+    clusters = _Clusters(lambda row: cut(texts[row]), threshold, reserved_threshold, reserved)
 
     # Rows with the same words share all bands. One stands for all of them, so that they do not crowd out the others.
     leader_of = group_equal(signatures, reserved)
     is_leader = leader_of == np.arange(len(texts))
     copies = np.flatnonzero(~is_leader & ~reserved & ~signatures.is_empty)
     clusters.compare(leader_of[copies], copies)
-    for first, second in candidates(signatures, np.flatnonzero(is_leader & ~signatures.is_empty), reserved, threshold):
+    leaders = np.flatnonzero(is_leader & ~signatures.is_empty)
+    for first, second in candidates(signatures, leaders, reserved, lower_threshold):
         clusters.compare(first, second)
 
     matches = clusters.reserved_rows
@@ -103,9 +111,16 @@ def _text_hash(text: str) -> int:
 class _Clusters:
     """Compare candidates word by word, and join those that are near-duplicates."""
 
-    def __init__(self, cut_row: Callable[[int], set[bytes]], threshold: float, is_reserved: Mask) -> None:
-        self._cut_row = lru_cache(256)(cut_row)
+    def __init__(
+        self,
+        cut_row: Callable[[int], set[bytes]],
+        threshold: float,
+        reserved_threshold: float,
+        is_reserved: Mask,
+    ) -> None:
+        self._cut_row = lru_cache(64)(cut_row)
         self._threshold = threshold
+        self._reserved_threshold = reserved_threshold
         self._is_reserved = is_reserved
         self._parents = array("q", range(len(is_reserved)))
         self.reserved_rows: Indices = np.full(len(is_reserved), -1)
@@ -115,7 +130,7 @@ class _Clusters:
         is_reserved = self._is_reserved[first]
         is_open = is_reserved & (self.reserved_rows[second] < 0)
         for reserved_row, row in zip(first[is_open].tolist(), second[is_open].tolist(), strict=True):
-            if self.reserved_rows[row] < 0 and self._is_similar(row, reserved_row):
+            if self.reserved_rows[row] < 0 and self._similarity(row, reserved_row) >= self._reserved_threshold:
                 self.reserved_rows[row] = reserved_row
 
         # Rows of one cluster need no comparison, which keeps many near-copies of one text cheap.
@@ -123,7 +138,7 @@ class _Clusters:
         is_open = ~is_reserved & (parents[first] != parents[second])
         for row, other_row in zip(first[is_open].tolist(), second[is_open].tolist(), strict=True):
             root, other_root = self._root(row), self._root(other_row)
-            if root != other_root and self._is_similar(row, other_row):
+            if root != other_root and self._similarity(row, other_row) >= self._threshold:
                 # The smallest number is the root, and so the first row.
                 self._parents[max(root, other_root)] = min(root, other_root)
 
@@ -138,5 +153,5 @@ class _Clusters:
             row = parents[row]
         return row
 
-    def _is_similar(self, row: int, other_row: int) -> bool:
-        return similarity(self._cut_row(row), self._cut_row(other_row)) >= self._threshold
+    def _similarity(self, row: int, other_row: int) -> float:
+        return similarity(self._cut_row(row), self._cut_row(other_row))

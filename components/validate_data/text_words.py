@@ -32,6 +32,19 @@ _NO_SPACES = (
 _RUN_WITHOUT_SPACES = re.compile(f"[{_NO_SPACES}]+")
 
 
+def split_words(text: str) -> list[bytes]:
+    """Return the words of the text in their order; those of writing without spaces come last."""
+    if text.isascii():
+        return text.encode().translate(_ASCII_WORDS, b"'").split()
+
+    folded = _fold(text).translate(_WORD_CHARACTERS)
+    runs = _RUN_WITHOUT_SPACES.findall(folded)
+    words = (_RUN_WITHOUT_SPACES.sub(" ", folded) if runs else folded).encode().split()
+    for run in runs:
+        words += [run[i : i + size].encode() for size in (1, 2) for i in range(len(run) + 1 - size)]
+    return words
+
+
 def cut_words(text: str) -> set[bytes]:
     """Return the different words of the text; a text without any is compared by its characters.
 
@@ -39,10 +52,13 @@ def cut_words(text: str) -> set[bytes]:
     """
     words: set[bytes] = set()
     for start in range(0, len(text), PART_CHARACTERS):
-        words.update(_words_of_part(text[start : start + PART_CHARACTERS]))
+        words.update(split_words(text[start : start + PART_CHARACTERS]))
         if len(words) > MAX_WORDS:
             words = set(sorted(words, key=_order)[:MAX_WORDS])
-    return words or {character.encode() for character in _fold(text[:PART_CHARACTERS]) if not character.isspace()}
+    if words:
+        return words
+    characters = _fold(text[:PART_CHARACTERS])
+    return {c.encode() for c in characters if not c.isspace() and not _is_unseen(c)}
 
 
 def hash_words(words: set[bytes]) -> NDArray[np.uint32]:
@@ -62,21 +78,25 @@ def similarity(words: set[bytes], others: set[bytes]) -> float:
     return sum(word in words and word in others for word in sample) / len(sample)
 
 
-def _words_of_part(text: str) -> list[bytes]:
-    if text.isascii():
-        return text.encode().translate(_ASCII_WORDS, b"'").split()
-
-    folded = "".join(character if _is_word_character(character) else " " for character in _fold(text))
-    words = []
-    for run in _RUN_WITHOUT_SPACES.findall(folded):
-        words += [run[i : i + size] for size in (1, 2) for i in range(len(run) + 1 - size)]
-    return [word.encode() for word in [*_RUN_WITHOUT_SPACES.sub(" ", folded).split(), *words]]
-
-
 def _fold(text: str) -> str:
-    """Return the text in one letter case and width, without apostrophes and without characters that are not seen."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return "".join(character for character in folded if not _is_unseen(character))
+    """Return the text in one letter case, width and composition."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+class _WordCharacters(dict[int, int | str | None]):
+    """Map code points for `str.translate`: letters, marks and digits stay, what is not seen goes, the rest parts words.
+
+    Code points are looked up once, since that is what the time of a text that is not ASCII would go into.
+    """
+
+    def __missing__(self, code_point: int) -> int | str | None:
+        character = chr(code_point)
+        is_of_word = unicodedata.category(character)[0] in "LMN"
+        self[code_point] = None if _is_unseen(character) else code_point if is_of_word else " "
+        return self[code_point]
+
+
+_WORD_CHARACTERS = _WordCharacters()
 
 
 def _is_unseen(character: str) -> bool:
@@ -87,10 +107,6 @@ def _is_unseen(character: str) -> bool:
         or "\U000e0100" <= character <= "\U000e01ef"
         or unicodedata.category(character) in ("Cf", "Cs")
     )
-
-
-def _is_word_character(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LMN"
 
 
 def _order(word: bytes) -> tuple[int, bytes]:
