@@ -192,11 +192,42 @@ def measure(rows: Rows, count: int, base: Path) -> Iterator[tuple[str, int, int,
     false_alarms = len(clean["near_evaluation"]) / len(rows)
     yield "near-copies of evaluation rows", len(leaks & hits["near_evaluation"]), len(leaks), false_alarms
 
-    chosen = rng.sample(sorted(text for text in clean["train"] if len(text.split()) >= 5), count)
-    golden = [(_edit(text, rng), by_text[text]) for text in chosen]
+    copied = rng.sample(sorted(text for text in clean["train"] if len(text.split()) >= 5), count)
+    golden = [(_edit(text, rng), by_text[text]) for text in copied]
     hits = run_gate(rows, base, golden)
     kept_out = hits["near_evaluation"] | hits.get("in_golden_set", set())
-    yield "near-copies of golden rows", len(set(chosen) & kept_out), len(chosen), false_alarms
+    yield "near-copies of golden rows", len(set(copied) & kept_out), len(copied), false_alarms
+
+
+def measure_labels(rows: Rows, count: int, base: Path) -> Iterator[tuple[str, int, int, float]]:
+    """Yield the same of labels that are flipped to another one, and of labels that are misspelt."""
+    rng = random.Random(1)
+    clean = run_gate(rows, base)
+    labels = sorted({label for _, label in rows})
+    places = rng.sample(range(len(rows)), 6 * count)
+
+    # Flipped ones are five times as many: the share of wrong labels is a part of what the classifier estimates.
+    flipped = list(rows)
+    for i in places[: 5 * count]:
+        flipped[i] = rows[i][0], rng.choice([label for label in labels if label != rows[i][1]])
+    texts = {rows[i][0] for i in places[: 5 * count]}
+    hits = run_gate(flipped, base)
+    good = {text for text, _ in rows} - texts
+    yield "flipped labels", len(texts & hits["label_errors"]), len(texts), len(good & hits["label_errors"]) / len(rows)
+
+    misspelt = list(rows)
+    for i in places[5 * count :]:
+        label = rows[i][1]
+        k = rng.randrange(1, len(label) - 2)
+        misspelt[i] = rows[i][0], rng.choice((label[:k] + label[k + 1] + label[k] + label[k + 2 :], label.upper()))
+    texts = {rows[i][0] for i in places[5 * count :] if misspelt[i][1] != rows[i][1]}
+    hits = run_gate(misspelt, base)
+    yield (
+        "misspelt labels",
+        len(texts & hits["misspelt_labels"]),
+        len(texts),
+        len(clean["misspelt_labels"]) / len(rows),
+    )
 
 
 def read_file(path: Path, text_field: str, label_field: str) -> Rows:
@@ -220,7 +251,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows = read_file(arguments.file, arguments.text, arguments.label)
-    results = list(measure(rows, arguments.count, arguments.base))
+    results = [*measure(rows, arguments.count, arguments.base), *measure_labels(rows, arguments.count, arguments.base)]
     print(f"{len(rows):,} rows\n\n| defect | found | of | recall | false alarms |\n|---|---|---|---|---|")
     for name, num_found, num_injected, false_alarms in results:
         print(f"| {name} | {num_found} | {num_injected} | {num_found / num_injected:.0%} | {false_alarms:.2%} |")

@@ -34,6 +34,10 @@ LOOKED_FOR = {
     "invisible_tags": "tag characters and long runs of variation selectors, which nobody sees and models read",
     "no_visible_text": "a turn that only has characters that nobody sees",
     "prompt_injection": "a phrase that orders a model to ignore its instructions",
+    "label_errors": "a label that is probably wrong, by a classifier that has not seen the row",
+    "misspelt_labels": "a label that differs from a more frequent one by case, punctuation or one letter",
+    "personal_labels": "a label that looks like an e-mail address or a person's name",
+    "unknown_golden_labels": "a golden label that is nowhere in the data",
     "near_evaluation": "nearly the words of an evaluation or golden row, so training on it would give the answer away",
     "near_duplicates": "nearly the words and the answer of another training row",
 }
@@ -115,6 +119,7 @@ class Row:
         examples: How many training examples the row gives.
         prompt_key: Equal for rows that give the model the same tokens before the answer; empty where not measured.
         field: The names of the fields that should hold the chat, quoted, for a message.
+        group: The value of `data.group_field`: rows with one value are on one side of the split.
         prompt_id: Equal for good rows that are no independent evidence: those that one hash puts on a side.
     """
 
@@ -135,6 +140,7 @@ class Row:
     prompt_key: str = ""
     field: str = ""
     prompt_id: str = ""
+    group: str | None = None
 
     @property
     def location(self) -> str:
@@ -146,7 +152,7 @@ def check_row(raw: RawRow, config: DataConfig) -> Row:
     """Return the row with its chat, or with the reason why it has none."""
     row = Row(
         raw.file, raw.number, [], _hash(raw.messages), language=raw.language, tools=raw.tools,
-        reason=raw.fault, detail=raw.detail, field=raw.field,
+        reason=raw.fault, detail=raw.detail, field=raw.field, group=raw.group,
     )  # fmt: skip
     if not raw.fault and isinstance(raw.messages, list):
         row.reason, row.detail = _chat_fault(raw.messages)

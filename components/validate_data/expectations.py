@@ -91,7 +91,6 @@ def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
     split_rows = [row if row.split in ("train", "eval") else None for row in rows]
     labels = [_label(row) if row and config.task == "labels" else None for row in split_rows]
     train_labels = {label for row, label in zip(rows, labels, strict=True) if row.split == "train"}
-    spellings = Counter(label.casefold() for label in {label for label in labels if label is not None})
 
     # The first evaluation row of each prompt, so that their sum is the number of prompts.
     first_rows = {row.prompt_id: row for row in reversed(rows) if row.split == "eval"}
@@ -107,7 +106,6 @@ def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
         "tokens": [row.tokens if row else None for row in split_rows],
         "supervised_tokens": [row.supervised_tokens if row else None for row in split_rows],
         "label": labels,
-        "label_misspelt": [spellings[label.casefold()] > 1 if label else None for label in labels],
         "label_untrained": [label not in train_labels if label else None for label in labels],
     }
 
@@ -170,14 +168,6 @@ def _label_limits(split_rows: Sequence[Row]) -> list[Expectation]:
             2,
             max_labels,
             True,
-        ),
-        _between(
-            "labels_misspelt",
-            "rows whose label differs from another label only by case",
-            total,
-            "label_misspelt",
-            None,
-            0,
         ),
         _between("labels_untrained", "rows whose label is never trained on", total, "label_untrained", None, 0),
     ]

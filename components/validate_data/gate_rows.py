@@ -7,6 +7,7 @@ from pathlib import Path
 
 from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
+from components.validate_data.label_checks import Suspect, check_labels
 from components.validate_data.raw_rows import RowReader
 from components.validate_data.repeats import quarantine_repeats
 from components.validate_data.row_checks import check_texts
@@ -51,6 +52,7 @@ class GateRows:
         eval_fraction: A row whose hash is below this is evaluation; None where `eval_data` is the evaluation.
         shared_openings: The beginnings that do not decide a chat's side, as digests; None likewise.
         fractions: The hashes of the rows that were split, to say what another fraction would give.
+        suspects: The rows whose label is probably wrong.
     """
 
     sources: dict[str, SourceRows]
@@ -58,6 +60,7 @@ class GateRows:
     eval_fraction: float | None
     shared_openings: tuple[str, ...] | None
     fractions: list[float]
+    suspects: list[Suspect] = field(default_factory=list)
 
     @property
     def golden(self) -> list[Row]:
@@ -102,16 +105,18 @@ def read_gate_rows(
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
         fractions = split_fractions(rows, config, openings)
+        suspects = check_labels(rows, golden, config)
         check_similar_rows(rows, golden, config)
-        return GateRows(sources, rows, eval_fraction, openings, fractions)
+        return GateRows(sources, rows, eval_fraction, openings, fractions, suspects)
 
     # The file is the evaluation, so no row of the others is kept from training.
     for row in rows:
         row.split = None if row.reason else "train"
     reserve_evaluation(sources["eval_data"].rows, config)
     rows = [*rows, *sources["eval_data"].rows]
+    suspects = check_labels(rows, golden, config)
     check_similar_rows(rows, golden, config)
-    return GateRows(sources, rows, None, None, [])
+    return GateRows(sources, rows, None, None, [], suspects)
 
 
 def _read_source(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:

@@ -23,6 +23,7 @@ from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+MAX_SUSPECTS = 20
 NUM_BARS = 16  # bars in the histogram of lengths
 
 
@@ -83,6 +84,7 @@ def build_profile(
         "golden": _lengths(golden),
         "length_histogram": _histogram([row.tokens for row in split_rows]),
         "labels": _labels(train, evaluation, golden) if is_closed_set else None,
+        "suspect_labels": [asdict(s) for s in gate_rows.suspects[:MAX_SUSPECTS]] if is_closed_set else [],
         "distributions": _distributions(split_rows, is_closed_set),
         "reference": None,
         "settings": {name: value for name, value in config.identity().items() if name != "template"},

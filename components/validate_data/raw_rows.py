@@ -26,7 +26,7 @@ from components.validate_data.turn_rows import conversation_field, join_turns
 from components.validate_data.turns import TurnParser
 from components.validate_data.unread import UnreadColumns
 from components.validate_data.unread_refusal import explain_refusal
-from components.validate_data.values import RowFault, did_you_mean, leaf_paths, shorten, value_at
+from components.validate_data.values import RowFault, did_you_mean, is_empty, leaf_paths, shorten, text_of, value_at
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
@@ -50,6 +50,7 @@ class RawRow:
         detail: What was found, for a message; never a row's text beyond the name of a field or a role.
         language: The value of `data.language_field`, if it is a language tag.
         field: The names of the fields that should hold the chat, quoted, for a message.
+        group: The value of `data.group_field`, as text.
     """
 
     file: str
@@ -60,6 +61,7 @@ class RawRow:
     detail: str = ""
     language: str | None = None
     field: str = ""
+    group: str | None = None
 
 
 class RowReader:
@@ -75,10 +77,12 @@ class RowReader:
         self._folder, self._config, self._source = folder, config, source
         self._parser = TurnParser(config.roles, config.ignore_fields)
         self._filter = RowFilter(config.keep)
-        language = (config.language_field,) if config.language_field else ()
-        self._unread = UnreadColumns((*config.ignore_fields, *config.keep, *language))
+        further = [path for path in (config.language_field, config.group_field) if path]
+        self._unread = UnreadColumns((*config.ignore_fields, *config.keep, *further))
         self._markers = EndMarkers()
-        optional = {name: getattr(config, name) for name in ("system_field", "tools_field", "language_field")}
+        optional = {
+            name: getattr(config, name) for name in ("system_field", "tools_field", "language_field", "group_field")
+        }
         # The settings whose fields no row has had so far, and the names of the fields that rows have.
         self._absent_fields = {name: path for name, path in optional.items() if path}
         self._names: dict[str, None] = {}
@@ -149,7 +153,16 @@ class RowReader:
             raw = [value_at(fields, path) for path in (*layout.required, *layout.prompt_fields)]
             return RawRow(record.file, record.number, raw, None, fault.reason, fault.detail, language, layout.words)
         self._note_chat(fields, layout, chat)
-        return RawRow(record.file, record.number, chat.messages, chat.tools, language=language, field=layout.words)
+        group = value_at(fields, self._config.group_field) if self._config.group_field else None
+        return RawRow(
+            record.file,
+            record.number,
+            chat.messages,
+            chat.tools,
+            language=language,
+            field=layout.words,
+            group=None if is_empty(group) else text_of(group),
+        )
 
     def _note_optional_fields(self, fields: Mapping[str, object]) -> None:
         for name, path in list(self._absent_fields.items()):

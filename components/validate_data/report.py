@@ -39,6 +39,7 @@ def report_page(profile: dict[str, Any], sentence: str) -> str:
             *([describe_length_limits(profile["too_long"])] if profile["too_long"] else []),
         ),
         *_section("Labels", _labels(profile)),
+        *_section("Labels that are probably wrong", _suspects(profile)),
         *_section("Languages", _languages(profile)),
         *_section("Drift", _drift(profile)),
         html.section("Limits", _expectations(profile)),
@@ -147,6 +148,13 @@ def _labels(profile: dict[str, Any]) -> html.Html | None:
         notes[name] += f", before {before[name]:,}" if name in before else ""
     caption = f"{labels['different']} different labels; the {labels['once']} that occur only once are not shown"
     return html.bar_chart(totals, caption, notes)
+
+
+def _suspects(profile: dict[str, Any]) -> html.Html | None:
+    rows = [(s["location"], s["label"], s["suggestion"], s["probability"]) for s in profile["suspect_labels"]]
+    caption = "the most probable ones, by a classifier that has not seen the row"
+    headers = ("row", "its label", "more likely", "probability that it is wrong")
+    return html.table(headers, rows, caption) if rows else None
 
 
 def _languages(profile: dict[str, Any]) -> html.Html | None:

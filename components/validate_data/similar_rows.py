@@ -19,7 +19,7 @@ from qlora_retrain.lm import conversations
 CHECKS = ("near_evaluation", "near_duplicates")
 
 
-class _Texts(Sequence[str]):
+class Texts(Sequence[str]):
     """The texts of rows, each made when it is asked for, so that no second copy of the data is in memory."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -31,10 +31,10 @@ class _Texts(Sequence[str]):
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> _Texts: ...
-    def __getitem__(self, index: int | slice) -> str | _Texts:
+    def __getitem__(self, index: slice) -> Texts: ...
+    def __getitem__(self, index: int | slice) -> str | Texts:
         if isinstance(index, slice):
-            return _Texts(self._rows[index])
+            return Texts(self._rows[index])
         messages = self._rows[index].messages
         return slices.user_text(messages) or "\n".join(map(conversations.turn_text, messages))
 
@@ -56,7 +56,9 @@ def check_similar_rows(rows: Sequence[Row], golden: Sequence[Row], config: DataC
     reserved = [row for row in rows if row.split in ("eval", "dropped")] + list(golden)
     compared = train + (reserved if "near_evaluation" in enabled else [])
     is_reserved = [i >= len(train) for i in range(len(compared))]
-    similar = find_near_duplicates(_Texts(compared), config.near_duplicate_threshold, is_reserved)
+    similar = find_near_duplicates(
+        Texts(compared), config.near_duplicate_threshold, is_reserved, config.near_evaluation_threshold
+    )
 
     for i, row in enumerate(train):
         first = train[similar.first_rows[i]]

@@ -1,5 +1,6 @@
 """Put every conversation on one side, train or eval, and keep golden and evaluation conversations out of training.
 
+Where `data.group_field` names a group for a row (a document, a user, a template), the group alone decides its side.
 A conversation is a chat with all of its beginnings and continuations. Its side is a hash of the split seed and its
 first user turn in canonical text, so a row never crosses the split as data grows, and letter case does not count.
 
@@ -18,7 +19,6 @@ from components.validate_data.checks import Row
 from components.validate_data.sizes import choose_fraction
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.lm import conversations
-from qlora_retrain.lm.chat import Chat
 
 # A beginning is a shared opening where more than this fraction of the rows has it, and it goes on in more different
 # chats than this. One conversation of many turns, or one with a few branches, stays a group.
@@ -32,7 +32,15 @@ Beginnings = tuple[str, ...]
 
 def digest_beginnings(row: Row, split_seed: str | None) -> Beginnings:
     """Return 16 hex digits for every beginning of the row's path."""
-    return _digest_path(row.messages, split_seed)
+    return _digest_elements(conversations.conversation_path(row.messages), split_seed)
+
+
+def digest_side(row: Row, split_seed: str | None) -> Beginnings:
+    """Return the same of what decides the row's side: its group where it has one, else its conversation."""
+    if row.group is None:
+        return digest_beginnings(row, split_seed)
+    # A user turn begins with its role, so a group is never taken for one.
+    return _digest_elements([f"group: {conversations.canonical_text(row.group)}"], split_seed)
 
 
 def digest_greeting(row: Row, split_seed: str | None) -> Beginnings:
@@ -41,13 +49,13 @@ def digest_greeting(row: Row, split_seed: str | None) -> Beginnings:
     Many chats have one greeting, so it must not decide their side. It may be a whole row elsewhere.
     """
     greeting = conversations.greeting_of(row.messages)
-    return _digest_path(greeting, split_seed) if greeting else ()
+    return _digest_elements(conversations.conversation_path(greeting), split_seed) if greeting else ()
 
 
-def _digest_path(chat: Chat, split_seed: str | None) -> Beginnings:
+def _digest_elements(path: Iterable[str], split_seed: str | None) -> Beginnings:
     # One hash goes through the whole path, so that long chats do not cost the square of their length.
     state, digests = hashlib.sha256(f"{split_seed or ''}".encode()), []
-    for element in conversations.conversation_path(chat):
+    for element in path:
         state.update(f"\n{element}".encode())
         digests.append(state.hexdigest()[:16])
     return tuple(digests)
@@ -119,7 +127,7 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
         The fraction below which a row's hash is evaluation.
     """
     good_rows = [row for row in rows if not row.reason]
-    paths = [digest_beginnings(row, config.split_seed) for row in good_rows]
+    paths = [digest_side(row, config.split_seed) for row in good_rows]
     # An opening that no other chat goes on from is a conversation of its own.
     continued = {digest for path in paths for digest in path[:-1]}
     named = [_name_prompt(row, path, openings) for row, path in zip(good_rows, paths, strict=True)]
@@ -154,7 +162,7 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
 def reserve_evaluation(rows: Iterable[Row], config: DataConfig) -> None:
     """Make all good rows evaluation, as those of `eval_data` are; drop those beyond `max_eval_rows`."""
     good_rows = [row for row in rows if not row.reason]
-    fractions = [as_fraction(digest_beginnings(row, config.split_seed)[0]) for row in good_rows]
+    fractions = [as_fraction(digest_side(row, config.split_seed)[0]) for row in good_rows]
     limit_evaluation(list(zip(fractions, good_rows, strict=True)), config)
 
 
@@ -168,7 +176,7 @@ def limit_evaluation(evaluation: list[tuple[float, Row]], config: DataConfig) ->
 
 def split_fractions(rows: Iterable[Row], config: DataConfig, openings: Collection[str]) -> list[float]:
     """Return the hash of each row that was split, which says what another fraction would give."""
-    paths = [digest_beginnings(row, config.split_seed) for row in rows if row.split]
+    paths = [digest_side(row, config.split_seed) for row in rows if row.split]
     return [as_fraction(_group(path, openings)[0]) for path in paths]
 
 

@@ -50,6 +50,9 @@ class DataConfig(Section):
         "fields that nothing reads on purpose; others that vary by row may be refused, since their text would be lost",
     )
     language_field: str | None = identity(None, "field that holds a row's language, for slices; null: by its script")
+    group_field: str | None = identity(
+        None, "field whose value puts rows on one side of the split: a document, a user, a template; null: the prompt"
+    )
     task: Literal["text", "labels"] = identity("text", "labels: the answers are a closed set, scored by accuracy")
 
     # How a chat is written.
@@ -77,7 +80,13 @@ class DataConfig(Section):
     )
 
     near_duplicate_threshold: float = identity(
-        0.8, "rows whose words have at least this Jaccard similarity are near-duplicates", ge=0.5, le=1.0
+        0.8, "training rows whose words have at least this Jaccard similarity are near-duplicates", ge=0.5, le=1.0
+    )
+    near_evaluation_threshold: float = identity(
+        0.7, "the same of a training row and an evaluation or golden row", ge=0.5, le=1.0
+    )
+    label_error_threshold: float = identity(
+        0.1, "rows whose label is wrong with at least this probability are found by label_errors", gt=0.0, le=1.0
     )
 
     # Drift from a version that the line names.

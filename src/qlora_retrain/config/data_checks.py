@@ -45,6 +45,11 @@ CHECKS: Mapping[str, Check] = {
     "invisible_tags": Check("drop"),
     "no_visible_text": Check("drop"),
     "prompt_injection": Check("warn"),
+    # Labels, where `data.task` is labels.
+    "label_errors": Check("warn"),
+    "misspelt_labels": Check("warn"),
+    "personal_labels": Check("warn"),
+    "unknown_golden_labels": Check("refuse", ("off", "warn", "refuse")),
     # Rows beside other rows.
     "near_evaluation": Check("drop"),
     "near_duplicates": Check("warn"),

@@ -64,7 +64,7 @@ def test_two_answers_to_one_question_are_two_examples() -> None:
 
 def test_the_threshold_decides() -> None:
     rows = [row(SIMILAR), row(QUESTION, split="eval")]
-    assert check(rows, near_duplicate_threshold=1.0) == [None, None]
+    assert check(rows, near_evaluation_threshold=1.0) == [None, None]
 
 
 def test_rows_without_a_user_are_compared_by_all_of_their_text() -> None:

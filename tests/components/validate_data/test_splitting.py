@@ -297,3 +297,14 @@ def test_a_greeting_is_not_evaluated_where_chats_that_begin_with_it_are_trained_
     for reserved, others in ((greeted(), rows), (rows[0], [greeted()])):
         keep_apart(others, [reserved], "in_golden_set", TEXT, ())
         assert {item.reason for item in others} == {"in_golden_set"}
+
+
+def test_rows_of_one_group_are_on_one_side_and_are_one_prompt() -> None:
+    rows = [row(f"question {i} about {i % 40}") for i in range(400)]
+    for i, example in enumerate(rows):
+        example.group = f"Document {i % 40}"
+    row_sides = sides(rows)
+    by_group = {i: {row_sides[k] for k in range(i, 400, 40)} for i in range(40)}
+    assert all(len(group_sides) == 1 for group_sides in by_group.values())
+    assert {side for group_sides in by_group.values() for side in group_sides} == {"train", "eval"}
+    assert len({example.prompt_id for example in rows}) == 40
