@@ -69,6 +69,15 @@ def compare_with_reference(
     return document, "" if passed else f"data refused: {text} (data.max_drift_psi)"
 
 
+def explain_near_evaluation(num_rows: int) -> str:
+    """Return what to do about so many training rows that nearly equal an evaluation or golden row."""
+    return (
+        f"{num_rows:,} rows were kept out of training, since they nearly equal an evaluation or golden row "
+        "(near_evaluation); where rows share a document or a template, name its field in data.group_field, and where "
+        "they differ by numbers on purpose, set data.checks: {near_evaluation: warn}"
+    )
+
+
 def explain_acceptance(profile: dict[str, Any], findings: Sequence[Finding]) -> str:
     """Return the sentence about accepted data, with its warnings."""
     rows = profile["rows"]
@@ -100,6 +109,8 @@ def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataCon
         for reason, source in (("in_golden_set", "golden_data"), ("in_eval_data", "eval_data"))
         if counts[reason]
     ]
+    if counts["near_evaluation"]:
+        parts.append(explain_near_evaluation(counts["near_evaluation"]))
     if gate_rows.eval_fraction is not None:
         return [*parts, explain_too_few(gate_rows.fractions, config)]
     # With an evaluation file there is no split, so only more rows help.

@@ -21,7 +21,12 @@ from components.validate_data.encoding import dataset_chat_format
 from components.validate_data.expectations import check_expectations
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
-from components.validate_data.refusal import compare_with_reference, explain_acceptance, explain_refusal
+from components.validate_data.refusal import (
+    compare_with_reference,
+    explain_acceptance,
+    explain_near_evaluation,
+    explain_refusal,
+)
 from components.validate_data.report import describe_row_warning, explain_evidence, report_page
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import graph, json_lines, progress
@@ -30,6 +35,9 @@ from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.lm import conversations
 from qlora_retrain.lm.chat import load_tokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
+
+# Where more training rows than this nearly equal an evaluation row, the data has something that says why.
+MAX_SIMILAR_FRACTION = 0.1
 
 
 def run(
@@ -57,6 +65,10 @@ def run(
         progress.say(note)
     for code, entry in profile["row_warnings"].items():
         progress.say(f"{entry['rows']:,} rows, the first {entry['first']}: {describe_row_warning(code)} ({code})")
+
+    num_train, num_similar = profile["rows"]["train"], profile["rows"]["near_evaluation"]
+    if num_similar > MAX_SIMILAR_FRACTION * (num_train + num_similar):
+        progress.say(explain_near_evaluation(num_similar))
 
     # Said here, since it costs hours of training to learn it from the verdict.
     for text in explain_evidence(profile):

@@ -318,6 +318,21 @@ def test_a_file_without_a_header_shows_no_personal_data(tmp_path: Path, tiny_mod
     assert not any(text in message for text in ("4111", "ann.lee", "Tr0ub4dor"))
 
 
+def test_data_of_one_template_says_what_keeps_its_rows_out(gate: Gate, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        pair(f"please say in a few plain words what the small blue item {i} costs today", f"{i} euros")
+        for i in range(40)
+    ]
+    # So few rows show no template, and all of them nearly equal each other.
+    report, dataset = gate(rows, task="text", min_eval_prompts=2, min_train_rows=10)
+    kept_out = json.loads((dataset / "profile.json").read_text())["rows"]["near_evaluation"]
+    assert kept_out > 20
+    words = f"{kept_out} rows were kept out of training, since they nearly equal an evaluation or golden row"
+    assert words in str(report.refused)
+    assert "data.group_field" in str(report.refused)
+    assert words in capfd.readouterr().out
+
+
 def test_a_check_that_refuses_ends_with_the_rows_and_without_their_text(gate: Gate) -> None:
     rows = [*good(300), pair("call +1 415 555 2671", "login")]
     report, dataset = gate(rows, checks={"phone_numbers": "refuse"})
