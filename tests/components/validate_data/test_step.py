@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -331,6 +332,19 @@ def test_data_of_one_template_says_what_keeps_its_rows_out(gate: Gate, capfd: py
     assert words in str(report.refused)
     assert "data.group_field" in str(report.refused)
     assert words in capfd.readouterr().out
+
+
+def test_the_order_of_the_rows_changes_no_side_and_no_row_that_is_learnt(gate: Gate) -> None:
+    rows = [pair(f"how do I {verb} my {thing} number {i}", "refund") for i in range(30) for verb in ("return", "repair")
+            for thing in ("kettle which arrived late last week", "lamp")]  # fmt: skip
+    settings = {"task": "text", "checks": {"near_duplicates": "drop"}, "near_duplicate_threshold": 0.7}
+    settings |= {"min_eval_prompts": 5, "near_evaluation_threshold": 0.9}
+    sides = []
+    for order in (rows, rows[::-1], random.Random(1).sample(rows, len(rows))):
+        _, dataset = gate(order, **settings)
+        sides.append([sorted(lines(dataset / f"{side}.jsonl"), key=str) for side in ("train", "eval")])
+    assert 0 < len(sides[0][0]) < len(rows) - len(sides[0][1])
+    assert sides[0] == sides[1] == sides[2]
 
 
 def test_a_check_that_refuses_ends_with_the_rows_and_without_their_text(gate: Gate) -> None:
