@@ -90,6 +90,22 @@ def _misread(text: str, rng: random.Random) -> str:
     return f"{text} {rng.choice(words).encode().decode('cp1252', errors='ignore')}"
 
 
+FOREIGN = (
+    "Wo finde ich die PIN meiner neuen Karte, wenn ich sie verloren habe?",
+    "Meine Überweisung ist noch nicht angekommen.",
+    "Pourquoi mon virement n'est-il pas encore arrivé sur mon compte ?",
+    "Je voudrais changer le code de ma carte.",
+    "¿Cuánto tarda en llegar la tarjeta nueva a mi casa?",
+    "No reconozco un cargo en mi extracto de este mes.",
+    "Perché il mio pagamento è stato rifiutato ieri al negozio?",
+    "Vorrei sapere quanto costa cambiare valuta.",
+    "Waarom is mijn betaling gisteren geweigerd in de winkel?",
+    "Почему мой перевод до сих пор не пришёл на счёт?",
+    "Dlaczego moja płatność została wczoraj odrzucona w sklepie?",
+    "昨日の支払いがまだ確認できないのはなぜですか。教えてください。",
+)
+
+
 def _append(make: Callable[[random.Random], str]) -> Callable[[str, random.Random], str]:
     return lambda text, rng: f"{text} {make(rng)}"
 
@@ -129,6 +145,7 @@ TEXT_DEFECTS: dict[str, Callable[[str, random.Random], str]] = {
     "control_characters": lambda text, rng: f"{text[:5]}{rng.choice(chr(0) + chr(27) + chr(8) + chr(127))}{text[5:]}",
     "bidi_characters": lambda text, rng: f"{text[:4]}\u202e{text[4:]}",
     "invisible_tags": _append(_hidden),
+    "other_languages": lambda text, rng: f"{rng.choice(FOREIGN)} {rng.randint(1, 9999)}",
     "no_visible_text": lambda text, rng: "\u200b" * rng.randint(1, 3),
     "prompt_injection": _append(
         lambda rng: rng.choice((

@@ -34,6 +34,7 @@ LOOKED_FOR = {
     "invisible_tags": "tag characters and long runs of variation selectors, which nobody sees and models read",
     "no_visible_text": "a turn that only has characters that nobody sees",
     "prompt_injection": "a phrase that orders a model to ignore its instructions",
+    "other_languages": "text in a language that fewer than one row in a hundred has",
     "label_errors": "a label that is probably wrong, by a classifier that has not seen the row",
     "misspelt_labels": "a label that differs from a more frequent one by case, punctuation or one letter",
     "personal_labels": "a label that looks like an e-mail address or a person's name",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
 from components.validate_data.label_checks import Suspect, check_labels
+from components.validate_data.language_checks import check_languages
 from components.validate_data.raw_rows import RowReader
 from components.validate_data.repeats import quarantine_repeats
 from components.validate_data.row_checks import check_texts
@@ -52,6 +54,7 @@ class GateRows:
         eval_fraction: A row whose hash is below this is evaluation; None where `eval_data` is the evaluation.
         shared_openings: The beginnings that do not decide a chat's side, as digests; None likewise.
         fractions: The hashes of the rows that were split, to say what another fraction would give.
+        languages: The number of training and evaluation rows of each language, as far as it was guessed.
         suspects: The rows whose label is probably wrong.
     """
 
@@ -60,6 +63,7 @@ class GateRows:
     eval_fraction: float | None
     shared_openings: tuple[str, ...] | None
     fractions: list[float]
+    languages: dict[str, int] = field(default_factory=dict)
     suspects: list[Suspect] = field(default_factory=list)
 
     @property
@@ -105,18 +109,26 @@ def read_gate_rows(
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
         fractions = split_fractions(rows, config, openings)
-        suspects = check_labels(rows, golden, config)
-        check_similar_rows(rows, golden, config)
-        return GateRows(sources, rows, eval_fraction, openings, fractions, suspects)
+        languages, suspects = _check_sides(rows, golden, config)
+        return GateRows(sources, rows, eval_fraction, openings, fractions, languages, suspects)
 
     # The file is the evaluation, so no row of the others is kept from training.
     for row in rows:
         row.split = None if row.reason else "train"
     reserve_evaluation(sources["eval_data"].rows, config)
     rows = [*rows, *sources["eval_data"].rows]
+    languages, suspects = _check_sides(rows, golden, config)
+    return GateRows(sources, rows, None, None, [], languages, suspects)
+
+
+def _check_sides(
+    rows: Sequence[Row], golden: Sequence[Row], config: DataConfig
+) -> tuple[dict[str, int], list[Suspect]]:
+    """Check the rows beside each other, now that each has its side; return their languages and the odd labels."""
+    languages = check_languages(rows, config)
     suspects = check_labels(rows, golden, config)
     check_similar_rows(rows, golden, config)
-    return GateRows(sources, rows, None, None, [], suspects)
+    return languages, suspects
 
 
 def _read_source(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:

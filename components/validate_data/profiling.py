@@ -84,6 +84,7 @@ def build_profile(
         "golden": _lengths(golden),
         "length_histogram": _histogram([row.tokens for row in split_rows]),
         "labels": _labels(train, evaluation, golden) if is_closed_set else None,
+        "languages": dict(sorted(gate_rows.languages.items(), key=lambda item: (-item[1], item[0]))),
         "suspect_labels": [asdict(s) for s in gate_rows.suspects[:MAX_SUSPECTS]] if is_closed_set else [],
         "distributions": _distributions(split_rows, is_closed_set),
         "reference": None,

@@ -158,9 +158,10 @@ def _suspects(profile: dict[str, Any]) -> html.Html | None:
 
 
 def _languages(profile: dict[str, Any]) -> html.Html | None:
-    languages = profile["distributions"]["language"]
-    ordered = dict(sorted(languages.items(), key=lambda item: (-item[1], item[0])))
-    return html.bar_chart(ordered, "number of rows by language or script, train and eval") if ordered else None
+    """Return bars of the languages that were guessed, or of those that the data states, or of scripts."""
+    stated = profile["distributions"]["language"]
+    languages = profile["languages"] or dict(sorted(stated.items(), key=lambda item: (-item[1], item[0])))
+    return html.bar_chart(languages, "number of rows by language, train and eval") if languages else None
 
 
 def _drift(profile: dict[str, Any]) -> html.Html | None:

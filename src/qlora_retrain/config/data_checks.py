@@ -45,6 +45,7 @@ CHECKS: Mapping[str, Check] = {
     "invisible_tags": Check("drop"),
     "no_visible_text": Check("drop"),
     "prompt_injection": Check("warn"),
+    "other_languages": Check("warn"),
     # Labels, where `data.task` is labels.
     "label_errors": Check("warn"),
     "misspelt_labels": Check("warn"),
