@@ -127,7 +127,7 @@ def test_metrics_of_generated_answers_are_in_scores_rules_and_numbers(model: Any
         primary_metric="exact_match",
         max_new_tokens=6,
         allow_first_release=True,
-        min_rows=3,
+        min_prompts=3,
         floors={"rouge_l": 0.5},
         max_slice_regression=None,
     )
