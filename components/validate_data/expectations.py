@@ -20,7 +20,7 @@ from components.validate_data.checks import LOOKED_FOR, NOT_BAD, Row
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import conversations
-from qlora_retrain.lm.rendering import Message
+from qlora_retrain.lm.content_spans import Message
 
 # Set before the import, which reads it: some versions report usage over the network.
 os.environ["GX_ANALYTICS_ENABLED"] = "false"
@@ -88,29 +88,43 @@ def check_expectations(rows: Sequence[Row], config: DataConfig) -> list[Finding]
 
 def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
     """Return one line of features per row; those of the text are empty for rows that are in neither split."""
-    split_rows = [row if row.split in ("train", "eval") else None for row in rows]
-    labels = [_label(row) if row and config.task == "labels" else None for row in split_rows]
+    texts: dict[str, list[Any]] = {
+        name: [] for name in ("turns", "has_system", "prompt_chars", "answer_chars", "label")
+    }
+    label_names: dict[str, str] = {}  # one text for each label, whatever the number of rows
+    for row in rows:
+        features = _text_features(row, config) if row.split in ("train", "eval") else (None,) * len(texts)
+        for values, value in zip(texts.values(), features, strict=True):
+            values.append(label_names.setdefault(value, value) if isinstance(value, str) else value)
+    labels = texts["label"]
     train_labels = {label for row, label in zip(rows, labels, strict=True) if row.split == "train"}
 
     # The first evaluation row of each prompt, so that their sum is the number of prompts.
     first_rows = {row.prompt_id: row for row in reversed(rows) if row.split == "eval"}
+    is_split = [row.split in ("train", "eval") for row in rows]
     columns = {
         "bad": [bool(row.reason) and row.reason not in NOT_BAD for row in rows],
         "duplicate": [row.reason == "exact_duplicate" for row in rows],
         "in_train": [row.split == "train" for row in rows],
         "new_prompt": [row is first_rows.get(row.prompt_id) for row in rows],
-        "turns": [len(row.messages) if row else None for row in split_rows],
-        "has_system": [row.messages[0]["role"] == "system" if row else None for row in split_rows],
-        "prompt_chars": [_chars(conversations.prompt_of(row.messages)) if row else None for row in split_rows],
-        "answer_chars": [len(conversations.answer_of(row.messages)) if row else None for row in split_rows],
-        "tokens": [row.tokens if row else None for row in split_rows],
-        "supervised_tokens": [row.supervised_tokens if row else None for row in split_rows],
-        "label": labels,
+        **texts,
+        "tokens": [row.tokens if split else None for row, split in zip(rows, is_split, strict=True)],
+        "supervised_tokens": [
+            row.supervised_tokens if split else None for row, split in zip(rows, is_split, strict=True)
+        ],
         "label_untrained": [label not in train_labels if label else None for label in labels],
     }
 
     columns |= {name: [name in row.hits for row in rows] for name in _judged_checks(config)}
     return pandas.DataFrame(columns)
+
+
+def _text_features(row: Row, config: DataConfig) -> tuple[int, bool, int, int, str | None]:
+    messages = row.messages
+    answer = conversations.answer_of(messages)
+    prompt_chars = _chars(conversations.prompt_of(messages))
+    has_system = messages[0]["role"] == "system"
+    return len(messages), has_system, prompt_chars, len(answer), answer if config.task == "labels" else None
 
 
 def _judged_checks(config: DataConfig) -> list[str]:

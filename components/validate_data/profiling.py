@@ -169,13 +169,13 @@ def _labels(train: Sequence[Row], evaluation: Sequence[Row], golden: Sequence[Ro
 
 def _distributions(split_rows: Sequence[Row], is_closed_set: bool) -> dict[str, dict[str, int]]:
     """Count the rows in each slice; the drift of later data is computed from these counts."""
-    prompts = [slices.user_text(row.messages) for row in split_rows]
-    distributions = {
-        "length": Counter(map(slices.length_range, prompts)),
-        "language": Counter(
-            row.language or slices.dominant_script(text) for row, text in zip(split_rows, prompts, strict=True)
-        ),
-    }
+    lengths: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
+    for row in split_rows:
+        text = slices.user_text(row.messages)
+        lengths[slices.length_range(text)] += 1
+        languages[row.language or slices.dominant_script(text)] += 1
+    distributions = {"length": lengths, "language": languages}
 
     if is_closed_set:
         counts = Counter(conversations.answer_of(row.messages) for row in split_rows)

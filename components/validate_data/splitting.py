@@ -169,15 +169,9 @@ def reserve_evaluation(rows: Iterable[Row], config: DataConfig) -> None:
 def limit_evaluation(evaluation: list[tuple[float, Row]], config: DataConfig) -> None:
     """Assign the rows with the smallest hashes to eval, and drop those beyond `max_eval_rows`."""
     # Sorted by hash and row, so that the order of the input files does not decide which rows are dropped.
-    evaluation.sort(key=lambda item: (item[0], conversations.row_id(item[1].messages, item[1].tools)))
+    evaluation.sort(key=lambda item: (item[0], conversations.row_id(*item[1].chat_and_tools)))
     for i, (_, row) in enumerate(evaluation):
         row.split = "eval" if i < config.max_eval_rows else "dropped"
-
-
-def split_fractions(rows: Iterable[Row], config: DataConfig, openings: Collection[str]) -> list[float]:
-    """Return the hash of each row that was split, which says what another fraction would give."""
-    paths = [digest_side(row, config.split_seed) for row in rows if row.split]
-    return [as_fraction(_group(path, openings)[0]) for path in paths]
 
 
 def _name_prompt(row: Row, path: Beginnings, openings: Collection[str]) -> tuple[str, bool]:
