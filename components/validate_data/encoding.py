@@ -18,7 +18,7 @@ from qlora_retrain.lm.chat_format import ChatFormat
 
 LoadedChat: TypeAlias = tuple[list[Message], list[dict[str, Any]] | None]
 ROWS_PER_CHUNK = 1024  # tokenized at once; a fast tokenizer works on them in parallel
-_CHUNK_CHARACTERS = 1 << 22
+_CHUNK_CHARACTERS = 1 << 20
 # The reasons that a template gives, and not the row alone.
 TEMPLATE_REASONS = (
     "template_refuses",
@@ -88,9 +88,10 @@ def _encode_chunk(chunk: Sequence[tuple[Row, LoadedChat]], config: DataConfig, t
         else:
             chats.append((row, (messages, tools)))
 
-    for (row, _), examples in zip(chats, tokenizer.encode_many([chat for _, chat in chats]), strict=True):
+    encoded = tokenizer.encode_many([chat for _, chat in chats], config.max_length_tokens)
+    for (row, _), examples in zip(chats, encoded, strict=True):
         if isinstance(examples, RowRefused):
-            row.reason, row.detail = examples.reason, examples.detail
+            row.reason, row.detail, row.tokens = examples.reason, examples.detail, examples.num_tokens
             continue
         # An example is a sequence of its own, so the limit is on the longest.
         row.tokens = max((len(example.input_ids) for example in examples), default=0)

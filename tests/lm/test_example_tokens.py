@@ -85,9 +85,9 @@ def test_places_of_tokens_give_the_mask_that_tokenized_beginnings_give(
     assert len(examples) < num_texts < 2.5 * len(examples)
     monkeypatch.setattr(bounded, "encode", without_places)
     by_beginnings = ExampleTokenizer(tokenizer, {}).encode([examples])[0]
-    for example, found, expected in zip(examples, by_places, by_beginnings, strict=True):
-        assert found.input_ids == expected.input_ids
-        assert found.supervised == expected.supervised, repr(example.text)
+    for example, encoded, expected in zip(examples, by_places, by_beginnings, strict=True):
+        assert encoded.input_ids == expected.input_ids
+        assert encoded.supervised == expected.supervised, repr(example.text)
 
 
 def test_a_tokenizer_without_places_is_masked_too() -> None:

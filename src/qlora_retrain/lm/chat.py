@@ -72,17 +72,32 @@ class ChatTokenizer:
         """
         return self._example_tokenizer.encode([self._examples(chat, tools)])[0]
 
-    def encode_many(self, rows: Sequence[Row]) -> list[list[EncodedChat] | RowRefused]:
-        """Tokenize many chats in one call, which costs less than one by one; a refused row has its refusal."""
+    def encode_many(self, rows: Sequence[Row], max_tokens: int | None = None) -> list[list[EncodedChat] | RowRefused]:
+        """Tokenize many chats in one call, which costs less than one by one; a refused row has its refusal.
+
+        Args:
+            rows: The chats, each with its tools.
+            max_tokens: A row that is many times as long is refused (`too_long`), since tokenizing it takes a thousand
+                times the memory of its text; None: no row is.
+        """
         examples: list[list[Example] | RowRefused] = []
         for chat, tools in rows:
             try:
-                examples.append(self._examples(chat, tools))
+                row_examples = self._examples(chat, tools)
+                if max_tokens is not None:
+                    self._refuse_far_longer(row_examples, max_tokens)
+                examples.append(row_examples)
             except RowRefused as refusal:
                 examples.append(refusal)
 
         encoded = iter(self._example_tokenizer.encode([e for e in examples if not isinstance(e, RowRefused)]))
         return [e if isinstance(e, RowRefused) else next(encoded) for e in examples]
+
+    def _refuse_far_longer(self, examples: Sequence[Example], max_tokens: int) -> None:
+        text = max((example.text for example in examples), key=len, default="")
+        if self._example_tokenizer.is_far_longer(text, max_tokens):
+            num_tokens = self._example_tokenizer.estimate_length(text)
+            raise RowRefused("too_long", f"about {num_tokens:,} tokens", num_tokens)
 
     def prompt_ids(self, prompt: Chat, tools: Tools = None, answer: Message | str | None = None) -> list[int]:
         """Return the tokens that the model reads before it answers.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+_PART_CHARACTERS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedChat:
@@ -68,7 +70,7 @@ class ExampleTokenizer:
         ]
 
         # Where no token begins at a border, the text in front of it is tokenized apart.
-        unclear = [(i, border) for i, found in enumerate(positions) for border in found if found[border] is None]
+        unclear = [(i, border) for i, places in enumerate(positions) for border in places if places[border] is None]
         beginnings = bounded.tokenize(self._tokenizer, [examples[i].text[:border] for i, border in unclear])
         for (i, border), beginning in zip(unclear, beginnings, strict=True):
             positions[i][border] = self._border_position(encodings[i][0], beginning)
@@ -78,6 +80,21 @@ class ExampleTokenizer:
             for example, (ids, _), borders in zip(examples, encodings, positions, strict=True)
         )
         return [[next(encoded) for _ in examples] for examples in rows]
+
+    def is_far_longer(self, text: str, max_tokens: int) -> bool:
+        """Return whether a text has more tokens than this, however few of them it may have."""
+        # Normal forms of a text may be shorter than the text.
+        return len(text) > 4 * max_tokens * self._longest_token
+
+    def estimate_length(self, text: str) -> int:
+        """Return about how many tokens a long text has, rather too many; it is cut in parts."""
+        parts = range(0, len(text), _PART_CHARACTERS)
+        return sum(len(bounded.tokenize(self._tokenizer, [text[i : i + _PART_CHARACTERS]])[0]) for i in parts)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """The characters of the longest token, at most."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def _masked(self, example: Example, ids: list[int], borders: Mapping[int, int | None]) -> EncodedChat:
         positions = {0: 0, **borders, len(example.text): len(ids)}

@@ -41,11 +41,12 @@ class RowRefused(Exception):
     Attributes:
         reason: A code, e.g. `template_drops_text`.
         detail: Which turn, and what happened to it; never the row's text.
+        num_tokens: About how many tokens it has, where that is the reason.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, num_tokens: int = 0) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.num_tokens = reason, detail, num_tokens
 
 
 @dataclass(frozen=True, slots=True)
