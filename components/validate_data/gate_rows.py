@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class GateRows:
     rows: list[Row]
     eval_fraction: float | None
     shared_openings: tuple[str, ...] | None
-    fractions: list[float]
+    fractions: Sequence[float]
     languages: dict[str, int] = field(default_factory=dict)
     suspects: list[Suspect] = field(default_factory=list)
 
@@ -125,7 +126,7 @@ def read_gate_rows(
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
         # A row's prompt is named by the hash that puts it on its side.
-        fractions = [as_fraction(row.prompt_id) for row in rows if row.split]
+        fractions = array("d", (as_fraction(row.prompt_id) for row in rows if row.split))
         languages, suspects = _check_sides(rows, golden, config)
         return GateRows(sources, rows, eval_fraction, openings, fractions, languages, suspects)
 
