@@ -10,10 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.validate_data.checks import NOT_BAD, Row
-from components.validate_data.expectations import Finding
 from components.validate_data.gate_rows import GateRows
 from components.validate_data.sizes import length_limits
 from qlora_retrain.config.data import DataConfig
@@ -21,6 +20,9 @@ from qlora_retrain.evaluation import slices
 from qlora_retrain.lm import conversations
 from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
+
+if TYPE_CHECKING:
+    from components.validate_data.expectations import Finding
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MAX_SUSPECTS = 20

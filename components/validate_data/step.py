@@ -19,7 +19,6 @@ from typing import Any
 
 from components.validate_data.checks import Row
 from components.validate_data.encoding import dataset_chat_format
-from components.validate_data.expectations import check_expectations
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
 from components.validate_data.refusal import (
@@ -58,6 +57,9 @@ def run(
     tokenizer = load_tokenizer(base_model, ChatFormat.from_config(config))
     gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data, dataset)
     chat_format = dataset_chat_format(tokenizer.chat_format, gate_rows.rows)
+
+    # Not at the top: Great Expectations takes 160 MB, and comparing the rows before it takes the most memory.
+    from components.validate_data.expectations import check_expectations
 
     findings = check_expectations(gate_rows.rows, config)
     profile = build_profile(gate_rows, config, findings, chat_format, tokenizer)
