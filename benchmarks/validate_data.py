@@ -34,8 +34,14 @@ VERBS = "arrived vanished broke stopped changed expired blinked failed doubled l
 PLACES = "kitchen office garden cellar shop depot station hotel school studio harbour market airport".split()
 
 
-def write_chats(path: Path, num_rows: int) -> None:
-    """Write chats of about 60 words, no two alike; one in fifty has a further question."""
+def write_chats(path: Path, num_rows: int, long_rows: int = 0) -> None:
+    """Write chats of about 60 words, no two alike; one in fifty has a further question.
+
+    Args:
+        path: The file to write.
+        num_rows: How many chats.
+        long_rows: How many further chats, each of 8 million characters.
+    """
     generator = random.Random(0)
     words = [f"{first}{last}" for first in ("re", "un", "over", "under", "mis") for last in VERBS] + SUBJECTS + PLACES
 
@@ -52,6 +58,9 @@ def write_chats(path: Path, num_rows: int) -> None:
                     {"role": "assistant", "content": sentence(9)},
                 ]
             file.write(json.dumps({"messages": turns}) + "\n")
+        for i in range(long_rows):
+            turns = [{"role": "user", "content": f"{i} {sentence(1000)} " * (8_000_000 // len(sentence(1000)))}]
+            file.write(json.dumps({"messages": [*turns, {"role": "assistant", "content": sentence(8)}]}) + "\n")
 
 
 def run_gate(raw: Path, base: Path, work: Path, checks: dict[str, str]) -> None:
@@ -77,12 +86,14 @@ def run_map(raw: Path, base: Path, work: Path) -> None:
     )
 
 
-def measure(contestant: str, num_rows: int, base: Path, checks: Sequence[str]) -> dict[str, float]:
+def measure(
+    contestant: str, num_rows: int, base: Path, checks: Sequence[str] = (), long_rows: int = 0
+) -> dict[str, float]:
     """Return seconds of CPU and of the clock, and the peak of resident memory in bytes, of a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder, "raw")
         raw.mkdir()
-        write_chats(raw / "chats.jsonl", num_rows)
+        write_chats(raw / "chats.jsonl", num_rows, long_rows)
         command = [sys.executable, __file__, "--contestant", contestant, "--work", folder, "--base", str(base)]
         command += ["--set", *checks] if checks else []
         # As in the step: the tokenizer's own threads, and no progress on the screen.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from components.validate_data.raw_rows import RawRow
+from components.validate_data.text_file import TextFile
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.lm import chat, conversations
 
@@ -104,16 +105,13 @@ Split = Literal["train", "eval", "dropped"]
 
 
 @dataclass(slots=True)
-class Row:
-    """One example as the steps of the data gate fill it in.
+class _Fields:
+    """What the steps of the data gate note about a row; its texts are elsewhere (`Row`).
 
     Attributes:
-        messages: The chat; empty where the row's structure is wrong.
-        hash: 12 hex digits of the raw value's hash, to recognise a row without showing its text.
         reason: The code in `REASONS` of why the row was kept out; None for a good row.
         split: The split that the row belongs to; `dropped` is an evaluation row beyond `max_eval_rows`.
         language: The language that the data states, if it states one.
-        tools: The tools that the answer may call, in the OpenAI form.
         detail: Free words about the fault, for a message; never the row's text.
         warnings: Codes of what the template did to a good row, e.g. `trimmed_ends`.
         hits: The names of the checks in `data.checks` that found something in its texts.
@@ -126,14 +124,11 @@ class Row:
 
     file: str
     number: int
-    messages: list[chat.Message]
-    hash: str
     tokens: int = 0
     supervised_tokens: int = 0
     reason: str | None = None
     split: Split | None = None
     language: str | None = None
-    tools: list[dict[str, Any]] | None = None
     detail: str = ""
     warnings: tuple[str, ...] = ()
     hits: tuple[str, ...] = ()
@@ -149,6 +144,65 @@ class Row:
         return f"{self.file}:{self.number}"
 
 
+class Row(_Fields):
+    """One example as the steps of the data gate fill it in.
+
+    Its texts are in memory until `store_texts`. From then on each access reads them anew, so that changing what was
+    returned changes nothing.
+    """
+
+    __slots__ = ("_file", "_texts")
+
+    def __init__(
+        self,
+        file: str,
+        number: int,
+        messages: list[chat.Message],
+        hash: str,
+        tools: list[dict[str, Any]] | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(file, number, **fields)
+        self._texts: Any = (messages, tools, hash)
+        self._file: TextFile | None = None
+
+    @property
+    def messages(self) -> list[chat.Message]:
+        """The chat; empty where the row's structure is wrong."""
+        messages: list[chat.Message] = self._content()[0]
+        return messages
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the answer may call, in the OpenAI form."""
+        tools: list[dict[str, Any]] | None = self._content()[1]
+        return tools
+
+    @property
+    def chat_and_tools(self) -> tuple[list[chat.Message], list[dict[str, Any]] | None]:
+        """The chat and its tools, which costs half of asking for each."""
+        messages, tools, _ = self._content()
+        return messages, tools
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits of the raw value's hash, to recognise a row without showing its text."""
+        return str(self._content()[2])
+
+    def replace_texts(self, messages: list[chat.Message], tools: list[dict[str, Any]] | None) -> None:
+        """Give the row another chat, and other tools."""
+        self._texts = (messages, tools, self.hash)
+        self._file = None
+
+    def store_texts(self, file: TextFile) -> None:
+        """Move the row's texts to a file."""
+        self._texts = file.append(self._content())
+        self._file = file
+
+    def _content(self) -> Any:
+        return self._texts if self._file is None else self._file.read(self._texts)
+
+
 def check_row(raw: RawRow, config: DataConfig) -> Row:
     """Return the row with its chat, or with the reason why it has none."""
     row = Row(
@@ -157,7 +211,8 @@ def check_row(raw: RawRow, config: DataConfig) -> Row:
     )  # fmt: skip
     if not raw.fault and isinstance(raw.messages, list):
         row.reason, row.detail = _chat_fault(raw.messages)
-        row.messages = [] if row.reason else _complete(raw.messages, config)
+        if not row.reason:
+            row.replace_texts(_complete(raw.messages, config), raw.tools)
     return row
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 from components.validate_data.checks import Row
 from components.validate_data.readers.limits import count_characters
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm.chat import ChatTokenizer, EncodedChat, RowRefused
+from qlora_retrain.lm.chat import ChatTokenizer, EncodedChat, Message, RowRefused
 from qlora_retrain.lm.chat_format import ChatFormat
 
+LoadedChat: TypeAlias = tuple[list[Message], list[dict[str, Any]] | None]
 ROWS_PER_CHUNK = 1024  # tokenized at once; a fast tokenizer works on them in parallel
-_CHUNK_CHARACTERS = 1 << 22
+_CHUNK_CHARACTERS = 1 << 20
 # The reasons that a template gives, and not the row alone.
 TEMPLATE_REASONS = (
     "template_refuses",
@@ -41,53 +44,66 @@ def encode_rows(rows: Sequence[Row], config: DataConfig, tokenizer: ChatTokenize
         UsageError: If the template can carry none of the rows, or `data.system` holds a mark of turns.
     """
     if config.marks_in_text == "refuse":
-        _refuse_marks(rows, config, tokenizer)
+        _refuse_system_mark(config, tokenizer)
 
-    # Every turn has a token, and the time of a chat grows with the square of its turns.
-    for row in rows:
-        if not row.reason and len(row.messages) > config.max_length_tokens:
-            row.reason, row.tokens = "too_long", len(row.messages)
-    good_rows = [row for row in rows if not row.reason]
+    open_rows = [row for row in rows if not row.reason]
+    rendered: list[Row] = []
     num_done = 0
-    for chunk in _chunks(good_rows):
-        encoded = tokenizer.encode_many([(row.messages, row.tools) for row in chunk])
-        for row, examples in zip(chunk, encoded, strict=True):
-            if isinstance(examples, RowRefused):
-                row.reason, row.detail = examples.reason, examples.detail
-                continue
-            # An example is a sequence of its own, so the limit is on the longest.
-            row.tokens = max((len(example.input_ids) for example in examples), default=0)
-            row.supervised_tokens = sum(example.supervised_tokens for example in examples)
-            row.examples = len(examples)
-            row.prompt_key = _prompt_key(examples)
-            row.warnings = tuple(dict.fromkeys(code for example in examples for code in example.warnings))
-            if row.tokens > config.max_length_tokens:
-                row.reason = "too_long"
-            elif not row.supervised_tokens:
-                row.reason = "no_supervised_tokens"
+    for chunk in _chunks(open_rows):
+        rendered += _encode_chunk(chunk, config, tokenizer)
         num_done += len(chunk)
-        progress.update("measuring", num_done, len(good_rows))
+        progress.update("measuring", num_done, len(open_rows))
 
     # One bad row is that row's fault. Where none can be rendered, the template or the data's layout is wrong.
-    if good_rows and all(row.reason in TEMPLATE_REASONS for row in good_rows):
-        first = good_rows[0]
+    if rendered and all(row.reason in TEMPLATE_REASONS for row in rendered):
+        first = rendered[0]
         raise UsageError(
-            f"{source}: {first.location}: {first.detail} ({first.reason}); none of {len(good_rows):,} rows "
+            f"{source}: {first.location}: {first.detail} ({first.reason}); none of {len(rendered):,} rows "
             "can be rendered; choose another data.template, another base model, or another layout of the rows"
         )
 
 
-def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in parts; a tokenizer takes some hundred bytes of memory for each character."""
-    chunk, num_characters = list[Row](), 0
+def _chunks(rows: Sequence[Row]) -> Iterator[list[tuple[Row, LoadedChat]]]:
+    """Yield the rows in parts, each with its chat; a tokenizer takes some hundred bytes of memory a character."""
+    chunk, num_characters = list[tuple[Row, LoadedChat]](), 0
     for row in rows:
-        chunk.append(row)
-        num_characters += count_characters(row.messages, _CHUNK_CHARACTERS)
+        chunk.append((row, row.chat_and_tools))
+        num_characters += count_characters(chunk[-1][1][0], _CHUNK_CHARACTERS)
         if len(chunk) == ROWS_PER_CHUNK or num_characters > _CHUNK_CHARACTERS:
             yield chunk
             chunk, num_characters = [], 0
     if chunk:
         yield chunk
+
+
+def _encode_chunk(chunk: Sequence[tuple[Row, LoadedChat]], config: DataConfig, tokenizer: ChatTokenizer) -> list[Row]:
+    """Give each row its lengths or its reason, and return those that were rendered."""
+    chats: list[tuple[Row, LoadedChat]] = []
+    for row, (messages, tools) in chunk:
+        if config.marks_in_text == "refuse" and (detail := _mark_in_chat(messages, tools, tokenizer)):
+            row.reason, row.detail = "mark_in_text", detail
+        # Every turn has a token, and the time of a chat grows with the square of its turns.
+        elif len(messages) > config.max_length_tokens:
+            row.reason, row.tokens = "too_long", len(messages)
+        else:
+            chats.append((row, (messages, tools)))
+
+    encoded = tokenizer.encode_many([chat for _, chat in chats], config.max_length_tokens)
+    for (row, _), examples in zip(chats, encoded, strict=True):
+        if isinstance(examples, RowRefused):
+            row.reason, row.detail, row.tokens = examples.reason, examples.detail, examples.num_tokens
+            continue
+        # An example is a sequence of its own, so the limit is on the longest.
+        row.tokens = max((len(example.input_ids) for example in examples), default=0)
+        row.supervised_tokens = sum(example.supervised_tokens for example in examples)
+        row.examples = len(examples)
+        row.prompt_key = _prompt_key(examples)
+        row.warnings = tuple(dict.fromkeys(code for example in examples for code in example.warnings))
+        if row.tokens > config.max_length_tokens:
+            row.reason = "too_long"
+        elif not row.supervised_tokens:
+            row.reason = "no_supervised_tokens"
+    return [row for row, _ in chats]
 
 
 def _prompt_key(examples: Sequence[EncodedChat]) -> str:
@@ -98,8 +114,8 @@ def _prompt_key(examples: Sequence[EncodedChat]) -> str:
     end = len(supervised) - 1 - supervised[::-1].index(True)
     while end and supervised[end - 1]:
         end -= 1
-    ids = ",".join(map(str, examples[-1].input_ids[:end]))
-    return hashlib.sha256(ids.encode()).hexdigest()[:16]
+    ids = array("q", examples[-1].input_ids[:end])
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
 def dataset_chat_format(chat_format: ChatFormat, rows: Sequence[Row]) -> ChatFormat:
@@ -109,26 +125,21 @@ def dataset_chat_format(chat_format: ChatFormat, rows: Sequence[Row]) -> ChatFor
     return replace(chat_format, answer_start="history" if 2 * from_history > len(training) else "generation_prompt")
 
 
-def _refuse_marks(rows: Sequence[Row], config: DataConfig, tokenizer: ChatTokenizer) -> None:
-    """Give a reason to each row whose text would forge a turn."""
+def _refuse_system_mark(config: DataConfig, tokenizer: ChatTokenizer) -> None:
     if config.system is not None and (mark := tokenizer.find_mark(config.system, "system")):
         raise UsageError(
             f"data.system: it holds {mark!r}, with which the chat template begins or ends a turn; write it in other "
             "words, or set data.marks_in_text: allow"
         )
 
-    for row in rows:
-        if not row.reason and (detail := _mark_in_row(row, tokenizer)):
-            row.reason, row.detail = "mark_in_text", detail
 
-
-def _mark_in_row(row: Row, tokenizer: ChatTokenizer) -> str | None:
-    """Return where a text of the row holds a mark: in a turn, the arguments of a call or the description of a tool."""
-    for i, turn in enumerate(row.messages):
+def _mark_in_chat(messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: ChatTokenizer) -> str | None:
+    """Return where a text would forge a turn: in a turn, the arguments of a call or the description of a tool."""
+    for i, turn in enumerate(messages):
         for text in _texts({key: value for key, value in turn.items() if key != "role"}):
             if mark := tokenizer.find_mark(text, turn["role"]):
                 return f"turn {i + 1} ({turn['role']}) holds {mark!r}"
-    for text in _texts(list(row.tools or ())):
+    for text in _texts(list(tools or ())):
         if mark := tokenizer.find_mark(text, "assistant"):
             return f"its tools hold {mark!r}"
     return None

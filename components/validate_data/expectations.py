@@ -10,17 +10,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas
+from numpy.typing import NDArray
 
 from components.validate_data.checks import LOOKED_FOR, NOT_BAD, Row
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import conversations
-from qlora_retrain.lm.rendering import Message
 
 # Set before the import, which reads it: some versions report usage over the network.
 os.environ["GX_ANALYTICS_ENABLED"] = "false"
@@ -88,28 +89,37 @@ def check_expectations(rows: Sequence[Row], config: DataConfig) -> list[Finding]
 
 def features(rows: Sequence[Row], config: DataConfig) -> pandas.DataFrame:
     """Return one line of features per row; those of the text are empty for rows that are in neither split."""
-    split_rows = [row if row.split in ("train", "eval") else None for row in rows]
-    labels = [_label(row) if row and config.task == "labels" else None for row in split_rows]
+    num_rows = len(rows)
+    is_split = [row.split in ("train", "eval") for row in rows]
+    labels: list[str | None] = [None] * num_rows
+    if config.task == "labels":
+        names: dict[str, str] = {}  # one text for each label, whatever the number of rows
+        labels = [
+            names.setdefault(label := _label(row), label) if is_in_split else None
+            for row, is_in_split in zip(rows, is_split, strict=True)
+        ]
     train_labels = {label for row, label in zip(rows, labels, strict=True) if row.split == "train"}
+
+    def flags(values: Iterable[bool]) -> NDArray[np.bool_]:
+        return np.fromiter(values, bool, num_rows)
+
+    def numbers(values: Iterable[int]) -> NDArray[np.float64]:
+        return np.where(is_split, np.fromiter(values, np.float64, num_rows), np.nan)
 
     # The first evaluation row of each prompt, so that their sum is the number of prompts.
     first_rows = {row.prompt_id: row for row in reversed(rows) if row.split == "eval"}
-    columns = {
-        "bad": [bool(row.reason) and row.reason not in NOT_BAD for row in rows],
-        "duplicate": [row.reason == "exact_duplicate" for row in rows],
-        "in_train": [row.split == "train" for row in rows],
-        "new_prompt": [row is first_rows.get(row.prompt_id) for row in rows],
-        "turns": [len(row.messages) if row else None for row in split_rows],
-        "has_system": [row.messages[0]["role"] == "system" if row else None for row in split_rows],
-        "prompt_chars": [_chars(conversations.prompt_of(row.messages)) if row else None for row in split_rows],
-        "answer_chars": [len(conversations.answer_of(row.messages)) if row else None for row in split_rows],
-        "tokens": [row.tokens if row else None for row in split_rows],
-        "supervised_tokens": [row.supervised_tokens if row else None for row in split_rows],
+    columns: dict[str, Any] = {
+        "bad": flags(bool(row.reason) and row.reason not in NOT_BAD for row in rows),
+        "duplicate": flags(row.reason == "exact_duplicate" for row in rows),
+        "in_train": flags(row.split == "train" for row in rows),
+        "new_prompt": flags(row is first_rows.get(row.prompt_id) for row in rows),
+        "tokens": numbers(row.tokens for row in rows),
+        "supervised_tokens": numbers(row.supervised_tokens for row in rows),
         "label": labels,
         "label_untrained": [label not in train_labels if label else None for label in labels],
     }
 
-    columns |= {name: [name in row.hits for row in rows] for name in _judged_checks(config)}
+    columns |= {name: flags(name in row.hits for row in rows) for name in _judged_checks(config)}
     return pandas.DataFrame(columns)
 
 
@@ -207,7 +217,3 @@ def _to_finding(expectation: Expectation, result: Any) -> Finding:
 
 def _label(row: Row) -> str:
     return conversations.answer_of(row.messages)
-
-
-def _chars(turns: Sequence[Message]) -> int:
-    return sum(len(conversations.turn_text(turn)) for turn in turns)

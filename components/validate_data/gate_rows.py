@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +18,13 @@ from components.validate_data.row_checks import check_texts
 from components.validate_data.similar_rows import check_similar_rows
 from components.validate_data.sizes import explain_too_long, refuse_few_golden_rows
 from components.validate_data.splitting import (
+    as_fraction,
     assign_splits,
     find_openings,
     keep_apart,
     reserve_evaluation,
-    split_fractions,
 )
+from components.validate_data.text_file import TextFile
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.chat import ChatTokenizer
@@ -62,7 +65,7 @@ class GateRows:
     rows: list[Row]
     eval_fraction: float | None
     shared_openings: tuple[str, ...] | None
-    fractions: list[float]
+    fractions: Sequence[float]
     languages: dict[str, int] = field(default_factory=dict)
     suspects: list[Suspect] = field(default_factory=list)
 
@@ -79,21 +82,35 @@ class GateRows:
 
 
 def read_gate_rows(
-    config: DataConfig, tokenizer: ChatTokenizer, raw_data: Path, golden_data: Path | None, eval_data: Path | None
+    config: DataConfig,
+    tokenizer: ChatTokenizer,
+    raw_data: Path,
+    golden_data: Path | None,
+    eval_data: Path | None,
+    work: Path | None = None,
 ) -> GateRows:
     """Read all rows and decide about each.
+
+    Args:
+        config: What the line says about its data.
+        tokenizer: The base model's, with the line's chat format.
+        raw_data: The folder of files to train on.
+        golden_data: The golden rows, if the line has some.
+        eval_data: The evaluation, if the line names it.
+        work: A folder on the disk that takes the rows' texts meanwhile.
 
     Raises:
         UsageError: For a file that cannot be read, a bad row of `golden_data` or `eval_data`, or a chat template that
             can carry no row.
     """
     # The reserved rows are read first, since they are few, and one that is bad ends the step.
+    texts = TextFile(work or Path(tempfile.gettempdir()))
     sources: dict[str, SourceRows] = {}
     if golden_data:
-        sources["golden_data"] = _read_reserved(golden_data, "golden_data", config, tokenizer)
+        sources["golden_data"] = _read_reserved(golden_data, "golden_data", config, tokenizer, texts)
     if eval_data:
-        sources["eval_data"] = _read_reserved(eval_data, "eval_data", config, tokenizer)
-    sources["raw_data"] = _read_source(raw_data, "raw_data", config, tokenizer)
+        sources["eval_data"] = _read_reserved(eval_data, "eval_data", config, tokenizer, texts)
+    sources["raw_data"] = _read_source(raw_data, "raw_data", config, tokenizer, texts)
 
     rows = sources["raw_data"].rows
     openings = find_openings(rows, config)
@@ -108,7 +125,8 @@ def read_gate_rows(
 
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
-        fractions = split_fractions(rows, config, openings)
+        # A row's prompt is named by the hash that puts it on its side.
+        fractions = array("d", (as_fraction(row.prompt_id) for row in rows if row.split))
         languages, suspects = _check_sides(rows, golden, config)
         return GateRows(sources, rows, eval_fraction, openings, fractions, languages, suspects)
 
@@ -131,20 +149,27 @@ def _check_sides(
     return languages, suspects
 
 
-def _read_source(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:
+def _read_source(
+    folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer, texts: TextFile
+) -> SourceRows:
     reader = RowReader(folder, config, source)
-    rows = [check_row(raw, config) for raw in reader.rows()]
-    check_texts(rows, config, is_reserved=source != "raw_data")
+    rows: list[Row] = []
+    checked = check_texts((check_row(raw, config) for raw in reader.rows()), config, is_reserved=source != "raw_data")
+    for row in checked:
+        row.store_texts(texts)
+        rows.append(row)
     encode_rows(rows, config, tokenizer, source)
     return SourceRows(rows, reader.layouts, reader.unread, reader.warnings)
 
 
-def _read_reserved(folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer) -> SourceRows:
+def _read_reserved(
+    folder: Path, source: str, config: DataConfig, tokenizer: ChatTokenizer, texts: TextFile
+) -> SourceRows:
     """Return the rows of a file that a person chose. A bad one is an error, since nobody would miss it.
 
     Evaluation files often hold a row twice, so a repeated one is left out there; golden rows are few and chosen.
     """
-    result = _read_source(folder, source, config, tokenizer)
+    result = _read_source(folder, source, config, tokenizer, texts)
     quarantine_repeats(result.rows, config)
 
     tolerated = ("not_kept", "exact_duplicate") if source == "eval_data" else ("not_kept",)

@@ -10,10 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.validate_data.checks import NOT_BAD, Row
-from components.validate_data.expectations import Finding
 from components.validate_data.gate_rows import GateRows
 from components.validate_data.sizes import length_limits
 from qlora_retrain.config.data import DataConfig
@@ -21,6 +20,9 @@ from qlora_retrain.evaluation import slices
 from qlora_retrain.lm import conversations
 from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
+
+if TYPE_CHECKING:
+    from components.validate_data.expectations import Finding
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MAX_SUSPECTS = 20
@@ -169,13 +171,13 @@ def _labels(train: Sequence[Row], evaluation: Sequence[Row], golden: Sequence[Ro
 
 def _distributions(split_rows: Sequence[Row], is_closed_set: bool) -> dict[str, dict[str, int]]:
     """Count the rows in each slice; the drift of later data is computed from these counts."""
-    prompts = [slices.user_text(row.messages) for row in split_rows]
-    distributions = {
-        "length": Counter(map(slices.length_range, prompts)),
-        "language": Counter(
-            row.language or slices.dominant_script(text) for row, text in zip(split_rows, prompts, strict=True)
-        ),
-    }
+    lengths: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
+    for row in split_rows:
+        text = slices.user_text(row.messages)
+        lengths[slices.length_range(text)] += 1
+        languages[row.language or slices.dominant_script(text)] += 1
+    distributions = {"length": lengths, "language": languages}
 
     if is_closed_set:
         counts = Counter(conversations.answer_of(row.messages) for row in split_rows)

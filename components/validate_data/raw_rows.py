@@ -123,6 +123,7 @@ class RowReader:
             self.layouts[file] = layout.description
             progress.say(f"{self._source}: {file}: {layout.description}")
 
+        words = layout.words
         names, unfilled = dict[str, None](), dict.fromkeys((*layout.required, *layout.prompt_fields))
         for record in chain(samples, records):
             if record.fields is not None:
@@ -130,14 +131,14 @@ class RowReader:
                 if len(names) < _MAX_FIELD_NAMES:
                     names.update(dict.fromkeys(record.fields))
                 self._note_optional_fields(record.fields)
-            yield self._row(record, layout)
+            yield self._row(record, layout, words)
 
         self._names.update(names)
         missing = [path for path in unfilled if path not in layout.optional]
         if names and missing:
             raise _field_error(file, missing[0], names, columns)
 
-    def _row(self, record: Record, layout: Layout) -> RawRow:
+    def _row(self, record: Record, layout: Layout, words: str) -> RawRow:
         fields = record.fields
         if fields is None:
             return RawRow(record.file, record.number, None, fault=record.fault, detail=record.detail)
@@ -151,7 +152,7 @@ class RowReader:
             chat = build_chat(fields, layout, self._config, self._parser)
         except RowFault as fault:
             raw = [value_at(fields, path) for path in (*layout.required, *layout.prompt_fields)]
-            return RawRow(record.file, record.number, raw, None, fault.reason, fault.detail, language, layout.words)
+            return RawRow(record.file, record.number, raw, None, fault.reason, fault.detail, language, words)
         self._note_chat(fields, layout, chat)
         group = value_at(fields, self._config.group_field) if self._config.group_field else None
         return RawRow(
@@ -160,7 +161,7 @@ class RowReader:
             chat.messages,
             chat.tools,
             language=language,
-            field=layout.words,
+            field=words,
             group=None if is_empty(group) else text_of(group),
         )
 

@@ -6,14 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.validate_data.checks import NOT_BAD, explain_fault
-from components.validate_data.expectations import Finding
 from components.validate_data.gate_rows import GateRows
 from components.validate_data.sizes import explain_too_few, explain_too_long
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.evaluation import drift
+
+if TYPE_CHECKING:
+    from components.validate_data.expectations import Finding
 
 _DRIFT_CONFIDENCE = 0.95  # the confidence that the drift is more than chance
 _MAX_EXPLAINED_REASONS = 3  # a refusal is one line of a log, so it stays short

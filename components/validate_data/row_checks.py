@@ -7,7 +7,7 @@ the names of the checks that found something, and where.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,8 @@ FINDERS: dict[str, Finder] = {
 }
 
 
-def check_texts(rows: Iterable[Row], config: DataConfig, *, is_reserved: bool) -> None:
-    """Note in each good row which checks found something, redact what the line says, and give a reason to bad rows.
+def check_texts(rows: Iterable[Row], config: DataConfig, *, is_reserved: bool) -> Iterator[Row]:
+    """Yield the rows; note in each good one which checks found something, redact, and give a reason to bad ones.
 
     Args:
         rows: Rows of one source; those with a reason are left as they are.
@@ -75,6 +75,7 @@ def check_texts(rows: Iterable[Row], config: DataConfig, *, is_reserved: bool) -
     for row in rows:
         if not row.reason:
             _check_row(row, enabled, config, is_reserved=is_reserved)
+        yield row
 
 
 def _check_row(row: Row, enabled: Sequence[tuple[str, Finder]], config: DataConfig, *, is_reserved: bool) -> None:
@@ -88,7 +89,8 @@ def _check_row(row: Row, enabled: Sequence[tuple[str, Finder]], config: DataConf
                     text = replace(text, spans, PLACEHOLDERS[name])
         return text
 
-    for i, turn in enumerate(row.messages):
+    messages, tools = row.chat_and_tools
+    for i, turn in enumerate(messages):
         # The line's own system turn is in its config, where its author has read it.
         if turn["role"] == "system" and turn["content"] == config.system:
             continue
@@ -96,8 +98,9 @@ def _check_row(row: Row, enabled: Sequence[tuple[str, Finder]], config: DataConf
         for field, value in turn.items():
             if field not in ("role", "weight"):
                 turn[field] = _map_texts(value, partial(check, place))
-    if row.tools:
-        row.tools = _map_texts(row.tools, partial(check, "its tools"))
+    if tools:
+        tools = _map_texts(tools, partial(check, "its tools"))
+    row.replace_texts(messages, tools)
 
     row.hits = tuple(name for name in FINDERS if name in places)
     keeping_out = ("refuse",) if is_reserved else ("drop", "refuse")

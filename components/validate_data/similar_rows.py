@@ -55,7 +55,7 @@ def check_similar_rows(rows: Sequence[Row], golden: Sequence[Row], config: DataC
     train = [row for row in rows if row.split == "train"]
     # The first of a cluster stays, so the order of the files would decide which row is learnt.
     if config.checks["near_duplicates"] == "drop":
-        train.sort(key=lambda row: conversations.row_id(row.messages, row.tools))
+        train.sort(key=lambda row: conversations.row_id(*row.chat_and_tools))
     reserved = [row for row in rows if row.split in ("eval", "dropped")] + list(golden)
     compared = train + (reserved if "near_evaluation" in enabled else [])
     is_reserved = [i >= len(train) for i in range(len(compared))]

@@ -7,6 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from components.validate_data.checks import Row
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
@@ -32,13 +34,14 @@ def choose_fraction(fractions: Sequence[float], config: DataConfig) -> float:
     if config.eval_fraction != "auto":
         return config.eval_fraction
 
-    fractions, total, needed = sorted(fractions), len(fractions), config.min_eval_prompts
-    prompts = sorted(set(fractions))
+    total, needed = len(fractions), config.min_eval_prompts
+    prompts: list[float] = np.unique(np.asarray(fractions, np.float64)).tolist()
     lowest = max(MIN_EVAL_FRACTION, config.min_eval_fraction or 0.0)
     if count_below(prompts, lowest) >= needed:
         return lowest
 
     # The smallest fraction that gives a number of prompts lies just above a prompt's hash.
+    fractions = sorted(fractions)
     thresholds = [t for t in map(_just_above, prompts) if t > lowest]
     counts = [(threshold, count_below(fractions, threshold)) for threshold in thresholds]
     half, with_margin = total // 2, needed + math.ceil(2 * math.sqrt(needed))

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
 
 from components.validate_data.checks import Row
 from components.validate_data.sizes import choose_fraction
@@ -72,18 +75,17 @@ def find_openings(rows: Iterable[Row], config: DataConfig) -> tuple[str, ...]:
     if config.shared_openings is not None:
         return config.shared_openings
 
-    paths = [digest_beginnings(row, config.split_seed) for row in rows if not row.reason]
-    openings, pending = [], [(0, paths)]
-    while pending:
-        depth, members = pending.pop()
-        groups: dict[str, list[Beginnings]] = defaultdict(list)
-        for path in members:
-            if len(path) > depth:
-                groups[path[depth]].append(path)
-        for digest, group in groups.items():
-            if _is_shared(group, len(paths)):
-                openings.append(digest)
-                pending.append((depth + 1, group))
+    good_rows = [row for row in rows if not row.reason]
+    openings, members, depth = list[str](), good_rows, 0
+    while members:
+        groups = _count_beginnings(members, depth, config)
+        candidates = {digest for digest, count in groups.items() if _is_frequent(count, len(good_rows))}
+        branches = _count_branches(members, depth, candidates, config) if candidates else {}
+        shared = {d for d in candidates if branches[d] > _most_branches(groups[d], len(good_rows))}
+        openings += shared
+        # Of a chat that begins with openings alone, the next beginning may be one as well.
+        members = [row for row in members if shared and _beginning(row, depth, config) in shared]
+        depth += 1
     return tuple(sorted(openings))
 
 
@@ -127,32 +129,51 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
         The fraction below which a row's hash is evaluation.
     """
     good_rows = [row for row in rows if not row.reason]
-    paths = [digest_side(row, config.split_seed) for row in good_rows]
+    shared = frozenset(openings)
+    # Only what few rows have is held in memory: the beginnings that say nothing, and the chats that are one.
+    continued: set[str] = set()
+    opening_rows: list[tuple[Row, Beginnings]] = []
+    hashes_by_beginnings: dict[Beginnings, tuple[float, float]] = {}  # the lowest and the highest
+    fractions = array("d")
+
+    def add(row: Row, path: Beginnings) -> None:
+        fraction = as_fraction(row.prompt_id)
+        fractions.append(fraction)
+        if beginnings := (*path[: path.index(row.prompt_id)], *digest_greeting(row, config.split_seed)):
+            low, high = hashes_by_beginnings.get(beginnings, (fraction, fraction))
+            hashes_by_beginnings[beginnings] = min(low, fraction), max(high, fraction)
+
+    for row in good_rows:
+        path = digest_side(row, config.split_seed)
+        _, is_opening = _name_prompt(row, path, shared)
+        continued |= shared.intersection(path[:-1])
+        if is_opening:
+            opening_rows.append((row, path))
+        else:
+            add(row, path)
     # An opening that no other chat goes on from is a conversation of its own.
-    continued = {digest for path in paths for digest in path[:-1]}
-    named = [_name_prompt(row, path, openings) for row, path in zip(good_rows, paths, strict=True)]
-    groups = [(key, is_opening and key in continued) for key, is_opening in named]
-    fractions = [as_fraction(key) for key, is_opening in groups if not is_opening]
+    for row, path in opening_rows:
+        if row.prompt_id not in continued:
+            add(row, path)
     eval_fraction = choose_fraction(fractions, config)
 
     # The sides on which the chats of an opening or a greeting go on; those that are openings themselves follow them.
     sides: dict[str, set[bool]] = defaultdict(set)
-    for row, path, (key, is_opening) in sorted(zip(good_rows, paths, groups, strict=True), key=lambda item: item[2][1]):
-        row_sides = sides[key] if is_opening else {as_fraction(key) < eval_fraction}
-        openings_before = () if is_opening else path[: path.index(key)]
-        for digest in (*openings_before, *digest_greeting(row, config.split_seed)):
-            sides[digest] |= row_sides
+    for beginnings, (low, high) in hashes_by_beginnings.items():
+        for digest in beginnings:
+            sides[digest] |= {low < eval_fraction, high < eval_fraction}
+    for row, _ in opening_rows:
+        if row.prompt_id in continued:
+            for digest in digest_greeting(row, config.split_seed):
+                sides[digest] |= sides[row.prompt_id]
 
     evaluation: list[tuple[float, Row]] = []
-    for row, (key, _) in zip(good_rows, groups, strict=True):
-        is_eval = as_fraction(key) < eval_fraction
-        if len(sides[key]) == 2:
+    for row in good_rows:
+        fraction, row_sides = as_fraction(row.prompt_id), sides.get(row.prompt_id)
+        if row_sides and len(row_sides) == 2:
             row.reason = "shared_opening"
-            continue
-        if sides[key]:
-            is_eval = True in sides[key]
-        if is_eval:
-            evaluation.append((as_fraction(key), row))
+        elif (True in row_sides) if row_sides else fraction < eval_fraction:
+            evaluation.append((fraction, row))
         else:
             row.split = "train"
     limit_evaluation(evaluation, config)
@@ -169,15 +190,9 @@ def reserve_evaluation(rows: Iterable[Row], config: DataConfig) -> None:
 def limit_evaluation(evaluation: list[tuple[float, Row]], config: DataConfig) -> None:
     """Assign the rows with the smallest hashes to eval, and drop those beyond `max_eval_rows`."""
     # Sorted by hash and row, so that the order of the input files does not decide which rows are dropped.
-    evaluation.sort(key=lambda item: (item[0], conversations.row_id(item[1].messages, item[1].tools)))
+    evaluation.sort(key=lambda item: (item[0], conversations.row_id(*item[1].chat_and_tools)))
     for i, (_, row) in enumerate(evaluation):
         row.split = "eval" if i < config.max_eval_rows else "dropped"
-
-
-def split_fractions(rows: Iterable[Row], config: DataConfig, openings: Collection[str]) -> list[float]:
-    """Return the hash of each row that was split, which says what another fraction would give."""
-    paths = [digest_side(row, config.split_seed) for row in rows if row.split]
-    return [as_fraction(_group(path, openings)[0]) for path in paths]
 
 
 def _name_prompt(row: Row, path: Beginnings, openings: Collection[str]) -> tuple[str, bool]:
@@ -193,15 +208,44 @@ def _group(path: Beginnings, openings: Collection[str]) -> tuple[str, bool]:
     return (path[-1], True) if key is None else (key, False)
 
 
-def _is_shared(group: Sequence[Beginnings], num_rows: int) -> bool:
-    """Return whether a beginning that these chats have in common says little about them."""
-    if len(group) <= max(MAX_BRANCHES, num_rows * MAX_GROUP_FRACTION):
-        return False
-    most_branches = 1 if len(group) > num_rows * MAX_BRANCHED_FRACTION else MAX_BRANCHES
-    return _count_branches(group) > most_branches
+def _beginning(row: Row, depth: int, config: DataConfig) -> str | None:
+    path = digest_beginnings(row, config.split_seed)
+    return path[depth] if len(path) > depth else None
 
 
-def _count_branches(paths: Sequence[Beginnings]) -> int:
-    """Count the different chats that are the beginning of no other."""
-    continued = {digest for path in paths for digest in path[:-1]}
-    return len({path[-1] for path in paths} - continued)
+def _count_beginnings(rows: Iterable[Row], depth: int, config: DataConfig) -> dict[str, int]:
+    """Count the chats by their beginning at a depth, where more than one has it."""
+    digests = array("Q")
+    for row in rows:
+        if digest := _beginning(row, depth, config):
+            digests.append(int(digest, 16))
+    values, counts = np.unique(np.frombuffer(digests, np.uint64), return_counts=True)
+    is_repeated = counts > 1
+    return {
+        f"{value:016x}": count
+        for value, count in zip(values[is_repeated].tolist(), counts[is_repeated].tolist(), strict=True)
+    }
+
+
+def _count_branches(rows: Iterable[Row], depth: int, digests: Collection[str], config: DataConfig) -> dict[str, int]:
+    """Count for each of these beginnings the different chats with it that are the beginning of no other."""
+    ends: dict[str, array[int]] = {digest: array("Q") for digest in digests}
+    inner: dict[str, array[int]] = {digest: array("Q") for digest in digests}
+    for row in rows:
+        path = digest_beginnings(row, config.split_seed)
+        if len(path) > depth and path[depth] in ends:
+            ends[path[depth]].append(int(path[-1], 16))
+            inner[path[depth]].extend(int(digest, 16) for digest in path[:-1])
+    return {
+        digest: len(np.setdiff1d(np.frombuffer(ends[digest], np.uint64), np.frombuffer(inner[digest], np.uint64)))
+        for digest in digests
+    }
+
+
+def _is_frequent(num_chats: int, num_rows: int) -> bool:
+    return num_chats > max(MAX_BRANCHES, num_rows * MAX_GROUP_FRACTION)
+
+
+def _most_branches(num_chats: int, num_rows: int) -> int:
+    """Return how many branches a beginning of so many chats may have, and still say what the chats are about."""
+    return 1 if num_chats > num_rows * MAX_BRANCHED_FRACTION else MAX_BRANCHES

@@ -13,12 +13,12 @@ Command: `python -m components.validate_data --plan URI`
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from components.validate_data.checks import Row
 from components.validate_data.encoding import dataset_chat_format
-from components.validate_data.expectations import check_expectations
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
 from components.validate_data.refusal import (
@@ -55,8 +55,11 @@ def run(
         UsageError: For a file that cannot be read, a bad golden or evaluation row, or a tokenizer that cannot be used.
     """
     tokenizer = load_tokenizer(base_model, ChatFormat.from_config(config))
-    gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data)
+    gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data, dataset)
     chat_format = dataset_chat_format(tokenizer.chat_format, gate_rows.rows)
+
+    # Not at the top: Great Expectations takes 160 MB, and comparing the rows before it takes the most memory.
+    from components.validate_data.expectations import check_expectations
 
     findings = check_expectations(gate_rows.rows, config)
     profile = build_profile(gate_rows, config, findings, chat_format, tokenizer)
@@ -118,10 +121,12 @@ def _write_rows(dataset: Path, gate_rows: GateRows, config: DataConfig) -> None:
         ({"file": r.file, "row": r.number, "reason": r.reason, "hash": r.hash} for r in gate_rows.rows if r.reason),
     )
 
-    labels = sorted({conversations.answer_of(row.messages) for rows in rows_by_split.values() for row in rows})
+    labels: set[str] = set()
+    if config.task == "labels":
+        labels = {conversations.answer_of(row.messages) for rows in rows_by_split.values() for row in rows}
     document = {
         "task": config.task,
-        "labels": labels if config.task == "labels" else None,
+        "labels": sorted(labels) if config.task == "labels" else None,
         "system": config.system,
         "max_length_tokens": config.max_length_tokens,
         "eval_fraction": gate_rows.eval_fraction,
@@ -133,17 +138,18 @@ def _write_rows(dataset: Path, gate_rows: GateRows, config: DataConfig) -> None:
     _write_json(dataset / "dataset.json", document)
 
 
-def _records(rows: list[Row]) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
+def _records(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    row_ids: set[int] = set()
     for row in rows:
-        row_id = conversations.row_id(row.messages, row.tools)
-        record = {"id": row_id, "prompt_id": row.prompt_id, "messages": row.messages}
-        record |= {"tools": row.tools} if row.tools else {}
-        records.append(record | ({"language": row.language} if row.language else {}))
+        messages, tools = row.chat_and_tools
+        row_id = conversations.row_id(messages, tools)
+        record = {"id": row_id, "prompt_id": row.prompt_id, "messages": messages}
+        record |= {"tools": tools} if tools else {}
+        yield record | ({"language": row.language} if row.language else {})
+        row_ids.add(int(row_id, 16))
 
     # Scores and completions are looked up by id, so two rows of one id would be taken for each other.
-    assert len({record["id"] for record in records}) == len(records), "two rows have one id"
-    return records
+    assert len(row_ids) == len(rows), "two rows have one id"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

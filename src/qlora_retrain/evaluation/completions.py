@@ -19,8 +19,8 @@ from qlora_retrain.evaluation.metrics.call_metrics import RenderedCalls
 from qlora_retrain.evaluation.rows import UNPARSABLE, Row, RowScore
 from qlora_retrain.lm import conversations, generation
 from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.content_spans import reasoning_tags
 from qlora_retrain.lm.generation import Completion
-from qlora_retrain.lm.rendering import reasoning_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,17 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_retrain.lm.content_checks import check_contents
-from qlora_retrain.lm.rendering import (
-    Chat,
-    Message,
-    Renderer,
-    Rendering,
-    RowRefused,
-    Span,
-    Tools,
-    describe_turn,
-    reasoning_tags,
-)
+from qlora_retrain.lm.content_spans import Chat, Message, Span, reasoning_tags
+from qlora_retrain.lm.rendering import Renderer, Rendering, RowRefused, Tools, describe_turn
 from qlora_retrain.lm.tool_calls import missing_call
 
 _REASONING = re.compile(r"think|thought|reason|channel", re.IGNORECASE)

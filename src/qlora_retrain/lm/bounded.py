@@ -16,6 +16,7 @@ from qlora_retrain.core.bounds import Bounds, TimeIsUp, Watchdog
 from qlora_retrain.core.errors import Problem, UsageError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 # Of one chat. A long one takes milliseconds, and a few copies of its texts.
@@ -112,22 +113,34 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:_MAX_WORDS]
 
 
-def tokenize(
+def encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = False
-) -> list[list[int]]:
-    """Return the tokens of each text; raise as `tokenizer_bounds` does."""
+) -> list[tuple[list[int], Encoding | None]]:
+    """Return the tokens of each text, and their places in it where the tokenizer says them (a fast one does).
+
+    Raises:
+        UsageError: As `tokenizer_bounds` does, and where the tokenizer fails on a text.
+    """
     # A tokenizer refuses an empty batch.
     if not texts:
         return []
     try:
         with tokenizer_bounds(sum(map(len, texts))):
-            batch = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+            batch = tokenizer(texts, add_special_tokens=add_special_tokens)
     except (Problem, MemoryError):
         raise
     # The native library raises a plain Exception, e.g. where an unknown word has no token.
     except Exception as error:
         raise UsageError(f"{_TOKENIZER_FAULT} ({_words(error)})") from error
-    return [[int(i) for i in ids] for ids in batch]
+    token_ids: list[list[int]] = batch["input_ids"]
+    return list(zip(token_ids, batch.encodings or [None] * len(texts), strict=True))
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Return the tokens of each text; raise as `tokenizer_bounds` does."""
+    return [ids for ids, _ in encode(tokenizer, texts, add_special_tokens=add_special_tokens)]
 
 
 def refuse_unusable(tokenizer: Any) -> None:

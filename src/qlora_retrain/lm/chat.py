@@ -6,19 +6,20 @@ Command: none; `load_tokenizer` gives the `ChatTokenizer` that every step uses.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.lm import bounded, declared_size
-from qlora_retrain.lm.answers import Answer, common_length, cut_answer
+from qlora_retrain.lm.answers import Answer, cut_answer
 from qlora_retrain.lm.chat_format import ChatFormat
+from qlora_retrain.lm.content_spans import Chat as Chat
+from qlora_retrain.lm.content_spans import Message as Message
+from qlora_retrain.lm.example_tokens import EncodedChat as EncodedChat
+from qlora_retrain.lm.example_tokens import Example, ExampleTokenizer, decode
 from qlora_retrain.lm.named_templates import choose_template, missing_marks, older_template
-from qlora_retrain.lm.rendering import Chat as Chat
-from qlora_retrain.lm.rendering import Message as Message
 from qlora_retrain.lm.rendering import Renderer, Tools
 from qlora_retrain.lm.rendering import RowRefused as RowRefused
 from qlora_retrain.lm.stop_tokens import end_of_sequence, find_stop_ids
@@ -30,35 +31,6 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant", "tool")
 Row = tuple[Chat, Tools]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedChat:
-    """A tokenized chat; `supervised[i]` says whether the model must learn to produce token i.
-
-    Attributes:
-        warnings: Codes of what the template or the tokenizer did to the row, e.g. `trimmed_ends`.
-    """
-
-    input_ids: list[int]
-    supervised: list[bool]
-    warnings: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Return how many tokens carry a label."""
-        return sum(self.supervised)
-
-
-@dataclass(frozen=True, slots=True)
-class _Example:
-    """The text of one example, and where its supervised parts begin and end, in characters."""
-
-    text: str
-    answers: tuple[tuple[int, int], ...]
-    appended: str | None
-    warnings: tuple[str, ...]
-    spaces: tuple[tuple[int, int], ...] = ()
 
 
 class ChatTokenizer:
@@ -78,6 +50,7 @@ class ChatTokenizer:
         self._renderer = Renderer(tokenizer, chat_format)
         self.stop_ids = find_stop_ids(tokenizer, self._renderer, folder)
         self._stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        self._example_tokenizer = ExampleTokenizer(tokenizer, dict(zip(self._stops, self.stop_ids, strict=True)))
         # Reasoning may follow an answer's mark, and a call is no end.
         self._added_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
 
@@ -97,19 +70,34 @@ class ChatTokenizer:
         Raises:
             RowRefused: If the template does not carry the chat.
         """
-        return self._tokenize_examples([self._examples(chat, tools)])[0]
+        return self._example_tokenizer.encode([self._examples(chat, tools)])[0]
 
-    def encode_many(self, rows: Sequence[Row]) -> list[list[EncodedChat] | RowRefused]:
-        """Tokenize many chats in one call, which costs less than one by one; a refused row has its refusal."""
-        examples: list[list[_Example] | RowRefused] = []
+    def encode_many(self, rows: Sequence[Row], max_tokens: int | None = None) -> list[list[EncodedChat] | RowRefused]:
+        """Tokenize many chats in one call, which costs less than one by one; a refused row has its refusal.
+
+        Args:
+            rows: The chats, each with its tools.
+            max_tokens: A row that is many times as long is refused (`too_long`), since tokenizing it takes a thousand
+                times the memory of its text; None: no row is.
+        """
+        examples: list[list[Example] | RowRefused] = []
         for chat, tools in rows:
             try:
-                examples.append(self._examples(chat, tools))
+                row_examples = self._examples(chat, tools)
+                if max_tokens is not None:
+                    self._refuse_far_longer(row_examples, max_tokens)
+                examples.append(row_examples)
             except RowRefused as refusal:
                 examples.append(refusal)
 
-        encoded = iter(self._tokenize_examples([e for e in examples if not isinstance(e, RowRefused)]))
+        encoded = iter(self._example_tokenizer.encode([e for e in examples if not isinstance(e, RowRefused)]))
         return [e if isinstance(e, RowRefused) else next(encoded) for e in examples]
+
+    def _refuse_far_longer(self, examples: Sequence[Example], max_tokens: int) -> None:
+        text = max((example.text for example in examples), key=len, default="")
+        if self._example_tokenizer.is_far_longer(text, max_tokens):
+            num_tokens = self._example_tokenizer.estimate_length(text)
+            raise RowRefused("too_long", f"about {num_tokens:,} tokens", num_tokens)
 
     def prompt_ids(self, prompt: Chat, tools: Tools = None, answer: Message | str | None = None) -> list[int]:
         """Return the tokens that the model reads before it answers.
@@ -122,7 +110,7 @@ class ChatTokenizer:
         if answer is None and self.chat_format.answer_start == "history":
             answer = "a"
         if answer is None:
-            return self._ids([self.render(prompt, tools, add_generation_prompt=True)])[0]
+            return bounded.tokenize(self.tokenizer, [self.render(prompt, tools, add_generation_prompt=True)])[0]
         return self.split(prompt, answer, tools)[0]
 
     def answer_ids(self, prompt: Chat, answer: Message | str, tools: Tools = None) -> list[int]:
@@ -154,13 +142,9 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the tokens as text, with no white space cleaned away."""
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        )
+        return decode(self.tokenizer, ids, skip_special_tokens=skip_special_tokens)
 
-    def _examples(self, chat: Chat, tools: Tools) -> list[_Example]:
+    def _examples(self, chat: Chat, tools: Tools) -> list[Example]:
         turns = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
         if not turns:
             raise RowRefused("no_assistant_turn", "there is no assistant turn")
@@ -181,9 +165,9 @@ class ChatTokenizer:
                 if is_supervised
             )
             appended = answers[-1].appended if supervised[-1] else None
-            return [_Example(answers[-1].text, spans, appended, warnings, answers[-1].spaces)]
+            return [Example(answers[-1].text, spans, appended, warnings, answers[-1].spaces)]
         return [
-            _Example(a.text, ((a.start, len(a.text)),), a.appended, warnings, a.spaces)
+            Example(a.text, ((a.start, len(a.text)),), a.appended, warnings, a.spaces)
             for a, is_supervised in zip(answers, supervised, strict=True)
             if is_supervised
         ]
@@ -193,62 +177,10 @@ class ChatTokenizer:
         turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else {**answer, "weight": 1}
         chat = fit_calls(self._renderer, [*prompt, turn], tools)
         cut = cut_answer(self._renderer, chat, tools, self._stops, self._added_tokens, ())
-        example = _Example(cut.text, ((cut.start, len(cut.text)),), cut.appended, ())
-        encoded = self._tokenize_examples([[example]])[0][0]
+        example = Example(cut.text, ((cut.start, len(cut.text)),), cut.appended, ())
+        encoded = self._example_tokenizer.encode([[example]])[0][0]
         num_prompt = encoded.supervised.index(True) if True in encoded.supervised else len(encoded.input_ids)
         return encoded.input_ids[:num_prompt], encoded.input_ids[num_prompt:]
-
-    def _tokenize_examples(self, rows: Sequence[Sequence[_Example]]) -> list[list[EncodedChat]]:
-        """Tokenize whole texts, and find the borders of the mask as the lengths of their tokenized beginnings."""
-        texts: list[str] = []
-        for example in (example for examples in rows for example in examples):
-            texts.append(example.text)
-            texts += [example.text[:border] for border in _borders(example)]
-        token_ids = iter(self._ids(texts))
-        return [[self._masked(example, token_ids) for example in examples] for examples in rows]
-
-    def _masked(self, example: _Example, token_ids: Iterator[list[int]]) -> EncodedChat:
-        ids = next(token_ids)
-        positions = {0: 0, len(example.text): len(ids)}
-        for border in _borders(example):
-            positions[border] = self._border_position(ids, next(token_ids))
-
-        mask = [False] * len(ids)
-        for start, end in example.answers:
-            mask[positions[start] : positions[end]] = [True] * (positions[end] - positions[start])
-        if example.appended is not None:
-            ids = [*ids, self.stop_ids[self._stops.index(example.appended)]]
-            mask.append(True)
-        warnings = example.warnings
-        if self._greedy_marks and any(self._is_taken(example.text, place) for place in example.spaces):
-            warnings = tuple(dict.fromkeys([*warnings, "trimmed_ends"]))
-        return EncodedChat(ids, mask, warnings)
-
-    def _border_position(self, ids: list[int], beginning: list[int]) -> int:
-        """Return how many tokens of a text lie in its beginning, which was tokenized apart.
-
-        A token that spans the border belongs to what follows, since nothing of an answer may be lost.
-        """
-        start = position = common_length(ids, beginning)
-        # What follows may change how the beginning's last characters are cut.
-        tail = self.decode(beginning[start:])
-        while tail and position < len(ids) and tail.startswith(self.decode(ids[start : position + 1])):
-            position += 1
-        return position
-
-    def _is_taken(self, text: str, place: tuple[int, int]) -> bool:
-        """Return whether white space at the end of a content makes no difference to the tokens."""
-        shorter = text[: place[0]] + text[place[1] :]
-        return self._ids([text])[0] == self._ids([shorter])[0]
-
-    @cached_property
-    def _greedy_marks(self) -> bool:
-        """Whether marks take the white space beside them, as Phi-4's do."""
-        return any(token.lstrip or token.rstrip for token in self.tokenizer.added_tokens_decoder.values())
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # The template has already written all special tokens. A BOS before a text would break the chat.
-        return bounded.tokenize(self.tokenizer, texts)
 
 
 def load_tokenizer(folder: Path, chat_format: ChatFormat | None = None) -> ChatTokenizer:
@@ -289,9 +221,3 @@ def _grows(answers: Sequence[Answer]) -> bool:
         whole.text.startswith(a.with_end) and (a.appended is None or a.continues) and len(a.with_end) <= whole.start
         for a in answers[:-1]
     )
-
-
-def _borders(example: _Example) -> list[int]:
-    """Return the characters at which the mask changes, other than the text's own ends."""
-    borders = {border for span in example.answers for border in span}
-    return sorted(border for border in borders if 0 < border < len(example.text))

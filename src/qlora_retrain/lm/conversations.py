@@ -16,7 +16,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_retrain.lm.rendering import Chat, Message, Tools
+from qlora_retrain.lm.content_spans import Chat, Message
+from qlora_retrain.lm.rendering import Tools
 
 # Quotes, apostrophes and dashes of typography, as a keyboard has them.
 _PLAIN_MARKS = str.maketrans(

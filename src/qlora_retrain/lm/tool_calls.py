@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_retrain.lm.rendering import Chat, Message, Renderer, RowRefused, Tools, describe_turn
+from qlora_retrain.lm.content_spans import Chat, Message
+from qlora_retrain.lm.rendering import Renderer, RowRefused, Tools, describe_turn
 
 
 def fit_calls(renderer: Renderer, chat: Chat, tools: Tools) -> list[Message]:

@@ -10,7 +10,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.lm import bounded
-from qlora_retrain.lm.rendering import Message, Renderer, RowRefused, is_reasoning_tag
+from qlora_retrain.lm.content_spans import Message, is_reasoning_tag
+from qlora_retrain.lm.rendering import Renderer, RowRefused
 from qlora_retrain.lm.tool_calls import fit_calls
 
 if TYPE_CHECKING:

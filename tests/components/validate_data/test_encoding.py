@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from components.validate_data.checks import Row, explain_fault
 from components.validate_data.encoding import dataset_chat_format, encode_rows
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import bounded
 from qlora_retrain.lm.chat import ChatTokenizer, load_tokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
 
@@ -119,3 +122,29 @@ def test_the_datasets_format_says_where_its_answers_begin(encode: Any) -> None:
     for row in encode(BODY, [PAIR]):
         row.split = "train"
         assert dataset_chat_format(ChatFormat(), [row]).answer_start == "generation_prompt"
+
+
+def test_a_row_that_is_far_too_long_is_refused_before_it_takes_memory(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(max_length_tokens=32)
+    tokenizer = load(tiny_model, config)
+    num_characters: list[int] = []
+
+    def encode(backend: Any, texts: list[str], **options: Any) -> Any:
+        num_characters.append(sum(map(len, texts)))
+        return bounded_encode(backend, texts, **options)
+
+    bounded_encode = bounded.encode
+    monkeypatch.setattr(bounded, "encode", encode)
+    text = "where is my order " * 20_000
+    rows = [Row("a.jsonl", i, [{"role": "user", "content": t}, {"role": "assistant", "content": "a"}], "0")
+            for i, t in enumerate((text, "hello"), 1)]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        encode_rows(rows, config, tokenizer, "raw_data")
+
+    assert [row.reason for row in rows] == ["too_long", None]
+    assert max(num_characters) < 100_000
+    # The number of tokens is what the settings in the message are made of.
+    exact = len(tokenizer.tokenizer(tokenizer.render(rows[0].messages), add_special_tokens=False)["input_ids"])
+    assert exact <= rows[0].tokens < 1.01 * exact

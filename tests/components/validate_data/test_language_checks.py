@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from components.validate_data import language_checks
 from components.validate_data.checks import Row, Split
 from components.validate_data.language_checks import check_languages, guess_language
 from qlora_retrain.config.data import DataConfig
@@ -42,6 +43,18 @@ def test_rows_of_a_rare_language_are_noted() -> None:
     assert counts == {"en": 300, "de": 2}
     assert all(row.hits == () for row in english)
     assert [(row.hits, row.reason, row.split) for row in german] == [(("other_languages",), None, "train")] * 2
+
+
+def test_of_many_rows_a_sample_is_judged_unless_rows_are_to_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_checks, "MAX_ROWS", 100)
+    rows = rows_of("en", 300) + rows_of("de", 2)
+    for i, row in enumerate(rows):
+        row.prompt_key = f"{i * 7919 % 1000:016x}"
+    judged = check_languages(rows, DataConfig())
+    assert sum(judged.values()) == 100
+    # The order of the files does not decide which rows are judged.
+    assert check_languages(rows[::-1], DataConfig()) == judged
+    assert check_languages(rows, DataConfig(checks={"other_languages": "drop"})) == {"en": 300, "de": 2}
 
 
 def test_only_training_rows_are_dropped() -> None:

@@ -61,7 +61,7 @@ def test_what_a_template_renders_alike_is_one_prompt() -> None:
 
 def test_tools_belong_to_the_prompt_and_reasoning_and_calls_to_the_answer() -> None:
     with_tools = row("a")
-    with_tools.tools = TOOLS
+    with_tools.replace_texts(with_tools.messages, TOOLS)
     call = {"type": "function", "function": {"name": "track", "arguments": {}}}
     rows = [row("a"), with_tools, row("a", reasoning_content="because"), row("a", tool_calls=[call])]
     assert reasons(rows, TEXT) == [None] * 4

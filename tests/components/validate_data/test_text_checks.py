@@ -170,7 +170,7 @@ def row(*turns: str, **fields: Any) -> Row:
 def test_drop_and_refuse_give_a_reason_and_warn_does_not() -> None:
     for severity, reason in (("off", None), ("warn", None), ("drop", "emails"), ("refuse", "emails")):
         example = row("write to a@b.io", "ok")
-        check_texts([example], DataConfig(checks={"emails": severity}), is_reserved=False)
+        list(check_texts([example], DataConfig(checks={"emails": severity}), is_reserved=False))
         assert (example.reason, example.hits) == (reason, () if severity == "off" else ("emails",))
         assert example.detail == ("turn 1, of the user" if reason else "")
 
@@ -178,7 +178,7 @@ def test_drop_and_refuse_give_a_reason_and_warn_does_not() -> None:
 def test_rows_that_a_person_chose_to_measure_with_are_dropped_by_no_check() -> None:
     for severity, reason in (("drop", None), ("refuse", "emails")):
         example = row("write to a@b.io", "ok")
-        check_texts([example], DataConfig(checks={"emails": severity}), is_reserved=True)
+        list(check_texts([example], DataConfig(checks={"emails": severity}), is_reserved=True))
         assert (example.reason, example.hits) == (reason, ("emails",))
 
 
@@ -186,7 +186,7 @@ def test_redaction_replaces_what_was_found_in_every_text_of_a_row() -> None:
     call = {"function": {"name": "send", "arguments": {"to": ["a@b.io", 1]}}}
     example = row("from a@b.io, to c@d.io.", "done", tools=[{"description": "mails a@b.io"}])
     example.messages[1] |= {"reasoning_content": "a@b.io asks", "tool_calls": [call]}
-    check_texts([example], DataConfig(checks={"emails": "redact"}), is_reserved=False)
+    list(check_texts([example], DataConfig(checks={"emails": "redact"}), is_reserved=False))
 
     assert example.messages[0]["content"] == "from [email], to [email]."
     assert example.messages[1]["reasoning_content"] == "[email] asks"
@@ -199,7 +199,7 @@ def test_the_system_turn_of_the_line_is_its_authors() -> None:
     config = DataConfig(system="Answer as help@example.com.", checks={"emails": "drop"})
     example = row("hello", "ok")
     example.messages.insert(0, {"role": "system", "content": config.system})
-    check_texts([example], config, is_reserved=False)
+    list(check_texts([example], config, is_reserved=False))
     assert example.reason is None
 
 

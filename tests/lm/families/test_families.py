@@ -131,6 +131,26 @@ def test_many_rows_at_once_are_encoded_as_each_alone(models: Models, family: Fam
             assert result == chat.encode(row.messages, row.tools), row.variant
 
 
+@families()
+def test_what_earlier_chats_taught_changes_no_row(models: Models, family: Family) -> None:
+    """The places of contents are taken from literals that are remembered, and else from a rendering with marks."""
+    renderer = models.load(family.name).chat._renderer
+    rows = [row for kind in (1, 2, 3, 4, 5, 7, 8) for row in rows_of_kind(kind, family)]
+    num_remembered = 0
+    for row in rows:
+        for length in range(1, len(row.messages) + 1):
+            chat = row.messages[:length]
+            try:
+                renderer.locate(chat, row.tools)
+                remembered = renderer.locate(chat, row.tools)
+                num_remembered += len(renderer._literals)
+                renderer._literals.clear()
+                assert renderer.locate(chat, row.tools) == remembered
+            except RowRefused:
+                continue
+    assert num_remembered
+
+
 def test_text_parts_reach_the_template_as_one_text() -> None:
     for row in rows_of_kind(10, BY_NAME["qwen2.5"]):
         assert TurnParser({}, ()).parse(row.parts) == (row.messages, None)
