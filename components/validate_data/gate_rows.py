@@ -8,6 +8,7 @@ from pathlib import Path
 
 from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
+from components.validate_data.evaluated_before import History, keep_out_evaluated
 from components.validate_data.label_checks import Suspect, check_labels
 from components.validate_data.language_checks import check_languages
 from components.validate_data.raw_rows import RowReader
@@ -79,9 +80,14 @@ class GateRows:
 
 
 def read_gate_rows(
-    config: DataConfig, tokenizer: ChatTokenizer, raw_data: Path, golden_data: Path | None, eval_data: Path | None
+    config: DataConfig,
+    tokenizer: ChatTokenizer,
+    raw_data: Path,
+    golden_data: Path | None,
+    eval_data: Path | None,
+    history: History = frozenset(),
 ) -> GateRows:
-    """Read all rows and decide about each.
+    """Read all rows and decide about each; `history` has the prompts that were evaluated before.
 
     Raises:
         UsageError: For a file that cannot be read, a bad row of `golden_data` or `eval_data`, or a chat template that
@@ -108,6 +114,7 @@ def read_gate_rows(
 
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
+        keep_out_evaluated(rows, history, config, openings)
         fractions = split_fractions(rows, config, openings)
         languages, suspects = _check_sides(rows, golden, config)
         return GateRows(sources, rows, eval_fraction, openings, fractions, languages, suspects)
@@ -115,6 +122,7 @@ def read_gate_rows(
     # The file is the evaluation, so no row of the others is kept from training.
     for row in rows:
         row.split = None if row.reason else "train"
+    keep_out_evaluated(rows, history, config, openings)
     reserve_evaluation(sources["eval_data"].rows, config)
     rows = [*rows, *sources["eval_data"].rows]
     languages, suspects = _check_sides(rows, golden, config)
