@@ -70,7 +70,7 @@ def run_gate(raw: Path, base: Path, work: Path, checks: dict[str, str]) -> None:
 
     dataset = work / "dataset"
     dataset.mkdir()
-    run(DataConfig(split_seed="benchmark", checks=checks), raw, base, None, None, None, dataset)
+    run(DataConfig(split_seed="benchmark", checks=checks), raw, base, None, None, None, None, dataset)
 
 
 def run_map(raw: Path, base: Path, work: Path) -> None:

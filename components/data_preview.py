@@ -93,7 +93,7 @@ def _resolve(config: LineConfig, scratch: Path) -> tuple[DataConfig, dict[str, P
 def _check(data: DataConfig, folders: dict[str, Path], dataset: Path) -> int:
     """Run the data gate itself, without a store; return the exit code that it would end with."""
     dataset.mkdir()
-    # Drift from a published version needs the store, so it is left to the step.
+    # Drift from a published version, and what the line has evaluated before, need the store: both are left to the step.
     result = step.run(
         data.model_copy(update={"reference_version": None}),
         raw_data=folders["raw_data"],
@@ -101,6 +101,7 @@ def _check(data: DataConfig, folders: dict[str, Path], dataset: Path) -> int:
         golden_data=folders.get("golden_data"),
         eval_data=folders.get("eval_data"),
         reference_profile=None,
+        evaluation_history=None,
         dataset=dataset,
     )
     if data.reference_version:

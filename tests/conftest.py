@@ -212,10 +212,12 @@ def small_steps() -> dict[str, Callable[..., StepResult]]:
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         document = {"from": digest(raw_data, base_model, golden_data)}
         write_documents(dataset, {"dataset.json": document, "profile.json": {"rows": 30}, "report.html": "data"})
+        (dataset / "evaluated_prompts.txt").write_text(f"chat {digest(raw_data)[:16]}\n")
         return StepResult({"rows_train": 27})
 
     def quantize_model(config: Section, base_model: Path, base_nf4: Path) -> StepResult:

@@ -88,6 +88,7 @@ REASONS = {
     "in_golden_set": "the conversation is in golden_data, which is never trained on",
     "in_eval_data": "the conversation is in eval_data, which is never trained on",
     "shared_opening": "chats on both sides of the split begin with this one, so it can be on neither",
+    "evaluated_before": "an earlier run of the line has evaluated its prompt, so it is never trained on",
     # What the texts say; data.checks decides about each.
     **{name: f"{{field}} holds {text}" for name, text in LOOKED_FOR.items()},
 }
@@ -98,6 +99,7 @@ NOT_BAD = (
     "in_golden_set",
     "in_eval_data",
     "shared_opening",
+    "evaluated_before",
     "near_evaluation",
     "near_duplicates",
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
+from components.validate_data.evaluated_before import History, keep_out_evaluated
 from components.validate_data.label_checks import Suspect, check_labels
 from components.validate_data.language_checks import check_languages
 from components.validate_data.raw_rows import RowReader
@@ -87,6 +88,7 @@ def read_gate_rows(
     raw_data: Path,
     golden_data: Path | None,
     eval_data: Path | None,
+    history: History = frozenset(),
     work: Path | None = None,
 ) -> GateRows:
     """Read all rows and decide about each.
@@ -97,6 +99,7 @@ def read_gate_rows(
         raw_data: The folder of files to train on.
         golden_data: The golden rows, if the line has some.
         eval_data: The evaluation, if the line names it.
+        history: The prompts that the line has evaluated before.
         work: A folder on the disk that takes the rows' texts meanwhile.
 
     Raises:
@@ -125,6 +128,7 @@ def read_gate_rows(
 
     if eval_data is None:
         eval_fraction = assign_splits(rows, config, openings)
+        keep_out_evaluated(rows, history, config, openings)
         # A row's prompt is named by the hash that puts it on its side.
         fractions = array("d", (as_fraction(row.prompt_id) for row in rows if row.split))
         languages, suspects = _check_sides(rows, golden, config)
@@ -133,6 +137,7 @@ def read_gate_rows(
     # The file is the evaluation, so no row of the others is kept from training.
     for row in rows:
         row.split = None if row.reason else "train"
+    keep_out_evaluated(rows, history, config, openings)
     reserve_evaluation(sources["eval_data"].rows, config)
     rows = [*rows, *sources["eval_data"].rows]
     languages, suspects = _check_sides(rows, golden, config)

@@ -61,6 +61,7 @@ def build_profile(
             "in_golden_set": reasons["in_golden_set"],
             "in_eval_data": reasons["in_eval_data"],
             "shared_opening": reasons["shared_opening"],
+            "evaluated_before": reasons["evaluated_before"],
             "near_evaluation": reasons["near_evaluation"],
             "near_duplicates": reasons["near_duplicates"],
         },

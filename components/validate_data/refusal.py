@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _DRIFT_CONFIDENCE = 0.95  # the confidence that the drift is more than chance
 _MAX_EXPLAINED_REASONS = 3  # a refusal is one line of a log, so it stays short
+_MAX_EVALUATED_FRACTION = 0.1  # of the training rows; where more were evaluated before, the split was another one
 _SIZE_LIMITS = ("min_train_rows", "min_eval_prompts")
 _SHARE_LIMITS = ("max_quarantined_fraction", "max_duplicates_fraction")
 
@@ -80,6 +81,21 @@ def explain_near_evaluation(num_rows: int) -> str:
     )
 
 
+def explain_evaluated_before(num_rows: int, num_train: int) -> str:
+    """Return how many rows were kept out since they were evaluated before, and what to do about very many."""
+    text = (
+        f"{num_rows:,} rows were kept out of training, since earlier runs of this line have evaluated their prompts "
+        "(evaluated_before)"
+    )
+    if num_rows <= _MAX_EVALUATED_FRACTION * (num_train + num_rows):
+        return text
+    return (
+        f"{text}; those runs split the data otherwise: set data.eval_fraction, data.split_seed, golden_data and "
+        "eval_data as they were then, or begin anew with a line of another name, whose versions are not compared with "
+        "those of this line"
+    )
+
+
 def explain_acceptance(profile: dict[str, Any], findings: Sequence[Finding]) -> str:
     """Return the sentence about accepted data, with its warnings."""
     rows = profile["rows"]
@@ -111,6 +127,9 @@ def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataCon
         for reason, source in (("in_golden_set", "golden_data"), ("in_eval_data", "eval_data"))
         if counts[reason]
     ]
+    if counts["evaluated_before"]:
+        num_train = sum(row.split == "train" for row in gate_rows.rows)
+        parts.append(explain_evaluated_before(counts["evaluated_before"], num_train))
     if counts["near_evaluation"]:
         parts.append(explain_near_evaluation(counts["near_evaluation"]))
     if gate_rows.eval_fraction is not None:

@@ -51,12 +51,14 @@ def check_similar_rows(rows: Sequence[Row], golden: Sequence[Row], config: DataC
     if not enabled:
         return
 
-    # Rows beyond `max_eval_rows` come back to the evaluation with a higher limit, so they are reserved as well.
+    # Rows beyond `max_eval_rows` come back to the evaluation with a higher limit, so they are reserved as well; and so
+    # are rows that were evaluated before.
     train = [row for row in rows if row.split == "train"]
     # The first of a cluster stays, so the order of the files would decide which row is learnt.
     if config.checks["near_duplicates"] == "drop":
         train.sort(key=lambda row: conversations.row_id(*row.chat_and_tools))
-    reserved = [row for row in rows if row.split in ("eval", "dropped")] + list(golden)
+    reserved = [row for row in rows if row.split in ("eval", "dropped") or row.reason == "evaluated_before"]
+    reserved += golden
     compared = train + (reserved if "near_evaluation" in enabled else [])
     is_reserved = [i >= len(train) for i in range(len(compared))]
     similar = find_near_duplicates(

@@ -1,10 +1,10 @@
 """Read, check, quarantine, de-duplicate and split the examples.
 
-Reads `raw_data` (a folder of files), `base_model` (its tokenizer) and three optional inputs: `golden_data`, `eval_data`
-(the evaluation, instead of a part of `raw_data`), and `reference_profile`, the data profile of the version that
-`data.reference_version` names.
-Makes `dataset`: train.jsonl, eval.jsonl, golden.jsonl, dataset.json, chat_format.json, profile.json, quarantine.jsonl
-and report.html. The same input gives the same bytes.
+Reads `raw_data` (a folder of files), `base_model` (its tokenizer) and four optional inputs: `golden_data`, `eval_data`
+(the evaluation, instead of a part of `raw_data`), `reference_profile`, the data profile of the version that
+`data.reference_version` names, and `evaluation_history`, digests of the prompts that the line has evaluated before.
+Makes `dataset`: train.jsonl, eval.jsonl, golden.jsonl, dataset.json, chat_format.json, profile.json, quarantine.jsonl,
+evaluated_prompts.txt and report.html. The same input gives the same bytes.
 Refuses (10) too many bad or repeated rows, too few good ones, and drift from that version's data.
 
 Command: `python -m components.validate_data --plan URI`
@@ -19,11 +19,13 @@ from typing import Any
 
 from components.validate_data.checks import Row
 from components.validate_data.encoding import dataset_chat_format
+from components.validate_data.evaluated_before import read_history, write_evaluated
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
 from components.validate_data.refusal import (
     compare_with_reference,
     explain_acceptance,
+    explain_evaluated_before,
     explain_near_evaluation,
     explain_refusal,
 )
@@ -47,6 +49,7 @@ def run(
     golden_data: Path | None,
     reference_profile: Path | None,
     eval_data: Path | None,
+    evaluation_history: Path | None,
     dataset: Path,
 ) -> StepResult:
     """Fill the folder `dataset`; the module's docstring says with what.
@@ -55,7 +58,8 @@ def run(
         UsageError: For a file that cannot be read, a bad golden or evaluation row, or a tokenizer that cannot be used.
     """
     tokenizer = load_tokenizer(base_model, ChatFormat.from_config(config))
-    gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data, dataset)
+    history = read_history(evaluation_history)
+    gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data, history, dataset)
     chat_format = dataset_chat_format(tokenizer.chat_format, gate_rows.rows)
 
     # Not at the top: Great Expectations takes 160 MB, and comparing the rows before it takes the most memory.
@@ -72,6 +76,9 @@ def run(
     num_train, num_similar = profile["rows"]["train"], profile["rows"]["near_evaluation"]
     if num_similar > MAX_SIMILAR_FRACTION * (num_train + num_similar):
         progress.say(explain_near_evaluation(num_similar))
+
+    if num_evaluated := profile["rows"]["evaluated_before"]:
+        progress.say(explain_evaluated_before(num_evaluated, num_train))
 
     # Said here, since it costs hours of training to learn it from the verdict.
     for text in explain_evidence(profile):
@@ -120,6 +127,8 @@ def _write_rows(dataset: Path, gate_rows: GateRows, config: DataConfig) -> None:
         dataset / "quarantine.jsonl",
         ({"file": r.file, "row": r.number, "reason": r.reason, "hash": r.hash} for r in gate_rows.rows if r.reason),
     )
+
+    write_evaluated(dataset, [*rows_by_split["eval"], *rows_by_split["golden"]], config)
 
     labels: set[str] = set()
     if config.task == "labels":

@@ -161,6 +161,29 @@ def plant_checkpoint(a: Attacker) -> str:
     return "`train_qlora` passes it over and trains from the start" if not restored else f"it resumes from {restored}"
 
 
+@attack("`histories/`", "empties the line's history, so that what was evaluated is trained on")
+def empty_history(a: Attacker) -> str:
+    plan = a.plan(text="{}")
+    assert plan.history is not None
+    (a.folder / f"histories/{LINE}/{plan.history.sha256}.txt").write_text("")
+    return a.run(plan.uri, "validate_data")
+
+
+@attack("`histories/`", "plants a record that says that every data set is joined already")
+def plant_record(a: Attacker) -> str:
+    folder, key = f"histories/{LINE}/datasets", "f" * 64
+    (record,) = (a.folder / folder).iterdir()
+    document = a.document(f"{folder}/{record.name}") | {"dataset": key, "joined": [a.first.step("validate_data").key]}
+    a.write(f"{folder}/29990101T000000Z-{key}.json", document)
+    return outcome("task 0", lambda: a.plan(text="{}").run_id)
+
+
+@attack("`histories/`", "removes all of it")
+def remove_histories(a: Attacker) -> str:
+    shutil.rmtree(a.folder / "histories")
+    return outcome("task 0", lambda: a.plan(text="{}").run_id)
+
+
 @attack("a stolen key of `train_qlora`", "signs an evaluation and plants it")
 def sign_as_another_step(a: Attacker) -> str:
     old, plan = a.first, a.plan(text="{}")

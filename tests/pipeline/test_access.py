@@ -29,6 +29,7 @@ from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import access, execute, make_plan, policies, run_endings, status
 from qlora_retrain.storage import artifact, open_store, pull
 from qlora_retrain.storage.s3 import S3Store
+from tests.conftest import ticket_rows, write_jsonl
 from tests.policies import Document, is_allowed, is_denied
 
 ROOT = "s3://iam-bucket/qlora"
@@ -70,6 +71,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"qlora/runs/{RUN}/report.html": ("", "", "g"),
     f"qlora/artifacts/dataset/{KEY}/_manifest.json": ("Pvtempg", "v", "g"),
     f"qlora/artifacts/dataset/{KEY}/a/train.jsonl": ("vtemp", "v", "vg"),
+    f"qlora/artifacts/dataset/{KEY}/a/evaluated_prompts.txt": ("Pvtemp", "v", "vg"),
     f"qlora/artifacts/base_nf4/{KEY}/_manifest.json": ("Pqtemg", "q", "g"),
     f"qlora/artifacts/base_nf4/{KEY}/a/model.safetensors": ("qtem", "q", "qg"),
     f"qlora/artifacts/adapter/{KEY}/_manifest.json": ("Ptempg", "t", "g"),
@@ -93,6 +95,10 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"qlora/models/others/versions/{STAMPED}/manifest.json": ("", "", ""),
     "qlora/models/others/aliases/production.json": ("", "", ""),
     "qlora/models/ticketsx/aliases/production.json": ("", "", ""),
+    f"qlora/histories/tickets/{KEY}.txt": ("Pv", "P", ""),
+    f"qlora/histories/tickets/datasets/20260131T030000Z-{KEY}.json": ("P", "P", ""),
+    f"qlora/histories/others/{KEY}.txt": ("", "", ""),
+    f"qlora/histories/ticketsx/datasets/20260131T030000Z-{KEY}.json": ("", "", ""),
     "qlora/.probe/0123": ("P", "P", "P"),
     "other/runs/x/plan.json": ("", "", ""),
 }
@@ -155,6 +161,17 @@ def test_a_lines_uri_is_no_pattern_in_a_policy() -> None:
         assert is_allowed(planner, "s3:GetObject", f"arn:aws:s3:::{path}")
 
 
+def test_the_planner_reads_the_history_of_a_lines_former_name_and_writes_the_lines_own(config: LineConfig) -> None:
+    document = policies.role_policy(load(LINE, ["data.history_of=requests"]), "planner", ROOT)
+    for path, actions in [
+        (f"histories/requests/{KEY}.txt", ["s3:GetObject"]),
+        (f"histories/requests/datasets/{KEY}.json", ["s3:GetObject"]),
+        (f"histories/tickets/{KEY}.txt", ["s3:GetObject", "s3:PutObject"]),
+        (f"histories/others/{KEY}.txt", []),
+    ]:
+        assert [a for a in ACTIONS if is_allowed(document, a, f"arn:aws:s3:::iam-bucket/qlora/{path}")] == actions
+
+
 def test_no_role_has_an_action_that_nothing_needs_and_none_is_a_pattern(documents: dict[str, Document]) -> None:
     actions = {action for doc in documents.values() for statement in doc["Statement"] for action in statement["Action"]}
     assert actions == {
@@ -182,6 +199,8 @@ def test_a_role_lists_what_it_may_read_and_no_more(documents: dict[str, Document
         f"qlora/scratch/train_qlora/{KEY}/": "tg",
         "qlora/models/tickets/versions/": "pgc",
         "qlora/models/others/versions/": "",
+        "qlora/histories/": "P",
+        "qlora/histories/tickets/datasets/": "P",
         "": "",
     }
     for prefix, expected in prefixes.items():
@@ -238,6 +257,8 @@ def test_a_step_that_the_graph_gets_has_its_policy_by_itself(
         ("models/tickets/audit/00000001-production-0123.json", {}, True),
         (f"runs/{RUN}/plan.json", {}, True),
         (f"runs/{RUN}/plan.json", {"s3:if-none-match": "*"}, False),
+        (f"histories/tickets/{KEY}.txt", {}, True),
+        (f"histories/tickets/datasets/{RUN}.json", {"s3:if-none-match": "*"}, False),
         (f"runs/{RUN}/endings/plan.json", {}, False),  # of the planner: replaced at each try
         (f"artifacts/dataset/{KEY}/a/train.jsonl", {}, False),
         (f"models/tickets/versions/{STAMPED}/model/model.safetensors", {}, False),  # S3 copies without a condition
@@ -462,6 +483,14 @@ def test_a_whole_run_needs_no_more_than_its_roles_have_and_a_step_cannot_publish
     aws.become(sessions["pull"])
     release = pull.pull(open_store(root), "intents@production", tmp_path / "model")
     assert release.provenance["run_id"] == plan.run_id
+
+    # The next run keeps out of training what this one has evaluated.
+    aws.become(sessions["planner"])
+    write_jsonl(line.parent / "tickets.jsonl", ticket_rows(31))
+    later = make_plan.make_plan(line, root)
+    assert later.history is not None
+    aws.become(sessions["validate_data"])
+    assert execute.run_step(later, "validate_data", lambda: small_steps["validate_data"]).code == 0
 
     # What moto's IAM does not know: each role's conditions, and the bucket's own policy.
     own = {sessions[role]["AWS_ACCESS_KEY_ID"]: document for role, document in documents.items()}

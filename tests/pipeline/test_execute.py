@@ -46,6 +46,7 @@ def failing(error: BaseException) -> Callable[[], Callable[..., StepResult]]:
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "half").write_text("half")
@@ -109,6 +110,7 @@ def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "report.html").write_text("why")
@@ -177,6 +179,7 @@ def test_of_two_attempts_at_once_both_end_as_the_first_and_the_other_leaves_noth
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         inner.append(execute.run_step(made_plan, "validate_data", lambda: small_steps["validate_data"]).code)
@@ -262,6 +265,7 @@ def test_inputs_that_were_not_made_from_each_other_are_refused(
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "dataset.json").write_text('"the same key in other bytes"')
@@ -285,7 +289,8 @@ def test_a_run_whose_parameters_are_not_the_graphs_is_refused_with_both(
 
     assert execute.run_step(made_plan, "validate_data", lambda: run).code == 1
     err = capsys.readouterr().err
-    assert "the graph passes (base_model, config, dataset, eval_data, golden_data, raw_data, reference_profile)" in err
+    passed = "base_model, config, dataset, eval_data, evaluation_history, golden_data, raw_data, reference_profile"
+    assert f"the graph passes ({passed})" in err
     assert "it takes (config, data, dataset)" in err
 
 
@@ -297,6 +302,7 @@ def test_what_is_no_report_is_our_bug(made_plan: Plan, capsys: pytest.CaptureFix
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> Any:
         return {"rows": 1}
@@ -335,6 +341,7 @@ def test_a_step_sees_only_read_only_copies_of_its_inputs(made_plan: Plan, line: 
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         inputs["files"] = sorted(p.name for p in base_model.iterdir())
@@ -400,6 +407,7 @@ def test_the_log_and_the_last_progress_of_a_step_are_in_the_runs_folder(made_pla
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         progress.say("halfway")

@@ -129,7 +129,7 @@ from qlora_retrain.core.errors import TryAgain
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline.plan import Plan
 
-def validate_data(config, raw_data, base_model, golden_data, reference_profile, eval_data, dataset):
+def validate_data(config, raw_data, base_model, golden_data, reference_profile, eval_data, evaluation_history, dataset):
     (dataset / "half").write_text("half")
     print("working", flush=True)
     time.sleep(60)

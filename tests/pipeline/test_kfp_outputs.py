@@ -70,6 +70,7 @@ def test_a_refused_run_says_why_and_its_report_is_the_refusals(
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "report.html").write_text("too many <bad> rows")

@@ -93,6 +93,7 @@ def failing(error: Exception) -> Callable[[], Callable[..., StepResult]]:
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         raise error
@@ -121,6 +122,7 @@ def test_a_refusal_names_its_attempt_and_its_key(made_plan: Plan) -> None:
         golden_data: Path | None,
         reference_profile: Path | None,
         eval_data: Path | None,
+        evaluation_history: Path | None,
         dataset: Path,
     ) -> StepResult:
         return StepResult(refused=DataRefused("half of the rows are bad"))

@@ -245,6 +245,11 @@ def test_a_line_cannot_read_what_another_line_has_in_the_store(
     # Nor by a folder around all of it.
     with pytest.raises(UsageError, match="in one of the store's own folders"):
         make_plan.make_plan(line, root_uri, overrides=[f"sources.raw_data={tmp_path}"])
+    history = store / "histories" / "others"
+    history.mkdir(parents=True)
+    (history / "rows.jsonl").write_text(SECRET)
+    with pytest.raises(UsageError, match="in one of the store's own folders"):
+        make_plan.make_plan(line, root_uri, overrides=[f"sources.raw_data={history}"])
     # Its owner may allow a part, as a base that another line has published.
     limit(tmp_path.as_uri(), (store / "artifacts").as_uri())
     assert make_plan.make_plan(line, root_uri, overrides=[f"sources.raw_data={source}"])

@@ -13,6 +13,7 @@ from qlora_retrain.config.data_checks import Severity
 from qlora_retrain.config.fields import Section, identity, operational
 
 Version = Annotated[str, Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{12}$")]
+LineName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
 Role = Literal["system", "user", "assistant", "tool"]
 
 # Arguments of transformers' `apply_chat_template` that are no variables of a template.
@@ -109,6 +110,10 @@ class DataConfig(Section):
     )
     shared_openings: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")], ...] | None = identity(
         None, "beginnings that do not decide a chat's side of the split, as hashes; null: the champion's, else detected"
+    )
+    # Operational, since the history that the plan pins is an input of its own.
+    history_of: LineName | None = operational(
+        None, "a line whose evaluation prompts this line never trains on either: the former name of a renamed line"
     )
     max_eval_rows: int = identity(
         2000, "largest number of evaluation rows; higher: narrower intervals, slower", ge=1, le=1_000_000

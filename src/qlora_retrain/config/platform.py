@@ -31,7 +31,7 @@ LineName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
 # With `auto` a pod gets what the planner estimates for its step, when the pod is created.
 MemoryGib = Annotated[float, Field(gt=0.0, le=4096)] | Literal["auto"]
 DiskGib = Annotated[float, Field(gt=0.0, le=65_536)] | Literal["auto"]
-_STORE_FOLDERS = ("artifacts", "models", "runs", "scratch")
+_STORE_FOLDERS = ("artifacts", "histories", "models", "runs", "scratch")
 
 
 class ImagesConfig(Section):

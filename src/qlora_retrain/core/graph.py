@@ -92,6 +92,11 @@ SOURCES = (
     Source("golden_data", optional=True, meaning="examples kept by hand, which are never trained on"),
     Source("eval_data", optional=True, meaning="evaluation examples, instead of a part of raw_data"),
     Source("reference_data", optional=True, meaning="general text, to measure what the model forgot"),
+    Source(
+        "evaluation_history",
+        optional=True,
+        meaning="digests of the prompts that the line has evaluated, which are never trained on",
+    ),
 )
 
 # In an order in which they can run: every step comes after the steps whose artifacts it reads.
@@ -106,6 +111,7 @@ STEPS = (
             Input("golden_data"),
             Input("reference_profile"),
             Input("eval_data"),
+            Input("evaluation_history"),
         ),
         makes="dataset",
         image="light",
@@ -182,6 +188,11 @@ STEPS = (
 # (reports, the adapter) are not fetched.
 PROFILE_PATH = "data/profile.json"
 VERSION_PARTS = {"champion": ("model", PROFILE_PATH), "anchor": ("model",), "reference_profile": (PROFILE_PATH,)}
+
+# The source that the planner joins from the data sets of a line, and the one file of it: a data set has its own part
+# under the same name.
+HISTORY = "evaluation_history"
+EVALUATED_PROMPTS = "evaluated_prompts.txt"
 
 # Task 0 of every orchestrator. It is not a step: it makes no artifact, and every step needs its result.
 PLAN_TASK = "plan"

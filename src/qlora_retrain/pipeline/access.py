@@ -104,6 +104,7 @@ def _planner_access(config: LineConfig) -> Access:
     versions = f"models/{config.line}/versions"
     pages = {f"artifacts/{step.makes}/*/{step.report}" for step in graph.STEPS if step.report}
     endings = "runs/*/endings/*.json"
+    histories = [f"histories/{line}/*" for line in (config.line, config.data.history_of) if line]
     return Access(
         reads=(
             _PLANS,
@@ -116,10 +117,14 @@ def _planner_access(config: LineConfig) -> Access:
             f"models/{config.line}/audit/*",
             f"{versions}/*/manifest.json",
             f"{versions}/*/recipe.json",
+            # What the line has evaluated, and what the line did that it names.
+            *histories,
+            f"artifacts/*/{graph.EVALUATED_PROMPTS}",
             ".probe/*",
         ),
-        lists=("runs/*", "artifacts/*"),
-        writes=(_PLANS, endings, ".probe/*"),
+        # A name in `data.history_of` that no line has is answered with the nearest one.
+        lists=("runs/*", "artifacts/*", "histories/*"),
+        writes=(_PLANS, endings, histories[0], ".probe/*"),
         # An earlier try's ending is removed when the next try begins.
         deletes=(endings, ".probe/*"),
         sources=tuple(f"{_literal(uri)}/*" for uri in config.sources.declared_uris().values()),
@@ -133,6 +138,8 @@ def _step_access(config: LineConfig, step: graph.Step) -> Access:
     for item in step.reads:
         if graph.producer(item.name) is not None:
             reads.append(f"artifacts/{item.name}/*")
+        elif item.name == graph.HISTORY:
+            reads.append(f"histories/{config.line}/*.txt")
         elif item.name in graph.VERSION_PARTS:
             reads += [f"models/{config.line}/versions/*/{name}" for name in _version_files(item.name)]
         else:

@@ -32,6 +32,9 @@ def as_text(plan: Plan) -> str:
         lines.append(f"anchor {plan.anchor.version}: the best version so far")
     if plan.reference:
         lines.append(f"data reference {plan.reference.version}")
+    if plan.history:
+        chats = f"{plan.history.chats:,} chats that were evaluated before are not trained on"
+        lines.append(f"evaluation history {plan.history.sha256[:12]}: {chats}")
     lines += [f"{c.field} = {c.value}: {c.reason}" for c in plan.choices]
     lines += [line for name, source in plan.sources.items() if source for line in _source_notes(name, source)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qlora_retrain.config import platform
 from qlora_retrain.core import graph, safety
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, is_refusal
-from qlora_retrain.pipeline import base_model
+from qlora_retrain.pipeline import base_model, evaluation_history
 from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.pipeline.planned_steps import FILE_SETS, PlannedStep
@@ -67,6 +67,8 @@ def fetch_input(
         return _fetch_artifact(store, inputs[item.name])
     if item.name in graph.VERSION_PARTS:
         return _fetch_version(plan, store, item.name)
+    if item.name == graph.HISTORY:
+        return _fetch_history(plan, store)
     # What is left is a source, whose files were pinned by their hashes when the plan was made.
     source = plan.sources[item.name]
     assert source is not None
@@ -139,3 +141,15 @@ def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
         raise IntegrityError(
             f"{store.uri}/{prefix}: {error}: {role} is broken; promote or roll back to another"
         ) from error
+
+
+def _fetch_history(plan: Plan, store: Store) -> Path:
+    """Return a local folder with the line's evaluation history."""
+    history = plan.history
+    assert history is not None
+
+    def download(folder: Path) -> None:
+        data = evaluation_history.read_pinned(store, plan.line, history)
+        (folder / graph.EVALUATED_PROMPTS).write_bytes(data)
+
+    return cache.fetch(graph.HISTORY, history.sha256, download, (evaluation_history.as_file(history),))

@@ -20,12 +20,19 @@ from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, hashing, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
-from qlora_retrain.pipeline import base_model, explain
+from qlora_retrain.pipeline import base_model, evaluation_history, explain
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
+from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
 from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
-from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep, describe_target, plan_steps
+from qlora_retrain.pipeline.planned_steps import (
+    PinnedHistory,
+    PinnedVersion,
+    PlannedStep,
+    describe_target,
+    plan_steps,
+)
 from qlora_retrain.pipeline.template_date import resolve_template_date
 from qlora_retrain.storage import audit, key_admin, keys, open_store, registry, signatures, sources
 from qlora_retrain.storage.sources import PinnedSource
@@ -79,7 +86,9 @@ def make_plan(
     key_admin.create_for_new_store(store, config.line)
     _refuse_without_keys(store)
     store.probe()  # before gigabytes of sources are read
-    plan = signatures.sign(store, plan_path(run), _build(config, store, run, at), keys.PLANNER)
+    history = evaluation_history.read(store, config.line, config.data.history_of)
+    plan = signatures.sign(store, plan_path(run), _build(config, store, run, at, history), keys.PLANNER)
+    history.write(store, plan)
     try:
         store.write_if_absent(plan_path(run), plan.to_bytes())
     except AlreadyExists:  # another try of the same task was faster, and its plan counts
@@ -153,11 +162,13 @@ def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:
     return run_id(at, line, *(orchestrator or (uuid.uuid4().hex,)))
 
 
-def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
+def _build(config: LineConfig, store: Store, run: str, at: datetime, history: EvaluationHistory) -> Plan:
     """Build the plan, without writing it."""
     access = platform.load().access(store.uri)
     pinned = {name: _pin(name, config, access) for name in _PINNED_SOURCES}
     versions, champion_release = _pin_versions(config, store)
+    if champion_release is not None:
+        history.refuse_forgotten(store, config.line, champion_release.keys.get(graph.producer_name("dataset")))
     target, _ = registry.read_alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)
 
     # The plan records what `auto` became, so that every pod of the run computes in the same way.
@@ -166,11 +177,13 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
         day, reason = resolve_template_date(config.data, pinned["base_model"], champion_release, at)
         settings["data"] = settings["data"].model_copy(update={"template_date": day})
         choices += (Choice(field="data.template_date", value=day, reason=reason),) if day else ()
-    settings, split_choices = _inherit_split(settings, store, pinned, versions, champion_release)
+    settings, split_choices, pinned_history = _inherit_split(
+        settings, store, pinned, versions, champion_release, history
+    )
     choices += split_choices
     _refuse_unfit_base(settings, pinned["base_model"])
     alias_state = describe_target(target.version, target.generation) if target else None
-    steps = plan_steps(settings, pinned, versions, config.line, alias_state)
+    steps = plan_steps(settings, pinned, versions, pinned_history, config.line, alias_state)
 
     judgement = _judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
@@ -188,6 +201,7 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime) -> Plan:
         champion=versions["champion"],
         anchor=versions["anchor"],
         reference=versions["reference_profile"],
+        history=pinned_history,
         target=target.version if target else None,
         judgement=judgement,
         unchanged=champion_release.version if champion_release and is_unchanged else None,
@@ -248,17 +262,25 @@ def _inherit_split(
     pinned: Mapping[str, PinnedSource | None],
     versions: Mapping[str, PinnedVersion | None],
     champion: registry.Release | None,
-) -> tuple[dict[str, Section], tuple[Choice, ...]]:
-    """Return the settings with the split of the version in production, so that no row crosses it as data grows."""
+    history: EvaluationHistory,
+) -> tuple[dict[str, Section], tuple[Choice, ...], PinnedHistory | None]:
+    """Return the settings with the split of the version in production, so that no row crosses it as data grows.
 
-    def dataset_key(data: DataConfig) -> str:
-        steps = plan_steps({**settings, "data": data}, pinned, versions, "", None)
-        return next(step.key for step in steps if step.name == graph.producer_name("dataset"))
+    And the evaluation history that the data set under these settings is made with.
+    """
+
+    def choose_history(data: DataConfig) -> tuple[PinnedHistory | None, str]:
+        def dataset_key(candidate: PinnedHistory | None) -> str:
+            steps = plan_steps({**settings, "data": data}, pinned, versions, candidate, "", None)
+            return next(step.key for step in steps if step.name == graph.producer_name("dataset"))
+
+        chosen_history = history.choose(dataset_key)
+        return chosen_history, dataset_key(chosen_history)
 
     data = settings["data"]
     assert isinstance(data, DataConfig)
-    data, choices = resolve_split(store, champion, data, dataset_key)
-    return {**settings, "data": data}, choices
+    data, choices = resolve_split(store, champion, data, lambda candidate: choose_history(candidate)[1])
+    return {**settings, "data": data}, choices, choose_history(data)[0]
 
 
 def _judgement_hash(steps: Sequence[PlannedStep]) -> str:

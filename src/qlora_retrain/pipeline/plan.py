@@ -10,14 +10,14 @@ import re
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from qlora_retrain.core import graph, hashing, uris
 from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import planned_steps
 from qlora_retrain.pipeline.auto_settings import Choice
-from qlora_retrain.pipeline.planned_steps import PinnedVersion, PlannedStep
+from qlora_retrain.pipeline.planned_steps import PinnedHistory, PinnedVersion, PlannedStep
 from qlora_retrain.storage import keys, open_store, signatures
 from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.sources import PinnedSource
@@ -34,6 +34,7 @@ class Plan(Signed):
         champion: The version that `production` named when the plan was made.
         anchor: The line's best version so far; None where that is the champion, or there is none.
         reference: The version that `data.reference_version` names.
+        history: The line's evaluation history; None where nothing was evaluated before.
         target: The version that `publish.promote_to` named then. The alias moves only if it still does.
         judgement: The hash of the settings, code and data by which a challenger is judged, without the champion.
         unchanged: The version in production, if the same recipe made it; then no step runs. None otherwise.
@@ -49,6 +50,8 @@ class Plan(Signed):
     champion: PinnedVersion | None
     anchor: PinnedVersion | None = None
     reference: PinnedVersion | None = None
+    # Left out where there is none, as in the plans of earlier releases, whose bytes are hashed.
+    history: PinnedHistory | None = Field(default=None, exclude_if=lambda value: value is None)
     target: str | None
     judgement: str
     unchanged: str | None
@@ -159,7 +162,9 @@ class Plan(Signed):
         signatures.parse(store, path, data, Plan, keys.PLANNER)
 
         versions = {name: self.pinned_version(name) for name in graph.VERSION_PARTS}
-        fault = planned_steps.find_contradiction(self.steps, self.sources, versions, self.line, self.target)
+        fault = planned_steps.find_contradiction(
+            self.steps, self.sources, versions, self.history, self.line, self.target
+        )
         if fault is not None:
             raise IntegrityError(
                 f"{uris.mask_secrets(self.uri)}: {fault}: the plan was changed since it was made, or another version "

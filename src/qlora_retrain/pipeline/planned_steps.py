@@ -27,6 +27,21 @@ class PinnedVersion(BaseModel):
     content_hash: str
 
 
+class PinnedHistory(BaseModel):
+    """What the plan pins of the line's evaluation history.
+
+    Attributes:
+        sha256: The hash of the document's bytes.
+        size_bytes: Their number.
+        chats: How many different chats it remembers, by canonical text.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    sha256: str
+    size_bytes: int
+    chats: int
+
+
 class PlannedStep(BaseModel):
     """One step with everything that determines its artifact."""
 
@@ -43,6 +58,7 @@ def plan_steps(
     settings: Mapping[str, Section],
     pinned: Mapping[str, PinnedSource | None],
     versions: Mapping[str, PinnedVersion | None],
+    history: PinnedHistory | None,
     line: str,
     target: str | None,
     code_of: Callable[[str], str] = code_identity.code_hash,
@@ -53,6 +69,7 @@ def plan_steps(
         settings: The sections of the line, by name.
         pinned: The sources, by name.
         versions: The published versions that steps read, by the name of the input.
+        history: The prompts that were evaluated before; None: there are none.
         line: The line, which enters the key of the step that publishes its versions.
         target: The version and the generation that the alias of `publish` names; None: nothing.
         code_of: Returns the hash of a step's code.
@@ -67,6 +84,8 @@ def plan_steps(
             if item.name in versions:  # its manifest's hash covers its model and its data profile
                 version = versions[item.name]
                 inputs[item.name] = version.manifest_sha256 if version else None
+            elif item.name == graph.HISTORY:
+                inputs[item.name] = history.sha256 if history else None
             elif item.name in artifact_keys:
                 inputs[item.name] = artifact_keys[item.name]
             else:
@@ -105,6 +124,7 @@ def find_contradiction(
     steps: Sequence[PlannedStep],
     pinned: Mapping[str, PinnedSource | None],
     versions: Mapping[str, PinnedVersion | None],
+    history: PinnedHistory | None,
     line: str,
     target: str | None,
 ) -> str | None:
@@ -124,7 +144,7 @@ def find_contradiction(
     alias_state = by_name[graph.STEPS[-1].name].inputs.get("target")
     if (alias_state or "").partition(" of generation ")[0] != (target or ""):
         return f"it moves an alias from {alias_state}, and its target is {target}"
-    expected = plan_steps(settings, pinned, versions, line, alias_state, lambda name: by_name[name].code)
+    expected = plan_steps(settings, pinned, versions, history, line, alias_state, lambda name: by_name[name].code)
     for planned, again in zip(steps, expected, strict=True):
         for field in PlannedStep.model_fields:
             if getattr(planned, field) != getattr(again, field):

@@ -56,6 +56,7 @@ def bucket_policy(root: str) -> Document:
         f"artifacts/*/{_KEY}/_manifest.json",
         f"models/*/versions/{_STAMPED}/manifest.json",
         "models/*/audit/*",
+        "histories/*",
         f"runs/{_STAMPED}/plan.json",
     )
     # The parts of an upload have no such header, only the request that makes an object of them.

@@ -16,6 +16,7 @@ _PATTERNS = (
     "runs/*/plan.json",
     "artifacts/*/*/_manifest.json",
     "scratch/*/_complete.json",
+    "histories/*/datasets/*.json",
     "models/*/versions/*/manifest.json",
     "models/*/aliases/*.json",
     "models/*/audit/*.json",
@@ -43,6 +44,6 @@ def signer(path: str, data: bytes) -> tuple[str, str | None, dict[str, Any]]:
     except ValueError:
         fields = {}
     folder, name, *below = path.split("/")
-    role = {"runs": PLANNER, "scratch": name, "models": publish_role(name)}.get(folder)
+    role = {"runs": PLANNER, "histories": PLANNER, "scratch": name, "models": publish_role(name)}.get(folder)
     role = role or artifact.signing_role(name, below[0], fields)
     return role, signatures.signer_of(signatures.signed_path(path), fields), fields

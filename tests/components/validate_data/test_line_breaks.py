@@ -74,7 +74,7 @@ def gate(folder: Path, tiny_model: Path, name: str) -> Path:
         system="Be\u2028brief.\x85",
         checks={"control_characters": "warn", "mojibake": "warn", "near_evaluation": "off"},
     )
-    report = run(config, folder / "raw", tiny_model, None, None, None, folder / "dataset")
+    report = run(config, folder / "raw", tiny_model, None, None, None, None, folder / "dataset")
     assert report.numbers["rows_read"] == len(PAIRS)
     assert report.numbers["rows_quarantined"] == 0
     return folder / "dataset"

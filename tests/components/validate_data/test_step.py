@@ -23,7 +23,7 @@ from qlora_retrain.lm.chat_format import ChatFormat
 
 FILES = {
     "train.jsonl", "eval.jsonl", "golden.jsonl", "dataset.json", "chat_format.json", "profile.json", "quarantine.jsonl",
-    "report.html",
+    "evaluated_prompts.txt", "report.html",
 }  # fmt: skip
 INTENTS = ("refund", "delivery", "login")
 Gate = Callable[..., tuple[StepResult, Path]]
@@ -51,6 +51,7 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
         golden: list[Any] | None = None,
         version: Path | None = None,
         evaluation: list[Any] | None = None,
+        history: Path | None = None,
         **settings: Any,
     ) -> tuple[StepResult, Path]:
         folder = tmp_path / str(next(runs))
@@ -67,6 +68,7 @@ def gate(tmp_path: Path, tiny_model: Path) -> Gate:
             golden_data=folder / "golden" if golden else None,
             reference_profile=version,
             eval_data=folder / "evaluation" if evaluation else None,
+            evaluation_history=history,
             dataset=folder / "dataset",
         )
         return report, folder / "dataset"
@@ -313,7 +315,7 @@ def test_a_file_without_a_header_shows_no_personal_data(tmp_path: Path, tiny_mod
     rows = "4111 1111 1111 1111,ann.lee@mail-host.io,my password is Tr0ub4dor&3\n5500005555555559,bo@x.io,hello\n"
     (tmp_path / "raw/a.csv").write_text(rows)
     with pytest.raises(UsageError, match="the first line looks like a row; write a line with the names") as caught:
-        run(DataConfig(split_seed="line"), tmp_path / "raw", tiny_model, None, None, None, tmp_path)
+        run(DataConfig(split_seed="line"), tmp_path / "raw", tiny_model, None, None, None, None, tmp_path)
     message = str(caught.value)
     assert "[card number] (text), [email] (text), my password is [password] (text)" in message
     assert not any(text in message for text in ("4111", "ann.lee", "Tr0ub4dor"))
@@ -424,7 +426,7 @@ def test_a_language_field_that_a_table_lacks_is_named(gate: Gate, tmp_path: Path
     (tmp_path / "made").mkdir()
     config = DataConfig(prompt_field="text", response_field="intent", language_field="lang")
     with pytest.raises(UsageError, match=r"data\.language_field: no row has a value in the field lang"):
-        run(config, tmp_path / "csv", tiny_model, None, None, None, tmp_path / "made")
+        run(config, tmp_path / "csv", tiny_model, None, None, None, None, tmp_path / "made")
 
 
 def test_an_evaluation_file_is_the_evaluation_and_the_gate_accounts_for_its_rows(gate: Gate) -> None:
