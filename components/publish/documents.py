@@ -73,7 +73,7 @@ def model_card(
 ) -> str:
     """Return the model card: what the version is, how it was evaluated, and how to use it."""
     train = plan.step("train_qlora").identity
-    adapter = describe_adapter(train["rank"], train["alpha"], rslora=train["rslora"])
+    adapter = describe_adapter(train["rank"], train["alpha"], train["method"])
     rule_rows = [
         markdown.row(
             r["name"],

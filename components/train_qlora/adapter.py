@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from components.train_qlora.fused_lora import fuse_lora_layers
 from components.train_qlora.logits import logits_kind
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
+from components.train_qlora.methods import method_of
 from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm.adapter_scale import default_alpha
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
@@ -37,14 +37,11 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         UsageError: If `target_modules` names no layer of this model, or the model does not support
             gradient checkpointing.
     """
-    # A plan has a number. A whole one is stored as an integer, since other tools write `32` and not `32.0`.
-    alpha = config.alpha if config.alpha is not None else default_alpha(config.rank, rslora=config.rslora)
-    alpha = int(alpha) if alpha == int(alpha) else alpha
     lora_config = LoraConfig(
         r=config.rank,
-        lora_alpha=alpha,
+        lora_alpha=method_of(config).alpha,
         lora_dropout=config.dropout,
-        use_rslora=config.rslora,
+        use_rslora=config.method == "rslora",
         target_modules=target_modules(model, config.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
@@ -142,7 +139,7 @@ def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`: the same bytes for the same adapter."""
+    """Write the adapter as it is trained, for a checkpoint: the same bytes for the same adapter."""
     # Training never changes the vocabulary; the default "auto" would look up the base model on the hub to find out.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template; publishing writes a real one
@@ -154,6 +151,25 @@ def save(model: PeftModel, folder: Path) -> None:
     # safetensors writes files that only their owner can read; whoever serves the adapter may be another user.
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
+    """Write the adapter as plain LoRA with delta W = B A: alpha is the rank, and the scale is in B.
+
+    llama.cpp does not read `use_rslora`, and vLLM no alpha of a single layer; both read this form.
+    """
+    save(model, folder)
+    method, weights = method_of(config), load_weights(folder)
+    for name_a in [name for name in weights if name.endswith("lora_A.weight")]:
+        name_b = name_a.replace("lora_A", "lora_B")
+        weights[name_a], weights[name_b] = method.to_lora(weights[name_a], weights[name_b])
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)
+
+    path = folder / CONFIG_FILE
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    document |= {"lora_alpha": document["r"], "use_rslora": False}
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_weights(weights: dict[str, Tensor], config_folder: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from bitsandbytes.optim import AdamW
 from torch import Tensor
 from torch.nn import Parameter
 
+from components.train_qlora.methods import method_of
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm.warmup import num_warmup_steps
 
@@ -50,8 +51,10 @@ class AdapterOptimizer:
     def __init__(self, config: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
         self.config = config
         self.parameters = dict(named_parameters)
+        groups = self._groups()
+        self._rate_factors = list(groups)
         self.adamw = AdamW(
-            list(self.parameters.values()),
+            [{"params": group} for group in groups.values()],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             optim_bits=8 if config.optimizer.endswith("8bit") else 32,
@@ -61,7 +64,8 @@ class AdapterOptimizer:
 
     def step(self, rate: float) -> None:
         """Change the parameters by their gradients, and forget these."""
-        self.adamw.param_groups[0]["lr"] = rate
+        for group, factor in zip(self.adamw.param_groups, self._rate_factors, strict=True):
+            group["lr"] = rate * factor
         self.adamw.step()
         self.adamw.zero_grad()
 
@@ -101,9 +105,17 @@ class AdapterOptimizer:
         return f"{setting}, {num_paged} of {len(tensors)} state tensors are paged (small ones never are)"
 
     def _allocate(self) -> None:
-        for i, parameter in enumerate(self.parameters.values()):
-            if not self.adamw.state[parameter]:
-                self.adamw.init_state(self.adamw.param_groups[0], parameter, 0, i)
+        for i, group in enumerate(self.adamw.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                if not self.adamw.state[parameter]:
+                    self.adamw.init_state(group, parameter, i, j)
+
+    def _groups(self) -> dict[float, list[Parameter]]:
+        """Return the parameters by the factor of their learning rate."""
+        method, groups = method_of(self.config), dict[float, list[Parameter]]()
+        for name, parameter in self.parameters.items():
+            groups.setdefault(method.rate_factor(name), []).append(parameter)
+        return groups
 
     def _state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():

@@ -69,7 +69,7 @@ def report_page(
         summary += f" The adapter is that of step {numbers['best_step']}, where the evaluation loss was lowest."
 
     if config.alpha is not None:
-        summary += f" The adapter has {describe_adapter(config.rank, config.alpha, rslora=config.rslora)}."
+        summary += f" The adapter has {describe_adapter(config.rank, config.alpha, config.method)}."
 
     # A curve without points is left out, and each setting is shown with the reason where the plan chose it.
     losses = {"training": _curve(steps, "loss"), "evaluation": [(float(step), loss) for step, loss in eval_losses]}

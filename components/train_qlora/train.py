@@ -53,7 +53,7 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
             adapter.set_weights(run.model, run.best_weights)
 
         if distributed.is_main():
-            adapter.save(run.model, adapter_folder)
+            adapter.export(run.model, adapter_folder, run.config)
         progress.say(f"optimizer: {run.optimizer.describe()}")
         eval_loss = mean_loss(run.model, rows.eval, rows.pad_token_id, eval_batch_size(run.config))
 

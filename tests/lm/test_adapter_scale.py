@@ -13,11 +13,11 @@ from qlora_retrain.lm.adapter_scale import default_alpha, describe_adapter
 from qlora_retrain.pipeline import explain, make_plan
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("method", ["lora", "rslora", "lora+"])
 @pytest.mark.parametrize("rank", [1, 8, 16, 64, 100])
-def test_peft_scales_an_adapter_of_any_rank_by_two(rank: int, rslora: bool) -> None:
+def test_peft_scales_an_adapter_of_any_rank_by_two(rank: int, method: str) -> None:
     config = LoraConfig(
-        r=rank, lora_alpha=default_alpha(rank, rslora=rslora), use_rslora=rslora, target_modules=["layer"]
+        r=rank, lora_alpha=default_alpha(rank, method), use_rslora=method == "rslora", target_modules=["layer"]
     )
     model = get_peft_model(nn.ModuleDict({"layer": nn.Linear(4, 4)}), config)
     assert model.base_model.model["layer"].scaling["default"] == pytest.approx(2.0)
@@ -26,14 +26,14 @@ def test_peft_scales_an_adapter_of_any_rank_by_two(rank: int, rslora: bool) -> N
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((16, 32.0, False), "rank 16, alpha 32 (alpha/rank = 2)"),
-        ((64, 32.0, False), "rank 64, alpha 32 (alpha/rank = 0.5)"),
-        ((64, 32.0, True), "rank 64, alpha 32 (alpha/sqrt(rank) = 4)"),
+        ((16, 32.0, "lora"), "rank 16, alpha 32 (alpha/rank = 2)"),
+        ((64, 32.0, "lora"), "rank 64, alpha 32 (alpha/rank = 0.5)"),
+        ((64, 32.0, "rslora"), "rank 64, alpha 32 (alpha/sqrt(rank) = 4)"),
     ],
 )
-def test_the_scale_is_told_as_people_compare_it(arguments: tuple[int, float, bool], text: str) -> None:
-    rank, alpha, rslora = arguments
-    assert describe_adapter(rank, alpha, rslora=rslora) == text
+def test_the_scale_is_told_as_people_compare_it(arguments: tuple[int, float, str], text: str) -> None:
+    rank, alpha, method = arguments
+    assert describe_adapter(rank, alpha, method) == text
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_the_scale_is_told_as_people_compare_it(arguments: tuple[int, float, boo
         ([], 32.0, "alpha/rank = 2"),
         (["train.rank=64"], 128.0, "alpha/rank = 2"),
         (["train.rank=64", "train.alpha=32"], 32.0, "alpha/rank = 0.5"),
-        (["train.rank=64", "train.rslora=true"], 2 * math.sqrt(64), "alpha/sqrt(rank) = 2"),
+        (["train.rank=64", "train.method=rslora"], 2 * math.sqrt(64), "alpha/sqrt(rank) = 2"),
     ],
 )
 def test_a_run_with_another_rank_keeps_the_scale_and_the_plan_says_it(

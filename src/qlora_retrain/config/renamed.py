@@ -19,6 +19,7 @@ RENAMED_KNOBS = {
     "train.early_stopping": "train.early_stopping_patience",
     "train.evaluations": "train.num_evals",
     "train.gradient_accumulation": "train.global_batch_size",
+    "train.rslora": "train.method",
     "train.processes": "train.num_processes",
     "train.warmup": "train.warmup_ratio",
     "train.worse_factor": "train.divergence_factor",
@@ -48,6 +49,7 @@ _NOTES = {
     "evaluate.min_slice_rows": _COUNTS_PROMPTS,
     "merge.min_rows": _COUNTS_PROMPTS,
     "train.batch_size": "set train.global_batch_size too, to micro_batch_size * the old gradient_accumulation",
+    "train.rslora": "true is rslora, false is lora",
     "train.gradient_accumulation": "set it to micro_batch_size * the old gradient_accumulation",
 }
 

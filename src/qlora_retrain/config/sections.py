@@ -38,6 +38,11 @@ class TrainConfig(Section):
     )
 
     # The adapter.
+    method: Literal["lora", "rslora", "lora+"] = identity(
+        "lora",
+        "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
+        "learns at learning_rate_ratio times the rate of A",
+    )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
     alpha: float | None = identity(
         None,
@@ -47,13 +52,15 @@ class TrainConfig(Section):
         le=4096,
     )
     dropout: float = identity(0.05, "dropout on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
-    rslora: bool = identity(False, "scale by alpha/sqrt(rank) instead of alpha/rank")
     target_modules: Literal["all-linear", "attention"] | list[str] = identity(
         "all-linear", "all-linear: every linear layer; attention: q, k, v, o only: cheaper, weaker"
     )
 
     # The optimizer.
     learning_rate: float = identity(2e-4, "5-10 times that of full fine-tuning", gt=0.0, le=1.0)
+    learning_rate_ratio: float | None = identity(
+        None, "of lora+: the learning rate of B, divided by that of A, which is learning_rate; null: 16", ge=1.0, le=1e4
+    )
     schedule: Literal["cosine", "linear", "constant"] = identity("cosine", "how the learning rate falls after warm-up")
     warmup_ratio: float | None = identity(
         None, "fraction of the steps in which the rate rises; null: 0.03, or warmup_steps", ge=0.0, lt=1.0
@@ -153,6 +160,15 @@ class TrainConfig(Section):
             )
         if self.parallel == "fsdp" and self.num_processes == 1:
             raise ValueError("parallel: fsdp shares the base among processes, and num_processes is 1; set 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _a_ratio_is_of_lora_plus(self) -> TrainConfig:
+        if self.learning_rate_ratio is not None and self.method != "lora+":
+            raise ValueError(
+                f"learning_rate_ratio: {self.learning_rate_ratio:g} is for method: lora+, and method is {self.method}; "
+                "set method: lora+, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

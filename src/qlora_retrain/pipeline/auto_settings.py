@@ -52,8 +52,8 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
 
     train = config.train
     if train.alpha is None:
-        alpha = default_alpha(train.rank, rslora=train.rslora)
-        choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, rslora=train.rslora)}")
+        alpha = default_alpha(train.rank, train.method)
+        choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, train.method)}")
 
     if train.warmup_ratio is None and train.warmup_steps is None:
         choose("train", "warmup_ratio", DEFAULT_WARMUP_RATIO, "not set: the rate rises in this fraction of the steps")

@@ -43,7 +43,7 @@ def as_text(plan: Plan) -> str:
         return "\n".join(lines)
 
     train = next(planned.identity for planned in plan.steps if graph.step(planned.name).section == "train")
-    lines.append(f"adapter: {describe_adapter(train['rank'], train['alpha'], rslora=train['rslora'])}")
+    lines.append(f"adapter: {describe_adapter(train['rank'], train['alpha'], train['method'])}")
     # The comparison is with the line's last run, since that is the one that a person remembers.
     earlier = previous_plan(open_store(plan.root), plan)
     for planned in plan.steps:

@@ -1,0 +1,19 @@
+"""The methods of `train.method`, one small file each.
+
+A method says how the adapter's parameters learn, and what it is as plain LoRA: matrices A and B of each layer with
+delta W = B A. What is shipped always has this form, since servers ignore the scales of single methods.
+"""
+
+from __future__ import annotations
+
+from components.train_qlora.methods.lora import Lora
+from components.train_qlora.methods.lora_plus import LoraPlus
+from qlora_retrain.config.sections import TrainConfig
+
+# rsLoRA is LoRA with another scale, which `lm.adapter_scale` gives.
+METHODS: dict[str, type[Lora]] = {"lora": Lora, "rslora": Lora, "lora+": LoraPlus}
+
+
+def method_of(config: TrainConfig) -> Lora:
+    """Return the method that the settings name."""
+    return METHODS[config.method](config)
