@@ -64,7 +64,7 @@ def encode_rows(rows: Sequence[Row], config: DataConfig, tokenizer: ChatTokenize
             if row.tokens > config.max_length_tokens:
                 row.reason = "too_long"
             elif not row.supervised_tokens:
-                row.reason = "no_supervised_tokens"
+                row.reason, row.detail = "no_supervised_tokens", "each of its answers is empty or has the weight 0"
         num_done += len(chunk)
         progress.update("measuring", num_done, len(good_rows))
 

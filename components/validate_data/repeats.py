@@ -34,8 +34,10 @@ def quarantine_repeats(rows: Iterable[Row], config: DataConfig) -> None:
     if config.task == "labels":
         for first_rows in answers_by_prompt.values():
             if len({label for label, _ in first_rows}) > 1:
-                for row in first_rows.values():
+                for (label, _), row in first_rows.items():
                     row.reason = "conflicting_answer"
+                    counterpart = next(r for (other_label, _), r in first_rows.items() if other_label != label)
+                    row.detail = f"that row is {counterpart.location}"
 
 
 def _answer_key(row: Row) -> tuple[str, str]:

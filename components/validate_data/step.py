@@ -21,6 +21,7 @@ from components.validate_data.encoding import dataset_chat_format
 from components.validate_data.expectations import check_expectations
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
+from components.validate_data.redaction import redacted_errors
 from components.validate_data.refusal import (
     compare_with_reference,
     explain_acceptance,
@@ -40,6 +41,7 @@ from qlora_retrain.lm.chat_format import ChatFormat
 MAX_SIMILAR_FRACTION = 0.1
 
 
+@redacted_errors()
 def run(
     config: DataConfig,
     raw_data: Path,
