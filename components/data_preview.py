@@ -30,6 +30,7 @@ from qlora_retrain.lm.chat import ChatTokenizer, EncodedChat, load_tokenizer
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
 from qlora_retrain.pipeline.auto_settings import resolve_auto_settings
+from qlora_retrain.pipeline.explain import source_notes
 from qlora_retrain.pipeline.template_date import resolve_template_date
 from qlora_retrain.storage import sources
 
@@ -75,6 +76,10 @@ def _resolve(config: LineConfig, scratch: Path) -> tuple[DataConfig, dict[str, P
         patterns = TOKENIZER_FILES if name == "base_model" else source.files
         pinned = sources.pin(name, source.uri, patterns)
         base = pinned if name == "base_model" else base
+        # Of the base, what is taken here is not what a plan takes.
+        if name != "base_model":
+            for note in source_notes(name, pinned, config.data.format):
+                print(note)
         folders[name] = scratch / name
         (scratch / name).mkdir()
         sources.fetch(pinned, scratch / name)

@@ -36,6 +36,7 @@ LOOKED_FOR = {
     "no_visible_text": "a turn that only has characters that nobody sees",
     "prompt_injection": "a phrase that orders a model to ignore its instructions",
     "other_languages": "text in a language that fewer than one row in a hundred has",
+    "repeated_headers": "the names of its fields, as where CSV files with a header each were joined",
     "label_errors": "a label that is probably wrong, by a classifier that has not seen the row",
     "misspelt_labels": "a label that differs from a more frequent one by case, punctuation or one letter",
     "personal_labels": "a label that looks like an e-mail address or a person's name",
@@ -49,7 +50,6 @@ REASONS = {
     "not_an_object": "the row is no object with fields",
     "bad_json_line": "the line is not JSON; expected one whole object",
     "duplicate_key": "the line gives two values to one name, and the first would be lost",
-    "repeated_header": "the row repeats the header, as where CSV files were joined",
     "ragged_row": "the row has more or fewer fields than the header; quote fields that hold commas or line breaks",
     "not_kept": "the row does not have the values that data.keep names",
     # The chat that its fields should hold.
@@ -74,7 +74,8 @@ REASONS = {
     # What the chat template and the tokenizer make of it.
     "too_long": "the chat is longer than data.max_length_tokens = {limit}; rows are never truncated",
     "no_supervised_tokens": "no token of the row is learnt",
-    "mark_in_text": "{field} holds a text with which the chat template begins or ends a turn, so it would forge one",
+    "mark_in_text": "{field} holds a special token or a mark with which the chat template begins or ends a turn, so it "
+    "would forge one; data.marks_in_text: allow takes such rows",
     "template_drops_text": "the chat template leaves a part of the row out",
     "template_rewrites_text": "the chat template changes a text of the row",
     "template_refuses": "the chat template refuses the row",
@@ -102,6 +103,7 @@ NOT_BAD = (
     "evaluated_before",
     "near_evaluation",
     "near_duplicates",
+    "repeated_headers",
 )
 Split = Literal["train", "eval", "dropped"]
 
@@ -210,6 +212,7 @@ def check_row(raw: RawRow, config: DataConfig) -> Row:
     row = Row(
         raw.file, raw.number, [], _hash(raw.messages), language=raw.language, tools=raw.tools,
         reason=raw.fault, detail=raw.detail, field=raw.field, group=raw.group,
+        hits=(raw.fault,) if raw.fault in LOOKED_FOR else (),
     )  # fmt: skip
     if not raw.fault and isinstance(raw.messages, list):
         row.reason, row.detail = _chat_fault(raw.messages)

@@ -102,7 +102,7 @@ def _encode_chunk(chunk: Sequence[tuple[Row, LoadedChat]], config: DataConfig, t
         if row.tokens > config.max_length_tokens:
             row.reason = "too_long"
         elif not row.supervised_tokens:
-            row.reason = "no_supervised_tokens"
+            row.reason, row.detail = "no_supervised_tokens", "each of its answers is empty or has the weight 0"
     return [row for row, _ in chats]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
 from components.validate_data.evaluated_before import History, keep_out_evaluated
+from components.validate_data.files import UnusableFiles
 from components.validate_data.label_checks import Suspect, check_labels
 from components.validate_data.language_checks import check_languages
 from components.validate_data.raw_rows import RowReader
@@ -109,11 +110,17 @@ def read_gate_rows(
     # The reserved rows are read first, since they are few, and one that is bad ends the step.
     texts = TextFile(work or Path(tempfile.gettempdir()))
     sources: dict[str, SourceRows] = {}
-    if golden_data:
-        sources["golden_data"] = _read_reserved(golden_data, "golden_data", config, tokenizer, texts)
-    if eval_data:
-        sources["eval_data"] = _read_reserved(eval_data, "eval_data", config, tokenizer, texts)
-    sources["raw_data"] = _read_source(raw_data, "raw_data", config, tokenizer, texts)
+    faults: dict[str, str] = {}
+    for source, folder in (("golden_data", golden_data), ("eval_data", eval_data), ("raw_data", raw_data)):
+        read = _read_source if source == "raw_data" else _read_reserved
+        try:
+            sources |= {source: read(folder, source, config, tokenizer, texts)} if folder else {}
+        except UnusableFiles as error:
+            faults[source] = str(error)
+    if faults:
+        # Files of two sources may have one name.
+        messages = [text if text.startswith(f"{source}: ") else f"{source}: {text}" for source, text in faults.items()]
+        raise UsageError("\n".join(messages) if len(messages) > 1 else next(iter(faults.values())))
 
     rows = sources["raw_data"].rows
     openings = find_openings(rows, config)
@@ -177,7 +184,8 @@ def _read_reserved(
     result = _read_source(folder, source, config, tokenizer, texts)
     quarantine_repeats(result.rows, config)
 
-    tolerated = ("not_kept", "exact_duplicate") if source == "eval_data" else ("not_kept",)
+    tolerated = {"not_kept"} | ({"exact_duplicate"} if source == "eval_data" else set())
+    tolerated |= {"repeated_headers"} if config.checks["repeated_headers"] == "drop" else set()
     bad_rows = [row for row in result.rows if row.reason and row.reason not in tolerated]
     if bad_rows:
         length = explain_too_long(result.rows, config)

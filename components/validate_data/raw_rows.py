@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 
 from components.validate_data.calls import Tool
 from components.validate_data.field_leaves import describe_fields
 from components.validate_data.field_names import Columns, columns_of
-from components.validate_data.files import Record, read_records
+from components.validate_data.files import FileFaults, Record, read_files
 from components.validate_data.keep import RowFilter
 from components.validate_data.layouts import Layout
 from components.validate_data.markers import EndMarkers
 from components.validate_data.readers.limits import count_characters
 from components.validate_data.recognition import choose_layout
+from components.validate_data.redaction import redacted_errors
 from components.validate_data.row_chat import RowChat, build_chat, without_padding
 from components.validate_data.turn_rows import conversation_field, join_turns
 from components.validate_data.turns import TurnParser
@@ -100,10 +101,18 @@ class RowReader:
             UsageError: For a file that cannot be read or has no layout, a setting that no row fits, and columns that
                 nothing reads although the prompt seems to need them.
         """
-        for file, records in groupby(
-            read_records(self._folder, self._config, self._source), lambda record: record.file
-        ):
-            yield from self._file_rows(file, records)
+        with redacted_errors():
+            yield from self._all_rows()
+
+    def _all_rows(self) -> Iterator[RawRow]:
+        faults = FileFaults(self._source)
+        for file, records in read_files(self._folder, self._config, self._source, faults):
+            with faults.collect(file):
+                for row in self._file_rows(file, records):
+                    # With a file that cannot be used, the others are read for their faults alone.
+                    if not faults:
+                        yield row
+        faults.check()
         self._finish()
 
     def _file_rows(self, file: str, records: Iterator[Record]) -> Iterator[RawRow]:

@@ -57,7 +57,7 @@ def choose_layout(file: str, columns: Columns, config: DataConfig, parser: TurnP
     reasoning = [field for field in named(columns, [names.REASONING]) if field not in config.ignore_fields]
     if layout.response and reasoning and reasoning[0] not in layout.read:
         layout = replace(layout, reasoning=reasoning[0])
-    return replace(layout, description=layout.description + _describe_extras(layout, columns))
+    return replace(layout, description=redact(layout.description + _describe_extras(layout, columns)))
 
 
 def _recognise(file: str, columns: Columns, config: DataConfig, parser: TurnParser) -> Layout:

@@ -35,9 +35,20 @@ def quarantine_repeats(rows: Sequence[Row], config: DataConfig) -> None:
 
     # With free text, two answers to one prompt are both examples. With labels at least one of them is wrong.
     if config.task == "labels":
+        rows_by_prompt: dict[str, list[Row]] = {}
         for row in rows:
-            if not row.reason and labels_by_prompt[prompt_key(row)] is None:
-                row.reason = "conflicting_answer"
+            if not row.reason and labels_by_prompt[prompt := prompt_key(row)] is None:
+                rows_by_prompt.setdefault(prompt, []).append(row)
+        for conflicting_rows in rows_by_prompt.values():
+            _name_conflicts(conflicting_rows)
+
+
+def _name_conflicts(rows: Sequence[Row]) -> None:
+    """Give the reason to rows of one prompt, each with the first row that has another label."""
+    labels = [_answer_key(row)[0] for row in rows]
+    for row, label in zip(rows, labels, strict=True):
+        counterpart = next(r for r, other_label in zip(rows, labels, strict=True) if other_label != label)
+        row.reason, row.detail = "conflicting_answer", f"that row is {counterpart.location}"
 
 
 def _answer_key(row: Row) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from components.validate_data.encoding import dataset_chat_format
 from components.validate_data.evaluated_before import read_history, write_evaluated
 from components.validate_data.gate_rows import GateRows, read_gate_rows
 from components.validate_data.profiling import build_profile
+from components.validate_data.redaction import redacted_errors
 from components.validate_data.refusal import (
     compare_with_reference,
     explain_acceptance,
@@ -42,6 +43,7 @@ from qlora_retrain.lm.chat_format import ChatFormat
 MAX_SIMILAR_FRACTION = 0.1
 
 
+@redacted_errors()
 def run(
     config: DataConfig,
     raw_data: Path,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.validate_data.calls import Tool, parse_calls
-from components.validate_data.values import RowFault, is_empty, text_of
+from components.validate_data.values import RowFault, is_empty, shorten, text_of
 
 CALLS = ("tool_use", "toolUse", "functionCall", "function_call")
 RESULTS = ("tool_result", "toolResult", "functionResponse", "function_response")
@@ -83,7 +83,7 @@ def _call(part: Mapping[str, Any]) -> dict[str, Any]:
 def _result(part: Mapping[str, Any], kind: str) -> dict[str, Any]:
     unread = [key for key, value in part.items() if key not in _RESULT_KEYS and not is_empty(value)]
     if unread:
-        raise RowFault("bad_content_type", f'a part of type "{kind}" with the key "{unread[0][:40]}"')
+        raise RowFault("bad_content_type", f'a part of type "{kind}" with the key "{shorten(unread[0])}"')
     value = part.get("content", part.get("response"))
     message = {"role": "tool", "content": _text(value)}
     identifier = part.get("tool_use_id") or part.get("toolUseId") or part.get("id")
@@ -109,4 +109,4 @@ def _text(value: object) -> str:
 
 
 def _refuse(item: Mapping[str, Any]) -> str:
-    raise RowFault("image_content", f'a result with a part of type "{text_of(item["type"])[:40]}"')
+    raise RowFault("image_content", f'a result with a part of type "{shorten(item["type"])}"')

@@ -19,7 +19,7 @@ from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
 from qlora_retrain.pipeline import explain, fetch, make_plan
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import open_store, sources
+from qlora_retrain.storage import globs, open_store, sources
 from tests import hub_server
 from tests.hub_server import HubServer
 
@@ -354,7 +354,7 @@ def test_a_part_of_a_commit_has_only_what_the_line_names(
         "added_tokens.json", "modeling.py", "model.fp16.safetensors", "original",
     }  # fmt: skip
     assert {p.name for p in fetch_base(plan, "quantize_model").iterdir()} == names
-    tokenizer_names = {name for name in names if sources.matches_any(name, TOKENIZER_FILES)}
+    tokenizer_names = {name for name in names if globs.matches_name(name, TOKENIZER_FILES)}
     assert {p.name for p in fetch_base(plan, "validate_data").iterdir()} == tokenizer_names
 
     # The key is of the part and of the exclusions.

@@ -15,7 +15,7 @@ import pytest
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import code_identity, make_plan, plan
+from qlora_retrain.pipeline import code_identity, explain, make_plan, plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store, registry, signatures
 
@@ -263,6 +263,22 @@ def refused(config: Path, root: str, overrides: Sequence[str] = ()) -> str:
 
 def test_a_plan_for_a_source_that_is_not_there_is_refused(line: Path, root_uri: str) -> None:
     assert "sources.raw_data" in refused(line, root_uri, ["sources.raw_data=gone.jsonl"])
+
+
+def test_a_plan_says_how_many_files_are_taken_and_which_are_left_out(line: Path, root_uri: str) -> None:
+    data = line.parent / "data"
+    (data / "old").mkdir(parents=True)
+    for name in ("README.md", "a.csv", ".old.jsonl", "old/tickets.jsonl", "b\x1b[2J.csv"):
+        (data / name).write_text("x")
+    shutil.copy(line.parent / "tickets.jsonl", data)
+    overrides = [f"sources.raw_data={{uri: {data}, files: ['*.jsonl', '*.md']}}", f"sources.golden_data={data}/a.csv"]
+    text = explain.as_text(make_plan.make_plan(line, root_uri, overrides=overrides))
+    assert (
+        "\nraw_data: 1 file taken, 5 left out: 3 that no pattern takes (a.csv, b\\x1b[2J.csv, old/tickets.jsonl); "
+        "1 hidden, as their names begin with a dot (.old.jsonl); 1 that hold no rows by their names (README.md)\n"
+    ) in text
+    assert "\ngolden_data: 1 file taken, 0 left out\n" in text
+    assert "\nbase_model: 3 files taken, 0 left out\n" in text
 
 
 def test_a_root_with_a_secret_is_refused_and_not_repeated(line: Path) -> None:

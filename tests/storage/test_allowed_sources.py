@@ -102,6 +102,18 @@ def test_a_folder_behind_a_link_is_read(data: Path, access: SourceAccess) -> Non
     assert [file.path for file in pinned.files] == ["latest/rows.jsonl"]
 
 
+@pytest.mark.parametrize("patterns", [["*.jsonl"], ["**", "!link"], ["**", "!link/**"], ["other/**", "a.jsonl"]])
+def test_a_link_that_no_pattern_follows_is_named_and_not_followed(
+    data: Path, access: SourceAccess, patterns: list[str]
+) -> None:
+    (data / "link").symlink_to(data.parent / "private")
+    pinned = sources.pin("raw_data", data.as_uri(), patterns, access)
+    assert [file.path for file in pinned.files] == ["a.jsonl"]
+    assert [(group.reason, group.names) for group in pinned.unmatched] == [("folder", ("link/",))]
+    for followed in (["link/*"], ["*/x"], ["l*/**"], ["link"], ["**", "!link/*"], ["{a.jsonl,link/rows/b.jsonl}"]):
+        assert f"{data / 'link'}: a link to " in refusal(data, access, tuple(followed))
+
+
 @pytest.mark.parametrize("make", ["itself", "nothing", "above", "two"])
 @pytest.mark.parametrize("is_limited", [False, True])
 def test_a_link_that_ends_nowhere_is_refused_by_name(

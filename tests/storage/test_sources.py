@@ -11,7 +11,7 @@ import pytest
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
-from qlora_retrain.storage import sources
+from qlora_retrain.storage import globs, sources
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,7 +59,11 @@ def test_a_single_file_is_pinned_without_its_neighbours(tmp_path: Path, name: st
     ("path", "pattern", "expected"),
     [
         ("a.jsonl", "*.jsonl", True),
-        ("sub/a.jsonl", "*.jsonl", True),
+        ("sub/a.jsonl", "*.jsonl", False),
+        ("sub/a.jsonl", "*/*.jsonl", True),
+        (".a.jsonl", "*.jsonl", False),
+        (".a.jsonl", ".*", True),
+        (".git/a.jsonl", "**", False),
         ("a.jsonl", "**/*.jsonl", True),
         ("x/y/a.jsonl", "**/*.jsonl", True),
         ("a.jsonl", "**", True),
@@ -78,7 +82,7 @@ def test_a_single_file_is_pinned_without_its_neighbours(tmp_path: Path, name: st
     ],
 )
 def test_which_files_count(path: str, pattern: str, expected: bool) -> None:
-    assert bool(sources.matches_any(path, [pattern])) is expected
+    assert bool(globs.matches_any(path, [pattern])) is expected
 
 
 def test_a_glob_in_the_place_of_a_folder_is_refused_with_where_it_belongs(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_data_of_a_commit_may_be_packed_and_a_base_has_the_patterns_it_had(tmp_p
     uri = f"hf://owner/name@{COMMIT}"
     assert {"*.jsonl", "*.gz", "*.arrow"} <= {*sources.pin("raw_data", uri, ["**"]).patterns}
     assert "*.gz" not in sources.pin("base_model", uri, ["**"]).patterns
-    assert sources.pin("raw_data", uri, ["data"]).patterns == ("data",)
+    assert sources.pin("raw_data", uri, ["data", "!*.csv"]).patterns == ("./data", "!./*.csv")
 
 
 def test_the_tokenizer_files_are_a_part_with_a_key_of_its_own(base: Path) -> None:
@@ -213,3 +217,56 @@ def test_a_file_of_holes_is_refused_before_it_is_hashed(tmp_path: Path) -> None:
         file.truncate(1 << 42)
     with pytest.raises(UsageError, match=r"rows\.jsonl: expected a file with its bytes on the disk, found 4,398,"):
         sources.pin("raw_data", tmp_path.as_uri(), ["**"])
+
+
+def folder_of(tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("{}")
+    return tmp_path / "data"
+
+
+def test_files_that_no_pattern_takes_are_counted_by_the_reason(tmp_path: Path) -> None:
+    names = ["a.jsonl", ".b.jsonl", ".git/config", "old/a.jsonl", *(f"{i}.csv" for i in range(9))]
+    data = folder_of(tmp_path, *names)
+    (tmp_path / "far").mkdir()
+    (data / "far").symlink_to(tmp_path / "far")
+    pinned = sources.pin("raw_data", data.as_uri(), ["*.jsonl"])
+    assert [file.path for file in pinned.files] == ["a.jsonl"]
+    assert [(group.reason, group.count, group.names) for group in pinned.unmatched] == [
+        ("pattern", 11, (".git/config", "0.csv", "1.csv", "2.csv", "3.csv")),
+        ("hidden", 1, (".b.jsonl",)),
+        ("folder", 1, ("far/",)),
+    ]
+    assert pinned.key() == sources.pin("raw_data", (data / "a.jsonl").as_uri(), ["**"]).key()
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "words"),
+    [
+        (["sub/a.jsonl", "sub/b.csv"], "*.jsonl", "it has 2 files: sub/a.jsonl, …; **/*.jsonl takes 1 of them"),
+        (["sub/a.jsonl", "sub/b.csv"], "*", "sub/a.jsonl, sub/b.csv; **/* takes 2 of them"),
+        (["sub/a.jsonl"], "s*", "its one file is: sub/a.jsonl; s*/** takes 1 of them"),
+        (["sub/a.jsonl"], "*/", "*/** takes 1 of them"),
+        (["a.jsonl.gz"], "*.jsonl", "*.jsonl* takes 1 of them"),
+        (["A.JSONL"], "*.jsonl", "**/*.JSONL takes 1 of them"),
+        ([".a.jsonl"], "**", "**/.* takes 1 of them"),
+        (["a.csv", "train.csv"], "trian.csv", "it has 2 files: train.csv, a.csv; ** takes every file"),
+        ([], "**", "it is empty"),
+    ],
+)
+def test_a_pattern_that_takes_no_file_is_told_the_nearest_ones(
+    tmp_path: Path, names: list[str], pattern: str, words: str
+) -> None:
+    data = folder_of(tmp_path, *names)
+    data.mkdir(exist_ok=True)
+    with pytest.raises(UsageError) as caught:
+        sources.pin("raw_data", data.as_uri(), [pattern])
+    assert f"has no files that match {pattern}; " in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_patterns_that_leave_everything_out_are_named(tmp_path: Path) -> None:
+    data = folder_of(tmp_path, "a.csv")
+    with pytest.raises(UsageError, match=r"a\.csv; !\*\.csv leaves all of them out"):
+        sources.pin("raw_data", data.as_uri(), ["**", "!*.csv"])

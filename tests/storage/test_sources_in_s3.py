@@ -160,6 +160,25 @@ def test_an_object_whose_name_no_file_may_have_is_refused_by_the_plan(bucket_fol
     bucket, prefix = uris.bucket_and_prefix(bucket_folder)
     S3Store(bucket_folder).client.put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=b"{}")
     with pytest.raises(UsageError, match=r"sources\.raw_data: .*not a path in a store"):
-        sources.pin("raw_data", bucket_folder, ["**"])
+        sources.pin("raw_data", bucket_folder, ["**", key])  # `**` takes no hidden one
     # One that is not among the files that count does not matter.
     assert len(sources.pin("raw_data", bucket_folder, ["rows.jsonl"]).files) == 1
+
+
+def test_objects_that_no_pattern_takes_are_counted_and_named(s3_uri: str, tmp_path: Path) -> None:
+    names = ["rows.jsonl", "sub/rows.jsonl", "README.md"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    open_store(s3_uri).upload(tmp_path, "", names)
+    bucket, prefix = uris.bucket_and_prefix(s3_uri)
+    S3Store(s3_uri).client.put_object(Bucket=bucket, Key=f"{prefix}/.hidden.jsonl", Body=b"{}")
+
+    pinned = sources.pin("raw_data", s3_uri, ["*.jsonl"])
+    assert [file.path for file in pinned.files] == ["rows.jsonl"]
+    assert [(group.reason, group.names) for group in pinned.unmatched] == [
+        ("pattern", ("README.md", "sub/rows.jsonl")),
+        ("hidden", (".hidden.jsonl",)),
+    ]
+    with pytest.raises(UsageError, match=r"it has 4 files: .*\*\*/\*\.md takes 1 of them; for one object"):
+        sources.pin("raw_data", s3_uri, ["x/*.md"])

@@ -22,6 +22,7 @@ import pyarrow.parquet
 from components.validate_data.readers import limits
 from components.validate_data.readers.record import Record
 from components.validate_data.readers.source_file import SourceFile
+from components.validate_data.values import shorten
 from qlora_retrain.core import progress
 from qlora_retrain.core.bounds import Bounds
 from qlora_retrain.core.errors import UsageError
@@ -182,7 +183,8 @@ def _records(file: SourceFile, format_name: str, batches: Iterator[pyarrow.Recor
                 label_names = _label_names(part.schema)
                 for column, names in label_names.items():
                     progress.say(
-                        f'{file.name}: the numbers in "{column[:40]}" stand for the {len(names)} names of its schema'
+                        f'{file.name}: the numbers in "{shorten(column)}" stand for the {len(names)} names of its '
+                        "schema"
                     )
             num_bytes += part.size_bytes
             is_counted = 0 < part.size_bytes <= limits.MAX_ROW_CHARACTERS

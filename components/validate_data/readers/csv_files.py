@@ -19,6 +19,7 @@ from components.validate_data.readers import limits
 from components.validate_data.readers.json_shapes import configured_fields
 from components.validate_data.readers.record import Record
 from components.validate_data.readers.source_file import SourceFile
+from components.validate_data.values import shorten
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
@@ -141,8 +142,8 @@ def _check_header(
         places = (str(i) for i, name in enumerate(names, 1) if name == repeated[0])
         numbers = " and ".join(itertools.islice(places, 2))
         raise UsageError(
-            f'{file.name}:{line}: more than one column has the name "{repeated[0][:40]}": columns {numbers}; give each '
-            "a name of its own, since nothing says which one is meant"
+            f'{file.name}:{line}: more than one column has the name "{shorten(repeated[0])}": columns {numbers}; give '
+            "each a name of its own, since nothing says which one is meant"
         )
 
     reason = _why_no_header(names, [_stripped(row) for row in rows])
@@ -202,8 +203,6 @@ def _read_rows(file: SourceFile, stream: TextIO, dialect: Dialect) -> Iterator[R
         elif len(fields) != len(names):
             detail = f"{len(fields)} fields, and the header has {len(names)}"
             yield Record(file.name, first_line, None, "ragged_row", detail)
-        elif _stripped(fields) == names:
-            yield Record(file.name, first_line, None, "repeated_header")
         else:
             yield Record(file.name, first_line, dict(_named_fields(names, fields)))
 

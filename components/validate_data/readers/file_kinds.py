@@ -5,35 +5,19 @@ A suffix is only a hint: a file that ends in .json may hold JSON lines, and a lo
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 import shlex
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
 
 from components.validate_data.readers.source_file import SourceFile
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.evaluation.data_files import SUFFIXES, Format, find_beside_data
 
-Format = Literal["json", "csv", "parquet", "arrow", "text"]
-SUFFIXES: dict[str, Format] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json-lines", ".jsonlines", ".jl", ".json"), "json"),
-    **dict.fromkeys((".csv", ".tsv", ".tab", ".psv"), "csv"),
-    **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
-    **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
-}
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-# Files that lie beside data and hold no rows; a name that begins with a dot is one too.
-_BESIDE_DATA = (
-    "readme", "readme.*", "licen[sc]e", "licen[sc]e.*", "license-*", "notice", "notice.*", "citation*", "changelog*",
-    "*.bib", "*.crc", "*.md5", "*.sha256", "*.lock", "thumbs.db", "desktop.ini",
-    "_success", "_committed_*", "_started_*", "_metadata", "_common_metadata",
-    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "dvc.yaml",
-)  # fmt: skip
-_DOCUMENTATION = ("*.md", "*.rst", "*.py")  # with `data.format: text` they may be the texts
 # First bytes of formats that are not read, with what to do.
 _OTHER_FORMATS = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file", "save it as CSV UTF-8"),
@@ -83,27 +67,16 @@ def list_files(folder: Path, config: DataConfig) -> tuple[list[SourceFile], list
     # Spark writes it last; then an empty part of its output is whole too.
     complete = {path.parent for _, path in paths if path.name == "_SUCCESS"}
 
+    beside_data = {*find_beside_data([name for name, _ in paths], config.format)}
     files, skipped = [], []
     for name, path in paths:
         is_left_over = path.parent in saved and path.name not in saved[path.parent]
         is_empty_part = path.parent in complete and not path.stat().st_size
-        if is_beside_data(name, config) or is_left_over or is_empty_part:
+        if name in beside_data or is_left_over or is_empty_part:
             skipped.append(name)
         else:
             files.append(SourceFile(name, path, len(paths)))
     return files, skipped
-
-
-def is_beside_data(name: str, config: DataConfig) -> bool:
-    """Return whether a file's name says that it holds no rows: hidden, a licence, a checksum, metadata."""
-    path = PurePosixPath(name.lower())
-    if any(part.startswith(".") for part in path.parts):
-        return True
-    # A file license-questions.csv holds rows.
-    if path.suffix in SUFFIXES and path.name not in _BESIDE_DATA:
-        return False
-    patterns = _BESIDE_DATA if config.format == "text" else _BESIDE_DATA + _DOCUMENTATION
-    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
 def evaluation_files(names: Sequence[str]) -> list[str]:

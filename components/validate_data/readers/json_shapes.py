@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from components.validate_data.values import shorten
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 
@@ -31,7 +32,7 @@ class Shape:
     @property
     def label(self) -> str:
         """Format the keys for a message."""
-        return '"' + ".".join(key[:40] for key in self.keys) + '"'
+        return '"' + ".".join(shorten(key) for key in self.keys) + '"'
 
 
 def recognise_shape(name: str, sketch: Mapping[str, Any], config: DataConfig, keys: tuple[str, ...] = ()) -> Shape:
@@ -60,8 +61,8 @@ def recognise_shape(name: str, sketch: Mapping[str, Any], config: DataConfig, ke
         path = ".".join((*keys, objects[0]))
         example = f"jq -c '.{path}[]' {shlex.quote(name)} > {objects[0]}.jsonl"
         raise UsageError(
-            f"{name}: the file holds {len(objects)} lists of objects ({', '.join(key[:40] for key in objects)}), and "
-            f"nothing says which are the rows; write one into a file of its own, e.g. `{example}`. An evaluation list "
+            f"{name}: the file holds {len(objects)} lists of objects ({', '.join(map(shorten, objects))}), and nothing "
+            f"says which are the rows; write one into a file of its own, e.g. `{example}`. An evaluation list "
             "belongs in sources.eval_data"
         )
 
@@ -102,11 +103,11 @@ def rows_of(name: str, document: Mapping[str, Any], shape: Shape) -> Iterator[An
                 command = f"jq -c '.{largest}[] | {{text: .[0], label: .[1]}}' {shlex.quote(name)} > {largest}.jsonl"
                 raise UsageError(
                     f"{name}: the file holds {len(lengths)} lists of rows without names "
-                    f"({', '.join(key[:40] for key in document)}); write one into a file of its own with a name for "
+                    f"({', '.join(map(shorten, document))}); write one into a file of its own with a name for "
                     f"each item, e.g. `{command}`"
                 )
             if len(set(lengths.values())) > 1:
-                stated = ", ".join(f"{key[:40]} {length:,}" for key, length in lengths.items())
+                stated = ", ".join(f"{shorten(key)} {length:,}" for key, length in lengths.items())
                 raise UsageError(f"{name}: the file holds columns of different lengths ({stated}); mend the file")
             for values in zip(*document.values(), strict=True):
                 yield dict(zip(document, values, strict=True))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from components.validate_data.readers import limits
+from components.validate_data.values import shorten
 from qlora_retrain.core import json_depth
 from qlora_retrain.core.json_depth import MAX_DEPTH
 
@@ -61,7 +62,9 @@ class StrictDecoder:
                 json_depth.depth(value) > MAX_DEPTH, "bad_json_line", f"it is nested deeper than {MAX_DEPTH} levels"
             )
         if not self._fault and _SURROGATE_ESCAPE.search(text, start, end):
-            self._note(_has_surrogate(value), "bad_unicode", "")
+            fields = value if isinstance(value, dict) else {}
+            names = [f'in "{shorten(name)}"' for name, item in fields.items() if _has_surrogate([name, item])]
+            self._note(_has_surrogate(value), "bad_unicode", (names or [""])[0])
         return Decoded(value, end, *(self._fault or ()))
 
     def _note(self, is_fault: bool, fault: str, detail: str) -> None:
@@ -73,7 +76,7 @@ class StrictDecoder:
         if len(fields) != len(pairs):
             names = [name for name, _ in pairs]
             repeated = next(name for name in names if names.count(name) > 1)
-            self._note(True, "duplicate_key", f'"{repeated[:40]}"')
+            self._note(True, "duplicate_key", f'"{shorten(repeated)}"')
         return fields
 
     def _constant(self, name: str) -> None:

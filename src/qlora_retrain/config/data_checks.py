@@ -46,6 +46,8 @@ CHECKS: Mapping[str, Check] = {
     "no_visible_text": Check("drop"),
     "prompt_injection": Check("warn"),
     "other_languages": Check("warn"),
+    # Decided where the files are read, so there is no row to learn with a warning.
+    "repeated_headers": Check("drop", ("off", "drop", "refuse")),
     # Labels, where `data.task` is labels.
     "label_errors": Check("warn"),
     "misspelt_labels": Check("warn"),

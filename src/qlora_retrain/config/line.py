@@ -16,11 +16,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from qlora_retrain.config import bounded_yaml, platform, schedule, sections
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.yaml_reader import load_section
-from qlora_retrain.core import local_files, source_access, uris, visible_text
+from qlora_retrain.core import braces, local_files, source_access, uris, visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.source_access import SourceAccess
 
-# What braces in a glob stand for: `{a,b}{c,d}` for four.
+# What braces in a glob may stand for: `{a,b}{c,d}` for four.
 _MAX_CHOICES = 100
 Glob = Annotated[str, Field(max_length=1000)]
 _TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
@@ -30,14 +30,15 @@ class SourceConfig(Section):
     """Where a source is, and which of its files count."""
 
     uri: str = operational(..., "a path (from the YAML's folder), file://, s3:// or hf://owner/name@commit")
-    files: tuple[Glob, ...] = operational(("**",), "glob patterns of the files to read", max_length=100)
+    files: tuple[Glob, ...] = operational(
+        ("**",), "globs of the files to read, as Bash reads them with globstar", max_length=100
+    )
 
     @field_validator("files")
     @classmethod
     def _has_few_choices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for glob in value:
-            if (count := _count_choices(glob)) > _MAX_CHOICES:
-                raise ValueError(f"a glob with {count:,} choices in braces, expected {_MAX_CHOICES} at most")
+            braces.expand(glob, _MAX_CHOICES)
         return value
 
     @field_validator("uri")
@@ -50,19 +51,6 @@ class SourceConfig(Section):
         if access is not None and (refusal := access.refusal(value)):
             raise ValueError(refusal)
         return value
-
-
-def _count_choices(glob: str) -> int:
-    """Return how many globs one with braces stands for, also with braces in braces."""
-    count, groups = 1, list[int]()
-    for character in glob:
-        if character == "{":
-            groups.append(1)
-        elif character == "," and groups:
-            groups[-1] += 1
-        elif character == "}" and groups:
-            count *= groups.pop()
-    return count
 
 
 def _expand_short_form(value: Any) -> Any:

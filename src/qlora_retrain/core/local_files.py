@@ -83,21 +83,24 @@ def resolve(path: Path, access: SourceAccess) -> str:
 
 
 def list_files(
-    folder: Path, access: SourceAccess, is_included: Callable[[str], bool], is_excluded: Callable[[str], bool]
-) -> list[Path]:
-    """Return every regular file below a folder that is included; links are followed.
+    folder: Path, access: SourceAccess, is_included: Callable[[str], bool], may_hold: Callable[[str], bool]
+) -> tuple[list[str], list[str]]:
+    """Return the relative paths of the regular files below a folder that are included, and of all others.
+
+    Links are followed. A path of the others that ends in a slash is a folder that was not looked into: a link, or one
+    that cannot be listed, which holds nothing that is included.
 
     Args:
         folder: The folder.
         access: Where links may lead to.
         is_included: Whether a relative path is included.
-        is_excluded: Whether nothing below a relative path can be included.
+        may_hold: Whether anything below a relative path can be included.
 
     Raises:
         UsageError: For an included path that is a pipe, a socket, a device or a link to nothing, and for a link to a
             folder that leads back or to a place that is not allowed.
     """
-    files: list[Path] = []
+    files, others = list[Path](), list[str]()
     # Each with the resolved folders that it was reached through.
     folders: list[tuple[Path, tuple[str, ...]]] = [(folder, ())]
     num_entries = 0
@@ -111,7 +114,8 @@ def list_files(
         try:
             entries = list(os.scandir(resolved))
         except OSError as error:
-            if is_excluded(current.relative_to(folder).as_posix()):
+            if current != folder and not may_hold(name := current.relative_to(folder).as_posix()):
+                others.append(f"{name}/")
                 continue
             raise UsageError(
                 f"{current}: cannot be listed: {error.strerror}; leave it out with `files`, or let this user read it"
@@ -125,14 +129,18 @@ def list_files(
             name = path.relative_to(folder).as_posix()
             mode = _mode(path)
             if mode is not None and stat.S_ISDIR(mode):
-                if not (entry.is_symlink() and is_excluded(name)):
+                if entry.is_symlink() and not may_hold(name):
+                    others.append(f"{name}/")
+                else:
                     folders.append((path, (*above, resolved)))
             elif is_included(name):
                 if mode is None or not stat.S_ISREG(mode):
                     kind = "a link to nothing, or to itself" if mode is None else _kind(mode)
                     raise UsageError(f"{path}: expected a file, found {kind}; leave it out with `files`")
                 files.append(path)
-    return sorted(files)
+            else:
+                others.append(name)
+    return [file.relative_to(folder).as_posix() for file in sorted(files)], sorted(others)
 
 
 def _mode(path: Path) -> int | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph, progress, visible_text
 from qlora_retrain.core.errors import Problem, describe
+from qlora_retrain.evaluation.data_files import find_beside_data
 from qlora_retrain.lm.adapter_scale import describe_adapter
 from qlora_retrain.pipeline import code_identity, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
@@ -22,6 +23,13 @@ from qlora_retrain.storage.store import Store
 _MAX_RUNS_READ = 50
 # Files that are named in one line.
 _MAX_NAMES = 10
+# Sources whose rows the data gate reads.
+_DATA_SOURCES = ("raw_data", "golden_data", "eval_data")
+_UNMATCHED = {
+    "pattern": "that no pattern takes",
+    "hidden": "hidden, as their names begin with a dot",
+    "folder": "folders in which no pattern takes anything",
+}
 
 
 def as_text(plan: Plan) -> str:
@@ -36,7 +44,10 @@ def as_text(plan: Plan) -> str:
         chats = f"{plan.history.chats:,} chats that were evaluated before are not trained on"
         lines.append(f"evaluation history {plan.history.sha256[:12]}: {chats}")
     lines += [f"{c.field} = {c.value}: {c.reason}" for c in plan.choices]
-    lines += [line for name, source in plan.sources.items() if source for line in _source_notes(name, source)]
+    data_format = next(
+        step.config.get("format", "auto") for step in plan.steps if graph.step(step.name).section == "data"
+    )
+    lines += [n for name, source in plan.sources.items() if source for n in source_notes(name, source, data_format)]
 
     if plan.unchanged:
         lines.append(f"unchanged: production is already {plan.unchanged}, made by this recipe; nothing will run")
@@ -51,14 +62,27 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _source_notes(name: str, source: PinnedSource) -> Iterator[str]:
-    """Yield what a person should know of a source: which files are not read, and what is not pinned."""
-    if source.left_out:
-        count = len(source.left_out)
-        names = ", ".join(visible_text.escape_controls(path) for path in source.left_out[:_MAX_NAMES])
-        yield f"left out of {name}: {names}" + (f", ... ({count} in all)" if count > _MAX_NAMES else "")
-    if not source.is_listed:
+def source_notes(name: str, source: PinnedSource, data_format: str) -> Iterator[str]:
+    """Yield what a person should know of a source: how many files are taken, which are not, and what is not pinned."""
+    paths = [file.path for file in source.content]
+    groups = [(_UNMATCHED[group.reason], group.count, group.names) for group in source.unmatched]
+    if name in _DATA_SOURCES and (beside := find_beside_data(paths, data_format)):
+        groups.append(("that hold no rows by their names", len(beside), tuple(beside)))
+        paths = [path for path in paths if path not in beside]
+    if source.is_listed:
+        num_left_out = sum(count for _, count, _ in groups)
+        text = "; ".join(f"{count:,} {reason} ({_listing(names, count)})" for reason, count, names in groups)
+        count = f"{len(paths):,} file{'' if len(paths) == 1 else 's'} taken"
+        yield f"{name}: {count}, {num_left_out:,} left out" + (f": {text}" if groups else "")
+    else:
         yield f"{name}: the Hub does not list its files here (network, access), so only the commit is pinned"
+    if source.left_out:
+        yield f"left out of {name}: {_listing(source.left_out, len(source.left_out))}"
+
+
+def _listing(names: Sequence[str], count: int) -> str:
+    listed = ", ".join(visible_text.escape_controls(name) for name in names[:_MAX_NAMES])
+    return listed + (f", ... ({count} in all)" if count > len(names[:_MAX_NAMES]) else "")
 
 
 def status_text(plan: Plan) -> str:

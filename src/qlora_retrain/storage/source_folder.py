@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +13,7 @@ from typing import BinaryIO
 from qlora_retrain.core import hashing, local_files
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.source_access import SourceAccess
-from qlora_retrain.storage import atomic_files
+from qlora_retrain.storage import atomic_files, globs
 from qlora_retrain.storage.store import Document, NotFound, join_path, read_bounded, validate_path
 
 _NUM_WORKERS = 8
@@ -33,10 +33,14 @@ class SourceFolder:
     def __init__(self, path: Path, access: SourceAccess) -> None:
         self._path, self._access = path, access
 
-    def paths(self, is_included: Callable[[str], bool], is_excluded: Callable[[str], bool]) -> list[str]:
-        """Return the relative paths of the included files; see `local_files.list_files`."""
-        files = local_files.list_files(self._path, self._access, is_included, is_excluded)
-        return [file.relative_to(self._path).as_posix() for file in files]
+    def paths(self, patterns: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return the relative paths of the files that the globs take, and of all others; see `local_files`."""
+        return local_files.list_files(
+            self._path,
+            self._access,
+            lambda name: globs.matches_any(name, patterns),
+            lambda name: globs.may_match_below(name, patterns),
+        )
 
     def read(self, path: str) -> Document:
         """Return a small file."""

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 from qlora_retrain.config import platform
 from qlora_retrain.core import hashing, local_files, safety, uris
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
-from qlora_retrain.storage import hub, open_store
-from qlora_retrain.storage.globs import matches
-from qlora_retrain.storage.globs import matches_any as matches_any
+from qlora_retrain.storage import globs, hub, open_store
+from qlora_retrain.storage.nearest_files import explain_no_match
 from qlora_retrain.storage.pinned_source import PinnedFile as PinnedFile
 from qlora_retrain.storage.pinned_source import PinnedSource as PinnedSource
+from qlora_retrain.storage.pinned_source import group_unmatched
 from qlora_retrain.storage.s3 import S3Store
 from qlora_retrain.storage.source_folder import SourceFolder, glob_hint
 from qlora_retrain.storage.store import NotFound, Store, validate_path
 
 BASE = "base_model"
-# The files that are taken from a Hugging Face repository. They are part of the key of every commit.
+# The files that are taken from a Hugging Face repository, in whatever folder: these are names and no globs of a line.
+# They are part of the key of every commit.
 _HF_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.jsonl", "*.csv", "*.parquet")
 # Further forms of data; those of a base are left as they are, since its patterns are part of its key.
 _HF_DATA_FILES = ("*.ndjson", "*.jsonlines", "*.tsv", "*.arrow", "*.feather", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4")
-# Stands for any name in a folder, when a pattern is asked whether it leaves out the whole folder.
-_ANY_NAME = "\ue000" * 40
 
 
 def pin(name: str, uri: str, patterns: Sequence[str], access: SourceAccess | None = None) -> PinnedSource:
@@ -51,20 +51,19 @@ def pin(name: str, uri: str, patterns: Sequence[str], access: SourceAccess | Non
         if scheme == "hf":
             return _pin_commit(name, uri, patterns)
         if scheme == "file":
-            uri, files, left_out = _pin_local(name, uri, patterns, access)
+            uri, files, unused = _pin_local(name, uri, patterns, access)
         else:
-            files, left_out = _pin_s3(name, uri, patterns, access)
+            files, unused = _pin_s3(name, uri, patterns, access)
     except UsageError as error:
         raise UsageError(f"sources.{name}: {error}") from error
 
     if name == BASE:
-        safety.refuse_only_pickles((f.path for f in files), left_out, name)
+        safety.refuse_only_pickles((f.path for f in files), unused.left_out, name)
     if not files:
         hint = "; for one object, give its folder as uri and its name in files" if scheme == "s3" else ""
-        raise UsageError(
-            f"sources.{name}: {uris.mask_secrets(uri)} has no files that match {', '.join(patterns)}{hint}"
-        )
-    pinned = PinnedSource(uri=uri, files=tuple(files), left_out=tuple(left_out))
+        raise UsageError(f"sources.{name}: {uris.mask_secrets(uri)}{_explain_no_files(unused, patterns)}{hint}")
+    unmatched = group_unmatched(unused.unmatched, patterns)
+    pinned = PinnedSource(uri=uri, files=tuple(files), left_out=tuple(unused.left_out), unmatched=unmatched)
     if name == BASE:
         safety.refuse_content(((f.path, f.size_bytes) for f in files), open_source(uri, access).read_start, name)
     return pinned
@@ -144,9 +143,16 @@ def _refuse_closed(uri: str, access: SourceAccess) -> None:
         raise UsageError(f"{uris.mask_secrets(uri)}: {refusal}")
 
 
+class _Unused(NamedTuple):
+    """The files of a source that are not pinned: those of a base that no model is loaded from, and the unmatched."""
+
+    left_out: list[str]
+    unmatched: list[str]
+
+
 def _pin_local(
     name: str, uri: str, patterns: Sequence[str], access: SourceAccess
-) -> tuple[str, list[PinnedFile], list[str]]:
+) -> tuple[str, list[PinnedFile], _Unused]:
     """Pin a folder, or one file: then its folder is the source, with that file alone. Return the folder's URI too."""
     path = uris.local_path(uri)
     try:
@@ -154,32 +160,35 @@ def _pin_local(
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; expected a file or a folder{glob_hint(path)}") from None
     folder = SourceFolder(path if is_folder else path.parent, access)
-    excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    paths = [path.name]
-    if is_folder:
-        paths = folder.paths(
-            lambda name: matches_any(name, patterns),
-            lambda name: any(matches(f"{name}/{_ANY_NAME}", pattern) for pattern in excluded),
-        )
-    included, left_out = _split(name, paths)
+    matching, others = folder.paths(patterns) if is_folder else ([path.name], [])
+    included, unused = _split(name, matching, others, patterns)
     pins = [(p, *folder.size_and_sha256(p)) for p in included]
     files = [PinnedFile(path=p, size_bytes=size_bytes, pin=f"sha256:{sha256}") for p, size_bytes, sha256 in pins]
-    return (path if is_folder else path.parent).as_uri(), files, left_out
+    return (path if is_folder else path.parent).as_uri(), files, unused
 
 
-def _split(name: str, paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the files that are taken, and those of a base that are left where they are."""
-    included: list[str] = []
-    left_out: list[str] = []
-    for path in paths:
-        (included if name != BASE or safety.is_model_file(path) else left_out).append(path)
-    return included, left_out
+def _split(name: str, matching: list[str], others: list[str], patterns: Sequence[str]) -> tuple[list[str], _Unused]:
+    """Return the files that are taken, and all others; hidden files of a base are such that no model is loaded from."""
+    if name != BASE:
+        return matching, _Unused([], others)
+    hidden = {path for path in others if globs.matches_any(path, patterns, with_hidden=True)}
+    left_out = [*hidden, *(path for path in matching if not safety.is_model_file(path))]
+    included = [path for path in matching if safety.is_model_file(path)]
+    return included, _Unused(sorted(left_out), [path for path in others if path not in hidden])
 
 
-def _pin_s3(name: str, uri: str, patterns: Sequence[str], access: SourceAccess) -> tuple[list[PinnedFile], list[str]]:
+def _explain_no_files(unused: _Unused, patterns: Sequence[str]) -> str:
+    text = f" has no files that match {', '.join(patterns)}"
+    if unused.left_out:
+        return f"{text} and are a model's; it has {len(unused.left_out)} others, such as {unused.left_out[0]}"
+    return text + explain_no_match(unused.unmatched, patterns)
+
+
+def _pin_s3(name: str, uri: str, patterns: Sequence[str], access: SourceAccess) -> tuple[list[PinnedFile], _Unused]:
     store = S3Store(uri)
-    entries = {e.path: e for e in store.list("") if matches_any(e.path, patterns)}
-    included, left_out = _split(name, entries)
+    entries = {entry.path: entry for entry in store.list("")}
+    matching = [path for path in entries if globs.matches_any(path, patterns)]
+    included, unused = _split(name, matching, sorted(entries.keys() - {*matching}), patterns)
     # The store itself may lie below the source.
     for path in included:
         validate_path(path)  # now, and not when a step fetches it
@@ -188,41 +197,61 @@ def _pin_s3(name: str, uri: str, patterns: Sequence[str], access: SourceAccess) 
         PinnedFile(path=path, size_bytes=entries[path].size_bytes, pin=f"sha256:{sha256}")
         for path, sha256 in zip(included, store.pinnable_hashes(included), strict=True)
     ]
-    return files, left_out
+    return files, unused
 
 
 def _pin_commit(name: str, uri: str, patterns: Sequence[str]) -> PinnedSource:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)@([0-9a-f]{40})", uri)
     if match is None:
         raise UsageError(f"{uri}: expected hf://owner/name@<40 hex of a commit>; a branch can move")
-    # Exclusions alone are of every file.
-    excluded = tuple(p for p in patterns if p.startswith("!"))
-    included = tuple(p for p in patterns if not p.startswith("!")) or ("**",)
+    included, excluded = globs.split_exclusions(patterns)
     every_file = _HF_FILES if name == BASE else _HF_FILES + _HF_DATA_FILES
-    allowed = tuple(glob for p in included for glob in (every_file if p == "**" else (p,)))
+    allowed = [names for glob in included for names in (every_file if glob == "**" else (_anchored(glob),))]
+    refused = [f"!{_anchored(glob)}" for glob in excluded]
     commit = PinnedFile(path="*", size_bytes=0, pin=f"commit:{match[2]}")
-    pinned = PinnedSource(uri=uri, files=(commit,), patterns=allowed + excluded)
+    pinned = PinnedSource(uri=uri, files=(commit,), patterns=(*allowed, *refused))
     # A plan needs no access to the Hub: the steps that have it list the files then.
     with contextlib.suppress(hub.Unreachable):
         return _list_commit(name, pinned, patterns)
     return pinned
 
 
+def _anchored(glob: str) -> str:
+    """Return a line's glob with a slash, so that it is not taken for one of our names in whatever folder."""
+    return glob if "/" in glob else f"./{glob}"
+
+
+def _is_taken(path: str, patterns: Sequence[str]) -> bool:
+    """Return whether a file of a commit has one of our names or matches a line's glob, and none leaves it out."""
+    included, excluded = globs.split_exclusions(patterns)
+    has_name = globs.matches_name(path, [pattern for pattern in included if "/" not in pattern])
+    return (has_name or globs.matches_any(path, included)) and not globs.matches_any(path, excluded, with_hidden=True)
+
+
 def _list_commit(name: str, source: PinnedSource, patterns: Sequence[str]) -> PinnedSource:
     """Return a commit's source with its files by their hashes; `patterns` are the line's own, for what is left out."""
 
     def is_wanted(path: str) -> bool:
-        return matches_any(path, source.patterns) and (name != BASE or safety.is_model_file(path))
+        return _is_taken(path, source.patterns) and (name != BASE or safety.is_model_file(path))
 
     def check(folder: Path) -> None:
         if name == BASE:
             safety.refuse_unsafe(folder, name)
 
     files, others = hub.list_files(source.uri, is_wanted, check)
-    left_out = tuple(path for path in others if name == BASE and matches_any(path, patterns))
-    if name == BASE:
+    is_model = name == BASE
+    left_out = tuple(path for path in others if is_model and globs.matches_any(path, patterns, with_hidden=True))
+    unmatched = [path for path in others if path not in left_out]
+    if is_model:
         safety.refuse_only_pickles((f.path for f in files), left_out, name)
     if not files:
-        raise UsageError(f"{source.uri}: has no files that match {', '.join(source.patterns)}")
+        reason = explain_no_match(unmatched, patterns) if unmatched else ""
+        raise UsageError(f"{source.uri}: has no files that match {', '.join(source.patterns)}{reason}")
     pins = tuple(PinnedFile(path=f.path, size_bytes=f.size_bytes, pin=f"sha256:{f.sha256}") for f in files)
-    return source.model_copy(update={"files": (*source.files, *pins), "left_out": left_out})
+    return source.model_copy(
+        update={
+            "files": (*source.files, *pins),
+            "left_out": left_out,
+            "unmatched": group_unmatched(unmatched, patterns),
+        }
+    )

@@ -13,7 +13,7 @@ from components.train_qlora import adapter, evaluation, history, preflight
 from components.train_qlora import control as control_module
 from components.train_qlora.data import Rows, TokenizedDataset
 from components.train_qlora.loss import summed_loss
-from components.train_qlora.training_run import TrainingRun
+from components.train_qlora.training_run import ADAPTER_FOLDER, TrainingRun
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import Diverged, TryAgain, UsageError
 from qlora_retrain.lm import chat, checkpoints, loading
@@ -197,7 +197,7 @@ def test_an_evaluation_loss_that_stays_far_above_the_best_ends_the_run(step, set
     short(max_steps=2, schedule="constant", warmup_ratio=0.0)
     assert adapter.load_weights(newest / "best").keys() == adapter.load_weights(short.adapter).keys()
     assert (newest / "best" / adapter.CONFIG_FILE).read_bytes() == (
-        newest / checkpoints.ADAPTER_FOLDER / adapter.CONFIG_FILE
+        newest / ADAPTER_FOLDER / adapter.CONFIG_FILE
     ).read_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -72,8 +73,16 @@ def test_a_header_that_comes_again_is_no_row(read_files: ReadFiles) -> None:
     """As where two files were joined, each with its byte order mark."""
     part = "\ufefftext,label\nhi,refund\n"
     assert [record.fault for record in read_files({"a.csv": part * 3})] == [
-        None, "repeated_header", None, "repeated_header", None,
+        None, "repeated_headers", None, "repeated_headers", None,
     ]  # fmt: skip
+    settings = {"checks": {"repeated_headers": "off"}}
+    assert read_files({"a.csv": part * 2}, **settings)[1].fields == {"text": "\ufefftext", "label": "label"}
+
+
+def test_a_header_is_known_in_whatever_the_joined_files_became(read_files: ReadFiles) -> None:
+    rows = [{"text": "hi", "label": "refund"}, {"text": "text", "label": "label"}, {"text": "text", "label": "x"}, {}]
+    records = read_files({"b.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    assert [record.fault for record in records] == [None, "repeated_headers", None, None]
 
 
 @pytest.mark.parametrize(

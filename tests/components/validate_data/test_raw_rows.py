@@ -255,7 +255,7 @@ def test_any_values_give_rows_in_one_form_or_a_refusal(
     values: list[dict[str, object]], config: DataConfig, is_padded: bool
 ) -> None:
     records = [Record("a", i, fields, is_padded=is_padded) for i, fields in enumerate(values, 1)]
-    with mock.patch("components.validate_data.raw_rows.read_records", return_value=iter(records)):
+    with mock.patch("components.validate_data.raw_rows.read_files", return_value=iter([("a", iter(records))])):
         try:
             good_rows = [row for row in read_rows(Path(), config, "raw_data") if not row.fault]
         except UsageError:

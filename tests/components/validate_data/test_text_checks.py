@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from components.validate_data import label_checks, language_checks, similar_rows
 from components.validate_data.checks import LOOKED_FOR, Row
+from components.validate_data.files import REPEATED_HEADERS
 from components.validate_data.row_checks import FINDERS, PLACEHOLDERS, check_texts
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.data_checks import CHECKS
@@ -123,7 +124,7 @@ def find_all(text: str) -> list[str]:
 def test_every_check_has_a_default_a_finder_and_words() -> None:
     assert (
         list(CHECKS)
-        == [*FINDERS, *language_checks.CHECKS, *label_checks.CHECKS, *similar_rows.CHECKS]
+        == [*FINDERS, *language_checks.CHECKS, REPEATED_HEADERS, *label_checks.CHECKS, *similar_rows.CHECKS]
         == list(LOOKED_FOR)
     )
     assert list(FINDERS) == list(DEFECTS)
