@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from components.validate_data.checks import Row
 from components.validate_data.label_errors import find_label_errors
 from components.validate_data.label_names import find_misspelt_labels, find_personal_labels, find_unknown_labels
+from components.validate_data.redaction import redact
 from components.validate_data.similar_rows import Texts
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core import progress
@@ -24,7 +25,7 @@ _MAX_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A row whose label is probably wrong, with the label that a classifier would give it."""
+    """A row whose label is probably wrong, with the label that a classifier would give it; both are redacted."""
 
     location: str
     label: str
@@ -45,8 +46,9 @@ def check_labels(rows: Sequence[Row], golden: Sequence[Row], config: DataConfig)
     counts = Counter(labels)
     _check_golden(golden, counts, config)
 
+    misspelt: dict[str, str] = {}
     if config.checks["misspelt_labels"] != "off":
-        misspelt = {similar.label for similar in find_misspelt_labels(counts)}
+        misspelt = {similar.label: similar.target for similar in find_misspelt_labels(counts)}
         _note(rows, [label in misspelt for label in labels], "misspelt_labels", config)
     if config.checks["personal_labels"] != "off":
         personal = set(find_personal_labels(counts))
@@ -54,11 +56,16 @@ def check_labels(rows: Sequence[Row], golden: Sequence[Row], config: DataConfig)
     if config.checks["label_errors"] == "off":
         return []
 
-    errors = find_label_errors(Texts(rows), labels, config.label_error_threshold).errors
+    # A misspelt label is the one that was meant here, so that the classifier does not find it a second time.
+    corrected_labels = [misspelt.get(label, label) for label in labels]
+    errors = find_label_errors(Texts(rows), corrected_labels, config.label_error_threshold).errors
     wrong = {error.row for error in errors}
     _note(rows, [i in wrong for i in range(len(rows))], "label_errors", config)
     ordered = sorted(errors, key=lambda error: (-error.probability, error.row))
-    return [Suspect(rows[e.row].location, labels[e.row], e.suggestion, round(e.probability, 4)) for e in ordered]
+    return [
+        Suspect(rows[e.row].location, redact(labels[e.row]), redact(e.suggestion), round(e.probability, 4))
+        for e in ordered
+    ]
 
 
 def _check_golden(golden: Sequence[Row], counts: Counter[str], config: DataConfig) -> None:
@@ -77,7 +84,7 @@ def _check_golden(golden: Sequence[Row], counts: Counter[str], config: DataConfi
         return
 
     named = [
-        f'{rows_by_label[label][0].location}: "{label}"' + (f" (did you mean {near}?)" if near else "")
+        f'{rows_by_label[label][0].location}: "{redact(label)}"' + (f" (did you mean {redact(near)}?)" if near else "")
         for label, near in list(unknown.items())[:_MAX_NAMED]
     ]
     ending = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""

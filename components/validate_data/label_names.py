@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from components.validate_data.redaction import redact
 from components.validate_data.values import near_match
 
 # More different labels are answers, and are not compared.
@@ -18,7 +19,7 @@ RARITY_FACTOR = 5
 MIN_LETTERS = 5  # of a label that may be misspelt: shorter ones are often two different words
 MIN_WORD_LETTERS = 3  # of the word in it
 
-_EMAIL = re.compile(r"[^\s@<>]+@[^\s@<>]+\.[^\s@<>.]{2,}")
+_INITIALS = re.compile(r"(?:[A-Z]\.[ -]?){1,3}[A-Z][^\W\d_]+(?:[ '-][A-Z][^\W\d_]+)?")
 _TITLED_NAME = re.compile(r"(mr|mrs|ms|miss|dr|prof|herr|frau|mme|monsieur|madame)\.? [^\W\d_]{2,}.*", re.IGNORECASE)
 # Common given names of several languages, without those that are also words, months, places or products.
 _GIVEN_NAMES = frozenset(
@@ -100,7 +101,7 @@ def find_unknown_labels(golden_labels: Iterable[str], data_labels: Iterable[str]
 
 
 def find_personal_labels(labels: Iterable[str]) -> list[str]:
-    """Return the labels that look like an e-mail address or a person's name.
+    """Return the labels that hold personal data or a secret, or look like a person's name.
 
     A name is one to three words of which the first, or the one behind a comma, is a common given name, or any word
     behind a title. Names that are also words (Mark, Grace, May) are not recognised, so that labels are not taken for
@@ -110,7 +111,7 @@ def find_personal_labels(labels: Iterable[str]) -> list[str]:
 
 
 def _is_personal(label: str) -> bool:
-    if _EMAIL.search(label) or _TITLED_NAME.fullmatch(label):
+    if redact(label) != label or _TITLED_NAME.fullmatch(label) or _INITIALS.fullmatch(label):
         return True
     surname_first = re.fullmatch(r"[^,]+, *([^,]+)", label)
     words = re.split(r"[\s._-]+", surname_first[1] if surname_first else label)

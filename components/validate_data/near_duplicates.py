@@ -45,6 +45,7 @@ def find_near_duplicates(
     threshold: float,
     is_reserved: Sequence[bool] | None = None,
     reserved_threshold: float | None = None,
+    ignored_words: frozenset[bytes] = frozenset(),
 ) -> NearDuplicates:
     """Find the texts whose words have at least this Jaccard similarity.
 
@@ -54,6 +55,7 @@ def find_near_duplicates(
         threshold: The similarity from which on two texts are near-duplicates, 0.5 to 1.
         is_reserved: (N,) Whether no near-duplicate of the row may be trained on. Without it no row is reserved.
         reserved_threshold: The similarity to a reserved row; None for the same.
+        ignored_words: Words that do not count, unless a text has no others.
 
     Raises:
         ValueError: For another threshold.
@@ -64,7 +66,7 @@ def find_near_duplicates(
             raise ValueError(f"the threshold is {value}; expected 0.5 to 1")
     lower_threshold = min(threshold, reserved_threshold)
     reserved = np.zeros(len(texts), bool) if is_reserved is None else np.asarray(is_reserved, bool)
-    template_words = _find_template_words(texts)
+    template_words = _find_template_words(texts) | ignored_words
 
     def cut(text: str) -> set[bytes]:
         words = cut_words(text)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from components.validate_data.checks import NOT_BAD, Row
 from components.validate_data.gate_rows import GateRows
+from components.validate_data.language_checks import MIN_FRACTION
+from components.validate_data.lengths import count_lengths
+from components.validate_data.redaction import redact
+from components.validate_data.shape import is_multi_turn, measure_shape
 from components.validate_data.sizes import length_limits
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.evaluation import slices
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 MAX_SUSPECTS = 20
-NUM_BARS = 16  # bars in the histogram of lengths
+MAX_FIRST_ROWS = 5
 
 
 def build_profile(
@@ -45,8 +49,9 @@ def build_profile(
     train, evaluation = ([row for row in rows if row.split == side] for side in ("train", "eval"))
     reasons = Counter(row.reason for row in rows if row.reason)
     split_rows = train + evaluation
-    # Where the check on labels fails, a label may be a row's free text and must not be shown.
+    # Where the check on labels fails, a label may be a row's free text and must not be counts.
     is_closed_set = config.task == "labels" and all(f.outcome == "met" for f in findings if f.name == "labels")
+    sides = {"train": train, "eval": evaluation, "golden": golden}
 
     return {
         "rows": {
@@ -57,6 +62,7 @@ def build_profile(
             "eval_beyond_max_eval_rows": sum(row.split == "dropped" for row in rows),
             "quarantined": sum(count for reason, count in reasons.items() if reason not in NOT_BAD),
             "not_kept": reasons["not_kept"],
+            "repeated_headers": reasons["repeated_headers"],
             "duplicates": reasons["exact_duplicate"],
             "in_golden_set": reasons["in_golden_set"],
             "in_eval_data": reasons["in_eval_data"],
@@ -65,10 +71,8 @@ def build_profile(
             "near_evaluation": reasons["near_evaluation"],
             "near_duplicates": reasons["near_duplicates"],
         },
-        "prompts": {
-            side: len({row.prompt_id for row in side_rows})
-            for side, side_rows in (("train", train), ("eval", evaluation), ("golden", golden))
-        },
+        "prompts": {side: len({row.prompt_id for row in side_rows}) for side, side_rows in sides.items()},
+        "shape": measure_shape(rows, sides, is_closed_set=is_closed_set),
         "split": {
             "eval_fraction": gate_rows.eval_fraction,
             "shared_openings": None if gate_rows.shared_openings is None else len(gate_rows.shared_openings),
@@ -85,12 +89,16 @@ def build_profile(
         "train": _lengths(train),
         "eval": _lengths(evaluation),
         "golden": _lengths(golden),
-        "length_histogram": _histogram([row.tokens for row in split_rows]),
-        "labels": _labels(train, evaluation, golden) if is_closed_set else None,
+        "length_histogram": count_lengths(
+            (row.tokens for row in rows if row.split in ("train", "eval") or row.reason == "too_long"),
+            config.max_length_tokens,
+        ),
+        "labels": _labels(sides) if is_closed_set else None,
         "languages": dict(sorted(gate_rows.languages.items(), key=lambda item: (-item[1], item[0]))),
         "suspect_labels": [asdict(s) for s in gate_rows.suspects[:MAX_SUSPECTS]] if is_closed_set else [],
         "distributions": _distributions(split_rows, is_closed_set),
         "reference": None,
+        "data_pins": {},
         "settings": {name: value for name, value in config.identity().items() if name != "template"},
         "expectations": [asdict(finding) for finding in findings],
     }
@@ -104,7 +112,7 @@ def _by_source(gate_rows: GateRows, attribute: str) -> Iterator[tuple[str, str, 
 
 
 def _chat_facts(chat_format: ChatFormat, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """Return how chats are written; a template of the line's own is named, not shown."""
+    """Return how chats are written; a template of the line's own is named, not counts."""
     own = chat_format.template is not None and "{" in chat_format.template
     return {
         "template": "a Jinja file of the line" if own else chat_format.template or "the tokenizer's own",
@@ -117,23 +125,30 @@ def _chat_facts(chat_format: ChatFormat, tokenizer: ChatTokenizer) -> dict[str, 
 
 
 def _first_rows(rows: Sequence[Row], codes: Callable[[Row], Iterable[str]]) -> dict[str, dict[str, Any]]:
-    """Return by code how many rows have it and where the first one is, the most frequent code first."""
+    """Return by code how many rows have it and where the first ones are, the most frequent code first."""
     counts: Counter[str] = Counter()
-    first_locations: dict[str, str] = {}
+    locations: dict[str, list[str]] = {}
     for row in rows:
         for code in codes(row):
             counts[code] += 1
-            first_locations.setdefault(code, row.location)
+            if counts[code] <= MAX_FIRST_ROWS:
+                locations.setdefault(code, []).append(row.location)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {code: {"rows": count, "first": first_locations[code]} for code, count in ordered}
+    return {code: {"rows": count, "first_rows": locations[code]} for code, count in ordered}
 
 
 def _checks(rows: Sequence[Row], config: DataConfig) -> dict[str, dict[str, Any]]:
-    """Return of each check that is on what it does, how many rows it found and where the first ones are."""
+    """Return of each check that is on what it does, its threshold, and how many rows it found and where."""
+    thresholds = {
+        "other_languages": MIN_FRACTION,
+        "label_errors": config.label_error_threshold,
+        "near_evaluation": config.near_evaluation_threshold,
+        "near_duplicates": config.near_duplicate_threshold,
+    }
     first_rows = _first_rows(rows, lambda row: row.hits)
-    nothing = {"rows": 0, "first": None}
+    nothing: dict[str, Any] = {"rows": 0, "first_rows": []}
     return {
-        name: {"severity": severity, **first_rows.get(name, nothing)}
+        name: {"severity": severity, "threshold": thresholds.get(name), **first_rows.get(name, nothing)}
         for name, severity in config.checks.items()
         if severity != "off"
     }
@@ -144,7 +159,7 @@ def _lengths(rows: Sequence[Row]) -> dict[str, int | None]:
     numbers: dict[str, int | None] = {
         "tokens": sum(row.tokens for row in rows),
         "supervised_tokens": sum(row.supervised_tokens for row in rows),
-        "multi_turn_rows": sum(sum(turn["role"] == "user" for turn in row.messages) > 1 for row in rows),
+        "multi_turn_rows": sum(map(is_multi_turn, rows)),
     }
 
     for name in ("tokens", "supervised_tokens"):
@@ -155,19 +170,19 @@ def _lengths(rows: Sequence[Row]) -> dict[str, int | None]:
     return numbers
 
 
-def _histogram(lengths: Sequence[int]) -> dict[str, int]:
-    # A bar spans a whole number of tokens, so that its label is a range of integers.
-    width = max(1, math.ceil((max(lengths, default=0) + 1) / NUM_BARS))
-    counts = Counter(length // width for length in lengths)
-    return {f"{i * width}-{i * width + width - 1}": counts[i] for i in range(max(counts, default=-1) + 1)}
-
-
-def _labels(train: Sequence[Row], evaluation: Sequence[Row], golden: Sequence[Row]) -> dict[str, Any]:
-    sides = {"train": train, "eval": evaluation, "golden": golden}
-    counts = {side: Counter(conversations.answer_of(row.messages) for row in rows) for side, rows in sides.items()}
+def _labels(sides: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    counts = {side: _count_labels(rows) for side, rows in sides.items()}
     total = sum(counts.values(), Counter[str]())
     repeated = {label: {side: counts[side][label] for side in sides} for label in sorted(total) if total[label] > 1}
     return {"different": len(total), "once": len(total) - len(repeated), "rows": repeated}
+
+
+def _count_labels(rows: Iterable[Row]) -> Counter[str]:
+    """Count the rows by label; secrets and personal data in a label are replaced by their kind."""
+    counts: Counter[str] = Counter()
+    for label, count in Counter(conversations.answer_of(row.messages) for row in rows).items():
+        counts[redact(label)] += count
+    return counts
 
 
 def _distributions(split_rows: Sequence[Row], is_closed_set: bool) -> dict[str, dict[str, int]]:
@@ -181,7 +196,7 @@ def _distributions(split_rows: Sequence[Row], is_closed_set: bool) -> dict[str, 
     distributions = {"length": lengths, "language": languages}
 
     if is_closed_set:
-        counts = Counter(conversations.answer_of(row.messages) for row in split_rows)
+        counts = _count_labels(split_rows)
         repeated = Counter({label: count for label, count in counts.items() if count > 1})
         # Labels that occur once are counted together. By name they would be published, and each would look like drift.
         num_once = len(counts) - len(repeated)

@@ -36,7 +36,7 @@ def explain_refusal(gate_rows: GateRows, findings: Sequence[Finding], config: Da
     if bad_reasons.total() == len(rows):
         parts = [f"every row is bad ({len(rows):,} of {len(rows):,})"]
     else:
-        parts = [_failure(finding) for finding in failed]
+        parts = [describe_finding(finding) for finding in failed]
         parts += _size_advice(gate_rows, failed, config)
 
     reason_counts = bad_reasons.most_common(_MAX_EXPLAINED_REASONS)
@@ -60,11 +60,13 @@ def compare_with_reference(
         return None, f"data refused: version {config.reference_version} has no data profile to compare with"
     before = drift.read_distributions(reference_profile)
     prompts = drift.read_prompts(reference_profile), profile["prompts"]["train"] + profile["prompts"]["eval"]
-    now = profile["distributions"]
+    now, rows_before = profile["distributions"], drift.read_rows(reference_profile)
     drifts = None if before is None else drift.compute_drift(before, now, _DRIFT_CONFIDENCE, prompts)
     document = {
         "version": config.reference_version,
         "max_drift_psi": config.max_drift_psi,
+        "rows_read": rows_before,
+        "growth": round(profile["rows"]["read"] / rows_before, 6) if rows_before else None,
         "drift": drift.as_json(drifts or []),
         "labels": dict((before or {}).get("label", {})),
     }
@@ -97,14 +99,18 @@ def explain_evaluated_before(num_rows: int, num_train: int) -> str:
 
 
 def explain_acceptance(profile: dict[str, Any], findings: Sequence[Finding]) -> str:
-    """Return the sentence about accepted data, with its warnings."""
-    rows = profile["rows"]
-    warnings = [finding.expectation for finding in findings if finding.outcome == "warn"]
-    note = f"; warnings: {', '.join(warnings)}" if warnings else ""
-    return f"accepted: {rows['train']:,} training rows and {rows['eval']:,} evaluation rows of {rows['read']:,}{note}"
+    """Return the sentence about accepted data, with the names of its warnings."""
+    rows, prompts = profile["rows"], profile["prompts"]
+    warnings = [finding.name for finding in findings if finding.outcome == "warn"]
+    note = f"; {len(warnings)} warnings: {', '.join(warnings)}" if warnings else "; no warnings"
+    sides = (
+        f"{rows['train']:,} training rows and {rows['eval']:,} evaluation rows of {prompts['eval']:,} different prompts"
+    )
+    return f"accepted: {sides}, from {rows['read']:,} rows read{note}"
 
 
-def _failure(finding: Finding) -> str:
+def describe_finding(finding: Finding) -> str:
+    """Return what was observed, and which limit it is beyond."""
     observed = finding.observed or 0
     is_too_low = finding.low is not None and observed < finding.low
     limit = f"at least {finding.low:,.4g}" if is_too_low else f"at most {finding.high:,.4g}"
@@ -132,6 +138,11 @@ def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataCon
         parts.append(explain_evaluated_before(counts["evaluated_before"], num_train))
     if counts["near_evaluation"]:
         parts.append(explain_near_evaluation(counts["near_evaluation"]))
+        num_train = sum(row.split == "train" for row in gate_rows.rows)
+        has_enough_prompts = not any(finding.name == "min_eval_prompts" for finding in failed)
+        # With these rows there would be enough, so another split is no help.
+        if has_enough_prompts and num_train + counts["near_evaluation"] >= config.min_train_rows:
+            return parts
     if gate_rows.eval_fraction is not None:
         return [*parts, explain_too_few(gate_rows.fractions, config)]
     # With an evaluation file there is no split, so only more rows help.

@@ -6,49 +6,15 @@ the names of the checks that found something, and where.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from components.validate_data import damaged_text, redaction
 from components.validate_data.checks import Row
-from components.validate_data.redaction import PLACEHOLDERS, Finder, Spans, replace
+from components.validate_data.prompt_injection import find_prompt_injection
+from components.validate_data.redaction import PLACEHOLDERS, Finder, replace
 from qlora_retrain.config.data import DataConfig
-
-_INJECTION = re.compile(
-    r"(?i)\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,30}\b(?:previous|prior|above|earlier|preceding|"
-    r"original)\b[^.!?\n]{0,20}\b(?:instruction|prompt|rule|guideline|guidance|direction|directive|command|message)s?\b"
-    r"|\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,12}\b(?:all|any|your|the|these)\b[^.!?\n]{0,12}"
-    r"\b(?:instruction|prompt|guideline|directive)s?\b"
-    r"|\b(?:reveal|print|show|repeat|output|leak)\b[^.!?\n]{0,20}\b(?:system|hidden|initial|secret)"
-    r" (?:prompt|instructions?|message)\b"
-    r"|\bdo anything now\b|\byou are now (?:in )?(?:dan|developer mode|jailbroken|unrestricted)\b|\bjailbreak mode\b"
-    r"|\bignor(?:iere|ieren sie|a|ez|e) (?:alle |todas las |toutes les |les )?(?:vorherigen|bisherigen|instrucciones|"
-    r"instructions)\b"
-)
-
-_HINTS = (
-    "instruc",
-    "prompt",
-    "guid",
-    "direct",
-    "rule",
-    "command",
-    "message",
-    "anything now",
-    "you are now",
-    "jailbreak",
-    "vorherigen",
-    "bisherigen",
-)  # of which every such phrase has one
-
-
-def find_prompt_injection(text: str) -> Spans:
-    """Return the phrases that order a model to leave its instructions."""
-    folded = text.casefold()
-    return [m.span() for m in _INJECTION.finditer(text)] if any(hint in folded for hint in _HINTS) else ()
-
 
 # In this order: of several that keep a row out, the first one is its reason.
 FINDERS: dict[str, Finder] = {

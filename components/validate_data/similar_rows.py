@@ -11,7 +11,7 @@ from typing import overload
 
 from components.validate_data.checks import Row
 from components.validate_data.near_duplicates import find_near_duplicates
-from components.validate_data.text_words import cut_words, similarity
+from components.validate_data.text_words import POLITE_WORDS, cut_words, similarity
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.evaluation import slices
 from qlora_retrain.lm import conversations
@@ -62,7 +62,7 @@ def check_similar_rows(rows: Sequence[Row], golden: Sequence[Row], config: DataC
     compared = train + (reserved if "near_evaluation" in enabled else [])
     is_reserved = [i >= len(train) for i in range(len(compared))]
     similar = find_near_duplicates(
-        Texts(compared), config.near_duplicate_threshold, is_reserved, config.near_evaluation_threshold
+        Texts(compared), config.near_duplicate_threshold, is_reserved, config.near_evaluation_threshold, POLITE_WORDS
     )
 
     for i, row in enumerate(train):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from components.validate_data.profiling import build_profile
 from components.validate_data.redaction import redacted_errors
 from components.validate_data.refusal import (
     compare_with_reference,
+    describe_finding,
     explain_acceptance,
     explain_evaluated_before,
     explain_near_evaluation,
     explain_refusal,
 )
 from components.validate_data.report import describe_row_warning, explain_evidence, report_page
+from components.validate_data.shape import check_shape
 from qlora_retrain.config.data import DataConfig
-from qlora_retrain.core import graph, json_lines, progress
+from qlora_retrain.core import graph, hashing, json_lines, progress
 from qlora_retrain.core.errors import DataRefused
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.lm import conversations
@@ -73,7 +76,9 @@ def run(
     for note in profile["chat"]["notes"]:
         progress.say(note)
     for code, entry in profile["row_warnings"].items():
-        progress.say(f"{entry['rows']:,} rows, the first {entry['first']}: {describe_row_warning(code)} ({code})")
+        progress.say(
+            f"{entry['rows']:,} rows, the first {entry['first_rows'][0]}: {describe_row_warning(code)} ({code})"
+        )
 
     num_train, num_similar = profile["rows"]["train"], profile["rows"]["near_evaluation"]
     if num_similar > MAX_SIMILAR_FRACTION * (num_train + num_similar):
@@ -93,6 +98,13 @@ def run(
         # Data that is refused anyway needs no second reason.
         refusal = refusal or drift_refusal
 
+    for finding in (shape_findings := check_shape(profile["shape"], profile["reference"], config)):
+        if finding.outcome == "warn":
+            progress.say(describe_finding(finding))
+    findings = [*findings, *shape_findings]
+    profile["expectations"] += map(asdict, shape_findings)
+    profile["data_pins"] = _hash_files(raw_data=raw_data, golden_data=golden_data, eval_data=eval_data)
+
     # Refused data is written too, since its report shows a person what to correct.
     sentence = refusal or explain_acceptance(profile, findings)
     _write_rows(dataset, gate_rows, config)
@@ -100,6 +112,17 @@ def run(
     _write_json(dataset / "profile.json", profile)
     (dataset / "report.html").write_text(report_page(profile, sentence), encoding="utf-8")
     return StepResult(_numbers(profile, gate_rows), refused=DataRefused(refusal) if refusal else None)
+
+
+def _hash_files(**folders: Path | None) -> dict[str, str]:
+    """Return the sha256 of every file that was read, by its source and name, as the plan pins them."""
+    return {
+        f"{source}/{path.relative_to(folder).as_posix()}": hashing.sha256_file(path)
+        for source, folder in folders.items()
+        if folder
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _numbers(profile: dict[str, Any], gate_rows: GateRows) -> dict[str, Number]:

@@ -22,6 +22,12 @@ _ASCII_WORDS = bytes.maketrans(
     (string.punctuation + string.ascii_uppercase).encode(),
     (" " * len(string.punctuation) + string.ascii_lowercase).encode(),
 )
+# What people add to a question when they ask it again. It says nothing about what they ask.
+POLITE_WORDS = frozenset(
+    word.encode()
+    for word in "hello hi hey dear sir madam team support good morning afternoon evening thanks thank please pls "
+    "kindly regards greetings cheers quick question hallo guten tag bitte danke bonjour merci hola gracias ciao".split()
+)
 # Inside of words these are left out: "don't" is one word, however it is quoted.
 _APOSTROPHES = "'\u2018\u2019\u02bc\uff07"
 # Thai and Lao, Tibetan and Myanmar, Khmer, kana with their marks, Han; beyond the basic plane: further kana and Han.
@@ -29,6 +35,8 @@ _NO_SPACES = (
     "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U000323af"
 )
+_CYRILLIC_OR_GREEK, _LATIN = re.compile("[\u0370-\u052f]"), re.compile("[a-z]")
+_LOOK_ALIKES = str.maketrans("асеорхуіјѕһԁԛԝαορνικχυτ", "aceopxyijshdqwaopvikxut")
 _RUN_WITHOUT_SPACES = re.compile(f"[{_NO_SPACES}]+")
 
 
@@ -38,6 +46,9 @@ def split_words(text: str) -> list[bytes]:
         return text.encode().translate(_ASCII_WORDS, b"'").split()
 
     folded = _fold(text).translate(_WORD_CHARACTERS)
+    # Letters of another script that look like Latin ones hide a word among Latin words only.
+    if _CYRILLIC_OR_GREEK.search(folded) and _LATIN.search(folded):
+        folded = folded.translate(_LOOK_ALIKES)
     runs = _RUN_WITHOUT_SPACES.findall(folded)
     words = (_RUN_WITHOUT_SPACES.sub(" ", folded) if runs else folded).encode().split()
     for run in runs:
@@ -92,8 +103,14 @@ class _WordCharacters(dict[int, int | str | None]):
     def __missing__(self, code_point: int) -> int | str | None:
         character = chr(code_point)
         is_of_word = unicodedata.category(character)[0] in "LMN"
-        self[code_point] = None if _is_unseen(character) else code_point if is_of_word else " "
+        self[code_point] = None if _is_unseen(character) else _base_letter(character) if is_of_word else " "
         return self[code_point]
+
+
+def _base_letter(character: str) -> str:
+    """Return a Latin letter without its accent, and another letter as it is."""
+    is_latin = "\u00c0" <= character <= "\u024f" or "\u1e00" <= character <= "\u1eff"
+    return unicodedata.normalize("NFD", character)[0] if is_latin else character
 
 
 _WORD_CHARACTERS = _WordCharacters()

@@ -1,10 +1,11 @@
-"""Lay out the reports of evaluate and merge_adapter, with every section, in a browser, wide and narrow."""
+"""Lay out the reports of the steps, with every section, in a browser, wide and narrow."""
 
 from __future__ import annotations
 
 import html
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 from components.evaluate.step import run as evaluate
 from components.merge_adapter.step import run as merge
+from components.validate_data.step import run as validate
+from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.lm import conversations
 
@@ -48,7 +51,7 @@ def pages(
     tiny_model: Path, tiny_nf4: Path, tiny_adapter: Path, write_reference: Callable[[Path], None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:  # fmt: skip
-    """Make the two reports of one real run that has content for every section."""
+    """Make the reports of real steps that have content for every section."""
     folder = tmp_path_factory.mktemp("screens")
     dataset, version, reference = folder / "dataset", folder / "version", folder / "reference"
     evaluation, model = folder / "evaluation", folder / "model"
@@ -76,7 +79,37 @@ def pages(
     exports = MergeConfig(device="cpu", exports=["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"],
                           max_kl_nats=0.5, min_agreement=0.5, max_export_loss_increase_nats=0.2)  # fmt: skip
     merge(exports, dataset, **inputs, evaluation=evaluation, model=model)
-    return {"evaluation": evaluation / "report.html", "merge": model / "report.html"}
+    return {
+        "evaluation": evaluation / "report.html",
+        "merge": model / "report.html",
+        "data": validate_rows(folder, tiny_model) / "report.html",
+    }
+
+
+def validate_rows(folder: Path, base_model: Path) -> Path:
+    """Run the data gate on odd rows beside other data of an earlier version, so that its page has every section."""
+    folders = {name: folder / f"data-{name}" for name in ("raw", "golden", "reference", "dataset")}
+    for path in folders.values():
+        path.mkdir()
+    rows = [make_row(i) | {"a_column_that_nothing_reads_and_that_has_a_long_name": "x"} for i in range(300)]
+    rng = random.Random(1)
+    for row in rng.sample(rows, 60):
+        row["messages"][1]["content"] = rng.choice(LABELS)  # type: ignore[index]
+    rows += [make_row(i) for i in range(3)] + [{"messages": [{"role": "user", "content": "no answer"}]}]
+    rows += [{"messages": [{"role": "user", "content": "long " * 3000}, {"role": "assistant", "content": "refund"}]}]
+    name = "a_file_with_a_long_name_" * 3 + ".jsonl"
+    (folders["raw"] / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folders["golden"] / "golden.jsonl").write_text(json.dumps(make_row(900)) + "\n")
+    write_profile(folders["reference"] / "data", (250, 20, 100, 30))
+    config = DataConfig(
+        task="labels", split_seed="screens", min_eval_prompts=5, reference_version="20260131T000000Z-0123456789ab",
+        checks={"near_evaluation": "warn"}, max_duplicates_fraction=0.9, label_error_threshold=0.001,
+    )  # fmt: skip
+    validate(
+        config, raw_data=folders["raw"], base_model=base_model, golden_data=folders["golden"],
+        reference_profile=folders["reference"], eval_data=None, evaluation_history=None, dataset=folders["dataset"],
+    )  # fmt: skip
+    return folders["dataset"]
 
 
 def laid_out_width(page: Path, width: int, work: Path) -> int:
@@ -107,7 +140,7 @@ def laid_out_width(page: Path, width: int, work: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("name", ["evaluation", "merge"])
+@pytest.mark.parametrize("name", ["evaluation", "merge", "data"])
 def test_no_page_is_wider_than_its_window(pages: dict[str, Path], tmp_path: Path, name: str, width: int) -> None:
     assert laid_out_width(pages[name], width, tmp_path) <= width
 
@@ -137,4 +170,19 @@ def test_the_pages_have_every_section(pages: dict[str, Path]) -> None:
         "Exported forms",
         "Serving the adapter without merging",
         "Merge statistics",
+    ]
+    assert headings["data"] == [
+        "Look at these first",
+        "From the files to the data set",
+        "What each side holds",
+        "Rules about what rows say",
+        "Lengths",
+        "Labels",
+        "Labels that are probably wrong",
+        "Languages",
+        "Drift from the reference",
+        "Limits",
+        "What was taken as the chat",
+        "Columns that nothing reads",
+        "What this page is about",
     ]

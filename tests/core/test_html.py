@@ -155,3 +155,28 @@ def test_a_forest_plot_puts_every_interval_under_one_scale_and_escapes_its_names
 def test_a_forest_plot_of_nothing_says_so() -> None:
     assert "nothing was measured" in report.forest_plot([], "gain")
     assert "nothing was measured" in report.forest_plot([report.ForestRow("x", math.nan, math.nan, math.nan)], "gain")
+
+
+def test_a_stacked_table_names_each_cell_and_scrolls_nothing() -> None:
+    markup = report.table(["<rule>", "rows", "share", "first"], [["a", 1, "2%", "b.jsonl:1"]], stack=True)
+    assert 'data-label="&lt;rule&gt;"' in markup
+    assert 'data-label="rows">1</td>' in markup
+    assert "wide" not in markup
+
+
+def test_bars_have_a_limit_and_a_second_bar_on_one_scale() -> None:
+    chart = report.bar_chart({"a": 1.0, "b": 4.0}, before={"a": 2.0}, limit=5.0, out=["b"], notes={"a": "<note>"})
+    # The limit is the longest of all.
+    assert re.findall(r'class="bar([^"]*)" style="width:([\d.]+)%', chart) == [
+        ("", "20.00"), (" before", "40.00"), (" out", "80.00")
+    ]  # fmt: skip
+    assert chart.count('class="limit" style="left:100.00%"') == 2
+    assert "&lt;note&gt;" in chart
+    assert "width:10.00%" in report.bar_chart({"a": 1.0}, longest=10.0)
+
+
+def test_lists_and_folded_blocks_escape_what_they_hold() -> None:
+    markup = report.bullets([EVIL, report.join(report.highlight("warn"), EVIL)]) + report.details(EVIL, EVIL)
+    document = outline(markup)
+    assert document.text.count(EVIL) == 4
+    assert "script" not in document.tags

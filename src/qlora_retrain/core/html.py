@@ -10,8 +10,10 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from qlora_retrain.core.html_style import STYLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,36 +28,11 @@ class ForestRow:
 
 
 class Html(str):
-    """Markup that this module made. Every other `str` is escaped before it enters a page."""
+    """Markup that is safe to show. Every other `str` is escaped before it enters a page."""
 
     __slots__ = ()
 
 
-_STYLE = """
-:root{color-scheme:light dark;--text:#1b1f24;--soft:#59636e;--line:#d1d9e0;--back:#fff;
---s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b5578f;--s4:#a87400;--s5:#3f8fc0}
-@media(prefers-color-scheme:dark){:root{--text:#e6edf3;--soft:#9198a1;--line:#3d444d;--back:#0d1117;
---s0:#56b4e9;--s1:#ff8c42;--s2:#2cc79a;--s3:#e49bc4;--s4:#e6b422;--s5:#8fc7ff}}
-body{max-width:76rem;margin:2rem auto;padding:0 1rem;background:var(--back);color:var(--text);
-font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.sentence{font-size:1.1rem;font-weight:600}
-table{border-collapse:collapse;margin:.8rem 0;width:100%}caption{text-align:left;color:var(--soft)}
-th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
-overflow-wrap:break-word}th{color:var(--soft);font-weight:600}.bad{color:var(--s1);font-weight:600}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-p,table,figure{max-width:60rem}.wide table{max-width:none}.wide{overflow-x:auto}
-.wide .note{white-space:nowrap}@media(max-width:40rem){.wide table{min-width:38rem}}
-.wide tr>:first-child{position:sticky;left:0;background:var(--back)}
-.facts{width:auto}.facts th{min-width:6rem}.facts td{white-space:pre-line}
-.bars td:last-child{width:60%}.bar{height:.8rem;background:var(--s0);min-width:1px}
-.marks td:last-child{width:58%}.note{color:var(--soft);font-size:.85rem}
-.forest{position:relative;height:1.1rem;margin-top:.25rem}.forest i{position:absolute;top:0;bottom:0}
-.forest .zero{border-left:1px solid var(--soft)}.forest .range{top:.5rem;bottom:auto;height:2px;background:var(--s0)}
-.forest .point{top:.3rem;width:.5rem;height:.5rem;margin-left:-.25rem;border-radius:50%;background:var(--s0)}
-.forest .limit{border-left:2px dashed var(--s1)}.scale{display:flex;justify-content:space-between}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}.grid{stroke:var(--line)}
-.key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:1.4rem;border-top:3px solid}
-"""
 _COLOURS = 6
 _MAX_WORD_LETTERS = 20  # the width of a column on a telephone
 # Where a long word may be broken: after one of its separators, otherwise after _MAX_WORD_LETTERS letters.
@@ -73,7 +50,7 @@ def page(title: str, sentence: str, *blocks: str) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{_text(title)}</h1>\n"
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{_text(title)}</h1>\n"
         f'<p class="sentence">{_text(sentence)}</p>\n{_join_blocks(blocks)}\n</body>\n</html>\n'
     )
 
@@ -83,8 +60,26 @@ def section(heading: str, *blocks: str) -> Html:
     return Html(f"<section>\n<h2>{_text(heading)}</h2>\n{_join_blocks(blocks)}\n</section>")
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
-    """Return a table; numbers are aligned right and rounded to four digits."""
+def bullets(items: Iterable[str]) -> Html:
+    """Return a list of sentences."""
+    body = "".join(f"<li>{item if isinstance(item, Html) else _text(item)}</li>\n" for item in items)
+    return Html(f"<ul>\n{body}</ul>")
+
+
+def details(summary: str, *blocks: str) -> Html:
+    """Return blocks that are shown when the reader opens them."""
+    return Html(f"<details><summary>{_text(summary)}</summary>\n{_join_blocks(blocks)}\n</details>")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", stack: bool = False) -> Html:
+    """Return a table; numbers are aligned right and rounded to four digits.
+
+    Args:
+        headers: The names of the columns.
+        rows: The cells of each line.
+        caption: A sentence above.
+        stack: On a narrow screen write a line's cells below each other, each with its header, and scroll nothing.
+    """
     row_list = list(rows)
     # The first row says which columns hold numbers, so that a header stands over its column.
     first = row_list[0] if row_list else ()
@@ -94,15 +89,18 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
         for h, n in zip(headers, is_numeric, strict=True)
     )
 
-    body = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>\n" for row in row_list)
+    labels = headers if stack else [""] * len(headers)
+    body = "".join(f"<tr>{''.join(map(_cell, row, labels))}</tr>\n" for row in row_list)
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
+    if stack:
+        return Html(f'<table class="stack">{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>')
     markup = f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
     return Html(f'<div class="wide">{markup}</div>' if len(headers) > _NARROW_COLUMNS else markup)
 
 
 def key_value_table(mapping: Mapping[str, object]) -> Html:
     """Return a table of names and values, one pair a line; units belong in the names."""
-    body = "".join(f"<tr><th>{_text(name)}</th>{_cell(value)}</tr>\n" for name, value in mapping.items())
+    body = "".join(f"<tr><th>{_breakable(name)}</th>{_cell(value)}</tr>\n" for name, value in mapping.items())
     return Html(f'<table class="facts"><tbody>\n{body}</tbody></table>')
 
 
@@ -111,27 +109,56 @@ def highlight(text: str) -> Html:
     return Html(f'<span class="bad">{_text(text)}</span>')
 
 
+def join(*parts: str) -> Html:
+    """Return words and markup as one piece of markup."""
+    return Html("".join(part if isinstance(part, Html) else _text(part) for part in parts))
+
+
 def with_interval(value: str, interval: str) -> Html:
     """Return a number of a table with its interval on the line below, where it is never broken."""
     return Html(f'{_text(value)}<br><span class="note">{_text(interval)}</span>')
 
 
-def bar_chart(values: Mapping[str, float], caption: str = "", notes: Mapping[str, str] | None = None) -> Html:
+def bar_chart(
+    values: Mapping[str, float],
+    caption: str = "",
+    notes: Mapping[str, str] | None = None,
+    *,
+    before: Mapping[str, float] | None = None,
+    limit: float | None = None,
+    out: Collection[str] = (),
+    longest: float = 0.0,
+) -> Html:
     """Return one horizontal bar per name; a value that is negative or not finite gets no bar.
 
     Args:
         values: The lengths, by name.
         caption: A sentence above.
-        notes: By name, words in small letters below it.
+        notes: By name, words in small letters below its bar.
+        before: By name, the length of a thin second bar to compare with.
+        limit: Where a dashed line crosses the bars.
+        out: The names whose bars have the warning colour.
+        longest: The least value of a whole bar, so that two charts have one scale.
     """
     # NaN would make every comparison false, and an infinite value would shrink all other bars to nothing.
-    longest = max((v for v in values.values() if math.isfinite(v)), default=0.0)
+    lengths = [*values.values(), *(before or {}).values(), *([] if limit is None else [limit])]
+    longest = max([longest, *(v for v in lengths if math.isfinite(v))])
+
+    def bar(value: float, style: str) -> str:
+        percent = value / longest * 100 if longest > 0 and math.isfinite(value) and value > 0 else 0.0
+        return f'<div class="bar{style}" style="width:{percent:.2f}%"></div>' if percent else ""
+
+    limit_mark = (
+        "" if limit is None or longest <= 0 else f'<i class="limit" style="left:{limit / longest * 100:.2f}%"></i>'
+    )
     body = ""
     for name, value in values.items():
-        percent = value / longest * 100 if longest > 0 and math.isfinite(value) and value > 0 else 0.0
-        bar = f'<div class="bar" style="width:{percent:.2f}%"></div>' if percent else ""
-        note = f'<br><span class="note">{_text(notes[name])}</span>' if notes and name in notes else ""
-        body += f"<tr><td>{_breakable(name)}{note}</td>{_cell(value)}<td>{bar}</td></tr>\n"
+        bars = bar(value, " out" if name in out else "") + (bar(before.get(name, 0.0), " before") if before else "")
+        body += (
+            f'<tr><td>{_breakable(name)}</td>{_cell(value)}<td><div class="plot">{bars}{limit_mark}</div></td></tr>\n'
+        )
+        if notes and name in notes:
+            body += f'<tr class="under"><td colspan="3" class="note">{_breakable(notes[name])}</td></tr>\n'
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return Html(f'<table class="bars">{title}<tbody>\n{body}</tbody></table>')
 
@@ -236,15 +263,16 @@ def _join_blocks(blocks: Iterable[str]) -> str:
     return "\n".join(b if isinstance(b, Html) else f"<p>{_text(b)}</p>" for b in blocks)
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, label: str = "") -> str:
+    name = f' data-label="{_text(label)}"' if label else ""
     if isinstance(value, Html):
-        return f"<td>{value}</td>"
+        return f"<td{name}>{value}</td>"
     # Before the numbers: in Python True is an int.
     if isinstance(value, bool) or value is None:
-        return f"<td>{'-' if value is None else 'yes' if value else 'no'}</td>"
+        return f"<td{name}>{'-' if value is None else 'yes' if value else 'no'}</td>"
     if isinstance(value, (int, float)):
-        return f'<td class="n">{_number(value)}</td>'
-    return f"<td>{_breakable(value)}</td>"
+        return f'<td class="n"{name}>{_number(value)}</td>'
+    return f"<td{name}>{_breakable(value)}</td>"
 
 
 def _is_number(value: object) -> bool:

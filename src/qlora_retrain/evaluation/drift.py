@@ -69,6 +69,12 @@ def read_prompts(profile: Path) -> int | None:
     return prompts["train"] + prompts["eval"] if prompts else None
 
 
+def read_rows(profile: Path) -> int | None:
+    """Return how many rows were read for a data set's `profile.json`; None where an older release does not say so."""
+    rows = json.loads(profile.read_text(encoding="utf-8")).get("rows")
+    return rows.get("read") if isinstance(rows, dict) else None
+
+
 def compute_drift(
     before: Mapping[str, Counts],
     now: Mapping[str, Counts],

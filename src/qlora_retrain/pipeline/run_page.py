@@ -33,8 +33,21 @@ def page(plan: Plan) -> str:
         sentence(plan),
         html.table(("step", "state", "result"), rows),
         html.section("Files", *folders),
+        html.section("What the run is about", *_pinned_files(plan)),
         html.section("Plan", plan.uri),
     )
+
+
+def _pinned_files(plan: Plan) -> list[html.Html]:
+    """Return the files of each source with their pins, by which the reports of its artifacts name them too."""
+    return [
+        html.details(
+            f"{name}: {len(source.files):,} files or commits",
+            html.table(("file", "bytes", "pin"), [(file.path, file.size_bytes, file.pin) for file in source.files]),
+        )
+        for name, source in plan.sources.items()
+        if source
+    ]
 
 
 def sentence(plan: Plan) -> str:

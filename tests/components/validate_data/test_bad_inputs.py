@@ -56,6 +56,7 @@ def judge(case: Case, folder: Path, base_model: Path, change: Change = bytes) ->
             base_model=base_model,
             golden_data=golden,
             reference_profile=None,
+            evaluation_history=None,
             eval_data=evaluation,
             dataset=folder / "dataset",
         ).refused

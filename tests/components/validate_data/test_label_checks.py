@@ -72,3 +72,30 @@ def test_a_golden_label_that_is_nowhere_in_the_data_is_refused_with_the_near_mat
         check(rows_of(20), golden)
     check(rows_of(20), golden, checks={"unknown_golden_labels": "warn"})
     assert [r.hits for r in golden] == [(), ("unknown_golden_labels",) * 2]
+
+
+def test_a_misspelt_label_is_not_found_a_second_time() -> None:
+    rows = rows_of(200)
+    for i in range(1, 20, 2):
+        rows[i] = row(i, "money back return repay amount", "REFUND")
+    assert check(rows) == []
+    assert sum("misspelt_labels" in r.hits for r in rows) == 10
+
+
+def test_a_label_with_personal_data_is_noted_and_shown_without_it() -> None:
+    rows = rows_of(200)
+    rows += [row(300 + i, f"where does he sit {i}", "ann.lee@mail-host.io") for i in range(8)]
+    rows += [row(400 + i, f"which number has she {i}", "+49 170 1234567") for i in range(8)]
+    rows[17] = row(17, "where does he sit", "delivery")
+    rows[18] = row(18, "which number has she", "refund")
+    suspects = check_labels(rows, [], DataConfig(task="labels", label_error_threshold=0.01))
+    assert {r.number // 100 for r in rows if "personal_labels" in r.hits} == {3, 4}
+    assert not any(text in str(suspects) for text in ("ann.lee", "1234567"))
+
+
+def test_an_unknown_golden_label_is_named_without_its_secret() -> None:
+    secret = "sk_" + "live_4eC39HqLyjWDarjtT1zdp7dc"
+    with pytest.raises(UsageError, match="labels that are nowhere in the data") as caught:
+        check(rows_of(200), [row(1, "a question", secret)])
+    assert '"[access key]"' in str(caught.value)
+    assert secret not in str(caught.value)

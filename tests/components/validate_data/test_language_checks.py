@@ -69,3 +69,22 @@ def test_data_of_two_languages_has_both_and_data_of_many_has_none() -> None:
     check_languages(rows, DataConfig())
     assert all(row.hits == () for row in rows)
     assert check_languages(rows, DataConfig(checks={"other_languages": "off"})) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Ich brauche Hilfe", "Ma carte a été volée", "Necesito ayuda", "Gdzie jest moja karta?", "请帮忙", "Где деньги"],
+)
+def test_a_short_text_is_judged_beside_the_languages_of_the_data(text: str) -> None:
+    row = Row("b.jsonl", 1, [{"role": "user", "content": text}], "0", split="train")
+    check_languages([*rows_of("en", 300), row], DataConfig())
+    assert row.hits == ("other_languages",)
+
+
+@pytest.mark.parametrize(
+    "text", ["Help me", "self._client_ip = None", "https://fastapi.example.com/", "12 + 7 = ?", "| a | b |\n| 1 | 2 |"]
+)
+def test_code_and_addresses_are_of_no_other_language(text: str) -> None:
+    row = Row("b.jsonl", 1, [{"role": "user", "content": text}], "0", split="train")
+    check_languages([*rows_of("en", 300), row], DataConfig())
+    assert row.hits == ()

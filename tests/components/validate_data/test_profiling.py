@@ -47,8 +47,8 @@ def test_warnings_of_rows_are_counted_with_their_first_row() -> None:
     rows += [row(4, None, reason="too_long", warnings=("end_appended",)), row(5, "dropped", warnings=("end_appended",))]
     profile = profile_of(rows, DataConfig())
     assert profile["row_warnings"] == {
-        "trimmed_ends": {"rows": 2, "first": "a.jsonl:2"},
-        "end_appended": {"rows": 1, "first": "a.jsonl:3"},
+        "trimmed_ends": {"rows": 2, "first_rows": ["a.jsonl:2", "a.jsonl:3"]},
+        "end_appended": {"rows": 1, "first_rows": ["a.jsonl:3"]},
     }
     page = report_page(profile, "accepted")
     assert ROW_WARNINGS["trimmed_ends"] in page

@@ -85,3 +85,20 @@ def test_the_order_of_the_rows_does_not_decide_what_the_walls_keep_out(reverse: 
     rows = rows[::-1] if reverse else rows
     check(rows)
     assert [r.messages[0]["content"] for r in rows if r.split == "train"] == [UNRELATED]
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        f"Hi there! {QUESTION} Thanks in advance, kind regards",
+        f"Dear support team, {' '.join(reversed(QUESTION.split()))} please",
+        QUESTION.replace("o", "о").replace("e", "е"),  # Cyrillic letters that look alike
+        QUESTION.upper().replace("E", "É"),
+    ],
+)
+def test_politeness_and_letters_that_look_alike_make_no_other_question(copy: str) -> None:
+    assert check([row(copy), row(UNRELATED), row(QUESTION, split="eval")]) == ["near_evaluation", None, None]
+
+
+def test_a_greeting_alone_is_like_no_other_row() -> None:
+    assert check([row("hello dear team"), row(f"Hello {QUESTION}", split="eval")]) == [None, None]

@@ -16,6 +16,7 @@ import pytest
 from components.validate_data import expectations
 from components.validate_data.step import run
 from qlora_retrain.config.data import DataConfig
+from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Exit, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import chat, conversations
@@ -300,14 +301,44 @@ def test_a_secret_keeps_its_row_out_and_stands_in_no_output(gate: Gate, capfd: p
 
     assert report.refused is None
     profile = json.loads((dataset / "profile.json").read_text())
-    assert profile["checks"]["passwords"] == {"severity": "drop", "rows": 1, "first": "tickets.jsonl:8"}
-    assert profile["checks"]["emails"] == {"severity": "redact", "rows": 1, "first": "tickets.jsonl:9"}
-    assert profile["checks"]["mojibake"] == {"severity": "drop", "rows": 0, "first": None}
+    for name, severity, places in (
+        ("passwords", "drop", ["tickets.jsonl:8"]), ("emails", "redact", ["tickets.jsonl:9"]), ("mojibake", "drop", [])
+    ):  # fmt: skip
+        expected = {"severity": severity, "threshold": None, "rows": len(places), "first_rows": places}
+        assert profile["checks"][name] == expected
     assert profile["rows"]["quarantined"] == 1
     assert lines(dataset / "quarantine.jsonl")[0]["reason"] == "passwords"
     outputs = [path.read_text(encoding="utf-8") for path in dataset.iterdir()] + [*capfd.readouterr(), str(report)]
     assert not any(text in output for output in outputs for text in (secret, address))
     assert "write to [email]" in (dataset / "train.jsonl").read_text() + (dataset / "eval.jsonl").read_text()
+
+
+def test_a_secret_in_a_label_stands_in_no_report_and_no_log(gate: Gate, capfd: pytest.CaptureFixture[str]) -> None:
+    address, number = "canary.person@mail-host.io", "+49 170 1234567"
+    rows = [*good(300), *(pair(f"who sits at desk {i}", (address, number)[i % 2]) for i in range(12))]
+    report, dataset = gate(rows)
+    assert report.refused is None
+    outputs = [(dataset / name).read_text(encoding="utf-8") for name in ("profile.json", "report.html")]
+    assert not any(text in output for output in (*outputs, *capfd.readouterr()) for text in (address, number))
+    assert json.loads(outputs[0])["labels"]["rows"].keys() == {*INTENTS, "[email]", "[phone number]"}
+
+    # Redaction replaces it in the label as well, so that no model learns it.
+    _, dataset = gate(rows, checks={"emails": "redact", "phone_numbers": "redact"})
+    assert json.loads((dataset / "dataset.json").read_text())["labels"] == sorted(
+        [*INTENTS, "[email]", "[phone number]"]
+    )
+
+
+def test_the_report_names_the_data_and_every_run_makes_the_same(gate: Gate) -> None:
+    _, dataset = gate(good(300), golden=[pair("a golden question", "login")])
+    pins = json.loads((dataset / "profile.json").read_text())["data_pins"]
+    folder = dataset.parent
+    assert pins == {
+        f"{source}/{folder_name}.jsonl": hashing.sha256_file(folder / folder_name / f"{folder_name}.jsonl")
+        for source, folder_name in (("golden_data", "golden"), ("raw_data", "tickets"))
+    }
+    page = (dataset / "report.html").read_text()
+    assert all(sha256 in page.replace("<wbr>", "") for sha256 in pins.values())
 
 
 def test_a_file_without_a_header_shows_no_personal_data(tmp_path: Path, tiny_model: Path) -> None:
@@ -333,6 +364,7 @@ def test_data_of_one_template_says_what_keeps_its_rows_out(gate: Gate, capfd: py
     words = f"{kept_out} rows were kept out of training, since they nearly equal an evaluation or golden row"
     assert words in str(report.refused)
     assert "data.group_field" in str(report.refused)
+    assert "data.eval_fraction" not in str(report.refused)  # another split is no help
     assert words in capfd.readouterr().out
 
 
