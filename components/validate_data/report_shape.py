@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from components.validate_data import language_checks
 from components.validate_data.lengths import plot_lengths
 from components.validate_data.sizes import describe_length_limits
 from qlora_retrain.core import html
@@ -114,7 +115,10 @@ def show_languages(profile: dict[str, Any]) -> html.Html | None:
     languages = profile["languages"] or dict(sorted(stated.items(), key=lambda item: (-item[1], item[0])))
     total = max(1, sum(languages.values()))
     notes = {name: percent(count / total) for name, count in languages.items()}
-    caption = "number of rows by language, training and evaluation; texts too short to tell are not counted"
+    caption = (
+        "number of rows by language, training and evaluation; texts too short to tell are not counted, and where the "
+        f"check only warns, no more than {language_checks.MAX_ROWS:,} rows are judged"
+    )
     return html.bar_chart(languages, caption, notes) if languages else None
 
 
