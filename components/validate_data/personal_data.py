@@ -10,6 +10,7 @@ import ipaddress
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 Spans = Sequence[tuple[int, int]]
 
@@ -76,7 +77,6 @@ _SSN_NAME = re.compile(
 )
 
 _TWO_DIGITS = re.compile(r"\d[ -]?\d")
-_IBAN_START = re.compile(r"[A-Za-z]{2}[ -]?\d[ -]?\d")
 _IBAN_BODY = re.compile(r"(?:[ ._-]{0,2}[A-Za-z0-9])+")
 # The length of a country's account numbers, as SWIFT registers them.
 _IBAN_LENGTHS = {
@@ -132,6 +132,7 @@ class _PlainCharacters(dict[int, int]):
 _PLAIN_CHARACTERS = _PlainCharacters()
 
 
+@lru_cache(1)  # each check of a text asks for it
 def _plain(text: str) -> str:
     """Return a text of the same length in which numbers are written with ASCII digits, spaces and hyphens."""
     return text if text.isascii() else text.translate(_PLAIN_CHARACTERS)
@@ -204,19 +205,20 @@ def find_social_security_numbers(text: str) -> Spans:
 def find_ibans(text: str) -> Spans:
     """Return the account numbers whose country, length and check digits (ISO 7064, mod 97) are right."""
     text = _plain(text)
-    if not _TWO_DIGITS.search(text):
-        return ()
     spans = []
-    for start in _IBAN_START.finditer(text):
-        before = text[max(0, start.start() - 4) : start.start()]
-        if before[-1:].isalnum() and before.upper() != "IBAN":
+    for digits in _TWO_DIGITS.finditer(text):
+        # The country stands right in front of the two check digits, or one separator before them.
+        end_of_country = digits.start() - (text[max(0, digits.start() - 1) : digits.start()] in (" ", "-"))
+        start = max(0, end_of_country - 2)
+        length = _IBAN_LENGTH.get(text[start:end_of_country].upper())
+        before = text[max(0, start - 4) : start]
+        if length is None or (before[-1:].isalnum() and before.upper() != "IBAN"):
             continue
-        length = _IBAN_LENGTH.get(start.group()[:2].upper())
         # Groups of four with up to two separators behind each: half as many characters more at most.
-        body = _IBAN_BODY.match(text, start.start(), start.start() + 2 * (length or 0))
-        end = _iban_end(body.group(), length) if body and length else None
-        if end is not None and not text[start.start() + end : start.start() + end + 1].isalnum():
-            spans.append((start.start(), start.start() + end))
+        body = _IBAN_BODY.match(text, start, start + 2 * length)
+        end = _iban_end(body.group(), length) if body else None
+        if end is not None and not text[start + end : start + end + 1].isalnum():
+            spans.append((start, start + end))
     return spans
 
 
