@@ -17,7 +17,7 @@ from components.merge_adapter.weights import SafetensorsFolder
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import loading, model_files
 from qlora_retrain.lm.model_files import INDEX, SINGLE_FILE, weight_files
-from qlora_retrain.storage.sources import matches_any
+from qlora_retrain.storage.globs import matches_any
 
 SHARDS = [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]
 SETTINGS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -61,7 +61,7 @@ class Line:
         sides = {name: count for name, count in counts.items() if name not in ("read", "golden")}
         assert counts["read"] == sum(sides.values())
         assert counts["quarantined"] == 0
-        assert ("- evaluated_before" in self._read(plan, "report.html")) == (num_evaluated > 0)
+        assert ("evaluated_before</" in self._read(plan, "report.html")) == (num_evaluated > 0)
         return plan, num_evaluated
 
     def prompts(self, plan: Plan, name: str) -> set[str]:
