@@ -5,8 +5,8 @@ equivalence" (arXiv 2410.21228). An intruder is a singular vector of W + BA whos
 any singular vector of W is below epsilon.
 
 As in the paper (and in PEFT's `reduce_intruder_dimension`), left singular vectors are compared, and only the `top_k`
-strongest of W + BA. W is what the challenger computes with: the values of the 4-bit weights. DoRA's magnitudes are
-left out.
+strongest of W + BA. W is what the challenger computes with: the values of the 4-bit weights. With DoRA the rows of
+W + BA have their trained lengths.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ def count_intruders(model: PeftModel, *, top_k: int, epsilon: float) -> list[Lay
 
 
 def weight_pairs(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield each adapted matrix as its path in the model, W and W + BA; both are (out, in) in fp32."""
+    """Yield each adapted matrix as its path in the model, W and what replaces it; both are (out, in) in fp32."""
     for name, module in _lora_layers(model):
         base = _dequantize(module.get_base_layer())
-        yield name.removeprefix("base_model.model."), base, base + module.get_delta_weight("default").float()
+        tuned = base + module.get_delta_weight("default").float()
+        if hasattr(module, "row_scale"):
+            tuned.mul_(module.row_scale.view(-1, 1))
+        yield name.removeprefix("base_model.model."), base, tuned
 
 
 def max_similarities(base: torch.Tensor, tuned: torch.Tensor, top_k: int) -> torch.Tensor:

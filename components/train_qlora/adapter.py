@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Linear
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from components.train_qlora.fused_lora import fuse_lora_layers
 from components.train_qlora.logits import logits_kind
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
-from components.train_qlora.methods import method_of
+from components.train_qlora.methods import Lora, method_of
 from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
@@ -30,18 +31,25 @@ ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Attach a new adapter to the frozen base; A is random (seed it before), B is zero, both are fp32.
+def attach_new(model: PreTrainedModel, config: TrainConfig, method: Lora | None = None) -> PeftModel:
+    """Attach a new adapter to the frozen base; it is random (seed it before), changes no output yet, and is fp32.
+
+    Args:
+        model: The base.
+        config: The settings.
+        method: The one of the settings, where the caller shares it with an optimizer.
 
     Raises:
         UsageError: If `target_modules` names no layer of this model, or the model does not support
             gradient checkpointing.
     """
+    method = method or method_of(config)
     lora_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=method_of(config).alpha,
+        r=method.rank,
+        lora_alpha=method.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.method == "rslora",
+        use_dora=method.has_magnitudes,
         target_modules=target_modules(model, config.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
@@ -54,10 +62,13 @@ def attach_new(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         raise UsageError(f"train.target_modules: PEFT cannot adapt {type(model).__name__}: {error}") from error
     peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
     _refuse_missed_layers(peft_model, layer_names)
+    for layer in peft_model.modules():
+        if hasattr(layer, "lora_A"):
+            method.extend(layer)
 
     # All of them run a probe through the model. So the adapter must be attached, and eval mode turns dropout off.
     patch_norms_and_mlps(peft_model.eval(), config.kernels)
-    fuse_lora_layers(peft_model)
+    fuse_lora_layers(peft_model, method)
     logits_kind(peft_model)
     probe_rows(peft_model)
 
@@ -156,20 +167,38 @@ def save(model: PeftModel, folder: Path) -> None:
 def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
     """Write the adapter as plain LoRA with delta W = B A: alpha is the rank, and the scale is in B.
 
-    llama.cpp does not read `use_rslora`, and vLLM no alpha of a single layer; both read this form.
+    llama.cpp does not read `use_rslora`, and vLLM no rank or alpha of a single layer; both read this form. So all
+    layers have the largest rank, where the method gives them several; the rows of A beyond a layer's own are zero.
     """
     save(model, folder)
-    method, weights = method_of(config), load_weights(folder)
-    for name_a in [name for name in weights if name.endswith("lora_A.weight")]:
-        name_b = name_a.replace("lora_A", "lora_B")
-        weights[name_a], weights[name_b] = method.to_lora(weights[name_a], weights[name_b])
+    method, weights = method_of(config), dict[str, Tensor]()
+    matrices = {}
+    for name, tensors in tensors_by_layer(load_weights(folder)).items():
+        matrices[name] = method.to_lora(tensors)
+        if method.has_magnitudes:
+            weights[f"{name}.lora_magnitude_vector"] = tensors["magnitude_vector"]
+
+    rank = max(len(a) for a, _ in matrices.values())
+    for name, (a, b) in matrices.items():
+        missing_rows = rank - len(a)
+        weights[f"{name}.lora_A.weight"] = pad(a, (0, 0, 0, missing_rows))
+        weights[f"{name}.lora_B.weight"] = pad(b, (0, missing_rows)).contiguous()
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)
 
     path = folder / CONFIG_FILE
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    document |= {"lora_alpha": document["r"], "use_rslora": False}
+    document |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensors_by_layer(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return an adapter's tensors by the layer's name, and by what their own has after `lora_`, e.g. `A`."""
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        layer, _, part = name.removesuffix(".weight").rpartition(".lora_")
+        by_layer.setdefault(layer, {})[part] = tensor
+    return by_layer
 
 
 def save_weights(weights: dict[str, Tensor], config_folder: Path, folder: Path) -> None:
@@ -200,12 +229,13 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def trainable_by_layer(model: PeftModel) -> list[tuple[str, int, int]]:
     """Return (layer name, number of such layers, trainable parameters in all of them) for adapted layers, sorted."""
-    sizes_by_name: dict[str, list[int]] = {}
+    sizes_by_name: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            sizes_by_name.setdefault(name.split(".lora_")[0].rsplit(".", 1)[-1], []).append(parameter.numel())
-    # Each layer has two trainable parameters, A and B.
-    return [(name, len(sizes) // 2, sum(sizes)) for name, sizes in sorted(sizes_by_name.items())]
+            path = name.split(".lora_")[0]
+            sizes = sizes_by_name.setdefault(path.rsplit(".", 1)[-1], {})
+            sizes[path] = sizes.get(path, 0) + parameter.numel()
+    return [(name, len(sizes), sum(sizes.values())) for name, sizes in sorted(sizes_by_name.items())]
 
 
 def trainable_parameters(model: PeftModel) -> int:

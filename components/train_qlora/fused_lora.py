@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -21,15 +21,34 @@ from torch import Tensor
 from torch.nn import Module
 
 ADAPTER_NAME = "default"  # PEFT's name for the only adapter
+Matrices = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 RECOMPUTE_ATTRIBUTE = (
     "recompute_from"  # set on a tensor: the function and the inputs that recompute it in the backward pass
 )
 
 
-def fuse_lora_layers(model: PeftModel) -> int:
+class ForwardMethod(Protocol):
+    """What a forward pass asks the method of `train.method`."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by at this step."""
+
+    def matrices(self, layer: Any) -> Matrices:
+        """Return A and B of a layer at this step."""
+
+    def scale_output(self, layer: Any, output: Tensor) -> Tensor:
+        """Return the output of a layer as the method changes it."""
+
+
+def fuse_lora_layers(model: PeftModel, method: ForwardMethod) -> int:
     """Compute every adapted layer by `FusedLoRAFunction`, together with the layers that share its input.
 
     Hooks observe in a forward pass of two tokens which layers get the same input tensor.
+
+    Args:
+        model: The base with the adapter.
+        method: Says what the matrices of a layer are.
 
     Returns:
         The number of groups.
@@ -51,7 +70,7 @@ def fuse_lora_layers(model: PeftModel) -> int:
             hook.remove()
 
     for group_layers in layers_by_input.values():
-        group = SharedInputGroup(group_layers)
+        group = SharedInputGroup(group_layers, method)
         for i, layer in enumerate(group_layers):
             layer.forward = group.make_forward(i)
     return len(layers_by_input)
@@ -60,8 +79,8 @@ def fuse_lora_layers(model: PeftModel) -> int:
 class SharedInputGroup:
     """Layers with the same input: the first call computes all of them, the other layers take their outputs."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[Any], method: ForwardMethod) -> None:
+        self.layers, self.method = layers, method
         self.dropout: Any = layers[0].lora_dropout[ADAPTER_NAME]
         self.last_input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
@@ -86,17 +105,15 @@ class SharedInputGroup:
         dropout_p = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
         dropout_index = sample_dropout_indices(x.numel(), dropout_p, x.device) if dropout_p else None
         # Inverted dropout scales the remaining values up by 1 / (1 - p), here together with alpha / rank.
-        scale = self.layers[0].scaling[ADAPTER_NAME] / (1.0 - dropout_p)
+        scale = self.method.scale / (1.0 - dropout_p)
 
         base_layers = [layer.base_layer for layer in self.layers]
-        lora_weights = [
-            m for layer in self.layers for m in (layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight)
-        ]
+        lora_weights = [matrix for layer in self.layers for matrix in self.method.matrices(layer)]
         recompute, sources = getattr(x, RECOMPUTE_ATTRIBUTE, (Tensor.detach, (x,)))
         outputs: tuple[Tensor, ...] = FusedLoRAFunction.apply(
             x, recompute, sources, dropout_index, scale, base_layers, *lora_weights
         )
-        return outputs
+        return tuple(self.method.scale_output(layer, y) for layer, y in zip(self.layers, outputs, strict=True))
 
 
 class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]

@@ -10,7 +10,7 @@ from bitsandbytes.optim import AdamW
 from torch import Tensor
 from torch.nn import Parameter
 
-from components.train_qlora.methods import method_of
+from components.train_qlora.methods import Lora, method_of
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm.warmup import num_warmup_steps
 
@@ -44,12 +44,15 @@ class AdapterOptimizer:
 
     Attributes:
         config: The settings.
+        method: The one of the settings; the model shares it.
         parameters: What it trains, by name.
         adamw: bitsandbytes' optimizer over these parameters.
     """
 
-    def __init__(self, config: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
-        self.config = config
+    def __init__(
+        self, config: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]], method: Lora | None = None
+    ) -> None:
+        self.config, self.method = config, method or method_of(config)
         self.parameters = dict(named_parameters)
         groups = self._groups()
         self._rate_factors = list(groups)
@@ -67,10 +70,11 @@ class AdapterOptimizer:
         for group, factor in zip(self.adamw.param_groups, self._rate_factors, strict=True):
             group["lr"] = rate * factor
         self.adamw.step()
+        self.method.end_step(self.parameters)
         self.adamw.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the moments, and the scales of 8-bit ones, by `<parameter>.<part>`; nothing before the first step."""
+        """Return the moments, the scales of 8-bit ones, and what the method keeps, by `<parameter>.<part>`."""
         return dict(self._state_tensors())
 
     def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -112,9 +116,9 @@ class AdapterOptimizer:
 
     def _groups(self) -> dict[float, list[Parameter]]:
         """Return the parameters by the factor of their learning rate."""
-        method, groups = method_of(self.config), dict[float, list[Parameter]]()
+        groups: dict[float, list[Parameter]] = {}
         for name, parameter in self.parameters.items():
-            groups.setdefault(method.rate_factor(name), []).append(parameter)
+            groups.setdefault(self.method.rate_factor(name), []).append(parameter)
         return groups
 
     def _state_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -122,3 +126,4 @@ class AdapterOptimizer:
             for part, tensor in self.adamw.state[parameter].items():
                 if isinstance(tensor, Tensor) and part not in CONSTANT_PARTS:
                     yield f"{name}.{part}", tensor
+        yield from self.method.state(self.parameters).items()

@@ -24,6 +24,7 @@ class TrainingResult:
         tokens_per_second: The speed of all processes together; None where earlier attempts did every step.
         peak_rss_mib: The sum of the peaks of all training processes.
         layers: See `adapter.trainable_by_layer`.
+        ranks: The rank of each layer, where the method chose them while it trained; else empty.
         train_rows: The number of training rows in the dataset.
         eval_rows: The number of evaluation rows in the dataset.
     """
@@ -34,6 +35,7 @@ class TrainingResult:
     tokens_per_second: float | None
     peak_rss_mib: int
     layers: list[tuple[str, int, int]]
+    ranks: dict[str, int]
     train_rows: int
     eval_rows: int
 
@@ -51,6 +53,7 @@ def report_page(
     eval_losses: Sequence[tuple[int, float]],
     timings: Sequence[Mapping[str, Any]],
     layers: Sequence[tuple[str, int, int]],
+    ranks: Mapping[str, int],
     oom_messages: Sequence[str],
 ) -> str:
     """Render curves, numbers, settings and the trained layers as one self-contained page."""
@@ -101,6 +104,11 @@ def report_page(
         ),
         html.section("Numbers", html.key_value_table(numbers)),
         html.section("Trained layers", html.table(("layer", "number of layers", "parameters"), layers)),
+        *(
+            [html.section("Ranks", html.table(("layer", "rank that the method gave it"), ranks.items()))]
+            if ranks
+            else []
+        ),
         html.section("Settings", html.table(("setting", "value", "why", "what it does"), settings)),
     )
 

@@ -78,10 +78,13 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
     settings, counts = config.model_dump(mode="json"), (result.train_rows, result.eval_rows)
     document: dict[str, Any] = {"settings": settings, "train_rows": counts[0], "eval_rows": counts[1], **numbers}
     document |= {"evaluation_losses": eval_losses, "out_of_memory": oom_messages}
+    document |= {"ranks": result.ranks} if result.ranks else {}
     (adapter / "training.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     json_lines.write(adapter / "loss.jsonl", steps)
     write_event_file(adapter, history.curves(log))
 
-    page = report_page(config, numbers, steps, eval_losses, history.timings(log), result.layers, oom_messages)
+    page = report_page(
+        config, numbers, steps, eval_losses, history.timings(log), result.layers, result.ranks, oom_messages
+    )
     (adapter / "report.html").write_text(page, encoding="utf-8")
     return StepResult(numbers)

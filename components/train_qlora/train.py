@@ -64,6 +64,7 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         tokens_per_second=round(control.tokens_per_second, 1) if control.tokens else None,
         peak_rss_mib=round(distributed.all_reduce_sum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)[0]),
         layers=adapter.trainable_by_layer(run.model),
+        ranks=run.optimizer.method.ranks(adapter.tensors_by_layer(adapter.copy_weights(run.model)).items()),
         train_rows=len(rows.train),
         eval_rows=len(rows.eval),
     )
@@ -158,9 +159,10 @@ def _train_step(
             with nullcontext() if is_last or forward is model else forward.no_sync():
                 # DDP divides the sum by the number of processes, so the loss is multiplied by it.
                 loss = summed_loss(forward, micro_batch) * distributed.world_size() / step.supervised_tokens
-                loss.backward()
-            losses.append(loss.detach())
-            del loss, micro_batch  # and with them what the backward pass kept, before the next forward pass
+                losses.append(loss.detach())
+                penalty = run.optimizer.method.penalty(run.optimizer.parameters) if is_last else None
+                (loss if penalty is None else loss + penalty).backward()
+            del loss, penalty, micro_batch  # and with them what the backward pass kept, before the next forward pass
 
     norm = torch.nn.utils.clip_grad_norm_(run.optimizer.parameters.values(), config.max_grad_norm)
     prepare_next_step()

@@ -25,6 +25,7 @@ from components.train_qlora.data import (
     refuse_longer_rows,
 )
 from components.train_qlora.loss import supervised_mask
+from components.train_qlora.methods import method_of
 from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed, fsdp
@@ -169,9 +170,10 @@ class TrainingRun:
         return StepBatch(row_indices.tolist(), tokens, supervised_tokens, len(parts), chain([first], later))
 
     def begin_step(self) -> None:
-        """Draw what torch's DataLoader draws once an epoch, so that dropout draws what it would in a loop over one."""
+        """Prepare the method, and draw what torch's DataLoader draws once an epoch, as a loop over one would."""
         if self.step % self.steps_per_epoch == 0:
             torch.empty((), dtype=torch.int64).random_()
+        self.optimizer.method.begin_step(self.step, self.total_steps)
 
     def add_to_log(self, numbers: Mapping[str, Any]) -> None:
         """Add the numbers of the step that is done, or of an evaluation after it, to the log, and report them."""
@@ -221,14 +223,15 @@ def build_run(
 
     # The adapter must start the same in every process, but dropout must differ between them.
     set_seed(config.seed)
-    model = adapter.attach_new(base, config)
+    method = method_of(config)
+    model = adapter.attach_new(base, config, method)
     if config.parallel == "fsdp":
         fsdp.shard(model, config.device)
     set_seed(config.seed + distributed.rank())
 
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     sampler = LengthGroupedSampler(rows.train.lengths, config.global_batch_size, config.seed)
-    run = TrainingRun(config, model, AdapterOptimizer(config, trainable), rows, sampler, scratch, report)
+    run = TrainingRun(config, model, AdapterOptimizer(config, trainable, method), rows, sampler, scratch, report)
     if (config.warmup_steps or 0) >= run.total_steps:
         raise UsageError(
             f"train.warmup_steps: the learning rate would rise for {config.warmup_steps} steps, and the run has "

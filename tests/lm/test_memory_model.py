@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from components.train_qlora import loss, padded_rows
+from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
 from qlora_retrain.lm import memory_model, step_memory
 from qlora_retrain.lm.memory_model import MicroBatch, Settings, estimate, largest_micro_batch
 from qlora_retrain.lm.model_shape import ModelShape
@@ -18,6 +19,10 @@ LLAMA_7B = ModelShape.from_config(
     }
 )  # fmt: skip
 BATCH = MicroBatch(rows=4, longest=512)
+SECTIONS = {
+    "train": TrainConfig(device="cuda", precision="bfloat16", attention="sdpa", kernels="torch").model_dump(),
+    "quantize": QuantizeConfig().model_dump(),
+}
 
 
 def test_the_adapter_of_the_common_shape_has_the_size_that_is_known() -> None:
@@ -55,6 +60,20 @@ def test_each_saving_setting_saves_where_it_should(part: str, change: dict[str, 
     before, after = (estimate(LLAMA_7B, s, BATCH) for s in (settings, dataclasses.replace(settings, **change)))
     assert getattr(after, part) < getattr(before, part)
     assert after.total < before.total
+
+
+def test_a_method_costs_what_it_keeps() -> None:
+    lora, dora, adalora = (
+        estimate(LLAMA_7B, Settings.from_sections(SECTIONS["train"] | {"method": m}, SECTIONS["quantize"]), BATCH)
+        for m in ("lora", "dora", "adalora")
+    )
+    # DoRA: a magnitude of each output, and every output before its rows are scaled.
+    outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
+    assert dora.adapter - lora.adapter == 4 * outputs
+    assert dora.activations - lora.activations == 2 * 4 * 512 * outputs
+    # AdaLoRA: half as much again of the rank, and two averages of every number.
+    assert adalora.adapter == 3 * 1.5 * lora.adapter
+    assert adalora.optimizer == 1.5 * lora.optimizer
 
 
 def test_recomputing_every_second_layer_lies_between_all_and_none() -> None:

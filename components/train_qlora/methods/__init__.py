@@ -6,12 +6,23 @@ delta W = B A. What is shipped always has this form, since servers ignore the sc
 
 from __future__ import annotations
 
-from components.train_qlora.methods.lora import Lora
+from components.train_qlora.methods.adalora import AdaLora
+from components.train_qlora.methods.dora import Dora
+from components.train_qlora.methods.dylora import DyLora
+from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
 from qlora_retrain.config.sections import TrainConfig
 
 # rsLoRA is LoRA with another scale, which `lm.adapter_scale` gives.
-METHODS: dict[str, type[Lora]] = {"lora": Lora, "rslora": Lora, "lora+": LoraPlus}
+METHODS: dict[str, type[Lora]] = {
+    "lora": Lora,
+    "rslora": Lora,
+    "lora+": LoraPlus,
+    "dora": Dora,
+    "adalora": AdaLora,
+    "dylora": DyLora,
+    "qdylora": DyLora,  # over a 4-bit base
+}
 
 
 def method_of(config: TrainConfig) -> Lora:

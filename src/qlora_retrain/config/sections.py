@@ -38,18 +38,23 @@ class TrainConfig(Section):
     )
 
     # The adapter.
-    method: Literal["lora", "rslora", "lora+"] = identity(
+    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora"] = identity(
         "lora",
         "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
-        "learns at learning_rate_ratio times the rate of A",
+        "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
+        "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
+        "smaller one works too, and qdylora says that the base has 4 bits",
     )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
     alpha: float | None = identity(
         None,
         "scales the adapter by alpha/rank; acts like a learning rate; null: 2 x rank (rslora: 2 x sqrt(rank)), so the "
-        "scale is 2 for every rank",
+        "scale is 2 for every rank (dylora: rank, so it is 1 for the whole and rank for a single one)",
         gt=0.0,
         le=4096,
+    )
+    dylora_update: Literal["all", "single"] | None = identity(
+        None, "of dylora: what learns in a step of rank b; all: the first b ranks; single: the b-th alone; null: all"
     )
     dropout: float = identity(0.05, "dropout on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
     target_modules: Literal["all-linear", "attention"] | list[str] = identity(
@@ -163,12 +168,14 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_ratio_is_of_lora_plus(self) -> TrainConfig:
-        if self.learning_rate_ratio is not None and self.method != "lora+":
-            raise ValueError(
-                f"learning_rate_ratio: {self.learning_rate_ratio:g} is for method: lora+, and method is {self.method}; "
-                "set method: lora+, or leave it out"
-            )
+    def _each_knob_fits_the_method(self) -> TrainConfig:
+        for knob, methods in (("learning_rate_ratio", ("lora+",)), ("dylora_update", ("dylora", "qdylora"))):
+            value = getattr(self, knob)
+            if value is not None and self.method not in methods:
+                raise ValueError(
+                    f"{knob}: {value} is for method: {methods[0]}, and method is {self.method}; "
+                    f"set method: {methods[0]}, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 
 DEFAULT_SCALE = 2.0
+# AdaLoRA's budget falls from this to the rank, as in the experiments of arXiv 2303.10512, section 4.
+_ADALORA_SURPLUS = 1.5
+NESTED_METHODS = ("dylora", "qdylora")  # the first ranks of an adapter are one, too, at alpha divided by their number
+
+
+def initial_rank(rank: int, method: str) -> int:
+    """Return the rank with which training begins."""
+    return math.ceil(_ADALORA_SURPLUS * rank) if method == "adalora" else rank
 
 
 def default_alpha(rank: int, method: str) -> float:
-    """Return the alpha that gives an adapter of any rank the scale 2."""
-    return DEFAULT_SCALE * _divisor(rank, method)
+    """Return the alpha that gives any rank the scale 2; with DyLoRA the scale 1, since fewer ranks have more."""
+    return (1.0 if method in NESTED_METHODS else DEFAULT_SCALE) * _divisor(rank, method)
 
 
 def adapter_scale(rank: int, alpha: float, method: str) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
 from qlora_retrain.core.safety import read_json, refuse_unsafe
-from qlora_retrain.lm import declared_size, dequantize, memory, model_files
+from qlora_retrain.lm import declared_size, dequantize, dora, memory, model_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -139,6 +139,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         raise UsageError(f"{adapter.name}: does not fit this base model: {error}") from error
 
     cast_lora_weights_to_input_dtype(attached)
+    for module in attached.modules():
+        dora.fix_row_scales(module, "default")
     return attached.eval()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_retrain.lm.adapter_scale import initial_rank
 from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
 from qlora_retrain.lm.step_memory import StepMemory
 
@@ -30,7 +31,8 @@ class Settings:
     """The settings of a line that decide about memory.
 
     Attributes:
-        rank: The adapter's.
+        method: The method of the adapter.
+        rank: The adapter's, with which training begins.
         target_modules: `all-linear`, `attention` or names of layers.
         dropout: On the adapter's input.
         optimizer_bits: 32 or 8.
@@ -47,6 +49,7 @@ class Settings:
         is_sharded: Whether each of them has only a part of the base.
     """
 
+    method: str = "lora"
     rank: int = 16
     target_modules: str | Sequence[str] = "all-linear"
     dropout: float = 0.05
@@ -70,7 +73,8 @@ class Settings:
         micro_batch_size, recomputed = train["micro_batch_size"], train["gradient_checkpointing"]
         is_fixed = isinstance(micro_batch_size, int)
         return cls(
-            rank=train["rank"],
+            method=train["method"],
+            rank=initial_rank(train["rank"], train["method"]),
             target_modules=train["target_modules"],
             dropout=train["dropout"],
             optimizer_bits=8 if train["optimizer"].endswith("8bit") else 32,
@@ -116,7 +120,7 @@ class Memory:
 
     Attributes:
         weights: The frozen base: 4-bit weights with their scales, embeddings and norms.
-        adapter: Its matrices in fp32, and the copies of them in the precision of the arithmetic.
+        adapter: Its matrices in fp32, and what the method keeps beside them.
         gradients: The adapter's.
         optimizer: Two moments of every weight of the adapter.
         activations: What the forward pass keeps for the backward pass.
@@ -165,10 +169,13 @@ def estimate(shape: ModelShape, settings: Settings, batch: MicroBatch) -> Memory
     is_at_logits = logits >= backward
 
     # Gradients exist at the peak only where an earlier micro-batch made them, or DDP has buffers for them.
-    adapter_weights = shape.layers * sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted)
+    magnitudes = sum(layer.out_width for layer in adapted) if settings.method == "dora" else 0
+    per_layer = sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted) + magnitudes
+    adapter_weights = shape.layers * per_layer
     return Memory(
         weights=weight_bytes(shape, settings),
-        adapter=4 * adapter_weights,
+        # AdaLoRA has two moving averages of the score of every number.
+        adapter=4 * adapter_weights * (3 if settings.method == "adalora" else 1),
         gradients=4 * adapter_weights * (settings.accumulates + (settings.num_processes > 1)),
         optimizer=_optimizer_bytes(shape, settings, adapted),
         activations=activations,
@@ -221,7 +228,8 @@ def weight_bytes(shape: ModelShape, settings: Settings) -> int:
 def _optimizer_bytes(shape: ModelShape, settings: Settings, adapted: Sequence[LinearLayer]) -> int:
     total = 0
     for layer in adapted:
-        for weights in (settings.rank * layer.in_width, settings.rank * layer.out_width):
+        magnitudes = layer.out_width if settings.method == "dora" else 0
+        for weights in (settings.rank * layer.in_width, settings.rank * layer.out_width, magnitudes):
             is_packed = settings.optimizer_bits == 8 and weights >= _MIN_8_BIT_STATE
             total += 2 * (weights + 4 * -(-weights // _BLOCK_8_BIT)) if is_packed else 8 * weights
     return shape.layers * total

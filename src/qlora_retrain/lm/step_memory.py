@@ -98,6 +98,8 @@ class StepMemory:
         total = 0
         for layer in self.adapted:
             total += self.numbers(rank) + rank * e * layer.in_width + (rank * e * layer.out_width if e == 2 else 0)
+            if self.settings.method == "dora":
+                total += self.numbers(layer.out_width)  # the output before its rows are scaled
         # One 64-bit index for each place that is dropped, once for the layers with the same input.
         drawn_fraction = -math.log1p(-self.settings.dropout)
         inputs = {layer.group: layer.in_width for layer in self.adapted}

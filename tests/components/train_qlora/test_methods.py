@@ -17,24 +17,11 @@ from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core import signals
 from qlora_retrain.core.errors import TryAgain
 from qlora_retrain.lm import loading
-
-SETTINGS: dict[str, Any] = {"rank": 4, "device": "cpu", "dropout": 0.0, "attention": "eager", "precision": "float32"}
-
-
-def adapted(nf4, **settings: Any) -> tuple[PeftModel, TrainConfig]:
-    """Attach an adapter with matrices that are not zero."""
-    config = TrainConfig(**(SETTINGS | settings))
-    torch.manual_seed(0)
-    model = adapter.attach_new(loading.load_nf4(nf4), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    return model, config
+from tests.components.train_qlora.adapted import SETTINGS, adapted
 
 
 def test_lora_plus_steps_as_pefts_optimizer_does(nf4) -> None:
-    (ours, config), (theirs, _) = (adapted(nf4, method="lora+", learning_rate_ratio=8.0) for _ in range(2))
+    (ours, config), (theirs, _) = (adapted(nf4, "lora+", learning_rate_ratio=8.0) for _ in range(2))
     trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     optimizer = AdapterOptimizer(config, trained.items())
     reference = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, weight_decay=0.0)
@@ -57,25 +44,34 @@ def test_lora_plus_steps_as_pefts_optimizer_does(nf4) -> None:
 def test_what_ships_is_plain_lora_and_computes_what_was_trained(
     nf4, tmp_path, method: str, alpha: float | None
 ) -> None:
-    model, config = adapted(nf4, method=method, alpha=alpha)
+    model, config = adapted(nf4, method, alpha=alpha)
     adapter.export(model.eval(), tmp_path, config)
     document = json.loads((tmp_path / adapter.CONFIG_FILE).read_text())
-    assert (document["r"], document["lora_alpha"], document["use_rslora"]) == (4, 4, False)
+    rank = method_of(config).rank
+    assert (document["r"], document["lora_alpha"], document["use_rslora"]) == (rank, rank, False)
     assert type(document["lora_alpha"]) is int
+    assert document["use_dora"] == (method == "dora")
 
-    shipped = PeftModel.from_pretrained(loading.load_nf4(nf4), str(tmp_path)).eval()
+    # PEFT and the other steps compute what training did.
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
-        torch.testing.assert_close(shipped(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        expected = model(ids).logits
+        for shipped in (
+            PeftModel.from_pretrained(loading.load_nf4(nf4), str(tmp_path)).eval(),
+            loading.attach_adapter(loading.load_nf4(nf4), tmp_path),
+        ):
+            torch.testing.assert_close(shipped(ids).logits, expected, rtol=1e-5, atol=2e-5)
+            with shipped.disable_adapter():
+                torch.testing.assert_close(shipped(ids).logits, loading.load_nf4(nf4)(ids).logits)
 
     # The scale 2 changes no digit.
-    if alpha is None:
+    if alpha is None and method in ("lora", "rslora", "lora+"):
         layer = next(name for name in adapter.load_weights(tmp_path) if name.endswith("lora_B.weight"))
         assert torch.equal(adapter.load_weights(tmp_path)[layer], 2 * adapter.copy_weights(model)[layer])
-    assert method_of(config).alpha == (alpha or 2 * (4 if method != "rslora" else 2))
+    assert method_of(config).alpha == (alpha or {"rslora": 4, "dylora": 4, "qdylora": 4}.get(method, 8))
 
 
-@pytest.mark.parametrize("method", ["lora+", "rslora"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("lora", "qdylora")])
 def test_a_run_of_each_method_goes_on_bit_for_bit(step, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     whole, stopped = step("whole"), step("stopped")
     whole(method=method, alpha=None, max_steps=6)
@@ -86,3 +82,25 @@ def test_a_run_of_each_method_goes_on_bit_for_bit(step, monkeypatch: pytest.Monk
             stopped(method=method, alpha=None, max_steps=6)
     stopped(method=method, alpha=None, max_steps=6)
     assert stopped.weights == whole.weights
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_adapter_changes_no_output(nf4, method: str) -> None:
+    config = TrainConfig(**(SETTINGS | {"method": method}))
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        expected = loading.load_nf4(nf4)(ids).logits
+        logits = adapter.attach_new(loading.load_nf4(nf4), config)(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate_ratio": 4.0}, "learning_rate_ratio: 4.0 is for method: lora"),
+        ({"method": "lora+", "dylora_update": "all"}, "dylora_update: all is for method: dylora, and method is lora"),
+    ],
+)
+def test_a_knob_of_another_method_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)

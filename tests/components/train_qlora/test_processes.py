@@ -108,6 +108,19 @@ def quantized_model(family: str, tiny_model: Path, folder: Path) -> Path:
     return nf4
 
 
+# The first test compares LoRA. In CI one method is enough, the one that does most in a step.
+@pytest.mark.parametrize(
+    "method",
+    ["adalora", *(pytest.param(name, marks=pytest.mark.soak) for name in ("dora", "dylora", "lora+", "rslora"))],
+)
+def test_two_processes_train_by_every_method_as_one_does(step, train, method):
+    single, shared = step("single"), step("shared")
+    settings = {"method": method, "alpha": None, "dropout": 0.0, "max_steps": 6}
+    single(**SETTINGS | settings | {"num_processes": 1})
+    train(shared, **settings)
+    assert_same_training(single, shared, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "parallel"),
     [
