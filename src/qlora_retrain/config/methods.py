@@ -1,0 +1,86 @@
+"""What each method of `train.method` can do: data for the table, and for refusing what cannot work before it starts.
+
+Where a method is served says what reads the adapter as it ships. The merged model is served wherever its family is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FOUR_BITS = ("nf4", "fp4")
+ALL_FORMATS = ("none", *FOUR_BITS)
+NOT_YET = "not yet run"
+
+Answer = Literal["yes", "no"]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodFacts:
+    """What a method can do.
+
+    Attributes:
+        name: The value of `train.method`.
+        idea: What it does, in a few words.
+        formats: The base formats (`quantize.format`) over which it trains.
+        ships_as: The form of the adapter in a version.
+        merges: Whether the update becomes part of the base's weights.
+        peft: Whether PEFT loads the adapter.
+        vllm: Whether vLLM serves it.
+        llama_cpp: Whether llama.cpp can: its converter writes it as a GGUF adapter.
+        fused: Whether training computes it in the fused layers.
+        gpu: Whether it has run on a GPU.
+    """
+
+    name: str
+    idea: str
+    formats: tuple[str, ...] = ALL_FORMATS
+    ships_as: str = "LoRA"
+    merges: Answer = "yes"
+    peft: Answer = "yes"
+    vllm: Answer = "yes"
+    llama_cpp: Answer = "yes"
+    fused: str = "yes"
+    gpu: str = NOT_YET
+
+    def refusal(self, base_format: str) -> str | None:
+        """Return why the method cannot train over a base of this format, and what is nearest; None where it can."""
+        if base_format in self.formats:
+            return None
+        return (
+            f"train.method: {self.name} trains over {' or '.join(self.formats)}, and quantize.format is {base_format}; "
+            f"set quantize.format: {self.formats[0]}, or train.method: {_NEAREST.get(self.name, 'lora')}"
+        )
+
+
+METHODS: dict[str, MethodFacts] = {
+    facts.name: facts
+    for facts in (
+        MethodFacts("lora", "alpha/rank times B A is added to each layer"),
+        MethodFacts("rslora", "alpha/sqrt(rank) times B A, for high ranks"),
+        MethodFacts("lora+", "as lora, and B learns faster than A"),
+        MethodFacts(
+            "dora", "direction and length of each row learn apart", ships_as="DoRA", vllm="no", llama_cpp="no",
+            fused="yes, and each output is kept once more",
+        ),
+        MethodFacts("adalora", "the budget of rank moves between layers while they train"),
+        MethodFacts("dylora", "each step trains another rank, so that every smaller one works too", ships_as="LoRA, any rank"),
+        MethodFacts("qdylora", "dylora over a 4-bit base", formats=FOUR_BITS, ships_as="LoRA, any rank"),
+    )
+}  # fmt: skip
+_NEAREST = {"qdylora": "dylora"}
+_COLUMNS = ("method", "idea", "over", "ships as", "merges", "PEFT", "vLLM", "llama.cpp", "fused", "GPU")
+
+
+def table() -> list[tuple[str, ...]]:
+    """Return the table as rows of cells, its head first."""
+    return [
+        _COLUMNS,
+        *(
+            (
+                facts.name, facts.idea, ", ".join(facts.formats), facts.ships_as, facts.merges, facts.peft, facts.vllm,
+                facts.llama_cpp, facts.fused, facts.gpu,
+            )
+            for facts in METHODS.values()
+        ),
+    ]  # fmt: skip
