@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import Linear
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -23,11 +21,11 @@ from components.train_qlora.memory_efficient import patch_norms_and_mlps
 from components.train_qlora.methods import Lora, method_of
 from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
+from components.train_qlora.target_layers import adapted_paths, patterns_by_path, target_modules
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
-ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -44,18 +42,20 @@ def attach_new(model: PreTrainedModel, config: TrainConfig, method: Lora | None 
             gradient checkpointing.
     """
     method = method or method_of(config)
+    targets = target_modules(model, config.target_modules)
+    layer_names = adapted_paths(model, targets)
     lora_config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.method == "rslora",
         use_dora=method.has_magnitudes,
-        target_modules=target_modules(model, config.target_modules),
+        target_modules=targets,
+        **patterns_by_path(config, layer_names),
         bias="none",
         task_type="CAUSAL_LM",
     )
     model.config.use_cache = False
-    layer_names = _layer_names(model, lora_config.target_modules)
     try:
         peft_model = get_peft_model(model, lora_config)
     except ValueError as error:
@@ -83,55 +83,6 @@ def attach_new(model: PreTrainedModel, config: TrainConfig, method: Lora | None 
         if is_offloaded and config.device == "cuda":
             offload_layer_inputs(model, InputOffload(torch.cuda.Stream(model.device)))
     return peft_model
-
-
-def target_modules(model: PreTrainedModel, requested_modules: str | list[str]) -> list[str]:
-    """Return the sorted names of the requested linear layers; never the output layer, which stays in 16 bits.
-
-    Raises:
-        UsageError: If a name is unknown (the message names the nearest one), or no layer matches.
-    """
-    lm_head = model.get_output_embeddings()
-    paths = [name for name, module in model.named_modules() if isinstance(module, Linear) and module is not lm_head]
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-
-    if requested_modules == "all-linear":
-        selected = names
-    elif requested_modules == "attention":
-        # "model.layers.0.self_attn.q_proj": the block's name is the last but one.
-        in_attention = {
-            p.rsplit(".", 1)[-1] for p in paths if any(word in p.rsplit(".", 2)[-2] for word in ATTENTION_MODULE_NAMES)
-        }
-        selected = sorted(in_attention)
-    else:
-        for name in requested_modules:
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {nearest[0]}?" if nearest else ""
-                raise UsageError(
-                    f"train.target_modules: no layer is called {name!r}, there are {', '.join(names)}{hint}"
-                )
-        selected = sorted(set(requested_modules))
-
-    if not selected:
-        raise UsageError(
-            f"train.target_modules: {requested_modules!r} matches no layer, there are {', '.join(names) or 'none'}"
-        )
-
-    # PEFT adapts every module of a name. Where others have it too, as the numbers in lists do, whole paths are needed.
-    taken_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name not in paths}
-    return sorted(
-        target
-        for name in selected
-        for target in ([p for p in paths if p.rsplit(".", 1)[-1] == name] if name in taken_names else [name])
-    )
-
-
-def _layer_names(model: PreTrainedModel, targets: Collection[str]) -> set[str]:
-    """Return the names of the layers that the targets of `target_modules` stand for."""
-    return {
-        name for name, _ in model.named_modules() if name in targets or any(name.endswith(f".{t}") for t in targets)
-    }
 
 
 def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
@@ -174,7 +125,7 @@ def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
     method, weights = method_of(config), dict[str, Tensor]()
     matrices = {}
     for name, tensors in tensors_by_layer(load_weights(folder)).items():
-        matrices[name] = method.to_lora(tensors)
+        matrices[name] = method.to_lora(tensors, method.scale(model.get_submodule(name)))
         if method.has_magnitudes:
             weights[f"{name}.lora_magnitude_vector"] = tensors["magnitude_vector"]
 
@@ -188,7 +139,7 @@ def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
 
     path = folder / CONFIG_FILE
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    document |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    document |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -30,9 +30,8 @@ RECOMPUTE_ATTRIBUTE = (
 class ForwardMethod(Protocol):
     """What a forward pass asks the method of `train.method`."""
 
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by at this step."""
+    def scale(self, layer: Any) -> float:
+        """Return what B A of a layer is multiplied by at this step."""
 
     def matrices(self, layer: Any) -> Matrices:
         """Return A and B of a layer at this step."""
@@ -104,11 +103,15 @@ class SharedInputGroup:
         """Return the output of every layer of the group."""
         dropout_p = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
         dropout_index = sample_dropout_indices(x.numel(), dropout_p, x.device) if dropout_p else None
-        # Inverted dropout scales the remaining values up by 1 / (1 - p), here together with alpha / rank.
-        scale = self.method.scale / (1.0 - dropout_p)
 
         base_layers = [layer.base_layer for layer in self.layers]
         lora_weights = [matrix for layer in self.layers for matrix in self.method.matrices(layer)]
+        # Inverted dropout scales the remaining values up by 1 / (1 - p), here together with alpha / rank.
+        scales = [self.method.scale(layer) / (1.0 - dropout_p) for layer in self.layers]
+        scale: float | Tensor = scales[0]
+        if len(set(scales)) > 1:
+            ranks = torch.tensor([len(a) for a in lora_weights[::2]], device=x.device)
+            scale = torch.tensor(scales, device=x.device).repeat_interleave(ranks)
         recompute, sources = getattr(x, RECOMPUTE_ATTRIBUTE, (Tensor.detach, (x,)))
         outputs: tuple[Tensor, ...] = FusedLoRAFunction.apply(
             x, recompute, sources, dropout_index, scale, base_layers, *lora_weights
@@ -129,7 +132,7 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
         recompute: Callable[..., Tensor],
         sources: Sequence[Tensor],
         dropout_index: Tensor | None,
-        scale: float,
+        scale: float | Tensor,
         base_layers: Sequence[Any],
         *lora_weights: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -141,13 +144,13 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
             recompute: `recompute(*sources)` returns x again in the backward pass.
             sources: The tensors that are saved instead of x.
             dropout_index: The positions of the flattened x that the adapters see as 0; None without dropout.
-            scale: alpha / rank, times 1 / (1 - p) with dropout.
+            scale: alpha / rank, times 1 / (1 - p) with dropout; (n * r,) in fp32 where layers have their own.
             base_layers: The frozen layers.
             lora_weights: A (r, I) and B (O, r) of each layer in turn.
         """
         x_flat = x.reshape(-1, x.shape[-1])  # (N, I)
         stacked_A = torch.cat(lora_weights[::2]).to(x.dtype)  # (n * r, I), so that all A take one product
-        low_rank = (apply_dropout(x_flat, dropout_index) @ stacked_A.T) * scale  # (N, n * r)
+        low_rank = ((apply_dropout(x_flat, dropout_index) @ stacked_A.T) * scale).to(x.dtype)  # (N, n * r)
         all_B = [B.to(x.dtype) for B in lora_weights[1::2]]  # n of (O, r)
 
         # In place: an out-of-place sum would need a third (N, O) tensor.
@@ -174,8 +177,8 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
 
         low_rank_parts = low_rank.split([B.shape[1] for B in all_B], dim=1)
         grad_B = [grad.T @ low_rank_part for grad, low_rank_part in zip(grads, low_rank_parts, strict=True)]
-        grad_low_rank = torch.cat([grad @ B for grad, B in zip(grads, all_B, strict=True)], dim=1) * ctx.scale
-        # grad_low_rank: (N, n * r)
+        grad_low_rank = torch.cat([grad @ B for grad, B in zip(grads, all_B, strict=True)], dim=1)  # (N, n * r)
+        grad_low_rank = (grad_low_rank * ctx.scale).to(x_flat.dtype)
         grad_A = (grad_low_rank.T @ apply_dropout(x_flat, dropout_index)).split([B.shape[1] for B in all_B])
 
         grad_x = None

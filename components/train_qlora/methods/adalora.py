@@ -19,6 +19,7 @@ from torch.nn import Parameter, ParameterDict, init
 from components.train_qlora.fused_lora import ADAPTER_NAME
 from components.train_qlora.methods.lora import Lora, Matrices
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.lm.adapter_scale import adapter_scale
 
 START_STD = 0.02  # of A and B
 # Fractions of the run's steps: first with the whole budget, at the end with the final one.
@@ -41,6 +42,10 @@ class AdaLora(Lora):
         super().__init__(config)
         self.step, self.total_steps = 0, 1
         self.averages: dict[str, dict[str, Tensor]] = {}
+
+    def scale(self, layer: Any) -> float:
+        """Return alpha divided by the rank that layers have in the end on average."""
+        return adapter_scale(self.config.rank, self.alpha, self.config.method)
 
     def extend(self, layer: Any) -> None:
         """Start with E at zero, and A and B drawn from a normal distribution."""
@@ -100,11 +105,11 @@ class AdaLora(Lora):
             for part, tensor in self._averages(name, parameter).items()
         }
 
-    def to_lora(self, tensors: Mapping[str, Tensor]) -> Matrices:
+    def to_lora(self, tensors: Mapping[str, Tensor], scale: float) -> Matrices:
         """Leave out the triplets whose E is zero; at least one stays."""
         is_used = tensors["E"].view(-1) != 0
         is_used[0] |= not is_used.any()
-        return (tensors["A"] * tensors["E"])[is_used], tensors["B"][:, is_used] * self.scale
+        return (tensors["A"] * tensors["E"])[is_used], tensors["B"][:, is_used] * scale
 
     def ranks(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, int]:
         """Return how many triplets each layer has in the end."""

@@ -34,7 +34,7 @@ class Dora(Lora):
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _norms(self, layer: Any) -> Tensor:
         weight = dequantized_weight(layer.base_layer, self._dtype(layer))
-        return row_norms(weight, *self.matrices(layer), self.scale)
+        return row_norms(weight, *self.matrices(layer), self.scale(layer))
 
     def _dtype(self, layer: Any) -> torch.dtype:
         return torch.float32 if self.config.precision == "float32" else torch.bfloat16

@@ -28,9 +28,8 @@ class DyLora(Lora):
         super().__init__(config)
         self.step_rank = config.rank
 
-    @property
-    def scale(self) -> float:
-        """Alpha divided by the rank of this step."""
+    def scale(self, layer: Any) -> float:
+        """Return alpha divided by the rank of this step."""
         return adapter_scale(self.step_rank, self.alpha, self.config.method)
 
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from components.train_qlora.fused_lora import ADAPTER_NAME
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.lm.adapter_scale import adapter_scale, default_alpha, initial_rank
+from qlora_retrain.lm.adapter_scale import default_alpha, initial_rank
 
 Matrices = tuple[Tensor, Tensor]
 
@@ -44,10 +44,10 @@ class Lora:
         alpha = self.config.alpha
         return default_alpha(self.config.rank, self.config.method) if alpha is None else alpha
 
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by at this step."""
-        return adapter_scale(self.config.rank, self.alpha, self.config.method)
+    def scale(self, layer: Any) -> float:
+        """Return what B A of a layer is multiplied by at this step, by the layer's own rank and alpha."""
+        scale: float = layer.scaling[ADAPTER_NAME]
+        return scale
 
     def extend(self, layer: Any) -> None:
         """Give an adapted layer the method's own parameters and start."""
@@ -78,15 +78,16 @@ class Lora:
         """Return the tensors beside the parameters that a resumed run needs; they are changed in place to load them."""
         return {}
 
-    def to_lora(self, tensors: Mapping[str, Tensor]) -> Matrices:
+    def to_lora(self, tensors: Mapping[str, Tensor], scale: float) -> Matrices:
         """Return the matrices A (rank, in) and B (out, rank) of a layer with delta W = B A, exactly.
 
         The scale goes into B. A power of two, such as the default scale 2, changes no digit of it.
 
         Args:
             tensors: The layer's, by the names after `lora_`: `A`, `B`, and what `extend` added.
+            scale: That of the layer between the steps.
         """
-        return tensors["A"], tensors["B"] * self.scale
+        return tensors["A"], tensors["B"] * scale
 
     def ranks(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, int]:
         """Return the rank of each layer by its name, where the method chose them while it trained; else nothing."""

@@ -64,7 +64,9 @@ METHODS: dict[str, MethodFacts] = {
             fused="yes, and each output is kept once more",
         ),
         MethodFacts("adalora", "the budget of rank moves between layers while they train"),
-        MethodFacts("dylora", "each step trains another rank, so that every smaller one works too", ships_as="LoRA, any rank"),
+        MethodFacts(
+            "dylora", "each step trains another rank, so that every smaller one works too", ships_as="LoRA, any rank"
+        ),
         MethodFacts("qdylora", "dylora over a 4-bit base", formats=FOUR_BITS, ships_as="LoRA, any rank"),
     )
 }  # fmt: skip

@@ -13,6 +13,9 @@ from qlora_retrain.config.fields import Device, Precision, Section, identity, op
 from qlora_retrain.core import uris
 
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+# A layer's name alone is a pattern too; `all-liner` must be refused as the mistake that it is, and not match nothing.
+LayerPattern = Annotated[str, Field(min_length=1, max_length=200)]
+Pattern = Annotated[str, Field(pattern=r"[.*+?\[\](){}|^$\\]", max_length=200)]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
@@ -57,8 +60,16 @@ class TrainConfig(Section):
         None, "of dylora: what learns in a step of rank b; all: the first b ranks; single: the b-th alone; null: all"
     )
     dropout: float = identity(0.05, "dropout on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
-    target_modules: Literal["all-linear", "attention"] | list[str] = identity(
-        "all-linear", "all-linear: every linear layer; attention: q, k, v, o only: cheaper, weaker"
+    target_modules: Literal["all-linear", "attention", "mlp"] | list[str] | Pattern = identity(
+        "all-linear",
+        "all-linear: every linear layer; attention: q, k, v, o only: cheaper, weaker; mlp: all others; names, "
+        "or a regular expression that matches the whole path of a layer, such as .*\\.[0-9]\\.self_attn\\..*",
+    )
+    rank_pattern: dict[LayerPattern, Annotated[int, Field(ge=1, le=1024)]] = identity(
+        {}, "ranks of single layers, by a regular expression for the end of their paths, e.g. {down_proj: 32}"
+    )
+    alpha_pattern: dict[LayerPattern, Annotated[float, Field(gt=0.0, le=4096)]] = identity(
+        {}, "alphas of single layers, as rank_pattern; a layer with another rank keeps alpha, unless it is here too"
     )
 
     # The optimizer.
@@ -175,6 +186,11 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"{knob}: {value} is for method: {methods[0]}, and method is {self.method}; "
                     f"set method: {methods[0]}, or leave it out"
+                )
+        for knob in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, knob) and self.method in ("adalora", "dylora", "qdylora"):
+                raise ValueError(
+                    f"{knob}: {self.method} chooses the ranks itself; leave {knob} out, or set method: lora"
                 )
         return self
 

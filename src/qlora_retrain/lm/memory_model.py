@@ -33,7 +33,7 @@ class Settings:
     Attributes:
         method: The method of the adapter.
         rank: The adapter's, with which training begins.
-        target_modules: `all-linear`, `attention` or names of layers.
+        target_modules: `all-linear`, `attention`, `mlp`, names of layers, or a pattern, which is taken for all of them.
         dropout: On the adapter's input.
         optimizer_bits: 32 or 8.
         is_paged: Whether the optimizer's states may move to the host's memory.
@@ -74,7 +74,8 @@ class Settings:
         is_fixed = isinstance(micro_batch_size, int)
         return cls(
             method=train["method"],
-            rank=initial_rank(train["rank"], train["method"]),
+            # Patterns are of paths, which are not known here: the largest rank is an upper bound.
+            rank=max([initial_rank(train["rank"], train["method"]), *train["rank_pattern"].values()]),
             target_modules=train["target_modules"],
             dropout=train["dropout"],
             optimizer_bits=8 if train["optimizer"].endswith("8bit") else 32,
@@ -212,6 +213,8 @@ def adapted_layers(shape: ModelShape, target_modules: str | Sequence[str]) -> li
         return list(shape.linear_layers)
     if target_modules == "attention":
         return [layer for layer in shape.linear_layers if layer.group in ("qkv", "o")]
+    if target_modules == "mlp":
+        return [layer for layer in shape.linear_layers if layer.group not in ("qkv", "o")]
     return [layer for layer in shape.linear_layers if layer.name in target_modules] or list(shape.linear_layers)
 
 

@@ -87,4 +87,4 @@ def test_between_the_steps_the_whole_rank_computes() -> None:
     assert [m.shape for m in method.matrices(layer)] == [(2, 5), (6, 2)]
     method.end_step({})
     assert [m.shape for m in method.matrices(layer)] == [(4, 5), (6, 4)]
-    assert method.scale == 1.0
+    assert method.scale(layer) == 1.0

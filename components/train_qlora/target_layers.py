@@ -1,0 +1,123 @@
+"""Find the layers that `train.target_modules` means, and the rank and alpha of each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import regex
+from torch.nn import Linear
+from transformers import PreTrainedModel
+
+from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.core.errors import UsageError
+
+ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
+# No pattern needs longer for a name; one that goes through a name again and again is refused.
+_TIMEOUT_SECONDS = 1.0
+Number = TypeVar("Number", int, float)
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the paths of all linear layers but the output layer, which stays in 16 bits."""
+    lm_head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, Linear) and module is not lm_head]
+
+
+def target_modules(model: PreTrainedModel, requested_modules: str | list[str]) -> list[str]:
+    """Return the sorted names of the requested linear layers, as PEFT takes them.
+
+    Raises:
+        UsageError: If a name is unknown (the message names the nearest one), or no layer matches.
+    """
+    paths = linear_layers(model)
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    attention_names = {
+        # "model.layers.0.self_attn.q_proj": the block's name is the last but one.
+        p.rsplit(".", 1)[-1]
+        for p in paths
+        if any(word in p.rsplit(".", 2)[-2] for word in ATTENTION_MODULE_NAMES)
+    }
+
+    if requested_modules == "all-linear":
+        selected = names
+    elif requested_modules == "attention":
+        selected = sorted(attention_names)
+    elif requested_modules == "mlp":
+        selected = sorted(set(names) - attention_names)
+    elif isinstance(requested_modules, str):
+        selected = sorted(path for path in paths if _matches(requested_modules, path, "train.target_modules"))
+    else:
+        for name in requested_modules:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise UsageError(
+                    f"train.target_modules: no layer is called {name!r}, there are {', '.join(names)}{hint}"
+                )
+        selected = sorted(set(requested_modules))
+
+    if not selected:
+        example = f"; a regular expression must match a whole path, such as {paths[0]}" if paths else ""
+        raise UsageError(
+            f"train.target_modules: {requested_modules!r} matches no layer, there are "
+            f"{', '.join(names) or 'none'}{example}"
+        )
+
+    # PEFT adapts every module of a name. Where others have it too, as the numbers in lists do, whole paths are needed.
+    taken_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name not in paths}
+    return sorted(
+        target
+        for name in selected
+        for target in ([p for p in paths if p.rsplit(".", 1)[-1] == name] if name in taken_names else [name])
+    )
+
+
+def adapted_paths(model: PreTrainedModel, targets: Collection[str]) -> set[str]:
+    """Return the paths of the layers that the names of `target_modules` stand for."""
+    return {
+        name for name, _ in model.named_modules() if name in targets or any(name.endswith(f".{t}") for t in targets)
+    }
+
+
+def patterns_by_path(config: TrainConfig, paths: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return PEFT's `rank_pattern` and `alpha_pattern`, with a path of its own for every layer that has another value.
+
+    Raises:
+        UsageError: If a pattern matches no adapted layer.
+    """
+    settings: dict[str, Mapping[str, Any]] = {
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
+    return {name: _values_by_path(f"train.{name}", patterns, paths) for name, patterns in settings.items()}
+
+
+def _values_by_path(knob: str, patterns: Mapping[str, Number], paths: Collection[str]) -> dict[str, Number]:
+    """Return the value of the first pattern that matches the end of each path; the path is escaped for PEFT."""
+    values: dict[str, Number] = {}
+    unused = dict.fromkeys(patterns)
+    for path in sorted(paths):
+        for pattern, value in patterns.items():
+            if _matches(rf"(?:.*\.)?(?:{pattern})", path, knob):
+                values[regex.escape(path)] = value
+                unused.pop(pattern, None)
+                break
+    if unused:
+        raise UsageError(
+            f"{knob}: {next(iter(unused))!r} matches no adapted layer that an earlier pattern leaves; a path is such "
+            f"as {min(paths)}"
+        )
+    return values
+
+
+def _matches(pattern: str, path: str, knob: str) -> bool:
+    try:
+        return regex.fullmatch(pattern, path, timeout=_TIMEOUT_SECONDS) is not None
+    except regex.error as error:
+        raise UsageError(f"{knob}: {pattern!r} is no regular expression: {error}") from error
+    except TimeoutError as error:
+        raise UsageError(
+            f"{knob}: {pattern!r} takes more than a second for one name; write it without nested repeats"
+        ) from error
