@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ class LoraAdapter(SafetensorsFolder):
     Attributes:
         config: `adapter_config.json`.
         modules: The names of the linear layers that it changes, sorted.
+        minus: A and B by module of what is subtracted from the update: where the adapter started from what the 4-bit
+            base lacks, the original base must not get that again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, minus: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         super().__init__(folder, single_file="adapter_model.safetensors")
+        self.minus = minus or {}
         self.config = _read_config(folder / "adapter_config.json")
         self.modules: list[str] = []
         self._tensor_names: dict[str, dict[str, str]] = {}  # by module: the names of A, B and the magnitude
@@ -92,6 +96,10 @@ class LoraAdapter(SafetensorsFolder):
         a, b = (self.tensor(sides[side]).float() for side in "AB")  # (rank, in), (out, rank)
         magnitude = self.tensor(sides[_MAGNITUDE]).float().reshape(-1, 1) if _MAGNITUDE in sides else None
         scaling = self.scaling(module, a, b)
+        if module in self.minus:
+            # B A - B0 A0 is one product of twice the rank.
+            a0, b0 = self.minus[module]
+            a, b, scaling = torch.cat([a, a0.float()]), torch.cat([scaling * b, -b0.float()], dim=1), 1.0
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise IntegrityError(
                 f"adapter: {module}: the weight is {tuple(weight.shape)} in the base, but the adapter was trained over "

@@ -16,7 +16,7 @@ from components.merge_adapter.lora import LoraAdapter
 from components.merge_adapter.weights import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
-from qlora_retrain.lm import chat_format
+from qlora_retrain.lm import adapter_start, chat_format
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
 from qlora_retrain.lm.weight_names import names_in_model
 
@@ -62,7 +62,14 @@ def merge(
         Diverged: If a sum overflows.
     """
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    with SafetensorsFolder(base_model) as base, SafetensorsFolder(base_nf4) as nf4, LoraAdapter(adapter) as lora:
+    # LoftQ's adapter starts from what the 4-bit base lacks, which the original base has.
+    has_correction = not dequantized and adapter_start.read_method(base_nf4) == "loftq"
+    correction = adapter_start.read(base_nf4) if has_correction else None
+    with (
+        SafetensorsFolder(base_model) as base,
+        SafetensorsFolder(base_nf4) as nf4,
+        LoraAdapter(adapter, correction) as lora,
+    ):
         _refuse_tied_weights(lora, config)
         model_names = names_in_model(base.names, {*nf4.names, *(f"{module}.weight" for module in lora.modules)})
         base_names = {model_name: name for name, model_name in model_names.items()}

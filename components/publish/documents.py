@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.publish import markdown
-from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.lm.adapter_scale import describe_adapter
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan

@@ -20,7 +20,7 @@ from typing import Any
 from components.publish.documents import model_card, recipe, sbom
 from components.publish.markdown import inline, licence_text
 from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
-from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
 from qlora_retrain.core.outcome import Number, StepResult

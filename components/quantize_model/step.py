@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from components.quantize_model.adapter_starts import StartBuilder
 from components.quantize_model.quantization_stats import (
     coverage,
     expected_bits,
@@ -53,7 +54,8 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     """
     # The error of each layer needs both forms, so it is measured before the model is saved and dropped.
     progress.update("quantizing", 0, 3)
-    model = _quantize(config, base_model, base_nf4)
+    start = StartBuilder(config) if config.adapter_start else None
+    model = _quantize(config, base_model, base_nf4, start)
     quantized_fraction = coverage(model).fraction
     errors = layer_errors(model, base_model)
     # The 4-bit codes of what is not finite may look like any others.
@@ -69,6 +71,7 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     model.save_pretrained(base_nf4, max_shard_size=SHARD_SIZE)
     del model
     _copy_tokenizer(base_model, base_nf4)
+    start_errors = start.write(base_nf4) if start else {}
     progress.update("quantizing", 2, 3)
 
     # Another version of bitsandbytes could silently store other blocks or scales.
@@ -94,6 +97,7 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
         "relative_error": round(errors["all"], 5),
         "size_bytes": _weights_bytes(base_nf4),
         "base_bytes": _weights_bytes(base_model),
+        **start_errors,
     }
     document = {
         "settings": config.identity(),
@@ -106,8 +110,14 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     return StepResult(numbers)
 
 
-def _quantize(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> PreTrainedModel:
+def _quantize(config: QuantizeConfig, base_model: Path, base_nf4: Path, start: StartBuilder | None) -> PreTrainedModel:
     """Load the base model with its linear layers quantized; refuse one that hardly has any before it is read."""
+
+    def check_skeleton(model: PreTrainedModel) -> None:
+        sufficient_coverage(model, config.min_quantized_fraction)
+        if start:
+            start.select(model)
+
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant_type,
@@ -120,7 +130,8 @@ def _quantize(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> PreTr
         base_nf4,
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=config.compute_dtype,
-        check_skeleton=lambda model: sufficient_coverage(model, config.min_quantized_fraction),
+        check_skeleton=check_skeleton,
+        adjust=start.adjust if start else None,
     )
 
 

@@ -21,21 +21,28 @@ from components.train_qlora.memory_efficient import patch_norms_and_mlps
 from components.train_qlora.methods import Lora, method_of
 from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
-from components.train_qlora.target_layers import adapted_paths, patterns_by_path, target_modules
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm.target_layers import adapted_paths, patterns_by_path, target_modules
 
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+BESIDE_FILE = "method.safetensors"  # what a method ships beside A and B
 
 
-def attach_new(model: PreTrainedModel, config: TrainConfig, method: Lora | None = None) -> PeftModel:
+def attach_new(
+    model: PreTrainedModel,
+    config: TrainConfig,
+    method: Lora | None = None,
+    start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> PeftModel:
     """Attach a new adapter to the frozen base; it is random (seed it before), changes no output yet, and is fp32.
 
     Args:
         model: The base.
         config: The settings.
         method: The one of the settings, where the caller shares it with an optimizer.
+        start: A and B by layer, where they lie beside the base.
 
     Raises:
         UsageError: If `target_modules` names no layer of this model, or the model does not support
@@ -62,9 +69,9 @@ def attach_new(model: PreTrainedModel, config: TrainConfig, method: Lora | None 
         raise UsageError(f"train.target_modules: PEFT cannot adapt {type(model).__name__}: {error}") from error
     peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
     _refuse_missed_layers(peft_model, layer_names)
-    for layer in peft_model.modules():
+    for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            method.extend(layer)
+            method.extend(layer, (start or {}).get(name))
 
     # All of them run a probe through the model. So the adapter must be attached, and eval mode turns dropout off.
     patch_norms_and_mlps(peft_model.eval(), config.kernels)
@@ -122,10 +129,11 @@ def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
     layers have the largest rank, where the method gives them several; the rows of A beyond a layer's own are zero.
     """
     save(model, folder)
-    method, weights = method_of(config), dict[str, Tensor]()
+    method, weights, beside = method_of(config), dict[str, Tensor](), dict[str, Tensor]()
     matrices = {}
     for name, tensors in tensors_by_layer(load_weights(folder)).items():
         matrices[name] = method.to_lora(tensors, method.scale(model.get_submodule(name)))
+        beside |= {f"{name}.lora_{part}": tensor for part, tensor in method.beside(tensors).items()}
         if method.has_magnitudes:
             weights[f"{name}.lora_magnitude_vector"] = tensors["magnitude_vector"]
 
@@ -134,8 +142,10 @@ def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
         missing_rows = rank - len(a)
         weights[f"{name}.lora_A.weight"] = pad(a, (0, 0, 0, missing_rows))
         weights[f"{name}.lora_B.weight"] = pad(b, (0, missing_rows)).contiguous()
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)
+    for file, tensors in ((WEIGHTS_FILE, weights), (BESIDE_FILE, beside)):
+        if tensors:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)
 
     path = folder / CONFIG_FILE
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed, fsdp
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import Diverged, UsageError
-from qlora_retrain.lm import checkpoints, loading
+from qlora_retrain.lm import adapter_start, checkpoints, loading
 from qlora_retrain.lm.context_length import max_context_tokens
 
 Item = TypeVar("Item")
@@ -224,7 +224,7 @@ def build_run(
     # The adapter must start the same in every process, but dropout must differ between them.
     set_seed(config.seed)
     method = method_of(config)
-    model = adapter.attach_new(base, config, method)
+    model = adapter.attach_new(base, config, method, adapter_start.read(base_nf4) if method.needs_start else None)
     if config.parallel == "fsdp":
         fsdp.shard(model, config.device)
     set_seed(config.seed + distributed.rank())

@@ -63,9 +63,9 @@ def test_each_saving_setting_saves_where_it_should(part: str, change: dict[str, 
 
 
 def test_a_method_costs_what_it_keeps() -> None:
-    lora, dora, adalora = (
+    lora, dora, adalora, lora_xs = (
         estimate(LLAMA_7B, Settings.from_sections(SECTIONS["train"] | {"method": m}, SECTIONS["quantize"]), BATCH)
-        for m in ("lora", "dora", "adalora")
+        for m in ("lora", "dora", "adalora", "lora-xs")
     )
     # DoRA: a magnitude of each output, and every output before its rows are scaled.
     outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
@@ -74,6 +74,9 @@ def test_a_method_costs_what_it_keeps() -> None:
     # AdaLoRA: half as much again of the rank, and two averages of every number.
     assert adalora.adapter == 3 * 1.5 * lora.adapter
     assert adalora.optimizer == 1.5 * lora.optimizer
+    # LoRA-XS: 16 x 16 numbers in each of seven layers of a block.
+    assert lora_xs.optimizer == 8 * 32 * 7 * 256
+    assert lora_xs.adapter == lora.adapter + 4 * 32 * 7 * 256
 
 
 def test_recomputing_every_second_layer_lies_between_all_and_none() -> None:

@@ -11,6 +11,7 @@ from components.train_qlora.methods.dora import Dora
 from components.train_qlora.methods.dylora import DyLora
 from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
+from components.train_qlora.methods.starts import LoftQ, LoraXs
 from qlora_retrain.config.sections import TrainConfig
 
 # rsLoRA is LoRA with another scale, which `lm.adapter_scale` gives.
@@ -22,6 +23,8 @@ METHODS: dict[str, type[Lora]] = {
     "adalora": AdaLora,
     "dylora": DyLora,
     "qdylora": DyLora,  # over a 4-bit base
+    "lora-xs": LoraXs,
+    "loftq": LoftQ,
 }
 
 

@@ -47,7 +47,7 @@ class AdaLora(Lora):
         """Return alpha divided by the rank that layers have in the end on average."""
         return adapter_scale(self.config.rank, self.alpha, self.config.method)
 
-    def extend(self, layer: Any) -> None:
+    def extend(self, layer: Any, start: object) -> None:
         """Start with E at zero, and A and B drawn from a normal distribution."""
         matrices = super().matrices(layer)
         for matrix in matrices:

@@ -22,7 +22,7 @@ class Dora(Lora):
 
     has_magnitudes = True
 
-    def extend(self, layer: Any) -> None:
+    def extend(self, layer: Any, start: object) -> None:
         """Start with the lengths of the frozen rows, so that nothing changes; PEFT's are rounded to 16 bits."""
         layer.lora_magnitude_vector[ADAPTER_NAME].weight.data = self._norms(layer)
 

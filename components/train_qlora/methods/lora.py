@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from components.train_qlora.fused_lora import ADAPTER_NAME
 from qlora_retrain.config.sections import TrainConfig
+from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm.adapter_scale import default_alpha, initial_rank
 
 Matrices = tuple[Tensor, Tensor]
@@ -26,9 +27,11 @@ class Lora:
     Attributes:
         config: The settings.
         has_magnitudes: Whether layers have a trained magnitude for each output, as PEFT's DoRA has.
+        needs_start: Whether the adapter starts from matrices that lie beside the base.
     """
 
     has_magnitudes: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = False
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -49,8 +52,22 @@ class Lora:
         scale: float = layer.scaling[ADAPTER_NAME]
         return scale
 
-    def extend(self, layer: Any) -> None:
-        """Give an adapted layer the method's own parameters and start."""
+    def extend(self, layer: Any, start: Matrices | None) -> None:
+        """Give an adapted layer the method's own parameters and start; `start` is what lies beside the base for it."""
+
+    def required(self, start: Matrices | None) -> Matrices:
+        """Return the start of a layer.
+
+        Raises:
+            IntegrityError: If there is none, or one of another rank.
+        """
+        if start is None or len(start[0]) != self.rank:
+            actual = "no start" if start is None else f"one of rank {len(start[0])}"
+            raise IntegrityError(
+                f"base_nf4: train.method: {self.config.method} needs a start of rank {self.rank} for every adapted "
+                f"layer, and the base has {actual} for one of them; make a new plan"
+            )
+        return start
 
     def matrices(self, layer: Any) -> Matrices:
         """Return A (rank, in) and B (out, rank) of a layer at this step, by which gradients reach its parameters."""
@@ -88,6 +105,10 @@ class Lora:
             scale: That of the layer between the steps.
         """
         return tensors["A"], tensors["B"] * scale
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a layer ships beside A and B, by the names after `lora_`."""
+        return {}
 
     def ranks(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, int]:
         """Return the rank of each layer by its name, where the method chose them while it trained; else nothing."""

@@ -68,6 +68,10 @@ METHODS: dict[str, MethodFacts] = {
             "dylora", "each step trains another rank, so that every smaller one works too", ships_as="LoRA, any rank"
         ),
         MethodFacts("qdylora", "dylora over a 4-bit base", formats=FOUR_BITS, ships_as="LoRA, any rank"),
+        MethodFacts(
+            "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=FOUR_BITS
+        ),
+        MethodFacts("loftq", "the adapter starts from what quantization loses", formats=FOUR_BITS),
     )
 }  # fmt: skip
 _NEAREST = {"qdylora": "dylora"}

@@ -6,17 +6,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_retrain.config import licences
 from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
-from qlora_retrain.core import uris
+from qlora_retrain.config.publish import PublishConfig as PublishConfig
 
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 # A layer's name alone is a pattern too; `all-liner` must be refused as the mistake that it is, and not match nothing.
 LayerPattern = Annotated[str, Field(min_length=1, max_length=200)]
 Pattern = Annotated[str, Field(pattern=r"[.*+?\[\](){}|^$\\]", max_length=200)]
-Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+Targets = Literal["all-linear", "attention", "mlp"] | list[str] | Pattern
+
+
+# Knobs that only these values of train.method have.
+_METHODS_OF_KNOB = {
+    "learning_rate_ratio": ("lora+",),
+    "dylora_update": ("dylora", "qdylora"),
+    "loftq_iterations": ("loftq",),
+}
+
+
+class AdapterStart(Section):
+    """What an adapter starts from, where its method computes that of the original weights."""
+
+    method: Literal["lora-xs", "loftq"] = identity(..., "train.method")
+    rank: int = identity(..., "train.rank", ge=1, le=1024)
+    target_modules: Targets = identity(..., "train.target_modules")
+    iterations: int = identity(..., "train.loftq_iterations", ge=1, le=20)
 
 
 class QuantizeConfig(Section):
@@ -31,6 +47,10 @@ class QuantizeConfig(Section):
         0.9, "refuse a base of which less than this, outside embeddings and head, becomes 4-bit", ge=0.0, le=1.0
     )
 
+    adapter_start: AdapterStart | None = identity(
+        None, "set by the plan for train.method: lora-xs and loftq, whose adapters start from the original weights"
+    )
+
 
 class TrainConfig(Section):
     """LoRA over the frozen 4-bit base."""
@@ -41,12 +61,13 @@ class TrainConfig(Section):
     )
 
     # The adapter.
-    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora"] = identity(
+    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora", "lora-xs", "loftq"] = identity(
         "lora",
         "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
         "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
         "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
-        "smaller one works too, and qdylora says that the base has 4 bits",
+        "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
+        "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses",
     )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
     alpha: float | None = identity(
@@ -59,8 +80,11 @@ class TrainConfig(Section):
     dylora_update: Literal["all", "single"] | None = identity(
         None, "of dylora: what learns in a step of rank b; all: the first b ranks; single: the b-th alone; null: all"
     )
+    loftq_iterations: int | None = identity(
+        None, "of loftq: how often it alternates between quantizing and the adapter's start; null: 5", ge=1, le=20
+    )
     dropout: float = identity(0.05, "dropout on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
-    target_modules: Literal["all-linear", "attention", "mlp"] | list[str] | Pattern = identity(
+    target_modules: Targets = identity(
         "all-linear",
         "all-linear: every linear layer; attention: q, k, v, o only: cheaper, weaker; mlp: all others; names, "
         "or a regular expression that matches the whole path of a layer, such as .*\\.[0-9]\\.self_attn\\..*",
@@ -180,7 +204,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _each_knob_fits_the_method(self) -> TrainConfig:
-        for knob, methods in (("learning_rate_ratio", ("lora+",)), ("dylora_update", ("dylora", "qdylora"))):
+        for knob, methods in _METHODS_OF_KNOB.items():
             value = getattr(self, knob)
             if value is not None and self.method not in methods:
                 raise ValueError(
@@ -188,9 +212,9 @@ class TrainConfig(Section):
                     f"set method: {methods[0]}, or leave it out"
                 )
         for knob in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, knob) and self.method in ("adalora", "dylora", "qdylora"):
+            if getattr(self, knob) and self.method in ("adalora", "dylora", "qdylora", "lora-xs", "loftq"):
                 raise ValueError(
-                    f"{knob}: {self.method} chooses the ranks itself; leave {knob} out, or set method: lora"
+                    f"{knob}: with {self.method} all layers begin with one rank; leave {knob} out, or set method: lora"
                 )
         return self
 
@@ -255,44 +279,3 @@ class MergeConfig(Section):
                 "name each form once, and bf16 too: the rules apply to it, and later versions are compared with it"
             )
         return value
-
-
-class PublishConfig(Section):
-    """What consumers see."""
-
-    promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
-    licence: str = identity(
-        "unspecified",
-        "the model's licence, for its card: SPDX, a name of the Hugging Face Hub such as llama3.1, or other",
-        max_length=200,
-    )
-    licence_name: str | None = identity(None, "with licence: other, the licence's own name")
-    licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
-    description: str = identity("", "a sentence for the model card")
-    retention_days: int = operational(
-        14,
-        "days in which nobody can delete or replace a version and its audit entries, in a bucket with object lock; "
-        "elsewhere without effect; 0: none",
-        ge=0,
-        le=29,
-    )
-
-    @field_validator("licence")
-    @classmethod
-    def _is_a_licence(cls, value: str) -> str:
-        return licences.canonical(value)
-
-    @field_validator("licence_link")
-    @classmethod
-    def _no_secrets(cls, value: str | None) -> str | None:
-        if value is not None:
-            uris.refuse_secrets(value)
-        return value
-
-    @model_validator(mode="after")
-    def _other_has_a_name(self) -> PublishConfig:
-        if self.licence == licences.OTHER_LICENCE and not (self.licence_name or "").strip():
-            raise ValueError("licence: other needs licence_name, since the model card has to say which one it is")
-        if self.licence_name is not None and self.licence != licences.OTHER_LICENCE:
-            raise ValueError(f"licence_name goes with licence: other, and the licence is {self.licence}; leave it out")
-        return self

@@ -170,14 +170,14 @@ def estimate(shape: ModelShape, settings: Settings, batch: MicroBatch) -> Memory
     is_at_logits = logits >= backward
 
     # Gradients exist at the peak only where an earlier micro-batch made them, or DDP has buffers for them.
-    magnitudes = sum(layer.out_width for layer in adapted) if settings.method == "dora" else 0
-    per_layer = sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted) + magnitudes
-    adapter_weights = shape.layers * per_layer
+    adapter_weights = shape.layers * sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted)
+    trained = shape.layers * sum(sum(_trained_tensors(settings, layer)) for layer in adapted)
+    frozen = adapter_weights if settings.method == "lora-xs" else 0
     return Memory(
         weights=weight_bytes(shape, settings),
         # AdaLoRA has two moving averages of the score of every number.
-        adapter=4 * adapter_weights * (3 if settings.method == "adalora" else 1),
-        gradients=4 * adapter_weights * (settings.accumulates + (settings.num_processes > 1)),
+        adapter=4 * ((3 * trained if settings.method == "adalora" else trained) + frozen),
+        gradients=4 * trained * (settings.accumulates + (settings.num_processes > 1)),
         optimizer=_optimizer_bytes(shape, settings, adapted),
         activations=activations,
         logits=logits if is_at_logits else 0,
@@ -228,11 +228,18 @@ def weight_bytes(shape: ModelShape, settings: Settings) -> int:
     return round(packed) + 2 * (shape.embedding_weights + shape.norm_weights)
 
 
+def _trained_tensors(settings: Settings, layer: LinearLayer) -> list[int]:
+    """Return the numbers in each tensor that trains in a layer's adapter."""
+    matrices = [settings.rank * layer.in_width, settings.rank * layer.out_width]
+    if settings.method == "dora":
+        return [*matrices, layer.out_width]
+    return [settings.rank**2] if settings.method == "lora-xs" else matrices
+
+
 def _optimizer_bytes(shape: ModelShape, settings: Settings, adapted: Sequence[LinearLayer]) -> int:
     total = 0
     for layer in adapted:
-        magnitudes = layer.out_width if settings.method == "dora" else 0
-        for weights in (settings.rank * layer.in_width, settings.rank * layer.out_width, magnitudes):
+        for weights in _trained_tensors(settings, layer):
             is_packed = settings.optimizer_bits == 8 and weights >= _MIN_8_BIT_STATE
             total += 2 * (weights + 4 * -(-weights // _BLOCK_8_BIT)) if is_packed else 8 * weights
     return shape.layers * total

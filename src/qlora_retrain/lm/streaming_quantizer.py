@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _METHOD = "bitsandbytes_4bit_streamed"
+if TYPE_CHECKING:
+    Adjust = Callable[[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]
 
 
 def load_quantized(
@@ -34,6 +36,7 @@ def load_quantized(
     device: str,
     dtype: str,
     check_skeleton: Callable[[PreTrainedModel], object] | None = None,
+    adjust: Adjust | None = None,
 ) -> PreTrainedModel:
     """Load a 16-bit model with its linear layers in 4 bits, in memory that is mapped from unnamed files.
 
@@ -44,6 +47,8 @@ def load_quantized(
         device: Where tensors are packed, one at a time: `cpu` or `cuda`. Their bytes may differ.
         dtype: The type of what is not quantized, and the one from which weights are quantized.
         check_skeleton: Is called with the model before its weights are read, and may raise.
+        adjust: Is called with the name and the weights of each linear layer, and a function that returns the values of
+            a tensor's 4-bit form; what it returns is quantized.
 
     Raises:
         UsageError: If `base` is no causal language model in 16 bits.
@@ -58,6 +63,8 @@ def load_quantized(
     streamed: Any = copy.copy(settings)
     streamed.quant_method = _METHOD
     streamed.folder, streamed.device, streamed.check_skeleton = folder, device, check_skeleton
+    # transformers copies the settings with every object in them, the object of a method too, but no function.
+    streamed.adjust = None if adjust is None else lambda *args: adjust(*args)  # noqa: PLW0108
     try:
         model = loading.load_base(base, dtype=dtype, quantization=streamed)
     except _QuantizationFailed as failure:
@@ -100,7 +107,7 @@ def _register_quantizer() -> None:
             ((name, tensors),) = input_dict.items()
             weights = tensors[0] if isinstance(tensors, list) else tensors
             try:
-                return {name: _pack(weights, model.get_submodule(name.rpartition(".")[0]), self.streamed)}
+                return {name: _pack(name, weights, model.get_submodule(name.rpartition(".")[0]), self.streamed)}
             except Exception as error:
                 raise _QuantizationFailed(error) from error
 
@@ -119,15 +126,22 @@ def _register_quantizer() -> None:
             return StreamedQuantize(self.quantization_config)
 
 
-def _pack(weights: torch.Tensor, module: Any, streamed: Any) -> Params4bit:
+def _pack(name: str, weights: torch.Tensor, module: Any, streamed: Any) -> Params4bit:
     """Return a layer's weight in 4 bits, and set the layer's scales."""
+    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
     from transformers.pytorch_utils import Conv1D
 
     if issubclass(module.source_cls, Conv1D):
         weights = weights.T
     placeholder = module.weight
-    codes, state = four_bit.quantize(weights, placeholder.quant_type, placeholder.compress_statistics, streamed.device)
+
+    def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return four_bit.quantize(tensor, placeholder.quant_type, placeholder.compress_statistics, streamed.device)
+
+    if streamed.adjust is not None:
+        weights = streamed.adjust(name, weights, lambda tensor: dequantize_4bit(*quantize(tensor)))
+    codes, state = quantize(weights)
     state.absmax = _map_to_file(state.absmax, streamed.folder)
     module.quant_state = state
     module._is_hf_initialized = True

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig
+from qlora_retrain.config.sections import AdapterStart
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.adapter_scale import default_alpha, describe_adapter
@@ -18,6 +19,7 @@ from qlora_retrain.lm.warmup import DEFAULT_WARMUP_RATIO
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
 # CPUs with one of these multiply bf16 matrices at full speed in torch.
+DEFAULT_LOFTQ_ITERATIONS = 5  # as in the experiments of arXiv 2310.08659
 _BF16_FLAGS = ("avx512f", "amx_bf16", "bf16")
 
 
@@ -54,6 +56,17 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
     if train.alpha is None:
         alpha = default_alpha(train.rank, train.method)
         choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, train.method)}")
+
+    if train.method in ("lora-xs", "loftq"):
+        start = AdapterStart(
+            method=train.method,
+            rank=train.rank,
+            target_modules=train.target_modules,
+            iterations=train.loftq_iterations or DEFAULT_LOFTQ_ITERATIONS,
+        )
+        sections["quantize"] = sections["quantize"].model_copy(update={"adapter_start": start})
+    elif config.quantize.adapter_start is not None:
+        raise UsageError("quantize.adapter_start: the plan sets it by train.method; leave it out")
 
     if train.warmup_ratio is None and train.warmup_steps is None:
         choose("train", "warmup_ratio", DEFAULT_WARMUP_RATIO, "not set: the rate rises in this fraction of the steps")

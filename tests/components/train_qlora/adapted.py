@@ -11,7 +11,7 @@ from peft import PeftModel
 from components.train_qlora import adapter
 from components.train_qlora.methods import Lora, method_of
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.lm import loading
+from qlora_retrain.lm import adapter_start, loading
 
 SETTINGS: dict[str, Any] = {"rank": 4, "device": "cpu", "dropout": 0.0, "attention": "eager", "precision": "float32"}
 
@@ -21,7 +21,7 @@ def adapted(nf4: Path, method: str | Lora, **settings: Any) -> tuple[PeftModel, 
     if isinstance(method, str):
         method = method_of(TrainConfig(**(SETTINGS | settings | {"method": method})))
     torch.manual_seed(0)
-    model = adapter.attach_new(loading.load_nf4(nf4), method.config, method)
+    model = adapter.attach_new(loading.load_nf4(nf4), method.config, method, adapter_start.read(nf4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and ".lora_A" not in name:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from components.train_qlora import preflight
 from components.train_qlora import train as training
 from components.train_qlora.processes import launch
 from components.train_qlora.report import TrainingResult
-from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
+from qlora_retrain.config.sections import AdapterStart, QuantizeConfig, TrainConfig
 from tests.zygote import Zygote
 
 SMALL: dict[str, Any] = {
@@ -57,6 +58,22 @@ def nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base_nf4")
     quantize(QuantizeConfig(), tiny_model, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_of(nf4: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the base of a method: with the start of its adapter beside it, where it needs one."""
+
+    @cache
+    def base(method: str, iterations: int = 5) -> Path:
+        if method not in ("lora-xs", "loftq"):
+            return nf4
+        folder = tmp_path_factory.mktemp(method)
+        start = AdapterStart(method=method, rank=4, target_modules="all-linear", iterations=iterations)
+        quantize(QuantizeConfig(adapter_start=start), tiny_model, folder)
+        return folder
+
+    return base
 
 
 @pytest.fixture(scope="session")

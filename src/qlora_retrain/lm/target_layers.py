@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import regex
-from torch.nn import Linear
-from transformers import PreTrainedModel
-
-from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_retrain.config.sections import TrainConfig
 
 ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
 # No pattern needs longer for a name; one that goes through a name again and again is refused.
@@ -21,11 +21,13 @@ Number = TypeVar("Number", int, float)
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the paths of all linear layers but the output layer, which stays in 16 bits."""
+    from torch.nn import Linear
+
     lm_head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, Linear) and module is not lm_head]
 
 
-def target_modules(model: PreTrainedModel, requested_modules: str | list[str]) -> list[str]:
+def target_modules(model: PreTrainedModel, requested_modules: str | Sequence[str]) -> list[str]:
     """Return the sorted names of the requested linear layers, as PEFT takes them.
 
     Raises:
@@ -96,6 +98,8 @@ def patterns_by_path(config: TrainConfig, paths: Collection[str]) -> dict[str, d
 
 def _values_by_path(knob: str, patterns: Mapping[str, Number], paths: Collection[str]) -> dict[str, Number]:
     """Return the value of the first pattern that matches the end of each path; the path is escaped for PEFT."""
+    import regex
+
     values: dict[str, Number] = {}
     unused = dict.fromkeys(patterns)
     for path in sorted(paths):
@@ -113,6 +117,8 @@ def _values_by_path(knob: str, patterns: Mapping[str, Number], paths: Collection
 
 
 def _matches(pattern: str, path: str, knob: str) -> bool:
+    import regex
+
     try:
         return regex.fullmatch(pattern, path, timeout=_TIMEOUT_SECONDS) is not None
     except regex.error as error:

@@ -1,0 +1,95 @@
+"""Compute the start of an adapter of the original weights, while they are read to be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from transformers import PreTrainedModel
+
+from qlora_retrain.config.sections import QuantizeConfig
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import adapter_start
+from qlora_retrain.lm.low_rank import top_singular_triplets
+from qlora_retrain.lm.target_layers import adapted_paths, target_modules
+
+Quantized = Callable[[Tensor], Tensor]
+
+
+class StartBuilder:
+    """Sees every weight before it is packed, and keeps the matrices of the layers that get an adapter.
+
+    Attributes:
+        config: The method, the rank and the layers.
+        paths: The layers.
+        matrices: A (rank, in) and B (out, rank) by layer.
+    """
+
+    def __init__(self, settings: QuantizeConfig) -> None:
+        assert settings.adapter_start is not None
+        self.config = settings.adapter_start
+        self.paths: set[str] = set()
+        self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        self._squares = torch.zeros(3, dtype=torch.float64)  # of |W|, and of the errors without and with the start
+
+    def select(self, model: PreTrainedModel) -> None:
+        """Find the layers in a model whose weights are not read yet."""
+        self.paths = adapted_paths(model, target_modules(model, self.config.target_modules))
+
+    def adjust(self, name: str, weights: Tensor, quantized: Quantized) -> Tensor:
+        """Return what is quantized instead of a layer's weights (out, in), and keep the layer's start.
+
+        Args:
+            name: The weight's name in the model.
+            weights: The original ones.
+            quantized: Returns the values of the 4-bit form of a tensor.
+        """
+        path = name.removesuffix(".weight")
+        if path not in self.paths:
+            return weights
+        if self.config.method == "lora-xs":
+            left, values, right = top_singular_triplets(weights, self.config.rank)
+            self.matrices[path] = right, left * values
+            return weights
+        return self._alternate(path, weights, quantized)
+
+    def _alternate(self, path: str, weights: Tensor, quantized: Quantized) -> Tensor:
+        """Alternate between quantizing W - B A and taking B A of what is left (LoftQ, arXiv 2310.08659, alg. 1)."""
+        original = weights.float()
+        target = original
+        for iteration in range(self.config.iterations):
+            residual = original - quantized(target.to(weights.dtype)).float()
+            if not iteration:
+                error_without = vector_norm(residual) ** 2
+            left, values, right = top_singular_triplets(residual, self.config.rank)
+            root = values.sqrt()
+            a, b = right * root[:, None], left * root
+            packed, target = target, original - b @ a
+
+        self.matrices[path] = a, b
+        error_with = vector_norm(residual - b @ a) ** 2
+        self._squares += torch.stack([vector_norm(original) ** 2, error_without, error_with]).double().cpu()
+        return packed.to(weights.dtype)
+
+    def write(self, base_nf4: Path) -> dict[str, float]:
+        """Write the start beside the base, and return what it corrects.
+
+        Raises:
+            UsageError: If a layer is not quantized, so that no start of it was computed.
+        """
+        if missing := sorted(self.paths - set(self.matrices)):
+            raise UsageError(
+                f"train.method: {self.config.method} needs 4-bit layers, and {missing[0]} stays in 16 bits; name the "
+                "others in train.target_modules"
+            )
+        adapter_start.write(base_nf4, self.matrices, self.config.method)
+        norm, error_without, error_with = self._squares.tolist()
+        if not norm:
+            return {}
+        return {
+            "relative_error_without_start": round((error_without / norm) ** 0.5, 5),
+            "relative_error_with_start": round((error_with / norm) ** 0.5, 5),
+        }
