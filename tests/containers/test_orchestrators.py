@@ -306,6 +306,7 @@ def test_a_run_that_airflow_began_and_lost_in_training_is_finished_by_kubeflow(o
     assert production(orchestrators.root)[1] == plan.run_id
 
 
+@pytest.mark.soak  # the test before hands a run over in the other direction
 def test_a_run_that_kubeflow_began_and_that_was_stopped_in_training_is_finished_by_airflow(
     orchestrators: Orchestrators,
 ) -> None:
