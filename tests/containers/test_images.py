@@ -40,6 +40,8 @@ def test_an_image_names_its_revision_and_runs_as_nobody_in_particular(kind: grap
     assert labels.split()[-1] == "10001:10001"
 
 
+# The files differ in what they install; the soak has both.
+@pytest.mark.parametrize("kind", ["light", pytest.param("train", marks=pytest.mark.soak)], indirect=True)
 def test_an_image_built_again_from_the_same_code_names_the_newer_revision(kind: graph.Image, engine: Engine) -> None:
     """Buildah reuses a cached LABEL or ENV although an argument in it changed, unless a RUN comes before it."""
     arguments = [f"--build-arg={name}" for name in (f"BASE={engine.base}", "TORCH=cpu", "REVISION=newer")]
