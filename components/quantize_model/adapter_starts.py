@@ -48,15 +48,17 @@ class StartBuilder:
             quantized: Returns the values of the 4-bit form of a tensor.
         """
         path = name.removesuffix(".weight")
+        # Eigenvectors take hours on a CPU where the model is large.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         if path not in self.paths:
             return weights
         if self.config.method == "lora-xs":
-            left, values, right = top_singular_triplets(weights, self.config.rank)
-            self.matrices[path] = right, left * values
+            left, values, right = top_singular_triplets(weights.to(device), self.config.rank)
+            self.matrices[path] = right.cpu(), (left * values).cpu()
             return weights
-        return self._alternate(path, weights, quantized)
+        return self._alternate(path, weights, quantized, device)
 
-    def _alternate(self, path: str, weights: Tensor, quantized: Quantized) -> Tensor:
+    def _alternate(self, path: str, weights: Tensor, quantized: Quantized, device: str) -> Tensor:
         """Alternate between quantizing W - B A and taking B A of what is left (LoftQ, arXiv 2310.08659, alg. 1)."""
         original = weights.float()
         target = original
@@ -64,7 +66,7 @@ class StartBuilder:
             residual = original - quantized(target.to(weights.dtype)).float()
             if not iteration:
                 error_without = vector_norm(residual) ** 2
-            left, values, right = top_singular_triplets(residual, self.config.rank)
+            left, values, right = (part.cpu() for part in top_singular_triplets(residual.to(device), self.config.rank))
             root = values.sqrt()
             a, b = right * root[:, None], left * root
             packed, target = target, original - b @ a

@@ -44,11 +44,12 @@ def shard(model: PeftModel, device: str) -> None:
             module.quant_state = module.weight.quant_state
 
     mesh = init_device_mesh(device, (distributed.world_size(),))
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    frozen = {parameter for layer in layers for parameter in layer.parameters()} - trainable
+    # Some methods have frozen matrices, too.
+    adapter = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    frozen = {parameter for layer in layers for parameter in layer.parameters()} - adapter
     total_bytes = sum(parameter.nbytes for parameter in frozen)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, ignored_params=trainable)
+        fully_shard(layer, mesh=mesh, ignored_params=adapter)
     # The root has no parameters of its own to shard; it lets the layers prefetch the next one.
     fully_shard(base, mesh=mesh, ignored_params=set(model.parameters()))
     local_bytes = sum(p.to_local().nbytes for layer in layers for p in layer.parameters() if isinstance(p, DTensor))

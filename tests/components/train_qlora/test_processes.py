@@ -111,13 +111,18 @@ def quantized_model(family: str, tiny_model: Path, folder: Path) -> Path:
 # The first test compares LoRA. In CI one method is enough, the one that does most in a step.
 @pytest.mark.parametrize(
     "method",
-    ["adalora", *(pytest.param(name, marks=pytest.mark.soak) for name in ("dora", "dylora", "lora+", "rslora"))],
+    [
+        "adalora",
+        *(pytest.param(m, marks=pytest.mark.soak) for m in ("dora", "dylora", "lora+", "rslora", "lora-xs", "loftq")),
+    ],
 )
-def test_two_processes_train_by_every_method_as_one_does(step, train, method):
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+def test_two_processes_train_by_every_method_as_one_does(step, base_of, train, method, parallel):
     single, shared = step("single"), step("shared")
+    single.base_nf4 = shared.base_nf4 = base_of(method)
     settings = {"method": method, "alpha": None, "dropout": 0.0, "max_steps": 6}
     single(**SETTINGS | settings | {"num_processes": 1})
-    train(shared, **settings)
+    train(shared, **settings, parallel=parallel)
     assert_same_training(single, shared, rel=1e-4)
 
 
