@@ -21,7 +21,9 @@ from components.train_qlora.methods.lora import Lora, Matrices
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm.adapter_scale import adapter_scale
 
-START_STD = 0.02  # of A and B
+# LoRA's B moves out x rank numbers of a layer in a step, and E only rank of them. With orthonormal A and B, a step of E
+# by this multiple of the rate changes a weight of common widths about as much.
+RATE_OF_E = 16.0
 # Fractions of the run's steps: first with the whole budget, at the end with the final one.
 WARMUP_FRACTION, FINAL_FRACTION = 0.1, 0.5
 SMOOTHING = 0.85  # of a number's sensitivity and of its uncertainty (eq. 9 and 10; beta 1 and beta 2 in sec. 4)
@@ -48,11 +50,15 @@ class AdaLora(Lora):
         return adapter_scale(self.config.rank, self.alpha, self.config.method)
 
     def extend(self, layer: Any, start: object) -> None:
-        """Start with E at zero, and A and B drawn from a normal distribution."""
+        """Start with E at zero, and with random orthonormal A and B, as the penalty wants them."""
         matrices = super().matrices(layer)
         for matrix in matrices:
-            init.normal_(matrix, std=START_STD)
+            init.orthogonal_(matrix)
         layer.lora_E = ParameterDict({ADAPTER_NAME: Parameter(matrices[0].new_zeros(self.rank, 1))})
+
+    def rate_factor(self, parameter_name: str) -> float:
+        """Return what makes up for E's few numbers."""
+        return RATE_OF_E if ".lora_E." in parameter_name else 1.0
 
     def matrices(self, layer: Any) -> Matrices:
         """Return A * E (rank, in) and B (out, rank)."""
