@@ -31,7 +31,7 @@ def main() -> None:
     import torch
 
     from components.evaluate import intruders
-    from qlora_retrain.lm import loading
+    from qlora_retrain.lm import loading, singular_vectors
 
     # One thread, so that CPU seconds are comparable.
     torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def main() -> None:
             # In fp64, to measure the errors; not timed.
             exact = similarities_by_definition(base.double(), tuned.double())
             elapsed = seconds.setdefault(tuple(base.shape), [0.0, 0.0])
-            methods = (lambda b, t: intruders.max_similarities(b, t, TOP_K), similarities_by_definition)
+            methods = (lambda b, t: singular_vectors.max_similarities(b, t, TOP_K), similarities_by_definition)
             for i, method in enumerate(methods):
                 started = process_time()
                 similarities = method(base, tuned)

@@ -52,7 +52,7 @@ def run(
 
     # These are rules of this step only, since they concern the data and the training, not the model.
     step_rules = (_check_drift(config, champion, result), result.check_train_eval_gap(config), result.trained_steps())
-    verdict = apply_rules(result.scores, config, [rule for rule in step_rules if rule])
+    verdict = apply_rules(result.scores, config, [rule for rule in step_rules if rule], is_final=False)
     result.compute_metrics(config)
 
     scoring.write_scores(evaluation / "scores.jsonl", result.scores)

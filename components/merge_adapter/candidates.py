@@ -1,185 +1,171 @@
-"""Build, score and select the candidates: the adapter merged into either base. The better one ships.
-
-A form is a version of the model: a candidate, or an export of the selected one. Every form is compared with the
-unmerged model, the 4-bit base with the adapter over it; `certificate.json` and the manifest call that one `live`. One
-form is in memory at a time, and the unmerged model beside none of them.
+"""Build candidates: the adapter, or a cut or weakened form of it, merged into either base. One of them ships.
 
 Neither base is better in general: the adapter was trained over the 4-bit values, and these approximate the original
-ones. So both are merged and scored. One half of the evaluation rows selects, the other half certifies the selection.
+ones. So both are merged and scored. One candidate is in memory at a time, and the unmerged model beside none of them;
+the disk holds two at most.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from components.merge_adapter.agreement import Agreement, UnmergedLogits
+from components.merge_adapter import adapter_forms
 from components.merge_adapter.chat_files import write_chat_files
-from components.merge_adapter.merge import MergeStats, merge
+from components.merge_adapter.form_scores import FormScorer, FormScores
+from components.merge_adapter.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
+from components.merge_adapter.merge import MergeStats, merge, open_base
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
-from qlora_retrain.evaluation import answer_endings, scoring
-from qlora_retrain.evaluation.rows import count_prompts
-from qlora_retrain.evaluation.scoring import Row, RowScore, ScoringOptions
-from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm import loading
 from qlora_retrain.lm.chat import ChatTokenizer
-from qlora_retrain.lm.generation import Completion
-from qlora_retrain.lm.loading import LoadOptions
 
 BASES = ("dequantized", "original")  # with equal losses the first ships, as it computes what was evaluated
+MAX_FORMS = 12  # that one run builds and scores
+ADAPTER_FOLDER = "adapter"  # of the result, where another adapter was merged than the one that was trained
 _FOLDER = "candidates"
 
 
 @dataclass(frozen=True, slots=True)
-class FormScores:
-    """The scores of one form of the merged model on the evaluation rows, and its agreement with the unmerged model."""
-
-    scores: list[RowScore]
-    agreement: list[Agreement]
-
-    def subset(self, ids: frozenset[str]) -> FormScores:
-        """Return the scores of the rows with these ids."""
-        return FormScores([s for s in self.scores if s.id in ids], [a for a in self.agreement if a.id in ids])
-
-    def with_endings(self, answers: Mapping[str, Completion]) -> FormScores:
-        """Return the scores with what the answers, by row id, show: whether they ended by themselves."""
-        return FormScores(answer_endings.with_endings(self.scores, answers), self.agreement)
-
-    @property
-    def loss(self) -> float:
-        """Return the loss in nats per token; infinite where the loss of a row is not finite."""
-        # Infinite, so that a form with a broken row is never selected.
-        total, tokens = sum(s.loss_nats for s in self.scores), sum(s.tokens for s in self.scores)
-        return total / tokens if tokens and math.isfinite(total) else math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class FormScorer:
-    """Scores every form of the merged model in the same way.
+class Candidate:
+    """A form that may ship.
 
     Attributes:
-        unmerged_logits: With which a form is compared; they are of the rows that certify.
-        rows: The evaluation rows; all are scored.
-        labels: The closed set of answers, or None.
-        load_options: The options with which models are loaded: device, attention implementation, dtype.
-        settings: The evaluation's settings: the metrics, and the tokens of a forward pass.
+        base: The base that the adapter is merged into: `dequantized` or `original`.
+        rank: The rank to which the adapter is cut; None: as it was trained.
+        strength: What B A is multiplied by.
+        has_reduced_intruders: Whether the intruder dimensions are scaled down.
     """
 
-    unmerged_logits: UnmergedLogits
-    rows: Sequence[Row]
-    labels: Sequence[str] | None
-    load_options: LoadOptions
+    base: str
+    rank: int | None = None
+    strength: float = 1.0
+    has_reduced_intruders: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return its name in `certificate.json`: the base, and what else differs from the adapter that was trained."""
+        return self.base + self._adapter_name
+
+    @property
+    def _adapter_name(self) -> str:
+        rank = f", rank {self.rank}" if self.rank else ""
+        strength = f", strength {self.strength:g}" if self.strength != 1 else ""
+        return rank + strength + (", reduced intruders" if self.has_reduced_intruders else "")
+
+    @property
+    def has_trained_adapter(self) -> bool:
+        """Whether the adapter is merged as it was trained."""
+        return not self._adapter_name
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Builds candidates in folders below the result's.
+
+    Attributes:
+        config: The settings of the merge.
+        settings: Those of the evaluation: which directions are intruders.
+        base_model: The original base.
+        base_nf4: The 4-bit base.
+        adapter: The adapter as it was trained.
+        tokenizer: The line's.
+        model: The folder of the result.
+        stats: The statistics of every merge.
+        num_intruders: The number of intruder dimensions; None where none were looked for.
+    """
+
+    config: MergeConfig
     settings: EvaluateConfig
+    base_model: Path
+    base_nf4: Path
+    adapter: Path
+    tokenizer: ChatTokenizer
+    model: Path
+    stats: dict[Candidate, MergeStats] = field(default_factory=dict)
+    num_intruders: int | None = None
 
-    def score(
-        self, name: str, model: Any, folder: Path, rows: Sequence[Row] | None = None, *, measure_endings: bool = False
-    ) -> FormScores:
-        """Score a loaded form, and compare it with the unmerged model.
+    def build_bases(self) -> list[Candidate]:
+        """Build the adapter as it was trained, merged into each base that the settings allow."""
+        candidates = [Candidate(b) for b in (BASES if self.config.base == "measured" else (self.config.base,))]
+        for candidate in candidates:
+            self.build(candidate)
+        return candidates
 
-        Args:
-            name: The form's name in the progress line.
-            model: The loaded form.
-            folder: A model folder with the form's tokenizer.
-            rows: The rows to score; all evaluation rows where None.
-            measure_endings: Measure whether its answers end by themselves, which takes longer.
-        """
-        tokenizer, rows = chat.load_tokenizer(folder), self.rows if rows is None else rows
-        options = ScoringOptions(measure_endings=measure_endings)
-        scores, _ = scoring.score_and_generate(
-            self.settings, model, tokenizer, rows, self.labels, options, description=f"scoring {name}"
-        )
-
-        description = f"comparing {name} with the unmerged model"
-        return FormScores(scores, self.unmerged_logits.compare(model, description))
-
-
-def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig, str]:
-    """Return the settings without `base: auto`, and why one base was taken unmeasured; empty where both are measured.
-
-    Args:
-        config: The line's settings.
-        rows: The evaluation rows.
-    """
-    if config.base != "auto":
-        reason = f"{config.base}, as merge.base sets it; no measurement selected it"
-        return config, "" if config.base == "measured" else reason
-
-    # With fewer prompts than one half needs, nothing can be certified, and `measured` refuses for that.
-    prompts = count_prompts(rows)
-    base = "dequantized" if prompts // 2 < config.min_prompts <= prompts else "measured"
-    reason = (
-        f"{base}, which computes what was evaluated: evaluation rows of {prompts} different prompts are too few to "
-        f"select on one half and certify on the other, of at least {config.min_prompts} prompts each "
-        "(merge.min_prompts), so all of them certify it"
-    )
-    return config.model_copy(update={"base": base}), "" if base == "measured" else reason
-
-
-def build_candidates(
-    config: MergeConfig, base_model: Path, base_nf4: Path, adapter: Path, tokenizer: ChatTokenizer, model: Path
-) -> dict[str, MergeStats]:
-    """Write every candidate into a folder of its own below `model`, complete with the line's chat files."""
-    stats = {}
-    for name in BASES if config.base == "measured" else (config.base,):
+    def build(self, candidate: Candidate) -> None:
+        """Write a candidate into a folder of its own, complete with the line's chat files."""
+        assert len(self.stats) < MAX_FORMS, "the stages of the choice must share the number of forms"
+        adapter = self.adapter_of(candidate)
         # Below the model folder, so that keeping the winner is a rename and not a copy of gigabytes.
-        folder = model / _FOLDER / name
+        folder = self._folder(candidate)
         folder.mkdir(parents=True)
-        stats[name] = merge(
-            base_model,
-            base_nf4,
+        stats = merge(
+            self.base_model,
+            self.base_nf4,
             adapter,
             folder,
-            dequantized=name == "dequantized",
-            max_shard_gib=config.max_shard_gib,
+            dequantized=candidate.base == "dequantized",
+            max_shard_gib=self.config.max_shard_gib,
         )
-        write_chat_files(folder, tokenizer)
-        progress.say(f"{name}: merged {stats[name].modules} modules, {stats[name].weights_bytes / 2**30:.2f} GiB")
-    return stats
+        write_chat_files(folder, self.tokenizer)
+        self.stats[candidate] = stats
+        progress.say(f"{candidate.name}: merged {stats.modules} modules, {stats.weights_bytes / 2**30:.2f} GiB")
 
+    def score(self, candidate: Candidate, scorer: FormScorer) -> FormScores:
+        """Score a candidate that was built; its model is dropped before another one can be loaded."""
+        folder = self._folder(candidate)
+        return scorer.score_candidate(candidate.name, loading.load_base(folder, **scorer.load_options), folder)
 
-def score_candidates(scorer: FormScorer, names: Iterable[str], model: Path) -> dict[str, FormScores]:
-    """Score the candidates, one in memory at a time."""
-    results = {}
-    for name in names:
-        folder = model / _FOLDER / name
-        loaded = loading.load_base(folder, **scorer.load_options)
-        results[name] = scorer.score(name, loaded, folder)
-        del loaded  # before the next one is loaded
-    return results
+    def drop(self, candidate: Candidate) -> None:
+        """Remove a candidate's files."""
+        shutil.rmtree(self._folder(candidate))
 
+    def keep(self, candidate: Candidate) -> Path:
+        """Move a candidate's files into the result, and remove all others.
 
-def split_halves(rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the ids of the rows that select and of those that certify; a row is always in the same half.
+        Returns:
+            The folder of the adapter that was merged: below the result's if it is not the one that was trained.
+        """
+        for path in self._folder(candidate).iterdir():
+            path.rename(self.model / path.name)
+        adapter = self.adapter_of(candidate)
+        if not candidate.has_trained_adapter:
+            merged = self.model / ADAPTER_FOLDER
+            merged.mkdir()
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                (adapter / name).rename(merged / name)
+            adapter = merged
+        shutil.rmtree(self.model / _FOLDER)
+        return adapter
 
-    Each half has half of the prompts, since prompts are what its interval counts, with all their rows.
-    """
-    ids_by_prompt: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        ids_by_prompt[row.prompt].append(row.id)
+    def adapter_of(self, candidate: Candidate) -> Path:
+        """Return the folder of the adapter that a candidate merges; it is made the first time."""
+        adapter = self.adapter
+        if candidate.rank is not None:
+            adapter = self.model / _FOLDER / f"adapter-rank-{candidate.rank}"
+            if not adapter.is_dir():
+                adapter_forms.cut(self.adapter, adapter, candidate.rank)
 
-    # Hashed once more, so that the halves do not depend on how ids are made.
-    groups = sorted(ids_by_prompt.values(), key=lambda ids: hashlib.sha256(f"merge:{min(ids)}".encode()).digest())
-    selection = frozenset(row_id for ids in groups[: len(groups) // 2] for row_id in ids)
-    return selection, frozenset(row.id for row in rows) - selection
+        changed = adapter
+        if candidate.has_reduced_intruders:
+            changed = self.model / _FOLDER / f"{adapter.name}-intruders-{candidate.base}"
+            if not changed.is_dir():
+                self.num_intruders = self._reduce_intruders(candidate, adapter, changed)
+        elif candidate.strength != 1:
+            changed = self.model / _FOLDER / f"{adapter.name}-strength-{candidate.strength:g}"
+            if not changed.is_dir():
+                adapter_forms.weaken(adapter, changed, candidate.strength)
+        return changed
 
+    def _reduce_intruders(self, candidate: Candidate, adapter: Path, folder: Path) -> int:
+        with LoraAdapter(adapter) as lora:
+            modules = lora.modules
+        is_dequantized = candidate.base == "dequantized"
+        with open_base(self.base_model, self.base_nf4, modules, dequantized=is_dequantized) as base:
+            return adapter_forms.reduce_intruders(
+                adapter, folder, base.module_weight, self.settings.intruder_top_k, self.settings.intruder_epsilon
+            )
 
-def lowest_loss(candidates: Mapping[str, FormScores], ids: frozenset[str]) -> str:
-    """Return the candidate with the lowest loss on these rows, the first among equals.
-
-    The loss decides for label tasks too. Two forms of one model differ in the answers to at most one or two rows of a
-    hundred, but in the loss of every row.
-    """
-    return min(candidates, key=lambda name: candidates[name].subset(ids).loss)
-
-
-def keep_winner(winner: str, model: Path) -> None:
-    """Move the winner's files into `model`, and remove the other candidates."""
-    for path in (model / _FOLDER / winner).iterdir():
-        path.rename(model / path.name)
-    shutil.rmtree(model / _FOLDER)
+    def _folder(self, candidate: Candidate) -> Path:
+        return self.model / _FOLDER / candidate.name.replace(", ", "-").replace(" ", "-")

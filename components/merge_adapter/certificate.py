@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from components.merge_adapter import agreement
-from components.merge_adapter.candidates import FormScores
+from components.merge_adapter import agreement, choice_page
+from components.merge_adapter.form_scores import FormScores
+from components.merge_adapter.halves import Parts
 from components.merge_adapter.merge import MergeStats
+from components.merge_adapter.trials import Choice
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import html
 from qlora_retrain.evaluation import answer_endings, verdict
@@ -33,8 +35,7 @@ class Certificate:
     """Everything that is certified.
 
     Attributes:
-        base: The base that the adapter was merged into: `dequantized` or `original`.
-        reason: A sentence that says why this base was selected.
+        choice: Base, rank and strength of the form that ships, and why they were chosen.
         outcome: The verdict by the rules of the evaluation and of the merge.
         merge_cost: The rule on the loss increase over the unmerged model, on the rows that certify.
         row_counts: The number of rows in each half.
@@ -47,8 +48,7 @@ class Certificate:
         serving_warnings: Known problems of serving the adapter without merging.
     """
 
-    base: str
-    reason: str
+    choice: Choice
     outcome: Verdict
     merge_cost: RuleResult
     row_counts: dict[str, int]
@@ -62,12 +62,17 @@ class Certificate:
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `certificate.json`. Published versions hold it, so its names never change."""
+        winner = self.choice.winner.candidate
         # Suites without rows are left out.
         return {
             "verdict": self.outcome.decision,
             "sentence": self.outcome.sentence,
-            "base": self.base,
-            "why": self.reason,
+            "form": winner.name,
+            "base": winner.base,
+            "rank": self.choice.rank,
+            "strength": winner.strength,
+            "reduced_intruders": winner.has_reduced_intruders,
+            "why": self.choice.sentence,
             "rows": self.row_counts,
             "prompts": self.prompt_counts,
             "merge_loss_nats": {
@@ -75,6 +80,7 @@ class Certificate:
                 "low": self.merge_cost.low,
                 "high": self.merge_cost.high,
             },
+            "candidates": choice_page.as_json(self.choice),
             "forms": self.forms,
             **{suite: numbers for suite, numbers in self.suites.items() if numbers},
             "rules": self.outcome.rules_as_json(),
@@ -92,11 +98,12 @@ class Certificate:
             self.outcome.sentence,
             html.section("Rules", html.table(*verdict.rules_table(self.outcome.rules))),
             html.section(
-                "Selected base",
-                self.reason,
+                "Selected form",
+                self.choice.sentence,
                 *self._candidate_tables(),
                 agreement.positions_sentence(self.compared_positions),
             ),
+            *choice_page.sections(self.choice),
             *(
                 html.section(titles[suite], html.table(*verdict.metrics_table(numbers)))
                 for suite, numbers in self.suites.items()
@@ -107,13 +114,16 @@ class Certificate:
                 "Serving the adapter without merging",
                 *(self.serving_warnings or ["No problem is known with vLLM, TGI and llama.cpp."]),
             ),
-            html.section("Merge statistics", html.key_value_table({"base": self.base, **asdict(self.stats)})),
+            html.section(
+                "Merge statistics",
+                html.key_value_table({"base": self.choice.winner.candidate.base, **asdict(self.stats)}),
+            ),
         )
 
     def _candidate_tables(self) -> list[html.Html]:
         """Return a table for each half that has rows."""
         titles = {
-            "selection": f"the {self._size('selection')} that select the base",
+            "selection": f"the {self._size('selection')} that select the form",
             "certification": f"the {self._size('certification')} that certify it",
         }
         return [
@@ -193,19 +203,19 @@ def _interval_rule(name: str, text: str, interval: Interval | None, limit: float
     return RuleResult(name, text, interval.value, interval.low, interval.high, limit, passed)
 
 
-def min_prompts_rules(config: MergeConfig, prompt_counts: Mapping[str, int]) -> list[RuleResult]:
+def min_prompts_rules(config: MergeConfig, parts: Parts, prompt_counts: Mapping[str, int]) -> list[RuleResult]:
     """Check that both halves have enough prompts, where halves are used; too few are insufficient evidence."""
-    if config.base != "measured":
+    if not parts.needs_rows and not parts.rows.selection:
         return []
     fewest, limit = min(prompt_counts.values()), config.min_prompts
-    text = f"rows of {prompt_counts['selection']} different prompts select the base, those of "
+    text = f"rows of {prompt_counts['selection']} different prompts select the form, those of "
     text += f"{prompt_counts['certification']} others certify it"
     if fewest >= limit:
         return [RuleResult("merge_prompts", text, fewest, limit=limit, passed=True)]
 
     # `passed` stays None, because too few prompts are missing evidence and not a failure.
     text += f"; at least {limit} different prompts of each are needed (merge.min_prompts): keep more evaluation rows, "
-    text += "or set merge.base to one base"
+    text += "or set merge.base to one base and merge.rank to full"
     return [RuleResult("merge_prompts", text, fewest, limit=limit)]
 
 

@@ -38,7 +38,7 @@ class EvaluationInputs:
         """Read the three artifacts.
 
         Raises:
-            IntegrityError: If the evaluation was made on other rows than those of the data set.
+            IntegrityError: If the evaluation was made on other rows or passages than those given.
         """
         data = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
         document = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
@@ -57,6 +57,13 @@ class EvaluationInputs:
                 raise IntegrityError(
                     "evaluation: its rows are not those of the data set; it was made from another data set"
                 )
+
+        # Forgetting is measured passage by passage, so the passages must be the evaluation's.
+        passage_ids = [reference_text.passage_id(passage) for passage in inputs.passages]
+        if passage_ids != [score.id for score in inputs.unmerged_scores("reference")]:
+            raise IntegrityError(
+                "evaluation: its passages are not those of reference_data; it was made from other passages"
+            )
 
         # An evaluation of an older release does not state the prompts, and the data set does.
         prompts = {(suite, row.id): row.prompt_id for suite, rows in inputs.rows.items() for row in rows}

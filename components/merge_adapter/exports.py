@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.merge_adapter.candidates import FormScorer, FormScores
+from components.merge_adapter.form_scores import FormScorer, FormScores
 from components.merge_adapter.merge import copy_tokenizer, merge
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.core import progress

@@ -21,7 +21,8 @@ from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|magnitude_vector(?:\.weight)?)"
 )
-_MAGNITUDE = "magnitude"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAGNITUDE = "magnitude"
 _CHUNK_WEIGHTS = 2**17  # weights converted to fp32 at a time: 0.5 MB, which fits into a core's cache
 # Settings of PEFT's LoRA that change the update, with the values that leave it unchanged.
 _NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -50,9 +51,9 @@ class LoraAdapter(SafetensorsFolder):
     """
 
     def __init__(self, folder: Path, minus: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
-        super().__init__(folder, single_file="adapter_model.safetensors")
+        super().__init__(folder, single_file=WEIGHTS_FILE)
         self.minus = minus or {}
-        self.config = _read_config(folder / "adapter_config.json")
+        self.config = _read_config(folder / CONFIG_FILE)
         self.modules: list[str] = []
         self._tensor_names: dict[str, dict[str, str]] = {}  # by module: the names of A, B and the magnitude
 
@@ -66,12 +67,12 @@ class LoraAdapter(SafetensorsFolder):
                 raise UsageError(f"adapter: tensor {name} is not LoRA on a linear layer, so it cannot be merged")
             if not is_finite(self.tensor(name)):
                 raise Diverged(f"adapter: {name} holds numbers that are not finite; train with a lower learning rate")
-            self._tensor_names.setdefault(match["module"], {})[match["side"] or _MAGNITUDE] = name
+            self._tensor_names.setdefault(match["module"], {})[match["side"] or MAGNITUDE] = name
         if not self._tensor_names:
             raise IntegrityError("adapter: adapter_model.safetensors holds no tensor")
 
         # With DoRA every module has a magnitude, without it none has. A mixture would merge to wrong weights.
-        expected = {"A", "B"} | ({_MAGNITUDE} if self.config.get("use_dora") else set())
+        expected = {"A", "B"} | ({MAGNITUDE} if self.config.get("use_dora") else set())
         for module, sides in sorted(self._tensor_names.items()):
             if missing := sorted(expected - set(sides)):
                 raise IntegrityError(f"adapter: {module}: its lora_{missing[0]} is missing")
@@ -94,7 +95,7 @@ class LoraAdapter(SafetensorsFolder):
         """
         sides = self._tensor_names[module]
         a, b = (self.tensor(sides[side]).float() for side in "AB")  # (rank, in), (out, rank)
-        magnitude = self.tensor(sides[_MAGNITUDE]).float().reshape(-1, 1) if _MAGNITUDE in sides else None
+        magnitude = self.tensor(sides[MAGNITUDE]).float().reshape(-1, 1) if MAGNITUDE in sides else None
         scaling = self.scaling(module, a, b)
         if module in self.minus:
             # B A - B0 A0 is one product of twice the rank.
@@ -115,6 +116,27 @@ class LoraAdapter(SafetensorsFolder):
                 total.mul_(magnitude[rows] / torch.linalg.vector_norm(total, dim=1, keepdim=True))
             merged[rows] = total
         return merged
+
+    def rank(self, module: str) -> int:
+        """Return the number of rows of a module's A."""
+        return self.spec(self._tensor_names[module]["A"]).shape[0]
+
+    def update(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (rank, in) and B (out, rank) with delta W = B A, in fp64: the scale is in B."""
+        a, b = (self.tensor(self._tensor_names[module][side]).double() for side in "AB")
+        return a, b * self.scaling(module, a, b)
+
+    def tensors(self, module: str, rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the name and the shape of each of a module's tensors if it had this rank: A, B, DoRA's magnitude."""
+        names = self._tensor_names[module]
+        shapes = {part: self.spec(name).shape for part, name in names.items()}
+        shapes |= {"A": (rank, shapes["A"][1]), "B": (shapes["B"][0], rank)}
+        return {part: (names[part], shape) for part, shape in shapes.items()}
+
+    def magnitudes(self, module: str) -> dict[str, torch.Tensor]:
+        """Return DoRA's magnitude of a module in fp32, by its part's name; empty without DoRA."""
+        names = self._tensor_names[module]
+        return {MAGNITUDE: self.tensor(names[MAGNITUDE]).float()} if MAGNITUDE in names else {}
 
     def scaling(self, module: str, a: torch.Tensor, b: torch.Tensor) -> float:
         """Return alpha/rank, or alpha/sqrt(rank) with rsLoRA, by the module's own rank and alpha where it has them."""

@@ -6,6 +6,8 @@ Every other tensor stays as the base has it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,42 +67,28 @@ def merge(
     # LoftQ's adapter starts from what the 4-bit base lacks, which the original base has.
     has_correction = not dequantized and adapter_start.read_method(base_nf4) == "loftq"
     correction = adapter_start.read(base_nf4) if has_correction else None
-    with (
-        SafetensorsFolder(base_model) as base,
-        SafetensorsFolder(base_nf4) as nf4,
-        LoraAdapter(adapter, correction) as lora,
-    ):
+    with ExitStack() as stack:
+        lora = stack.enter_context(LoraAdapter(adapter, correction))
         _refuse_tied_weights(lora, config)
-        model_names = names_in_model(base.names, {*nf4.names, *(f"{module}.weight" for module in lora.modules)})
-        base_names = {model_name: name for name, model_name in model_names.items()}
-        if unmatched := [module for module in lora.modules if f"{module}.weight" not in base_names]:
-            raise IntegrityError(
-                f"adapter: {len(unmatched)} of {len(lora.modules)} modules have no weight in the base, e.g. "
-                f"{unmatched[0]}; it was trained over another model, or this family stores its weights under other "
-                "names"
-            )
-        module_by_weight = {base_names[f"{module}.weight"]: module for module in lora.modules}
-        dequantized_names = {name for name in base.names if dequantized and nf4.is_quantized(model_names[name])}
+        base = stack.enter_context(open_base(base_model, base_nf4, lora.modules, dequantized=dequantized))
+        module_by_weight = {name: module for module, name in base.weight_names.items()}
 
         # The files' headers come before the values, so every output type is decided before a tensor is read.
         specs = [
-            _output_spec(base.spec(name), name in module_by_weight or name in dequantized_names) for name in base.names
+            _output_spec(base.original.spec(name), name in module_by_weight or name in base.dequantized_names)
+            for name in base.original.names
         ]
         dtypes = {spec.name: spec.dtype for spec in specs}
 
         def make_tensor(name: str) -> torch.Tensor:
-            # The shapes differ where base_nf4 was made from another base.
-            if name in dequantized_names:
-                tensor = _check_shape(nf4.dequantize(model_names[name]), base.spec(name).shape, name)
-            else:
-                tensor = base.tensor(name)
+            tensor = base.tensor(name)
             if name in module_by_weight:
                 tensor = lora.merge_into(module_by_weight[name], tensor)
 
             # Every tensor is checked here, also a copied one, so that a damaged base is noticed in any layer.
             tensor = tensor.to(dtypes[name])
             if tensor.is_floating_point() and not is_finite(tensor):
-                raise _not_finite_error(name, base)
+                raise _not_finite_error(name, base.original)
             return tensor
 
         def on_progress(done: int) -> None:
@@ -108,10 +96,67 @@ def merge(
                 progress.update("merging", done, len(specs))
 
         weights_bytes = write_safetensors(model, specs, make_tensor, max_shard_gib, on_progress)
-        stats = MergeStats(len(specs), len(module_by_weight), len(dequantized_names), weights_bytes)
+        stats = MergeStats(len(specs), len(module_by_weight), len(base.dequantized_names), weights_bytes)
     _write_config(config, model)
     copy_tokenizer(base_model, model)
     return stats
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWeights:
+    """The weights that an adapter is merged into, read one at a time.
+
+    Attributes:
+        original: The files of the 16-bit base.
+        nf4: Those of its 4-bit form.
+        model_names: By the name of a tensor in `original`: that in the model, which `nf4` uses.
+        weight_names: By the name of an adapted module: that of its weight in `original`.
+        dequantized_names: The names of the tensors that are taken from `nf4`.
+    """
+
+    original: SafetensorsFolder
+    nf4: SafetensorsFolder
+    model_names: dict[str, str]
+    weight_names: dict[str, str]
+    dequantized_names: frozenset[str]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor of `original`, from the 4-bit base where its values are merged into."""
+        if name not in self.dequantized_names:
+            return self.original.tensor(name)
+        # The shapes differ where base_nf4 was made from another base.
+        return _check_shape(self.nf4.dequantize(self.model_names[name]), self.original.spec(name).shape, name)
+
+    def module_weight(self, module: str) -> torch.Tensor:
+        """Read the weight (out, in) of an adapted module."""
+        return self.tensor(self.weight_names[module])
+
+
+@contextmanager
+def open_base(base_model: Path, base_nf4: Path, modules: Sequence[str], *, dequantized: bool) -> Iterator[BaseWeights]:
+    """Open the files of the base, for an adapter of these modules.
+
+    Raises:
+        IntegrityError: If a module has no weight in them.
+    """
+    with SafetensorsFolder(base_model) as base, SafetensorsFolder(base_nf4) as nf4:
+        model_names = names_in_model(base.names, {*nf4.names, *(f"{module}.weight" for module in modules)})
+        base_names = {model_name: name for name, model_name in model_names.items()}
+        if unmatched := [module for module in modules if f"{module}.weight" not in base_names]:
+            raise IntegrityError(
+                f"adapter: {len(unmatched)} of {len(modules)} modules have no weight in the base, e.g. "
+                f"{unmatched[0]}; it was trained over another model, or this family stores its weights under other "
+                "names"
+            )
+        yield BaseWeights(
+            original=base,
+            nf4=nf4,
+            model_names=model_names,
+            weight_names={module: base_names[f"{module}.weight"] for module in modules},
+            dequantized_names=frozenset(
+                name for name in base.names if dequantized and nf4.is_quantized(model_names[name])
+            ),
+        )
 
 
 def copy_tokenizer(base_model: Path, folder: Path) -> None:

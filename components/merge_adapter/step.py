@@ -1,5 +1,6 @@
 """Merge the adapter into a 16-bit model, and apply the rules of the evaluation to this form, the one that ships.
 
+Chooses by measurement which base the adapter is merged into, with which rank and at which strength.
 Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and
 `reference_data` where the line has it. Makes `model/`: a plain transformers folder in bf16, with `certificate.json`,
 `report.html` and, where the config asks for more forms, `exports/`.
@@ -17,21 +18,24 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from components.merge_adapter import candidates, certificate, exports, serving_warnings, unmerged
-from components.merge_adapter.candidates import FormScorer, FormScores
+from components.merge_adapter import certificate, choice, exports, serving_warnings, unmerged
+from components.merge_adapter.candidates import BASES, Workshop
 from components.merge_adapter.certificate import Certificate
+from components.merge_adapter.choice import Chooser
 from components.merge_adapter.evaluation_inputs import EvaluationInputs
 from components.merge_adapter.exports import Export
+from components.merge_adapter.form_scores import FormScorer, FormScores
+from components.merge_adapter.halves import Parts
 from components.merge_adapter.merge import MergeStats
+from components.merge_adapter.trials import Choice
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.core import progress
-from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.evaluation import answer_endings, scoring, verdict
 from qlora_retrain.evaluation.metrics import completion_metrics
 from qlora_retrain.evaluation.rows import count_prompts
 from qlora_retrain.evaluation.rules import suite_rules
-from qlora_retrain.evaluation.scoring import Row, RowScore
+from qlora_retrain.evaluation.scoring import RowScore
 from qlora_retrain.lm import chat, loading
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.generation import Completion
@@ -54,39 +58,37 @@ def run(
     # Checks that need no merge come first, so that a refusal does not come after gigabytes were written.
     exports.refuse_unsupported(config, base_model)
     inputs = EvaluationInputs.from_folders(dataset, evaluation, reference_data)
-    config, base_reason = candidates.resolve_base(config, inputs.rows["eval"])
+    config = choice.keep_correction(config, base_nf4)
+    config, base_reason = choice.resolve_base(config, inputs.rows["eval"])
+    parts = Parts.from_inputs(config, inputs)
     tokenizer = chat.load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
-    stats = candidates.build_candidates(config, base_model, base_nf4, adapter, tokenizer, model)
+    workshop = Workshop(config, inputs.settings, base_model, base_nf4, adapter, tokenizer, model)
+    bases = workshop.build_bases()
 
-    # Score the unmerged model first, then the candidates on the rows of both halves; one half selects the base.
-    halves = _split_rows(config, inputs.rows["eval"])
+    # Score the unmerged model first, then the candidates on the rows of both halves; one half chooses.
     # Beside the model folder, and without a name: it is never a part of the artifact, and goes with the process.
     with TemporaryFile(dir=model.parent) as logits_file:
-        inputs, scorer = unmerged.measure(
-            config, inputs, halves["certification"], base_nf4, adapter, tokenizer, logits_file
-        )
-        form_scores = candidates.score_candidates(scorer, stats, model)
-        winner = candidates.lowest_loss(form_scores, halves["selection"])
-        candidates.keep_winner(winner, model)
-        reason = base_reason or _selection_reason(form_scores, halves["selection"], winner)
-        progress.say(reason)
+        inputs, scorer = unmerged.measure(config, inputs, parts, base_nf4, adapter, tokenizer, logits_file)
+        selected = Chooser(config, base_reason, workshop, scorer, inputs, parts).choose(bases)
+        merged_adapter = workshop.keep(selected.winner.candidate)
 
         # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
         suite_scores, answers = _score_other_suites(scorer, inputs, model)
-        form_scores[winner] = form_scores[winner].with_endings(answers)
-        built_exports = exports.build_exports(config, scorer, base_model, base_nf4, adapter, model)
+        merged = selected.winner.scores.with_endings(answers)
+        built_exports = exports.build_exports(config, scorer, base_model, base_nf4, merged_adapter, model)
+    contestants = _with_shipped_form(inputs, merged, suite_scores, parts)
     merge_certificate = _certify(
         config,
         inputs,
-        halves,
-        form_scores,
-        winner,
-        reason,
-        stats[winner],
+        parts,
+        selected,
+        merged,
+        contestants,
+        workshop.stats[selected.winner.candidate],
         suite_scores,
         built_exports,
         scorer.unmerged_logits.positions,
-        serving_warnings.read_warnings(adapter),
+        serving_warnings.read_warnings(merged_adapter),
     )
 
     # JSON has no NaN, and a certificate that other programs cannot read must not be written.
@@ -98,31 +100,23 @@ def run(
     numbers = _numbers(merge_certificate, inputs.settings)
     if merge_certificate.outcome.decision == "pass":
         # Decided by the form that ships, and not by the unmerged model, since later versions are compared with it.
-        numbers["best"] = suite_rules.best_contestant(
-            _with_shipped_form(inputs, form_scores[winner], suite_scores), inputs.settings
-        )
+        numbers["best"] = suite_rules.best_contestant(contestants, inputs.settings)
     return merge_certificate.outcome.to_step_result(numbers)
 
 
 def _with_shipped_form(
-    inputs: EvaluationInputs, merged: FormScores, suite_scores: Mapping[str, list[RowScore]]
+    inputs: EvaluationInputs, merged: FormScores, suite_scores: Mapping[str, list[RowScore]], parts: Parts
 ) -> dict[str, list[RowScore]]:
-    """Return every contestant's scores, with the form that ships as the challenger."""
+    """Return every contestant's scores, with the form that ships as the challenger.
+
+    Of the passages only those that certify are left, since the others chose the form.
+    """
     suites = {"eval": merged.scores, **suite_scores}
-    return {**inputs.scores, "challenger": [score for suite in _SUITES for score in suites[suite]]}
-
-
-def _split_rows(config: MergeConfig, rows: Sequence[Row]) -> dict[str, frozenset[str]]:
-    """Return the rows that select and the rows that certify; where the config names the base, all certify."""
-    if config.base != "measured":
-        return {"selection": frozenset(), "certification": frozenset(row.id for row in rows)}
-    selection, certification = candidates.split_halves(rows)
-    return {"selection": selection, "certification": certification}
-
-
-def _selection_reason(form_scores: Mapping[str, FormScores], selection: frozenset[str], winner: str) -> str:
-    losses = ", ".join(f"{name} {form.subset(selection).loss:.4f}" for name, form in form_scores.items())
-    return f"{winner}: its loss in nats per token on the {len(selection)} rows that select is the lower one: {losses}"
+    scores = {**inputs.scores, "challenger": [score for suite in _SUITES for score in suites[suite]]}
+    return {
+        name: [s for s in rows if s.suite != "reference" or s.id in parts.passages.certification]
+        for name, rows in scores.items()
+    }
 
 
 def _score_other_suites(
@@ -160,21 +154,16 @@ def _score_other_suites(
             )
         del loaded  # an export is loaded next
 
-    # Forgetting is measured passage by passage, so the passages must be the evaluation's.
-    if [score.id for score in suite_scores["reference"]] != [score.id for score in inputs.unmerged_scores("reference")]:
-        raise IntegrityError(
-            "evaluation: its passages are not those of reference_data; it was made from other passages"
-        )
     return suite_scores, answers
 
 
 def _certify(
     config: MergeConfig,
     inputs: EvaluationInputs,
-    halves: Mapping[str, frozenset[str]],
-    form_scores: Mapping[str, FormScores],
-    winner: str,
-    reason: str,
+    parts: Parts,
+    selected: Choice,
+    merged: FormScores,
+    contestants: Mapping[str, Sequence[RowScore]],
     stats: MergeStats,
     suite_scores: Mapping[str, list[RowScore]],
     built_exports: Mapping[str, Export],
@@ -185,19 +174,16 @@ def _certify(
     settings, answers = inputs.settings, inputs.answers
 
     # The winner was chosen on the selecting rows, so it looks too good there. The own rules use only the other half.
+    halves = parts.rows.as_dict()
     rows = {half: [row for row in inputs.rows["eval"] if row.id in ids] for half, ids in halves.items()}
     prompt_counts = {half: count_prompts(half_rows) for half, half_rows in rows.items()}
-    live_scores = [score for score in inputs.unmerged_scores("eval") if score.id in halves["certification"]]
-    own_rules = certificate.merge_rules(
-        config, settings, live_scores, form_scores[winner].subset(halves["certification"])
-    )
-    rules = [*certificate.min_prompts_rules(config, prompt_counts), *own_rules]
+    live_scores = [score for score in inputs.unmerged_scores("eval") if score.id in parts.rows.certification]
+    certified = merged.subset(parts.rows.certification)
+    own_rules = certificate.merge_rules(config, settings, live_scores, certified)
+    rules = [*certificate.min_prompts_rules(config, parts, prompt_counts), *own_rules, *selected.rules]
 
     # bf16 is listed with the other exports, but its only own rule is merge_cost.
-    shipped = {
-        "bf16": Export(".", stats.weights_bytes, form_scores[winner].subset(halves["certification"])),
-        **built_exports,
-    }
+    shipped = {"bf16": Export(".", stats.weights_bytes, certified), **built_exports}
     listed: dict[str, dict[str, Any]] = {}
     for name, export in shipped.items():
         numbers, limits = certificate.certify_export(config, settings, live_scores, name, export.scores, answers)
@@ -205,11 +191,12 @@ def _certify(
         rules += limits if name != "bf16" else []
 
     # "live" is the unmerged model's name in published certificates.
-    forms = {"live": FormScores(inputs.unmerged_scores("eval"), [])} | dict(form_scores)
+    forms = {"live": FormScores(inputs.unmerged_scores("eval"), [])}
+    forms |= {trial.candidate.name: trial.scores for trial in selected.trials}
+    forms[selected.winner.candidate.name] = merged
     return Certificate(
-        base=winner,
-        reason=reason,
-        outcome=verdict.apply_rules(_with_shipped_form(inputs, form_scores[winner], suite_scores), settings, rules),
+        choice=selected,
+        outcome=verdict.apply_rules(contestants, settings, rules),
         merge_cost=own_rules[0],
         row_counts={half: len(half_rows) for half, half_rows in rows.items()},
         prompt_counts=prompt_counts,
@@ -232,19 +219,26 @@ def _certify(
 
 def _numbers(merge_certificate: Certificate, settings: EvaluateConfig) -> dict[str, Number]:
     """Return the numbers for the manifest and the last line of the log, on the rows that certify."""
-    forms = merge_certificate.forms["certification"]
-    merged = forms[merge_certificate.base]
+    choice, forms = merge_certificate.choice, merge_certificate.forms["certification"]
+    winner, merged = choice.winner.candidate, forms[choice.winner.candidate.name]
     numbers: dict[str, Number] = {
-        "base": merge_certificate.base,
+        "base": winner.base,
+        "rank": choice.rank,
+        "strength": winner.strength,
+        "reduced_intruders": winner.has_reduced_intruders,
+        "forms_built": len(choice.trials),
         "rows": merge_certificate.row_counts["certification"],
         "merge_loss_nats": merge_certificate.merge_cost.value,
         "kl_nats": merged.get("kl"),
         "agreement": merged.get("agreement"),
     }
 
+    # The unmerged model and either base by their names, and what ships where that is another form.
+    listed_forms = {name: forms[name] for name in ("live", *BASES) if name in forms}
+    listed_forms |= {} if winner.has_trained_adapter else {"merged": merged}
     # dict.fromkeys removes repetitions, since the primary metric may be one of the first two.
     for metric in dict.fromkeys(("accuracy", "loss", settings.primary_metric or "loss", answer_endings.METRIC)):
-        numbers |= {f"{metric}_{name}": form[metric] for name, form in forms.items() if metric in form}
+        numbers |= {f"{metric}_{name}": form[metric] for name, form in listed_forms.items() if metric in form}
     numbers |= {
         f"loss_{name}": export.get("loss") for name, export in merge_certificate.exports.items() if name != "bf16"
     }

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from components.merge_adapter.agreement import UnmergedLogits
-from components.merge_adapter.candidates import FormScorer
 from components.merge_adapter.evaluation_inputs import EvaluationInputs
+from components.merge_adapter.form_scores import FormScorer
+from components.merge_adapter.halves import Parts
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.core import progress
-from qlora_retrain.evaluation import scoring
+from qlora_retrain.evaluation import reference_text, scoring
 from qlora_retrain.lm import loading
 from qlora_retrain.lm.chat import ChatTokenizer
 from qlora_retrain.lm.loading import LoadOptions
@@ -23,7 +24,7 @@ from qlora_retrain.lm.loading import LoadOptions
 def measure(
     config: MergeConfig,
     inputs: EvaluationInputs,
-    compared_ids: frozenset[str],
+    parts: Parts,
     base_nf4: Path,
     adapter: Path,
     tokenizer: ChatTokenizer,
@@ -34,7 +35,7 @@ def measure(
     Args:
         config: The device and the precision.
         inputs: The rows and the scores of the evaluation.
-        compared_ids: The ids of the rows on which forms are compared with the unmerged model.
+        parts: What certifies: on these rows forms are compared with the unmerged model; and the passages that choose.
         base_nf4: The 4-bit base.
         adapter: The adapter.
         tokenizer: The line's.
@@ -51,12 +52,14 @@ def measure(
     unmerged: Any = loading.attach_adapter(loading.load_nf4(base_nf4, **load_options), adapter)
     inputs = _rescore(config, inputs, unmerged, tokenizer)
     settings, rows = inputs.settings, inputs.rows["eval"]
-    compared = [row for row in rows if row.id in compared_ids]
+    compared = [row for row in rows if row.id in parts.rows.certification]
     logits = UnmergedLogits.from_model(unmerged, tokenizer, compared, settings.batch_tokens, logits_file)
     progress.say(logits.sentence)
 
     # The model ends here, before any form is loaded.
-    return inputs, FormScorer(logits, rows, inputs.labels, load_options, settings)
+    passages = [p for p in inputs.passages if reference_text.passage_id(p) in parts.passages.selection]
+    scorer = FormScorer(logits, rows, inputs.labels, load_options, settings, passages, inputs.max_tokens)
+    return inputs, scorer
 
 
 def _rescore(

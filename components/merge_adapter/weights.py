@@ -172,9 +172,16 @@ def write_safetensors(
     """
     shards = split_into_shards(specs, max_shard_gib * _GIB)
     index: dict[str, str] = {}
+    written: list[str] = []
+
+    def on_tensor(name: str) -> None:
+        written.append(name)
+        on_progress(len(written))
+
     for number, shard in enumerate(shards, 1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, make_tensor, lambda: on_progress(len(index)), index)
+        write_file(folder / file, shard, make_tensor, on_tensor)
+        index |= dict.fromkeys((spec.name for spec in shard), file)
 
     # The index is written last: a reader that finds it finds every shard.
     total_bytes = sum(spec.size_bytes for spec in specs)
@@ -184,14 +191,13 @@ def write_safetensors(
     return total_bytes
 
 
-def _write_file(
+def write_file(
     path: Path,
     specs: Sequence[TensorSpec],
     make_tensor: Callable[[str], torch.Tensor],
-    on_tensor: Callable[[], None],
-    index: dict[str, str],
+    on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write one file, and enter its tensors in `index`.
+    """Write one file, one tensor in memory at a time.
 
     The layout follows the safetensors documentation: the header's length in 8 bytes, the header as JSON, then the
     values without gaps.
@@ -218,5 +224,4 @@ def _write_file(
             if tensor.numel():
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del tensor  # it would stay in memory while the next one is made
-            index[spec.name] = path.name
-            on_tensor()
+            on_tensor(spec.name)

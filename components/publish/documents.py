@@ -115,12 +115,24 @@ def model_card(
             "",
             f"QLoRA: {adapter}, learning rate {train['learning_rate']:g}, "
             f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows. "
+            f"{_merged_form(numbers.get('model', {}))}"
             "`recipe.json` lists every setting and content pin, `sbom.json` the software.",
             "",
             "## How to use it",
             "",
             *_usage_lines(plan),
         ]
+    )
+
+
+def _merged_form(numbers: Mapping[str, Any]) -> str:
+    """Say what was merged; older merges do not."""
+    if "rank" not in numbers or "strength" not in numbers:
+        return ""
+    reduced = ", with its intruder dimensions scaled down" if numbers.get("reduced_intruders") else ""
+    return (
+        f"The adapter was merged into the {numbers.get('base')} base with rank {numbers['rank']} at strength "
+        f"{numbers['strength']:g}{reduced}; `adapter/` holds it in this form. "
     )
 
 

@@ -46,6 +46,9 @@ _RENAMED_FILES = {
 # The other files of these two artifacts go into a folder of the same name, and their hash is the version's content. The
 # other files of the remaining two artifacts are not published.
 _CONTENT_ARTIFACTS = ("adapter", "model")
+_CONTENT_FOLDERS = tuple(f"{name}/" for name in _CONTENT_ARTIFACTS)
+# Below `model`: the adapter that was merged, where it is not the one that was trained. A version has it in its place.
+_MERGED_ADAPTER = "adapter/"
 
 
 def run(
@@ -62,12 +65,12 @@ def run(
     """Publish the model that passed both gates: the evaluation and the certificate."""
     # Only the adapter and the model are a version's content, so a new report of the same model makes no new version.
     inputs = {"dataset": dataset, "adapter": adapter, "evaluation": evaluation, "model": model}
-    copies = {name: _targets(name, manifest) for name, manifest in inputs.items()}
+    copies = _with_merged_adapter({name: _targets(name, manifest) for name, manifest in inputs.items()})
     content = hashing.content_hash(
         (target, file.sha256)
         for name in _CONTENT_ARTIFACTS
         for file, target in copies[name]
-        if target.startswith(f"{name}/")
+        if target.startswith(_CONTENT_FOLDERS)
     )
 
     version = registry.find_by_content(store, plan.line, content)
@@ -116,8 +119,17 @@ def _targets(name: str, manifest: Manifest) -> list[tuple[File, str]]:
     """Return (file, path in the version) for each file of an artifact that is published."""
     renamed = _RENAMED_FILES[name]
     if name in _CONTENT_ARTIFACTS:
-        return [(f, renamed.get(f.path, f"{name}/{f.path}")) for f in manifest.files]
+        return [
+            (f, f.path if f.path.startswith(_MERGED_ADAPTER) else renamed.get(f.path, f"{name}/{f.path}"))
+            for f in manifest.files
+        ]
     return [(f, renamed[f.path]) for f in manifest.files if f.path in renamed]
+
+
+def _with_merged_adapter(copies: dict[str, list[tuple[File, str]]]) -> dict[str, list[tuple[File, str]]]:
+    """Leave out the files of the trained adapter that the merge replaced."""
+    replaced = {target for file, target in copies["model"] if file.path.startswith(_MERGED_ADAPTER)}
+    return {**copies, "adapter": [pair for pair in copies["adapter"] if pair[1] not in replaced]}
 
 
 def _publish(

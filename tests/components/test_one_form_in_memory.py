@@ -29,7 +29,7 @@ EVALUATE = EvaluateConfig(
     stop_rows=1,
     max_new_tokens=8,
 )
-MERGE = MergeConfig(device="cpu", base="measured", exports=["bf16", "nf4", "gguf-f16"])
+MERGE = MergeConfig(device="cpu", base="measured", rank="smallest", exports=["bf16", "nf4", "gguf-f16"])
 INPUTS = ("dataset", "base_model", "base_nf4", "adapter")
 
 # Beside the form: activations, a layer in two precisions, and what libraries allocate when they are first used. It
@@ -151,7 +151,7 @@ def loads(work: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "models"), [("evaluate", 3), ("merge", 5)])
+@pytest.mark.parametrize(("step", "models"), [("evaluate", 3), ("merge", 8)])
 def test_no_form_lives_when_the_next_one_is_loaded(
     work: Path, loads: dict[str, list[int]], step: str, models: int
 ) -> None:

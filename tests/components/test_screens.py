@@ -77,7 +77,8 @@ def pages(
     evaluate(settings, dataset, **inputs, champion=version, anchor=version, golden_data=None, evaluation=evaluation)
 
     exports = MergeConfig(device="cpu", exports=["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"],
-                          max_kl_nats=0.5, min_agreement=0.5, max_export_loss_increase_nats=0.2)  # fmt: skip
+                          max_kl_nats=0.5, min_agreement=0.5, max_export_loss_increase_nats=0.2,
+                          rank="smallest")  # fmt: skip
     merge(exports, dataset, **inputs, evaluation=evaluation, model=model)
     return {
         "evaluation": evaluation / "report.html",
@@ -164,7 +165,8 @@ def test_the_pages_have_every_section(pages: dict[str, Path]) -> None:
     ]
     assert headings["merge"] == [
         "Rules",
-        "Selected base",
+        "Selected form",
+        "What a smaller rank costs",
         "Golden rows",
         "Reference text",
         "Exported forms",

@@ -105,6 +105,14 @@ def test_1e_minus_4_is_a_number_though_yaml_says_text(write) -> None:  # type: i
     assert load(write(f"line: x1\n{SOURCES}train: {{learning_rate: 0.0001}}\n")).train == load(path).train
 
 
+def test_a_rank_to_cut_to_is_not_above_the_rank_that_is_trained(write) -> None:  # type: ignore[no-untyped-def]
+    path = write(f"line: x1\n{SOURCES}train: {{rank: 16}}\n")
+    assert load(path, ["merge.rank=16", "merge.strength=0.7"]).merge.strength == 0.7
+    assert load(path, ["merge.rank=smallest", "merge.strength=1"]).merge.strength == 1.0
+    assert "merge.rank: 17 is more than train.rank, which is 16" in refusal(path, ["merge.rank=17"])
+    assert "merge.strength" in refusal(path, ["merge.strength=1.5"])
+
+
 def test_not_a_number_is_no_learning_rate(write) -> None:  # type: ignore[no-untyped-def]
     assert "train.learning_rate" in refusal(write(f"line: x1\n{SOURCES}train: {{learning_rate: .nan}}\n"))
 

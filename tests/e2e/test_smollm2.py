@@ -17,6 +17,8 @@ SHORT = [
     # The demo's own limits are for its full training; the test asserts below what 60 steps reach.
     "evaluate.min_accuracy=0.0",
     "evaluate.min_gain_over_base=0.0",
+    # With the whole schedule of rates in 60 steps the model forgets more than in the demo's 110.
+    "evaluate.max_forgetting_nats=null",
     "evaluate.bootstrap_samples=1000",
     "evaluate.stop_rows=12",
 ]

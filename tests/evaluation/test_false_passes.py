@@ -21,7 +21,7 @@ from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.evaluation import bootstrap
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.rows import RowScore
-from qlora_retrain.evaluation.rules import suite_rules
+from qlora_retrain.evaluation.rules import forgetting_rule, suite_rules
 from qlora_retrain.evaluation.rules.comparison import primary_metric
 from qlora_retrain.evaluation.verdict import apply_rules
 
@@ -158,7 +158,7 @@ def false_forgetting_passes(kind: Kind, rows: int, challengers: int) -> int:
 
     def passes(base: list[RowScore], challenger: list[RowScore]) -> bool:
         scores = {"base": base, "challenger": challenger}
-        return suite_rules.forgetting(scores, settings, metric, MARGIN).passed is True
+        return forgetting_rule.forgetting(scores, settings, metric, MARGIN).passed is True
 
     return count_passes(passes, kind, rows, challengers, seed=12)
 

@@ -22,7 +22,7 @@ from scipy.stats import beta
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.evaluation.answer_endings import EMPTY, METRIC
 from qlora_retrain.evaluation.rows import RowScore
-from qlora_retrain.evaluation.rules import ending_rule, slice_rules, suite_rules
+from qlora_retrain.evaluation.rules import ending_rule, forgetting_rule, slice_rules, suite_rules
 from qlora_retrain.evaluation.verdict import merge_cost
 
 MARGIN = 0.05
@@ -163,7 +163,7 @@ def forgets_unseen(better: Scores, worse: Scores) -> bool:
     scores = {
         name: [replace(s, suite="reference") for s in rows] for name, rows in (("base", better), ("challenger", worse))
     }
-    return suite_rules.forgetting(scores, SETTINGS, "loss", MARGIN).passed is True
+    return forgetting_rule.forgetting(scores, SETTINGS, "loss", MARGIN).passed is True
 
 
 # The rule that is misled, the kind, the number of prompts, and the true margin.

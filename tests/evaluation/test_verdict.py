@@ -194,6 +194,47 @@ def test_forgetting_more_than_allowed_refuses_and_no_reference_text_lacks_eviden
         assert text in verdict.sentence
 
 
+def test_what_the_unmerged_model_forgot_is_reported_and_judged_on_the_form_that_ships() -> None:
+    settings = EvaluateConfig(allow_first_release=True, max_forgetting_nats=0.1)
+    reference, forgotten = text_scores([2.0] * 18, "reference"), text_scores([2.5] * 18, "reference")
+    scores = {
+        "base": label_scores(right_answers(10)) + reference,
+        "challenger": label_scores(right_answers(90)) + forgotten,
+    }
+    assert apply_rules(scores, settings).decision == "refuse"
+    verdict = apply_rules(scores, settings, is_final=False)
+    assert verdict.decision == "pass"
+    rule = find_rule(verdict, "forgetting_unmerged")
+    assert rule.value == pytest.approx(0.5)
+    assert "the form that ships is judged by the limit of 0.1" in rule.text
+
+    # No merge finds passages that are not there.
+    few = {name: [s for s in rows if s.suite != "reference"] for name, rows in scores.items()}
+    assert apply_rules(few, settings, is_final=False).decision == "insufficient evidence"
+
+
+@pytest.mark.parametrize(("lost", "decision"), [(0.9, "pass"), (1.1, "refuse")])
+def test_forgetting_has_a_limit_by_default_where_there_are_passages_enough(lost: float, decision: str) -> None:
+    base, challenger = label_scores(right_answers(10)), label_scores(right_answers(90))
+
+    def verdict_for(passages: int) -> Verdict:
+        before, after = (text_scores([2.0 + nats] * passages, "reference") for nats in (0.0, lost))
+        return apply_rules({"base": base + before, "challenger": challenger + after}, FIRST)
+
+    assert verdict_for(16).decision == decision
+    # Fewer refuse nothing, and the verdict says so.
+    verdict = verdict_for(15)
+    assert verdict.decision == "pass"
+    assert "forgetting was not judged: reference text has 15 passages" in verdict.sentence
+    assert "forgetting" not in [rule.name for rule in verdict_for(0).rules]
+    reported = FIRST.model_copy(update={"max_forgetting_nats": None})
+    scores = {
+        "base": base + text_scores([2.0] * 16, "reference"),
+        "challenger": challenger + text_scores([9.0] * 16, "reference"),
+    }
+    assert apply_rules(scores, reported).decision == "pass"
+
+
 def passage_scores(hits: Sequence[int], tokens: Sequence[int]) -> list[RowScore]:
     return [
         RowScore(f"reference{i}", "reference", 2.0 * t, t, hits=h)

@@ -154,8 +154,9 @@ def test_after_a_rollback_the_next_plan_does_not_count_the_old_release_as_done(
 def test_a_plan_leaves_nothing_automatic_and_says_why(with_settings: Callable[..., Plan]) -> None:
     resolved = with_settings()
     left = {f"{s.name}.{field}" for s in resolved.steps for field, value in s.config.items() if value == "auto"}
-    # By each file's ending, and by the number of its rows.
-    assert left == {"validate_data.format", "validate_data.eval_fraction", "merge_adapter.base"}
+    # By each file's ending, and by the numbers of its rows and passages.
+    by_data = {"validate_data.format", "validate_data.eval_fraction"}
+    assert left == {*by_data, "evaluate.max_forgetting_nats", "merge_adapter.base"}
     choices = {c.field: c.value for c in resolved.choices}
     assert {"data.split_seed", "train.device", "train.attention", "evaluate.device", "merge.device"} <= choices.keys()
     for field, value in choices.items():
@@ -327,6 +328,7 @@ def test_later_data_is_split_as_that_of_the_version_in_production(
         (("merge.base=measured",), 60),
         (("merge.base=original", "evaluate.min_prompts=12"), 12),
         (("data.min_eval_prompts=70", "merge.base=measured"), 70),
+        (("merge.base=original", "merge.rank=smallest"), 60),
     ],
 )
 def test_the_data_gate_asks_for_the_rows_that_the_later_gates_need(

@@ -85,11 +85,16 @@ class EvaluateConfig(Section):
         {}, "the same for named slices, e.g. {label=refund: 0.8}; too few prompts in one are insufficient evidence"
     )
     min_slice_prompts: int = identity(20, "a slice with fewer different prompts is only shown", ge=2)
-    max_forgetting_nats: float | None = identity(
-        None, "refuse when the loss per token on reference text is this much above the base's", gt=0.0
+    max_forgetting_nats: Literal["auto"] | Annotated[float, Field(gt=0.0)] | None = identity(
+        "auto",
+        "refuse a form that ships whose loss per token on reference text may be this much above the base's; auto: 1 "
+        "where the line has 16 passages or more; null: only reported",
     )
     max_forgetting_accuracy: float | None = identity(
-        None, "refuse when the fraction of right next tokens on reference text falls by more than this", gt=0.0, le=1.0
+        None,
+        "refuse a form that ships whose fraction of right next tokens on reference text may be lower by more than this",
+        gt=0.0,
+        le=1.0,
     )
     max_drift_psi: float | None = identity(
         0.25, "refuse when the data has certainly drifted further (PSI) from the champion's; null: only shown", gt=0

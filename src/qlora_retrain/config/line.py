@@ -126,6 +126,15 @@ class LineConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_rank_is_cut_to_a_larger_one(self) -> LineConfig:
+        if isinstance(self.merge.rank, int) and self.merge.rank > self.train.rank:
+            raise ValueError(
+                f"merge.rank: {self.merge.rank} is more than train.rank, which is {self.train.rank}; an adapter can "
+                f"only be cut: set {self.train.rank} or less, or full"
+            )
+        return self
+
     def section(self, name: str) -> Section:
         """Return the section of that name, e.g. `train`."""
         section = getattr(self, name)

@@ -244,12 +244,27 @@ class MergeConfig(Section):
         "measured: build both, choose on half the evaluation rows, certify on the other half; auto: that, or the "
         "dequantized base, certified on all rows, where a half would have fewer than min_prompts",
     )
+    rank: Literal["full", "smallest"] | Annotated[int, Field(ge=1, le=1024)] = identity(
+        "full",
+        "full: the adapter as it was trained; smallest: of a half, a quarter, ... of its rank, the smallest that costs "
+        "at most max_rank_loss_nats; a number: cut to this rank, which is not above train.rank",
+    )
+    max_rank_loss_nats: float = identity(
+        0.01, "smallest: the loss per token that a smaller rank may cost on the rows that select", gt=0.0
+    )
+    strength: Literal["measured", "full"] | Annotated[float, Field(gt=0.0, le=1.0)] = identity(
+        "measured",
+        "what B A is multiplied by before it is merged; full: 1; measured: less where the model forgets more reference "
+        "text than evaluate.max_forgetting_nats, and it has passages enough to choose on one half of them",
+    )
 
     # The limits, each against the unmerged model: the 4-bit base with its adapter.
     min_prompts: int = identity(
         30, "measured: fewer different prompts than this in a half are insufficient evidence", ge=1
     )
-    max_loss_increase_nats: float = identity(0.05, "refuse when merging costs more loss per token than this", gt=0.0)
+    max_loss_increase_nats: float = identity(
+        0.05, "refuse when base, rank and strength together cost more loss per token than this", gt=0.0
+    )
     max_kl_nats: float | None = identity(
         None, "refuse when KL(unmerged || merged) per token may be above this; null: only reported", gt=0.0
     )

@@ -1,8 +1,9 @@
 """Decide on a challenger: pass, refuse, or insufficient evidence, with every rule behind the decision.
 
 `evaluate` decides on the unmerged 4-bit model with its adapter, `merge_adapter` on the merged form. Both gates share
-one set of rules (`rules/`). A rule passes, fails, or lacks evidence; a verdict passes only where every rule passes.
-These are pure functions of the scores per row and the settings.
+one set of rules (`rules/`); what was forgotten is judged on the form that ships alone. A rule passes, fails, or lacks
+evidence; a verdict passes only where every rule passes. These are pure functions of the scores of rows and the
+settings.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Verdict:
         return StepResult({"verdict": self.decision, **numbers}, refused)
 
 
-def apply_rules(scores: Scores, settings: EvaluateConfig, extra: Sequence[RuleResult] = ()) -> Verdict:
+def apply_rules(
+    scores: Scores, settings: EvaluateConfig, extra: Sequence[RuleResult] = (), *, is_final: bool = True
+) -> Verdict:
     """Apply every rule to the contestants' scores.
 
     Args:
@@ -72,6 +75,7 @@ def apply_rules(scores: Scores, settings: EvaluateConfig, extra: Sequence[RuleRe
             `golden` and `reference`.
         settings: The limits.
         extra: Rules that a step has applied itself; they count like the others.
+        is_final: Whether the challenger is the form that ships; of any other, forgetting is only reported.
     """
     # With a loss that is not finite, or with too few prompts, no comparison means anything. Then only this result and
     # the step's own rules count.
@@ -87,7 +91,7 @@ def apply_rules(scores: Scores, settings: EvaluateConfig, extra: Sequence[RuleRe
         return _decide([RuleResult("enough_prompts", text, prompts, limit=limit), *extra], "")
 
     results = [RuleResult("enough_prompts", text, prompts, limit=limit, passed=True)]
-    results += suite_rules.apply(scores, settings)
+    results += suite_rules.apply(scores, settings, is_final=is_final)
     results += slice_rules.apply(scores, settings, slice_rules.compare_slices(scores, settings))
     return _decide([*results, *extra], _summarize_gains(scores, settings))
 

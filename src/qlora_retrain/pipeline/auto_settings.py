@@ -92,8 +92,9 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
 def _evidence(config: LineConfig) -> Iterator[tuple[str, int, str]]:
     """Yield how many prompts the data gate must ask for, so that data which passes is not refused after training."""
     data, evaluate, merge = config.data, config.evaluate, config.merge
-    # `measured` needs two halves; `auto` needs one.
+    # Where something is measured on half of the rows, two halves are needed; `auto` needs one.
     merge_prompts = {"measured": 2 * merge.min_prompts, "auto": merge.min_prompts}.get(merge.base, 0)
+    merge_prompts = 2 * merge.min_prompts if merge.rank == "smallest" else merge_prompts
     needed = max(evaluate.min_prompts, merge_prompts)
     setting = "evaluate.min_prompts" if needed == evaluate.min_prompts else "merge.min_prompts"
     if "min_eval_prompts" not in data.model_fields_set:

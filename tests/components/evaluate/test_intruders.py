@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from components.evaluate import intruders
-from qlora_retrain.lm import loading
+from qlora_retrain.lm import loading, singular_vectors
 
 
 def test_the_counts_equal_those_of_peft(tiny_nf4: Path, tiny_adapter: Path) -> None:
@@ -55,11 +55,11 @@ def test_a_strong_direction_that_the_base_does_not_have_is_an_intruder() -> None
     new = torch.zeros(40, 8)
     new[20, 3] = 30.0  # axis 20, which the base does not have
 
-    similarities = intruders.max_similarities(base, base + new, 8)
+    similarities = singular_vectors.max_similarities(base, base + new, 8)
     # The changed column is 5 on axis 3 and 30 on axis 20.
     assert float(similarities[0]) == pytest.approx(5 / math.hypot(5, 30), abs=1e-4)
     assert (similarities[1:] > 0.95).all()
-    assert (intruders.max_similarities(base, base * 1.5, 8) > 0.999).all()
+    assert (singular_vectors.max_similarities(base, base * 1.5, 8) > 0.999).all()
 
 
 def make_trained_like(rows: int, columns: int) -> Any:
@@ -91,7 +91,7 @@ def test_leaving_out_weak_vectors_changes_no_cosine(
 
     svd_calls, svd = [], torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: svd_calls.append(args) or svd(*args, **kwargs))
-    similarities = intruders.max_similarities(base.float(), tuned.float(), 10)
+    similarities = singular_vectors.max_similarities(base.float(), tuned.float(), 10)
     assert len(svd_calls) == (strength > 1)
     # The strong change makes intruders, so all of the base's vectors are needed, which takes the SVD.
     assert (int((expected < 0.5).sum()) > 0) is (strength > 1)
@@ -108,7 +108,7 @@ def test_a_matrix_without_full_rank_is_decomposed_as_a_whole() -> None:
     base[:, 5:] = 0  # with five columns it has only five directions
     new = torch.zeros(64, 48, dtype=torch.float64)
     new[:, 20] = torch.linalg.svd(base)[0][:, 40] * 50  # a direction that the base does not have
-    similarities = intruders.max_similarities(base.float(), (base + new).float(), 6)
+    similarities = singular_vectors.max_similarities(base.float(), (base + new).float(), 6)
     assert similarities.shape == (6,)
     assert torch.isfinite(similarities).all()
     assert (similarities[1:] > 0.999).all()

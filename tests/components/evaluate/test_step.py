@@ -55,7 +55,7 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert set(document["golden"]) == set(document["reference"]) == set(document["contestants"])
     assert EvaluateConfig.model_validate(document["settings"]) == CONFIG
     assert [rule["passed"] for rule in document["rules"]] == [True] * len(document["rules"])
-    names = ["enough_prompts", "gain_over_base", "loss_to_champion", "answers_end", "golden", "slices"]
+    names = ["enough_prompts", "gain_over_base", "loss_to_champion", "answers_end", "golden", "forgetting", "slices"]
     assert [rule["name"] for rule in document["rules"]] == names
 
     # The metrics of the document are those of the scores.
@@ -257,7 +257,7 @@ def test_overfitting_forgetting_and_intruders_are_in_the_document(
 
     # Limits that almost any model exceeds, so that each rule has a result to compare.
     settings = CONFIG.model_copy(
-        update={"train_rows": 5, "max_train_eval_gap_nats": 1e-9, "max_forgetting_accuracy": 0.01}
+        update={"train_rows": 5, "max_train_eval_gap_nats": 1e-9, "max_forgetting_accuracy": 0.001}
     )
     run(settings, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=reference,
         evaluation=evaluation)  # fmt: skip
@@ -274,10 +274,14 @@ def test_overfitting_forgetting_and_intruders_are_in_the_document(
 
     rules = {rule["name"]: rule for rule in document["rules"]}
     assert rules["train_eval_gap"]["passed"] is (document["train_eval_gap"]["gap"] <= 1e-9)
-    assert rules["forgetting_accuracy"]["passed"] is (rules["forgetting_accuracy"]["high"] <= 0.01)
+    # What is evaluated is not what ships, so this is reported and refuses nothing.
+    forgetting = rules["forgetting_accuracy_unmerged"]
+    assert forgetting["passed"] is True
+    assert forgetting["high"] > 0.001
+    assert "the form that ships is judged by the limit of 0.001" in forgetting["text"]
     reference_numbers = document["reference"]
     lost = reference_numbers["base"]["token_accuracy"] - reference_numbers["challenger"]["token_accuracy"]
-    assert rules["forgetting_accuracy"]["value"] == pytest.approx(lost)
+    assert forgetting["value"] == pytest.approx(lost)
 
     # Two blocks of seven adapted matrices.
     assert len(document["intruder_dimensions"]) == 14

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from components.merge_adapter import agreement, candidates
+from components.merge_adapter import agreement, choice, halves
 from components.merge_adapter.agreement import Agreement, UnmergedLogits
 from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
 from qlora_retrain.evaluation.scoring import Row
@@ -138,10 +138,10 @@ def test_long_rows_weigh_by_their_tokens_and_nan_is_no_number() -> None:
 
 def test_halves_depend_on_the_ids_alone_and_cover_them() -> None:
     many = [Row(f"{i:016x}", "eval", TALK) for i in range(101)]
-    selection, certification = candidates.split_halves(many)
+    selection, certification = halves.split_rows(many).as_dict().values()
     assert (len(selection), len(certification)) == (50, 51)
     assert selection | certification == {row.id for row in many}
-    assert candidates.split_halves(many[::-1]) == (selection, certification)
+    assert halves.split_rows(many[::-1]) == halves.split_rows(many)
     assert 10 < len(selection & {row.id for row in many[:50]}) < 40  # not the file's order
 
 
@@ -154,7 +154,7 @@ def test_the_rows_of_one_prompt_are_in_one_half() -> None:
     many = [
         talk(10 * i + n, f"question {i}", "a", *["more", "b"] * n) for i in range(40) for n in range(3 if i % 2 else 1)
     ]
-    selection, certification = candidates.split_halves(many)
+    selection, certification = halves.split_rows(many).as_dict().values()
     assert selection | certification == {row.id for row in many}
     for i in range(40):
         conversation = {row.id for row in many if row.messages[0]["content"] == f"question {i}"}
@@ -177,7 +177,7 @@ def test_the_rows_of_one_prompt_are_in_one_half() -> None:
 )
 def test_both_bases_are_measured_where_each_half_has_enough_rows(base: Any, num_rows: int, resolved: str) -> None:
     rows = [talk(i, f"question {i}", "a") for i in range(num_rows)]
-    config, reason = candidates.resolve_base(MergeConfig(base=base), rows)
+    config, reason = choice.resolve_base(MergeConfig(base=base), rows)
     assert config.base == resolved
     assert bool(reason) == (resolved != "measured")
     is_too_few = base == "auto" and resolved == "dequantized"
@@ -187,11 +187,11 @@ def test_both_bases_are_measured_where_each_half_has_enough_rows(base: Any, num_
 def test_prompts_and_not_rows_are_what_two_halves_need() -> None:
     """Two rows of each of 40 prompts would be halves of 40 rows, but they are only 20 prompts each."""
     rows = [talk(2 * i + n, f"question {i}", f"answer {n}") for i in range(40) for n in range(2)]
-    config, reason = candidates.resolve_base(MergeConfig(base="auto"), rows)
+    config, reason = choice.resolve_base(MergeConfig(base="auto"), rows)
     assert config.base == "dequantized"
     assert "rows of 40 different prompts are too few" in reason
 
 
 def test_chats_that_only_begin_alike_are_divided() -> None:
     rows = [talk(i, "hello", "hi", f"question {i}", "a") for i in range(60)]
-    assert sorted(map(len, candidates.split_halves(rows))) == [30, 30]
+    assert sorted(map(len, halves.split_rows(rows).as_dict().values())) == [30, 30]

@@ -95,6 +95,9 @@ def test_the_better_candidate_on_one_half_is_what_ships_and_the_other_half_certi
     shipped = (inputs["model"] / "model.safetensors").read_bytes()
     assert shipped == (tmp_path / document["base"] / "model.safetensors").read_bytes()
     assert not [path for path in inputs["model"].iterdir() if path.is_dir()]  # nothing is left of the other one
+    # With 16 passages no strength can be chosen, so no more is built than the two bases.
+    assert [candidate["form"] for candidate in document["candidates"]] == ["dequantized", "original"]
+    assert (document["rank"], document["strength"]) == (8, 1.0)
 
 
 def test_the_form_that_ships_decides_which_version_is_the_best_and_not_the_unmerged_model(
@@ -152,7 +155,7 @@ def test_halves_that_are_too_small_are_insufficient_evidence(inputs: dict[str, P
     assert report.refused is not None
     assert report.refused.exit_code == Exit.QUALITY_REFUSED
     assert (
-        "rows of 18 different prompts select the base, those of 18 others certify it; at least 19 different prompts of "
+        "rows of 18 different prompts select the form, those of 18 others certify it; at least 19 different prompts of "
         "each are needed (merge.min_prompts)" in str(report.refused)
     )
     assert certificate(inputs)["verdict"] == "insufficient evidence"

@@ -177,6 +177,41 @@ def test_a_file_that_no_version_may_have_is_not_published(
     assert not [path for path in store.list("models") if path.path.endswith("manifest.json")]
 
 
+def test_a_version_has_the_adapter_that_was_merged(
+    new_plan: Callable[..., Plan], small_steps: Steps, store: Store
+) -> None:
+    plain = small_steps["merge_adapter"]
+
+    @functools.wraps(plain)
+    def cut(**arguments: Any) -> StepResult:
+        result: StepResult = plain(**arguments)
+        (arguments["model"] / "adapter").mkdir()
+        (arguments["model"] / "adapter/adapter_model.safetensors").write_bytes(b"the cut one")
+        (arguments["model"] / "adapter/adapter_config.json").write_text('{"r": 4}')
+        return StepResult({**result.numbers, "base": "dequantized", "rank": 4, "strength": 0.7})
+
+    plan = new_plan()
+    steps = {**small_steps, "merge_adapter": cut}
+    run_until_publish(plan, steps)
+    assert publish(plan, steps) == 0
+    (version,) = versions(store)
+    release = registry.read_release(store, "intents", version)
+    paths = [f.path for f in release.files if f.path.startswith(("adapter/", "model/"))]
+    assert paths == [
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "model/config.json",
+        "model/model.safetensors",
+    ]
+    folder = registry.version_folder("intents", version)
+    assert store.read(f"{folder}/adapter/adapter_model.safetensors").data == b"the cut one"
+    card = store.read(f"{folder}/README.md").data.decode()
+    assert "merged into the dequantized base with rank 4 at strength 0.7; `adapter/` holds it in this form." in card
+    content = sorted((f.path, f.sha256) for f in release.files if f.path.startswith(("adapter/", "model/")))
+    expected = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+    assert release.content_hash == expected
+
+
 def test_a_version_is_named_by_the_plans_time_and_its_content(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:

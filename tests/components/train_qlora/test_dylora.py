@@ -88,3 +88,22 @@ def test_between_the_steps_the_whole_rank_computes() -> None:
     method.end_step({})
     assert [m.shape for m in method.matrices(layer)] == [(4, 5), (6, 4)]
     assert method.scale(layer) == 1.0
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_rank_that_is_cut_out_afterwards_is_what_was_trained(nf4, tmp_path, rank: int) -> None:
+    from components.merge_adapter import adapter_forms
+
+    settings = {"alpha": 6.0}
+    method = new_method(**settings)
+    ours, _ = adapted(nf4, method)
+    (tmp_path / "adapter").mkdir()
+    adapter.export(ours, tmp_path / "adapter", method.config)
+    (tmp_path / "adapter/training.json").write_text('{"settings": {"method": "dylora"}}')
+    adapter_forms.cut(tmp_path / "adapter", tmp_path / "cut", rank)
+
+    step_of_rank(method, rank)
+    theirs = loading.attach_adapter(loading.load_nf4(nf4), tmp_path / "cut")
+    with torch.inference_mode():
+        expected, logits = (model.eval()(input_ids=IDS).logits for model in (ours, theirs))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.evaluation import bootstrap, clusters, stats
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
-from qlora_retrain.evaluation.rows import RowScore
+from qlora_retrain.evaluation.rows import RowScore, count_prompts
 from qlora_retrain.evaluation.stats import Interval
 
 Metric = str  # `accuracy`, `loss`, `token_accuracy`, or a name in `RowScore.values`
@@ -64,6 +64,16 @@ def has_metric(row: RowScore, metric: Metric) -> bool:
     if metric in ("loss", "token_accuracy"):
         return row.tokens > 0 and (metric == "loss" or row.hits is not None)
     return row.correct is not None if metric == "accuracy" else metric in row.values
+
+
+def count_rows_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
+    """Count the rows of a suite for which the metric is defined."""
+    return sum(has_metric(row, metric) for row in rows_of_suite(scores["challenger"], suite))
+
+
+def count_prompts_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
+    """Count the different prompts among these rows."""
+    return count_prompts(row for row in rows_of_suite(scores["challenger"], suite) if has_metric(row, metric))
 
 
 def metric_value(row: RowScore, metric: Metric) -> float:

@@ -9,11 +9,14 @@ from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.evaluation import bootstrap, clusters, stats
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
 from qlora_retrain.evaluation.rows import count_prompts, describe_rows
+from qlora_retrain.evaluation.rules import forgetting_rule
 from qlora_retrain.evaluation.rules.comparison import (
     BINARY_METRICS,
     Metric,
     Scores,
     comparable_pairs,
+    count_prompts_with_metric,
+    count_rows_with_metric,
     display_name,
     gain_interval,
     has_metric,
@@ -25,14 +28,15 @@ from qlora_retrain.evaluation.rules.comparison import (
 from qlora_retrain.evaluation.rules.ending_rule import answers_end
 from qlora_retrain.evaluation.rules.rule_result import RuleResult, format_interval
 
-# With 16 passages, at most 5 % of 2,000 simulated challengers that forgot exactly the limit pass by chance. The rates
-# for 6, 12 and 16 passages are 5.8, 5.1 and 3.5 % where the losses of passages are exponentially distributed. They are
-# 26, 7.8 and 4.1 % where one passage in five loses a quarter of its right tokens and the others lose none.
-_MIN_PASSAGES = 16
 
+def apply(scores: Scores, settings: EvaluateConfig, *, is_final: bool = True) -> Iterator[RuleResult]:
+    """Apply every rule over whole suites that the line's settings ask for.
 
-def apply(scores: Scores, settings: EvaluateConfig) -> Iterator[RuleResult]:
-    """Apply every rule over whole suites that the line's settings ask for."""
+    Args:
+        scores: The contestants' scores.
+        settings: The limits.
+        is_final: Whether the challenger is the form that ships; of any other, forgetting is only reported.
+    """
     metric = primary_metric(scores, settings)
     prompts = count_prompts_with_metric(scores, "eval", metric)
     # Without enough values of the primary metric no comparison means anything, so no other rule is applied.
@@ -59,20 +63,7 @@ def apply(scores: Scores, settings: EvaluateConfig) -> Iterator[RuleResult]:
     if rows_of_suite(scores["challenger"], "golden"):
         yield golden_rows(scores, metric, settings)
 
-    if settings.max_forgetting_nats is not None:
-        yield forgetting(scores, settings, "loss", settings.max_forgetting_nats)
-    if settings.max_forgetting_accuracy is not None:
-        yield forgetting(scores, settings, "token_accuracy", settings.max_forgetting_accuracy)
-
-
-def count_rows_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
-    """Count the rows of a suite for which the metric is defined."""
-    return sum(has_metric(row, metric) for row in rows_of_suite(scores["challenger"], suite))
-
-
-def count_prompts_with_metric(scores: Scores, suite: str, metric: Metric) -> int:
-    """Count the different prompts among these rows."""
-    return count_prompts(row for row in rows_of_suite(scores["challenger"], suite) if has_metric(row, metric))
+    yield from forgetting_rule.apply(scores, settings, is_final=is_final)
 
 
 def gain_over_base(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
@@ -176,23 +167,6 @@ def golden_rows(scores: Scores, metric: Metric, settings: EvaluateConfig) -> Rul
     text = f"{display_name(metric)} lost to the {rival} on the golden rows: {format_interval(loss)}; "
     text += "it must not lie wholly above 0"
     return RuleResult.from_interval("golden", text, loss, 0.0, loss.low <= 0.0)
-
-
-def forgetting(scores: Scores, settings: EvaluateConfig, metric: Metric, limit: float) -> RuleResult:
-    """Check the loss on reference text against the base, in nats per token or in the share of right next tokens."""
-    name = "forgetting" if metric == "loss" else "forgetting_accuracy"
-    passages = count_prompts_with_metric(scores, "reference", metric)
-    if passages < _MIN_PASSAGES:
-        text = f"a limit on forgetting is set, but there are {passages} passages of reference text (chats with one "
-        text += f"prompt count once) and at least {_MIN_PASSAGES} are needed; set sources.reference_data to "
-        text += "general text"
-        return RuleResult(name, text, passages, limit=limit)
-
-    # Compared with the base and not with the champion, because forgetting adds up from version to version.
-    loss = gain_interval(scores, "base", "reference", metric, settings).negated
-    text = f"{display_name(metric)} lost on reference text: {format_interval(loss)}; "
-    text += f"its upper end must not lie above {limit:g}"
-    return RuleResult.from_interval(name, text, loss, limit, loss.high <= limit)
 
 
 def best_contestant(scores: Scores, settings: EvaluateConfig) -> str:
