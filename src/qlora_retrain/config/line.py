@@ -126,6 +126,15 @@ class LineConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _is_judged_by_its_own_rows(self) -> LineConfig:
+        if self.data.judge_fraction is not None:
+            raise ValueError(
+                "data.judge_fraction: only qlora-retrain lab sets it, with --judge-fraction: what ships is judged by "
+                "the line's own evaluation and golden rows; leave it out"
+            )
+        return self
+
     def section(self, name: str) -> Section:
         """Return the section of that name, e.g. `train`."""
         section = getattr(self, name)
