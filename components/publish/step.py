@@ -4,8 +4,8 @@ Reads the manifests of dataset, adapter, evaluation and model, and copies their 
 `manifest.json` last. Then it moves `latest` forward, and moves `publish.promote_to` if that alias still names the
 version that the verdict compared with.
 Makes `release`: `release.json`, which says what was published and which aliases moved.
-Refuses (11) content that a rollback has rejected, and (13) a file that this project does not write or that asks for
-code; ends with 75 where an alias has moved meanwhile.
+Refuses (11) content that a rollback has rejected, (12) what a lab has trained, and (13) a file that this project does
+not write or that asks for code; ends with 75 where an alias has moved meanwhile.
 
 Command: `python -m components.publish --plan URI`
 """
@@ -22,7 +22,7 @@ from components.publish.markdown import inline, licence_text
 from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
 from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.core import hashing
-from qlora_retrain.core.errors import IntegrityError, QualityRefused
+from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, audit, keys, registry, release_files, retention
@@ -63,6 +63,11 @@ def run(
     store: Store,
 ) -> StepResult:
     """Publish the model that passed both gates: the evaluation and the certificate."""
+    if dataset.config.get("judge_fraction") is not None:
+        raise UsageError(
+            f"run {plan.run_id} is a lab's: its model was judged by training rows, so it is not published; set what "
+            "the lab recommends in the line's file, and run the line"
+        )
     # Only the adapter and the model are a version's content, so a new report of the same model makes no new version.
     inputs = {"dataset": dataset, "adapter": adapter, "evaluation": evaluation, "model": model}
     copies = _with_merged_adapter({name: _targets(name, manifest) for name, manifest in inputs.items()})

@@ -105,7 +105,7 @@ NOT_BAD = (
     "near_duplicates",
     "repeated_headers",
 )
-Split = Literal["train", "eval", "dropped"]
+Split = Literal["train", "eval", "judge", "dropped"]
 
 
 @dataclass(slots=True)
@@ -114,7 +114,8 @@ class _Fields:
 
     Attributes:
         reason: The code in `REASONS` of why the row was kept out; None for a good row.
-        split: The split that the row belongs to; `dropped` is an evaluation row beyond `max_eval_rows`.
+        split: The split that the row belongs to; `dropped` is an evaluation row beyond `max_eval_rows`, `judge` a
+            row that becomes an evaluation row of a lab.
         language: The language that the data states, if it states one.
         detail: Free words about the fault, for a message; never the row's text.
         warnings: Codes of what the template did to a good row, e.g. `trimmed_ends`.

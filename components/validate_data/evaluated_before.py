@@ -38,13 +38,15 @@ def write_evaluated(dataset: Path, rows: Iterable[Row], config: DataConfig) -> N
 def keep_out_evaluated(rows: Iterable[Row], history: History, config: DataConfig, openings: Collection[str]) -> None:
     """Give the reason to every training row whose prompt was evaluated before; evaluation rows stay.
 
+    A lab judges by training rows, so the same holds of its rows.
+
     A prompt is what the split takes for one: a chat with its continuations, under any system turn, or a group.
     """
     if not history:
         return
     openings = frozenset(openings)
     for row in rows:
-        if row.split == "train" and _was_evaluated(row, history, config, openings):
+        if row.split in ("train", "judge") and _was_evaluated(row, history, config, openings):
             row.reason, row.split = REASON, None
 
 

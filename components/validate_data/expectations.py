@@ -19,6 +19,7 @@ import pandas
 from numpy.typing import NDArray
 
 from components.validate_data.checks import LOOKED_FOR, NOT_BAD, Row
+from components.validate_data.judge_rows import MIN_JUDGE_PROMPTS
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import conversations
@@ -149,10 +150,17 @@ def _row_limits(config: DataConfig) -> list[Expectation]:
         ("max_quarantined_fraction", "share of rows that are bad", fraction, "bad", None, max_bad),
         ("max_duplicates_fraction", "share of rows that repeat another", fraction, "duplicate", None, max_repeated),
         ("min_train_rows", "rows to train on", at_least, "in_train", config.min_train_rows, None),
-        ("min_eval_prompts", "different prompts to evaluate on", at_least, "new_prompt", config.min_eval_prompts, None),
+        _prompt_limit(config, at_least),
     ]
 
     return [_between(name, text, kind, column, low, high, True) for name, text, kind, column, low, high in limits]
+
+
+def _prompt_limit(config: DataConfig, at_least: Any) -> tuple[str, str, Any, str, int, None]:
+    # `min_eval_prompts` is what the line's own evaluation needs, and a lab's decides about nothing that ships.
+    if config.judge_fraction is not None:
+        return "judge_fraction", "different prompts to judge by", at_least, "new_prompt", MIN_JUDGE_PROMPTS, None
+    return "min_eval_prompts", "different prompts to evaluate on", at_least, "new_prompt", config.min_eval_prompts, None
 
 
 def _length_limits(config: DataConfig) -> list[Expectation]:

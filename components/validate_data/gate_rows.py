@@ -12,6 +12,7 @@ from components.validate_data.checks import Row, check_row, explain_fault
 from components.validate_data.encoding import encode_rows
 from components.validate_data.evaluated_before import History, keep_out_evaluated
 from components.validate_data.files import UnusableFiles
+from components.validate_data.judge_rows import judge_by_training_rows
 from components.validate_data.label_checks import Suspect, check_labels
 from components.validate_data.language_checks import check_languages
 from components.validate_data.raw_rows import RowReader
@@ -138,15 +139,20 @@ def read_gate_rows(
         keep_out_evaluated(rows, history, config, openings)
         # A row's prompt is named by the hash that puts it on its side.
         fractions = array("d", (as_fraction(row.prompt_id) for row in rows if row.split))
+        judge_by_training_rows(rows, golden, config)
         languages, suspects = _check_sides(rows, golden, config)
         return GateRows(sources, rows, eval_fraction, openings, fractions, languages, suspects)
 
-    # The file is the evaluation, so no row of the others is kept from training.
-    for row in rows:
-        row.split = None if row.reason else "train"
+    # The file is the evaluation, so no row of the others is kept from training, except by a lab.
+    if config.judge_fraction is None:
+        for row in rows:
+            row.split = None if row.reason else "train"
+    else:
+        assign_splits(rows, config.model_copy(update={"eval_fraction": 0.0}), openings)
     keep_out_evaluated(rows, history, config, openings)
     reserve_evaluation(sources["eval_data"].rows, config)
     rows = [*rows, *sources["eval_data"].rows]
+    judge_by_training_rows(rows, golden, config)
     languages, suspects = _check_sides(rows, golden, config)
     return GateRows(sources, rows, None, None, [], languages, suspects)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _DRIFT_CONFIDENCE = 0.95  # the confidence that the drift is more than chance
 _MAX_EXPLAINED_REASONS = 3  # a refusal is one line of a log, so it stays short
 _MAX_EVALUATED_FRACTION = 0.1  # of the training rows; where more were evaluated before, the split was another one
-_SIZE_LIMITS = ("min_train_rows", "min_eval_prompts")
+_SIZE_LIMITS = ("min_train_rows", "min_eval_prompts", "judge_fraction")
 _SHARE_LIMITS = ("max_quarantined_fraction", "max_duplicates_fraction")
 
 
@@ -126,6 +126,10 @@ def _size_advice(gate_rows: GateRows, failed: Sequence[Finding], config: DataCon
     """Return what would give enough rows, where there are too few; first the rows that were kept out on purpose."""
     if not any(finding.name in _SIZE_LIMITS for finding in failed):
         return []
+
+    if config.judge_fraction is not None:
+        share = f"{config.judge_fraction:g} of the training prompts judge (--judge-fraction)"
+        return [f"{share}; a larger share gives more prompts to judge by, a smaller one more rows to train on"]
 
     counts = Counter(row.reason for row in gate_rows.rows)
     parts = [

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from components.validate_data.checks import Row
+from components.validate_data.checks import Row, Split
 from components.validate_data.sizes import choose_fraction
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.lm import conversations
@@ -123,7 +123,8 @@ def keep_apart(
 def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[str] = ()) -> float:
     """Assign each good row to train or eval, and name its prompt; beyond `max_eval_rows`, drop the largest hashes.
 
-    A row that is dropped from eval does not enter train, because a higher limit would bring it back to eval.
+    A row that is dropped from eval does not enter train, because a higher limit would bring it back to eval. With
+    `judge_fraction` there is a third side, `judge`: that share of the training prompts, those with the largest hashes.
 
     Returns:
         The fraction below which a row's hash is evaluation.
@@ -156,12 +157,17 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
         if row.prompt_id not in continued:
             add(row, path)
     eval_fraction = choose_fraction(fractions, config)
+    # The other end of the hashes, so that a larger eval_fraction takes nothing that a lab has judged by.
+    first_judge = 1.0 - (config.judge_fraction or 0.0) * (1.0 - eval_fraction)
+
+    def side_of(fraction: float) -> Split:
+        return "eval" if fraction < eval_fraction else "judge" if fraction >= first_judge else "train"
 
     # The sides on which the chats of an opening or a greeting go on; those that are openings themselves follow them.
-    sides: dict[str, set[bool]] = defaultdict(set)
+    sides: dict[str, set[Split]] = defaultdict(set)
     for beginnings, (low, high) in hashes_by_beginnings.items():
         for digest in beginnings:
-            sides[digest] |= {low < eval_fraction, high < eval_fraction}
+            sides[digest] |= {side_of(low), side_of(high)}
     for row, _ in opening_rows:
         if row.prompt_id in continued:
             for digest in digest_greeting(row, config.split_seed):
@@ -169,13 +175,14 @@ def assign_splits(rows: Iterable[Row], config: DataConfig, openings: Collection[
 
     evaluation: list[tuple[float, Row]] = []
     for row in good_rows:
-        fraction, row_sides = as_fraction(row.prompt_id), sides.get(row.prompt_id)
-        if row_sides and len(row_sides) == 2:
+        fraction = as_fraction(row.prompt_id)
+        row_sides = sides.get(row.prompt_id) or {side_of(fraction)}
+        if len(row_sides) > 1:
             row.reason = "shared_opening"
-        elif (True in row_sides) if row_sides else fraction < eval_fraction:
+        elif "eval" in row_sides:
             evaluation.append((fraction, row))
         else:
-            row.split = "train"
+            row.split = next(iter(row_sides))
     limit_evaluation(evaluation, config)
     return eval_fraction
 

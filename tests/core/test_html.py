@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qlora_retrain.core import html as report
+from qlora_retrain.core.html_scatter import ScatterPoint, scatter_chart
 
 EVIL = "<script>alert('x')</script>\"'><img src=https://evil.example/x onerror=alert(1)>"
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
@@ -132,7 +133,7 @@ def test_lines_are_drawn_to_scale() -> None:
     "values", [[0.0, 1.0], [3.0], [-2.5, 17.0], [1e-7, 2e-7], [0.0], [1e9, 1e9 + 1], [0.3, 0.30001]]
 )
 def test_ticks_enclose_the_values_and_are_few(values: list[float]) -> None:
-    ticks = report._ticks(values)
+    ticks = report.axis_ticks(values)
     assert ticks[0] <= min(values)
     assert ticks[-1] >= max(values)
     assert 3 <= len(ticks) <= 8
@@ -180,3 +181,22 @@ def test_lists_and_folded_blocks_escape_what_they_hold() -> None:
     document = outline(markup)
     assert document.text.count(EVIL) == 4
     assert "script" not in document.tags
+
+
+def test_a_scatter_plot_joins_the_marked_points_and_escapes_their_names() -> None:
+    points = [
+        ScatterPoint("rank <4>", 1.0, 0.5, is_on_line=True),
+        ScatterPoint("rank 8", 2.0, 0.7, is_on_line=True),
+        ScatterPoint("rank 16", 3.0, 0.6),
+        ScatterPoint("lost", math.nan, 0.6),
+    ]
+    drawing = scatter_chart(points, "MiB", "accuracy", "a caption")
+    assert drawing.count("<circle") == 3
+    [line] = re.findall(r'<polyline points="([^"]*)"', drawing)
+    (left, low), (right, high) = (map(float, pair.split(",")) for pair in line.split())
+    assert left < right
+    assert low > high  # the y axis of a drawing points down
+    assert "rank &lt;4&gt;: 1, 0.5" in drawing
+    assert "rank 16: 3, 0.6" in drawing
+    assert "<4>" not in drawing
+    assert "nothing was measured" in scatter_chart(points[3:], "MiB", "accuracy")

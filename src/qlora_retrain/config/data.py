@@ -115,6 +115,13 @@ class DataConfig(Section):
     history_of: LineName | None = operational(
         None, "a line whose evaluation prompts this line never trains on either: the former name of a renamed line"
     )
+    judge_fraction: float | None = identity(
+        None,
+        "set by qlora-retrain lab alone: this fraction of the training prompts is the evaluation, in place of the "
+        "line's own evaluation and golden rows",
+        gt=0.0,
+        le=0.5,
+    )
     max_eval_rows: int = identity(
         2000, "largest number of evaluation rows; higher: narrower intervals, slower", ge=1, le=1_000_000
     )

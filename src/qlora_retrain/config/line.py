@@ -133,6 +133,20 @@ class LineConfig(Section):
                 f"merge.rank: {self.merge.rank} is more than train.rank, which is {self.train.rank}; an adapter can "
                 f"only be cut: set {self.train.rank} or less, or full"
             )
+        if self.train.method == "loftq" and (self.merge.rank != "full" or isinstance(self.merge.strength, float)):
+            raise ValueError(
+                "merge.rank and merge.strength: an adapter of train.method: loftq also corrects its 4-bit base, so it "
+                "ships whole; leave them out, or set train.method: lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_judged_by_its_own_rows(self) -> LineConfig:
+        if self.data.judge_fraction is not None:
+            raise ValueError(
+                "data.judge_fraction: only qlora-retrain lab sets it, with --judge-fraction: what ships is judged by "
+                "the line's own evaluation and golden rows; leave it out"
+            )
         return self
 
     def section(self, name: str) -> Section:

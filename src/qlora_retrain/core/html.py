@@ -209,7 +209,7 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
     all_points = [point for points in lines.values() for point in points]
     if not all_points:
         return Html(f"<p>{_text(y_label)}: nothing was measured.</p>")
-    x_ticks, y_ticks = _ticks([x for x, _ in all_points]), _ticks([y for _, y in all_points])
+    x_ticks, y_ticks = axis_ticks([x for x, _ in all_points]), axis_ticks([y for _, y in all_points])
 
     def place(x: float, y: float) -> tuple[float, float]:
         """Return a point's place in the drawing, whose y axis points down."""
@@ -285,7 +285,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
+def axis_ticks(values: Sequence[float]) -> list[float]:
     """Return about five round numbers that enclose the values; the first and the last are the axis's ends."""
     low, high = min(values), max(values)
     if high == low:  # an axis needs a length

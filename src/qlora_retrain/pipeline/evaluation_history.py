@@ -119,15 +119,30 @@ class EvaluationHistory:
         if key in self.planned:
             return
         if plan.history:
-            with contextlib.suppress(AlreadyExists):
-                store.write_if_absent(history_path(plan.line, plan.history), _to_bytes(self.lines))
-            read_pinned(store, plan.line, plan.history)  # which refuses what somebody else has put there
+            _write_pinned(store, plan.line, plan.history, _to_bytes(self.lines))
         path = f"{_records_folder(plan.line)}/{plan.stamp}-{key}.json"
         record = DatasetRecord(line=plan.line, dataset=key, history=plan.history, joined=tuple(sorted(self.joined)))
         record = signatures.sign(store, path, record, keys.PLANNER)
         # Another plan of the same second and the same data set remembers as much.
         with contextlib.suppress(AlreadyExists):
             store.write_if_absent(path, record.model_dump_json(indent=1).encode())
+
+    def lend(self, store: Store, line: str, plan: Plan) -> None:
+        """Write the history that a lab's plan pins where its runs read it; nothing is remembered of them.
+
+        Args:
+            store: The store.
+            line: The line that is tried out, which another line's name in the plan stands for.
+            plan: The lab's plan.
+        """
+        if plan.history is None:
+            return
+        # The line's own plan may have pinned an older history, which is in the store.
+        try:
+            data = store.read(history_path(line, plan.history)).data
+        except NotFound:
+            data = _to_bytes(self.lines)
+        _write_pinned(store, plan.line, plan.history, data)
 
 
 def read(store: Store, line: str, history_of: str | None = None) -> EvaluationHistory:
@@ -242,6 +257,12 @@ def _record_names(store: Store, line: str) -> Iterator[str]:
 
 def _records_folder(line: str) -> str:
     return f"{_FOLDER}/{line}/datasets"
+
+
+def _write_pinned(store: Store, line: str, history: PinnedHistory, data: bytes) -> None:
+    with contextlib.suppress(AlreadyExists):
+        store.write_if_absent(history_path(line, history), data)
+    read_pinned(store, line, history)  # which refuses what somebody else has put there
 
 
 def _pin(lines: Lines) -> PinnedHistory | None:

@@ -17,7 +17,7 @@ from qlora_retrain.config import platform
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
-from qlora_retrain.core import graph, hashing, progress
+from qlora_retrain.core import graph, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
 from qlora_retrain.pipeline import base_model, evaluation_history, explain
@@ -29,8 +29,8 @@ from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
 from qlora_retrain.pipeline.planned_steps import (
     PinnedHistory,
     PinnedVersion,
-    PlannedStep,
     describe_target,
+    judgement_hash,
     plan_steps,
 )
 from qlora_retrain.pipeline.template_date import resolve_template_date
@@ -83,17 +83,28 @@ def make_plan(
 
     # Without an id from outside, a person started the run on the command line; it gets a random one.
     run = run or _new_run_id(at, config.line, orchestrator)
-    key_admin.create_for_new_store(store, config.line)
-    _refuse_without_keys(store)
-    store.probe()  # before gigabytes of sources are read
-    history = evaluation_history.read(store, config.line, config.data.history_of)
-    plan = signatures.sign(store, plan_path(run), _build(config, store, run, at, history), keys.PLANNER)
+    plan, history = draft_plan(config, store, run, at)
+    plan = signatures.sign(store, plan_path(run), plan, keys.PLANNER)
     history.write(store, plan)
     try:
         store.write_if_absent(plan_path(run), plan.to_bytes())
     except AlreadyExists:  # another try of the same task was faster, and its plan counts
         return find_plan(store, run)
     return plan
+
+
+def draft_plan(config: LineConfig, store: Store, run: str, at: datetime) -> tuple[Plan, EvaluationHistory]:
+    """Build a plan without writing it, and return the line's evaluation history with it.
+
+    Raises:
+        UsageError: For a source or a store that cannot be used.
+        IntegrityError: For an unsafe base model.
+    """
+    key_admin.create_for_new_store(store, config.line)
+    _refuse_without_keys(store)
+    store.probe()  # before gigabytes of sources are read
+    history = evaluation_history.read(store, config.line, config.data.history_of)
+    return _build(config, store, run, at, history), history
 
 
 def _refuse_without_keys(store: Store) -> None:
@@ -181,11 +192,11 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime, history: Ev
         settings, store, pinned, versions, champion_release, history
     )
     choices += split_choices
-    _refuse_unfit_base(settings, pinned["base_model"])
+    refuse_unfit_base(settings, pinned["base_model"])
     alias_state = describe_target(target.version, target.generation) if target else None
     steps = plan_steps(settings, pinned, versions, pinned_history, config.line, alias_state)
 
-    judgement = _judgement_hash(steps)
+    judgement = judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
     # The champion was trained with the same data, settings and code, and judged by the same rules. A new run would only
     # repeat it.
@@ -240,14 +251,10 @@ def _pin_versions(config: LineConfig, store: Store) -> tuple[dict[str, PinnedVer
 
 def _pin_version(store: Store, line: str, version: str) -> PinnedVersion:
     release = registry.read_release(store, line, version)
-    return PinnedVersion(
-        version=version,
-        manifest_sha256=release.sha256,
-        content_hash=release.content_hash,
-    )
+    return PinnedVersion(version=version, manifest_sha256=release.sha256, content_hash=release.content_hash)
 
 
-def _refuse_unfit_base(settings: Mapping[str, Section], base: PinnedSource | None) -> None:
+def refuse_unfit_base(settings: Mapping[str, Section], base: PinnedSource | None) -> None:
     """Refuse a base that the line cannot use, before hours of training and not after them."""
     # The files of a commit are not here yet: the steps that fetch them ask the same.
     if base is not None and not base.is_commit:
@@ -281,14 +288,3 @@ def _inherit_split(
     assert isinstance(data, DataConfig)
     data, choices = resolve_split(store, champion, data, lambda candidate: choose_history(candidate)[1])
     return {**settings, "data": data}, choices, choose_history(data)[0]
-
-
-def _judgement_hash(steps: Sequence[PlannedStep]) -> str:
-    """Hash the settings, code and data that decide about a challenger, without the adapter and the champion."""
-    judging_steps = {}
-    for step in steps:
-        if step.name in graph.descendants("adapter"):
-            # The adapter's and the champion's keys are left out: they change with every run.
-            data_keys = {n: k for n, k in step.inputs.items() if n in ("golden_data", "reference_data")}
-            judging_steps[step.name] = {"config": step.identity, "code": step.code, "inputs": data_keys}
-    return hashing.sha256_json(judging_steps)

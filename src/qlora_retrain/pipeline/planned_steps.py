@@ -115,6 +115,17 @@ def plan_steps(
     return tuple(planned)
 
 
+def judgement_hash(steps: Sequence[PlannedStep]) -> str:
+    """Hash the settings, code and data that decide about a challenger, without the adapter and the champion."""
+    judging_steps = {}
+    for step in steps:
+        if step.name in graph.descendants("adapter"):
+            # The adapter's and the champion's keys are left out: they change with every run.
+            data_keys = {n: k for n, k in step.inputs.items() if n in ("golden_data", "reference_data")}
+            judging_steps[step.name] = {"config": step.identity, "code": step.code, "inputs": data_keys}
+    return hashing.sha256_json(judging_steps)
+
+
 def describe_target(version: str, generation: int) -> str:
     """Return how the state of an alias enters the key of the step that moves it."""
     return f"{version} of generation {generation}"

@@ -1,0 +1,98 @@
+"""The verb `lab`: train a line with several settings, judge all by the same rows, and say which to take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from qlora_retrain.cli.options import Options
+from qlora_retrain.core.arguments import store_root
+
+_MAX_JUDGE_FRACTION = 0.5
+
+
+def add_verbs(verbs: Any, options: Options) -> None:
+    """Add the verb to a parser's subparsers."""
+    verb = verbs.add_parser(
+        "lab",
+        help="train with several settings, judge them by the same rows, and say which to take",
+        parents=[options.stored, options.settings],
+    )
+    verb.add_argument("config", type=Path, help="the line's YAML file")
+    verb.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SECTION.KNOB=V1,V2",
+        help="train with each of these values; several --vary are multiplied (repeatable)",
+    )
+    verb.add_argument("--seeds", type=_positive, metavar="N", help="train each point with train.seed 0 to N-1")
+    verb.add_argument(
+        "--skip-impossible", action="store_true", help="leave out combinations that the line refuses, and list them"
+    )
+    verb.add_argument(
+        "--judge-fraction",
+        type=_judge_fraction,
+        default=0.1,
+        metavar="F",
+        help="the share of the training prompts that judges and is not trained on (0.1)",
+    )
+    verb.add_argument("--parallel", type=_positive, default=1, metavar="N", help="run so many points at once (1)")
+    verb.add_argument("--merge", action="store_true", help="merge every adapter too, and measure what merging costs")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes (lab-LINE)")
+    verb.add_argument("--json", action="store_true", help="print lab.json instead of the recommendation")
+    verb.set_defaults(run=_lab)
+
+
+def _lab(args: argparse.Namespace) -> int:
+    from qlora_retrain.lab import experiment, grid, runs
+
+    options = experiment.LabOptions(
+        config=args.config,
+        root=store_root(args),
+        vary=tuple(map(grid.parse_variation, args.vary)),
+        overrides=tuple(args.set),
+        num_seeds=args.seeds,
+        skip_impossible=args.skip_impossible,
+        judge_fraction=args.judge_fraction,
+        parallel=args.parallel,
+        has_merge=args.merge,
+        out=args.out,
+    )
+    try:
+        document, out = experiment.run(options)
+    except runs.Interrupted:
+        return 128 + signal.SIGINT
+    except experiment.NothingMeasured as failure:
+        print(f"qlora-retrain: {failure}", file=sys.stderr)
+        return failure.code
+    if args.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(document["recommendation"]["sentence"], *document["recommendation"]["notes"], sep="\n")
+    if document["failed"]:
+        print(f"{len(document['failed'])} runs did not finish; the report says why", file=sys.stderr)
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return value
+
+
+def _judge_fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= _MAX_JUDGE_FRACTION:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 0.5, found {text!r}")
+    return value

@@ -1,0 +1,131 @@
+"""A lab through its command line, on a tiny random model: stopped, killed, finished, and begun again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core import json_lines
+from tests.e2e.test_pipeline import manifests
+
+pytestmark = pytest.mark.slow
+VARY = ("--vary", "train.rank=2,8", "--judge-fraction", "0.2")
+
+
+def arguments(project, *options: object) -> tuple[object, ...]:  # type: ignore[no-untyped-def]
+    return ("lab", project.config, "--root", project.root, *VARY, "--out", project.folder / "lab", "--json", *options)
+
+
+def texts(project, manifest: str, name: str) -> set[str]:  # type: ignore[no-untyped-def]
+    """Return what the users say in a file of a data set."""
+    attempt = manifests(project)[manifest]
+    path = project.folder / "store/artifacts" / Path(manifest).parent / attempt / name
+    rows = [row for _, row in json_lines.read(path)]
+    return {row["messages"][1]["content"] for row in rows}
+
+
+def stop_once(project, artifact: str, stop: Callable[[int], None]) -> tuple[int, dict[str, str]]:  # type: ignore[no-untyped-def]
+    """Start a lab, stop it once the store has an artifact of that name, and return its exit code and what it made."""
+    with project.start(*arguments(project)) as process:
+        deadline = time.monotonic() + 120
+        while not any(path.startswith(f"{artifact}/") for path in manifests(project)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stop(process.pid)
+        process.communicate(timeout=100)
+    return process.returncode, manifests(project)
+
+
+@pytest.fixture(scope="module")
+def lab(make_project: Callable, kill_tree: Callable[[int], None]):  # type: ignore[no-untyped-def]
+    """A lab that was stopped by Ctrl-C, begun again, killed, and begun again."""
+    project = make_project(rows=240, train={"epochs": 2}, evaluate={"bootstrap_samples": 200, "stop_rows": 10})
+    code, after_stop = stop_once(project, "base_nf4", lambda pid: os.kill(pid, signal.SIGINT))
+    assert code == 130
+    _, after_kill = stop_once(project, "adapter", kill_tree)
+    result = project.cli(*arguments(project))
+    assert result.exit_code == 0, result.text
+    assert after_stop.items() <= after_kill.items() <= manifests(project).items(), "something was made twice"
+    return project, result
+
+
+def test_a_lab_measures_every_point_and_says_which_to_take(lab) -> None:
+    project, result = lab
+    document = json.loads((project.folder / "lab" / "lab.json").read_text())
+    assert json.loads(result.out) == document
+    assert {point["label"] for point in document["points"]} == {"rank 2", "rank 8"}
+    assert document["recommendation"]["sentence"] in (project.folder / "lab" / "report.html").read_text()
+
+    small, large = sorted(document["points"], key=lambda point: point["adapter_bytes"])
+    assert large["trainable_parameters"] == 4 * small["trainable_parameters"]
+    assert all(point["tokens_per_second"] > 0 and point["peak_memory_mib"] > 0 for point in document["points"])
+    # One line for each point at least, and none of them on the standard output.
+    assert "1/2 rank 2: " in result.err
+    assert "2/2 rank 8: " in result.err
+
+
+def test_a_second_lab_does_nothing(lab) -> None:
+    project, _ = lab
+    files = {path: path.stat().st_mtime_ns for path in (project.folder / "store").rglob("*") if path.is_file()}
+    report = (project.folder / "lab" / "report.html").read_text()
+    again = project.cli(*arguments(project))
+    assert again.exit_code == 0, again.text
+    assert again.err.count(": done before") == 3
+    assert {path: path.stat().st_mtime_ns for path in (project.folder / "store").rglob("*") if path.is_file()} == files
+    assert (project.folder / "lab" / "report.html").read_text() == report
+
+
+def test_a_point_that_fails_is_listed_and_stops_no_other_and_equal_points_are_computed_once(lab) -> None:
+    project, _ = lab
+    before = manifests(project)
+    vary = ("--vary", "train.rank=2", "--vary", "train.target_modules=all-linear,[no_such_layer]")
+    options = ("--judge-fraction", "0.2", "--parallel", "2", "--out", project.folder / "other")
+    result = project.cli("lab", project.config, "--root", project.root, *vary, *options)
+    assert result.exit_code == 0, result.text
+    assert manifests(project) == before
+    document = json.loads((project.folder / "other" / "lab.json").read_text())
+    assert [point["label"] for point in document["points"]] == ["rank 2, target_modules all-linear"]
+    [failed] = document["failed"]
+    assert failed["label"] == 'rank 2, target_modules ["no_such_layer"]'
+    assert failed["exit_code"] == 12
+    assert "no_such_layer" in failed["message"]
+
+
+def test_the_line_itself_is_untouched_and_its_own_evaluation_is_never_seen(lab) -> None:
+    project, _ = lab
+    store = project.folder / "store"
+    assert not (store / "models").exists()
+    assert not (store / "histories").exists()
+
+    [lab_data] = (path for path in manifests(project) if path.startswith("dataset/"))
+    before = manifests(project)
+    line = project.run("--until", "validate_data")
+    assert line.exit_code == 0, line.text
+    [line_data] = (path for path in manifests(project) if path.startswith("dataset/") and path not in before)
+    own_evaluation, own_training = (texts(project, line_data, f"{side}.jsonl") for side in ("eval", "train"))
+    judged, trained = (texts(project, lab_data, f"{side}.jsonl") for side in ("eval", "train"))
+    assert judged
+    assert judged | trained <= own_training
+    assert not judged & trained
+    assert not (judged | trained) & own_evaluation
+    # The same 4-bit base serves both.
+    plan = project.cli("plan", project.config, "--root", project.root).out
+    assert len([line for line in plan.splitlines() if "made already: done" in line]) == 2
+
+
+def test_a_share_that_is_too_small_to_judge_by_is_refused_once_for_all_points(lab) -> None:
+    project, _ = lab
+    result = project.cli(
+        "lab", project.config, "--root", project.root, "--vary", "train.rank=2,8", "--judge-fraction", "0.01",
+        "--out", project.folder / "small",
+    )  # fmt: skip
+    assert result.exit_code == 10, result.text
+    assert "a larger share gives more prompts to judge by" in result.err
+    assert "rank 2" not in result.err
