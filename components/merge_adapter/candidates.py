@@ -99,13 +99,25 @@ class FormScorer:
         return FormScores(scores, self.unmerged_logits.compare(model, description))
 
 
-def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig, str]:
+def resolve_base(
+    config: MergeConfig, rows: Sequence[Row], *, is_packed: bool = True, is_adapter: bool = True
+) -> tuple[MergeConfig, str]:
     """Return the settings without `base: auto`, and why one base was taken unmeasured; empty where both are measured.
 
     Args:
         config: The line's settings.
         rows: The evaluation rows.
+        is_packed: Whether the adapter was trained over other values than the original ones.
+        is_adapter: Whether there is an adapter to merge, and not all weights trained.
     """
+    if not is_adapter:
+        reason = "original: all weights trained (train.method: full), so they ship as they are, and nothing was merged"
+        return config.model_copy(update={"base": "original"}), reason
+    if not is_packed:
+        reason = (
+            "original: the adapter was trained over its 16-bit weights (quantize.format: none), so there is no other"
+        )
+        return config.model_copy(update={"base": "original"}), reason
     if config.base != "auto":
         reason = f"{config.base}, as merge.base sets it; no measurement selected it"
         return config, "" if config.base == "measured" else reason

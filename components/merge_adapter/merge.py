@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from components.merge_adapter.lora import LoraAdapter
-from components.merge_adapter.weights import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
-from qlora_retrain.lm import chat_format
+from qlora_retrain.lm import base_formats, chat_format, loading, model_files
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
+from qlora_retrain.lm.weight_files import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.lm.weight_names import names_in_model
 
 # The merged model has a config.json of its own.
@@ -33,7 +33,7 @@ class MergeStats:
     Attributes:
         tensors: The number of tensors that were written.
         modules: The number of them that the adapter changed.
-        dequantized: The number of them that were read from the 4-bit base.
+        dequantized: The number of them that were read from `base_nf4`.
         weights_bytes: The size of all tensors.
     """
 
@@ -49,11 +49,11 @@ def merge(
     """Write the merged model as a plain transformers folder, one tensor in memory at a time.
 
     Args:
-        base_model: The original model; everything that is not 4-bit in `base_nf4` comes from here.
-        base_nf4: The 4-bit base that the adapter was trained over.
-        adapter: The LoRA or DoRA adapter.
+        base_model: The original model; everything that is not packed in `base_nf4` comes from here.
+        base_nf4: The base that the adapter was trained over.
+        adapter: The LoRA or DoRA adapter; or all weights, where all trained, which are then the result.
         model: An empty folder, for the result.
-        dequantized: Merge into the dequantized 4-bit weights instead of the original ones.
+        dequantized: Merge into the values of the packed weights instead of the original ones.
         max_shard_gib: The largest size of a file.
 
     Raises:
@@ -62,6 +62,12 @@ def merge(
         Diverged: If a sum overflows.
     """
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    if loading.has_all_weights(adapter):
+        stats = _copy_trained(adapter, model, max_shard_gib)
+        model_files.write_config(config, "bfloat16", model)
+        copy_tokenizer(base_model, model)
+        return stats
+    base_format = base_formats.from_folder(base_nf4)
     with SafetensorsFolder(base_model) as base, SafetensorsFolder(base_nf4) as nf4, LoraAdapter(adapter) as lora:
         _refuse_tied_weights(lora, config)
         model_names = names_in_model(base.names, {*nf4.names, *(f"{module}.weight" for module in lora.modules)})
@@ -73,7 +79,8 @@ def merge(
                 "names"
             )
         module_by_weight = {base_names[f"{module}.weight"]: module for module in lora.modules}
-        dequantized_names = {name for name in base.names if dequantized and nf4.is_quantized(model_names[name])}
+        packed_names = base_format.packed_names(nf4.names) if dequantized else set()
+        dequantized_names = {name for name in base.names if model_names[name] in packed_names}
 
         # The files' headers come before the values, so every output type is decided before a tensor is read.
         specs = [
@@ -84,7 +91,7 @@ def merge(
         def make_tensor(name: str) -> torch.Tensor:
             # The shapes differ where base_nf4 was made from another base.
             if name in dequantized_names:
-                tensor = _check_shape(nf4.dequantize(model_names[name]), base.spec(name).shape, name)
+                tensor = _check_shape(base_format.unpack(model_names[name], nf4), base.spec(name).shape, name)
             else:
                 tensor = base.tensor(name)
             if name in module_by_weight:
@@ -102,9 +109,24 @@ def merge(
 
         weights_bytes = write_safetensors(model, specs, make_tensor, max_shard_gib, on_progress)
         stats = MergeStats(len(specs), len(module_by_weight), len(dequantized_names), weights_bytes)
-    _write_config(config, model)
+    model_files.write_config(config, "bfloat16", model)
     copy_tokenizer(base_model, model)
     return stats
+
+
+def _copy_trained(adapter: Path, model: Path, max_shard_gib: float) -> MergeStats:
+    """Write the weights of a training without an adapter (`train.method: full`) as they are: nothing is merged."""
+    with SafetensorsFolder(adapter) as trained:
+
+        def make_tensor(name: str) -> torch.Tensor:
+            tensor = trained.tensor(name)
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise Diverged(f"adapter: {name} holds numbers that are not finite; train with a lower learning rate")
+            return tensor
+
+        specs = [trained.spec(name) for name in trained.names]
+        weights_bytes = write_safetensors(model, specs, make_tensor, max_shard_gib)
+    return MergeStats(len(specs), len(specs), 0, weights_bytes)
 
 
 def copy_tokenizer(base_model: Path, folder: Path) -> None:
@@ -139,10 +161,3 @@ def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> tor
     if tuple(tensor.shape) != shape:
         raise IntegrityError(f"{name}: the shape is {shape} in base_model, but {tuple(tensor.shape)} in base_nf4")
     return tensor
-
-
-def _write_config(base: dict[str, Any], model: Path) -> None:
-    config = {name: value for name, value in base.items() if name not in ("quantization_config", "torch_dtype")}
-    config["dtype"] = "bfloat16"  # `torch_dtype` is the older name; a config with both could contradict itself
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (model / "config.json").write_text(text + "\n", encoding="utf-8")

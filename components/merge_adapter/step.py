@@ -32,7 +32,7 @@ from qlora_retrain.evaluation.metrics import completion_metrics
 from qlora_retrain.evaluation.rows import count_prompts
 from qlora_retrain.evaluation.rules import suite_rules
 from qlora_retrain.evaluation.scoring import Row, RowScore
-from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm import base_formats, chat, loading
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.generation import Completion
 
@@ -54,7 +54,12 @@ def run(
     # Checks that need no merge come first, so that a refusal does not come after gigabytes were written.
     exports.refuse_unsupported(config, base_model)
     inputs = EvaluationInputs.from_folders(dataset, evaluation, reference_data)
-    config, base_reason = candidates.resolve_base(config, inputs.rows["eval"])
+    config, base_reason = candidates.resolve_base(
+        config,
+        inputs.rows["eval"],
+        is_packed=base_formats.from_folder(base_nf4).is_packed,
+        is_adapter=not loading.has_all_weights(adapter),
+    )
     tokenizer = chat.load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
     stats = candidates.build_candidates(config, base_model, base_nf4, adapter, tokenizer, model)
 

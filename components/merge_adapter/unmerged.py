@@ -35,7 +35,7 @@ def measure(
         config: The device and the precision.
         inputs: The rows and the scores of the evaluation.
         compared_ids: The ids of the rows on which forms are compared with the unmerged model.
-        base_nf4: The 4-bit base.
+        base_nf4: The base that was trained over.
         adapter: The adapter.
         tokenizer: The line's.
         logits_file: An empty file for the unmerged model's logits, which the scorer reads.
@@ -48,7 +48,7 @@ def measure(
         "attn_implementation": scoring.attn_implementation(config.device),
         "dtype": config.precision,
     }
-    unmerged: Any = loading.attach_adapter(loading.load_nf4(base_nf4, **load_options), adapter)
+    unmerged: Any = loading.load_trained(base_nf4, adapter, **load_options)
     inputs = _rescore(config, inputs, unmerged, tokenizer)
     settings, rows = inputs.settings, inputs.rows["eval"]
     compared = [row for row in rows if row.id in compared_ids]

@@ -10,7 +10,7 @@ import re
 
 import yaml
 
-from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.core.licences import HUB_LICENCES
 
 # SPDX says more of these than the Hub's list does.

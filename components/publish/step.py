@@ -20,7 +20,7 @@ from typing import Any
 from components.publish.documents import model_card, recipe, sbom
 from components.publish.markdown import inline, licence_text
 from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
-from qlora_retrain.config.sections import PublishConfig
+from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused
 from qlora_retrain.core.outcome import Number, StepResult
@@ -115,7 +115,9 @@ def run(
 def _targets(name: str, manifest: Manifest) -> list[tuple[File, str]]:
     """Return (file, path in the version) for each file of an artifact that is published."""
     renamed = _RENAMED_FILES[name]
-    if name in _CONTENT_ARTIFACTS:
+    # Where all weights trained, `model` has the same weights, and a version has them once.
+    is_whole_model = name == "adapter" and any(file.path == "config.json" for file in manifest.files)
+    if name in _CONTENT_ARTIFACTS and not is_whole_model:
         return [(f, renamed.get(f.path, f"{name}/{f.path}")) for f in manifest.files]
     return [(f, renamed[f.path]) for f in manifest.files if f.path in renamed]
 

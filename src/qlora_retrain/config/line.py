@@ -126,6 +126,20 @@ class LineConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _method_fits_the_base_format(self) -> LineConfig:
+        if self.train.method == "qdylora" and self.quantize.format == "none":
+            raise ValueError(
+                "train.method: qdylora says that the base has 4 bits, and quantize.format is none; set train.method: "
+                "dylora, or quantize.format: nf4"
+            )
+        if self.train.method == "full" and self.quantize.format != "none":
+            raise ValueError(
+                f"train.method: full trains the base's own weights, and quantize.format is {self.quantize.format}; set "
+                "quantize.format: none, or train.method: lora"
+            )
+        return self
+
     def section(self, name: str) -> Section:
         """Return the section of that name, e.g. `train`."""
         section = getattr(self, name)

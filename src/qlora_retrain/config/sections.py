@@ -6,31 +6,46 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_retrain.config import licences
 from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
-from qlora_retrain.core import uris
+from qlora_retrain.config.publish import PublishConfig as PublishConfig
 
 Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
-Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
 class QuantizeConfig(Section):
-    """The 4-bit form of the base (QLoRA, arXiv 2305.14314, section 3)."""
+    """The form in which the frozen base is trained over (QLoRA, arXiv 2305.14314, section 3)."""
 
-    quant_type: Literal["nf4", "fp4"] = identity("nf4", "nf4 loses less than fp4 on normally distributed weights")
-    double_quant: bool = identity(True, "quantize the scales too: 4.127 instead of 4.5 bits per weight")
+    format: Literal["none", "nf4", "fp4"] = identity(
+        "nf4",
+        "how linear layers are stored; nf4: 4 bits, with less loss than fp4 on normally distributed weights; fp4: 4 "
+        "bits; none: all 16 bits, four times the memory, as plain LoRA has it",
+    )
+    double_quant: bool = identity(True, "of nf4 and fp4: quantize the scales too, 4.127 instead of 4.5 bits per weight")
     compute_dtype: Literal["bfloat16", "float16"] = identity(
-        "bfloat16", "the type to which weights are dequantized for computing"
+        "bfloat16", "the 16-bit type to which weights are dequantized for computing, and of all that is not packed"
     )
     min_quantized_fraction: float = identity(
-        0.9, "refuse a base of which less than this, outside embeddings and head, becomes 4-bit", ge=0.0, le=1.0
+        0.9,
+        "refuse a base of which less than this, outside embeddings and head, is in linear layers: these alone become "
+        "4-bit, and adapters reach no others",
+        ge=0.0,
+        le=1.0,
     )
+
+    @model_validator(mode="after")
+    def _double_quant_needs_scales(self) -> QuantizeConfig:
+        if self.format == "none" and not self.double_quant:
+            raise ValueError(
+                "double_quant: false is for format: nf4 and fp4, whose weights have scales, and format is none; leave "
+                "it out"
+            )
+        return self
 
 
 class TrainConfig(Section):
-    """LoRA over the frozen 4-bit base."""
+    """LoRA over the frozen base, or all of its weights."""
 
     # What is learnt.
     loss: Literal["answers", "all"] = identity(
@@ -38,12 +53,13 @@ class TrainConfig(Section):
     )
 
     # The adapter.
-    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora"] = identity(
+    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora", "full"] = identity(
         "lora",
         "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
         "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
         "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
-        "smaller one works too, and qdylora says that the base has 4 bits",
+        "smaller one works too, and qdylora says that the base has 4 bits; full: no adapter, all weights learn, over "
+        "quantize.format: none",
     )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
     alpha: float | None = identity(
@@ -179,6 +195,22 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _full_has_no_adapter(self) -> TrainConfig:
+        if self.method != "full":
+            return self
+        if self.parallel == "fsdp":
+            raise ValueError(
+                "parallel: fsdp shards a frozen base, and with method: full nothing is frozen; set parallel: ddp, or "
+                "method: lora"
+            )
+        if self.target_modules != "all-linear" or self.alpha is not None:
+            raise ValueError(
+                "method: full trains all weights and has no adapter, so target_modules and alpha say nothing; leave "
+                "them out, or set method: lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_warmup(self) -> TrainConfig:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ValueError(
@@ -202,10 +234,11 @@ class MergeConfig(Section):
     base: Literal["auto", "measured", "original", "dequantized"] = identity(
         "auto",
         "measured: build both, choose on half the evaluation rows, certify on the other half; auto: that, or the "
-        "dequantized base, certified on all rows, where a half would have fewer than min_prompts",
+        "dequantized base, certified on all rows, where a half would have fewer than min_prompts; with "
+        "quantize.format: none both are the same, and one is built",
     )
 
-    # The limits, each against the unmerged model: the 4-bit base with its adapter.
+    # The limits, each against the unmerged model: the base in its format, with its adapter.
     min_prompts: int = identity(
         30, "measured: fewer different prompts than this in a half are insufficient evidence", ge=1
     )
@@ -239,44 +272,3 @@ class MergeConfig(Section):
                 "name each form once, and bf16 too: the rules apply to it, and later versions are compared with it"
             )
         return value
-
-
-class PublishConfig(Section):
-    """What consumers see."""
-
-    promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
-    licence: str = identity(
-        "unspecified",
-        "the model's licence, for its card: SPDX, a name of the Hugging Face Hub such as llama3.1, or other",
-        max_length=200,
-    )
-    licence_name: str | None = identity(None, "with licence: other, the licence's own name")
-    licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
-    description: str = identity("", "a sentence for the model card")
-    retention_days: int = operational(
-        14,
-        "days in which nobody can delete or replace a version and its audit entries, in a bucket with object lock; "
-        "elsewhere without effect; 0: none",
-        ge=0,
-        le=29,
-    )
-
-    @field_validator("licence")
-    @classmethod
-    def _is_a_licence(cls, value: str) -> str:
-        return licences.canonical(value)
-
-    @field_validator("licence_link")
-    @classmethod
-    def _no_secrets(cls, value: str | None) -> str | None:
-        if value is not None:
-            uris.refuse_secrets(value)
-        return value
-
-    @model_validator(mode="after")
-    def _other_has_a_name(self) -> PublishConfig:
-        if self.licence == licences.OTHER_LICENCE and not (self.licence_name or "").strip():
-            raise ValueError("licence: other needs licence_name, since the model card has to say which one it is")
-        if self.licence_name is not None and self.licence != licences.OTHER_LICENCE:
-            raise ValueError(f"licence_name goes with licence: other, and the licence is {self.licence}; leave it out")
-        return self

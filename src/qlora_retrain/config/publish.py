@@ -1,0 +1,54 @@
+"""The section `publish`: what consumers see of a version."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from qlora_retrain.config import licences
+from qlora_retrain.config.fields import Section, identity, operational
+from qlora_retrain.core import uris
+
+Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class PublishConfig(Section):
+    """What consumers see."""
+
+    promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
+    licence: str = identity(
+        "unspecified",
+        "the model's licence, for its card: SPDX, a name of the Hugging Face Hub such as llama3.1, or other",
+        max_length=200,
+    )
+    licence_name: str | None = identity(None, "with licence: other, the licence's own name")
+    licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
+    description: str = identity("", "a sentence for the model card")
+    retention_days: int = operational(
+        14,
+        "days in which nobody can delete or replace a version and its audit entries, in a bucket with object lock; "
+        "elsewhere without effect; 0: none",
+        ge=0,
+        le=29,
+    )
+
+    @field_validator("licence")
+    @classmethod
+    def _is_a_licence(cls, value: str) -> str:
+        return licences.canonical(value)
+
+    @field_validator("licence_link")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        if value is not None:
+            uris.refuse_secrets(value)
+        return value
+
+    @model_validator(mode="after")
+    def _other_has_a_name(self) -> PublishConfig:
+        if self.licence == licences.OTHER_LICENCE and not (self.licence_name or "").strip():
+            raise ValueError("licence: other needs licence_name, since the model card has to say which one it is")
+        if self.licence_name is not None and self.licence != licences.OTHER_LICENCE:
+            raise ValueError(f"licence_name goes with licence: other, and the licence is {self.licence}; leave it out")
+        return self
