@@ -127,12 +127,14 @@ def build_inputs(options: argparse.Namespace) -> None:
         "dtype": "bfloat16",
     }
     # The config is written last, so a folder that has it is complete.
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     for folder in (base, nf4, adapter):
-        if not (folder / "config.json").is_file() or json.loads((folder / "config.json").read_text()) != config:
+        document = config | ({"quantization_config": quantization} if folder == nf4 else {})
+        if not (folder / "config.json").is_file() or json.loads((folder / "config.json").read_text()) != document:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             {"base": build_base, "nf4": build_nf4, "adapter": build_adapter}[folder.name](folder, specs)
-            (folder / "config.json").write_text(json.dumps(config))
+            (folder / "config.json").write_text(json.dumps(document))
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -150,7 +152,7 @@ def build_base(folder: Path, specs: dict[str, tuple[int, ...]]) -> None:
     """Write random numbers of the size of trained weights."""
     import torch
 
-    from components.merge_adapter.weights import TensorSpec, write_safetensors
+    from qlora_retrain.lm.weight_files import TensorSpec, write_safetensors
 
     write_safetensors(
         folder,
@@ -165,7 +167,7 @@ def build_nf4(folder: Path, specs: dict[str, tuple[int, ...]]) -> None:
     from bitsandbytes.functional import quantize_4bit
     from safetensors.torch import save_file
 
-    from components.merge_adapter.weights import SafetensorsFolder
+    from qlora_retrain.lm.weight_files import SafetensorsFolder
 
     # Double quantization, as `quantize_model` stores a base by default.
     index: dict[str, str] = {}
@@ -306,7 +308,7 @@ def print_table(options: argparse.Namespace, results: dict[str, list[dict[str, f
 
 def compare_weights(first: Path, second: Path) -> str:
     """Return how far apart two folders' weights are, tensor by tensor."""
-    from components.merge_adapter.weights import SafetensorsFolder
+    from qlora_retrain.lm.weight_files import SafetensorsFolder
 
     num_equal = total = 0
     max_ulps = 0.0

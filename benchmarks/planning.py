@@ -52,6 +52,7 @@ class Case:
         length: The tokens of each.
         supervised_fraction: The part of a row, at its end, with a loss.
         settings: Fields of the section `train` that differ from its defaults.
+        base_format: The base's: `quantize.format`.
     """
 
     shape: str
@@ -59,14 +60,18 @@ class Case:
     length: int = 200
     supervised_fraction: float = 0.25
     settings: dict[str, Any] = field(default_factory=dict)
+    base_format: str = "nf4"
 
     @property
     def label(self) -> str:
         """The case in a few words."""
         settings = "".join(f", {name} {value}" for name, value in self.settings.items())
+        settings += f", format {self.base_format}" if self.base_format != "nf4" else ""
         return f"{self.shape}, {self.rows} x {self.length}, {self.supervised_fraction:.0%} supervised{settings}"
 
 
+# `alpha` is of an adapter.
+FULL: dict[str, Any] = {"method": "full", "alpha": None, "optimizer": "paged_adamw_8bit"}
 GRID = (
     Case("llama"),
     Case("llama", supervised_fraction=1.0),
@@ -80,6 +85,13 @@ GRID = (
     Case("llama", settings={"target_modules": ["q_proj", "v_proj"], "dropout": 0.2}),
     Case("llama", settings={"precision": "float32"}),
     Case("llama", settings={"attention": "sdpa"}),
+    Case("llama", base_format="none"),
+    Case("llama", settings=FULL, base_format="none"),
+    Case("llama", settings=FULL | {"gradient_checkpointing": 1}, base_format="none"),
+    Case("llama", settings=FULL | {"precision": "float32"}, base_format="none"),
+    Case("deep", settings=FULL, base_format="none"),
+    Case("qwen3", settings=FULL, base_format="none"),
+    Case("vocabulary", rows=16, length=60, settings=FULL, base_format="none"),
     Case("deep"),
     Case("deep", settings={"gradient_checkpointing": 1}),
     Case("wide", rows=4),
@@ -92,22 +104,23 @@ GRID = (
 )
 
 
-def quantized_model(shape: str, folder: Path) -> Path:
-    """Write a model of a shape with random weights, in 4 bits, to the folder; return its folder."""
+def stored_base(case: Case, folder: Path) -> Path:
+    """Write a model of the case's shape with random weights, in its format, to the folder; return its folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from components.quantize_model.step import run as quantize
     from qlora_retrain.config.sections import QuantizeConfig
 
-    base, base_nf4 = folder / f"{shape}-16-bits", folder / shape
-    if not base_nf4.is_dir():
+    base, base_nf4 = folder / f"{case.shape}-base", folder / f"{case.shape}-{case.base_format}"
+    if not base.is_dir():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, **SHAPES[shape]}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, **SHAPES[case.shape]}))
         model.to(torch.bfloat16).save_pretrained(base)
         del model
+    if not base_nf4.is_dir():
         base_nf4.mkdir()
-        quantize(QuantizeConfig(), base, base_nf4)
+        quantize(QuantizeConfig(format=case.base_format), base, base_nf4)  # type: ignore[arg-type]
     return base_nf4
 
 
@@ -119,7 +132,7 @@ def predict(case: Case) -> Memory:
     supervised = round(case.supervised_fraction * case.length) * case.rows
     return memory_model.estimate(
         ModelShape.from_config({**LLAMA, **SHAPES[case.shape]}),
-        Settings.from_sections(_train_config(case).model_dump(), QuantizeConfig().model_dump()),
+        Settings.from_sections(_train_config(case).model_dump(), QuantizeConfig(format=case.base_format).model_dump()),  # type: ignore[arg-type]
         MicroBatch(case.rows, case.length, tokens, supervised),
     )
 
@@ -130,7 +143,7 @@ def measure(case: Case, base_nf4: Path) -> dict[str, int]:
 
     from components.train_qlora import adapter, loss, packing
     from components.train_qlora.data import PaddingCollator
-    from components.train_qlora.optimizer import AdapterOptimizer
+    from components.train_qlora.optimizer import MASTER_PART, AdapterOptimizer
     from qlora_retrain.lm import loading
 
     config = _train_config(case)
@@ -143,14 +156,23 @@ def measure(case: Case, base_nf4: Path) -> dict[str, int]:
     unsupervised = case.length - round(case.supervised_fraction * case.length)
     rows = [{"input_ids": row, "labels": [-100] * unsupervised + row[unsupervised:]} for row in tokens]
     batch = PaddingCollator(0)(rows)
-    with packing.packed_attention(model):  # also around backward, which recomputes layers
-        peak = allocated_peak(lambda: loss.summed_loss(model, batch).backward())
     optimizer = AdapterOptimizer(config, trainable.items())
+    optimizer.begin()
+    is_full, gradients = config.method == "full", 0
+    with packing.packed_attention(model):  # also around backward, which recomputes layers
+        if is_full:  # the planner counts all gradients, as an earlier micro-batch leaves them
+            loss.summed_loss(model, batch).backward()
+            gradients = sum(weight.grad.nbytes for weight in optimizer.parameters.values() if weight.grad is not None)
+        peak = allocated_peak(lambda: loss.summed_loss(model, batch).backward())
     optimizer.step(1e-4)
+    sizes = {name: tensor.nbytes for name, tensor in optimizer.state().items()}
+    masters = sum(size for name, size in sizes.items() if name.endswith(f".{MASTER_PART}"))
+    trained = sum(weight.nbytes for weight in trainable.values())
     return {
-        "weights": _frozen_bytes(model),
-        "adapter": sum(weight.nbytes for weight in trainable.values()),
-        "optimizer": sum(tensor.nbytes for tensor in optimizer.state().values()),
+        "weights": trained if is_full else _frozen_bytes(model),
+        "adapter": masters if is_full else trained,
+        "gradients": gradients,
+        "optimizer": sum(sizes.values()) - masters,
         "step": peak,
     }
 
@@ -198,7 +220,7 @@ def main() -> None:
         for case in GRID:
             if options.only and case.shape not in options.only:
                 continue
-            measured, predicted = measure(case, quantized_model(case.shape, Path(folder))), predict(case)
+            measured, predicted = measure(case, stored_base(case, Path(folder))), predict(case)
             total = sum(measured.values())
             error = predicted.total / total - 1
             print(

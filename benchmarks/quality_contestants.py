@@ -22,8 +22,7 @@ def make_trainer(options: argparse.Namespace, name: str, rows: list[Any], rate: 
 def make_full_trainer(options: argparse.Namespace, rows: list[Any], rate: float) -> Any:
     """Make the step's trainer with every weight trained: fp32 weights, moments and gradients, products in bf16.
 
-    bf16 weights would lose small updates to rounding. Besides that only the loss differs from the step: the step's
-    own supports only frozen output layers.
+    The published figures are of this form. `train.method: full` keeps bf16 weights and steps fp32 masters instead.
     """
     import torch
     from transformers import set_seed

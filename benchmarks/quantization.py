@@ -31,10 +31,10 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "src")]
 
 FORMS = {
     "16 bits": {},
-    "nf4": {"quant_type": "nf4", "double_quant": False},
-    "nf4 + dq": {"quant_type": "nf4", "double_quant": True},
-    "fp4": {"quant_type": "fp4", "double_quant": False},
-    "fp4 + dq": {"quant_type": "fp4", "double_quant": True},
+    "nf4": {"format": "nf4", "double_quant": False},
+    "nf4 + dq": {"format": "nf4", "double_quant": True},
+    "fp4": {"format": "fp4", "double_quant": False},
+    "fp4 + dq": {"format": "fp4", "double_quant": True},
     "int4": {},
 }
 BLOCK = 64  # weights that share a scale
@@ -122,7 +122,7 @@ def load_form(options: argparse.Namespace, name: str) -> tuple[Any, dict[str, An
     folder = options.work / name
     folder.mkdir(parents=True, exist_ok=True)
     numbers = run(QuantizeConfig(**FORMS[name]), options.base, folder).numbers
-    normal_error = relative_error(normal, bitsandbytes_4bit(normal, **FORMS[name]))
+    normal_error = relative_error(normal, bitsandbytes_4bit(normal, FORMS[name]["format"], FORMS[name]["double_quant"]))
     statistics = {"bits": numbers["bits_per_weight"], "error": numbers["relative_error"], "normal": normal_error}
     return loading.load_nf4(folder, dtype="bfloat16"), statistics
 

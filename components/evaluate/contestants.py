@@ -53,7 +53,7 @@ class Contestant:
 def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iterator[Contestant]:
     """Load every contestant in turn; the caller must release each before it asks for the next one.
 
-    The 4-bit base and the challenger share one loaded model, with the adapter switched off and on.
+    The stored base and a challenger with an adapter share one loaded model, with the adapter switched off and on.
     """
     # All contestants compute in the same precision, so that differences are those of the weights.
     attention = scoring.attn_implementation(config.device)
@@ -62,12 +62,19 @@ def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iter
 
     yield Contestant("base", folders.base_model, load_base(folders.base_model))
 
-    # Loaded once for two contestants, which saves the time and memory of a second 4-bit model.
-    nf4_with_adapter = loading.attach_adapter(load_nf4(folders.base_nf4), folders.adapter)
-    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, scoring_context=nf4_with_adapter.disable_adapter)
-    yield Contestant("challenger", folders.base_nf4, nf4_with_adapter)
-    del nf4_with_adapter
+    if loading.has_all_weights(folders.adapter):
+        yield Contestant("base_nf4", folders.base_nf4, load_nf4(folders.base_nf4))
+        yield Contestant("challenger", folders.base_nf4, load_base(folders.adapter))
+    else:
+        yield from _share_base(folders, load_nf4)
 
     for name, version in (("champion", folders.champion), ("anchor", folders.anchor)):
         if version:
             yield Contestant(name, version / "model", load_base(version / "model"), is_published=True)
+
+
+def _share_base(folders: ContestantFolders, load_nf4: Callable[[Path], Any]) -> Iterator[Contestant]:
+    # Loaded once for two contestants, which saves the time and memory of a second model.
+    nf4_with_adapter = loading.attach_adapter(load_nf4(folders.base_nf4), folders.adapter)
+    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, scoring_context=nf4_with_adapter.disable_adapter)
+    yield Contestant("challenger", folders.base_nf4, nf4_with_adapter)

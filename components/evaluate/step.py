@@ -110,7 +110,7 @@ def _score_contestants(
         # These measurements concern only the challenger, so they are made while its model is in memory.
         if contestant.name == "challenger":
             result.intruders = intruders.count_intruders(
-                model, top_k=config.intruder_top_k, epsilon=config.intruder_epsilon
+                model, top_k=config.intruder_top_k, epsilon=config.intruder_epsilon, base_nf4=folders.base_nf4
             )
             train_rows = _sample_training_rows(dataset, config.train_rows)
             if train_rows:

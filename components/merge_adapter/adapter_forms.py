@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from components.merge_adapter.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
-from components.merge_adapter.weights import TensorSpec, write_file
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import singular_vectors
 from qlora_retrain.lm.adapter_scale import NESTED_METHODS
+from qlora_retrain.lm.weight_files import TensorSpec, write_file
 
 # The part of an intruder dimension that stays; what PEFT's `reduce_intruder_dimension` keeps by default.
 INTRUDER_STRENGTH = 0.75

@@ -16,7 +16,8 @@ from components.merge_adapter.chat_files import write_chat_files
 from components.merge_adapter.form_scores import FormScorer, FormScores
 from components.merge_adapter.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
 from components.merge_adapter.merge import MergeStats, merge, open_base
-from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain.config.merge import MergeConfig
+from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core import progress
 from qlora_retrain.lm import loading
 from qlora_retrain.lm.chat import ChatTokenizer

@@ -12,7 +12,8 @@ from components.merge_adapter.form_scores import FormScores
 from components.merge_adapter.halves import Parts
 from components.merge_adapter.merge import MergeStats
 from components.merge_adapter.trials import Choice
-from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain.config.merge import MergeConfig
+from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core import html
 from qlora_retrain.evaluation import answer_endings, verdict
 from qlora_retrain.evaluation.metrics.completion_metrics import COMPLETION_METRICS

@@ -18,13 +18,13 @@ from components.merge_adapter.evaluation_inputs import EvaluationInputs
 from components.merge_adapter.form_scores import FormScorer, FormScores, mean_loss
 from components.merge_adapter.halves import Parts
 from components.merge_adapter.trials import Choice, Trial, describe_curve, describe_strength, preference
-from qlora_retrain.config.sections import MergeConfig
+from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.evaluation.rows import count_prompts
 from qlora_retrain.evaluation.rules import forgetting_rule
 from qlora_retrain.evaluation.rules.rule_result import RuleResult
 from qlora_retrain.evaluation.scoring import Row
-from qlora_retrain.lm import adapter_start
+from qlora_retrain.lm import adapter_start, loading
 
 STRENGTHS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -57,10 +57,11 @@ class Chooser:
 
     def choose(self, bases: Sequence[Candidate]) -> Choice:
         """Choose among the candidates that were built, and those that are made of the best of them."""
-        winner = self._choose_base(bases)
-        full_rank = adapter_forms.rank_of(self.workshop.adapter)
-        winner = self._choose_rank(winner, full_rank)
-        winner = self._choose_strength(winner)
+        winner, full_rank = self._choose_base(bases), None
+        if not loading.has_all_weights(self.workshop.adapter):
+            full_rank = adapter_forms.rank_of(self.workshop.adapter)
+            winner = self._choose_rank(winner, full_rank)
+            winner = self._choose_strength(winner)
         choice = Choice(tuple(self.trials), winner, full_rank, tuple(self.reasons), tuple(self.rules))
         progress.say(choice.sentence)
         return choice
@@ -194,13 +195,25 @@ class Chooser:
             yield forgetting_rule.forgetting(contestants, self.inputs.settings, metric, limit)
 
 
-def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig, str]:
+def resolve_base(
+    config: MergeConfig, rows: Sequence[Row], *, is_packed: bool = True, is_adapter: bool = True
+) -> tuple[MergeConfig, str]:
     """Return the settings without `base: auto`, and why one base was taken unmeasured; empty where both are measured.
 
     Args:
         config: The line's settings.
         rows: The evaluation rows.
+        is_packed: Whether the adapter was trained over other values than the original ones.
+        is_adapter: Whether there is an adapter to merge, and not all weights trained.
     """
+    if not is_adapter:
+        reason = "original: all weights trained (train.method: full), so they ship as they are, and nothing was merged"
+        return config.model_copy(update={"base": "original"}), reason
+    if not is_packed:
+        reason = (
+            "original: the adapter was trained over its 16-bit weights (quantize.format: none), so there is no other"
+        )
+        return config.model_copy(update={"base": "original"}), reason
     if config.base != "auto":
         reason = f"{config.base}, as merge.base sets it; no measurement selected it"
         return config, "" if config.base == "measured" else reason
@@ -216,14 +229,19 @@ def resolve_base(config: MergeConfig, rows: Sequence[Row]) -> tuple[MergeConfig,
     return config.model_copy(update={"base": base}), "" if base == "measured" else reason
 
 
-def keep_correction(config: MergeConfig, base_nf4: Path) -> MergeConfig:
-    """Return the settings with the whole adapter where it holds LoftQ's correction of the 4-bit base.
+def whole_adapter_where_needed(config: MergeConfig, base_nf4: Path, adapter: Path) -> MergeConfig:
+    """Return the settings with rank and strength `full` where the training has no smaller or weaker form.
 
-    A weaker or smaller adapter would correct the base less, besides forgetting less.
+    A part of LoftQ's adapter corrects the 4-bit base, and a weaker one would correct it less.
     """
-    if adapter_start.read_method(base_nf4) != "loftq" or (config.rank, config.strength) == ("full", "full"):
+    if loading.has_all_weights(adapter):
+        reason = "all weights trained, and there is no adapter"
+    elif adapter_start.read_method(base_nf4) == "loftq":
+        reason = "LoftQ's adapter also corrects the 4-bit base"
+    else:
         return config
-    progress.say("merge.rank and merge.strength: full, since LoftQ's adapter also corrects the 4-bit base")
+    if (config.rank, config.strength) != ("full", "full"):
+        progress.say(f"merge.rank and merge.strength: full, since {reason}")
     return config.model_copy(update={"rank": "full", "strength": "full"})
 
 

@@ -42,7 +42,7 @@ def sections(choice: Choice) -> list[Html]:
     strengths = [t for t in strengths if t.candidate.base == choice.winner.candidate.base]
     sections = []
     if len(ranks) > 1:
-        points = [(float(t.candidate.rank or choice.full_rank), t.cost) for t in ranks]
+        points = [(float(t.candidate.rank or choice.full_rank or 0), t.cost) for t in ranks]
         chart = html.line_chart({"cost": points}, "rank", "nats per token lost against the unmerged model")
         sections.append(html.section("What a smaller rank costs", chart, _table(choice, ranks)))
     if len(strengths) > 1:

@@ -20,12 +20,14 @@ from typing import Any
 
 from components.merge_adapter.form_scores import FormScorer, FormScores
 from components.merge_adapter.merge import copy_tokenizer, merge
-from qlora_retrain.config.sections import MergeConfig
+from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.lm import loading
+from qlora_retrain.lm.base_formats import FourBits
 from qlora_retrain.lm.streaming_quantizer import load_quantized
 
 FOLDER = "exports"
+DEFAULT_4_BITS = FourBits("nf4", double_quant=True, compute_dtype="bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,19 @@ def build_exports(
 
 
 def _quantize(merged: Path, model: Path, base_nf4: Path, folder: Path, max_shard_gib: float) -> None:
-    """Quantize with the settings of base_nf4: the same type, scales and excluded layers; one tensor at a time."""
+    """Quantize with the settings of base_nf4: the same type, scales and excluded layers; one tensor at a time.
+
+    Where training had a base in 16 bits there are none, and the defaults of `quantize` are taken. This export is
+    measured like any other, so what its 4 bits cost is known.
+    """
     from transformers import BitsAndBytesConfig
 
     # Other settings would give other numbers than those that training saw.
     nf4_config: Mapping[str, Any] = json.loads((base_nf4 / "config.json").read_text(encoding="utf-8"))
-    quantization = BitsAndBytesConfig.from_dict(nf4_config["quantization_config"])
+    if settings := nf4_config.get("quantization_config"):
+        quantization = BitsAndBytesConfig.from_dict(settings)
+    else:
+        quantization = DEFAULT_4_BITS.transformers_config()
 
     # On the CPU wherever the step runs: the same inputs give the same bytes.
     loaded = load_quantized(merged, quantization, folder, device="cpu", dtype="bfloat16")

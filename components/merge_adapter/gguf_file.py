@@ -15,11 +15,11 @@ import gguf
 import numpy as np
 import torch
 
-from components.merge_adapter.weights import SafetensorsFolder
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import chat, gguf_names
 from qlora_retrain.lm.chat import ChatTokenizer, RowRefused
+from qlora_retrain.lm.weight_files import SafetensorsFolder
 
 TENSOR_TYPES = {
     "gguf-f16": gguf.GGMLQuantizationType.F16,

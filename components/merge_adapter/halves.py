@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from components.merge_adapter.evaluation_inputs import EvaluationInputs
-from qlora_retrain.config.sections import MergeConfig
+from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.evaluation.rows import Row, RowScore, count_prompts
 from qlora_retrain.evaluation.rules import forgetting_rule
 from qlora_retrain.evaluation.rules.comparison import has_metric

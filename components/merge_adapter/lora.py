@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from components.merge_adapter.weights import SafetensorsFolder, is_finite
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
+from qlora_retrain.lm.weight_files import SafetensorsFolder, is_finite
 
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|magnitude_vector(?:\.weight)?)"

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from components.merge_adapter.lora import LoraAdapter
-from components.merge_adapter.weights import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
-from qlora_retrain.lm import adapter_start, chat_format
+from qlora_retrain.lm import adapter_start, base_formats, chat_format, loading, model_files
+from qlora_retrain.lm.base_formats import BaseFormat
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
+from qlora_retrain.lm.weight_files import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
 from qlora_retrain.lm.weight_names import names_in_model
 
 # The merged model has a config.json of its own.
@@ -35,7 +36,7 @@ class MergeStats:
     Attributes:
         tensors: The number of tensors that were written.
         modules: The number of them that the adapter changed.
-        dequantized: The number of them that were read from the 4-bit base.
+        dequantized: The number of them that were read from `base_nf4`.
         weights_bytes: The size of all tensors.
     """
 
@@ -51,11 +52,11 @@ def merge(
     """Write the merged model as a plain transformers folder, one tensor in memory at a time.
 
     Args:
-        base_model: The original model; everything that is not 4-bit in `base_nf4` comes from here.
-        base_nf4: The 4-bit base that the adapter was trained over.
-        adapter: The LoRA or DoRA adapter.
+        base_model: The original model; everything that is not packed in `base_nf4` comes from here.
+        base_nf4: The base that the adapter was trained over.
+        adapter: The LoRA or DoRA adapter; or all weights, where all trained, which are then the result.
         model: An empty folder, for the result.
-        dequantized: Merge into the dequantized 4-bit weights instead of the original ones.
+        dequantized: Merge into the values of the packed weights instead of the original ones.
         max_shard_gib: The largest size of a file.
 
     Raises:
@@ -64,6 +65,11 @@ def merge(
         Diverged: If a sum overflows.
     """
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    if loading.has_all_weights(adapter):
+        stats = _copy_trained(adapter, model, max_shard_gib)
+        model_files.write_config(config, "bfloat16", model)
+        copy_tokenizer(base_model, model)
+        return stats
     # LoftQ's adapter starts from what the 4-bit base lacks, which the original base has.
     has_correction = not dequantized and adapter_start.read_method(base_nf4) == "loftq"
     correction = adapter_start.read(base_nf4) if has_correction else None
@@ -97,9 +103,24 @@ def merge(
 
         weights_bytes = write_safetensors(model, specs, make_tensor, max_shard_gib, on_progress)
         stats = MergeStats(len(specs), len(module_by_weight), len(base.dequantized_names), weights_bytes)
-    _write_config(config, model)
+    model_files.write_config(config, "bfloat16", model)
     copy_tokenizer(base_model, model)
     return stats
+
+
+def _copy_trained(adapter: Path, model: Path, max_shard_gib: float) -> MergeStats:
+    """Write the weights of a training without an adapter (`train.method: full`) as they are: nothing is merged."""
+    with SafetensorsFolder(adapter) as trained:
+
+        def make_tensor(name: str) -> torch.Tensor:
+            tensor = trained.tensor(name)
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise Diverged(f"adapter: {name} holds numbers that are not finite; train with a lower learning rate")
+            return tensor
+
+        specs = [trained.spec(name) for name in trained.names]
+        weights_bytes = write_safetensors(model, specs, make_tensor, max_shard_gib)
+    return MergeStats(len(specs), len(specs), 0, weights_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +129,8 @@ class BaseWeights:
 
     Attributes:
         original: The files of the 16-bit base.
-        nf4: Those of its 4-bit form.
+        nf4: Those of `base_nf4`.
+        base_format: The format of the latter.
         model_names: By the name of a tensor in `original`: that in the model, which `nf4` uses.
         weight_names: By the name of an adapted module: that of its weight in `original`.
         dequantized_names: The names of the tensors that are taken from `nf4`.
@@ -116,6 +138,7 @@ class BaseWeights:
 
     original: SafetensorsFolder
     nf4: SafetensorsFolder
+    base_format: BaseFormat
     model_names: dict[str, str]
     weight_names: dict[str, str]
     dequantized_names: frozenset[str]
@@ -125,7 +148,8 @@ class BaseWeights:
         if name not in self.dequantized_names:
             return self.original.tensor(name)
         # The shapes differ where base_nf4 was made from another base.
-        return _check_shape(self.nf4.dequantize(self.model_names[name]), self.original.spec(name).shape, name)
+        values = self.base_format.unpack(self.model_names[name], self.nf4)
+        return _check_shape(values, self.original.spec(name).shape, name)
 
     def module_weight(self, module: str) -> torch.Tensor:
         """Read the weight (out, in) of an adapted module."""
@@ -148,14 +172,15 @@ def open_base(base_model: Path, base_nf4: Path, modules: Sequence[str], *, dequa
                 f"{unmatched[0]}; it was trained over another model, or this family stores its weights under other "
                 "names"
             )
+        base_format = base_formats.from_folder(base_nf4)
+        packed_names = base_format.packed_names(nf4.names) if dequantized else set()
         yield BaseWeights(
             original=base,
             nf4=nf4,
+            base_format=base_format,
             model_names=model_names,
             weight_names={module: base_names[f"{module}.weight"] for module in modules},
-            dequantized_names=frozenset(
-                name for name in base.names if dequantized and nf4.is_quantized(model_names[name])
-            ),
+            dequantized_names=frozenset(name for name in base.names if model_names[name] in packed_names),
         )
 
 
@@ -191,10 +216,3 @@ def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> tor
     if tuple(tensor.shape) != shape:
         raise IntegrityError(f"{name}: the shape is {shape} in base_model, but {tuple(tensor.shape)} in base_nf4")
     return tensor
-
-
-def _write_config(base: dict[str, Any], model: Path) -> None:
-    config = {name: value for name, value in base.items() if name not in ("quantization_config", "torch_dtype")}
-    config["dtype"] = "bfloat16"  # `torch_dtype` is the older name; a config with both could contradict itself
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (model / "config.json").write_text(text + "\n", encoding="utf-8")

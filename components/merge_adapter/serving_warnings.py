@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.merge_adapter.lora import LoraAdapter
+from qlora_retrain.lm import loading
 
 # The values that vLLM's --max-lora-rank allows, and its default.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -22,7 +23,9 @@ _EMBEDDINGS_AND_HEAD = frozenset(("lm_head", "embed_tokens"))
 
 
 def read_warnings(adapter: Path) -> list[str]:
-    """Return the warnings for the adapter in this folder, one sentence each."""
+    """Return the warnings for the adapter in this folder, one sentence each; none where all weights trained."""
+    if loading.has_all_weights(adapter):
+        return []
     with LoraAdapter(adapter) as lora:
         return warnings(lora.config, lora.modules)
 

@@ -28,7 +28,8 @@ from components.merge_adapter.form_scores import FormScorer, FormScores
 from components.merge_adapter.halves import Parts
 from components.merge_adapter.merge import MergeStats
 from components.merge_adapter.trials import Choice
-from qlora_retrain.config.sections import EvaluateConfig, MergeConfig
+from qlora_retrain.config.merge import MergeConfig
+from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.evaluation import answer_endings, scoring, verdict
@@ -36,7 +37,7 @@ from qlora_retrain.evaluation.metrics import completion_metrics
 from qlora_retrain.evaluation.rows import count_prompts
 from qlora_retrain.evaluation.rules import suite_rules
 from qlora_retrain.evaluation.scoring import RowScore
-from qlora_retrain.lm import chat, loading
+from qlora_retrain.lm import base_formats, chat, loading
 from qlora_retrain.lm.chat_format import ChatFormat
 from qlora_retrain.lm.generation import Completion
 
@@ -58,8 +59,13 @@ def run(
     # Checks that need no merge come first, so that a refusal does not come after gigabytes were written.
     exports.refuse_unsupported(config, base_model)
     inputs = EvaluationInputs.from_folders(dataset, evaluation, reference_data)
-    config = choice.keep_correction(config, base_nf4)
-    config, base_reason = choice.resolve_base(config, inputs.rows["eval"])
+    config = choice.whole_adapter_where_needed(config, base_nf4, adapter)
+    config, base_reason = choice.resolve_base(
+        config,
+        inputs.rows["eval"],
+        is_packed=base_formats.from_folder(base_nf4).is_packed,
+        is_adapter=not loading.has_all_weights(adapter),
+    )
     parts = Parts.from_inputs(config, inputs)
     tokenizer = chat.load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
     workshop = Workshop(config, inputs.settings, base_model, base_nf4, adapter, tokenizer, model)

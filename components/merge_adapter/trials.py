@@ -48,20 +48,20 @@ class Choice:
     Attributes:
         trials: Every candidate that was scored, in the order of the stages; each name once.
         winner: The one that ships.
-        full_rank: The rank of the adapter that was trained.
+        full_rank: The rank of the adapter that was trained; None where all weights trained, without one.
         reasons: Why its base, its rank and its strength were chosen.
         rules: A rule that fails where no strength stays within the limits.
     """
 
     trials: tuple[Trial, ...]
     winner: Trial
-    full_rank: int
+    full_rank: int | None
     reasons: tuple[str, ...]
     rules: tuple[RuleResult, ...]
 
     @property
-    def rank(self) -> int:
-        """Return the rank of the adapter that ships."""
+    def rank(self) -> int | None:
+        """Return the rank of the adapter that ships, if any."""
         return self.winner.candidate.rank or self.full_rank
 
     @property

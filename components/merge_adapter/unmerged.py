@@ -13,7 +13,7 @@ from components.merge_adapter.agreement import UnmergedLogits
 from components.merge_adapter.evaluation_inputs import EvaluationInputs
 from components.merge_adapter.form_scores import FormScorer
 from components.merge_adapter.halves import Parts
-from qlora_retrain.config.sections import MergeConfig
+from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.evaluation import reference_text, scoring
 from qlora_retrain.lm import loading
@@ -36,7 +36,7 @@ def measure(
         config: The device and the precision.
         inputs: The rows and the scores of the evaluation.
         parts: What certifies: on these rows forms are compared with the unmerged model; and the passages that choose.
-        base_nf4: The 4-bit base.
+        base_nf4: The base that was trained over.
         adapter: The adapter.
         tokenizer: The line's.
         logits_file: An empty file for the unmerged model's logits, which the scorer reads.
@@ -49,7 +49,7 @@ def measure(
         "attn_implementation": scoring.attn_implementation(config.device),
         "dtype": config.precision,
     }
-    unmerged: Any = loading.attach_adapter(loading.load_nf4(base_nf4, **load_options), adapter)
+    unmerged: Any = loading.load_trained(base_nf4, adapter, **load_options)
     inputs = _rescore(config, inputs, unmerged, tokenizer)
     settings, rows = inputs.settings, inputs.rows["eval"]
     compared = [row for row in rows if row.id in parts.rows.certification]

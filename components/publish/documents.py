@@ -73,7 +73,6 @@ def model_card(
 ) -> str:
     """Return the model card: what the version is, how it was evaluated, and how to use it."""
     train = plan.step("train_qlora").identity
-    adapter = describe_adapter(train["rank"], train["alpha"], train["method"])
     rule_rows = [
         markdown.row(
             r["name"],
@@ -90,6 +89,13 @@ def model_card(
     ]
 
     champion = plan.champion.version if plan.champion else "none: this is the line's first"
+    has_16_bits = plan.step("quantize_model").identity.get("format") == "none"
+    challenger = f"{'16' if has_16_bits else '4'}-bit base with its adapter"
+    recipe_text = (
+        f"{'LoRA' if has_16_bits else 'QLoRA'}: {describe_adapter(train['rank'], train['alpha'], train['method'])}"
+    )
+    if train["method"] == "full":
+        challenger, recipe_text = "trained model", "Full fine-tuning: all weights trained, without an adapter"
     return "\n".join(
         [
             markdown.front_matter(config),
@@ -108,12 +114,12 @@ def model_card(
             *contestant_rows,
             "",
             *_ending_lines(verdict),
-            f"Compared with the version in production: {champion}. The numbers above are those of the 4-bit base with "
-            "its adapter. `evaluation/certificate.json` has those of the merged form in `model/`, the form to run.",
+            f"Compared with the version in production: {champion}. The numbers above are those of the {challenger}. "
+            "`evaluation/certificate.json` has those of the merged form in `model/`, the form to run.",
             "",
             "## How it was made",
             "",
-            f"QLoRA: {adapter}, learning rate {train['learning_rate']:g}, "
+            f"{recipe_text}, learning rate {train['learning_rate']:g}, "
             f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows. "
             f"{_merged_form(numbers.get('model', {}))}"
             "`recipe.json` lists every setting and content pin, `sbom.json` the software.",

@@ -123,7 +123,9 @@ def run(
 def _targets(name: str, manifest: Manifest) -> list[tuple[File, str]]:
     """Return (file, path in the version) for each file of an artifact that is published."""
     renamed = _RENAMED_FILES[name]
-    if name in _CONTENT_ARTIFACTS:
+    # Where all weights trained, `model` has the same weights, and a version has them once.
+    is_whole_model = name == "adapter" and any(file.path == "config.json" for file in manifest.files)
+    if name in _CONTENT_ARTIFACTS and not is_whole_model:
         return [
             (f, f.path if f.path.startswith(_MERGED_ADAPTER) else renamed.get(f.path, f"{name}/{f.path}"))
             for f in manifest.files

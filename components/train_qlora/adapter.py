@@ -1,4 +1,7 @@
-"""Attach a new LoRA adapter to the base, and save and load its weights."""
+"""Attach a new LoRA adapter to the base, and save and load what is trained.
+
+With `train.method: full` there is no adapter: then each function does the same for all weights, by `all_weights`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from components.train_qlora import all_weights
 from components.train_qlora.fused_lora import fuse_lora_layers
 from components.train_qlora.logits import logits_kind
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
-from components.train_qlora.methods import Lora, method_of
+from components.train_qlora.methods import Lora, Method, method_of
 from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
@@ -33,10 +37,12 @@ BESIDE_FILE = "method.safetensors"  # what a method ships beside A and B
 def attach_new(
     model: PreTrainedModel,
     config: TrainConfig,
-    method: Lora | None = None,
+    method: Method | None = None,
     start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> PeftModel:
+) -> Any:
     """Attach a new adapter to the frozen base; it is random (seed it before), changes no output yet, and is fp32.
+
+    With `train.method: full` the model itself is prepared instead, and returned.
 
     Args:
         model: The base.
@@ -49,6 +55,26 @@ def attach_new(
             gradient checkpointing.
     """
     method = method or method_of(config)
+    if isinstance(method, Lora):
+        trainable = _attach_lora(model, config, method, start or {})
+    else:
+        trainable = all_weights.prepare(model, config)
+    if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(
+                f"train.gradient_checkpointing: {type(model).__name__} does not support it; leave the setting out"
+            )
+        is_offloaded = config.gradient_checkpointing == "offload"
+        model.activation_checkpointing_enable(every_n_layers=1 if is_offloaded else config.gradient_checkpointing)
+        # On a CPU the inputs are in host memory already.
+        if is_offloaded and config.device == "cuda":
+            offload_layer_inputs(model, InputOffload(torch.cuda.Stream(model.device)))
+    return trainable
+
+
+def _attach_lora(
+    model: PreTrainedModel, config: TrainConfig, method: Lora, start: Mapping[str, tuple[Tensor, Tensor]]
+) -> PeftModel:
     targets = target_modules(model, config.target_modules)
     layer_names = adapted_paths(model, targets)
     lora_config = LoraConfig(
@@ -78,17 +104,6 @@ def attach_new(
     fuse_lora_layers(peft_model, method)
     logits_kind(peft_model)
     probe_rows(peft_model)
-
-    if config.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UsageError(
-                f"train.gradient_checkpointing: {type(model).__name__} does not support it; leave the setting out"
-            )
-        is_offloaded = config.gradient_checkpointing == "offload"
-        model.activation_checkpointing_enable(every_n_layers=1 if is_offloaded else config.gradient_checkpointing)
-        # On a CPU the inputs are in host memory already.
-        if is_offloaded and config.device == "cuda":
-            offload_layer_inputs(model, InputOffload(torch.cuda.Stream(model.device)))
     return peft_model
 
 
@@ -107,8 +122,18 @@ def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
         )
 
 
-def save(model: PeftModel, folder: Path) -> None:
+def checkpoint_files(model: Any) -> tuple[str, str]:
+    """Return the names of the files that `save` writes: the config's and the weights'."""
+    if isinstance(model, PeftModel):
+        return CONFIG_FILE, WEIGHTS_FILE
+    return all_weights.CONFIG_FILE, all_weights.WEIGHTS_FILE
+
+
+def save(model: Any, folder: Path) -> None:
     """Write the adapter as it is trained, for a checkpoint: the same bytes for the same adapter."""
+    if not isinstance(model, PeftModel):
+        all_weights.save(model, folder)
+        return
     # Training never changes the vocabulary; the default "auto" would look up the base model on the hub to find out.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template; publishing writes a real one
@@ -122,29 +147,32 @@ def save(model: PeftModel, folder: Path) -> None:
         path.chmod(0o644)
 
 
-def export(model: PeftModel, folder: Path, config: TrainConfig) -> None:
+def export(model: Any, folder: Path, config: TrainConfig) -> None:
     """Write the adapter as plain LoRA with delta W = B A: alpha is the rank, and the scale is in B.
 
     llama.cpp does not read `use_rslora`, and vLLM no rank or alpha of a single layer; both read this form. So all
     layers have the largest rank, where the method gives them several; the rows of A beyond a layer's own are zero.
     """
+    method = method_of(config)
+    if not isinstance(method, Lora):
+        all_weights.export(model, folder)
+        return
     save(model, folder)
-    method, weights, beside = method_of(config), dict[str, Tensor](), dict[str, Tensor]()
-    matrices = {}
+    tensors_to_save, beside, matrices = dict[str, Tensor](), dict[str, Tensor](), {}
     for name, tensors in tensors_by_layer(load_weights(folder)).items():
         matrices[name] = method.to_lora(tensors, method.scale(model.get_submodule(name)))
         beside |= {f"{name}.lora_{part}": tensor for part, tensor in method.beside(tensors).items()}
         if method.has_magnitudes:
-            weights[f"{name}.lora_magnitude_vector"] = tensors["magnitude_vector"]
+            tensors_to_save[f"{name}.lora_magnitude_vector"] = tensors["magnitude_vector"]
 
     rank = max(len(a) for a, _ in matrices.values())
     for name, (a, b) in matrices.items():
         missing_rows = rank - len(a)
-        weights[f"{name}.lora_A.weight"] = pad(a, (0, 0, 0, missing_rows))
-        weights[f"{name}.lora_B.weight"] = pad(b, (0, missing_rows)).contiguous()
-    for file, tensors in ((WEIGHTS_FILE, weights), (BESIDE_FILE, beside)):
-        if tensors:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+        tensors_to_save[f"{name}.lora_A.weight"] = pad(a, (0, 0, 0, missing_rows))
+        tensors_to_save[f"{name}.lora_B.weight"] = pad(b, (0, missing_rows)).contiguous()
+    for file, file_tensors in ((WEIGHTS_FILE, tensors_to_save), (BESIDE_FILE, beside)):
+        if file_tensors:
+            save_file(file_tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)
 
     path = folder / CONFIG_FILE
@@ -162,43 +190,58 @@ def tensors_by_layer(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     return by_layer
 
 
-def save_weights(weights: dict[str, Tensor], config_folder: Path, folder: Path) -> None:
+def save_weights(model: Any, tensors: dict[str, Tensor], config_folder: Path, folder: Path) -> None:
     """Write weights that the model does not hold now, beside the config that `save` wrote to `config_folder`."""
+    config_file, weights_file = checkpoint_files(model)
     folder.mkdir(exist_ok=True)
-    shutil.copyfile(config_folder / CONFIG_FILE, folder / CONFIG_FILE)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copyfile(config_folder / config_file, folder / config_file)
+    save_file(tensors, folder / weights_file, metadata={"format": "pt"})
 
 
-def copy_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Copy the adapter's weights to host memory."""
-    return {
-        name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+def weights(model: Any) -> dict[str, Tensor]:
+    """Return the trained weights by name: those of the model itself."""
+    if not isinstance(model, PeftModel):
+        return all_weights.weights(model)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors
 
 
-def set_weights(model: PeftModel, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the adapter, in its own precision."""
-    set_peft_model_state_dict(model, weights)
+def copy_weights(model: Any) -> dict[str, Tensor]:
+    """Copy the trained weights to host memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights(model).items()}
+
+
+def set_weights(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Copy weights into the model, in its own precision."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, tensors)
+    else:
+        all_weights.set_weights(model, tensors)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights that `save` or `save_weights` wrote."""
-    weights: dict[str, Tensor] = load_file(folder / WEIGHTS_FILE)
-    return weights
+    is_adapter = (folder / WEIGHTS_FILE).is_file()
+    tensors: dict[str, Tensor] = load_file(folder / (WEIGHTS_FILE if is_adapter else all_weights.WEIGHTS_FILE))
+    return tensors
 
 
-def trainable_by_layer(model: PeftModel) -> list[tuple[str, int, int]]:
-    """Return (layer name, number of such layers, trainable parameters in all of them) for adapted layers, sorted."""
+def ranks(model: Any, method: Method) -> dict[str, int]:
+    """Return the rank of each layer by its name, where the method chose them; else nothing."""
+    return method.ranks(tensors_by_layer(copy_weights(model)).items()) if isinstance(model, PeftModel) else {}
+
+
+def trainable_by_layer(model: Any) -> list[tuple[str, int, int]]:
+    """Return (layer name, number of such layers, trainable parameters in all of them) for layers that train, sorted."""
     sizes_by_name: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            path = name.split(".lora_")[0]
+            path = name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
             sizes = sizes_by_name.setdefault(path.rsplit(".", 1)[-1], {})
             sizes[path] = sizes.get(path, 0) + parameter.numel()
     return [(name, len(sizes), sum(sizes.values())) for name, sizes in sorted(sizes_by_name.items())]
 
 
-def trainable_parameters(model: PeftModel) -> int:
+def trainable_parameters(model: Any) -> int:
     """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -19,6 +19,7 @@ from components.train_qlora.batching import AUTO_START_ROWS, divisors, with_micr
 from components.train_qlora.data import Batch, PaddingCollator
 from components.train_qlora.loss import summed_loss
 from components.train_qlora.micro_batches import prepare
+from components.train_qlora.optimizer import MASTER_PART
 from components.train_qlora.processes import cgroup, distributed
 from components.train_qlora.step_estimate import StepEstimate
 from components.train_qlora.training_run import TrainingRun
@@ -98,7 +99,10 @@ def _used_bytes(config: TrainConfig) -> int:
 def _optimizer_bytes(run: TrainingRun) -> int:
     """Return the bytes of gradients and optimizer states, which do not exist before the first step."""
     gradients: int = sum(parameter.nbytes for parameter in run.optimizer.parameters.values())
-    states: int = sum(tensor.nbytes for tensor in run.optimizer.empty_state().values())
+    # Masters exist already.
+    states: int = sum(
+        t.nbytes for name, t in run.optimizer.empty_state().items() if not name.endswith(f".{MASTER_PART}")
+    )
     # DDP has a buffer for gradients, too.
     return gradients * (2 if run.config.num_processes > 1 else 1) + states
 

@@ -1,6 +1,6 @@
 """Save a run's state, and go on from the newest checkpoint that verifies and fits this run.
 
-    checkpoint-<step>/adapter/, best/       adapters that PEFT can load as they are
+    checkpoint-<step>/adapter/, best/       adapters that PEFT can load as they are; all weights where all train
     checkpoint-<step>/optimizer.safetensors the optimizer's moments
     checkpoint-<step>/random_<rank>.safetensors   the state of the generators that dropout draws from, by process
     checkpoint-<step>/state.json            the step and the log so far
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +35,6 @@ MAX_CHECKPOINTS = 2
 STATE_FILE, OPTIMIZER_FILE = history.STATE_FILE, "optimizer.safetensors"
 _MIN_FREE_BYTES = 2**20  # with less free space than this, a failed save is blamed on the full disk
 _MAX_OVERHEAD_BYTES = 4096  # beside a tensor in a file: its name, shape and type, and padding
-_ADAPTER_FILES = (adapter.CONFIG_FILE, adapter.WEIGHTS_FILE)
 
 
 def save(run: TrainingRun) -> None:
@@ -95,7 +93,8 @@ def restore(run: TrainingRun, folder: Path) -> None:
     run.step = checkpoints.step_of(folder)
     run.log = _read_log(folder / STATE_FILE)
     adapter.set_weights(run.model, adapter.load_weights(folder / ADAPTER_FOLDER))
-    run.best_weights = adapter.load_weights(folder / BEST_FOLDER) if (folder / BEST_FOLDER).is_dir() else None
+    has_best = (folder / BEST_FOLDER).is_dir()
+    run.best_weights = adapter.load_weights(folder / BEST_FOLDER) if has_best else None
     run.optimizer.load_state(load_file(folder / OPTIMIZER_FILE), run.step)
     states = load_file(folder / _random_file(distributed.rank()))
     torch.set_rng_state(states["cpu"])
@@ -118,7 +117,7 @@ def _finish(run: TrainingRun, folder: Path) -> None:
     distributed.barrier()
     if distributed.is_main():
         if run.best_weights is not None:
-            adapter.save_weights(run.best_weights, folder / ADAPTER_FOLDER, folder / BEST_FOLDER)
+            adapter.save_weights(run.model, run.best_weights, folder / ADAPTER_FOLDER, folder / BEST_FOLDER)
         checkpoints.write_marker(folder, run.step)
     distributed.barrier()
 
@@ -155,9 +154,9 @@ def unusable_reason(run: TrainingRun, folder: Path) -> str | None:
         log = _check_state(run, folder / STATE_FILE, step)
         _expect("whether it has the best weights so far", has_best, bool(history.eval_losses(log)))
 
-        weights = get_peft_model_state_dict(run.model, save_embedding_layers=False)
+        _, weights_file = adapter.checkpoint_files(run.model)
         for name in (ADAPTER_FOLDER, BEST_FOLDER) if has_best else (ADAPTER_FOLDER,):
-            _check_tensors(folder, f"{name}/{adapter.WEIGHTS_FILE}", weights)
+            _check_tensors(folder, f"{name}/{weights_file}", adapter.weights(run.model))
         _check_tensors(folder, OPTIMIZER_FILE, run.optimizer.empty_state())
         random_state = _random_state(run)
         for rank in range(run.config.num_processes):
@@ -183,7 +182,7 @@ def _check_names(run: TrainingRun, folder: Path, *, has_best: bool) -> None:
     """Allow the files that `save` writes, and no other."""
     expected = {STATE_FILE, OPTIMIZER_FILE, *map(_random_file, range(run.config.num_processes))}
     folders = (ADAPTER_FOLDER, BEST_FOLDER) if has_best else (ADAPTER_FOLDER,)
-    expected |= {f"{name}/{file}" for name in folders for file in _ADAPTER_FILES}
+    expected |= {f"{name}/{file}" for name in folders for file in adapter.checkpoint_files(run.model)}
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {checkpoints.MARKER}
     if missing := sorted(expected - names):
         raise _Unusable(f"has no {missing[0]}")

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import Module
+
+from qlora_retrain.lm import base_formats
 
 ADAPTER_NAME = "default"  # PEFT's name for the only adapter
 Matrices = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
@@ -203,11 +204,8 @@ def recompute_from(recompute: Callable[..., Tensor], sources: Sequence[Tensor], 
 
 
 def dequantized_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight of a frozen layer, (O, I), dequantized if it is stored in 4 bits."""
-    # With FSDP, a gathered weight is a plain tensor without a quantization state, but its layer still has it.
-    quant_state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    weight: Tensor = layer.weight if quant_state is None else dequantize_4bit(layer.weight, quant_state)
-    return weight.to(dtype)
+    """Return the weight of a frozen layer, (O, I), unpacked where it is packed."""
+    return base_formats.layer_weight(layer).to(dtype)
 
 
 def apply_dropout(x: Tensor, dropout_index: Tensor | None) -> Tensor:

@@ -66,7 +66,7 @@ def summed_loss(model: Any, batch: Batch | MicroBatch) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
-    """Sum the cross entropy of a frozen output layer; compute the gradient in forward, while the logits exist."""
+    """Sum the cross entropy of an output layer; compute the gradients in forward, while the logits exist."""
 
     @staticmethod
     def forward(
@@ -82,7 +82,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         `transform` makes the logits (chunk, V) of the output layer's outputs (chunk, V); None: they are the logits.
         """
         total_loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden) if any(ctx.needs_input_grad[:3]) else None
+        # Where the output layer trains, its gradient is a sum over the chunks, in fp32.
+        grad_weight, grad_bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and is_needed else None
+            for tensor, is_needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
 
         bytes_per_logit = BYTES_PER_LOGIT["transformed" if transform else "plain"]
         chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (bytes_per_logit * len(weight)))  # positions
@@ -101,14 +106,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 if transform:
                     (logits,) = torch.autograd.grad(transformed, outputs, logits)
                 grad_hidden[start : start + chunk_size] = logits @ weight
+                if grad_weight is not None:
+                    grad_weight += logits.T @ chunk  # (V, D)
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0, dtype=torch.float32)
             del outputs, transformed, logits  # before the next chunk is allocated
-        ctx.grad_hidden = grad_hidden  # (N, D)
+        ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.dtype = grad_hidden, grad_weight, grad_bias, weight.dtype
         return total_loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient that forward computed, scaled by `grad_output`."""
-        return (ctx.grad_hidden * grad_output.to(ctx.grad_hidden.dtype), None, None, None, None)
+        """Return the gradients that forward computed, scaled by `grad_output`."""
+        grad_hidden = ctx.grad_hidden * grad_output.to(ctx.grad_hidden.dtype)
+        grad_weight, grad_bias = (
+            None if grad is None else grad.mul_(grad_output).to(ctx.dtype) for grad in (ctx.grad_weight, ctx.grad_bias)
+        )
+        ctx.grad_weight = None  # it would stay as long as the loss, and the whole backward pass comes now
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def cross_entropy_in_place(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> Tensor:

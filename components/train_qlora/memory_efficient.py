@@ -20,7 +20,7 @@ from qlora_retrain.core import progress
 
 
 class RMSNormFunction(torch.autograd.Function):  # type: ignore[misc]
-    """Compute RMSNorm with a frozen weight; save the input in its own precision, where autograd saves an fp32 copy."""
+    """Compute RMSNorm; save the input in its own precision, where autograd saves an fp32 copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -35,15 +35,19 @@ class RMSNormFunction(torch.autograd.Function):  # type: ignore[misc]
         return normalize(x_fp32, weight, inverse_rms), inverse_rms
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of x; the weight is frozen and has none."""
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Return the gradient of x, and of the weight where it is not frozen."""
         x, weight, inverse_rms = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            products = grad_output * (x * inverse_rms).to(weight.dtype)
+            grad_weight = products.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
 
         # With u = x * inverse_rms and g the gradient of u: dx = inverse_rms * (g - u * mean(g * u)).
         # In place, since each of these fp32 tensors (..., D) has twice the bytes of x.
         grad_unit, unit = (grad_output * weight).float(), x * inverse_rms
         projection = (grad_unit * unit).mean(-1, keepdim=True)  # (..., 1)
-        return grad_unit.sub_(unit.mul_(projection)).mul_(inverse_rms).to(x.dtype), None, None
+        return grad_unit.sub_(unit.mul_(projection)).mul_(inverse_rms).to(x.dtype), grad_weight, None
 
 
 class SiluMulFunction(torch.autograd.Function):  # type: ignore[misc]

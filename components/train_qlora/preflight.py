@@ -11,6 +11,7 @@ from components.train_qlora import adapter, liger, packing
 from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.data import Batch, PaddingCollator, TokenizedDataset
 from components.train_qlora.loss import summed_loss, supervised_mask
+from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed
 from components.train_qlora.trackers import keys
 from qlora_retrain.config.sections import TrainConfig
@@ -50,7 +51,12 @@ def check_environment(config: TrainConfig) -> None:
 
 
 def overfit_shortest_rows(
-    model: Any, config: TrainConfig, dataset: TokenizedDataset, pad_token_id: int, total_steps: int
+    model: Any,
+    config: TrainConfig,
+    dataset: TokenizedDataset,
+    pad_token_id: int,
+    total_steps: int,
+    optimizer: AdapterOptimizer | None = None,
 ) -> None:
     """Train on one batch of the shortest rows, then restore the adapter and the random state.
 
@@ -60,6 +66,8 @@ def overfit_shortest_rows(
         dataset: The training rows.
         pad_token_id: The token to pad with.
         total_steps: Optimizer steps of the real run, from which the check's budget is computed.
+        optimizer: The run's, new, where all weights train: another one of that size would not fit beside it. It is new
+            again afterwards.
 
     Raises:
         UsageError: If the loss does not fall.
@@ -78,8 +86,10 @@ def overfit_shortest_rows(
 
     # The run must end with the same bytes, with or without this check.
     weights_before, random_state = adapter.copy_weights(model), torch.get_rng_state()
-    losses = _train_on_batch(model, config, PaddingCollator(pad_token_id)([dataset[i] for i in shortest]))
+    losses = _train_on_batch(model, config, PaddingCollator(pad_token_id)([dataset[i] for i in shortest]), optimizer)
     adapter.set_weights(model, weights_before)
+    if optimizer:
+        optimizer.reset()
     torch.set_rng_state(random_state)
 
     first_loss, lowest_loss = losses[0], min(losses[1:])
@@ -96,7 +106,7 @@ def overfit_shortest_rows(
     )
 
 
-def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float]:
+def _train_on_batch(model: Any, config: TrainConfig, batch: Batch, optimizer: AdapterOptimizer | None) -> list[float]:
     """Return the mean loss before the first step and after each."""
     # Eval mode turns dropout off, whose noise could hide the fall of the loss.
     model.eval()
@@ -105,7 +115,11 @@ def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.0)
+    adamw = None
+    if optimizer is None:
+        adamw = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.0)
+    else:
+        trainable = list(optimizer.parameters.values())
 
     count = packing.num_micro_batches(
         batch, micro_batch_size(config), is_packed=packing.can_pack(model), backend=packing.backend(model)
@@ -121,10 +135,17 @@ def _train_on_batch(model: Any, config: TrainConfig, batch: Batch) -> list[float
         losses.append(distributed.all_reduce_sum(loss)[0] / distributed.world_size())
         if step == MAX_STEPS or losses[-1] < LEARNT_FRACTION * losses[0]:
             break
+        if optimizer:
+            optimizer.collect_gradients()
         torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer:
+            optimizer.step(config.learning_rate)
+        elif adamw:
+            adamw.step()
+            adamw.zero_grad()
     model.zero_grad()
+    if optimizer:
+        optimizer.adamw.zero_grad()
     return losses
 
 

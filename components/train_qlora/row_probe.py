@@ -39,7 +39,7 @@ def probe_rows(model: Any) -> None:
     rows = _rows(model.get_input_embeddings().weight.shape[0])
     alone = [model(input_ids=_tensor(model, row), use_cache=False).logits[0] for row in rows]
     limit = _max_distance(model, rows[0], alone[0])
-    name = type(model.get_base_model()).__name__
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     cut = model(input_ids=_tensor(model, rows[0][: ROW_LENS[1]]), use_cache=False).logits[0]
     if not _is_close(cut, alone[0][: ROW_LENS[1]], limit):
         raise UsageError(

@@ -1,6 +1,6 @@
-"""Train a LoRA adapter over the frozen 4-bit base, on the answers' tokens only.
+"""Train a LoRA adapter over the frozen base, on the answers' tokens only.
 
-Reads dataset (`train.jsonl`, `eval.jsonl`) and base_nf4 (a pre-quantized model with its tokenizer).
+Reads dataset (`train.jsonl`, `eval.jsonl`) and base_nf4 (the base in 4 or 16 bits, with its tokenizer).
 Makes adapter: PEFT's two files, `training.json`, `loss.jsonl` (a line per step), `report.html` and TensorBoard's file.
 Saves checkpoints to scratch and resumes from the newest one that verifies and fits this run.
 Refuses (12) data with nothing to learn, unknown layers and a model that does not compute each row alone, and (13)

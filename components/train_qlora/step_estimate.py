@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from components.train_qlora.training_run import TrainingRun
-from qlora_retrain.lm import memory_model
+from qlora_retrain.lm import base_formats, memory_model
 from qlora_retrain.lm.memory_model import MicroBatch, Settings
 from qlora_retrain.lm.model_shape import ModelShape, UnknownShape
 
@@ -33,8 +33,8 @@ class StepEstimate:
             shape = ModelShape.from_config(run.model.config.to_dict())
         except UnknownShape:
             return None
-        # Only what a step needs beside the base is asked for, so it does not matter how the base is packed.
-        settings = Settings.from_sections(run.config.model_dump(), {"double_quant": True})
+        base_format = base_formats.from_model_config(run.model.config.to_dict(), "base_nf4")
+        settings = Settings.from_train(run.config.model_dump(), base_format)
         return cls(shape, settings, max(run.rows.train.lengths), max_rows)
 
     def step_bytes(self, rows: int, tokens: int) -> int:

@@ -17,6 +17,7 @@ from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
 from components.train_qlora.data import read_rows
 from components.train_qlora.loss import mean_loss, summed_loss
+from components.train_qlora.methods import Full
 from components.train_qlora.optimizer import learning_rate
 from components.train_qlora.preflight import overfit_shortest_rows
 from components.train_qlora.processes import distributed
@@ -64,7 +65,7 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         tokens_per_second=round(control.tokens_per_second, 1) if control.tokens else None,
         peak_rss_mib=round(distributed.all_reduce_sum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)[0]),
         layers=adapter.trainable_by_layer(run.model),
-        ranks=run.optimizer.method.ranks(adapter.tensors_by_layer(adapter.copy_weights(run.model)).items()),
+        ranks=adapter.ranks(run.model, run.optimizer.method),
         train_rows=len(rows.train),
         eval_rows=len(rows.eval),
     )
@@ -84,7 +85,8 @@ def _refuse_useless(run: TrainingRun, control: TrainingControl) -> None:
     if signals.stop_requested():
         raise TryAgain("asked to stop before the first step; run it again", cause=Cause.PREEMPTED)
     if not run.step:
-        overfit_shortest_rows(run.model, run.config, run.rows.train, run.rows.pad_token_id, run.total_steps)
+        optimizer = run.optimizer if isinstance(run.optimizer.method, Full) else None
+        overfit_shortest_rows(run.model, run.config, run.rows.train, run.rows.pad_token_id, run.total_steps, optimizer)
     # The time budget counts all attempts, so a retry does not extend it.
     if control.is_budget_used_up(control.earlier_seconds):
         raise _stopped(run, BUDGET_USED_UP)
@@ -101,6 +103,7 @@ def run_steps(run: TrainingRun, control: TrainingControl) -> None:
     is_alone = distributed.world_size() == 1
     forward = run.model if is_alone else distributed.ForwardThroughDDP(run.model, run.config.device)
     run.model.train()
+    run.optimizer.begin()
     control.begin()
     steps = run.remaining_steps()
     for step in steps:
@@ -164,6 +167,7 @@ def _train_step(
                 (loss if penalty is None else loss + penalty).backward()
             del loss, penalty, micro_batch  # and with them what the backward pass kept, before the next forward pass
 
+    run.optimizer.collect_gradients()
     norm = torch.nn.utils.clip_grad_norm_(run.optimizer.parameters.values(), config.max_grad_norm)
     prepare_next_step()
     # The CPU waits for the GPU here, once a step.

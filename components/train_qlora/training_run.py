@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from components.train_qlora import adapter, history, packing
+from components.train_qlora import adapter, all_weights, history, packing
 from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.data import (
     DistributedBatchSampler,
@@ -25,7 +24,7 @@ from components.train_qlora.data import (
     refuse_longer_rows,
 )
 from components.train_qlora.loss import supervised_mask
-from components.train_qlora.methods import method_of
+from components.train_qlora.methods import Lora, method_of
 from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed, fsdp
@@ -84,8 +83,8 @@ class TrainingRun:
 
     Attributes:
         config: The settings.
-        model: The base with the adapter.
-        optimizer: The optimizer over the adapter.
+        model: The base with the adapter; the base itself where all its weights train.
+        optimizer: The optimizer over what is trained.
         rows: The training rows, and the evaluation rows, of which there may be none.
         sampler: The order of the training rows.
         scratch: The folder of the checkpoints.
@@ -96,7 +95,7 @@ class TrainingRun:
     """
 
     config: TrainConfig
-    model: PeftModel
+    model: Any
     optimizer: AdapterOptimizer
     rows: Rows
     sampler: LengthGroupedSampler
@@ -219,12 +218,15 @@ def build_run(
         raise UsageError(
             "quantize.compute_dtype: float16 gradients underflow without loss scaling; train over bfloat16"
         )
+    method = method_of(config)
+    if not isinstance(method, Lora):
+        all_weights.refuse_packed(base_nf4)
     refuse_longer_rows(rows, max_context_tokens(base.config.to_dict()))
 
     # The adapter must start the same in every process, but dropout must differ between them.
     set_seed(config.seed)
-    method = method_of(config)
-    model = adapter.attach_new(base, config, method, adapter_start.read(base_nf4) if method.needs_start else None)
+    needs_start = isinstance(method, Lora) and method.needs_start
+    model = adapter.attach_new(base, config, method, adapter_start.read(base_nf4) if needs_start else None)
     if config.parallel == "fsdp":
         fsdp.shard(model, config.device)
     set_seed(config.seed + distributed.rank())

@@ -18,6 +18,9 @@ FAST = (
     Case("llama", rows=6, settings={"target_modules": ["q_proj", "v_proj"], "precision": "float32"}),
     Case("vocabulary", rows=8, length=60),
     Case("gemma3", rows=4),
+    Case("llama", rows=6, base_format="none"),
+    Case("llama", rows=6, settings=planning.FULL, base_format="none"),
+    Case("llama", rows=6, settings=planning.FULL | {"gradient_checkpointing": 1}, base_format="none"),
 )
 
 
@@ -27,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _check(case: Case, models: Path) -> None:
-    predicted, measured = planning.predict(case), planning.measure(case, planning.quantized_model(case.shape, models))
+    predicted, measured = planning.predict(case), planning.measure(case, planning.stored_base(case, models))
     assert predicted.total == pytest.approx(sum(measured.values()), rel=MAX_ERROR)
     # The parts that do not depend on the rows alone, which have nothing to hide behind.
     assert predicted.weights == pytest.approx(measured["weights"], rel=0.01)

@@ -120,7 +120,7 @@ def test_check_shows_when_the_next_runs_start(line: Path, capsys: pytest.Capture
 def test_check_says_every_fault_of_a_line_at_once(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inside("check", line) == 0
     line.write_text(line.read_text() + "train: {rank: 0, learning_rat: 1}\nevaluate: {confidence: 2}\n")
-    assert inside("check", line, "--set", "quantize.quant_type=nf5") == 12
+    assert inside("check", line, "--set", "quantize.format=nf5") == 12
     err = capsys.readouterr().err
     for fault in ("train.rank", "train.learning_rat: unknown field", "evaluate.confidence", "did you mean nf4?"):
         assert fault in err

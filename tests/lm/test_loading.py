@@ -107,7 +107,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path, base):
 def test_the_16_bit_and_the_4_bit_base_cannot_be_confused(base, nf4):
     with pytest.raises(UsageError, match="already quantized"):
         loading.load_base(nf4)
-    with pytest.raises(UsageError, match="has no 4-bit quantization"):
+    document = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**document, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UsageError, match=r"another quantization than those of quantize\.format \(none, nf4, fp4\)"):
         loading.load_nf4(base)
 
 

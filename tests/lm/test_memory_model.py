@@ -9,6 +9,7 @@ import pytest
 from components.train_qlora import loss, padded_rows
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
 from qlora_retrain.lm import memory_model, step_memory
+from qlora_retrain.lm.base_formats import FourBits
 from qlora_retrain.lm.memory_model import MicroBatch, Settings, estimate, largest_micro_batch
 from qlora_retrain.lm.model_shape import ModelShape
 
@@ -38,7 +39,10 @@ def test_weights_have_the_bits_of_the_paper() -> None:
     """4.127 bits with double quantization, 4.5 without (arXiv 2305.14314); embeddings and head in 16 bits."""
     sixteen_bits = 2 * (LLAMA_7B.embedding_weights + LLAMA_7B.norm_weights)
     for double_quant, bits in ((True, 4.127), (False, 4.5)):
-        packed = memory_model.weight_bytes(LLAMA_7B, Settings(double_quant=double_quant)) - sixteen_bits
+        packed = (
+            memory_model.weight_bytes(LLAMA_7B, Settings(base_format=FourBits("nf4", double_quant, "bfloat16")))
+            - sixteen_bits
+        )
         assert 8 * packed / LLAMA_7B.layer_weights == pytest.approx(bits, abs=1e-3)
     assert memory_model.weight_bytes(LLAMA_7B, Settings(precision="float32")) == 4 * LLAMA_7B.weights
     sharded = memory_model.weight_bytes(LLAMA_7B, Settings(num_processes=4, is_sharded=True)) - sixteen_bits

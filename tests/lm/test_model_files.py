@@ -13,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from components.merge_adapter.weights import SafetensorsFolder
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import loading, model_files
 from qlora_retrain.lm.model_files import INDEX, SINGLE_FILE, weight_files
+from qlora_retrain.lm.weight_files import SafetensorsFolder
 from qlora_retrain.storage.globs import matches_any
 
 SHARDS = [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]

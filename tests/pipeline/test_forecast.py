@@ -19,7 +19,7 @@ from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.memory_model import Settings
 from qlora_retrain.lm.model_shape import ModelShape
-from qlora_retrain.pipeline import execute, forecast, forecast_text, forecast_time, make_plan, past_runs
+from qlora_retrain.pipeline import execute, explain, forecast, forecast_text, forecast_time, make_plan, past_runs
 from qlora_retrain.pipeline.forecast import FIXED_BYTES, GIB, NotEstimated, Target, Work
 from qlora_retrain.pipeline.past_runs import PastRun, RowLengths
 from qlora_retrain.pipeline.plan import Plan
@@ -44,7 +44,8 @@ def a_work(lengths: RowLengths | None = LENGTHS, past: tuple[PastRun, ...] = (),
 def a_run(work: Work, peak_bytes: int | None, tokens_per_second: float | None = None, **train: Any) -> PastRun:
     quantize = QuantizeConfig().model_dump(mode="json")
     section = {**work.train, **train}
-    return PastRun(section, quantize, LENGTHS, work.micro_batch_size, peak_bytes, tokens_per_second)
+    settings = Settings.from_sections(section, quantize)
+    return PastRun(section, settings, LENGTHS, work.micro_batch_size, peak_bytes, tokens_per_second)
 
 
 def test_the_rows_of_the_profile_decide_and_before_they_are_counted_the_longest_that_may_pass() -> None:
@@ -199,7 +200,7 @@ def test_an_unknown_card_is_refused_before_a_plan_is_written(
 
 
 def test_finished_runs_of_the_same_base_are_found_and_others_are_not(
-    planned: Callable[..., Plan], small_steps: dict[str, Any]
+    planned: Callable[..., Plan], small_steps: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(device="cpu", precision="float32")
     assert past_runs.read_lengths(plan) is None
@@ -229,3 +230,12 @@ def test_finished_runs_of_the_same_base_are_found_and_others_are_not(
     assert (run.peak_bytes, run.tokens_per_second, run.train["rank"]) == (9000 * 2**20, 12.5, 16)
     assert past_runs.find_past_runs(later, "cuda") == []
     assert "by the speed of 1 earlier run" in forecast_text.as_text(later)
+
+    # A plan of before a setting was there says nothing of memory, and the estimate does without it.
+    def without_format(step: Any) -> Any:
+        return step.model_copy(update={"config": {n: v for n, v in step.config.items() if n != "format"}})
+
+    older = plan.model_copy(update={"steps": tuple(map(without_format, plan.steps))})
+    monkeypatch.setattr(explain, "newest_plans", lambda store: iter([older]))
+    assert past_runs.find_past_runs(later, "cpu") == []
+    assert "earlier run" not in forecast_text.as_text(later)

@@ -1,7 +1,7 @@
 """The methods of `train.method`, one small file each.
 
-A method says how the adapter's parameters learn, and what it is as plain LoRA: matrices A and B of each layer with
-delta W = B A. What is shipped always has this form, since servers ignore the scales of single methods.
+A method says how the trained parameters learn. One with an adapter also says what it is as plain LoRA: matrices A and
+B of each layer with delta W = B A. Adapters always ship in this form, since servers ignore scales of single methods.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from components.train_qlora.methods.adalora import AdaLora
 from components.train_qlora.methods.dora import Dora
 from components.train_qlora.methods.dylora import DyLora
+from components.train_qlora.methods.full import Full as Full
 from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
+from components.train_qlora.methods.method import Method as Method
 from components.train_qlora.methods.starts import LoftQ, LoraXs
 from qlora_retrain.config.sections import TrainConfig
 
 # rsLoRA is LoRA with another scale, which `lm.adapter_scale` gives.
-METHODS: dict[str, type[Lora]] = {
+METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "rslora": Lora,
     "lora+": LoraPlus,
@@ -25,9 +27,10 @@ METHODS: dict[str, type[Lora]] = {
     "qdylora": DyLora,  # over a 4-bit base
     "lora-xs": LoraXs,
     "loftq": LoftQ,
+    "full": Full,
 }
 
 
-def method_of(config: TrainConfig) -> Lora:
+def method_of(config: TrainConfig) -> Method:
     """Return the method that the settings name."""
     return METHODS[config.method](config)

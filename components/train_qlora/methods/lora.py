@@ -7,34 +7,29 @@ checkpoints, the optimizer and several processes know them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from components.train_qlora.fused_lora import ADAPTER_NAME
-from qlora_retrain.config.sections import TrainConfig
+from components.train_qlora.methods.method import Method
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm.adapter_scale import default_alpha, initial_rank
 
 Matrices = tuple[Tensor, Tensor]
 
 
-class Lora:
-    """The method, and the interface of the others.
+class Lora(Method):
+    """The method, and the interface of the others with matrices.
 
     Attributes:
-        config: The settings.
         has_magnitudes: Whether layers have a trained magnitude for each output, as PEFT's DoRA has.
         needs_start: Whether the adapter starts from matrices that lie beside the base.
     """
 
     has_magnitudes: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
 
     @property
     def rank(self) -> int:
@@ -77,24 +72,6 @@ class Lora:
         """Return the output (..., out) of a layer as the method changes it, after B A was added."""
         return output
 
-    def rate_factor(self, parameter_name: str) -> float:
-        """Return what a parameter's learning rate is, as a multiple of `train.learning_rate`."""
-        return 1.0
-
-    def begin_step(self, step: int, total_steps: int) -> None:
-        """Prepare an optimizer step, numbered from 0, of all the run's."""
-
-    def penalty(self, parameters: Mapping[str, Parameter]) -> Tensor | None:
-        """Return what is added to the loss of a step, in nats per token."""
-        return None
-
-    def end_step(self, parameters: Mapping[str, Parameter]) -> None:
-        """Change what the optimizer has stepped, while its gradients are there."""
-
-    def state(self, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
-        """Return the tensors beside the parameters that a resumed run needs; they are changed in place to load them."""
-        return {}
-
     def to_lora(self, tensors: Mapping[str, Tensor], scale: float) -> Matrices:
         """Return the matrices A (rank, in) and B (out, rank) of a layer with delta W = B A, exactly.
 
@@ -108,8 +85,4 @@ class Lora:
 
     def beside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what a layer ships beside A and B, by the names after `lora_`."""
-        return {}
-
-    def ranks(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, int]:
-        """Return the rank of each layer by its name, where the method chose them while it trained; else nothing."""
         return {}

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora_retrain.config import bounded_yaml, platform, schedule, sections
 from qlora_retrain.config.fields import Section, operational
+from qlora_retrain.config.methods import METHODS
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import braces, local_files, source_access, uris, visible_text
 from qlora_retrain.core.errors import UsageError
@@ -147,6 +148,12 @@ class LineConfig(Section):
                 "data.judge_fraction: only qlora-retrain lab sets it, with --judge-fraction: what ships is judged by "
                 "the line's own evaluation and golden rows; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits_the_base_format(self) -> LineConfig:
+        if refusal := METHODS[self.train.method].refusal(self.quantize.format):
+            raise ValueError(refusal)
         return self
 
     def section(self, name: str) -> Section:

@@ -72,6 +72,10 @@ METHODS: dict[str, MethodFacts] = {
             "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=FOUR_BITS
         ),
         MethodFacts("loftq", "the adapter starts from what quantization loses", formats=FOUR_BITS),
+        MethodFacts(
+            "full", "no adapter, all weights learn", formats=("none",), ships_as="the model", merges="no", peft="no",
+            vllm="no", llama_cpp="no", fused="no",
+        ),
     )
 }  # fmt: skip
 _NEAREST = {"qdylora": "dylora"}

@@ -15,6 +15,7 @@ RENAMED_KNOBS = {
     "data.reference": "data.reference_version",
     "data.salt": "data.split_seed",
     "quantize.dtype": "quantize.compute_dtype",
+    "quantize.quant_type": "quantize.format",
     "train.batch_size": "train.micro_batch_size",
     "train.early_stopping": "train.early_stopping_patience",
     "train.evaluations": "train.num_evals",

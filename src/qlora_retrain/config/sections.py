@@ -9,9 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
+from qlora_retrain.config.merge import MergeConfig as MergeConfig
 from qlora_retrain.config.publish import PublishConfig as PublishConfig
 
-Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 # A layer's name alone is a pattern too; `all-liner` must be refused as the mistake that it is, and not match nothing.
 LayerPattern = Annotated[str, Field(min_length=1, max_length=200)]
 Pattern = Annotated[str, Field(pattern=r"[.*+?\[\](){}|^$\\]", max_length=200)]
@@ -36,24 +36,41 @@ class AdapterStart(Section):
 
 
 class QuantizeConfig(Section):
-    """The 4-bit form of the base (QLoRA, arXiv 2305.14314, section 3)."""
+    """The form in which the frozen base is trained over (QLoRA, arXiv 2305.14314, section 3)."""
 
-    quant_type: Literal["nf4", "fp4"] = identity("nf4", "nf4 loses less than fp4 on normally distributed weights")
-    double_quant: bool = identity(True, "quantize the scales too: 4.127 instead of 4.5 bits per weight")
+    format: Literal["none", "nf4", "fp4"] = identity(
+        "nf4",
+        "how linear layers are stored; nf4: 4 bits, with less loss than fp4 on normally distributed weights; fp4: 4 "
+        "bits; none: all 16 bits, four times the memory, as plain LoRA has it",
+    )
+    double_quant: bool = identity(True, "of nf4 and fp4: quantize the scales too, 4.127 instead of 4.5 bits per weight")
     compute_dtype: Literal["bfloat16", "float16"] = identity(
-        "bfloat16", "the type to which weights are dequantized for computing"
+        "bfloat16", "the 16-bit type to which weights are dequantized for computing, and of all that is not packed"
     )
     min_quantized_fraction: float = identity(
-        0.9, "refuse a base of which less than this, outside embeddings and head, becomes 4-bit", ge=0.0, le=1.0
+        0.9,
+        "refuse a base of which less than this, outside embeddings and head, is in linear layers: these alone become "
+        "4-bit, and adapters reach no others",
+        ge=0.0,
+        le=1.0,
     )
 
     adapter_start: AdapterStart | None = identity(
         None, "set by the plan for train.method: lora-xs and loftq, whose adapters start from the original weights"
     )
 
+    @model_validator(mode="after")
+    def _double_quant_needs_scales(self) -> QuantizeConfig:
+        if self.format == "none" and not self.double_quant:
+            raise ValueError(
+                "double_quant: false is for format: nf4 and fp4, whose weights have scales, and format is none; leave "
+                "it out"
+            )
+        return self
+
 
 class TrainConfig(Section):
-    """LoRA over the frozen 4-bit base."""
+    """LoRA over the frozen base, or all of its weights."""
 
     # What is learnt.
     loss: Literal["answers", "all"] = identity(
@@ -61,13 +78,16 @@ class TrainConfig(Section):
     )
 
     # The adapter.
-    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora", "lora-xs", "loftq"] = identity(
-        "lora",
-        "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
-        "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
-        "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
-        "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
-        "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses",
+    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora", "lora-xs", "loftq", "full"] = (
+        identity(
+            "lora",
+            "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
+            "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
+            "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
+            "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
+            "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses; full: "
+            "no adapter, all weights learn, over quantize.format: none",
+        )
     )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
     alpha: float | None = identity(
@@ -219,6 +239,22 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _full_has_no_adapter(self) -> TrainConfig:
+        if self.method != "full":
+            return self
+        if self.parallel == "fsdp":
+            raise ValueError(
+                "parallel: fsdp shards a frozen base, and with method: full nothing is frozen; set parallel: ddp, or "
+                "method: lora"
+            )
+        if self.target_modules != "all-linear" or self.alpha is not None:
+            raise ValueError(
+                "method: full trains all weights and has no adapter, so target_modules and alpha say nothing; leave "
+                "them out, or set method: lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_warmup(self) -> TrainConfig:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ValueError(
@@ -234,63 +270,3 @@ class TrainConfig(Section):
                 "early_stopping_patience has no effect without evaluations; set num_evals too, or leave it out"
             )
         return self
-
-
-class MergeConfig(Section):
-    """How the adapter becomes part of a 16-bit model, and in which forms that model ships."""
-
-    base: Literal["auto", "measured", "original", "dequantized"] = identity(
-        "auto",
-        "measured: build both, choose on half the evaluation rows, certify on the other half; auto: that, or the "
-        "dequantized base, certified on all rows, where a half would have fewer than min_prompts",
-    )
-    rank: Literal["full", "smallest"] | Annotated[int, Field(ge=1, le=1024)] = identity(
-        "full",
-        "full: the adapter as it was trained; smallest: of a half, a quarter, ... of its rank, the smallest that costs "
-        "at most max_rank_loss_nats; a number: cut to this rank, which is not above train.rank",
-    )
-    max_rank_loss_nats: float = identity(
-        0.01, "smallest: the loss per token that a smaller rank may cost on the rows that select", gt=0.0
-    )
-    strength: Literal["measured", "full"] | Annotated[float, Field(gt=0.0, le=1.0)] = identity(
-        "measured",
-        "what B A is multiplied by before it is merged; full: 1; measured: less where the model forgets more reference "
-        "text than evaluate.max_forgetting_nats, and it has passages enough to choose on one half of them",
-    )
-
-    # The limits, each against the unmerged model: the 4-bit base with its adapter.
-    min_prompts: int = identity(
-        30, "measured: fewer different prompts than this in a half are insufficient evidence", ge=1
-    )
-    max_loss_increase_nats: float = identity(
-        0.05, "refuse when base, rank and strength together cost more loss per token than this", gt=0.0
-    )
-    max_kl_nats: float | None = identity(
-        None, "refuse when KL(unmerged || merged) per token may be above this; null: only reported", gt=0.0
-    )
-    min_agreement: float | None = identity(
-        None,
-        "refuse when both models may agree on the likeliest token less often than this; null: only reported",
-        gt=0.0,
-        le=1.0,
-    )
-
-    # What ships.
-    max_shard_gib: float = identity(5.0, "largest size of a safetensors file", gt=0.0, le=64.0)
-    exports: list[Export] = identity(
-        ["bf16"], "forms that ship; bf16 must be among them, since the rules apply to it. Other forms are scored too"
-    )
-    max_export_loss_increase_nats: float | None = identity(
-        0.1, "refuse when another export costs more loss per token than this; null: only reported", gt=0.0
-    )
-    device: Device = identity("auto", "as in train, for the scoring; the merge itself runs on the CPU")
-    precision: Precision = identity("auto", "as in evaluate, for the scoring; the merge itself computes in float32")
-
-    @field_validator("exports")
-    @classmethod
-    def _has_bf16(cls, value: list[Export]) -> list[Export]:
-        if "bf16" not in value or len(set(value)) != len(value):
-            raise ValueError(
-                "name each form once, and bf16 too: the rules apply to it, and later versions are compared with it"
-            )
-        return value

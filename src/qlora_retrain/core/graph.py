@@ -124,7 +124,7 @@ STEPS = (
         makes="base_nf4",
         image="train",
         report=None,
-        summary="Store the base model in NF4 with double quantization.",
+        summary="Store the base model in the line's format: 4 bits or 16.",
     ),
     Step(
         "train_qlora",
@@ -136,7 +136,7 @@ STEPS = (
         # More than the others: the longest step is the one that is preempted, and each attempt resumes.
         retries=5,
         scratch=True,
-        summary="Train a LoRA adapter over the frozen 4-bit base.",
+        summary="Train a LoRA adapter over the frozen base.",
     ),
     Step(
         "evaluate",

@@ -7,6 +7,7 @@ import math
 DEFAULT_SCALE = 2.0
 # AdaLoRA's budget falls from this to the rank, as in the experiments of arXiv 2303.10512, section 4.
 _ADALORA_SURPLUS = 1.5
+FULL = "full"  # the method without an adapter
 NESTED_METHODS = ("dylora", "qdylora")  # the first ranks of an adapter are one, too, at alpha divided by their number
 
 
@@ -25,8 +26,10 @@ def adapter_scale(rank: int, alpha: float, method: str) -> float:
     return alpha / _divisor(rank, method)
 
 
-def describe_adapter(rank: int, alpha: float, method: str) -> str:
+def describe_adapter(rank: int, alpha: float | None, method: str) -> str:
     """Return rank, alpha and scale as a person compares them, e.g. `rank 16, alpha 32 (alpha/rank = 2)`."""
+    if method == FULL or alpha is None:
+        return "none, since all weights train"
     formula = "alpha/sqrt(rank)" if method == "rslora" else "alpha/rank"
     return f"rank {rank}, alpha {alpha:g} ({formula} = {adapter_scale(rank, alpha, method):g})"
 

@@ -1,4 +1,4 @@
-"""Unpack a 4-bit model to fp32, with one layer in memory in both forms at a time."""
+"""Unpack a packed model to fp32, with one layer in memory in both forms at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from qlora_retrain.lm import memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qlora_retrain.lm.base_formats.base_format import BaseFormat
 
-def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every 4-bit layer by a plain one in fp32, in place; return the model in evaluation mode.
+
+def dequantize(model: PreTrainedModel, base_format: BaseFormat) -> PreTrainedModel:
+    """Replace every packed layer by a plain one in fp32, in place; return the model in evaluation mode.
 
     transformers' own `dequantize` unpacks each layer twice, and keeps all packed layers until its end.
     """
     import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
 
     # First what was not packed, such as embeddings: the largest tensor is then in memory twice before all others are.
     # Without the setting transformers lets the model change its type; the packed weights are whole numbers and stay.
@@ -25,11 +25,14 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     model.float()
 
     # By name, since a list of the modules would keep the packed ones alive.
-    for name in [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]:
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name, module in linear if base_format.is_packed_layer(module)]
+    del linear
+    for name in names:
         packed = model.get_submodule(name)
         with torch.device("meta"):  # the numbers that a new layer begins with are not needed
             plain = torch.nn.Linear(packed.in_features, packed.out_features, bias=False)
-        weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state).float()
+        weight = base_format.layer_weight(packed).float()
         plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), packed.bias
         model.set_submodule(name, plain)
         del packed, plain, weight

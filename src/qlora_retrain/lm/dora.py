@@ -9,6 +9,8 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.lm import base_formats
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -46,12 +48,10 @@ def fix_row_scales(module: Any, adapter_name: str) -> None:
 
     The scale is kept as `row_scale` of the layer.
     """
-    from peft.utils.integrations import dequantize_module_weight
-
     if adapter_name not in getattr(module, "lora_magnitude_vector", ()):
         return
     a, b = module.lora_A[adapter_name].weight.data, module.lora_B[adapter_name].weight.data
-    weight = dequantize_module_weight(module.get_base_layer())
+    weight = base_formats.layer_weight(module.get_base_layer())
     norms = row_norms(weight, a, b, module.scaling[adapter_name])
     module.row_scale = module.lora_magnitude_vector[adapter_name].weight.data.float() / norms
 

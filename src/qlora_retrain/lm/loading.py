@@ -1,4 +1,4 @@
-"""Load models offline and without remote code: a 16-bit base, a 4-bit base, an adapter over either, or GGUF.
+"""Load models offline and without remote code: the original base, `base_nf4`, an adapter over either, or GGUF.
 
 Reads folders in the Hugging Face layout with safetensors weights. Refuses (13) a folder that could run code when it is
 loaded, damaged weights, and weights that do not fill the model. Refuses (12) what is not a model of that kind.
@@ -13,10 +13,9 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from qlora_retrain.core import progress
-from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.safety import read_json, refuse_unsafe
-from qlora_retrain.lm import declared_size, dequantize, dora, memory, model_files
+from qlora_retrain.lm import base_formats, dora, memory, model_checks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +46,13 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the original model in 16 bits, or quantize it while it is read; return it in evaluation mode.
 
+    Args:
+        folder: The model.
+        device: `cpu` or `cuda`.
+        attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
+        dtype: The precision to compute in; `stored`: that of the files, whose pages the weights then stay in.
+        quantization: How to quantize it.
+
     Raises:
         UsageError: If the folder is no causal language model in safetensors, or is already quantized.
         IntegrityError: If it is unsafe, damaged or lacks weights.
@@ -65,30 +71,27 @@ def load_base(
 def load_nf4(
     folder: Path, *, device: str = "cpu", attn_implementation: str = "eager", dtype: str = "float32"
 ) -> PreTrainedModel:
-    """Load the 4-bit base that `quantize_model` made, in evaluation mode.
+    """Load the base that `quantize_model` made, in whatever format it is, in evaluation mode.
 
     Args:
-        folder: `base_nf4`.
+        folder: `base_nf4`, or an export of this form.
         device: `cpu` or `cuda`.
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
-        dtype: `float32` dequantizes the 4-bit weights once: the same values at 8 times the memory. It is for a CPU
+        dtype: `float32` unpacks the weights once: the same values, with 4 bits at 8 times the memory. It is for a CPU
             without bf16 arithmetic, where dequantizing in every forward pass (35 M weights/s) would take most of the
-            time. Any other value keeps the weights packed and computes in the precision for which they were
-            quantized.
+            time. Any other value keeps the weights as they are and computes in the precision for which they were
+            stored.
 
     Raises:
-        UsageError: If the folder is no causal language model quantized to 4 bits by bitsandbytes.
+        UsageError: If the folder is no causal language model in a format of `quantize.format`.
         IntegrityError: If it is unsafe, damaged or lacks weights.
     """
-    settings = _read_config(folder).get("quantization_config")
-    if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
-        raise UsageError(
-            f"{folder.name}: its config.json has no 4-bit quantization; `quantize_model` makes such a folder"
-        )
+    base_format = base_formats.from_model_config(_read_config(folder), folder.name)
 
-    # "auto" is the precision in config.json, for which the weights were quantized.
-    model = _from_pretrained(folder, device=device, attn_implementation=attn_implementation, dtype="auto")
-    return dequantize.dequantize(model) if _resolve_dtype(dtype, device) == "float32" else model
+    def from_pretrained(dtype: str) -> PreTrainedModel:
+        return _from_pretrained(folder, device=device, attn_implementation=attn_implementation, dtype=dtype)
+
+    return base_format.load(from_pretrained, is_float32=_resolve_dtype(dtype, device) == "float32")
 
 
 def load_gguf(
@@ -144,6 +147,31 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return attached.eval()
 
 
+def has_all_weights(adapter: Path) -> bool:
+    """Return whether training made a whole model (`train.method: full`) and no adapter over the base."""
+    return (adapter / "config.json").is_file()
+
+
+def load_trained(
+    base_nf4: Path,
+    adapter: Path,
+    *,
+    device: str = "cpu",
+    attn_implementation: str = "eager",
+    dtype: str = "float32",
+) -> Any:
+    """Load what training made, in evaluation mode: the base with the adapter over it, or the model of its own.
+
+    Raises:
+        UsageError: If the folders are no model, or do not belong together.
+        IntegrityError: If one is unsafe or damaged.
+    """
+    if has_all_weights(adapter):
+        return load_base(adapter, device=device, attn_implementation=attn_implementation, dtype=dtype)
+    base = load_nf4(base_nf4, device=device, attn_implementation=attn_implementation, dtype=dtype)
+    return attach_adapter(base, adapter)
+
+
 def cast_lora_weights_to_input_dtype(model: PeftModel) -> None:
     """Make fp32 adapters compute in the precision of their input (bf16), as autocast does on a GPU.
 
@@ -173,7 +201,12 @@ def silence_transformers() -> None:
 
 
 def _resolve_dtype(dtype: str, device: str) -> str:
-    """Resolve `auto` by the device. A plan has resolved it already; this is for callers without a plan."""
+    """Resolve `auto` by the device, and `stored` to transformers' word for it.
+
+    A plan has resolved `auto` already; this is for callers without a plan.
+    """
+    if dtype == "stored":
+        return "auto"
     return dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
 
 
@@ -192,7 +225,7 @@ def _from_pretrained(
     refuse_unsafe(folder)
     attention = "eager" if attn_implementation == "auto" else attn_implementation
     if "gguf_file" not in kwargs:  # all families that are read from GGUF have every attention
-        attention = _refuse_unfit(folder, attention)
+        attention = model_checks.refuse_unfit(folder, attention)
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -252,42 +285,6 @@ def _gguf_config(path: Path) -> PreTrainedConfig:
     if field and field.contents() != head_dim:
         config.head_dim = int(field.contents())
     return config
-
-
-def _refuse_unfit(folder: Path, attn_implementation: str) -> str:
-    """Refuse a folder whose files do not fit each other; return the attention that its family has."""
-    from safetensors import SafetensorError
-
-    # transformers would make its own choice among several candidates, and other readers another.
-    paths = model_files.weight_paths(folder, f"{folder.name}: cannot be loaded")
-    try:
-        config = declared_size.read_config(folder, folder.name)
-        # A model that this project packed was checked before, and its files have other shapes.
-        if getattr(config, "quantization_config", None) is None:
-            declared_size.refuse_unfit(config, paths, folder.name)
-        return _supported_attention(folder, config, attn_implementation)
-    except Problem:
-        raise
-    except SafetensorError as error:
-        raise IntegrityError(f"{folder.name}: its weights are damaged: {error}") from error
-    # A model class raises whatever it likes about a config.json that is not its family's.
-    except Exception as error:
-        raise UsageError(
-            f"{folder.name}: cannot be loaded as a causal language model: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _supported_attention(folder: Path, config: PreTrainedConfig, attn_implementation: str) -> str:
-    """Return the implementation to load with; eager computes the same where a family has no other, as Gemma 2."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if attn_implementation != "sdpa":
-        return attn_implementation
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None or model_class._supports_sdpa:
-        return attn_implementation
-    progress.say(f"{folder.name}: {model_class.__name__} has no sdpa attention, so it computes with eager attention")
-    return "eager"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -15,15 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_retrain.lm.adapter_scale import initial_rank
+from qlora_retrain.lm.adapter_scale import FULL, initial_rank
+from qlora_retrain.lm.base_formats import BaseFormat, FourBits, from_settings
 from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
 from qlora_retrain.lm.step_memory import StepMemory
 
-# Bits of a 4-bit weight with its scale: a scale of 32 bits for 64 weights; with double quantization one of 8 bits, and
-# 32 bits for 256 scales (QLoRA, arXiv 2305.14314, section 3).
-BITS_PER_WEIGHT = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
 # bitsandbytes keeps the states of smaller tensors in 32 bits, and a scale of 32 bits for 256 states of 8 bits.
 _MIN_8_BIT_STATE, _BLOCK_8_BIT = 4096, 256
+_DEFAULT_FORMAT = FourBits("nf4", double_quant=True, compute_dtype="bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Settings:
         kernels: `torch` or `liger`.
         checkpoint_every: Recompute every n-th layer in the backward pass; 0: none.
         offloads: Whether the inputs of recomputed layers wait in the host's memory.
-        double_quant: Whether the scales of the 4-bit weights are quantized, too.
+        base_format: How the frozen base's linear layers are stored.
         accumulates: Whether an optimizer step has several micro-batches.
         num_processes: The processes that share an optimizer step.
         is_sharded: Whether each of them has only a part of the base.
@@ -61,7 +60,7 @@ class Settings:
     kernels: str = "torch"
     checkpoint_every: int = 0
     offloads: bool = False
-    double_quant: bool = True
+    base_format: BaseFormat = _DEFAULT_FORMAT
     accumulates: bool = False
     num_processes: int = 1
     is_sharded: bool = False
@@ -69,6 +68,11 @@ class Settings:
     @classmethod
     def from_sections(cls, train: Mapping[str, Any], quantize: Mapping[str, Any]) -> Settings:
         """Take them from the values of the sections `train` and `quantize`, none of which is `auto`."""
+        return cls.from_train(train, from_settings(quantize))
+
+    @classmethod
+    def from_train(cls, train: Mapping[str, Any], base_format: BaseFormat) -> Settings:
+        """Take them from the values of the section `train`, none of which is `auto`, and the base's format."""
         rows_of_process = -(-train["global_batch_size"] // train["num_processes"])
         micro_batch_size, recomputed = train["micro_batch_size"], train["gradient_checkpointing"]
         is_fixed = isinstance(micro_batch_size, int)
@@ -86,7 +90,7 @@ class Settings:
             kernels=train["kernels"],
             checkpoint_every=1 if recomputed == "offload" else recomputed or 0,
             offloads=recomputed == "offload",
-            double_quant=quantize["double_quant"],
+            base_format=base_format,
             accumulates=not is_fixed or rows_of_process > micro_batch_size,
             num_processes=train["num_processes"],
             is_sharded=train["parallel"] == "fsdp",
@@ -120,10 +124,10 @@ class Memory:
     """The memory of a training process at the peak of an optimizer step, in bytes.
 
     Attributes:
-        weights: The frozen base: 4-bit weights with their scales, embeddings and norms.
-        adapter: Its matrices in fp32, and what the method keeps beside them.
-        gradients: The adapter's.
-        optimizer: Two moments of every weight of the adapter.
+        weights: The base: linear layers in its format, scales included, embeddings and norms.
+        adapter: Its matrices in fp32, and what the method keeps beside them; where all weights train, their masters.
+        gradients: Of what trains.
+        optimizer: Two moments of every number that trains.
         activations: What the forward pass keeps for the backward pass.
         logits: A chunk of logits, where the peak is there, else 0.
         workspace: What the backward pass of a layer needs beside that, where the peak is there.
@@ -168,6 +172,15 @@ def estimate(shape: ModelShape, settings: Settings, batch: MicroBatch) -> Memory
     # The peak is either where the loss is computed, or where the backward pass begins: nothing was freed before.
     logits = step.logits()
     is_at_logits = logits >= backward
+
+    if settings.method == FULL:
+        parts = _full_parts(shape, settings)
+        # Or the peak is where the backward pass ends, with three gradients of the embeddings: the part of a shared
+        # output layer, that of the tokens, and their sum.
+        ending = (3 if shape.is_tied else 1) * settings.bytes_per_number * shape.width * shape.vocabulary
+        backward = max(backward, ending - activations)
+        is_at_logits = logits >= backward
+        return Memory(*parts, activations, logits if is_at_logits else 0, 0 if is_at_logits else backward)
 
     # Gradients exist at the peak only where an earlier micro-batch made them, or DDP has buffers for them.
     adapter_weights = shape.layers * sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted)
@@ -222,7 +235,7 @@ def weight_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the bytes of the frozen base in a training process."""
     if settings.precision == "float32":
         return 4 * shape.weights
-    packed = shape.layer_weights * BITS_PER_WEIGHT[settings.double_quant] / 8
+    packed = shape.layer_weights * settings.base_format.bits_per_weight / 8
     if settings.is_sharded:
         packed = packed / settings.num_processes + packed / shape.layers  # and the layer that is gathered
     return round(packed) + 2 * (shape.embedding_weights + shape.norm_weights)
@@ -236,10 +249,29 @@ def _trained_tensors(settings: Settings, layer: LinearLayer) -> list[int]:
     return [settings.rank**2] if settings.method == "lora-xs" else matrices
 
 
+def _full_parts(shape: ModelShape, settings: Settings) -> tuple[int, int, int, int]:
+    """Return weights, masters, gradients and states where all weights train.
+
+    With 16-bit weights the masters and the gradients are in fp32. All gradients are counted: they are whole at the end
+    of a backward pass, and from the first micro-batch on where there are several.
+    """
+    is_float32 = settings.precision == "float32"
+    layer_tensors = [layer.weights for layer in shape.linear_layers] * shape.layers
+    embeddings = [shape.embedding_weights] if shape.is_tied else [shape.embedding_weights // 2] * 2
+    states = sum(_state_bytes(size, settings) for size in (*layer_tensors, *embeddings)) + 8 * shape.norm_weights
+    gradients = 4 * shape.weights * (2 if settings.num_processes > 1 else 1)  # and DDP's buffers
+    return (4 if is_float32 else 2) * shape.weights, 0 if is_float32 else 4 * shape.weights, gradients, states
+
+
+def _state_bytes(size: int, settings: Settings) -> int:
+    """Return the bytes of the two moments of a tensor with so many numbers."""
+    is_packed = settings.optimizer_bits == 8 and size >= _MIN_8_BIT_STATE
+    return 2 * (size + 4 * -(-size // _BLOCK_8_BIT)) if is_packed else 8 * size
+
+
 def _optimizer_bytes(shape: ModelShape, settings: Settings, adapted: Sequence[LinearLayer]) -> int:
     total = 0
     for layer in adapted:
         for weights in _trained_tensors(settings, layer):
-            is_packed = settings.optimizer_bits == 8 and weights >= _MIN_8_BIT_STATE
-            total += 2 * (weights + 4 * -(-weights // _BLOCK_8_BIT)) if is_packed else 8 * weights
+            total += _state_bytes(weights, settings)
     return shape.layers * total

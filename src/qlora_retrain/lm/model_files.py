@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -83,6 +84,20 @@ def weight_paths(folder: Path, label: str | None = None) -> list[Path]:
     if INDEX in names:
         names += [path for path in index_files(read_json(INDEX), label) if (folder / path).is_file()]
     return [folder / name for name in weight_files(names, read_json, label)]
+
+
+def write_config(base: Mapping[str, Any], dtype: str, folder: Path) -> None:
+    """Write a base's config.json for 16-bit weights that were made from it and have its names.
+
+    Args:
+        base: The base's config.json.
+        dtype: The type of the weights, e.g. `bfloat16`.
+        folder: The new model's.
+    """
+    # `torch_dtype` is the older name of `dtype`; a config with both could contradict itself. The files have new names.
+    dropped = ("quantization_config", "torch_dtype", "transformers_weights")
+    config = {name: value for name, value in base.items() if name not in dropped} | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json_in(folder: Path) -> ReadJson:

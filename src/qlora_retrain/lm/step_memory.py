@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_retrain.lm.adapter_scale import FULL
 from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
 
 if TYPE_CHECKING:
@@ -77,15 +78,16 @@ class StepMemory:
         inputs = shape.norms_per_layer * shape.width
         inputs += shape.q_width + shape.kv_width if shape.has_query_key_norm else 0
         if shape.norm == "rms":
-            # The outputs are recomputed, from the inputs and one fp32 number for each token.
-            return self.numbers(inputs) + 4 * self.tokens * shape.norms_per_layer
+            # Adapted layers recompute the outputs, from the inputs and one fp32 number for each token.
+            outputs = 2 * shape.width if self._is_full else 0
+            return self.numbers(inputs + outputs) + 4 * self.tokens * shape.norms_per_layer
         # Autograd keeps the input, in fp32 for RMSNorm, and the adapted layers behind a norm keep its output.
         outputs = self.numbers(shape.width * sum(self._is_adapted(group) for group in ("qkv", "up")))
         return outputs + (self.numbers(inputs) if shape.norm == "layer_norm" else 4 * self.tokens * inputs)
 
     def _mlp(self) -> int:
         if self.shape.has_fused_mlp:
-            count = 2  # gate and up
+            count = 2 + self._is_full  # gate and up, and their product where the projection down is torch's own
         elif self.shape.is_gated:
             count = 3 + self._is_adapted("down")  # gate, its activation, up, and their product
         else:
@@ -94,6 +96,8 @@ class StepMemory:
 
     def _adapters(self) -> int:
         """Count for each adapter its product with A, the places of dropout, and A and B in the compute precision."""
+        if self._is_full:
+            return 0
         rank, e = self.settings.rank, self.settings.bytes_per_number
         total = 0
         for layer in self.adapted:
@@ -128,18 +132,30 @@ class StepMemory:
         bytes_per_logit = e if is_plain else 12 + e
         block = min(4 * positions * vocabulary, max(LOSS_BLOCK_BYTES[self.settings.device], 4 * vocabulary))
         block_copy = block if e == 2 else 0
-        return positions * vocabulary * bytes_per_logit + block_copy + 3 * self.supervised * self.shape.width * e
+        # Where the output layer trains, its gradient adds up over the chunks in fp32. In 16 bits a chunk's part is made
+        # first, from copies of the logits in the order in which they are multiplied.
+        parts = 2 * vocabulary * self.shape.width + 2 * positions * vocabulary * e if e == 2 else 0
+        grad_weight = 4 * vocabulary * self.shape.width + parts if self._is_full else 0
+        return (
+            positions * vocabulary * bytes_per_logit
+            + block_copy
+            + 3 * self.supervised * self.shape.width * e
+            + grad_weight
+        )
 
     def backward_of_layer(self) -> int:
         """Return the most that the backward pass of a layer needs beside what was kept."""
         # When attention is computed, what the MLP behind it had kept is free.
         freed = self._mlp() + self.numbers(self.shape.width)
-        return max(self._backward_of_mlp(), self._backward_of_attention() - freed)
+        # The gradient of a shared output layer waits for that of the embeddings, the last of the pass.
+        waits = self._is_full and self.shape.is_tied
+        waiting = self.shape.vocabulary * self.shape.width * self.settings.bytes_per_number if waits else 0
+        return waiting + max(self._backward_of_mlp(), self._backward_of_attention() - freed)
 
     def _backward_of_mlp(self) -> int:
         shape, hidden, inner = self.shape, self.numbers(self.shape.width), self.numbers(self.shape.mlp_width)
-        # The weight of the projection down, dequantized; in fp32 that was done once, when the base was loaded.
-        is_packed = self.settings.precision != "float32"
+        # The weight of the projection down, unpacked; in fp32 that was done once, when the base was loaded.
+        is_packed = self.settings.precision != "float32" and self.settings.base_format.is_packed
         weight = shape.width * shape.mlp_width * self.settings.bytes_per_number if is_packed else 0
         if not shape.has_fused_mlp:
             return hidden + max(3 * inner, inner + weight)
@@ -158,6 +174,10 @@ class StepMemory:
         if self._has_scores:
             return hidden + gradients + 3 * 4 * self._pairs
         return hidden + gradients + 4 * self.tokens * shape.q_width  # a fused kernel adds up one of them in fp32
+
+    @property
+    def _is_full(self) -> bool:
+        return self.settings.method == FULL
 
     # The kind of attention.
 

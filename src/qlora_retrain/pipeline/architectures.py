@@ -1,7 +1,7 @@
 """Name what is wrong with a base model whose architecture this pipeline cannot carry through, from its files alone.
 
 The plan refuses (12) such a base before any work is done. What no entry here knows is refused by `quantize_model`,
-where less of the model than `quantize.min_quantized_fraction` becomes 4-bit.
+where less of the model than `quantize.min_quantized_fraction` is in linear layers.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.lm import memory_model
+from qlora_retrain.lm.adapter_scale import FULL
 from qlora_retrain.lm.memory_model import Memory, MicroBatch, Settings
 from qlora_retrain.lm.model_shape import ModelShape
 from qlora_retrain.pipeline import past_runs, status
@@ -207,16 +208,16 @@ def _memory(work: Work, settings: Settings, rows: int, longest: int) -> MemoryFo
 def _ratios(work: Work) -> Iterator[float]:
     """Yield measured over predicted, of what torch allocates, for each earlier run that tells it."""
     for run in work.past_runs:
-        if run.peak_bytes is None or run.lengths is None or run.train["precision"] != work.settings.precision:
+        settings = run.settings
+        if run.peak_bytes is None or run.lengths is None or settings.precision != work.settings.precision:
             continue
-        settings = Settings.from_sections(run.train, run.quantize)
         earlier = dataclasses.replace(work, lengths=run.lengths, past_runs=())
         predicted = memory_model.estimate(
             work.shape, settings, earlier.batch(run.micro_batch_size, run.lengths.longest)
         ).total
         # torch's own count of a GPU's memory is without what is fixed.
         fixed = FIXED_BYTES["cpu"] if settings.device == "cpu" else 0
-        measured = run.peak_bytes / run.train["num_processes"] - fixed
+        measured = run.peak_bytes / settings.num_processes - fixed
         yield min(2.0, max(0.5, measured / predicted))
 
 
@@ -224,7 +225,8 @@ def fitting_change(work: Work, memory_bytes: int) -> dict[str, Any] | None:
     """Return the smallest change of the section `train` with which it surely fits; None where none does.
 
     What changes no result comes first: fewer rows in a micro-batch, then layers that are computed twice; then states of
-    8 bits, then a smaller adapter. Each keeps the changes before it, and the micro-batch is as large as it may be.
+    8 bits, then a smaller adapter where there is one. Each keeps the changes before it, and the micro-batch is as large
+    as it may be.
     """
     rank, target_modules = work.settings.rank, work.settings.target_modules
     changes: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {})]
@@ -232,9 +234,9 @@ def fitting_change(work: Work, memory_bytes: int) -> dict[str, Any] | None:
         changes.append(({"checkpoint_every": 1}, {"gradient_checkpointing": 1}))
     if work.settings.optimizer_bits == 32:
         changes.append(({"optimizer_bits": 8}, {"optimizer": "paged_adamw_8bit"}))
-    if rank > 8:
+    if work.settings.method != FULL and rank > 8:
         changes.append(({"rank": 8}, {"rank": 8}))
-    if target_modules == "all-linear":
+    if work.settings.method != FULL and target_modules == "all-linear":
         changes.append(({"target_modules": "attention"}, {"target_modules": "attention"}))
 
     settings, train_changes = work.settings, dict[str, Any]()

@@ -45,9 +45,9 @@ def forecast_time(work: Work, target: Target) -> TimeForecast:
     flop = flop_per_token(work.shape, work.settings, work.lengths)
     # Speeds of other settings are scaled by the arithmetic of a token.
     speeds = [
-        run.tokens_per_second * flop_per_token(work.shape, Settings.from_sections(run.train, run.quantize), run.lengths)
+        run.tokens_per_second * flop_per_token(work.shape, run.settings, run.lengths)
         for run in work.past_runs
-        if run.tokens_per_second and run.lengths and run.train["num_processes"] == work.settings.num_processes
+        if run.tokens_per_second and run.lengths and run.settings.num_processes == work.settings.num_processes
     ]
     if speeds:
         likely = tokens * flop / statistics.median(speeds)

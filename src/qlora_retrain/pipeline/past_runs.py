@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Problem
+from qlora_retrain.lm.memory_model import Settings
 from qlora_retrain.pipeline import explain, status
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import open_store
@@ -46,7 +47,7 @@ class PastRun:
 
     Attributes:
         train: The settings of its section `train`.
-        quantize: Those of `quantize`.
+        settings: What they, and those of `quantize`, mean for memory.
         lengths: Its rows; None where their profile is gone.
         micro_batch_size: The rows of a micro-batch at its end, which may be fewer than the setting.
         peak_bytes: On a GPU what torch had allocated at most; on a CPU the memory of the processes.
@@ -54,7 +55,7 @@ class PastRun:
     """
 
     train: dict[str, Any]
-    quantize: dict[str, Any]
+    settings: Settings
     lengths: RowLengths | None
     micro_batch_size: int
     peak_bytes: int | None
@@ -94,7 +95,7 @@ def _finished(plan: Plan, device: str) -> Iterator[PastRun]:
         if not is_same_base or train.config.get("device") != device or train.key in seen_keys:
             continue
         seen_keys.add(train.key)
-        # What cannot be read or verified calibrates nothing.
+        # What cannot be read or verified calibrates nothing, nor does a plan of before a setting was there.
         with contextlib.suppress(Problem, KeyError, TypeError):
             manifest = status.find_manifest(earlier, train.name)
             if manifest is None or manifest.exit_code:
@@ -103,7 +104,7 @@ def _finished(plan: Plan, device: str) -> Iterator[PastRun]:
             peak_mib = numbers["peak_gpu_mib" if device == "cuda" else "peak_rss_mib"]
             yield PastRun(
                 train=train.config,
-                quantize=quantize.config,
+                settings=Settings.from_sections(train.config, quantize.config),
                 lengths=read_lengths(earlier),
                 micro_batch_size=int(numbers["micro_batch_size"]),
                 peak_bytes=peak_mib * 2**20 if peak_mib else None,

@@ -14,6 +14,7 @@ from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.core.graph import Step
 from qlora_retrain.lm import memory_model
+from qlora_retrain.lm.adapter_scale import FULL
 from qlora_retrain.lm.model_shape import UnknownShape
 from qlora_retrain.pipeline import forecast, forecast_target
 from qlora_retrain.pipeline.forecast import GIB, MemoryForecast, NotEstimated, Work
@@ -57,9 +58,17 @@ def step_sizes(plan: Plan, work: Work, memory: MemoryForecast) -> Iterator[StepS
     """Yield what each step should get, in whole GiB."""
     for step in graph.STEPS:
         memory_bytes = _memory_bytes(plan, step, work, memory)
-        disk_bytes = _raw_bytes(plan) + _DISK_FACTORS.get(step.makes, 0.1) * 2 * work.shape.weights + GIB
+        disk_bytes = _raw_bytes(plan) + _disk_factor(step, work) * 2 * work.shape.weights + GIB
         configured = forecast_target.configured_memory_gib(plan, step)
         yield StepSize(step.name, math.ceil(memory_bytes / GIB), math.ceil(disk_bytes / GIB), configured)
+
+
+def _disk_factor(step: Step, work: Work) -> float:
+    """Return what a step needs on disk, in multiples of the 16-bit model."""
+    if step.makes == "adapter" and work.settings.method == FULL:
+        # The base and the result; two checkpoints, and one that is written: weights, best weights, masters, states.
+        return 2 + 3 * (2 + 2 + work.settings.optimizer_bits / 8)
+    return _DISK_FACTORS.get(step.makes, 0.1)
 
 
 def planned_sizes(plan: Plan) -> dict[str, StepSize]:

@@ -62,8 +62,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         adapter[f"base_model.model.{name}.lora_A.weight"] = torch.empty(8, SIDE).normal_(std=0.02)
         adapter[f"base_model.model.{name}.lora_B.weight"] = torch.empty(SIDE, 8).normal_(std=0.02)
 
-    for name in ("base", "nf4"):
-        (work / name / "config.json").write_text("{}")
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    (work / "base/config.json").write_text("{}")
+    (work / "nf4/config.json").write_text(json.dumps({"quantization_config": quantization}))
     (work / "base/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (work / "nf4/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     save_file(adapter, work / "adapter/adapter_model.safetensors")

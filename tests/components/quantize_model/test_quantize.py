@@ -156,7 +156,7 @@ def test_shards_of_another_run_are_not_measured_as_the_base(tiny_model, tmp_path
 
 
 def test_a_bitsandbytes_with_other_blocks_is_refused(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization_stats, "BLOCK_SIZE", 128)
+    monkeypatch.setattr("qlora_retrain.lm.base_formats.four_bits.BLOCK_SIZE", 128)
     with pytest.raises(IntegrityError, match=r"4\.1\d+ bits per weight are stored where 4\.06\d* are expected"):
         quantize(tiny_model, tmp_path / "nf4")
 

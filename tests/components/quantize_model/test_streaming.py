@@ -64,7 +64,7 @@ def write_model(
 def bitsandbytes_settings(config: QuantizeConfig) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=config.quant_type,
+        bnb_4bit_quant_type=config.format,
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
     )
@@ -123,7 +123,7 @@ def test_every_setting_gets_the_bytes_that_transformers_writes(
     tmp_path, dtype, quant_type, double_quant, compute_dtype
 ):
     base = write_model(tmp_path / "base", "Qwen2", dtype)
-    settings = {"quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
+    settings = {"format": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
     expected = save_by_transformers(base, tmp_path / "transformers", **settings)
     assert save_streamed(base, tmp_path / "streamed", **settings) == expected
 
@@ -135,7 +135,7 @@ def test_a_base_in_shards_gets_the_same_bytes_and_so_does_its_result_in_shards(t
     files = [save_streamed(base, tmp_path / f"{base.name}-nf4") for base in (single, shards)]
     assert files[0] == files[1]
 
-    monkeypatch.setattr("components.quantize_model.step.SHARD_SIZE", "20KB")
+    monkeypatch.setattr("components.quantize_model.pack_base.SHARD_SIZE", "20KB")
     (tmp_path / "result").mkdir()
     run(QuantizeConfig(), shards, tmp_path / "result")
     parts = [load_file(path) for path in sorted((tmp_path / "result").glob("*.safetensors"))]
@@ -165,7 +165,7 @@ def test_a_mixture_is_refused_before_a_weight_is_read(tmp_path):
     del weights["model.norm.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "nf4").mkdir()
-    with pytest.raises(UsageError, match=r"only .* would become 4-bit.*\.experts\."):
+    with pytest.raises(UsageError, match=r"only .* are in linear layers.*\.experts\."):
         run(QuantizeConfig(), base, tmp_path / "nf4")
     with pytest.raises(IntegrityError, match=r"1 weights are missing"):
         run(QuantizeConfig(min_quantized_fraction=0.0), base, tmp_path / "nf4")
@@ -265,6 +265,6 @@ def test_the_whole_step_holds_a_few_tensors_however_large_the_model(tmp_path):
 def test_on_a_gpu_the_bytes_are_those_that_transformers_writes_on_a_gpu(tmp_path):
     for quant_type in ("nf4", "fp4"):
         base = write_model(tmp_path / f"base-{quant_type}", "Qwen2")
-        files = save_streamed(base, tmp_path / f"streamed-{quant_type}", quant_type=quant_type)
-        expected = save_by_transformers(base, tmp_path / quant_type, device="cuda", quant_type=quant_type)
+        files = save_streamed(base, tmp_path / f"streamed-{quant_type}", format=quant_type)
+        expected = save_by_transformers(base, tmp_path / quant_type, device="cuda", format=quant_type)
         assert files == expected

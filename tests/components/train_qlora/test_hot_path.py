@@ -24,6 +24,7 @@ from components.train_qlora import (
     padded_rows,
 )
 from components.train_qlora.data import IGNORE_INDEX, PaddingCollator
+from components.train_qlora.methods import Lora
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.lm import chat, loading
 
@@ -123,7 +124,8 @@ def test_fused_layers_have_the_loss_and_the_gradients_of_peft(nf4, new_rows):
 
 def test_layers_that_share_an_input_are_one_group(nf4):
     model = new_model(nf4)
-    assert fused_lora.fuse_lora_layers(model) == 2 * 4  # in each of two layers: q k v, o, gate up, down
+    # In each of two layers: q k v, o, gate up, down.
+    assert fused_lora.fuse_lora_layers(model, Lora(TrainConfig(rank=4))) == 2 * 4
 
 
 @pytest.mark.parametrize(("attention", "block_length"), [("eager", 128), ("eager", 16), ("sdpa", 128)])

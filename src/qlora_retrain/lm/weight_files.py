@@ -1,4 +1,4 @@
-"""Read and write safetensors folders tensor by tensor: sharded, single-file and 4-bit ones.
+"""Read and write safetensors folders tensor by tensor: sharded and single-file ones.
 
 The whole model is never in memory. Tensors are read one at a time, from a memory map of the file. A file is written
 while its tensors are computed, since its header needs only their sizes and not their values.
@@ -12,32 +12,29 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm.model_files import INDEX, SINGLE_FILE, weight_paths
 
+if TYPE_CHECKING:
+    import torch
+
 _GIB = 1024**3
-_QUANT_TYPES = ("nf4", "fp4")  # of bitsandbytes
-# The tensors that bitsandbytes stores beside a 4-bit weight; the nested ones exist with double quantization.
-_QUANT_STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-# The format's names of types. 8-bit floats are missing on purpose, see `SafetensorsFolder.spec`.
+# The file format's names of types, and torch's. 8-bit floats are missing on purpose, see `SafetensorsFolder.spec`.
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {f"torch.{dtype}": name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +66,8 @@ class SafetensorsFolder:
         self._stack = ExitStack()
 
     def __enter__(self) -> SafetensorsFolder:
+        from safetensors import SafetensorError, safe_open
+
         # safe_open maps a file into memory and reads its header; no tensor is read yet.
         for path in self._paths():
             try:
@@ -112,36 +111,21 @@ class SafetensorsFolder:
         Raises:
             IntegrityError: If it is of a type that no supported model holds, such as 8-bit floats.
         """
+        import torch
+
         tensor_slice = self._files[name].get_slice(name)
         if tensor_slice.get_dtype() not in _DTYPES:
             raise IntegrityError(
                 f"{self.folder.name}: {name} is {tensor_slice.get_dtype()}; this step needs a 16-bit model"
             )
-        return TensorSpec(name, _DTYPES[tensor_slice.get_dtype()], tuple(tensor_slice.get_shape()))
-
-    def is_quantized(self, name: str) -> bool:
-        """Return whether bitsandbytes stored this weight in 4 bits."""
-        return any(f"{name}.quant_state.bitsandbytes__{quant_type}" in self._files for quant_type in _QUANT_TYPES)
-
-    def dequantize(self, name: str) -> torch.Tensor:
-        """Return the values of a 4-bit weight, with which the unmerged model computes."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        # Which of these exist depends on the type and on double quantization; bitsandbytes needs those that exist.
-        keys = [
-            f"{name}.{part}"
-            for part in (*_QUANT_STATE_PARTS, *(f"quant_state.bitsandbytes__{form}" for form in _QUANT_TYPES))
-        ]
-        parts = {key: self.tensor(key) for key in keys if key in self._files}
-
-        # On the CPU, so that a merge gives the same bytes with and without a GPU.
-        state = QuantState.from_dict(parts, device=torch.device("cpu"))
-        weight: torch.Tensor = dequantize_4bit(self.tensor(name), state)
-        return weight
+        dtype = getattr(torch, _DTYPES[tensor_slice.get_dtype()])
+        return TensorSpec(name, dtype, tuple(tensor_slice.get_shape()))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether every number is finite."""
+    import torch
+
     # The extremes of a tensor with a NaN are NaN. Unlike isfinite() of the whole tensor, they need no second tensor.
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
@@ -202,13 +186,15 @@ def write_file(
     The layout follows the safetensors documentation: the header's length in 8 bytes, the header as JSON, then the
     values without gaps.
     """
+    import torch
+
     # Readers map the file into memory, so a value must start at a multiple of its size. Wide types therefore go first.
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in ordered:
         offsets = [end, end := end + spec.size_bytes]
-        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+        header[spec.name] = {"dtype": _DTYPE_NAMES[str(spec.dtype)], "shape": spec.shape, "data_offsets": offsets}
 
     # Padded with spaces to a multiple of 8 bytes, so that the values after it are aligned.
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -1,0 +1,86 @@
+"""Lines that train otherwise than QLoRA, from the data to an answer of the pulled version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FULL = {"method": "full", "learning_rate": 2e-3, "epochs": 8, "optimizer": "paged_adamw_8bit"}
+
+
+@pytest.mark.slow
+def test_lora_over_16_bits_is_published_pulled_and_asked(make_project: Callable, tmp_path: Path) -> None:
+    project = make_project(rows=180, quantize={"format": "none"}, train={"epochs": 6})
+    result = project.run()
+    assert result.exit_code == 0, result.text
+    pulled = project.cli("pull", "tiny@production", tmp_path / "m", "--root", project.root)
+    assert pulled.exit_code == 0, pulled.text
+    certificate = json.loads((tmp_path / "m/evaluation/certificate.json").read_text())
+    assert certificate["base"] == "original"
+    assert "over its 16-bit weights" in certificate["why"]
+    assert set(certificate["forms"]["certification"]) == {"live", "original"}
+    # Merged, it differs from the unmerged model by the rounding of the sum to bf16 alone.
+    losses = [form["loss"] for form in certificate["forms"]["certification"].values()]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert "16-bit base" in (tmp_path / "m/README.md").read_text()
+    answer = project.cli("ask", tmp_path / "m", "I want my money back for order number 1003")
+    assert answer.exit_code == 0, answer.text
+    assert "refund" in answer.out
+
+
+@pytest.mark.slow
+def test_a_fully_trained_model_is_published_once_pulled_and_asked_and_then_is_the_champion(
+    make_project: Callable, tmp_path: Path
+) -> None:
+    project = make_project(rows=180, quantize={"format": "none"}, train=FULL)
+    result = project.run()
+    assert result.exit_code == 0, result.text
+    assert "adapter: none, since all weights train" in result.out
+    pulled = project.cli("pull", "tiny@production", tmp_path / "m", "--root", project.root)
+    assert pulled.exit_code == 0, pulled.text
+
+    # The version has the weights once.
+    weights = [path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*.safetensors")]
+    assert weights == ["model/model.safetensors"]
+    certificate = json.loads((tmp_path / "m/evaluation/certificate.json").read_text())
+    assert "all weights trained (train.method: full)" in certificate["why"]
+    losses = [form["loss"] for form in certificate["forms"]["certification"].values()]
+    assert losses[0] == losses[1]
+    evaluation = json.loads((tmp_path / "m/evaluation/evaluation.json").read_text())
+    assert len(evaluation["intruder_dimensions"]) > 0
+    assert "Full fine-tuning: all weights trained" in (tmp_path / "m/README.md").read_text()
+    answer = project.cli("ask", tmp_path / "m", "I want my money back for order number 1003")
+    assert answer.exit_code == 0, answer.text
+    assert "refund" in answer.out
+
+    # The next run compares its model with it.
+    again = project.run("--set", "train.seed=1", "--set", "evaluate.min_gain_over_base=0")
+    assert again.exit_code in (0, 11), again.text
+    assert "champion: " in again.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.method=full"], "set quantize.format: none, or train.method: lora"),
+        (["train.method=qdylora", "quantize.format=none"], "set train.method: dylora, or quantize.format: nf4"),
+        (["quantize.format=none", "quantize.double_quant=false"], "format is none; leave it out"),
+        (["quantize.quant_type=fp4"], "quantize.quant_type is now quantize.format"),
+        (
+            ["quantize.format=none", "train.method=full", "train.parallel=fsdp", "train.num_processes=2"],
+            "parallel: ddp",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_run_with_the_nearest_that_can(
+    make_project: Callable, settings: list[str], message: str
+) -> None:
+    project = make_project(rows=30)
+    for command in (["check", project.config], ["plan", project.config, "--root", project.root]):
+        refused = project.cli(*command, *(word for setting in settings for word in ("--set", setting)))
+        assert refused.exit_code == 12
+        assert message in refused.text
+    assert not (project.folder / "store").exists()
