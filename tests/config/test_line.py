@@ -263,3 +263,14 @@ def test_a_field_that_is_written_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("line: a-line\ntrain:\n  rank: 8\n  rank: 16\n")
     with pytest.raises(UsageError, match=r"train\.rank is written twice"):
         load(path)
+
+
+def test_what_two_sections_say_together_is_named_by_the_field_that_the_message_begins_with(tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(
+        "line: tiny\nsources: {raw_data: a, base_model: b}\nquantize:\n  format: none\ntrain:\n  method: qdylora\n"
+    )
+    assert refusal(path).endswith(
+        "line.yaml:6: train.method: qdylora trains over nf4 or fp4, and quantize.format is none; set quantize.format: "
+        "nf4, or train.method: dylora"
+    )

@@ -66,7 +66,7 @@ def test_a_fully_trained_model_is_published_once_pulled_and_asked_and_then_is_th
     ("settings", "message"),
     [
         (["train.method=full"], "set quantize.format: none, or train.method: lora"),
-        (["train.method=qdylora", "quantize.format=none"], "set train.method: dylora, or quantize.format: nf4"),
+        (["train.method=qdylora", "quantize.format=none"], "set quantize.format: nf4, or train.method: dylora"),
         (["quantize.format=none", "quantize.double_quant=false"], "format is none; leave it out"),
         (["quantize.quant_type=fp4"], "quantize.quant_type is now quantize.format"),
         (

@@ -208,6 +208,7 @@ def test_a_change_of_a_rule_makes_no_data_set_and_no_adapter_again(edit: Edit, n
 UNHASHED = {
     "config.evaluate": "models of settings: fields and validators; the values that they let through are in the key",
     "config.data": "the same for the section `data`",
+    "config.merge": "the same for the section `merge`",
     "config.publish": "the same for the section `publish`",
     "config.sections": "models of settings: fields and validators; the values that they let through are in the key",
     "core.bounds": "ends what takes too long or too much memory; a step that is ended so makes no artifact",

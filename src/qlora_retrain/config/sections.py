@@ -85,8 +85,8 @@ class TrainConfig(Section):
             "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
             "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
             "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
-            "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses; full: "
-            "no adapter, all weights learn, over quantize.format: none",
+            "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses; "
+            "full: no adapter, all weights learn, over quantize.format: none",
         )
     )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)

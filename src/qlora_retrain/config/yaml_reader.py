@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -70,7 +71,8 @@ def load_section(
     except ValidationError as error:
         faults = itertools.islice(_faults(model, error), _MAX_FAULTS)
         messages = [
-            f"{name}:{_nearest_line(lines, path)}: {uris.mask_secrets('.'.join(path))}: {fault}"
+            f"{name}:{_nearest_line(lines, path)}: {uris.mask_secrets('.'.join(path))}: "
+            + fault.removeprefix(f"{'.'.join(path)}: ")
             for path, fault in faults
         ]
         if (left := error.error_count() - _MAX_FAULTS) > 0:
@@ -118,6 +120,12 @@ def _with_whole_characters(value: Any) -> Any:
     return [_with_whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
+def _path_in(message: str) -> tuple[str, ...]:
+    """Return the path of the field that a message begins with, such as `train.method: ...`; else nothing."""
+    field, colon, _ = message.partition(":")
+    return tuple(field.split(".")) if colon and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", field) else ()
+
+
 def _faults(model: type[Section], error: ValidationError) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the path and the text of each error."""
     for item in error.errors():
@@ -136,6 +144,10 @@ def _faults(model: type[Section], error: ValidationError) -> Iterator[tuple[tupl
             yield path, "required, but not set"
         else:
             message = item["msg"].removeprefix("Value error, ")
+            # What several fields say together is wrong, and the message names them.
+            if item["type"] == "value_error" and isinstance(item["input"], dict | Section):
+                yield path or _path_in(message), message
+                continue
             yield path, f"{message}; found {_describe(item['input'])}" + _near_choice(item)
 
 
