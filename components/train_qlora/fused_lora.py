@@ -23,6 +23,7 @@ from qlora_retrain.lm import base_formats
 
 ADAPTER_NAME = "default"  # PEFT's name for the only adapter
 Matrices = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
+FrozenLayer = tuple[Any, Callable[[Any], Tensor]]  # and what returns its weight (out, in), unpacked
 RECOMPUTE_ATTRIBUTE = (
     "recompute_from"  # set on a tensor: the function and the inputs that recompute it in the backward pass
 )
@@ -81,6 +82,7 @@ class SharedInputGroup:
 
     def __init__(self, layers: Sequence[Any], method: ForwardMethod) -> None:
         self.layers, self.method = layers, method
+        self.frozen = [(layer.base_layer, base_formats.weight_reader(layer.base_layer)) for layer in layers]
         self.dropout: Any = layers[0].lora_dropout[ADAPTER_NAME]
         self.last_input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
@@ -105,7 +107,6 @@ class SharedInputGroup:
         dropout_p = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
         dropout_index = sample_dropout_indices(x.numel(), dropout_p, x.device) if dropout_p else None
 
-        base_layers = [layer.base_layer for layer in self.layers]
         lora_weights = [matrix for layer in self.layers for matrix in self.method.matrices(layer)]
         # Inverted dropout scales the remaining values up by 1 / (1 - p), here together with alpha / rank.
         scales = [self.method.scale(layer) / (1.0 - dropout_p) for layer in self.layers]
@@ -115,7 +116,7 @@ class SharedInputGroup:
             scale = torch.tensor(scales, device=x.device).repeat_interleave(ranks)
         recompute, sources = getattr(x, RECOMPUTE_ATTRIBUTE, (Tensor.detach, (x,)))
         outputs: tuple[Tensor, ...] = FusedLoRAFunction.apply(
-            x, recompute, sources, dropout_index, scale, base_layers, *lora_weights
+            x, recompute, sources, dropout_index, scale, self.frozen, *lora_weights
         )
         return tuple(self.method.scale_output(layer, y) for layer, y in zip(self.layers, outputs, strict=True))
 
@@ -134,7 +135,7 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
         sources: Sequence[Tensor],
         dropout_index: Tensor | None,
         scale: float | Tensor,
-        base_layers: Sequence[Any],
+        frozen: Sequence[FrozenLayer],
         *lora_weights: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return the output of each layer, (..., O).
@@ -146,7 +147,7 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
             sources: The tensors that are saved instead of x.
             dropout_index: The positions of the flattened x that the adapters see as 0; None without dropout.
             scale: alpha / rank, times 1 / (1 - p) with dropout; (n * r,) in fp32 where layers have their own.
-            base_layers: The frozen layers.
+            frozen: The frozen layers.
             lora_weights: A (r, I) and B (O, r) of each layer in turn.
         """
         x_flat = x.reshape(-1, x.shape[-1])  # (N, I)
@@ -156,23 +157,23 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
 
         # In place: an out-of-place sum would need a third (N, O) tensor.
         outputs = []
-        for layer, B, low_rank_part in zip(
-            base_layers, all_B, low_rank.split([B.shape[1] for B in all_B], dim=1), strict=True
+        for (layer, weight), B, low_rank_part in zip(
+            frozen, all_B, low_rank.split([B.shape[1] for B in all_B], dim=1), strict=True
         ):
-            y = torch.nn.functional.linear(x_flat, dequantized_weight(layer, x.dtype), layer.bias)  # (N, O)
+            y = torch.nn.functional.linear(x_flat, weight(layer).to(x.dtype), layer.bias)  # (N, O)
             y.addmm_(low_rank_part, B.T)
             # Not `view`: autograd refuses a change of a view in place, and some models scale these outputs in place.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])))
 
         ctx.save_for_backward(dropout_index, low_rank, stacked_A, *all_B, *sources)
-        ctx.recompute, ctx.scale, ctx.base_layers, ctx.shape = recompute, scale, base_layers, x.shape
+        ctx.recompute, ctx.scale, ctx.frozen, ctx.shape = recompute, scale, frozen, x.shape
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x (..., I), and of each A (r, I) and B (O, r)."""
         dropout_index, low_rank, stacked_A, *tensors = ctx.saved_tensors
-        all_B, sources = tensors[: len(ctx.base_layers)], tensors[len(ctx.base_layers) :]
+        all_B, sources = tensors[: len(ctx.frozen)], tensors[len(ctx.frozen) :]
         x_flat = ctx.recompute(*sources).reshape(low_rank.shape[0], -1)  # (N, I)
         grads = [grad.reshape(x_flat.shape[0], -1) for grad in grad_outputs]  # n of (N, O)
 
@@ -188,8 +189,8 @@ class FusedLoRAFunction(torch.autograd.Function):  # type: ignore[misc]
             if dropout_index is not None:
                 # Dropout applies only to the adapters: mask the gradient before that of the frozen layers is added.
                 grad_x.view(-1).index_fill_(0, dropout_index, 0)
-            for grad, layer in zip(grads, ctx.base_layers, strict=True):
-                grad_x.addmm_(grad, dequantized_weight(layer, grad.dtype))
+            for grad, (layer, weight) in zip(grads, ctx.frozen, strict=True):
+                grad_x.addmm_(grad, weight(layer).to(grad.dtype))
             grad_x = grad_x.view(ctx.shape)
 
         # In the order of forward's arguments, A and B of each layer in turn; in fp32, as the adapter's weights are.
@@ -201,11 +202,6 @@ def recompute_from(recompute: Callable[..., Tensor], sources: Sequence[Tensor], 
     """Mark x as equal, bit for bit, to `recompute(*sources)`; consuming layers then save the sources and not x."""
     setattr(x, RECOMPUTE_ATTRIBUTE, (recompute, [tensor.detach() for tensor in sources]))
     return x
-
-
-def dequantized_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight of a frozen layer, (O, I), unpacked where it is packed."""
-    return base_formats.layer_weight(layer).to(dtype)
 
 
 def apply_dropout(x: Tensor, dropout_index: Tensor | None) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.train_qlora.fused_lora import ADAPTER_NAME, dequantized_weight
+from components.train_qlora.fused_lora import ADAPTER_NAME
 from components.train_qlora.methods.lora import Lora
+from qlora_retrain.lm import base_formats
 from qlora_retrain.lm.dora import row_norms, scale_rows
 
 
@@ -33,8 +34,4 @@ class Dora(Lora):
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _norms(self, layer: Any) -> Tensor:
-        weight = dequantized_weight(layer.base_layer, self._dtype(layer))
-        return row_norms(weight, *self.matrices(layer), self.scale(layer))
-
-    def _dtype(self, layer: Any) -> torch.dtype:
-        return torch.float32 if self.config.precision == "float32" else torch.bfloat16
+        return row_norms(base_formats.layer_weight(layer.base_layer), *self.matrices(layer), self.scale(layer))

@@ -7,7 +7,8 @@ layer_weight(layer)                           of a loaded layer, whatever its fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,11 @@ def from_folder(folder: Path) -> BaseFormat:
 
 def layer_weight(layer: Any) -> Tensor:
     """Return the weight (out, in) of a loaded layer, unpacked where it is packed."""
-    for base_format in FORMATS.values():
-        if base_format.is_packed_layer(layer):
-            return base_format.layer_weight(layer)
-    weight: Tensor = layer.weight
-    return weight
+    return weight_reader(layer)(layer)
+
+
+def weight_reader(layer: Any) -> Callable[[Any], Tensor]:
+    """Return what returns the weight of this layer, however often it is asked: its format does not change."""
+    packed = (base_format for base_format in FORMATS.values() if base_format.is_packed_layer(layer))
+    base_format = next(packed, None)
+    return operator.attrgetter("weight") if base_format is None else base_format.layer_weight

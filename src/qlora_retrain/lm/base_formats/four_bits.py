@@ -87,14 +87,16 @@ class FourBits(BaseFormat):
     @staticmethod
     def is_packed_layer(layer: Any) -> bool:
         """Return whether the layer has a quantization state."""
-        return _quant_state(layer) is not None
+        return (getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)) is not None
 
     @staticmethod
     def layer_weight(layer: Any) -> Tensor:
         """Return the values of a layer's weight, in the precision for which it was quantized."""
         from bitsandbytes.functional import dequantize_4bit
 
-        weight: Tensor = dequantize_4bit(layer.weight.data, _quant_state(layer))
+        # With FSDP, a gathered weight is a plain tensor without a quantization state, but its layer still has it.
+        state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+        weight: Tensor = dequantize_4bit(layer.weight.data, state)
         return weight
 
     def load(self, from_pretrained: Callable[[str], PreTrainedModel], *, is_float32: bool) -> PreTrainedModel:
@@ -114,8 +116,3 @@ class FourBits(BaseFormat):
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
         )
-
-
-def _quant_state(layer: Any) -> Any:
-    # With FSDP, a gathered weight is a plain tensor without a quantization state, but its layer still has it.
-    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
