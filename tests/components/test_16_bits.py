@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from components.evaluate import intruders
 from components.evaluate.contestants import ContestantFolders, load_contestants
-from components.merge_adapter import candidates, exports, serving_warnings
+from components.merge_adapter import choice, exports, serving_warnings
 from components.merge_adapter.merge import merge
 from components.publish.step import _targets
 from components.quantize_model.step import run as quantize
@@ -55,7 +55,7 @@ def test_both_candidates_over_16_bits_are_the_same_so_one_is_built(
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("original", "dequantized")]
     assert files[0] == files[1]
     for base in ("auto", "measured", "dequantized", "original"):
-        config, reason = candidates.resolve_base(MergeConfig(base=base), [], is_packed=False)  # type: ignore[arg-type]
+        config, reason = choice.resolve_base(MergeConfig(base=base), [], is_packed=False)  # type: ignore[arg-type]
         assert config.base == "original"
         assert "over its 16-bit weights" in reason
 
@@ -70,7 +70,7 @@ def test_trained_weights_are_the_candidate_as_they_are(
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "merged/tokenizer.json").is_file()
     assert serving_warnings.read_warnings(trained) == []
-    _, reason = candidates.resolve_base(MergeConfig(), [], is_packed=False, is_adapter=False)
+    _, reason = choice.resolve_base(MergeConfig(), [], is_packed=False, is_adapter=False)
     assert "nothing was merged" in reason
 
     broken = Path(shutil.copytree(trained, tmp_path / "broken"))
