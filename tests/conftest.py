@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -285,6 +286,17 @@ def run_all(small_steps: dict[str, Callable[..., StepResult]]) -> Callable[[Plan
         return codes
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_collections() -> None:
+    """Leave what lives before a file's tests out of later collections; every load of a model makes one.
+
+    A process that has imported torch, Great Expectations and Airflow has millions of objects, and a collection that
+    looks at all of them takes a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
