@@ -77,7 +77,8 @@ def test_a_model_may_change_the_output_of_a_layer_in_place() -> None:
     layer = torch.nn.Linear(6, 5, bias=False).requires_grad_(False)
     x, a, b = torch.randn(4, 6), torch.randn(2, 6), torch.randn(5, 2)
     fused = [t.clone().requires_grad_() for t in (x, a, b)]
-    (output,) = FusedLoRAFunction.apply(fused[0], torch.Tensor.detach, [fused[0]], None, 2.0, [layer], *fused[1:])
+    frozen = [(layer, lambda layer: layer.weight)]
+    (output,) = FusedLoRAFunction.apply(fused[0], torch.Tensor.detach, [fused[0]], None, 2.0, frozen, *fused[1:])
     output *= 3
     output.square().sum().backward()
 

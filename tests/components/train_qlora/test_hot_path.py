@@ -315,8 +315,9 @@ def test_the_gradient_with_dropout_is_that_of_the_mask_that_was_sampled():
 
     fused = [t.clone().requires_grad_() for t in (x, a, b)]
     plain = [t.clone().requires_grad_() for t in (x, a, b)]
+    frozen = [(base_layer, lambda layer: layer.weight)]
     fused_lora.FusedLoRAFunction.apply(
-        fused[0], torch.Tensor.detach, [fused[0]], dropout_index, 2.0, [base_layer], *fused[1:]
+        fused[0], torch.Tensor.detach, [fused[0]], dropout_index, 2.0, frozen, *fused[1:]
     )[0].square().sum().backward()
     (base_layer(plain[0]) + 2.0 * (plain[0] * mask) @ plain[1].T @ plain[2].T).square().sum().backward()
     for actual, expected in zip(fused, plain, strict=True):
