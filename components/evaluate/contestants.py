@@ -49,6 +49,11 @@ class Contestant:
     is_published: bool = False
     scoring_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is more than the base."""
+        return self.name not in ("base", "base_nf4")
+
 
 def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iterator[Contestant]:
     """Load every contestant in turn; the caller must release each before it asks for the next one.

@@ -65,7 +65,7 @@ def count_confusions(
 ) -> list[tuple[str, str, int, int]]:
     """Return (answer, wrong prediction, our rows, their rows), the most changed first."""
     our_counts, their_counts = (
-        Counter((answers[score.id], str(score.predicted)) for score in scores if not score.correct)
+        Counter((answers[score.id], str(score.predicted)) for score in scores if score.correct is False)
         for scores in (ours, theirs)
     )
     pairs = sorted(

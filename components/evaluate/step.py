@@ -94,18 +94,22 @@ def _score_contestants(
         )
         done = sum(map(len, result.scores.values()))
         with contestant.scoring_context():
+            to_score = rows if contestant.is_trained else select_base_rows(rows, config.base_rows)
             scores, completions = scoring.score_and_generate(
-                config, model, tokenizer, rows, data["labels"], options,
+                config, model, tokenizer, to_score, data["labels"], options,
                 description="evaluating", done=done, total=total,
             )  # fmt: skip
+            scores = scoring.with_places(scores, rows)
             scores += scoring.score_passages(
                 model, tokenizer, passages, max_tokens=data["max_length_tokens"], batch_tokens=config.batch_tokens,
                 description="evaluating", done=done + len(rows), total=total, skip_refused=contestant.is_published,
             )  # fmt: skip
         result.scores[contestant.name], result.completions[contestant.name] = scores, completions
-        refused = sum(not score.tokens for score in scores if score.suite != "reference")
-        note = f"; its own chat template refuses {refused} others" if refused else ""
-        progress.say(f"{contestant.name}: {len(scores) - refused} rows scored{note}")
+        not_scored = sum(not score.tokens for score in scores if score.suite != "reference")
+        note = f"; its own chat template refuses {not_scored} others" if not_scored else ""
+        if not_scored and not contestant.is_trained:
+            note = f" of {len(rows)} (evaluate.base_rows)"
+        progress.say(f"{contestant.name}: {len(rows) - not_scored} rows scored{note}")
 
         # These measurements concern only the challenger, so they are made while its model is in memory.
         if contestant.name == "challenger":
@@ -123,6 +127,13 @@ def _score_contestants(
 
         # Released before the next one is loaded, so that only one model is in memory.
         del contestant, model
+
+
+def select_base_rows(rows: list[Row], max_rows: int | None) -> list[Row]:
+    """Select the evaluation rows with the smallest ids, which are hashes, and all rows of other suites."""
+    ids = sorted(row.id for row in rows if row.suite == "eval")[:max_rows]
+    selected = set(ids)
+    return [row for row in rows if row.suite != "eval" or row.id in selected]
 
 
 def _sample_training_rows(dataset: Path, max_rows: int) -> list[Row]:

@@ -77,6 +77,38 @@ def test_a_gain_must_be_certain_and_not_only_measured() -> None:
     assert verdict.decision == "refuse"
 
 
+def partly_scored(rows: Sequence[RowScore], count: int) -> list[RowScore]:
+    """Return scores of which all but the first `count` are places of rows that were not scored."""
+    return [row if i < count else RowScore(row.id, row.suite, 0.0, 0) for i, row in enumerate(rows)]
+
+
+def test_a_base_that_was_scored_on_some_rows_is_compared_on_these() -> None:
+    base, challenger = label_scores(right_answers(30)), label_scores(right_answers(90))
+    partly = {"base": partly_scored(base, 50), "challenger": challenger}
+    gain = find_rule(apply_rules(partly, FIRST), "gain_over_base")
+    alone = find_rule(apply_rules({"base": base[:50], "challenger": challenger[:50]}, FIRST), "gain_over_base")
+    assert (gain.value, gain.low, gain.high) == (alone.value, alone.low, alone.high)
+    assert gain.passed
+
+    # Fewer than the line asks for are no evidence.
+    verdict = apply_rules({"base": partly_scored(base, 29), "challenger": challenger}, FIRST)
+    assert verdict.decision == "insufficient evidence"
+    assert "rows of 29 different prompts can be compared with the base" in verdict.sentence
+
+
+def test_metrics_count_the_rows_that_were_scored() -> None:
+    rows = label_scores(right_answers(30))
+    answers = {row.id: "a" for row in rows}
+    metrics = compute_metrics(partly_scored(rows, 50), FIRST, answers)
+    assert metrics == compute_metrics(rows[:50], FIRST, answers)
+    assert metrics["rows"] == 50
+
+
+def test_a_base_on_fewer_rows_than_a_rule_needs_is_refused_by_the_config() -> None:
+    with pytest.raises(ValueError, match="base_rows: 20 are fewer than min_prompts: 30"):
+        EvaluateConfig(base_rows=20)
+
+
 def test_a_champion_that_may_be_better_by_more_than_the_limit_refuses() -> None:
     scores = {
         "base": label_scores(right_answers(10)),

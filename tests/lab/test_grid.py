@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qlora_retrain.config.line import load
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lab.grid import MAX_POINTS, Grid, Point, build_grid, parse_variation, points_of, skipped
+from qlora_retrain.lab.grid import MAX_POINTS, Grid, Point, build_grid, points_of, skipped
+from qlora_retrain.lab.variations import parse_variation, read_named
 
 KNOBS = ("train.rank", "train.epochs", "quantize.double_quant", "train.target_modules")
 VALUE = st.one_of(st.integers(-5, 99), st.booleans(), st.none(), st.lists(st.sampled_from("abc"), max_size=3))
@@ -75,6 +76,47 @@ def test_a_setting_is_varied_once_and_a_grid_has_a_limit() -> None:
         points_of([parse_variation("train.seed=1,2")], 3)
     with pytest.raises(UsageError, match=r"2,002 points, expected at most 1,000"):
         points_of([parse_variation(f"train.rank={','.join(map(str, range(1, MAX_POINTS + 2)))}")], 2)
+
+
+def named_points(folder: Path, text: str) -> Path:
+    path = folder / "points.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_named_settings_are_one_more_variation(tmp_path: Path) -> None:
+    path = named_points(tmp_path, "small: {train.rank: 4}\nfull: {train.method: full, quantize.format: none}\n")
+    points = points_of([parse_variation("train.epochs=1,2")], None, read_named(path))
+    assert [point.label for point in points] == [
+        "small, epochs 1", "small, epochs 2", "full, epochs 1", "full, epochs 2",
+    ]  # fmt: skip
+    assert points[3].overrides == ['train.method="full"', 'quantize.format="none"', "train.epochs=2"]
+    assert [point.label for point in points_of([], None, read_named(path))] == ["small", "full"]
+    with pytest.raises(UsageError, match=r"train.rank: expected each setting once"):
+        points_of([parse_variation("train.rank=4,8")], None, read_named(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected names with settings"),
+        ("[train.rank]", "expected names with settings"),
+        ("small: 4", "small: expected settings as"),
+        ("small: {rank: 4}", "small: expected settings as"),
+        ("small: {evaluate.seed: 4}", "all runs of a lab share their data"),
+        ("a: {train.rank: 4}\nb: {train.rank: 4}", "a and b have the same settings"),
+        ("a: {train.rank: 4", "not valid YAML"),
+    ],
+)
+def test_a_file_of_points_that_cannot_be_read_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_named(named_points(tmp_path, text))
+
+
+def test_a_named_setting_that_the_line_refuses_names_its_origin(line: Path, tmp_path: Path) -> None:
+    named = read_named(named_points(tmp_path, "a: {train.rank: 4}\nb: {train.rank: 0}"))
+    with pytest.raises(UsageError, match=r"--points train.rank=0: .*greater than or equal to 1"):
+        build_grid(points_of([], None, named), lambda p: load(line, p.overrides), skip_impossible=True)
 
 
 def build(line: Path, *texts: str, skip_impossible: bool = False) -> Grid[int]:

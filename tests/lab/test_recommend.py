@@ -172,7 +172,14 @@ def test_the_page_has_the_numbers_of_the_document() -> None:
     small, large = candidate("rank 8", right(150), right(144)), candidate("rank 64", right(180), right(171), mib=8)
     candidates = ranked([small, large], "accuracy", SETTINGS)
     recommendation = recommend(candidates, "accuracy", SETTINGS)
-    facts = {"line": "intents", "version": "0", "vary": {"train.rank": [8, 64]}, "seeds": 2, "judge_fraction": 0.1}
+    facts = {
+        "line": "intents",
+        "version": "0",
+        "vary": {"train.rank": [8, 64]},
+        "named": {},
+        "seeds": 2,
+        "judge_fraction": 0.1,
+    }
     failed = [{"label": "rank 512, seed 0", "exit_code": 137, "message": "train: out of <memory> (137)"}]
     document = summary.summarise(
         facts, candidates, recommendation, "accuracy", SETTINGS, failed=failed, skipped=[("rank 0", "no rank")]
@@ -205,7 +212,7 @@ def test_a_page_without_costs_and_losses_is_made_too() -> None:
     only = candidate("a", right(9))
     only.results[0].numbers.update(peak_memory_mib=None, tokens_per_second=None, intruder_dimensions=None, loss=None)
     document = summary.summarise(
-        {"line": "x", "version": "0", "vary": {}, "seeds": None, "judge_fraction": 0.1}, [only], answer(only),
+        {"line": "x", "version": "0", "vary": {}, "named": {}, "seeds": None, "judge_fraction": 0.1}, [only], answer(only),
         "accuracy", SETTINGS, failed=[], skipped=[],
     )  # fmt: skip
     page = report.render(json.loads(json.dumps(document)))

@@ -31,6 +31,12 @@ def add_verbs(verbs: Any, options: Options) -> None:
         metavar="SECTION.KNOB=V1,V2",
         help="train with each of these values; several --vary are multiplied (repeatable)",
     )
+    verb.add_argument(
+        "--points",
+        type=Path,
+        metavar="FILE",
+        help="train with each of the settings that a YAML file names: {name: {section.knob: value}}",
+    )
     verb.add_argument("--seeds", type=_positive, metavar="N", help="train each point with train.seed 0 to N-1")
     verb.add_argument(
         "--skip-impossible", action="store_true", help="leave out combinations that the line refuses, and list them"
@@ -50,12 +56,13 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
 
 def _lab(args: argparse.Namespace) -> int:
-    from qlora_retrain.lab import experiment, grid, runs
+    from qlora_retrain.lab import experiment, runs, variations
 
     options = experiment.LabOptions(
         config=args.config,
         root=store_root(args),
-        vary=tuple(map(grid.parse_variation, args.vary)),
+        vary=tuple(map(variations.parse_variation, args.vary)),
+        named=variations.read_named(args.points) if args.points else (),
         overrides=tuple(args.set),
         num_seeds=args.seeds,
         skip_impossible=args.skip_impossible,

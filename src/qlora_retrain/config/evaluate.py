@@ -65,6 +65,13 @@ class EvaluateConfig(Section):
         le=1_000_000,
     )
 
+    base_rows: int | None = identity(
+        None,
+        "evaluation rows, at most and chosen by hash, on which the base is scored without the adapter; an untrained "
+        "model takes long where there are many labels. null: all",
+        ge=1,
+    )
+
     # The limits, each against another contestant. Margins are in accuracy points / 100, or in nats per token.
     min_gain_over_base: float = identity(
         0.0, "the gain's lower bound must lie above this (accuracy points/100, or nats)", ge=0.0
@@ -135,4 +142,9 @@ class EvaluateConfig(Section):
         for names in ([self.primary_metric] if self.primary_metric else [], self.floors):
             if missing := sorted(set(names) - set(self.metrics)):
                 raise ValueError(f"{', '.join(missing)}: not among metrics, so it would not be measured; add it there")
+        if self.base_rows is not None and self.base_rows < self.min_prompts:
+            raise ValueError(
+                f"base_rows: {self.base_rows} are fewer than min_prompts: {self.min_prompts}, so no gain over the base "
+                "could be shown; set more, or leave base_rows out"
+            )
         return self

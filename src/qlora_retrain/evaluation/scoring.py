@@ -117,13 +117,16 @@ def score_and_generate(
         answers = answer_endings.measure(settings, model, tokenizer, rows, labels, generated)
         scores = answer_endings.with_endings(scores, answers)
 
-    # A row without tokens holds the place of a row that the template refuses.
-    carried = iter(scores)
-    all_scores = [
-        next(carried) if refusal is None else RowScore(row.id, row.suite, 0.0, 0, prompt_id=row.prompt_id)
-        for row, refusal in zip(all_rows, refusals, strict=True)
+    texts = {row_id: completion.text for row_id, completion in generated.items()}
+    return with_places(scores, all_rows), texts
+
+
+def with_places(scores: Sequence[RowScore], rows: Sequence[Row]) -> list[RowScore]:
+    """Return a score for each row, in the order of `rows`: one without tokens holds the place of a row without one."""
+    by_row = {(score.suite, score.id): score for score in scores}
+    return [
+        by_row.get((row.suite, row.id), RowScore(row.id, row.suite, 0.0, 0, prompt_id=row.prompt_id)) for row in rows
     ]
-    return all_scores, {row_id: completion.text for row_id, completion in generated.items()}
 
 
 def score_rows(

@@ -19,10 +19,11 @@ from qlora_retrain.config.line import section_model
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Exit, UsageError
 from qlora_retrain.lab import grid, recommend, report, summary
-from qlora_retrain.lab.grid import Grid, Variation
+from qlora_retrain.lab.grid import Grid
 from qlora_retrain.lab.plans import LabPlanner, PointSettings
 from qlora_retrain.lab.results import Candidate, read_result
 from qlora_retrain.lab.runs import Job, Outcome, run_jobs
+from qlora_retrain.lab.variations import NamedSettings, Variation
 from qlora_retrain.pipeline.plan import Plan
 
 
@@ -34,6 +35,7 @@ class LabOptions:
         config: The line's file.
         root: The store's URI.
         vary: The settings that are varied.
+        named: Settings that belong together, each with a name.
         overrides: Settings of all points.
         num_seeds: Train every combination with the seeds 0, 1, ...; None: with the line's seed alone.
         skip_impossible: Leave out combinations that the line refuses.
@@ -46,6 +48,7 @@ class LabOptions:
     config: Path
     root: str
     vary: tuple[Variation, ...]
+    named: tuple[NamedSettings, ...] = ()
     overrides: tuple[str, ...] = ()
     num_seeds: int | None = None
     skip_impossible: bool = False
@@ -75,7 +78,7 @@ def run(options: LabOptions) -> tuple[dict[str, Any], Path]:
     planner = LabPlanner.for_line(
         options.config, options.root, options.overrides, options.judge_fraction, datetime.now(UTC)
     )
-    points = grid.points_of(options.vary, options.num_seeds)
+    points = grid.points_of(options.vary, options.num_seeds, options.named)
     built = grid.build_grid(points, planner.resolve, skip_impossible=options.skip_impossible)
     plans = planner.write([planner.plan(settings) for _, settings in built.points])
 
@@ -94,9 +97,11 @@ def run(options: LabOptions) -> tuple[dict[str, Any], Path]:
 
 def _refuse_unmeasured(options: LabOptions) -> None:
     merge = graph.step(graph.producer_name("model")).section
-    varied = [variation.knob for variation in options.vary if variation.knob.startswith(f"{merge}.")]
-    if varied and not options.has_merge:
-        raise UsageError(f"--vary {varied[0]}: changes nothing without --merge, which merges every adapter; add it")
+    varied = [("--vary", variation.knob) for variation in options.vary]
+    varied += [("--points", knob) for named in options.named for knob, _ in named.settings]
+    for option, knob in varied:
+        if knob.startswith(f"{merge}.") and not options.has_merge:
+            raise UsageError(f"{option} {knob}: changes nothing without --merge, which merges every adapter; add it")
 
 
 def _make_shared(plans: Sequence[Plan], parallel: int, logs: Path) -> None:
@@ -140,7 +145,7 @@ def _document(
     for (point, _), plan, outcome in zip(built.points, plans, outcomes, strict=True):
         result = read_result(point, plan, settings)
         if result is not None and result.numbers["metric"] is not None:
-            candidate = candidates.setdefault(point.label, Candidate(point.label, dict(point.settings)))
+            candidate = candidates.setdefault(point.label, Candidate(point.label, dict(point.all_settings)))
             candidate.results.append(result)
         if outcome.code:
             failed.append({"label": point.run_label, "exit_code": outcome.code, "message": outcome.message})
@@ -175,6 +180,7 @@ def _facts(options: LabOptions, line: str) -> dict[str, Any]:
         "line": line,
         "version": qlora_retrain.__version__,
         "vary": {variation.knob: list(variation.values) for variation in options.vary},
+        "named": {named.name: dict(named.settings) for named in options.named},
         "seeds": options.num_seeds,
         "judge_fraction": options.judge_fraction,
         "has_merge": options.has_merge,

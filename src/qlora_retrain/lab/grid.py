@@ -1,6 +1,7 @@
 """The grid of a lab: which settings are combined, and which combinations the line refuses.
 
-Command: `qlora-retrain lab CONFIG --vary train.rank=4,16,64 --vary train.method=lora,dora`
+Command: `qlora-retrain lab CONFIG --vary train.rank=4,16,64 --vary train.method=lora,dora`, or `--points FILE` for
+settings that belong together.
 """
 
 from __future__ import annotations
@@ -13,25 +14,14 @@ from typing import Annotated, Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from qlora_retrain.config import bounded_yaml
 from qlora_retrain.config.line import section_model
-from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lab.variations import NamedSettings, Variation
 
-# The sections whose settings may differ. With others the runs would not share their data and their measure.
-SECTIONS = ("quantize", "train", "merge")
 SEED = "train.seed"
 # More would be a mistake: a day has 1,440 minutes.
 MAX_POINTS = 1000
 Built = TypeVar("Built")
-
-
-@dataclass(frozen=True, slots=True)
-class Variation:
-    """A setting that is varied, e.g. `train.rank`, and its values as YAML reads them."""
-
-    knob: str
-    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +31,37 @@ class Point:
     Attributes:
         settings: Pairs of a knob and its value, in the order of the command line.
         seed: The value of `train.seed`; None: the line's.
+        named: The settings with a name, where the grid has such.
     """
 
     settings: tuple[tuple[str, Any], ...]
     seed: int | None = None
+    named: NamedSettings | None = None
+
+    @property
+    def all_settings(self) -> tuple[tuple[str, Any], ...]:
+        """Return every setting in which the point differs from the line, but the seed."""
+        return (*(self.named.settings if self.named else ()), *self.settings)
 
     @property
     def overrides(self) -> list[str]:
         """Return what `--set` would say."""
         seed = () if self.seed is None else ((SEED, self.seed),)
-        return [f"{knob}={json.dumps(value)}" for knob, value in (*self.settings, *seed)]
+        return [f"{knob}={json.dumps(value)}" for knob, value in (*self.all_settings, *seed)]
 
     @property
     def label(self) -> str:
-        """Return the varied settings in words, e.g. `rank 8, method dora`; two of one name have their sections."""
+        """Return the varied settings in words, e.g. `rank 8, method dora`, after the name that some of them have.
+
+        Two settings of one name have their sections.
+        """
         names = [knob.partition(".")[2] for knob, _ in self.settings]
         words = [
             f"{name if names.count(name) == 1 else knob} {_as_text(value)}"
             for name, (knob, value) in zip(names, self.settings, strict=True)
         ]
+        if self.named:
+            words.insert(0, self.named.name)
         return ", ".join(words) or "the line's settings"
 
     @property
@@ -84,47 +86,29 @@ class Grid(Generic[Built]):
     impossible: list[Impossible]
 
 
-def parse_variation(text: str) -> Variation:
-    """Parse `SECTION.KNOB=V1,V2,...`; each value is YAML, so a list stands in brackets.
-
-    Raises:
-        UsageError: For another form, for a section that runs must share, and for a value that stands there twice.
-    """
-    knob, equals, values_text = text.partition("=")
-    section, dot, name = knob.partition(".")
-    place = f"--vary {uris.mask_secrets(text)}"
-    if not (equals and dot and name and values_text.strip()):
-        raise UsageError(f"{place}: expected SECTION.KNOB=VALUE,VALUE, e.g. train.rank=4,16,64")
-    if section not in SECTIONS:
-        raise UsageError(
-            f"{place}: expected a setting of {', '.join(SECTIONS)}, since all runs of a lab share their data and are "
-            f"judged in one way; set {knob} for all of them with --set"
-        )
-    values, _ = bounded_yaml.parse(f"[{values_text}]", place)
-    texts = [json.dumps(value) for value in values]
-    if repeated := next((value for value in texts if texts.count(value) > 1), None):
-        raise UsageError(f"{place}: names the value {repeated} twice; name each value once")
-    return Variation(knob, tuple(values))
-
-
-def points_of(variations: Sequence[Variation], num_seeds: int | None) -> list[Point]:
+def points_of(
+    variations: Sequence[Variation], num_seeds: int | None, named: Sequence[NamedSettings] = ()
+) -> list[Point]:
     """Return every combination of the values, the last variation changing fastest, and of each all seeds in turn.
+
+    Settings with names change slowest.
 
     Raises:
         UsageError: If a setting is varied twice, or there are more than `MAX_POINTS` points.
     """
-    knobs = [variation.knob for variation in variations] + ([SEED] if num_seeds is not None else [])
+    own_knobs = dict.fromkeys(knob for item in named for knob, _ in item.settings)
+    knobs = [*own_knobs, *(variation.knob for variation in variations), *([SEED] if num_seeds is not None else [])]
     if repeated := next((knob for knob in knobs if knobs.count(knob) > 1), None):
         also = "; --seeds varies it too" if repeated == SEED and num_seeds is not None else ""
         raise UsageError(f"--vary {repeated}: expected each setting once, found it twice{also}; name all values there")
     seeds = [None] if num_seeds is None else list(range(num_seeds))
-    num_points = len(seeds)
+    num_points = len(seeds) * max(len(named), 1)
     for variation in variations:
         num_points *= len(variation.values)
     if num_points > MAX_POINTS:
         raise UsageError(f"the grid has {num_points:,} points, expected at most {MAX_POINTS:,}; leave out values")
-    combinations = itertools.product(*([(v.knob, value) for value in v.values] for v in variations))
-    return [Point(settings, seed) for settings in combinations for seed in seeds]
+    combinations = list(itertools.product(*([(v.knob, value) for value in v.values] for v in variations)))
+    return [Point(settings, seed, item) for item in named or (None,) for settings in combinations for seed in seeds]
 
 
 def build_grid(points: Sequence[Point], build: Callable[[Point], Built], *, skip_impossible: bool) -> Grid[Built]:
@@ -150,20 +134,26 @@ def build_grid(points: Sequence[Point], build: Callable[[Point], Built], *, skip
         except UsageError as error:
             impossible.append(Impossible(point, str(error)))
 
-    possible = {_as_json(setting) for point, _ in built for setting in point.settings}
+    possible = {_as_json(setting) for point, _ in built for setting in point.all_settings}
     for item in impossible:
-        for knob, value in item.point.settings:
+        for knob, value in item.point.all_settings:
             if _as_json((knob, value)) not in possible and not _fits_field(knob, value):
-                raise UsageError(f"--vary {knob}={_as_text(value)}: {item.reason}")
+                raise UsageError(f"{_origin(item.point, knob)} {knob}={_as_text(value)}: {item.reason}")
     if impossible and not (skip_impossible and built):
         num_impossible = len({item.point.label for item in impossible})
         total = len({point.label for point in points})
-        advice = "change --vary, or leave them out with --skip-impossible" if built else "change --vary"
+        options = "--points" if impossible[0].point.named else "--vary"
+        advice = f"change {options}, or leave them out with --skip-impossible" if built else f"change {options}"
         raise UsageError(
             f"{impossible[0].point.label}: {impossible[0].reason}\n{num_impossible} of {total} combinations cannot be "
             f"run: {advice}"
         )
     return Grid(built, impossible)
+
+
+def _origin(point: Point, knob: str) -> str:
+    """Return the option that a setting of a point comes from."""
+    return "--vary" if knob in dict(point.settings) else "--points"
 
 
 def _fits_field(knob: str, value: Any) -> bool:

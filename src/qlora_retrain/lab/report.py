@@ -142,6 +142,7 @@ def _facts(document: Document) -> dict[str, object]:
         "line": document["line"],
         "varied": "; ".join(f"{knob}: {', '.join(map(str, values))}" for knob, values in document["vary"].items())
         or "-",
+        **({"named": ", ".join(document["named"])} if document["named"] else {}),
         "seeds": document["seeds"] or "the line's",
         "judged by, fraction of the training prompts": document["judge_fraction"],
         "rows that judge": document["judge_rows"],

@@ -68,6 +68,23 @@ def test_evaluate_passes_a_first_release_that_learned_its_labels(
     assert {len(s) for s in scores.values()} == {36 + 12 + 4}
 
 
+def test_the_base_may_be_scored_on_some_rows(
+    inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
+) -> None:
+    dataset = write_dataset(tmp_path / "dataset", golden=12)
+    config = CONFIG.model_copy(update={"base_rows": 31})
+    report = run(config, dataset, **inputs, champion=None, anchor=None, golden_data=None, reference_data=None,
+                 evaluation=evaluation)  # fmt: skip
+    assert report.refused is None
+    counts = {name: values["rows"] for name, values in read_document(evaluation)["contestants"].items()}
+    assert counts == {"base": 31, "base_nf4": 31, "challenger": 36}
+    scores = read_scores(evaluation / "scores.jsonl")
+    assert [s.id for s in scores["base"]] == [s.id for s in scores["challenger"]]
+    scored = {s.id for s in scores["base"] if s.suite == "eval" and s.tokens}
+    assert scored == {s.id for s in scores["base_nf4"] if s.suite == "eval" and s.tokens}
+    assert "None" not in (evaluation / "report.html").read_text()
+
+
 def test_the_4_bit_base_is_scored_with_the_adapter_off(
     inputs: dict[str, Path], write_dataset: Callable[..., Path], tmp_path: Path, evaluation: Path
 ) -> None:

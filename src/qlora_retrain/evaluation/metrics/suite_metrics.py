@@ -61,6 +61,8 @@ def compute_metrics(rows: Sequence[RowScore], settings: EvaluateConfig, answers:
     if not all(math.isfinite(s.loss_nats) for s in rows) or not sum(s.tokens for s in rows):
         return {"loss": None, "perplexity": None, **_counts(rows)}
 
+    # A row without tokens was not scored by this contestant.
+    rows = [s for s in rows if s.tokens]
     options, prompts = BootstrapSettings.from_config(settings), [s.prompt for s in rows]
     loss = bootstrap.ratio_interval([s.loss_nats for s in rows], [s.tokens for s in rows], options, prompts)
     values: MetricValues = {"loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}

@@ -68,8 +68,14 @@ def apply(scores: Scores, settings: EvaluateConfig, *, is_final: bool = True) ->
 
 def gain_over_base(scores: Scores, metric: Metric, settings: EvaluateConfig) -> RuleResult:
     """Check that the challenger is certainly better than the base."""
+    limit = settings.min_gain_over_base
+    prompts = count_prompts(ours for ours, _ in comparable_pairs(scores, "base", "eval", metric))
+    if prompts < settings.min_prompts:
+        text = f"rows of {prompts} different prompts can be compared with the base, and at least "
+        text += f"{settings.min_prompts} are needed (evaluate.min_prompts; evaluate.base_rows says how many are scored)"
+        return RuleResult("gain_over_base", text, prompts, limit=settings.min_prompts)
     # The rule uses the lower end and not the value, because a measured gain may be due to chance.
-    gain, limit = gain_interval(scores, "base", "eval", metric, settings), settings.min_gain_over_base
+    gain = gain_interval(scores, "base", "eval", metric, settings)
     text = f"{display_name(metric)} against the base: {format_interval(gain)}; its lower end must lie above {limit:g}"
     text += _mcnemar_note(scores, "base", metric)
     return RuleResult.from_interval("gain_over_base", text, gain, limit, gain.low > limit)

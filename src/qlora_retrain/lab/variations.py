@@ -1,0 +1,83 @@
+"""What a lab varies: settings with several values each, and settings that belong together under a name.
+
+On the command line `--vary train.rank=4,16,64`, and `--points FILE` with `{name: {section.knob: value, ...}, ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_retrain.config import bounded_yaml
+from qlora_retrain.core import uris
+from qlora_retrain.core.errors import UsageError
+
+# The sections whose settings may differ. With others the runs would not share their data and their measure.
+SECTIONS = ("quantize", "train", "merge")
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """A setting that is varied, e.g. `train.rank`, and its values as YAML reads them."""
+
+    knob: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSettings:
+    """Settings that belong together, with a name; several are one more variation of a grid."""
+
+    name: str
+    settings: tuple[tuple[str, Any], ...]
+
+
+def parse_variation(text: str) -> Variation:
+    """Parse `SECTION.KNOB=V1,V2,...`; each value is YAML, so a list stands in brackets.
+
+    Raises:
+        UsageError: For another form, for a section that runs must share, and for a value that stands there twice.
+    """
+    knob, equals, values_text = text.partition("=")
+    _, dot, name = knob.partition(".")
+    place = f"--vary {uris.mask_secrets(text)}"
+    if not (equals and dot and name and values_text.strip()):
+        raise UsageError(f"{place}: expected SECTION.KNOB=VALUE,VALUE, e.g. train.rank=4,16,64")
+    _refuse_shared(knob, place)
+    values, _ = bounded_yaml.parse(f"[{values_text}]", place)
+    texts = [json.dumps(value) for value in values]
+    if repeated := next((value for value in texts if texts.count(value) > 1), None):
+        raise UsageError(f"{place}: names the value {repeated} twice; name each value once")
+    return Variation(knob, tuple(values))
+
+
+def read_named(path: Path) -> tuple[NamedSettings, ...]:
+    """Read a YAML file of settings by name: `{name: {section.knob: value, ...}, ...}`.
+
+    Raises:
+        UsageError: For another form, for a section that runs must share, and for two names with the same settings.
+    """
+    place = f"--points {path}"
+    document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), str(path))
+    if not isinstance(document, dict) or not document:
+        raise UsageError(f"{place}: expected names with settings, e.g. `small: {{train.rank: 4, train.alpha: 8}}`")
+    named: dict[str, str] = {}
+    for name, settings in document.items():
+        if not isinstance(settings, dict) or not all(isinstance(knob, str) and "." in knob for knob in settings):
+            raise UsageError(f"{place}: {name}: expected settings as `section.knob: value`, e.g. `train.rank: 4`")
+        for knob in settings:
+            _refuse_shared(knob, f"{place}: {name}")
+        same = named.setdefault(json.dumps(settings, sort_keys=True), str(name))
+        if same != str(name):
+            raise UsageError(f"{place}: {same} and {name} have the same settings; leave one of them out")
+    return tuple(NamedSettings(str(name), tuple(settings.items())) for name, settings in document.items())
+
+
+def _refuse_shared(knob: str, place: str) -> None:
+    if knob.partition(".")[0] not in SECTIONS:
+        raise UsageError(
+            f"{place}: expected a setting of {', '.join(SECTIONS)}, since all runs of a lab share their data and are "
+            f"judged in one way; set {knob} for all of them with --set"
+        )
