@@ -23,15 +23,15 @@ from pathlib import Path
 
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 
-from qlora_retrain.config import bounded_yaml, platform, schedule
+from qlora_retrain.config import bounded_yaml, schedule
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
 from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import params
-from qlora_retrain.runtimes.airflow.local import LocalStepOperator
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
+from qlora_retrain.runtimes.airflow.step_tasks import step_operator
 
 PROJECT = Path(__file__).resolve().parents[1]
 # Airflow gives up on this file, and so on every line, after 50 seconds. It needs four times as long for what it gets.
@@ -71,42 +71,12 @@ def line_dag(path: Path) -> DAG:
     )
     tasks: dict[str, BaseOperator] = {PLAN_TASK: plan}
     for step in STEPS:
-        tasks[step.name] = step_task(step, config, dag)
+        operator, arguments = step_operator(step, config)
+        tasks[step.name] = operator(**arguments, doc_md=step_doc(step), dag=dag)
     # The steps that read only sources have no upstream step; they wait for the plan.
     for step in STEPS:
         tasks[step.name].set_upstream([tasks[name] for name in upstream_steps(step) or (PLAN_TASK,)])
     return dag
-
-
-def step_task(step: Step, config: LineConfig, dag: DAG) -> BaseOperator:
-    """Make a step's task in the runtime that the platform has for the line."""
-    runtime = platform.load().runtime_of(config.line)
-    common = {
-        "task_id": step.name,
-        "step": step.name,
-        "line": config.line,
-        "alias": config.publish.promote_to,
-        "execution_timeout": deadlines.line_timeout(config, step.name),
-        "doc_md": step_doc(step),
-        "dag": dag,
-    }
-
-    # Imported only where a line uses them, because this file is parsed again and again and providers import slowly.
-    if runtime.kind == "docker":
-        from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
-
-        return DockerStepOperator(runtime=runtime, **common)
-    if runtime.kind == "kubernetes":
-        from qlora_retrain.config import cluster_profile
-        from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
-
-        profile = cluster_profile.from_environment()
-        # One slot for each GPU, so that Airflow starts no more pods than the cluster has GPUs.
-        pool = {"pool": profile.gpu_pool, "pool_slots": profile.gpus(step)} if profile.gpu_pool else {}
-        return KubernetesStepOperator(
-            runtime=runtime, profile=profile, **common, **(pool if profile.gpus(step) else {})
-        )
-    return LocalStepOperator(**common)
 
 
 def broken_dag(dag_id: str, reason: str, schedule: CronTriggerTimetable | None) -> DAG:

@@ -72,7 +72,7 @@ def test_a_lock_has_the_versions_that_are_pinned(name: str) -> None:
 @pytest.mark.parametrize(
     ("locks", "extras"),
     [
-        (["environment", "environment-cpu"], ["light", "train", "airflow", "demo", "dev"]),
+        (["environment", "environment-cpu"], ["light", "train", "airflow", "search", "demo", "dev"]),
         (["images/light"], ["light"]),
         (["images/train-cpu"], ["train"]),
     ],

@@ -45,8 +45,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def airflow(tmp_path_factory: pytest.TempPathFactory, rows: Path, tiny_model: Path) -> Iterator[StandaloneAirflow]:
     folder = tmp_path_factory.mktemp("embedded")
     write_line(folder / "pipelines", rows, tiny_model)
+    (folder / "pipelines" / "letters.yaml").write_text(
+        f"line: letters\nsources: {{raw_data: {rows}, base_model: {tiny_model}}}\n"
+        "data: {task: labels}\ntrain: {max_steps: 2}\nevaluate: {stop_rows: 0, train_rows: 0, bootstrap_samples: 200}\n"
+    )
+    (folder / "platform.yaml").write_text("labs: [letters]\n")
     environment = {
         "QLORA_RETRAIN_PIPELINES": str(folder / "pipelines"),
+        "QLORA_RETRAIN_PLATFORM": str(folder / "platform.yaml"),
         "QLORA_RETRAIN_ROOT": (folder / "store").as_uri(),
     }
     with StandaloneAirflow(folder / "home", environment=environment) as airflow:
@@ -99,6 +105,33 @@ def test_a_run_with_a_changed_knob_is_planned_with_it_and_a_refusal_fails_at_onc
     assert any(
         "data.min_train_rows = 100000" in line for line in airflow.api.log_lines("tickets", run_id, "validate_data")
     )
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_lab_maps_its_steps_over_the_points(airflow: StandaloneAirflow) -> None:
+    airflow.wait_for_dag("letters-lab")
+    airflow.api.unpause("letters-lab")
+    run_id = airflow.api.trigger("letters-lab", {"vary": ["train.rank=2,4"], "judge_fraction": 0.2})
+    assert airflow.api.wait_until_finished("letters-lab", run_id, timeout_seconds=400) == "success"
+
+    tasks = airflow.api.task_states("letters-lab", run_id)
+    states = sorted((task.task_id, task.state) for task in tasks)
+    assert states == [
+        ("bases.quantize_model", "success"),
+        ("list_bases", "success"),
+        ("plan", "success"),
+        # Measured, and no better than the base, so there is nothing to merge; that is no failure of a lab.
+        *[("points.evaluate", "skipped")] * 2,
+        *[("points.merge_adapter", "skipped")] * 2,
+        *[("points.train_qlora", "success")] * 2,
+        ("report", "success"),
+        ("validate_data", "success"),
+    ]
+    (report,) = (airflow.home.parent / "store" / "runs").glob("*/lab.json")
+    document = json.loads(report.read_text())
+    assert {point["label"] for point in document["points"]} == {"rank 2", "rank 4"}
+    assert document["recommendation"]["sentence"] in (report.parent / "report.html").read_text()
 
 
 @pytest.mark.airflow

@@ -129,3 +129,34 @@ def test_a_share_that_is_too_small_to_judge_by_is_refused_once_for_all_points(la
     assert result.exit_code == 10, result.text
     assert "a larger share gives more prompts to judge by" in result.err
     assert "rank 2" not in result.err
+
+
+@pytest.mark.soak
+def test_a_search_tries_points_and_goes_on_with_more(make_project: Callable) -> None:  # type: ignore[type-arg]
+    project = make_project(rows=240, train={"max_steps": 4, "num_evals": 2}, evaluate={"bootstrap_samples": 200})
+    command = ("lab", project.config, "--root", project.root, "--out", project.folder / "lab", "--json")
+    search = ("--search", "optuna", "--vary", "train.learning_rate=1e-4..1e-2", "--vary", "train.rank=2,4")
+    first = project.cli(*command, *search, "--trials", 2)
+    assert first.exit_code == 0, first.text
+    assert len(json.loads(first.out)["points"]) == 2
+    before = manifests(project)
+    second = project.cli(*command, *search, "--trials", 3, "--parallel", 2)
+    assert second.exit_code == 0, second.text
+    assert len(json.loads(second.out)["points"]) == 3
+    assert before.items() <= manifests(project).items(), "something was made twice"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--search", "optuna"), "nothing to search"),
+        (("--search", "optuna", "--vary", "train.rank=2..8", "--seeds", "2"), "a search compares single runs"),
+        (("--trials", "3", "--vary", "train.rank=2,8"), "is for a search"),
+        (("--vary", "train.rank=2..8"), "a range is for --search"),
+    ],
+)
+def test_options_of_another_mode_are_refused(make_project: Callable, options: tuple[str, ...], message: str) -> None:  # type: ignore[type-arg]
+    project = make_project(rows=60)
+    result = project.cli("lab", project.config, "--root", project.root, *options)
+    assert result.exit_code == 12, result.text
+    assert message in result.err

@@ -212,8 +212,8 @@ def test_a_page_without_costs_and_losses_is_made_too() -> None:
     only = candidate("a", right(9))
     only.results[0].numbers.update(peak_memory_mib=None, tokens_per_second=None, intruder_dimensions=None, loss=None)
     document = summary.summarise(
-        {"line": "x", "version": "0", "vary": {}, "named": {}, "seeds": None, "judge_fraction": 0.1}, [only], answer(only),
-        "accuracy", SETTINGS, failed=[], skipped=[],
+        {"line": "x", "version": "0", "vary": {}, "named": {}, "seeds": None, "judge_fraction": 0.1},
+        [only], answer(only), "accuracy", SETTINGS, failed=[], skipped=[],
     )  # fmt: skip
     page = report.render(json.loads(json.dumps(document)))
     assert "nothing was measured" in page

@@ -12,8 +12,10 @@ from typing import Any
 
 from qlora_retrain.cli.options import Options
 from qlora_retrain.core.arguments import store_root
+from qlora_retrain.core.errors import UsageError
 
 _MAX_JUDGE_FRACTION = 0.5
+_TRIALS = 20
 
 
 def add_verbs(verbs: Any, options: Options) -> None:
@@ -49,6 +51,10 @@ def add_verbs(verbs: Any, options: Options) -> None:
         help="the share of the training prompts that judges and is not trained on (0.1)",
     )
     verb.add_argument("--parallel", type=_positive, default=1, metavar="N", help="run so many points at once (1)")
+    verb.add_argument(
+        "--search", choices=["optuna"], help="propose points instead of combining all values; takes ranges, LOW..HIGH"
+    )
+    verb.add_argument("--trials", type=_positive, metavar="N", help="how many points a search tries (20)")
     verb.add_argument("--merge", action="store_true", help="merge every adapter too, and measure what merging costs")
     verb.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes (lab-LINE)")
     verb.add_argument("--json", action="store_true", help="print lab.json instead of the recommendation")
@@ -56,9 +62,11 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
 
 def _lab(args: argparse.Namespace) -> int:
-    from qlora_retrain.lab import experiment, runs, variations
+    from qlora_retrain.lab import experiment, planned, runs, variations
+    from qlora_retrain.lab.options import LabOptions
 
-    options = experiment.LabOptions(
+    _refuse_other_mode(args)
+    options = LabOptions(
         config=args.config,
         root=store_root(args),
         vary=tuple(map(variations.parse_variation, args.vary)),
@@ -70,12 +78,13 @@ def _lab(args: argparse.Namespace) -> int:
         parallel=args.parallel,
         has_merge=args.merge,
         out=args.out,
+        num_trials=(args.trials or _TRIALS) if args.search else None,
     )
     try:
         document, out = experiment.run(options)
     except runs.Interrupted:
         return 128 + signal.SIGINT
-    except experiment.NothingMeasured as failure:
+    except planned.NothingMeasured as failure:
         print(f"qlora-retrain: {failure}", file=sys.stderr)
         return failure.code
     if args.json:
@@ -86,6 +95,18 @@ def _lab(args: argparse.Namespace) -> int:
         print(f"{len(document['failed'])} runs did not finish; the report says why", file=sys.stderr)
     print(f"report: {out / 'report.html'}", file=sys.stderr)
     return 0
+
+
+def _refuse_other_mode(args: argparse.Namespace) -> None:
+    """Refuse options that a grid or a search does not have."""
+    if args.search and not (args.vary or args.points):
+        raise UsageError("--search: nothing to search; add --vary SECTION.KNOB=LOW..HIGH or V1,V2, or --points FILE")
+    if args.search and args.seeds:
+        raise UsageError(
+            "--seeds: a search compares single runs; leave it out, then run the best points with --seeds 3"
+        )
+    if args.trials and not args.search:
+        raise UsageError("--trials: is for a search; add --search optuna, or leave it out")
 
 
 def _positive(text: str) -> int:

@@ -120,6 +120,9 @@ class PlatformConfig(Section):
     gpus: dict[CardName, GpuConfig] = operational(
         {}, "by a card's name: its price an hour, and its memory where the list of cards has not got it"
     )
+    labs: tuple[LineName, ...] = operational(
+        (), "lines that Airflow may train with several settings: each has a DAG LINE-lab, started by hand"
+    )
     _origin: Path | None = PrivateAttr(None)
 
     def runtime_of(self, line: str) -> RuntimeConfig:

@@ -7,63 +7,19 @@ logs. Publishes nothing, moves no alias, and adds nothing to the line's evaluati
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import qlora_retrain
-from qlora_retrain.config.evaluate import EvaluateConfig
-from qlora_retrain.config.line import section_model
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Exit, UsageError
-from qlora_retrain.lab import grid, recommend, report, summary
-from qlora_retrain.lab.grid import Grid
-from qlora_retrain.lab.plans import LabPlanner, PointSettings
-from qlora_retrain.lab.results import Candidate, read_result
+from qlora_retrain.lab import grid, recommend, report, summary, trials
+from qlora_retrain.lab.options import LabOptions
+from qlora_retrain.lab.planned import NothingMeasured, PlannedLab, make_shared
+from qlora_retrain.lab.plans import LabPlanner
+from qlora_retrain.lab.results import Candidate, evaluate_settings, read_result
 from qlora_retrain.lab.runs import Job, Outcome, run_jobs
-from qlora_retrain.lab.variations import NamedSettings, Variation
-from qlora_retrain.pipeline.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class LabOptions:
-    """What a lab is asked for.
-
-    Attributes:
-        config: The line's file.
-        root: The store's URI.
-        vary: The settings that are varied.
-        named: Settings that belong together, each with a name.
-        overrides: Settings of all points.
-        num_seeds: Train every combination with the seeds 0, 1, ...; None: with the line's seed alone.
-        skip_impossible: Leave out combinations that the line refuses.
-        judge_fraction: The share of the training prompts to judge by.
-        parallel: How many points run at once.
-        has_merge: Merge every adapter too, and measure what that costs.
-        out: The folder of the report; None: `lab-<line>` in the current folder.
-    """
-
-    config: Path
-    root: str
-    vary: tuple[Variation, ...]
-    named: tuple[NamedSettings, ...] = ()
-    overrides: tuple[str, ...] = ()
-    num_seeds: int | None = None
-    skip_impossible: bool = False
-    judge_fraction: float = 0.1
-    parallel: int = 1
-    has_merge: bool = False
-    out: Path | None = None
-
-
-class NothingMeasured(Exception):
-    """Every run failed, or the data that all share was refused; `code` is the exit code of that failure."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def run(options: LabOptions) -> tuple[dict[str, Any], Path]:
@@ -75,24 +31,58 @@ def run(options: LabOptions) -> tuple[dict[str, Any], Path]:
         Interrupted: If somebody stopped it.
     """
     _refuse_unmeasured(options)
-    planner = LabPlanner.for_line(
-        options.config, options.root, options.overrides, options.judge_fraction, datetime.now(UTC)
-    )
+    planner = options.planner()
+    out = options.out or Path(f"lab-{planner.draft.line}")
+    out.mkdir(parents=True, exist_ok=True)
+    if options.num_trials is not None:
+        planned, outcomes = trials.run_trials(options, planner, out)
+    else:
+        planned = plan_points(options, planner)
+        make_shared(planned, options.parallel, out / "logs")
+        jobs = jobs_of(planned, options.last_step)
+        ended = run_jobs(jobs, options.parallel, out / "logs")
+        outcomes = {job.key: outcome for job, outcome in zip(jobs, ended, strict=True)}
+    return report_on(options, planned, outcomes, out), out
+
+
+def plan_points(options: LabOptions, planner: LabPlanner | None = None) -> PlannedLab:
+    """Check every point, and write its plan.
+
+    Raises:
+        UsageError: For settings that the line refuses.
+    """
+    _refuse_unmeasured(options)
+    planner = planner or options.planner()
     points = grid.points_of(options.vary, options.num_seeds, options.named)
     built = grid.build_grid(points, planner.resolve, skip_impossible=options.skip_impossible)
     plans = planner.write([planner.plan(settings) for _, settings in built.points])
+    pairs = zip((point for point, _ in built.points), plans, strict=True)
+    return PlannedLab(planner.draft.line, tuple(pairs), tuple(grid.skipped(built)))
 
-    out = options.out or Path(f"lab-{planner.draft.line}")
-    out.mkdir(parents=True, exist_ok=True)
-    labels = [point.run_label for point, _ in built.points]
-    last_step = graph.producer_name("model" if options.has_merge else "evaluation")
-    _make_shared(plans, options.parallel, out / "logs")
-    outcomes = _run_points(labels, plans, last_step, options.parallel, out / "logs")
 
-    document = _document(options, planner.draft.line, built, plans, outcomes)
+def jobs_of(planned: PlannedLab, step: str) -> list[Job]:
+    """Return the runs of a lab up to a step: those of points whose result has one key are one run."""
+    labels = {plan.run_id: point.run_label for point, plan in reversed(planned.points)}
+    return [Job(labels[plan.run_id], plan, step, counts_refusal=True) for plan in planned.distinct_plans(step)]
+
+
+def report_on(options: LabOptions, planned: PlannedLab, outcomes: Mapping[str, Outcome], out: Path) -> dict[str, Any]:
+    """Write `lab.json` and `report.html` of runs that have ended, and return the content of the first.
+
+    Args:
+        options: What was asked for.
+        planned: The plans.
+        outcomes: How the runs ended, by `Job.key`.
+        out: The folder of the two files.
+
+    Raises:
+        NothingMeasured: If there is no result at all.
+    """
+    by_point = [outcomes[plan.step(options.last_step).key] for plan in planned.plans]
+    document = _document(options, planned, by_point)
     (out / "lab.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (out / "report.html").write_text(report.render(document), encoding="utf-8")
-    return document, out
+    return document
 
 
 def _refuse_unmeasured(options: LabOptions) -> None:
@@ -104,45 +94,16 @@ def _refuse_unmeasured(options: LabOptions) -> None:
             raise UsageError(f"{option} {knob}: changes nothing without --merge, which merges every adapter; add it")
 
 
-def _make_shared(plans: Sequence[Plan], parallel: int, logs: Path) -> None:
-    """Make what points share before they run side by side, so that nothing is made twice.
-
-    Raises:
-        NothingMeasured: If the data is refused, or cannot be read.
-    """
-    dataset = graph.producer_name("dataset")
-    [outcome] = run_jobs([Job("data of all points", plans[0], dataset)], 1, logs)
-    if outcome.code:
-        raise NothingMeasured(outcome.code, outcome.message)
-    if parallel > 1:
-        base = graph.producer_name("base_nf4")
-        by_key = {plan.step(base).key: plan for plan in plans}
-        run_jobs([Job("4-bit base", plan, base) for plan in by_key.values()], 1, logs)
-
-
-def _run_points(
-    labels: Sequence[str], plans: Sequence[Plan], last_step: str, parallel: int, logs: Path
-) -> list[Outcome]:
-    """Run every point; those whose result has one key are one run."""
-    jobs: dict[str, Job] = {}
-    for label, plan in zip(labels, plans, strict=True):
-        jobs.setdefault(plan.step(last_step).key, Job(label, plan, last_step, counts_refusal=True))
-    outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), parallel, logs), strict=True))
-    return [outcomes[plan.step(last_step).key] for plan in plans]
-
-
-def _document(
-    options: LabOptions, line: str, built: Grid[PointSettings], plans: Sequence[Plan], outcomes: Sequence[Outcome]
-) -> dict[str, Any]:
+def _document(options: LabOptions, planned: PlannedLab, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Collect the results and return the content of `lab.json`.
 
     Raises:
         NothingMeasured: If there are none.
     """
-    settings = _evaluate_settings(plans[0])
+    settings = evaluate_settings(planned.plans[0])
     candidates: dict[str, Candidate] = {}
     failed: list[dict[str, Any]] = []
-    for (point, _), plan, outcome in zip(built.points, plans, outcomes, strict=True):
+    for (point, plan), outcome in zip(planned.points, outcomes, strict=True):
         result = read_result(point, plan, settings)
         if result is not None and result.numbers["metric"] is not None:
             candidate = candidates.setdefault(point.label, Candidate(point.label, dict(point.all_settings)))
@@ -159,16 +120,9 @@ def _document(
     metric = next(iter(candidates.values())).results[0].metric
     ranked = recommend.ranked(list(candidates.values()), metric, settings)
     return summary.summarise(
-        _facts(options, line), ranked, recommend.recommend(ranked, metric, settings), metric, settings,
-        failed=failed, skipped=list(grid.skipped(built)),
+        _facts(options, planned.line), ranked, recommend.recommend(ranked, metric, settings), metric, settings,
+        failed=failed, skipped=planned.skipped,
     )  # fmt: skip
-
-
-def _evaluate_settings(plan: Plan) -> EvaluateConfig:
-    step = graph.step(graph.producer_name("evaluation"))
-    settings = section_model(step.section).model_validate(plan.step(step.name).config)
-    assert isinstance(settings, EvaluateConfig)
-    return settings
 
 
 def _failures(failed: Sequence[dict[str, Any]]) -> str:

@@ -94,8 +94,10 @@ def points_of(
     Settings with names change slowest.
 
     Raises:
-        UsageError: If a setting is varied twice, or there are more than `MAX_POINTS` points.
+        UsageError: If a setting is varied twice, has a range, or there are more than `MAX_POINTS` points.
     """
+    if ranged := next((variation for variation in variations if variation.range), None):
+        raise UsageError(f"--vary {ranged.knob}={ranged.range}: a range is for --search; name values, or add --search")
     own_knobs = dict.fromkeys(knob for item in named for knob, _ in item.settings)
     knobs = [*own_knobs, *(variation.knob for variation in variations), *([SEED] if num_seeds is not None else [])]
     if repeated := next((knob for knob in knobs if knobs.count(knob) > 1), None):

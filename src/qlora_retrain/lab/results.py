@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.config.evaluate import EvaluateConfig
+from qlora_retrain.config.line import section_model
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.evaluation import bootstrap
 from qlora_retrain.evaluation.bootstrap import BootstrapSettings
@@ -105,6 +106,14 @@ def read_result(point: Point, plan: Plan, settings: EvaluateConfig) -> SeedResul
         "merge_loss_nats": _merge_loss(plan, manifests["model"]),
     }
     return SeedResult(point, numbers, rows[_CHALLENGER], rows[_BASE], metric)
+
+
+def evaluate_settings(plan: Plan) -> EvaluateConfig:
+    """Return the settings by which a plan evaluates."""
+    step = graph.step(graph.producer_name("evaluation"))
+    settings = section_model(step.section).model_validate(plan.step(step.name).config)
+    assert isinstance(settings, EvaluateConfig)
+    return settings
 
 
 def value_interval(rows: Sequence[RowScore], metric: Metric, settings: EvaluateConfig) -> Interval | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ _POLL_SECONDS = 0.1
 # Between two lines about a run whose progress has changed.
 _PRINT_SECONDS = 10.0
 _LINE_CHARACTERS = 300
+# The end of an evaluation during training, as a run prints it.
+_EVALUATION = re.compile(r"eval loss (?P<done>\d+)/(?P=done)  eval_loss (?P<loss>[0-9.e+-]+|nan|inf)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +39,28 @@ class Job:
         plan: The plan.
         until: The last step.
         counts_refusal: Whether the job is done where its last step refuses: then it has measured what it was to.
+        is_hopeless: Is called with each evaluation loss of the training; where it returns true, the run is stopped.
     """
 
     label: str
     plan: Plan
     until: str
     counts_refusal: bool = False
+    is_hopeless: Callable[[float], bool] | None = None
+
+    @property
+    def key(self) -> str:
+        """The key of the artifact that the last step makes."""
+        return self.plan.step(self.until).key
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a job ended: an exit code, and what the step that ended it says."""
+    """How a job ended: an exit code, what the step that ended it says, and whether it was stopped as hopeless."""
 
     code: int
     message: str
+    is_stopped: bool = False
 
 
 class Interrupted(Exception):
@@ -115,10 +127,14 @@ class _Batch:
         """Print the progress of the jobs that run, and take those out that have ended."""
         for number, run in list(self.running.items()):
             run.print_progress(number, self._jobs)
+            run.stop_if_hopeless()
             if (code := run.process.poll()) is not None:
                 run.reader.join()
                 del self.running[number]
-                self._end(number, _outcome(run.job, code), "done")
+                stopped = Outcome(
+                    int(Exit.TRY_AGAIN), "stopped: its evaluation loss was behind that of other runs", is_stopped=True
+                )
+                self._end(number, stopped if run.is_stopped else _outcome(run.job, code), "done")
 
     def _end(self, number: int, outcome: Outcome, text: str) -> None:
         self._waiting.pop(number, None)
@@ -132,6 +148,8 @@ class _Run:
     def __init__(self, job: Job, missing_keys: frozenset[str], log: Path) -> None:
         self.job, self.missing_keys = job, missing_keys
         self._last_line, self._printed_line, self._printed_at = "", "", time.monotonic()
+        self._eval_losses: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self.is_stopped = False
         command = [sys.executable, "-m", "qlora_retrain.cli", "run", "--plan", job.plan.uri, "--until", job.until]
         self.process = subprocess.Popen(
             supervisor.supervised_command(command, grace_seconds=_GRACE_SECONDS),
@@ -155,6 +173,16 @@ class _Run:
                 # A step begins by listing its settings, which are indented.
                 if line.strip() and " |   " not in line:
                     self._last_line = line.strip()
+                if evaluation := _EVALUATION.search(line):
+                    self._eval_losses.put(float(evaluation["loss"]))
+
+    def stop_if_hopeless(self) -> None:
+        """Stop the run, once, where the job calls an evaluation loss hopeless; its step saves its work."""
+        while not self._eval_losses.empty():
+            loss = self._eval_losses.get()
+            if self.job.is_hopeless and not self.is_stopped and self.job.is_hopeless(loss):
+                self.is_stopped = True
+                self.process.terminate()
 
     def print_progress(self, number: int, jobs: Sequence[Job]) -> None:
         """Print the last line of the run, if it is a new one and the previous is old enough."""
@@ -162,6 +190,11 @@ class _Run:
         if line != self._printed_line and now - self._printed_at > _PRINT_SECONDS:
             self._printed_line, self._printed_at = line, now
             _say(number, jobs, line)
+
+
+def outcome_of(job: Job) -> Outcome:
+    """Return how a job ended that another program ran, such as Airflow."""
+    return _outcome(job, _completed_code(job))
 
 
 def _completed_code(job: Job) -> int | None:
@@ -175,8 +208,8 @@ def _missing_keys(job: Job) -> frozenset[str]:
     return frozenset(step.key for step in steps if status.find_manifest(job.plan, step.name) is None)
 
 
-def _outcome(job: Job, code: int) -> Outcome:
-    """Return how a job ended, with what the step says that ended it."""
+def _outcome(job: Job, code: int | None) -> Outcome:
+    """Return how a job ended, with what the step says that ended it; without a code, by what it left in the store."""
     if code == Exit.DONE or (job.counts_refusal and _completed_code(job) is not None):
         return Outcome(int(Exit.DONE), "")
     store = open_store(job.plan.root)
@@ -186,7 +219,9 @@ def _outcome(job: Job, code: int) -> Outcome:
             return Outcome(manifest.exit_code, status.manifest_ending(manifest).sentence())
         ending = run_endings.read(store, job.plan.run_id, step.name) if manifest is None else None
         if ending is not None and ending.code:
-            return Outcome(code, ending.sentence())
+            return Outcome(ending.code if code is None else code, ending.sentence())
+    if code is None:
+        return Outcome(int(Exit.TRY_AGAIN), "it did not run to its end, and has left no reason in the store")
     return Outcome(code, f"{describe(code)} ({code}); its log says more: logs/{_log_name(job)}")
 
 

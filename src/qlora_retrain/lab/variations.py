@@ -1,11 +1,14 @@
 """What a lab varies: settings with several values each, and settings that belong together under a name.
 
-On the command line `--vary train.rank=4,16,64`, and `--points FILE` with `{name: {section.knob: value, ...}, ...}`.
+On the command line `--vary train.rank=4,16,64`, and `--points FILE` with `{name: {section.knob: value, ...}, ...}`. A
+search also takes a range of numbers, `--vary train.learning_rate=1e-5..1e-2`.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,34 @@ SECTIONS = ("quantize", "train", "merge")
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from `low` to `high`, whole ones where both ends are."""
+
+    low: float
+    high: float
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether the ends differ by so much that factors count, and not differences."""
+        return self.low > 0 and self.high >= 10 * self.low
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Variation:
-    """A setting that is varied, e.g. `train.rank`, and its values as YAML reads them."""
+    """A setting that is varied, e.g. `train.rank`.
+
+    Attributes:
+        knob: The setting.
+        values: Its values, as YAML reads them.
+        range: In place of values, a range of numbers.
+    """
 
     knob: str
     values: tuple[Any, ...]
+    range: Range | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +64,8 @@ def parse_variation(text: str) -> Variation:
     """Parse `SECTION.KNOB=V1,V2,...`; each value is YAML, so a list stands in brackets.
 
     Raises:
-        UsageError: For another form, for a section that runs must share, and for a value that stands there twice.
+        UsageError: For another form, for a section that runs must share, for a value that stands there twice, and for a
+            range whose ends are not numbers in their order.
     """
     knob, equals, values_text = text.partition("=")
     _, dot, name = knob.partition(".")
@@ -46,11 +73,29 @@ def parse_variation(text: str) -> Variation:
     if not (equals and dot and name and values_text.strip()):
         raise UsageError(f"{place}: expected SECTION.KNOB=VALUE,VALUE, e.g. train.rank=4,16,64")
     _refuse_shared(knob, place)
+    if ".." in values_text:
+        return Variation(knob, (), _parse_range(values_text, place))
     values, _ = bounded_yaml.parse(f"[{values_text}]", place)
     texts = [json.dumps(value) for value in values]
     if repeated := next((value for value in texts if texts.count(value) > 1), None):
         raise UsageError(f"{place}: names the value {repeated} twice; name each value once")
     return Variation(knob, tuple(values))
+
+
+def _parse_range(text: str, place: str) -> Range:
+    low, _, high = text.partition("..")
+    try:
+        ends = Range(_number(low), _number(high))
+    except ValueError:
+        ends = Range(0, 0)
+    if not ends.low < ends.high or not math.isfinite(ends.high - ends.low):
+        raise UsageError(f"{place}: expected LOW..HIGH, e.g. train.learning_rate=1e-5..1e-2")
+    return ends
+
+
+def _number(text: str) -> float:
+    # YAML takes 1e-5 for a text.
+    return int(text) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", text) else float(text)
 
 
 def read_named(path: Path) -> tuple[NamedSettings, ...]:

@@ -6,8 +6,9 @@ Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` i
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
@@ -38,20 +39,44 @@ def own_run_id(context: Context) -> str:
 
 
 def plan_run_id(context: Context) -> str:
-    """Return the id of the run whose plan the steps run by: the DAG run's own, or the one that its form names."""
+    """Return the id of the run whose plan the task runs by: the DAG run's own, or the one that its form names.
+
+    A task of a lab has a plan of its own.
+    """
+    if is_of_lab(context):
+        return PurePosixPath(urlsplit(plan_uri(context)).path).parent.name
     return str(context["params"].get(params.RESUME_RUN) or own_run_id(context))
 
 
 def plan_uri(context: Context) -> str:
     """Return the URI of the plan, with its hash, as task 0 of this DAG run returned it.
 
+    Task 0 of a lab left lists of plans. A mapped task has the one of its place, any other the first.
+
     Raises:
         UsageError: If task 0 has left none.
     """
-    uri = context["ti"].xcom_pull(task_ids=graph.PLAN_TASK)
+    task_instance = context["ti"]
+    if key := _plans_key(context):
+        plans = task_instance.xcom_pull(task_ids=graph.PLAN_TASK, key=key) or []
+        number = max(task_instance.map_index, 0)
+        uri = plans[number] if number < len(plans) else None
+    else:
+        uri = task_instance.xcom_pull(task_ids=graph.PLAN_TASK)
     if not uri:
         raise UsageError(f"task {graph.PLAN_TASK} of this run has left no plan; clear that task, and the run goes on")
     return str(uri)
+
+
+def is_of_lab(context: Context) -> bool:
+    """Return whether the task is one of a lab, which compares settings and publishes nothing."""
+    return _plans_key(context) is not None
+
+
+def _plans_key(context: Context) -> str | None:
+    """Return under which key task 0 of a lab has left the plans of a task; None: the DAG run has one plan."""
+    key: str | None = getattr(context.get("task"), "plans_key", None)
+    return key
 
 
 def publish_arguments(context: Context) -> list[str]:

@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import Asset, AssetAlias, BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowSkipException,
+    AirflowTaskTimeout,
+)
 
 from qlora_retrain.core import endings, errors, graph, progress
 from qlora_retrain.core.arguments import ANY_ALIAS
@@ -28,7 +33,14 @@ from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import params
-from qlora_retrain.runtimes.airflow.dag_run import own_run_id, plan_run_id, plan_uri, publish_arguments, store_root
+from qlora_retrain.runtimes.airflow.dag_run import (
+    is_of_lab,
+    own_run_id,
+    plan_run_id,
+    plan_uri,
+    publish_arguments,
+    store_root,
+)
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -130,12 +142,15 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         step: The step's name.
         line: The line, which names the asset alias that `publish` reports new versions to.
         alias: The one alias of the line that `publish` may move, whatever the plan says; None: no alias; `*`: any.
+        plans_key: In a lab, the key of the XCom with the plans of this task; None: the DAG run has one plan.
     """
 
     # What a line's author writes, such as an image's name, is never rendered: `{{ conn... }}` would show a secret.
     template_fields: Sequence[str] = ()
 
-    def __init__(self, *, step: str, line: str, alias: str | None = ANY_ALIAS, **kwargs: Any) -> None:
+    def __init__(
+        self, *, step: str, line: str, alias: str | None = ANY_ALIAS, plans_key: str | None = None, **kwargs: Any
+    ) -> None:
         # An alias and not an asset, because the asset's URI has the store, which is known only when the task runs.
         outlets = [AssetAlias(line)] if graph.step(step).kind == graph.StepKind.PUBLISH else []
         defaults = {"retries": graph.step(step).retries, "execution_timeout": deadlines.task_timeout(step)}
@@ -143,6 +158,7 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         self.step = step
         self.line = line
         self.alias = alias
+        self.plans_key = plans_key
         # Further arguments of the step's command line; `execute` sets them.
         self.step_arguments: list[str] = []
 
@@ -262,12 +278,15 @@ def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) ->
     Raises:
         AirflowException: For an ending that may be retried.
         AirflowFailException: For any other, so that Airflow does not retry.
+        AirflowSkipException: For a point of a lab that is measured and refused, which is no failure there.
     """
     from qlora_retrain.pipeline import run_endings
 
     # Task 0 fails for a mistyped run, or one of another line; nothing may be written there.
     run_id = own_run_id(context) if ending.step == graph.PLAN_TASK else plan_run_id(context)
     run_endings.write_to_store(store_root(), run_id, ending)
+    if is_of_lab(context) and ending.code == errors.Exit.QUALITY_REFUSED:
+        raise AirflowSkipException(ending.summary()) from None
     # From none: Airflow logs what an exception came from too, and a library's own message may hold a URL's password.
     if ending.retry and not is_last_try:
         raise AirflowException(ending.summary()) from None

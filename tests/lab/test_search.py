@@ -1,0 +1,103 @@
+"""A search proposes points within the ranges, stops what is behind, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lab.grid import points_of
+from qlora_retrain.lab.runs import Outcome
+from qlora_retrain.lab.search import Search, Trial
+from qlora_retrain.lab.variations import NamedSettings, Range, parse_variation
+
+VARY = [
+    parse_variation("train.learning_rate=1e-5..1e-2"),
+    parse_variation("train.rank=4..64"),
+    parse_variation("train.target_modules=all-linear,[q_proj,v_proj]"),
+]
+DONE, STOPPED = Outcome(0, ""), Outcome(75, "stopped", is_stopped=True)
+
+
+def value_of(trial: Trial) -> float:
+    """Return a value whose minimum is at a rate of 1e-3."""
+    return abs(dict(trial.point.settings)["train.learning_rate"] - 1e-3)
+
+
+def run(search: Search, count: int) -> list[Trial]:
+    trials = []
+    for _ in range(count):
+        trials.append(search.propose())
+        search.tell(trials[-1], DONE, value_of(trials[-1]))
+    return trials
+
+
+def test_a_range_is_read_and_a_grid_refuses_it() -> None:
+    assert [variation.range for variation in VARY] == [Range(1e-5, 1e-2), Range(4, 64), None]
+    assert [variation.range.is_logarithmic for variation in VARY[:2] if variation.range] == [True, True]
+    assert not Range(0.0, 0.1).is_logarithmic
+    with pytest.raises(UsageError, match=r"train.learning_rate=1e-05..0.01: a range is for --search"):
+        points_of(VARY, None)
+    for text in ("train.rank=4..", "train.rank=8..4", "train.rank=a..b", "train.rank=1..2..3", "train.rank=true..2"):
+        with pytest.raises(UsageError, match=r"^--vary train.rank=.*expected LOW..HIGH"):
+            parse_variation(text)
+
+
+def test_points_lie_within_the_ranges_and_are_the_same_in_a_search_that_is_made_again(tmp_path: Path) -> None:
+    trials = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        trials.append(run(Search(tmp_path / name, VARY, [], 1), 12))
+    assert [trial.point for trial in trials[0]] == [trial.point for trial in trials[1]]
+    settings = [dict(trial.point.settings) for trial in trials[0]]
+    assert all(1e-5 <= values["train.learning_rate"] <= 1e-2 for values in settings)
+    assert all(isinstance(values["train.rank"], int) and 4 <= values["train.rank"] <= 64 for values in settings)
+    assert {str(values["train.target_modules"]) for values in settings} == {"all-linear", "['q_proj', 'v_proj']"}
+
+
+def test_settings_with_names_are_one_more_choice(tmp_path: Path) -> None:
+    named = [NamedSettings("a", (("train.method", "lora"),)), NamedSettings("b", (("train.method", "dora"),))]
+    search = Search(tmp_path, VARY[:1], named, 1)
+    assert {trial.point.named.name for trial in run(search, 8) if trial.point.named} == {"a", "b"}
+
+
+def test_a_run_that_is_behind_the_others_is_stopped_after_enough_of_them(tmp_path: Path) -> None:
+    search = Search(tmp_path, VARY, [], 1)
+    for _ in range(4):
+        trial = search.propose()
+        assert [trial.is_hopeless(loss) for loss in (2.0, 1.0)] == [False, False]
+        search.tell(trial, DONE, 1.0)
+    ahead, behind = search.propose(), search.propose()
+    assert not ahead.is_hopeless(1.9)
+    assert behind.is_hopeless(2.1)
+    search.tell(behind, STOPPED, None)
+    search.tell(ahead, DONE, 0.9)
+    assert search.num_ended == 6
+    assert len(search.measured_points()) == 5
+
+
+def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    search = Search(tmp_path, VARY, [], 1)
+    done = run(search, 2)
+    interrupted = search.propose().point
+
+    again = Search(tmp_path, VARY, [], 1)
+    assert again.num_ended == 2
+    assert again.measured_points() == [trial.point for trial in done]
+    assert again.propose().point == interrupted
+
+
+def test_what_cannot_be_run_or_gave_no_number_counts_as_a_trial(tmp_path: Path) -> None:
+    search = Search(tmp_path, VARY, [], 1)
+    search.refuse(search.propose())
+    search.tell(search.propose(), Outcome(14, "diverged"), None)
+    search.tell(search.propose(), DONE, float("nan"))
+    assert search.num_ended == 3
+    assert search.measured_points() == []
+
+
+def test_a_search_of_other_settings_is_refused(tmp_path: Path) -> None:
+    run(Search(tmp_path, VARY, [], 1), 1)
+    with pytest.raises(UsageError, match="is a search of other settings; name another folder with --out"):
+        Search(tmp_path, VARY[:1], [], 1)
