@@ -88,6 +88,11 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert again.propose().point == interrupted
 
 
+def test_a_search_with_more_trials_proposes_other_points(tmp_path: Path) -> None:
+    points = [trial.point for _ in range(4) for trial in run(Search(tmp_path, VARY, [], 1), 1)]
+    assert len(set(map(str, points))) == 4
+
+
 def test_what_cannot_be_run_or_gave_no_number_counts_as_a_trial(tmp_path: Path) -> None:
     search = Search(tmp_path, VARY, [], 1)
     search.refuse(search.propose())

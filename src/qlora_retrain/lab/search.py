@@ -134,15 +134,16 @@ def _open_study(path: Path, *, is_parallel: bool) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name="lab",
         storage=JournalStorage(JournalFileBackend(str(path))),
-        # The seed makes a search that is made again propose the same points.
-        sampler=optuna.samplers.TPESampler(seed=0, constant_liar=is_parallel),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_TRIALS_BEFORE_STOPPING),
         direction="minimize",
         load_if_exists=True,
     )
+    # A search that is made again proposes the same points. One that goes on must not propose its first ones once more.
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), constant_liar=is_parallel)
+    return study
 
 
 def _state(name: str) -> Any:
