@@ -9,6 +9,7 @@ goes on where it was stopped, also after the code has changed; delete the file, 
     python benchmarks/methods.py --data FOLDER --only lora full --seeds 3       more seeds of some
     python benchmarks/methods.py --data FOLDER --choose lora+ --rates 5e-4 1e-3 2e-3
     python benchmarks/methods.py --data FOLDER --speed                          alone on a quiet machine: tokens/s
+    python benchmarks/methods.py --data FOLDER --ranks qdylora                  its first 2, 4 and 8 ranks
     python benchmarks/methods.py --data FOLDER --table                          the table of what was measured
 
 `--data` is a folder with BANKING77's train.csv, `--base` another model than SmolLM2-135M-Instruct.
@@ -29,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import methods_ranks
 import methods_table
 from training import BASE, PROJECT
 
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--choose", nargs="+", metavar="NAME", help="print the loss of each rate after 30 steps")
     parser.add_argument("--rates", nargs="+", type=float, default=[])
     parser.add_argument("--speed", action="store_true", help="measure tokens/s alone, in a few steps of each point")
+    parser.add_argument("--ranks", metavar="NAME", help="score the adapter of a point with its first ranks alone")
     parser.add_argument("--table", action="store_true", help="print the table of what was measured, and run nothing")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -87,6 +90,8 @@ def main() -> None:
     if options.speed:
         for name, settings in selected.items():
             measure(options, Run(name, settings, 0, SPEED_STEPS), "speed")
+    elif options.ranks:
+        measure_ranks(options, options.ranks)
     elif not options.table:
         for seed in range(options.seeds):
             for name, settings in selected.items():
@@ -129,6 +134,16 @@ def measure(options: argparse.Namespace, run: Run, kind: str) -> dict[str, Any]:
     result = {**result_of(point, plan, kind), "name": run.name, "seed": run.seed, "steps": run.steps}
     path.write_text(json.dumps(result))
     return result
+
+
+def measure_ranks(options: argparse.Namespace, name: str) -> None:
+    """Score the adapters of a point, of every seed that was trained, with their first ranks."""
+    results = list(read_results(options.work, "runs"))
+    for whole in [result for result in results if result["name"] == name]:
+        done = {result["name"] for result in results if result["seed"] == whole["seed"]}
+        for result in methods_ranks.cut_results(options.work / "store", whole, done):
+            run = Run(result["name"], tuple(result["settings"].items()), result["seed"], result["steps"])
+            run.path(options.work, "runs").write_text(json.dumps(result))
 
 
 def is_merged(run: Run) -> bool:

@@ -42,6 +42,10 @@ CLAIMS = (
     Claim("dora", "better than LoRA at equal rank (arXiv 2402.09353)", "lora", 0.0),
     Claim("adalora", "better than LoRA at an equal budget (arXiv 2303.10512)", "lora", 0.0),
     Claim("qdylora", "as good as QLoRA at the full rank (arXiv 2402.10462)", "lora"),
+    *(
+        Claim(f"qdylora, first {n}", "one training serves every rank (arXiv 2210.07558)", f"lora, rank {n}")
+        for n in (2, 4, 8)
+    ),
     Claim("lora-xs, rank 64", "as good as LoRA with a hundredth of the parameters (arXiv 2405.17604)", "lora"),
     Claim("loftq", "better than QLoRA at 4 bits (arXiv 2310.08659)", "lora", 0.0),
     Claim("lq-lora", "better than QLoRA (arXiv 2311.12023)", "lora", 0.0),
