@@ -8,6 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from qlora_retrain.config.methods import METHODS
+
+# Settings with which a method learns the tiny model's intents in seconds, beside the line's own.
+SETTINGS: dict[str, dict[str, object]] = {
+    "lora+": {"learning_rate": 1e-3},
+    "lora-xs": {"learning_rate": 2e-2, "rank": 32},
+    "adalora": {"learning_rate": 1e-2},
+}
 FULL = {"method": "full", "learning_rate": 2e-3, "epochs": 8, "optimizer": "paged_adamw_8bit"}
 
 
@@ -60,6 +68,25 @@ def test_a_fully_trained_model_is_published_once_pulled_and_asked_and_then_is_th
     again = project.run("--set", "train.seed=1", "--set", "evaluate.min_gain_over_base=0")
     assert again.exit_code in (0, 11), again.text
     assert "champion: " in again.out
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"lora", "full"}))
+def test_a_line_of_every_method_is_published_pulled_and_asked(
+    make_project: Callable, method: str, tmp_path: Path
+) -> None:
+    train = {"method": method, **SETTINGS.get(method, {})}
+    project = make_project(rows=240, quantize={"format": METHODS[method].formats[-1]}, train=train)
+    result = project.run()
+    assert result.exit_code == 0, result.text
+    pulled = project.cli("pull", "tiny@production", tmp_path / "m", "--root", project.root)
+    assert pulled.exit_code == 0, pulled.text
+    answer = project.cli("ask", tmp_path / "m", "I want my money back for order number 1003")
+    assert answer.exit_code == 0, answer.text
+    assert "refund" in answer.out
+    unchanged = project.run()
+    assert unchanged.exit_code == 0, unchanged.text
+    assert "unchanged: production is already" in unchanged.out
 
 
 @pytest.mark.parametrize(
