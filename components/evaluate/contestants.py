@@ -11,12 +11,13 @@ from typing import Any
 
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.evaluation import scoring
-from qlora_retrain.lm import loading
+from qlora_retrain.lm import loading, own_adapter, served_model
+from qlora_retrain.lm.loading import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
 class ContestantFolders:
-    """The folders of the contestants' models; a version's folder holds `model/`."""
+    """The folders of the contestants' models; a version's holds `model/`, and `adapter/` where that ships alone."""
 
     base_model: Path
     base_nf4: Path
@@ -62,8 +63,8 @@ def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iter
     """
     # All contestants compute in the same precision, so that differences are those of the weights.
     attention = scoring.attn_implementation(config.device)
-    load_base = partial(loading.load_base, device=config.device, attn_implementation=attention, dtype=config.precision)
-    load_nf4 = partial(loading.load_nf4, device=config.device, attn_implementation=attention, dtype=config.precision)
+    options: LoadOptions = {"device": config.device, "attn_implementation": attention, "dtype": config.precision}
+    load_base, load_nf4 = partial(loading.load_base, **options), partial(loading.load_nf4, **options)
 
     yield Contestant("base", folders.base_model, load_base(folders.base_model))
 
@@ -75,11 +76,17 @@ def load_contestants(config: EvaluateConfig, folders: ContestantFolders) -> Iter
 
     for name, version in (("champion", folders.champion), ("anchor", folders.anchor)):
         if version:
-            yield Contestant(name, version / "model", load_base(version / "model"), is_published=True)
+            # One that ships as an adapter alone is loaded over the base of this run, which must be its own.
+            model = served_model.load(
+                version / "model", version / "adapter", folders.base_model, folders.base_nf4, **options
+            )
+            yield Contestant(name, version / "model", model, is_published=True)
+            del model
 
 
 def _share_base(folders: ContestantFolders, load_nf4: Callable[[Path], Any]) -> Iterator[Contestant]:
     # Loaded once for two contestants, which saves the time and memory of a second model.
     nf4_with_adapter = loading.attach_adapter(load_nf4(folders.base_nf4), folders.adapter)
-    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, scoring_context=nf4_with_adapter.disable_adapter)
+    disabled = partial(own_adapter.disabled, nf4_with_adapter)
+    yield Contestant("base_nf4", folders.base_nf4, nf4_with_adapter, scoring_context=disabled)
     yield Contestant("challenger", folders.base_nf4, nf4_with_adapter)

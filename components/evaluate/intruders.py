@@ -6,7 +6,8 @@ any singular vector of W is below epsilon.
 
 As in the paper (and in PEFT's `reduce_intruder_dimension`), left singular vectors are compared, and only the `top_k`
 strongest of W + BA. W is what the challenger computes with: the values of the packed weights. With DoRA the rows of
-W + BA have their trained lengths. Where all weights trained, their trained values stand for W + BA.
+W + BA have their trained lengths. Where all weights trained, their trained values stand for W + BA; with IA3, the
+weights with their scales do. An adapter that changes no weight has no intruders.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.core import progress
-from qlora_retrain.lm import base_formats
+from qlora_retrain.lm import base_formats, own_adapter
 from qlora_retrain.lm.singular_vectors import max_similarities
 from qlora_retrain.lm.weight_files import SafetensorsFolder
 from qlora_retrain.lm.weight_names import names_in_model
@@ -59,13 +60,14 @@ def count_intruders(
         base_nf4: The base, with whose weights those of a challenger without an adapter are compared.
     """
     import torch
+    from peft import PeftModel
 
     layers: list[LayerIntruders] = []
     if not top_k:
         return layers
     # The matrices are counted first, so that the progress bar has a total.
-    is_adapted = any(True for _ in _lora_layers(model))
-    total = sum(1 for _ in (_lora_layers(model) if is_adapted else _linear_layers(model)))
+    is_adapted = isinstance(model, PeftModel) or own_adapter.find(model) is not None
+    total = sum(1 for _ in (_adapted_layers(model) if is_adapted else _linear_layers(model)))
     with torch.inference_mode():
         for name, base, tuned in weight_pairs(model) if is_adapted else trained_pairs(model, base_nf4):
             similarities = max_similarities(base, tuned, top_k)
@@ -78,9 +80,12 @@ def count_intruders(
 
 def weight_pairs(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield each adapted matrix as its path in the model, W and what replaces it; both are (out, in) in fp32."""
-    for name, module in _lora_layers(model):
+    for name, module in _adapted_layers(model):
         base = base_formats.layer_weight(module.get_base_layer()).float()
-        tuned = base + module.get_delta_weight("default").float()
+        if hasattr(module, "ia3_l"):
+            tuned = base * module.ia3_l["default"].float()  # (out, 1), or (1, in)
+        else:
+            tuned = base + module.get_delta_weight("default").float()
         if hasattr(module, "row_scale"):
             tuned.mul_(module.row_scale.view(-1, 1))
         yield name.removeprefix("base_model.model."), base, tuned
@@ -115,8 +120,12 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, Linear) and m is not head)
 
 
-def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
+def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the layers whose weights an adapter changes: those with A and B, or with scales."""
+    from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
 
     # A layer without lora_A, such as an adapted embedding, has no W + BA of this form.
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and len(m.lora_A))
+    for name, module in model.named_modules():
+        if (isinstance(module, LoraLayer) and len(module.lora_A)) or isinstance(module, IA3Layer):
+            yield name, module

@@ -28,6 +28,7 @@ from qlora_retrain.evaluation.scoring import Row
 from qlora_retrain.evaluation.stats import Interval
 from qlora_retrain.lm import forward
 from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.virtual_tokens import prefix_ids
 
 MAX_FILE_BYTES = 2 * 2**30
 
@@ -258,8 +259,9 @@ def _choose_positions(sequences: Sequence[_Sequence], rows: Sequence[Row], max_p
 def _batch_logits(model: PreTrainedModel, batch: Sequence[_Sequence]) -> Iterator[torch.Tensor]:
     """Yield the logits at the positions of a batch, sequence by sequence, in chunks (chunk, vocab)."""
     # Padding is on the right, where a causal model's supervised tokens cannot see it: no attention mask is needed.
-    ids = torch.zeros(len(batch), len(batch[0].input_ids), dtype=torch.long)  # (B, T)
+    prefix = prefix_ids(model)
+    ids = torch.zeros(len(batch), len(prefix) + len(batch[0].input_ids), dtype=torch.long)  # (B, T)
     for row, sequence in enumerate(batch):
-        ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
-    positions = [(row, k) for row, sequence in enumerate(batch) for k in sequence.positions]
+        ids[row, : len(prefix) + len(sequence.input_ids)] = torch.tensor([*prefix, *sequence.input_ids])
+    positions = [(row, len(prefix) + k) for row, sequence in enumerate(batch) for k in sequence.positions]
     return forward.logit_chunks(model, {"input_ids": ids, "use_cache": False}, positions)

@@ -2,7 +2,7 @@
 
 Neither base is better in general: the adapter was trained over the 4-bit values, and these approximate the original
 ones. So both are merged and scored. One candidate is in memory at a time, and the unmerged model beside none of them;
-the disk holds two at most.
+the disk holds two at most. An adapter that cannot be merged is a candidate over either base, and nothing is built.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from components.merge_adapter import adapter_forms
+from components.merge_adapter import adapter_alone, adapter_forms
 from components.merge_adapter.chat_files import write_chat_files
 from components.merge_adapter.form_scores import FormScorer, FormScores
 from components.merge_adapter.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
@@ -19,8 +20,10 @@ from components.merge_adapter.merge import MergeStats, merge, open_base
 from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.config.sections import EvaluateConfig
 from qlora_retrain.core import progress
-from qlora_retrain.lm import loading
+from qlora_retrain.lm import served_model
+from qlora_retrain.lm.adapter_kind import ships_alone
 from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.loading import LoadOptions
 
 BASES = ("dequantized", "original")  # with equal losses the first ships, as it computes what was evaluated
 MAX_FORMS = 12  # that one run builds and scores
@@ -101,22 +104,37 @@ class Workshop:
         # Below the model folder, so that keeping the winner is a rename and not a copy of gigabytes.
         folder = self._folder(candidate)
         folder.mkdir(parents=True)
-        stats = merge(
-            self.base_model,
-            self.base_nf4,
-            adapter,
-            folder,
-            dequantized=candidate.base == "dequantized",
-            max_shard_gib=self.config.max_shard_gib,
-        )
+        is_dequantized = candidate.base == "dequantized"
+        if self.is_alone:
+            stats = adapter_alone.write(self.base_model, self.base_nf4, adapter, folder, dequantized=is_dequantized)
+            description = "the adapter alone over this base"
+        else:
+            stats = merge(
+                self.base_model,
+                self.base_nf4,
+                adapter,
+                folder,
+                dequantized=is_dequantized,
+                max_shard_gib=self.config.max_shard_gib,
+            )
+            description = f"merged {stats.modules} modules, {stats.weights_bytes / 2**30:.2f} GiB"
         write_chat_files(folder, self.tokenizer)
         self.stats[candidate] = stats
-        progress.say(f"{candidate.name}: merged {stats.modules} modules, {stats.weights_bytes / 2**30:.2f} GiB")
+        progress.say(f"{candidate.name}: {description}")
 
     def score(self, candidate: Candidate, scorer: FormScorer) -> FormScores:
         """Score a candidate that was built; its model is dropped before another one can be loaded."""
         folder = self._folder(candidate)
-        return scorer.score_candidate(candidate.name, loading.load_base(folder, **scorer.load_options), folder)
+        return scorer.score_candidate(candidate.name, self.load(folder, scorer.load_options), folder)
+
+    def load(self, folder: Path, options: LoadOptions) -> Any:
+        """Load the form in a folder: a merged model, or the adapter as it was trained over the base of the form."""
+        return served_model.load(folder, self.adapter, self.base_model, self.base_nf4, **options)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the adapter ships without a merged model."""
+        return ships_alone(self.adapter)
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's files."""

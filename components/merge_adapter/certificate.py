@@ -24,6 +24,7 @@ from qlora_retrain.evaluation.scoring import RowScore
 from qlora_retrain.evaluation.stats import Interval
 from qlora_retrain.evaluation.verdict import RuleResult, Verdict
 
+ALONE = "adapter"  # among the forms that ship: an adapter without a model
 Numbers = dict[str, float | None]
 
 # The columns of the tables; a metric that the line does not measure gets no column.
@@ -95,7 +96,7 @@ class Certificate:
         """Return the certificate as a page for a person."""
         titles = {"golden": "Golden rows", "reference": "Reference text"}
         return html.page(
-            f"Merged model: {self.outcome.decision}",
+            f"{'Adapter alone' if ALONE in self.exports else 'Merged model'}: {self.outcome.decision}",
             self.outcome.sentence,
             html.section("Rules", html.table(*verdict.rules_table(self.outcome.rules))),
             html.section(

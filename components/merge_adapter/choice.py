@@ -25,6 +25,7 @@ from qlora_retrain.evaluation.rules import forgetting_rule
 from qlora_retrain.evaluation.rules.rule_result import RuleResult
 from qlora_retrain.evaluation.scoring import Row
 from qlora_retrain.lm import adapter_start, loading
+from qlora_retrain.lm.adapter_kind import adapter_kind, has_matrices, has_whole_modules
 
 STRENGTHS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -58,7 +59,7 @@ class Chooser:
     def choose(self, bases: Sequence[Candidate]) -> Choice:
         """Choose among the candidates that were built, and those that are made of the best of them."""
         winner, full_rank = self._choose_base(bases), None
-        if not loading.has_all_weights(self.workshop.adapter):
+        if has_matrices(self.workshop.adapter):
             full_rank = adapter_forms.rank_of(self.workshop.adapter)
             winner = self._choose_rank(winner, full_rank)
             winner = self._choose_strength(winner)
@@ -232,10 +233,15 @@ def resolve_base(
 def whole_adapter_where_needed(config: MergeConfig, base_nf4: Path, adapter: Path) -> MergeConfig:
     """Return the settings with rank and strength `full` where the training has no smaller or weaker form.
 
-    A part of LoftQ's adapter corrects the 4-bit base, and a weaker one would correct it less.
+    A part of LoftQ's adapter corrects the 4-bit base, and a weaker one would correct it less. Other adapters than LoRA
+    have no rank.
     """
     if loading.has_all_weights(adapter):
         reason = "all weights trained, and there is no adapter"
+    elif not has_matrices(adapter):
+        reason = f"an adapter of the kind {adapter_kind(adapter)} has no matrices that could be cut or weakened"
+    elif has_whole_modules(adapter):
+        reason = "modules of train.modules_to_save learnt whole beside the adapter"
     elif adapter_start.read_method(base_nf4) == "loftq":
         reason = "LoftQ's adapter also corrects the 4-bit base"
     else:

@@ -23,10 +23,10 @@ _TENSOR_NAME = re.compile(
 )
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAGNITUDE = "magnitude"
+_WHOLE_NAME = re.compile(r"base_model\.model\.(?P<path>(?:.+\.)?(?P<module>[^.]+)\.(?:weight|bias))")
 _CHUNK_WEIGHTS = 2**17  # weights converted to fp32 at a time: 0.5 MB, which fits into a core's cache
 # Settings of PEFT's LoRA that change the update, with the values that leave it unchanged.
 _NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "modules_to_save": (None, []),
     "bias": ("none", None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -46,6 +46,7 @@ class LoraAdapter(SafetensorsFolder):
     Attributes:
         config: `adapter_config.json`.
         modules: The names of the linear layers that it changes, sorted.
+        whole: The tensors that replace a weight of the model, since its module learnt whole, by the weight's name.
         minus: A and B by module of what is subtracted from the update: where the adapter started from what the 4-bit
             base lacks, the original base must not get that again.
     """
@@ -55,6 +56,7 @@ class LoraAdapter(SafetensorsFolder):
         self.minus = minus or {}
         self.config = _read_config(folder / CONFIG_FILE)
         self.modules: list[str] = []
+        self.whole: dict[str, str] = {}
         self._tensor_names: dict[str, dict[str, str]] = {}  # by module: the names of A, B and the magnitude
 
     def __enter__(self) -> LoraAdapter:
@@ -63,6 +65,9 @@ class LoraAdapter(SafetensorsFolder):
         # An unknown tensor is refused. If it were skipped, the merged model would silently lack it.
         for name in self.names:
             match = _TENSOR_NAME.fullmatch(name)
+            if not match and (whole := self._whole_name(name)):
+                self.whole[whole] = name
+                continue
             if not match:
                 raise UsageError(f"adapter: tensor {name} is not LoRA on a linear layer, so it cannot be merged")
             if not is_finite(self.tensor(name)):
@@ -82,6 +87,12 @@ class LoraAdapter(SafetensorsFolder):
                 )
         self.modules = sorted(self._tensor_names)
         return self
+
+    def _whole_name(self, name: str) -> str | None:
+        """Return the name in the model of a weight that learnt whole; None for any other tensor."""
+        match = _WHOLE_NAME.fullmatch(name)
+        is_whole = match and match["module"] in (self.config.get("modules_to_save") or ())
+        return match["path"] if match and is_whole else None
 
     def merge_into(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the adapter in it, in bf16: W + scaling * B A.

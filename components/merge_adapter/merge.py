@@ -1,12 +1,13 @@
 """Merge an adapter: W' = W + scaling * BA for every adapted weight, in fp32, stored as bf16.
 
-Every other tensor stays as the base has it.
+With IA3, rows and columns of the weights are multiplied by their scales instead. Every other tensor stays as the base
+has it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 
+from components.merge_adapter.ia3 import Ia3Adapter
 from components.merge_adapter.lora import LoraAdapter
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import Diverged, IntegrityError, UsageError
 from qlora_retrain.lm import adapter_start, base_formats, chat_format, loading, model_files
+from qlora_retrain.lm.adapter_kind import IA3, adapter_kind
 from qlora_retrain.lm.base_formats import BaseFormat
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
 from qlora_retrain.lm.weight_files import SafetensorsFolder, TensorSpec, is_finite, write_safetensors
@@ -26,7 +29,13 @@ from qlora_retrain.lm.weight_names import names_in_model
 # The merged model has a config.json of its own.
 _COPIED_FILES = (*(pattern for pattern in TOKENIZER_FILES if pattern != "config.json"), chat_format.FILE)
 _TENSORS_BETWEEN_UPDATES = 100
-_TIED_MODULES = ("lm_head", "embed_tokens")  # transformers' names of the output layer and the embeddings
+_TIED_MODULES = (
+    "lm_head",
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "embed_out",
+)  # transformers' names of the output layer and the embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ def merge(
     Args:
         base_model: The original model; everything that is not packed in `base_nf4` comes from here.
         base_nf4: The base that the adapter was trained over.
-        adapter: The LoRA or DoRA adapter; or all weights, where all trained, which are then the result.
+        adapter: The LoRA, DoRA or IA3 adapter; or all weights, where all trained, which are then the result.
         model: An empty folder, for the result.
         dequantized: Merge into the values of the packed weights instead of the original ones.
         max_shard_gib: The largest size of a file.
@@ -74,22 +83,31 @@ def merge(
     has_correction = not dequantized and adapter_start.read_method(base_nf4) == "loftq"
     correction = adapter_start.read(base_nf4) if has_correction else None
     with ExitStack() as stack:
-        lora = stack.enter_context(LoraAdapter(adapter, correction))
-        _refuse_tied_weights(lora, config)
-        base = stack.enter_context(open_base(base_model, base_nf4, lora.modules, dequantized=dequantized))
+        update: Ia3Adapter | LoraAdapter
+        if adapter_kind(adapter) == IA3:
+            update = stack.enter_context(Ia3Adapter(adapter))
+        else:
+            update = stack.enter_context(LoraAdapter(adapter, correction))
+        whole_modules = [name.removesuffix(".weight") for name in getattr(update, "whole", ())]
+        _refuse_tied_weights([*update.modules, *whole_modules], config)
+        base = stack.enter_context(open_base(base_model, base_nf4, update.modules, dequantized=dequantized))
         module_by_weight = {name: module for module, name in base.weight_names.items()}
+        module_by_bias = base.modules_by_bias() if isinstance(update, Ia3Adapter) else {}
+        whole = base.by_file_name(update.whole) if isinstance(update, LoraAdapter) else {}
+        changed_names = {*module_by_weight, *module_by_bias, *whole, *base.dequantized_names}
 
         # The files' headers come before the values, so every output type is decided before a tensor is read.
-        specs = [
-            _output_spec(base.original.spec(name), name in module_by_weight or name in base.dequantized_names)
-            for name in base.original.names
-        ]
+        specs = [_output_spec(base.original.spec(name), name in changed_names) for name in base.original.names]
         dtypes = {spec.name: spec.dtype for spec in specs}
 
         def make_tensor(name: str) -> torch.Tensor:
             tensor = base.tensor(name)
-            if name in module_by_weight:
-                tensor = lora.merge_into(module_by_weight[name], tensor)
+            if name in whole:
+                tensor = _check_shape(update.tensor(whole[name]), tuple(tensor.shape), name, "adapter")
+            elif name in module_by_weight:
+                tensor = update.merge_into(module_by_weight[name], tensor)
+            elif name in module_by_bias and isinstance(update, Ia3Adapter):
+                tensor = update.merge_into_bias(module_by_bias[name], tensor)
 
             # Every tensor is checked here, also a copied one, so that a damaged base is noticed in any layer.
             tensor = tensor.to(dtypes[name])
@@ -151,6 +169,25 @@ class BaseWeights:
         values = self.base_format.unpack(self.model_names[name], self.nf4)
         return _check_shape(values, self.original.spec(name).shape, name)
 
+    def by_file_name(self, tensors: Mapping[str, str]) -> dict[str, str]:
+        """Return values by the names of weights in `original`, from those in the model.
+
+        Raises:
+            IntegrityError: If `original` has no such weight.
+        """
+        file_names = {model_name: name for name, model_name in self.model_names.items()}
+        if missing := sorted(tensors.keys() - file_names.keys()):
+            raise IntegrityError(
+                f"adapter: the base has no weight {missing[0]}, which learnt whole; it was trained over another model"
+            )
+        return {file_names[name]: value for name, value in tensors.items()}
+
+    def modules_by_bias(self) -> dict[str, str]:
+        """Return the adapted modules that have a bias, by its name in `original`."""
+        file_names = {model_name: name for name, model_name in self.model_names.items()}
+        names = {module: file_names.get(f"{module}.bias") for module in self.weight_names}
+        return {name: module for module, name in names.items() if name is not None}
+
     def module_weight(self, module: str) -> torch.Tensor:
         """Read the weight (out, in) of an adapted module."""
         return self.tensor(self.weight_names[module])
@@ -189,10 +226,10 @@ def copy_tokenizer(base_model: Path, folder: Path) -> None:
     copy_files(base_model, folder, _COPIED_FILES)
 
 
-def _refuse_tied_weights(lora: LoraAdapter, config: dict[str, Any]) -> None:
+def _refuse_tied_weights(modules: Sequence[str], config: dict[str, Any]) -> None:
     """Refuse to merge into a weight that embeddings and output layer share, as both would change."""
     # With tied embeddings the file has one tensor for both layers, and loading ties them again.
-    for module in lora.modules:
+    for module in modules:
         if config.get("tie_word_embeddings") and module.rsplit(".", 1)[-1] in _TIED_MODULES:
             raise UsageError(
                 f"adapter: it changes {module}, whose weight embeddings and output layer share; train without it"
@@ -212,7 +249,7 @@ def _not_finite_error(name: str, base: SafetensorsFolder) -> Exception:
     return Diverged(f"adapter: merging it into {name} gives numbers that are not finite")
 
 
-def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str, label: str = "base_nf4") -> torch.Tensor:
     if tuple(tensor.shape) != shape:
-        raise IntegrityError(f"{name}: the shape is {shape} in base_model, but {tuple(tensor.shape)} in base_nf4")
+        raise IntegrityError(f"{name}: the shape is {shape} in base_model, but {tuple(tensor.shape)} in {label}")
     return tensor

@@ -2,7 +2,7 @@
 
 What each server does with `adapter_config.json` was read in its source (vLLM's `peft_helper.py` and `config/lora.py`,
 TGI's `adapters/lora.py`, llama.cpp's `convert_lora_to_gguf.py`). Servers change, so a warning refuses nothing.
-Adapters that cannot be merged at all (`modules_to_save`, trained biases) are refused before this, in `lora`.
+Adapters with trained biases are refused before this, in `lora`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.merge_adapter.lora import LoraAdapter
-from qlora_retrain.lm import loading
+from qlora_retrain.lm.adapter_kind import IA3, LORA, adapter_kind
 
 # The values that vLLM's --max-lora-rank allows, and its default.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -24,8 +24,12 @@ _EMBEDDINGS_AND_HEAD = frozenset(("lm_head", "embed_tokens"))
 
 def read_warnings(adapter: Path) -> list[str]:
     """Return the warnings for the adapter in this folder, one sentence each; none where all weights trained."""
-    if loading.has_all_weights(adapter):
+    kind = adapter_kind(adapter)
+    if kind is None:
         return []
+    if kind != LORA:
+        remedy = "serve the merged model" if kind == IA3 else "serve it over its base with the library that trained it"
+        return [f"vLLM, TGI, llama.cpp: adapters of the kind {kind} are not supported; {remedy}"]
     with LoraAdapter(adapter) as lora:
         return warnings(lora.config, lora.modules)
 
@@ -54,6 +58,8 @@ def _rank_warnings(config: Mapping[str, Any]) -> list[str]:
 
 def _variant_warnings(config: Mapping[str, Any]) -> list[str]:
     messages = []
+    if config.get("modules_to_save"):
+        messages.append("vLLM, TGI, llama.cpp: modules_to_save are not read; serve the merged model")
     if config.get("use_dora"):
         messages.append("vLLM, TGI, llama.cpp: DoRA is not supported; serve the merged model")
     if config.get("use_rslora"):

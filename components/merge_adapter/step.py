@@ -3,7 +3,8 @@
 Chooses by measurement which base the adapter is merged into, with which rank and at which strength.
 Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and
 `reference_data` where the line has it. Makes `model/`: a plain transformers folder in bf16, with `certificate.json`,
-`report.html` and, where the config asks for more forms, `exports/`.
+`report.html` and, where the config asks for more forms, `exports/`. An adapter that cannot be merged is certified over
+the base that it will be served on, and `model/` says which one that is.
 Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_increase_nats` against the
 unmerged model.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -79,7 +81,7 @@ def run(
         merged_adapter = workshop.keep(selected.winner.candidate)
 
         # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
-        suite_scores, answers = _score_other_suites(scorer, inputs, model)
+        suite_scores, answers = _score_other_suites(scorer, inputs, workshop)
         merged = selected.winner.scores.with_endings(answers)
         built_exports = exports.build_exports(config, scorer, base_model, base_nf4, merged_adapter, model)
     contestants = _with_shipped_form(inputs, merged, suite_scores, parts)
@@ -95,6 +97,7 @@ def run(
         built_exports,
         scorer.unmerged_logits.positions,
         serving_warnings.read_warnings(merged_adapter),
+        is_alone=workshop.is_alone,
     )
 
     # JSON has no NaN, and a certificate that other programs cannot read must not be written.
@@ -126,7 +129,7 @@ def _with_shipped_form(
 
 
 def _score_other_suites(
-    scorer: FormScorer, inputs: EvaluationInputs, model: Path
+    scorer: FormScorer, inputs: EvaluationInputs, workshop: Workshop
 ) -> tuple[dict[str, list[RowScore]], dict[str, Completion]]:
     """Measure of the form that ships what took no part in the selection.
 
@@ -139,7 +142,8 @@ def _score_other_suites(
     answers: dict[str, Completion] = {}
     measures_endings = inputs.settings.stop_rows > 0 and not completion_metrics.needs_completions(inputs.settings)
     if golden or passages or measures_endings:
-        loaded, tokenizer = loading.load_base(model, **scorer.load_options), chat.load_tokenizer(model)
+        loaded = workshop.load(workshop.model, scorer.load_options)
+        tokenizer = chat.load_tokenizer(workshop.model)
         description, total = "scoring the form that ships", len(golden) + len(passages)
         suite_scores["golden"], _ = scoring.score_and_generate(
             inputs.settings, loaded, tokenizer, golden, inputs.labels, description=description, total=total
@@ -175,6 +179,8 @@ def _certify(
     built_exports: Mapping[str, Export],
     compared_positions: dict[str, int],
     warnings: list[str],
+    *,
+    is_alone: bool,
 ) -> Certificate:
     """Apply the rules of the evaluation to the form that ships, and the merge's own rules to the cost of merging."""
     settings, answers = inputs.settings, inputs.answers
@@ -186,15 +192,18 @@ def _certify(
     live_scores = [score for score in inputs.unmerged_scores("eval") if score.id in parts.rows.certification]
     certified = merged.subset(parts.rows.certification)
     own_rules = certificate.merge_rules(config, settings, live_scores, certified)
+    if is_alone:
+        own_rules = [replace(r, text=r.text.replace("lost by merging", "lost over this base")) for r in own_rules]
     rules = [*certificate.min_prompts_rules(config, parts, prompt_counts), *own_rules, *selected.rules]
 
-    # bf16 is listed with the other exports, but its only own rule is merge_cost.
-    shipped = {"bf16": Export(".", stats.weights_bytes, certified), **built_exports}
+    # The form itself is listed with the exports, but its only own rule is merge_cost.
+    name, path = (certificate.ALONE, "../adapter") if is_alone else ("bf16", ".")
+    shipped = {name: Export(path, stats.weights_bytes, certified), **built_exports}
     listed: dict[str, dict[str, Any]] = {}
     for name, export in shipped.items():
         numbers, limits = certificate.certify_export(config, settings, live_scores, name, export.scores, answers)
         listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers}
-        rules += limits if name != "bf16" else []
+        rules += limits if name in built_exports else []
 
     # "live" is the unmerged model's name in published certificates.
     forms = {"live": FormScores(inputs.unmerged_scores("eval"), [])}
@@ -246,7 +255,9 @@ def _numbers(merge_certificate: Certificate, settings: EvaluateConfig) -> dict[s
     for metric in dict.fromkeys(("accuracy", "loss", settings.primary_metric or "loss", answer_endings.METRIC)):
         numbers |= {f"{metric}_{name}": form[metric] for name, form in listed_forms.items() if metric in form}
     numbers |= {
-        f"loss_{name}": export.get("loss") for name, export in merge_certificate.exports.items() if name != "bf16"
+        f"loss_{name}": export.get("loss")
+        for name, export in merge_certificate.exports.items()
+        if name not in ("bf16", certificate.ALONE)
     }
     return numbers | {
         "modules": merge_certificate.stats.modules,

@@ -12,7 +12,7 @@ from typing import Any
 
 from components.publish import markdown
 from qlora_retrain.config.publish import PublishConfig
-from qlora_retrain.lm.adapter_scale import describe_adapter
+from qlora_retrain.lm.adapter_scale import describe_adapter, has_scale
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
 
@@ -70,8 +70,13 @@ def model_card(
     version: str,
     verdict: Mapping[str, Any],
     numbers: Mapping[str, Mapping[str, Any]],
+    *,
+    is_alone: bool = False,
 ) -> str:
-    """Return the model card: what the version is, how it was evaluated, and how to use it."""
+    """Return the model card: what the version is, how it was evaluated, and how to use it.
+
+    With `is_alone`, the version is an adapter without a model.
+    """
     train = plan.step("train_qlora").identity
     rule_rows = [
         markdown.row(
@@ -96,6 +101,11 @@ def model_card(
     )
     if train["method"] == "full":
         challenger, recipe_text = "trained model", "Full fine-tuning: all weights trained, without an adapter"
+    elif not has_scale(train["method"]):
+        recipe_text = f"{train['method']}: {describe_adapter(train['rank'], None, train['method'])}"
+    form = "the merged form in `model/`, the form to run"
+    if is_alone:
+        form = "the adapter in `adapter/` over the base that `model/base.json` names, the form to run"
     return "\n".join(
         [
             markdown.front_matter(config),
@@ -115,7 +125,7 @@ def model_card(
             "",
             *_ending_lines(verdict),
             f"Compared with the version in production: {champion}. The numbers above are those of the {challenger}. "
-            "`evaluation/certificate.json` has those of the merged form in `model/`, the form to run.",
+            f"`evaluation/certificate.json` has those of {form}.",
             "",
             "## How it was made",
             "",
@@ -126,14 +136,14 @@ def model_card(
             "",
             "## How to use it",
             "",
-            *_usage_lines(plan),
+            *_usage_lines(plan, is_alone=is_alone),
         ]
     )
 
 
 def _merged_form(numbers: Mapping[str, Any]) -> str:
     """Say what was merged; older merges do not."""
-    if "rank" not in numbers or "strength" not in numbers:
+    if numbers.get("rank") is None or "strength" not in numbers:
         return ""
     reduced = ", with its intruder dimensions scaled down" if numbers.get("reduced_intruders") else ""
     return (
@@ -148,13 +158,22 @@ def _ending_lines(verdict: Mapping[str, Any]) -> list[str]:
     return [f"Ends of answers: {markdown.inline(text)}." for text in texts[:1]] + ([""] if texts else [])
 
 
-def _usage_lines(plan: Plan) -> list[str]:
+def _usage_lines(plan: Plan, *, is_alone: bool) -> list[str]:
     data = plan.step("validate_data").identity
+    base = plan.sources["base_model"]
+    source = f": `{base.uri}`" if base and base.is_commit else ""
     lines = [
-        "`model/` is a plain transformers folder: `AutoModelForCausalLM.from_pretrained('model')`. Its "
-        "`generation_config.json` lists every token at which an answer ends.",
+        f"This version is an adapter alone: it changes no weight of its base model, and is used over it{source}. "
+        "`model/base.json` has the hashes of the base's files, and `model/` the tokenizer. `qlora-retrain ask VERSION "
+        "--base FOLDER QUESTION` checks the hashes and answers.",
         "",
     ]
+    if not is_alone:
+        lines = [
+            "`model/` is a plain transformers folder: `AutoModelForCausalLM.from_pretrained('model')`. Its "
+            "`generation_config.json` lists every token at which an answer ends.",
+            "",
+        ]
     if data["system"]:
         lines += ["It was trained with this system turn:", "", markdown.code_block(data["system"]), ""]
     if variables := data.get("template_kwargs"):

@@ -21,13 +21,14 @@ from components.publish.documents import model_card, recipe, sbom
 from components.publish.markdown import inline, licence_text
 from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
 from qlora_retrain.config.publish import PublishConfig
-from qlora_retrain.core import hashing
+from qlora_retrain.core import graph, hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, audit, keys, registry, release_files, retention
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.keys import Keyring
+from qlora_retrain.storage.pinned_source import PinnedSource
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import AlreadyExists, Store
 
@@ -154,9 +155,10 @@ def _publish(
     folder = registry.version_folder(plan.line, name)
     verdict = _verdict(store, inputs["evaluation"])
     numbers = {artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()}
+    is_alone = any(target == graph.BASE_REFERENCE for _, target in copies["model"])
 
     documents = {
-        "README.md": model_card(config, plan, name, verdict, numbers),
+        "README.md": model_card(config, plan, name, verdict, numbers, is_alone=is_alone),
         "recipe.json": json.dumps(recipe(plan), indent=1) + "\n",
         "sbom.json": json.dumps(sbom(plan, name), indent=1) + "\n",
         "LICENCE.md": (
@@ -204,11 +206,17 @@ def _publish(
             judgement=plan.judgement,
             anchor=_anchor(plan, name, inputs["model"]),
             keys={s.name: s.key for s in plan.steps},
-            base={"files": {f.path: f.pin for f in base.files}},
+            base=_base(base, is_alone=is_alone),
             numbers=numbers,
             provenance={"run_id": plan.run_id, "steps": {n: m.provenance for n, m in inputs.items()}},
         ),
     )
+
+
+def _base(base: PinnedSource, *, is_alone: bool) -> dict[str, Any]:
+    """Return the pins of the base; where the version is an adapter alone, also where everybody finds that base."""
+    pins: dict[str, Any] = {"files": {file.path: file.pin for file in base.files}}
+    return pins | ({"source": base.uri} if is_alone and base.is_commit else {})
 
 
 def _write_signature(

@@ -6,6 +6,7 @@ With `train.method: full` there is no adapter: then each function does the same 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +23,18 @@ from components.train_qlora import all_weights
 from components.train_qlora.fused_lora import fuse_lora_layers
 from components.train_qlora.logits import logits_kind
 from components.train_qlora.memory_efficient import patch_norms_and_mlps
-from components.train_qlora.methods import Lora, Method, method_of
+from components.train_qlora.methods import Lora, Method, WithoutMatrices, method_of
 from components.train_qlora.offload import InputOffload, offload_layer_inputs
 from components.train_qlora.row_probe import probe_rows
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm.target_layers import adapted_paths, patterns_by_path, target_modules
+from qlora_retrain.lm import own_adapter
+from qlora_retrain.lm.own_adapter import OwnAdapter
+from qlora_retrain.lm.target_layers import adapted_paths, patterns_by_path, refuse_unfit_modules, target_modules
 
+_LORA = ".lora_"  # between a layer's name and that of its part
+# Where the name of any trained parameter goes on after its layer's.
+_ADAPTERS_PART = re.compile(r"\.(?:lora_|modules_to_save|ia3_l|bottleneck_|virtual_tokens|default\.embedding)")
 BASE_NAME = "base_nf4"  # in adapter_config.json, in place of a path of this machine
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 BESIDE_FILE = "method.safetensors"  # what a method ships beside A and B
@@ -57,6 +63,12 @@ def attach_new(
     method = method or method_of(config)
     if isinstance(method, Lora):
         trainable = _attach_lora(model, config, method, start or {})
+    elif isinstance(method, WithoutMatrices):
+        # All of them run a probe through the model, which must be the base's: rows have no virtual tokens yet.
+        patch_norms_and_mlps(model.eval(), config.kernels)
+        logits_kind(model)
+        probe_rows(model)
+        trainable = method.attach(model)
     else:
         trainable = all_weights.prepare(model, config)
     if config.gradient_checkpointing:
@@ -77,6 +89,7 @@ def _attach_lora(
 ) -> PeftModel:
     targets = target_modules(model, config.target_modules)
     layer_names = adapted_paths(model, targets)
+    refuse_unfit_modules(model, config.modules_to_save)
     lora_config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
@@ -84,6 +97,7 @@ def _attach_lora(
         use_rslora=config.method == "rslora",
         use_dora=method.has_magnitudes,
         target_modules=targets,
+        modules_to_save=list(config.modules_to_save) or None,
         **patterns_by_path(config, layer_names),
         bias="none",
         task_type="CAUSAL_LM",
@@ -122,15 +136,23 @@ def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
         )
 
 
+def has_adapter(model: Any) -> bool:
+    """Return whether an adapter trains, and not all weights."""
+    return isinstance(model, PeftModel) or own_adapter.find(model) is not None
+
+
 def checkpoint_files(model: Any) -> tuple[str, str]:
     """Return the names of the files that `save` writes: the config's and the weights'."""
-    if isinstance(model, PeftModel):
+    if has_adapter(model):
         return CONFIG_FILE, WEIGHTS_FILE
     return all_weights.CONFIG_FILE, all_weights.WEIGHTS_FILE
 
 
 def save(model: Any, folder: Path) -> None:
     """Write the adapter as it is trained, for a checkpoint: the same bytes for the same adapter."""
+    if own := own_adapter.find(model):
+        _save_own(own, folder)
+        return
     if not isinstance(model, PeftModel):
         all_weights.save(model, folder)
         return
@@ -140,26 +162,44 @@ def save(model: Any, folder: Path) -> None:
 
     path = folder / CONFIG_FILE
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    document["target_modules"] = sorted(document["target_modules"])  # PEFT keeps a set, whose order changes
+    for name in ("target_modules", "feedforward_modules"):
+        if isinstance(document.get(name), list):
+            document[name] = sorted(document[name])  # PEFT keeps a set, whose order changes
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # safetensors writes files that only their owner can read; whoever serves the adapter may be another user.
     for path in folder.iterdir():
         path.chmod(0o644)
 
 
+def _save_own(own: OwnAdapter, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in own.weights().items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)
+    document = {**own.config, "base_model_name_or_path": BASE_NAME}
+    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def export(model: Any, folder: Path, config: TrainConfig) -> None:
     """Write the adapter as plain LoRA with delta W = B A: alpha is the rank, and the scale is in B.
+
+    One without matrices ships as it is trained.
 
     llama.cpp does not read `use_rslora`, and vLLM no rank or alpha of a single layer; both read this form. So all
     layers have the largest rank, where the method gives them several; the rows of A beyond a layer's own are zero.
     """
     method = method_of(config)
+    if isinstance(method, WithoutMatrices):
+        save(model, folder)
+        return
     if not isinstance(method, Lora):
         all_weights.export(model, folder)
         return
     save(model, folder)
-    tensors_to_save, beside, matrices = dict[str, Tensor](), dict[str, Tensor](), {}
-    for name, tensors in tensors_by_layer(load_weights(folder)).items():
+    weights_of_adapter = load_weights(folder)
+    # Modules that learnt whole are as large as the base's own, and are merged in its type.
+    tensors_to_save = {name: t.to(torch.bfloat16) for name, t in weights_of_adapter.items() if _LORA not in name}
+    beside, matrices = dict[str, Tensor](), {}
+    for name, tensors in tensors_by_layer(weights_of_adapter).items():
         matrices[name] = method.to_lora(tensors, method.scale(model.get_submodule(name)))
         beside |= {f"{name}.lora_{part}": tensor for part, tensor in method.beside(tensors).items()}
         if method.has_magnitudes:
@@ -185,8 +225,9 @@ def tensors_by_layer(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     """Return an adapter's tensors by the layer's name, and by what their own has after `lora_`, e.g. `A`."""
     by_layer: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
-        layer, _, part = name.removesuffix(".weight").rpartition(".lora_")
-        by_layer.setdefault(layer, {})[part] = tensor
+        layer, mark, part = name.removesuffix(".weight").rpartition(_LORA)
+        if mark:
+            by_layer.setdefault(layer, {})[part] = tensor
     return by_layer
 
 
@@ -200,6 +241,8 @@ def save_weights(model: Any, tensors: dict[str, Tensor], config_folder: Path, fo
 
 def weights(model: Any) -> dict[str, Tensor]:
     """Return the trained weights by name: those of the model itself."""
+    if own := own_adapter.find(model):
+        return own.weights()
     if not isinstance(model, PeftModel):
         return all_weights.weights(model)
     tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -213,7 +256,9 @@ def copy_weights(model: Any) -> dict[str, Tensor]:
 
 def set_weights(model: Any, tensors: dict[str, Tensor]) -> None:
     """Copy weights into the model, in its own precision."""
-    if isinstance(model, PeftModel):
+    if own := own_adapter.find(model):
+        own.set_weights(tensors)
+    elif isinstance(model, PeftModel):
         set_peft_model_state_dict(model, tensors)
     else:
         all_weights.set_weights(model, tensors)
@@ -236,7 +281,7 @@ def trainable_by_layer(model: Any) -> list[tuple[str, int, int]]:
     sizes_by_name: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            path = name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
+            path = _ADAPTERS_PART.split(name)[0].removesuffix(".weight").removesuffix(".bias")
             sizes = sizes_by_name.setdefault(path.rsplit(".", 1)[-1], {})
             sizes[path] = sizes.get(path, 0) + parameter.numel()
     return [(name, len(sizes), sum(sizes.values())) for name, sizes in sorted(sizes_by_name.items())]

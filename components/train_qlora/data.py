@@ -80,18 +80,24 @@ def read_rows(config: TrainConfig, dataset: Path, base_nf4: Path) -> Rows:
     return Rows(train, held_out, tokenizer.pad_token_id)
 
 
-def refuse_longer_rows(rows: Rows, max_tokens: int | None) -> None:
+def refuse_longer_rows(rows: Rows, max_tokens: int | None, num_virtual_tokens: int = 0) -> None:
     """Refuse a row that has more tokens than the model takes; None: it takes any number.
+
+    Args:
+        rows: The rows.
+        max_tokens: What the model takes.
+        num_virtual_tokens: Those that stand before each row.
 
     Raises:
         UsageError: With the file and the length of its longest row.
     """
     for file, dataset in (("train.jsonl", rows.train), ("eval.jsonl", rows.eval)):
         longest_row = max(dataset.lengths, default=0)
-        if max_tokens and longest_row > max_tokens:
+        if max_tokens and longest_row + num_virtual_tokens > max_tokens:
+            virtual = f" beside {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
             raise UsageError(
-                f"dataset/{file}: a row has {longest_row} tokens, but the model takes at most {max_tokens}; lower "
-                "data.max_length_tokens"
+                f"dataset/{file}: a row has {longest_row} tokens, but the model takes at most {max_tokens}{virtual}; "
+                "lower data.max_length_tokens"
             )
 
 

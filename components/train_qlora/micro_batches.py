@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from components.train_qlora import packing
 from components.train_qlora.data import IGNORE_INDEX, Batch
+from qlora_retrain.lm import virtual_tokens
 
 Tensors = TypeVar("Tensors")
 
@@ -40,6 +41,7 @@ def prepare(model: Any, batch: Batch | MicroBatch, dtype: torch.dtype | None = N
     """
     if isinstance(batch, MicroBatch):
         return batch
+    batch = with_virtual_tokens(batch, virtual_tokens.prefix_ids(model))
     if packing.can_pack(model):
         packed = packing.pack(batch, dtype or model.dtype, packing.backend(model))
         labels = packed.labels.flatten()
@@ -52,6 +54,16 @@ def prepare(model: Any, batch: Batch | MicroBatch, dtype: torch.dtype | None = N
     # On a GPU the number of labels would have to be waited for.
     positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     return to_device(MicroBatch(len(batch["input_ids"]), inputs, positions, labels[positions]), model.device)
+
+
+def with_virtual_tokens(batch: Batch, prefix_ids: list[int]) -> Batch:
+    """Return the batch with these tokens before each row; nothing is learnt at them."""
+    if not prefix_ids:
+        return batch
+    prefix = torch.tensor([prefix_ids]).expand(len(batch["input_ids"]), -1)  # (B, virtual)
+    values = {"input_ids": prefix, "labels": torch.full_like(prefix, IGNORE_INDEX)}
+    values["attention_mask"] = torch.ones_like(prefix, dtype=batch["attention_mask"].dtype)
+    return {**batch, **{name: torch.cat([values[name], batch[name]], dim=1) for name in values}}
 
 
 def to_device(batch: Tensors, device: torch.device) -> Tensors:

@@ -24,7 +24,7 @@ from components.train_qlora.data import (
     refuse_longer_rows,
 )
 from components.train_qlora.loss import supervised_mask
-from components.train_qlora.methods import Lora, method_of
+from components.train_qlora.methods import Full, Lora, method_of
 from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed, fsdp
@@ -219,9 +219,9 @@ def build_run(
             "quantize.compute_dtype: float16 gradients underflow without loss scaling; train over bfloat16"
         )
     method = method_of(config)
-    if not isinstance(method, Lora):
+    if isinstance(method, Full):
         all_weights.refuse_packed(base_nf4)
-    refuse_longer_rows(rows, max_context_tokens(base.config.to_dict()))
+    refuse_longer_rows(rows, max_context_tokens(base.config.to_dict()), method.num_virtual_tokens)
 
     # The adapter must start the same in every process, but dropout must differ between them.
     set_seed(config.seed)

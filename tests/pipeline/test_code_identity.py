@@ -232,6 +232,7 @@ UNHASHED = {
     "storage.audit": "paths of the audit trail, and what is in it",
     "storage.registry": "the protocol of publishing; what it stores is what the step hands to it",
     "storage.retention": "says how long a server keeps what was written, and changes no byte of it",
+    "storage.pinned_source": "a source as the plan pins it, for `publish`",
     "storage.store": "reads and writes bytes",
 }
 

@@ -7,13 +7,18 @@ B of each layer with delta W = B A. Adapters always ship in this form, since ser
 from __future__ import annotations
 
 from components.train_qlora.methods.adalora import AdaLora
+from components.train_qlora.methods.bottleneck import Bottleneck
 from components.train_qlora.methods.dora import Dora
 from components.train_qlora.methods.dylora import DyLora
 from components.train_qlora.methods.full import Full as Full
+from components.train_qlora.methods.ia3 import Ia3
 from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
 from components.train_qlora.methods.method import Method as Method
+from components.train_qlora.methods.prefix import Prefix
+from components.train_qlora.methods.prompt import Prompt
 from components.train_qlora.methods.starts import LoftQ, LoraXs
+from components.train_qlora.methods.without_matrices import WithoutMatrices as WithoutMatrices
 from qlora_retrain.config.sections import TrainConfig
 
 # rsLoRA is LoRA with another scale, which `lm.adapter_scale` gives.
@@ -27,6 +32,10 @@ METHODS: dict[str, type[Method]] = {
     "qdylora": DyLora,  # over a 4-bit base
     "lora-xs": LoraXs,
     "loftq": LoftQ,
+    "ia3": Ia3,
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "bottleneck": Bottleneck,
     "full": Full,
 }
 

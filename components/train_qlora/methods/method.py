@@ -20,6 +20,11 @@ class Method:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """The tokens that the method puts before each row."""
+        return 0
+
     def rate_factor(self, parameter_name: str) -> float:
         """Return what a parameter's learning rate is, as a multiple of `train.learning_rate`."""
         return 1.0

@@ -1,24 +1,104 @@
-"""Ask a model folder questions with plain transformers, as a consumer of a published version would.
+"""Ask a model questions with plain transformers, as a consumer of a published version would.
 
 Chats are rendered as in training: the version's `chat_format.json` has the system turn, the template's variables, its
-date and the tokens at which an answer ends.
+date and the tokens at which an answer ends. A version that is an adapter alone is asked over its base. With
+`--adapter`, the folder is a base, and every adapter answers every question over it.
 
-Command: `qlora-retrain ask FOLDER QUESTION... [--system TEXT] [--max-new-tokens 64]`
+Command: `qlora-retrain ask FOLDER QUESTION... [--base FOLDER] [--adapter NAME=VERSION]... [--system TEXT]`
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.cli.ask_adapters import Adapter, answer_over_base
+from qlora_retrain.cli.ask_base import load_version
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat, generation
 from qlora_retrain.lm.generation import Completion
 
+if TYPE_CHECKING:
+    from qlora_retrain.lm.chat import ChatTokenizer
 
-def model_folder(folder: Path) -> tuple[Path, str | None]:
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked.
+
+    Attributes:
+        texts: Each is asked by itself.
+        system: The system turn; None: the one of the model's training, if any.
+        max_new_tokens: A longer answer is cut after this many tokens.
+    """
+
+    texts: Sequence[str]
+    system: str | None
+    max_new_tokens: int
+
+    def answers(self, model: Any, tokenizer: ChatTokenizer, system: str | None, label: str) -> list[Completion]:
+        """Return the model's greedy answer to each question.
+
+        Args:
+            model: In evaluation mode.
+            tokenizer: The model's own.
+            system: The system turn of its training.
+            label: What the model is, for messages.
+
+        Raises:
+            UsageError: If its chat template refuses a question.
+        """
+        system = self.system or system or tokenizer.chat_format.system
+        turns = [{"role": "system", "content": system}] if system else []
+        try:
+            prompts = [tokenizer.prompt_ids([*turns, {"role": "user", "content": text}]) for text in self.texts]
+        except chat.RowRefused as refusal:
+            raise UsageError(f"{label}: {refusal.detail}") from refusal
+        # One question at a time: batches would need padding, which changes answers in 16 bits.
+        return [generation.generate_batch(model, tokenizer, [prompt], self.max_new_tokens)[0] for prompt in prompts]
+
+
+def answers(folder: Path, questions: Questions, base: Path | None = None, root: str | None = None) -> list[Completion]:
+    """Return a model's answer to each question.
+
+    Args:
+        folder: A pulled version, or a model folder.
+        questions: What is asked.
+        base: The base of a version that is an adapter alone.
+        root: The store's URI, where that base may be.
+
+    Raises:
+        UsageError: If the folder is no model, or the base is missing or another one.
+    """
+    model_folder, system = find_model(folder)
+    if base is not None and model_folder == folder:
+        raise UsageError(
+            f"--base: {folder} is a model folder, and needs no base; for adapters over it, give each with --adapter"
+        )
+    tokenizer = chat.load_tokenizer(model_folder)
+    model = load_version(folder, base, root)
+    return questions.answers(model, tokenizer, system, str(model_folder))
+
+
+def answers_of_adapters(base: Path, adapters: Sequence[Adapter], questions: Questions) -> dict[str, list[Completion]]:
+    """Return the answers of each adapter by its name; the base is loaded once.
+
+    Raises:
+        UsageError: If the folder is no base model, or an adapter is one of another base.
+    """
+
+    def ask(model: Any, adapter: Adapter) -> list[Completion]:
+        tokenizer = chat.load_tokenizer(adapter.chat_folder or base)
+        return questions.answers(model, tokenizer, adapter.system, adapter.name)
+
+    return answer_over_base(base, adapters, ask)
+
+
+def find_model(folder: Path) -> tuple[Path, str | None]:
     """Return the model below a pulled version, and the system turn it was trained with; a bare folder has none.
 
     Raises:
@@ -27,8 +107,7 @@ def model_folder(folder: Path) -> tuple[Path, str | None]:
     # A published version has its settings in recipe.json, beside the folder of the model.
     recipe = folder / "recipe.json"
     if recipe.is_file():
-        system = json.loads(recipe.read_text(encoding="utf-8"))["steps"][graph.producer_name("dataset")]["system"]
-        return folder / "model", system
+        return folder / "model", system_turn(recipe)
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"{folder}: expected a pulled version (recipe.json) or a model folder (config.json), found neither"
@@ -36,28 +115,8 @@ def model_folder(folder: Path) -> tuple[Path, str | None]:
     return folder, None
 
 
-def answers(folder: Path, questions: Sequence[str], system: str | None, max_new_tokens: int) -> list[Completion]:
-    """Return the model's greedy answer to each question.
-
-    Args:
-        folder: A model folder.
-        questions: Each is asked by itself.
-        system: The system turn; None: the one that the folder's `chat_format.json` states, if any.
-        max_new_tokens: A longer answer is cut after this many tokens.
-
-    Raises:
-        UsageError: If the folder is no model, or its chat template refuses a question.
-    """
-    from qlora_retrain.lm.loading import load_base
-
-    tokenizer = chat.load_tokenizer(folder)
-    model = load_base(folder, dtype="auto")
-    system = system or tokenizer.chat_format.system
-    turns = [{"role": "system", "content": system}] if system else []
-    try:
-        prompts = [tokenizer.prompt_ids([*turns, {"role": "user", "content": question}]) for question in questions]
-    except chat.RowRefused as refusal:
-        raise UsageError(f"{folder}: {refusal.detail}") from refusal
-
-    # One question at a time: batches would need padding, which changes answers in 16 bits.
-    return [generation.generate_batch(model, tokenizer, [prompt], max_new_tokens)[0] for prompt in prompts]
+def system_turn(recipe: Path) -> str | None:
+    """Return the system turn of a version's training."""
+    steps = json.loads(recipe.read_text(encoding="utf-8"))["steps"]
+    system: str | None = steps[graph.producer_name("dataset")]["system"]
+    return system

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,18 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.set_defaults(run=_drop)
 
     description = "ask a pulled version, or any model folder, questions"
-    verb = verbs.add_parser("ask", help=description, parents=[options.common])
-    verb.add_argument("folder", type=Path, help="a pulled version, or a model folder")
+    verb = verbs.add_parser("ask", help=description, parents=[options.stored])
+    verb.add_argument("folder", type=Path, help="a pulled version, or a model folder; with --adapter: a base model")
+    verb.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="the base model of a version that is an adapter alone"
+    )
+    verb.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=VERSION",
+        help="a pulled version, LINE@ALIAS, or an adapter's folder (repeatable); each answers each question",
+    )
     verb.add_argument("question", nargs="+", help="each is asked separately; with several, each answer is one line")
     verb.add_argument("--system", help="the system turn; default: that of the version's training")
     verb.add_argument(
@@ -148,22 +159,34 @@ def _drop(args: argparse.Namespace) -> int:
 
 def _ask(args: argparse.Namespace) -> int:
     from qlora_retrain.cli import ask
+    from qlora_retrain.cli.ask_adapters import Adapter
 
-    # A model answers best under the system turn that it was trained with.
-    folder, system = ask.model_folder(args.folder)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
-    answers = ask.answers(folder, args.question, args.system or system, args.max_new_tokens)
-    for number, answer in enumerate(answers, 1):
-        # Of several, each is one line.
-        text = answer.text if len(answers) == 1 else " ".join(answer.text.split())
-        # A program reads every character of an answer; a terminal would obey some of them.
-        visible_text.write_controls(f"{escape_controls(text) if sys.stdout.isatty() else text}\n")
-        # On the other stream, so that a program reads answers alone.
-        if not answer.ended:
-            print(
-                f"note: answer {number} was cut after {len(answer.ids)} tokens; the model had not ended it. "
-                "--max-new-tokens allows more",
-                file=sys.stderr,
-            )
+    questions = ask.Questions(args.question, args.system, args.max_new_tokens)
+    if args.adapter:
+        if args.base is not None:
+            raise UsageError("--base: with --adapter the folder itself is the base; leave --base out")
+        adapters = [Adapter.from_argument(argument, partial(store_root, args)) for argument in args.adapter]
+        by_name = ask.answers_of_adapters(args.folder, adapters, questions)
+    else:
+        by_name = {"": ask.answers(args.folder, questions, args.base, args.root)}
+
+    # Of several answers, each is one line; of several adapters, it begins with the adapter's name.
+    is_single = len(by_name) == len(args.question) == 1
+    for number in range(len(args.question)):
+        for name, answers in by_name.items():
+            answer = answers[number]
+            text = answer.text if is_single else " ".join(answer.text.split())
+            text = f"{name}: {text}" if len(by_name) > 1 else text
+            # A program reads every character of an answer; a terminal would obey some of them.
+            visible_text.write_controls(f"{escape_controls(text) if sys.stdout.isatty() else text}\n")
+            # On the other stream, so that a program reads answers alone.
+            if not answer.ended:
+                of_adapter = f" of {name}" if len(by_name) > 1 else ""
+                print(
+                    f"note: answer {number + 1}{of_adapter} was cut after {len(answer.ids)} tokens; the model had not "
+                    "ended it. --max-new-tokens allows more",
+                    file=sys.stderr,
+                )
     return 0

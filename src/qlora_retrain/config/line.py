@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from qlora_retrain.config import bounded_yaml, platform, schedule, sections
+from qlora_retrain.config import bounded_yaml, method_checks, platform, schedule, sections
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.methods import METHODS
 from qlora_retrain.config.yaml_reader import load_section
@@ -134,10 +134,25 @@ class LineConfig(Section):
                 f"merge.rank: {self.merge.rank} is more than train.rank, which is {self.train.rank}; an adapter can "
                 f"only be cut: set {self.train.rank} or less, or full"
             )
-        if self.train.method == "loftq" and (self.merge.rank != "full" or isinstance(self.merge.strength, float)):
+        reasons = {"loftq": "an adapter of train.method: loftq also corrects its 4-bit base"}
+        if self.train.method in method_checks.WITHOUT_MATRICES:
+            reasons[self.train.method] = f"with train.method: {self.train.method} there is no B A to cut or weaken"
+        if self.train.modules_to_save:
+            reasons[self.train.method] = "modules of train.modules_to_save learnt whole beside the adapter"
+        reason = reasons.get(self.train.method)
+        if reason and (self.merge.rank != "full" or isinstance(self.merge.strength, float)):
             raise ValueError(
-                "merge.rank and merge.strength: an adapter of train.method: loftq also corrects its 4-bit base, so it "
-                "ships whole; leave them out, or set train.method: lora"
+                f"merge.rank and merge.strength: {reason}, so it ships whole; leave them out, or set train.method: lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_not_merged_is_not_exported(self) -> LineConfig:
+        if METHODS[self.train.method].ships_alone and self.merge.exports != ["bf16"]:
+            raise ValueError(
+                f"merge.exports: {', '.join(self.merge.exports)} are forms of a merged model, and an adapter of "
+                f"train.method: {self.train.method} cannot be merged, so it ships alone; leave exports out, or set "
+                "train.method: lora"
             )
         return self
 

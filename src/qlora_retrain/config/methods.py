@@ -1,6 +1,7 @@
 """What each method of `train.method` can do: data for the table, and for refusing what cannot work before it starts.
 
 Where a method is served says what reads the adapter as it ships. The merged model is served wherever its family is.
+What cannot be merged ships as an adapter alone, which is served over the base.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class MethodFacts:
         formats: The base formats (`quantize.format`) over which it trains.
         ships_as: The form of the adapter in a version.
         merges: Whether the update becomes part of the base's weights.
+        ships_alone: Whether a version has the adapter without a model, since nothing can be merged.
         peft: Whether PEFT loads the adapter.
         vllm: Whether vLLM serves it.
         llama_cpp: Whether llama.cpp can: its converter writes it as a GGUF adapter.
@@ -37,6 +39,7 @@ class MethodFacts:
     formats: tuple[str, ...] = ALL_FORMATS
     ships_as: str = "LoRA"
     merges: Answer = "yes"
+    ships_alone: bool = False
     peft: Answer = "yes"
     vllm: Answer = "yes"
     llama_cpp: Answer = "yes"
@@ -72,6 +75,22 @@ METHODS: dict[str, MethodFacts] = {
             "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=FOUR_BITS
         ),
         MethodFacts("loftq", "the adapter starts from what quantization loses", formats=FOUR_BITS),
+        MethodFacts(
+            "ia3", "scales of keys, values and the MLP's inner numbers learn", ships_as="IA3", vllm="no",
+            llama_cpp="no", fused="no",
+        ),
+        MethodFacts(
+            "prompt", "the embeddings of a few virtual tokens before each row learn", ships_as="a prompt alone",
+            merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no layer is adapted",
+        ),
+        MethodFacts(
+            "prefix", "keys and values of a few virtual tokens learn in each layer", ships_as="a prefix alone",
+            merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no, and rows are padded",
+        ),
+        MethodFacts(
+            "bottleneck", "a small network behind each MLP learns", ships_as="a bottleneck alone", merges="no",
+            ships_alone=True, peft="no", vllm="no", llama_cpp="no", fused="no layer is adapted",
+        ),
         MethodFacts(
             "full", "no adapter, all weights learn", formats=("none",), ships_as="the model", merges="no", peft="no",
             vllm="no", llama_cpp="no", fused="no",

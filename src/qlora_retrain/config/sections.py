@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qlora_retrain.config import method_checks
 from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
@@ -23,6 +24,7 @@ _METHODS_OF_KNOB = {
     "learning_rate_ratio": ("lora+",),
     "dylora_update": ("dylora", "qdylora"),
     "loftq_iterations": ("loftq",),
+    "num_virtual_tokens": ("prompt", "prefix"),
 }
 
 
@@ -78,18 +80,34 @@ class TrainConfig(Section):
     )
 
     # The adapter.
-    method: Literal["lora", "rslora", "lora+", "dora", "adalora", "dylora", "qdylora", "lora-xs", "loftq", "full"] = (
-        identity(
-            "lora",
-            "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
-            "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
-            "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
-            "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
-            "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses; "
-            "full: no adapter, all weights learn, over quantize.format: none",
-        )
+    method: Literal[
+        "lora",
+        "rslora",
+        "lora+",
+        "dora",
+        "adalora",
+        "dylora",
+        "qdylora",
+        "lora-xs",
+        "loftq",
+        "ia3",
+        "prompt",
+        "prefix",
+        "bottleneck",
+        "full",
+    ] = identity(
+        "lora",
+        "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
+        "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
+        "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
+        "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
+        "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses; "
+        "ia3: scales of keys, values and the MLP's inner numbers learn; prompt: the embeddings of "
+        "num_virtual_tokens before each row learn; prefix: their keys and values in each layer; bottleneck: a "
+        "network of rank numbers behind each MLP; the last three cannot be merged and ship as an adapter alone; "
+        "full: no adapter, all weights learn, over quantize.format: none",
     )
-    rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
+    rank: int = identity(16, "higher: more capacity, memory, forgetting; of bottleneck: its width", ge=1, le=1024)
     alpha: float | None = identity(
         None,
         "scales the adapter by alpha/rank; acts like a learning rate; null: 2 x rank (rslora: 2 x sqrt(rank)), so the "
@@ -103,6 +121,9 @@ class TrainConfig(Section):
     loftq_iterations: int | None = identity(
         None, "of loftq: how often it alternates between quantizing and the adapter's start; null: 5", ge=1, le=20
     )
+    num_virtual_tokens: int | None = identity(
+        None, "of prompt and prefix: the tokens that learn; each makes every row longer; null: 20", ge=1, le=1024
+    )
     dropout: float = identity(0.05, "dropout on the adapter's input; 0 trains faster", ge=0.0, lt=1.0)
     target_modules: Targets = identity(
         "all-linear",
@@ -114,6 +135,12 @@ class TrainConfig(Section):
     )
     alpha_pattern: dict[LayerPattern, Annotated[float, Field(gt=0.0, le=4096)]] = identity(
         {}, "alphas of single layers, as rank_pattern; a layer with another rank keeps alpha, unless it is here too"
+    )
+
+    modules_to_save: list[LayerPattern] = identity(
+        [],
+        "lm_head or embed_tokens, as the base names them: learn whole beside the adapter, at much memory",
+        max_length=2,
     )
 
     # The optimizer.
@@ -232,26 +259,23 @@ class TrainConfig(Section):
                     f"set method: {methods[0]}, or leave it out"
                 )
         for knob in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, knob) and self.method in ("adalora", "dylora", "qdylora", "lora-xs", "loftq"):
+            if getattr(self, knob) and self.method in (
+                "adalora",
+                "dylora",
+                "qdylora",
+                "lora-xs",
+                "loftq",
+                *method_checks.WITHOUT_MATRICES,
+            ):
                 raise ValueError(
                     f"{knob}: with {self.method} all layers begin with one rank; leave {knob} out, or set method: lora"
                 )
         return self
 
     @model_validator(mode="after")
-    def _full_has_no_adapter(self) -> TrainConfig:
-        if self.method != "full":
-            return self
-        if self.parallel == "fsdp":
-            raise ValueError(
-                "parallel: fsdp shards a frozen base, and with method: full nothing is frozen; set parallel: ddp, or "
-                "method: lora"
-            )
-        if self.target_modules != "all-linear" or self.alpha is not None:
-            raise ValueError(
-                "method: full trains all weights and has no adapter, so target_modules and alpha say nothing; leave "
-                "them out, or set method: lora"
-            )
+    def _settings_say_something(self) -> TrainConfig:
+        if reason := method_checks.contradiction(self):
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

@@ -81,7 +81,9 @@ SOURCES = (
     Source("raw_data", optional=False, meaning="the line's examples, as files"),
     Source("base_model", optional=False, meaning="the original 16-bit model, safetensors"),
     Source(
-        "champion", optional=True, meaning="the version that `production` names: its 16-bit model, its data profile"
+        "champion",
+        optional=True,
+        meaning="the version that `production` names: its 16-bit model or its adapter alone, its data profile",
     ),
     Source("anchor", optional=True, meaning="the line's best version so far, if not the champion: its 16-bit model"),
     Source(
@@ -185,9 +187,15 @@ STEPS = (
 )
 
 # Sources that are published versions of the line, and the folders and files of a version that a step gets. The others
-# (reports, the adapter) are not fetched.
+# (reports; the adapter, where a version has a model of its own) are not fetched.
 PROFILE_PATH = "data/profile.json"
-VERSION_PARTS = {"champion": ("model", PROFILE_PATH), "anchor": ("model",), "reference_profile": (PROFILE_PATH,)}
+VERSION_PARTS = {
+    "champion": ("model", "adapter", PROFILE_PATH),
+    "anchor": ("model", "adapter"),
+    "reference_profile": (PROFILE_PATH,),
+}
+# Is there where a version is an adapter alone: which base it needs.
+BASE_REFERENCE = "model/base.json"
 
 # The source that the planner joins from the data sets of a line, and the one file of it: a data set has its own part
 # under the same name.

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.lm.virtual_tokens import prefix_ids
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -42,6 +44,11 @@ class TargetSequence:
         """
         positions = [i - 1 for i in range(1, len(ids)) if is_target[i]]
         return cls(ids[: positions[-1] + 1] if positions else ids[:1], positions, [ids[i + 1] for i in positions])
+
+    def after(self, prefix: list[int]) -> TargetSequence:
+        """Return the sequence with these tokens in front, none of which is a target."""
+        positions = [len(prefix) + position for position in self.logit_positions]
+        return TargetSequence([*prefix, *self.input_ids], positions, self.target_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,8 @@ def score_sequences(
     """
     import torch
 
+    if prefix := prefix_ids(model):
+        sequences = [sequence.after(prefix) for sequence in sequences]
     scores = [SequenceScore()] * len(sequences)
     for batch in length_grouped_batches([len(sequence.input_ids) for sequence in sequences], batch_tokens):
         # Padding is on the right, where a causal model's targets cannot see it: no attention mask is needed.

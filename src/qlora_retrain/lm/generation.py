@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qlora_retrain.core import progress
 from qlora_retrain.lm import forward
 from qlora_retrain.lm.chat import ChatTokenizer
+from qlora_retrain.lm.virtual_tokens import prefix_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def generate_batch(
     from transformers import GenerationConfig
 
     # A row that asks nothing, a text alone, begins after the end of another text.
-    prompts = [prompt or tokenizer.stop_ids[:1] for prompt in prompts]
+    prompts = [[*prefix_ids(model), *(prompt or tokenizer.stop_ids[:1])] for prompt in prompts]
     pad_token_id = tokenizer.pad_token_id
     # Every setting is given, because a model's own generation_config.json may ask for sampling or penalties.
     generation_config = GenerationConfig(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.lm.forward import length_grouped_batches, target_logprobs
 from qlora_retrain.lm.trie import Trie
+from qlora_retrain.lm.virtual_tokens import prefix_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +75,7 @@ def rank_labels(
     import torch
 
     results: list[tuple[int, float | None]] = [(0, None)] * len(prompts)
+    prompts = [[*prefix_ids(model), *prompt] for prompt in prompts]
     for batch in length_grouped_batches([len(p) for p in prompts], batch_tokens):
         edges = len(trie.edges)
         rows = [

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.safety import read_json, refuse_unsafe
-from qlora_retrain.lm import base_formats, dora, memory, model_checks
+from qlora_retrain.lm import base_formats, dora, gguf_config, memory, model_checks
+from qlora_retrain.lm.adapter_kind import BOTTLENECK, CONFIG_FILE, PROMPT, WEIGHTS_FILE, adapter_kind
+from qlora_retrain.lm.attach_own import attach_own
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 class LoadOptions(TypedDict):
@@ -63,7 +65,7 @@ def load_base(
         folder,
         device=device,
         attn_implementation=attn_implementation,
-        dtype=_resolve_dtype(dtype, device),
+        dtype=resolve_dtype(dtype, device),
         quantization=quantization,
     )
 
@@ -91,7 +93,7 @@ def load_nf4(
     def from_pretrained(dtype: str) -> PreTrainedModel:
         return _from_pretrained(folder, device=device, attn_implementation=attn_implementation, dtype=dtype)
 
-    return base_format.load(from_pretrained, is_float32=_resolve_dtype(dtype, device) == "float32")
+    return base_format.load(from_pretrained, is_float32=resolve_dtype(dtype, device) == "float32")
 
 
 def load_gguf(
@@ -111,15 +113,22 @@ def load_gguf(
             path.parent,
             device=device,
             attn_implementation=attn_implementation,
-            dtype=_resolve_dtype(dtype, device),
+            dtype=resolve_dtype(dtype, device),
             quantization=quantization,
             gguf_file=path.name,
-            config=_gguf_config(path),
+            config=gguf_config.read(path),
         )
 
 
-def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel | PeftModel, adapter: Path, name: str = "default"
+) -> PeftModel | PreTrainedModel:
     """Put a trained adapter over the model, which is changed in place; return it in evaluation mode.
+
+    Args:
+        model: The base; or what an earlier call returned for a LoRA, IA3 or prefix adapter, to add one of that kind.
+        adapter: The adapter's folder.
+        name: By which PEFT's `set_adapter` switches between several.
 
     Raises:
         UsageError: If the folder is no adapter of this model.
@@ -129,13 +138,19 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     from safetensors import SafetensorError
 
     refuse_unsafe(adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            raise UsageError(f"{adapter.name}: no {name}; `train_qlora` makes such a folder")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (adapter / file).is_file():
+            raise UsageError(f"{adapter.name}: no {file}; `train_qlora` makes such a folder")
+    if adapter_kind(adapter) in (PROMPT, BOTTLENECK):
+        return attach_own(model, adapter)
 
     try:
         # Without autocast the adapter keeps its stored precision, in which it was trained and is evaluated.
-        attached = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(adapter), adapter_name=name, autocast_adapter_dtype=False)
+            attached = model
+        else:
+            attached = PeftModel.from_pretrained(model, str(adapter), adapter_name=name, autocast_adapter_dtype=False)
     except SafetensorError as error:
         raise IntegrityError(f"{adapter.name}/adapter_model.safetensors: damaged: {error}") from error
     except (ValueError, RuntimeError) as error:
@@ -143,7 +158,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
     cast_lora_weights_to_input_dtype(attached)
     for module in attached.modules():
-        dora.fix_row_scales(module, "default")
+        dora.fix_row_scales(module, name)
     return attached.eval()
 
 
@@ -200,7 +215,7 @@ def silence_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _resolve_dtype(dtype: str, device: str) -> str:
+def resolve_dtype(dtype: str, device: str) -> str:
     """Resolve `auto` by the device, and `stored` to transformers' word for it.
 
     A plan has resolved `auto` already; this is for callers without a plan.
@@ -267,24 +282,6 @@ def _from_pretrained(
     model.config.return_dict = True  # or the outputs have no names
     loaded: PreTrainedModel = model.eval()
     return loaded
-
-
-def _gguf_config(path: Path) -> PreTrainedConfig:
-    """Return the config of a GGUF file, with the width of heads, which transformers reads for some families alone."""
-    from gguf import GGUFReader
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path.name}: cannot be loaded as a causal language model: {error}") from error
-    reader = GGUFReader(path)
-    arch = reader.get_field("general.architecture")
-    field = reader.get_field(f"{arch.contents()}.attention.key_length") if arch else None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if field and field.contents() != head_dim:
-        config.head_dim = int(field.contents())
-    return config
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

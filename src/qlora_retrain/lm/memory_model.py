@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_retrain.lm import small_adapters
 from qlora_retrain.lm.adapter_scale import FULL, initial_rank
 from qlora_retrain.lm.base_formats import BaseFormat, FourBits, from_settings
 from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
@@ -46,6 +47,8 @@ class Settings:
         accumulates: Whether an optimizer step has several micro-batches.
         num_processes: The processes that share an optimizer step.
         is_sharded: Whether each of them has only a part of the base.
+        virtual_tokens: The tokens that learn before each row.
+        whole_modules: How many of the embeddings and the output layer learn whole beside the adapter.
     """
 
     method: str = "lora"
@@ -64,6 +67,8 @@ class Settings:
     accumulates: bool = False
     num_processes: int = 1
     is_sharded: bool = False
+    virtual_tokens: int = 0
+    whole_modules: int = 0
 
     @classmethod
     def from_sections(cls, train: Mapping[str, Any], quantize: Mapping[str, Any]) -> Settings:
@@ -94,6 +99,8 @@ class Settings:
             accumulates=not is_fixed or rows_of_process > micro_batch_size,
             num_processes=train["num_processes"],
             is_sharded=train["parallel"] == "fsdp",
+            virtual_tokens=small_adapters.num_virtual_tokens(train),
+            whole_modules=len(train.get("modules_to_save") or ()),
         )
 
     @property
@@ -117,6 +124,14 @@ class MicroBatch:
     longest: int
     tokens: int | None = None
     supervised: int | None = None
+
+    def after(self, virtual_tokens: int) -> MicroBatch:
+        """Return the rows with so many tokens before each, which packed rows share; nothing is learnt at them."""
+        if not virtual_tokens:
+            return self
+        supervised = self.rows * self.longest if self.supervised is None else self.supervised
+        tokens = None if self.tokens is None else self.tokens + virtual_tokens
+        return MicroBatch(self.rows, self.longest + virtual_tokens, tokens, supervised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +173,9 @@ class Memory:
 
 def estimate(shape: ModelShape, settings: Settings, batch: MicroBatch) -> Memory:
     """Estimate the memory of a training process at the peak of an optimizer step."""
-    adapted = adapted_layers(shape, settings.target_modules)
-    step = StepMemory(shape, settings, batch, adapted)
+    tensors = small_adapters.trained_tensors(shape, settings.method, settings.rank, settings.virtual_tokens)
+    adapted = adapted_layers(shape, settings.target_modules) if tensors is None else []
+    step = StepMemory(shape, settings, batch.after(settings.virtual_tokens), adapted)
     layer, layer_input = step.activations_of_layer(), step.numbers(shape.width)
 
     # Of n layers the first is recomputed: it keeps its input alone, and all again when its turn comes.
@@ -184,14 +200,21 @@ def estimate(shape: ModelShape, settings: Settings, batch: MicroBatch) -> Memory
 
     # Gradients exist at the peak only where an earlier micro-batch made them, or DDP has buffers for them.
     adapter_weights = shape.layers * sum(settings.rank * (layer.in_width + layer.out_width) for layer in adapted)
-    trained = shape.layers * sum(sum(_trained_tensors(settings, layer)) for layer in adapted)
+    if tensors is None:
+        tensors = [size for layer in adapted for size in _trained_tensors(settings, layer)] * shape.layers
+    trained = sum(tensors)
     frozen = adapter_weights if settings.method == "lora-xs" else 0
+    whole = settings.whole_modules * shape.width * shape.vocabulary
     return Memory(
         weights=weight_bytes(shape, settings),
         # AdaLoRA has two moving averages of the score of every number.
-        adapter=4 * ((3 * trained if settings.method == "adalora" else trained) + frozen),
-        gradients=4 * trained * (settings.accumulates + (settings.num_processes > 1)),
-        optimizer=_optimizer_bytes(shape, settings, adapted),
+        # What learns whole is there beside the base's own; of 16-bit weights the optimizer has fp32 masters.
+        adapter=4 * ((3 * trained if settings.method == "adalora" else trained) + frozen)
+        + whole * (4 if settings.precision == "float32" else 6),
+        gradients=4 * trained * (settings.accumulates + (settings.num_processes > 1))
+        + 4 * whole * (2 if settings.num_processes > 1 else 1),
+        optimizer=sum(_state_bytes(size, settings) for size in tensors)
+        + settings.whole_modules * _state_bytes(shape.width * shape.vocabulary, settings),
         activations=activations,
         logits=logits if is_at_logits else 0,
         workspace=0 if is_at_logits else backward,
@@ -267,11 +290,3 @@ def _state_bytes(size: int, settings: Settings) -> int:
     """Return the bytes of the two moments of a tensor with so many numbers."""
     is_packed = settings.optimizer_bits == 8 and size >= _MIN_8_BIT_STATE
     return 2 * (size + 4 * -(-size // _BLOCK_8_BIT)) if is_packed else 8 * size
-
-
-def _optimizer_bytes(shape: ModelShape, settings: Settings, adapted: Sequence[LinearLayer]) -> int:
-    total = 0
-    for layer in adapted:
-        for weights in _trained_tensors(settings, layer):
-            total += _state_bytes(weights, settings)
-    return shape.layers * total

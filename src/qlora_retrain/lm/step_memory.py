@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_retrain.lm import small_adapters
 from qlora_retrain.lm.adapter_scale import FULL
 from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
 
@@ -99,7 +100,7 @@ class StepMemory:
         if self._is_full:
             return 0
         rank, e = self.settings.rank, self.settings.bytes_per_number
-        total = 0
+        total = self.tokens * small_adapters.kept_bytes(self.shape, self.settings.method, rank, e)
         for layer in self.adapted:
             total += self.numbers(rank) + rank * e * layer.in_width + (rank * e * layer.out_width if e == 2 else 0)
             if self.settings.method == "dora":
@@ -135,7 +136,8 @@ class StepMemory:
         # Where the output layer trains, its gradient adds up over the chunks in fp32. In 16 bits a chunk's part is made
         # first, from copies of the logits in the order in which they are multiplied.
         parts = 2 * vocabulary * self.shape.width + 2 * positions * vocabulary * e if e == 2 else 0
-        grad_weight = 4 * vocabulary * self.shape.width + parts if self._is_full else 0
+        trains_head = self._is_full or self.settings.whole_modules > 0
+        grad_weight = 4 * vocabulary * self.shape.width + parts if trains_head else 0
         return (
             positions * vocabulary * bytes_per_logit
             + block_copy
@@ -183,8 +185,10 @@ class StepMemory:
 
     @property
     def is_padded(self) -> bool:
-        """Whether rows are padded; only fused kernels of a GPU compute windows over packed rows."""
-        return self.shape.has_window and (self._has_scores or self.settings.device == "cpu")
+        """Whether rows are padded; only fused kernels of a GPU compute windows over packed rows, none a prefix."""
+        return self.settings.method == "prefix" or (
+            self.shape.has_window and (self._has_scores or self.settings.device == "cpu")
+        )
 
     @property
     def _has_scores(self) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ATTENTION_MODULE_NAMES = ("attn", "attention")  # parts of the names that model families give to the block
 # No pattern needs longer for a name; one that goes through a name again and again is refused.
 _TIMEOUT_SECONDS = 1.0
+# Of Llama, after which most decoders are built: keys and values, and the last layer of the MLP.
+_IA3_NAMES = (("k_proj", "v_proj"), "down_proj")
 Number = TypeVar("Number", int, float)
 
 
@@ -74,6 +76,56 @@ def target_modules(model: PreTrainedModel, requested_modules: str | Sequence[str
         for name in selected
         for target in ([p for p in paths if p.rsplit(".", 1)[-1] == name] if name in taken_names else [name])
     )
+
+
+def refuse_unfit_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse names of `train.modules_to_save` that are not the embeddings' or the output layer's.
+
+    Raises:
+        UsageError: For such a name; or where both share one weight, of which one copy would learn alone.
+    """
+    if not names:
+        return
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    allowed = [path.rsplit(".", 1)[-1] for path, module in model.named_modules() if module in (embeddings, head)]
+    if unknown := sorted(set(names) - set(allowed)):
+        raise UsageError(
+            f"train.modules_to_save: {unknown[0]} is none of {' and '.join(allowed)}, the embeddings and the output "
+            f"layer of {type(model).__name__}; other layers learn by train.target_modules"
+        )
+    if embeddings.weight is head.weight:
+        raise UsageError(
+            f"train.modules_to_save: {' and '.join(allowed)} of {type(model).__name__} share one weight, so neither "
+            "can learn alone; leave it out, or choose a base with two weights (tie_word_embeddings: false)"
+        )
+
+
+def ia3_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Return the names of the layers that IA3 scales, and those of them whose input it scales instead of the output.
+
+    They are keys, values and the MLP's last layer, as in the paper; for families that name their layers otherwise,
+    those that PEFT knows.
+
+    Raises:
+        UsageError: If the family's layers have other names, with these.
+    """
+    from peft.utils import constants
+
+    names = {path.rsplit(".", 1)[-1] for path in linear_layers(model)}
+    keys_and_values, last_of_mlp = _IA3_NAMES
+    if names >= {*keys_and_values, last_of_mlp}:
+        return [*keys_and_values, last_of_mlp], [last_of_mlp]
+    family = model.config.get_text_config().model_type
+    layers: list[str] = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(family, [])
+    scaled_inputs: list[str] = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(family, [])
+    # PEFT knows the paths' ends, e.g. `mlp.dense_4h_to_h`.
+    if not layers or not names >= {layer.rsplit(".", 1)[-1] for layer in layers}:
+        raise UsageError(
+            f"train.method: ia3 scales keys, values and the input of the MLP's last layer, and nothing tells which of "
+            f"the linear layers of {type(model).__name__} these are: {', '.join(sorted(names)) or 'none'}; set "
+            "train.method: lora"
+        )
+    return layers, scaled_inputs
 
 
 def adapted_paths(model: PreTrainedModel, targets: Collection[str]) -> set[str]:

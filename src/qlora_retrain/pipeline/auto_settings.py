@@ -13,7 +13,7 @@ from qlora_retrain.config.line import LineConfig
 from qlora_retrain.config.sections import AdapterStart
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm.adapter_scale import FULL, default_alpha, describe_adapter
+from qlora_retrain.lm.adapter_scale import default_alpha, describe_adapter, has_scale
 from qlora_retrain.lm.warmup import DEFAULT_WARMUP_RATIO
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
@@ -53,7 +53,7 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
         choose("data", name, value, reason)
 
     train = config.train
-    if train.alpha is None and train.method != FULL:
+    if train.alpha is None and has_scale(train.method):
         alpha = default_alpha(train.rank, train.method)
         choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, train.method)}")
 

@@ -64,7 +64,7 @@ def fetch_input(
     if key is None:
         return None
     if item.name in inputs:
-        return _fetch_artifact(store, inputs[item.name])
+        return fetch_artifact(store, inputs[item.name])
     if item.name in graph.VERSION_PARTS:
         return _fetch_version(plan, store, item.name)
     if item.name == graph.HISTORY:
@@ -95,7 +95,7 @@ def _refuse_unfit_base(plan: Plan, item: graph.Input, folder: Path) -> None:
     base_model.refuse_unfit(model_folder, base_model.Demands.from_sections(**settings))
 
 
-def _fetch_artifact(store: Store, manifest: Manifest) -> Path:
+def fetch_artifact(store: Store, manifest: Manifest) -> Path:
     """Return a local folder with the files of an artifact, each checked against its manifest."""
     # The cache is shared by all runs on this node; it verifies every file before a step sees it.
     try:
@@ -131,7 +131,8 @@ def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
     assert pinned is not None
     release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
     # Only the form that is judged: further exports may be as large, and no step of ours runs them.
-    files = tuple(f for f in release.parts(*graph.VERSION_PARTS[name]) if not f.path.startswith("model/exports/"))
+    others = ("model/exports/",) if release.is_adapter_alone else ("model/exports/", "adapter/")
+    files = tuple(f for f in release.parts(*graph.VERSION_PARTS[name]) if not f.path.startswith(others))
     prefix = registry.version_folder(plan.line, pinned.version)
 
     try:

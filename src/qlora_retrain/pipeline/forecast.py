@@ -16,7 +16,7 @@ from typing import Any
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Problem
 from qlora_retrain.lm import memory_model
-from qlora_retrain.lm.adapter_scale import FULL
+from qlora_retrain.lm.adapter_scale import has_scale
 from qlora_retrain.lm.memory_model import Memory, MicroBatch, Settings
 from qlora_retrain.lm.model_shape import ModelShape
 from qlora_retrain.pipeline import past_runs, status
@@ -234,9 +234,9 @@ def fitting_change(work: Work, memory_bytes: int) -> dict[str, Any] | None:
         changes.append(({"checkpoint_every": 1}, {"gradient_checkpointing": 1}))
     if work.settings.optimizer_bits == 32:
         changes.append(({"optimizer_bits": 8}, {"optimizer": "paged_adamw_8bit"}))
-    if work.settings.method != FULL and rank > 8:
+    if has_scale(work.settings.method) and rank > 8:
         changes.append(({"rank": 8}, {"rank": 8}))
-    if work.settings.method != FULL and target_modules == "all-linear":
+    if has_scale(work.settings.method) and target_modules == "all-linear":
         changes.append(({"target_modules": "attention"}, {"target_modules": "attention"}))
 
     settings, train_changes = work.settings, dict[str, Any]()

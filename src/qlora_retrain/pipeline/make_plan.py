@@ -20,7 +20,7 @@ from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
-from qlora_retrain.pipeline import base_model, evaluation_history, explain
+from qlora_retrain.pipeline import base_model, base_of_version, evaluation_history, explain
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
 from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
@@ -178,6 +178,9 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime, history: Ev
     access = platform.load().access(store.uri)
     pinned = {name: _pin(name, config, access) for name in _PINNED_SOURCES}
     versions, champion_release = _pin_versions(config, store)
+    for version in (versions["champion"], versions["anchor"]):
+        if version is not None:
+            base_of_version.refuse_other_base(store, config.line, version, pinned["base_model"])
     if champion_release is not None:
         history.refuse_forgotten(store, config.line, champion_release.keys.get(graph.producer_name("dataset")))
     target, _ = registry.read_alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
+from qlora_retrain.core import graph
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.signatures import Signed
 
@@ -23,7 +24,7 @@ class Release(Signed):
         anchor: The line's best version, this one included, by the verdict on the merged form. Older manifests have
             none, which means the version itself.
         keys: The key of what each step of the run made, by the step's name.
-        base: The pins of the base model's files.
+        base: The pins of the base model's files; of an adapter alone also the base's id on the Hub, where it has one.
     """
 
     schema_version: Literal[1] = 1
@@ -47,6 +48,11 @@ class Release(Signed):
         """The hash by which an alias names it: of the bytes that were read, whatever is in their place by now."""
         assert self._sha256 is not None, "the manifest was not read from a store"
         return self._sha256
+
+    @property
+    def is_adapter_alone(self) -> bool:
+        """Whether the version has an adapter and no model, so that who uses it needs its base."""
+        return any(file.path == graph.BASE_REFERENCE for file in self.files)
 
     def parts(self, *names: str) -> tuple[File, ...]:
         """Return the files that have these names or are in folders of these names."""

@@ -27,3 +27,18 @@ def adapted(nf4: Path, method: str | Lora, **settings: Any) -> tuple[PeftModel, 
             if parameter.requires_grad and ".lora_A" not in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model, method.config
+
+
+def export_random(base: Any, method: str, folder: Path, *, size: float = 0.05, seed: int = 0) -> Path:
+    """Write an adapter of a method with random numbers over a loaded base, as training would."""
+    virtual = {"num_virtual_tokens": 3} if method in ("prompt", "prefix") else {}
+    config = TrainConfig(**(SETTINGS | virtual | {"method": method}))
+    torch.manual_seed(seed)
+    model = adapter.attach_new(base, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=size)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter.export(model, folder, config)
+    return folder

@@ -1,0 +1,83 @@
+"""Load a pulled version: its model, or its adapter over the base that it names.
+
+The base of an adapter alone is the folder that `--base` names; else the base that the run had in the store of `--root`;
+else what the version names on the Hugging Face Hub. Its files must have the hashes that the version states.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_retrain.core import graph
+from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import base_formats, loading, served_model
+from qlora_retrain.lm.loading import LoadOptions
+from qlora_retrain.lm.served_model import BaseReference
+
+OPTIONS: LoadOptions = {"device": "cpu", "attn_implementation": "eager", "dtype": "auto"}
+
+
+def load_version(folder: Path, base: Path | None, root: str | None) -> Any:
+    """Load a pulled version, or a model folder, in evaluation mode.
+
+    Args:
+        folder: The folder.
+        base: The original base of an adapter alone, where the caller has it.
+        root: The store's URI, where the run's base may be.
+
+    Raises:
+        UsageError: If there is no base, or it is another one.
+    """
+    model, adapter = (folder / "model", folder / "adapter") if (folder / "model").is_dir() else (folder, folder)
+    reference = BaseReference.read(model)
+    if reference is None:
+        if base is not None:
+            raise UsageError(f"--base: {folder} has a model of its own, and needs no base; leave --base out")
+        return loading.load_base(model, **OPTIONS)
+    # A store that the caller names comes before the Hub, which may be out of reach.
+    if base is None and root is not None and (stored := _base_of_the_store(folder, reference, root)):
+        return loading.attach_adapter(loading.load_nf4(stored, **OPTIONS), adapter)
+    if base is None:
+        base = _base_of_the_hub(folder)
+    if base is None:
+        weights = next(path for path in reference.files if path.endswith(".safetensors"))
+        raise UsageError(
+            f"{folder}: is an adapter alone, and needs its base model, whose {weights} has the sha256 "
+            f"{reference.files[weights]}; give its folder with --base, or with --root the store in which it was trained"
+        )
+    return served_model.load(model, adapter, base, None, **OPTIONS)
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a pulled version; empty where the folder has none."""
+    path = folder / "manifest.json"
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return document
+
+
+def _base_of_the_hub(folder: Path) -> Path | None:
+    """Return the base that a version names on the Hub, through the cache of this machine; None where it names none."""
+    from qlora_retrain.storage import cache, sources
+
+    uri = manifest_of(folder).get("base", {}).get("source")
+    if uri is None:
+        return None
+    source = sources.pin(sources.BASE, uri, ("**",))
+    return cache.fetch(sources.BASE, source.key(), lambda target: sources.fetch(source, target), source.as_files())
+
+
+def _base_of_the_store(folder: Path, reference: BaseReference, root: str) -> Path | None:
+    """Return the base of the version's run, where the store has it in the form that the adapter is served over."""
+    from qlora_retrain.pipeline import fetch
+    from qlora_retrain.storage import artifact, open_store
+
+    key = manifest_of(folder).get("keys", {}).get(graph.producer_name("base_nf4"))
+    store = open_store(root)
+    manifest = artifact.find_manifest(store, "base_nf4", key) if key else None
+    if manifest is None:
+        return None
+    stored = fetch.fetch_artifact(store, manifest)
+    is_packed = base_formats.from_folder(stored).is_packed
+    return stored if is_packed == (reference.form == served_model.DEQUANTIZED) else None

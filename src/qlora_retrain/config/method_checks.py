@@ -1,0 +1,49 @@
+"""Refuse settings of the section `train` that say nothing with its method, or that the method cannot have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_retrain.config.sections import TrainConfig
+
+# Methods that are no product of two matrices, so that nothing scales them and no layer is chosen.
+WITHOUT_MATRICES = ("ia3", "prompt", "prefix", "bottleneck", "full")
+
+
+# Methods that look at all that trains as at matrices A and B.
+_WITHOUT_WHOLE_MODULES = (*WITHOUT_MATRICES, "adalora")
+
+
+def contradiction(train: TrainConfig) -> str | None:
+    """Return what contradicts the method, and what to do; None where nothing does."""
+    method = train.method
+    if train.modules_to_save and method in _WITHOUT_WHOLE_MODULES:
+        return (
+            f"modules_to_save: {', '.join(train.modules_to_save)} learn whole beside the matrices of an adapter, and "
+            f"with method: {method} they cannot; leave it out, or set method: lora"
+        )
+    if train.modules_to_save and train.parallel == "fsdp":
+        return (
+            "modules_to_save: with parallel: fsdp each process has a part of the base, and these modules learn whole; "
+            "set parallel: ddp, or leave it out"
+        )
+    if method not in WITHOUT_MATRICES:
+        return None
+    if train.parallel == "fsdp":
+        base = "nothing is frozen" if method == "full" else "other tensors than these learn"
+        return (
+            f"parallel: fsdp shards a frozen base with matrices A and B, and with method: {method} {base}; set "
+            "parallel: ddp, or method: lora"
+        )
+    if train.target_modules != "all-linear" or train.alpha is not None:
+        reason = "trains all weights and has no adapter" if method == "full" else "has no matrices A and B"
+        return (
+            f"method: {method} {reason}, so target_modules and alpha say nothing; leave them out, or set method: lora"
+        )
+    if method == "prefix" and train.gradient_checkpointing:
+        return (
+            "gradient_checkpointing: with method: prefix a layer reads keys and values that are kept, and a recomputed "
+            "layer keeps none; leave it out, or set method: prompt"
+        )
+    return None
