@@ -132,6 +132,27 @@ def test_a_share_that_is_too_small_to_judge_by_is_refused_once_for_all_points(la
 
 
 @pytest.mark.soak
+def test_methods_of_every_kind_are_compared(make_project: Callable) -> None:  # type: ignore[type-arg]
+    project = make_project(rows=240, train={"max_steps": 4}, evaluate={"bootstrap_samples": 200, "base_rows": 30})
+    points = project.folder / "points.yaml"
+    points.write_text(
+        "lora: {train.method: lora}\nall weights: {train.method: full, quantize.format: none}\n"
+        "prompt: {train.method: prompt}\nscales: {train.method: ia3}\n"
+    )
+    result = project.cli(
+        "lab", project.config, "--root", project.root, "--points", points, "--merge", "--judge-fraction", "0.2",
+        "--out", project.folder / "lab", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.text
+    document = json.loads(result.out)
+    # Four steps may teach too little to merge anything; all points are measured all the same.
+    assert {entry["exit_code"] for entry in document["failed"]} <= {11}
+    sizes = {point["label"]: point["adapter_bytes"] for point in document["points"]}
+    assert set(sizes) == {"lora", "all weights", "prompt", "scales"}
+    assert max(sizes, key=lambda name: sizes[name]) == "all weights"
+
+
+@pytest.mark.soak
 def test_a_search_tries_points_and_goes_on_with_more(make_project: Callable) -> None:  # type: ignore[type-arg]
     project = make_project(rows=240, train={"max_steps": 4, "num_evals": 2}, evaluate={"bootstrap_samples": 200})
     command = ("lab", project.config, "--root", project.root, "--out", project.folder / "lab", "--json")

@@ -25,7 +25,7 @@ from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store
 from qlora_retrain.storage.artifact import Manifest
 
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = ".safetensors"
 _CHALLENGER, _BASE, _SUITE = "challenger", "base", "eval"
 
 
@@ -99,7 +99,8 @@ def read_result(point: Point, plan: Plan, settings: EvaluateConfig) -> SeedResul
         "loss": interval_json(own_loss),
         "forgetting_nats": interval_json(_forgetting(scores, settings)),
         "intruder_dimensions": sum(layer["intruders"] for layer in intruders) if intruders else None,
-        "adapter_bytes": next(file.size_bytes for file in adapter.files if file.path == _WEIGHTS),
+        # With `train.method: full` they are all weights of the model, in several files where they are large.
+        "adapter_bytes": sum(file.size_bytes for file in adapter.files if file.path.endswith(_WEIGHTS)),
         "peak_memory_mib": adapter.numbers["peak_gpu_mib"] or adapter.numbers["peak_rss_mib"],
         "training_seconds": _seconds(adapter),
         **{name: adapter.numbers[name] for name in ("trainable_parameters", "tokens_per_second", "steps")},
