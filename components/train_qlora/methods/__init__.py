@@ -13,6 +13,7 @@ from components.train_qlora.methods.full import Full as Full
 from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
 from components.train_qlora.methods.method import Method as Method
+from components.train_qlora.methods.qa_lora import QaLora
 from components.train_qlora.methods.starts import LoftQ, LoraXs
 from qlora_retrain.config.sections import TrainConfig
 
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "adalora": AdaLora,
     "dylora": DyLora,
     "qdylora": DyLora,  # over a 4-bit base
+    "qa-lora": QaLora,
     "lora-xs": LoraXs,
     "loftq": LoftQ,
     "full": Full,

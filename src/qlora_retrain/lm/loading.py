@@ -19,7 +19,8 @@ from qlora_retrain.lm import base_formats, dora, memory, model_checks
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class LoadOptions(TypedDict):
@@ -42,7 +43,7 @@ def load_base(
     device: str = "cpu",
     attn_implementation: str = "eager",
     dtype: str = "bfloat16",
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """Load the original model in 16 bits, or quantize it while it is read; return it in evaluation mode.
 
