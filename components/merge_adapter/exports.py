@@ -4,9 +4,10 @@ Each export is in `model/exports/` and is scored as it is on disk: the 4-bit for
 with its weights dequantized into a transformers model. llama.cpp itself is not run, since a certificate must not depend
 on whether it is installed.
 
-GGUF is made from the merged model that ships. The 4-bit form is made from the adapter merged into the original base,
-whichever base ships. A dequantized weight lies on a level of the 4-bit code. Quantizing it again after a small
-change would round it back to that level, so the training would be lost.
+GGUF is made from the merged model that ships. The exception is Q4_1 of an adapter of QA-LoRA over `int4`: then the base
+has this form already, and the adapter only moves its minima. The 4-bit form for bitsandbytes is made from the adapter
+merged into the original base, whichever base ships. A dequantized weight lies on a level of the 4-bit code. Quantizing
+it again after a small change would round it back to that level, so the training would be lost.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from components.merge_adapter import moved_minima
 from components.merge_adapter.form_scores import FormScorer, FormScores
 from components.merge_adapter.merge import copy_tokenizer, merge
 from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.core import progress
-from qlora_retrain.lm import loading
+from qlora_retrain.lm import base_formats, loading
 from qlora_retrain.lm.base_formats import FourBits
 from qlora_retrain.lm.streaming_quantizer import load_quantized
 
@@ -79,7 +81,12 @@ def build_exports(
             from components.merge_adapter import gguf_file
 
             path = folder / f"model-{name.removeprefix('gguf-')}.gguf"
-            gguf_file.write_gguf(model, path, name)
+            if name == "gguf-q4_1" and _moves_minima(base_nf4, adapter):
+                progress.say(f"{name}: the codes of base_nf4 with the adapter in their minima; nothing is quantized")
+                with moved_minima.open_blocks(base_model, base_nf4, adapter) as blocks:
+                    gguf_file.write_gguf(model, path, name, blocks)
+            else:
+                gguf_file.write_gguf(model, path, name)
             loaded = loading.load_gguf(path, **scorer.load_options)
 
         size_bytes = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
@@ -93,18 +100,22 @@ def build_exports(
     return exports
 
 
+def _moves_minima(base_nf4: Path, adapter: Path) -> bool:
+    return not loading.has_all_weights(adapter) and moved_minima.applies(base_nf4, adapter)
+
+
 def _quantize(merged: Path, model: Path, base_nf4: Path, folder: Path, max_shard_gib: float) -> None:
     """Quantize with the settings of base_nf4: the same type, scales and excluded layers; one tensor at a time.
 
-    Where training had a base in 16 bits there are none, and the defaults of `quantize` are taken. This export is
-    measured like any other, so what its 4 bits cost is known.
+    Where the base of the training is not by bitsandbytes there are none, and the defaults of `quantize` are taken. This
+    export is measured like any other, so what its 4 bits cost is known.
     """
     from transformers import BitsAndBytesConfig
 
     # Other settings would give other numbers than those that training saw.
     nf4_config: Mapping[str, Any] = json.loads((base_nf4 / "config.json").read_text(encoding="utf-8"))
-    if settings := nf4_config.get("quantization_config"):
-        quantization = BitsAndBytesConfig.from_dict(settings)
+    if isinstance(base_formats.from_folder(base_nf4), FourBits):
+        quantization = BitsAndBytesConfig.from_dict(nf4_config["quantization_config"])
     else:
         quantization = DEFAULT_4_BITS.transformers_config()
 

@@ -6,6 +6,7 @@ tokenizers whose GGUF names it does not know: a file with a wrong name loads but
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import gguf
 import numpy as np
 import torch
 
+from components.merge_adapter import gguf_blocks
+from components.merge_adapter.moved_minima import Blocks
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import chat, gguf_names
@@ -25,12 +28,15 @@ TENSOR_TYPES = {
     "gguf-f16": gguf.GGMLQuantizationType.F16,
     "gguf-q8_0": gguf.GGMLQuantizationType.Q8_0,
     "gguf-q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "gguf-q4_1": gguf.GGMLQuantizationType.Q4_1,
 }
 _FILE_TYPES = {
     "gguf-f16": gguf.LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "gguf-q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "gguf-q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
 }
+_FOUR_BITS = ("gguf-q4_0", "gguf-q4_1")
 _EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
@@ -69,18 +75,19 @@ def refuse_unsupported(base_model: Path) -> None:
             _gguf_name(name_map, name)
 
 
-def write_gguf(model: Path, path: Path, export_type: str) -> None:
+def write_gguf(model: Path, path: Path, export_type: str, blocks: Blocks = lambda name: None) -> None:
     """Write the file.
 
     Args:
         model: The merged model, a plain transformers folder.
         path: The file to write.
-        export_type: One of `TENSOR_TYPES`, the type of matrices; vectors are stored in fp32. With q4_0, embeddings and
-            output layer are stored as q8_0, since llama.cpp's quantizer also gives them more bits than other layers.
+        export_type: One of `TENSOR_TYPES`, the type of matrices; vectors are stored in fp32. With 4 bits, embeddings
+            and output layer are stored as q8_0, since llama.cpp's quantizer also gives them more bits than others.
+        blocks: Returns a matrix of the model as it is stored in a file of this type, where it is in 4 bits already.
 
     Raises:
         UsageError: If the family, the tokenizer or a tensor has no name in GGUF.
-        IntegrityError: If a number is too large for f16.
+        IntegrityError: If a number, or the scale of a block, is too large for f16.
     """
     config = _load_config(model)
     family = _FAMILIES[gguf_names.architecture(config)]
@@ -89,7 +96,7 @@ def write_gguf(model: Path, path: Path, export_type: str) -> None:
     _add_metadata(writer, config, export_type)
     _add_tokenizer(writer, model, config["vocab_size"])
 
-    with SafetensorsFolder(model) as weights:
+    with SafetensorsFolder(model) as weights, contextlib.closing(writer):
         # The header lists every tensor with its size, so it is complete before the first value is computed.
         tensor_types = []
         for name in weights.names:
@@ -105,16 +112,17 @@ def write_gguf(model: Path, path: Path, export_type: str) -> None:
         writer.write_ti_data_to_file()
 
         for name, tensor_type in tensor_types:
-            values = _permute_rotary(name, weights.tensor(name).float(), family, config).numpy()
-            # An overflow to f16 becomes infinity here, and is refused below with the tensor's name.
-            with np.errstate(over="ignore"):
-                quantized = gguf.quants.quantize(values, tensor_type)
-            if quantized.dtype == np.float16 and not np.isfinite(quantized).all():
+            packed = blocks(name)
+            if packed is None:
+                values = _permute_rotary(name, weights.tensor(name).float(), family, config)
+                stored = gguf_blocks.quantize(values, tensor_type)
+            else:
+                stored = _permute_rotary(name, packed, family, config).numpy()
+            if not gguf_blocks.is_finite(stored, tensor_type):
                 raise IntegrityError(
-                    f"merge.exports: {export_type}: {name} holds numbers too large for f16; export q8_0"
+                    f"merge.exports: {export_type}: {name} holds numbers too large for f16; leave this export out"
                 )
-            writer.write_tensor_data(quantized.view(np.uint8))
-    writer.close()
+            writer.write_tensor_data(stored)
 
 
 def _tensor_name_map(family: _Family, config: dict[str, Any]) -> gguf.TensorNameMap:
@@ -169,11 +177,11 @@ def _tensor_type(gguf_name: str, shape: tuple[int, ...], export_type: str) -> gg
         return gguf.GGMLQuantizationType.F32
     tensor_type = (
         TENSOR_TYPES["gguf-q8_0"]
-        if export_type == "gguf-q4_0" and gguf_name in _EMBEDDINGS_AND_HEAD
+        if export_type in _FOUR_BITS and gguf_name in _EMBEDDINGS_AND_HEAD
         else TENSOR_TYPES[export_type]
     )
 
-    # A block has 32 numbers in q8_0 and q4_0, and one in f16.
+    # A block has 32 numbers in the quantized types, and one in f16.
     block, _ = gguf.GGML_QUANT_SIZES[tensor_type]
     return tensor_type if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 

@@ -1,4 +1,4 @@
-"""Write the base with its linear layers in 4 bits, by transformers and bitsandbytes, tensor by tensor."""
+"""Write the base with its linear layers packed, by transformers, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from transformers import PreTrainedModel
 
 from components.quantize_model.adapter_starts import StartBuilder
 from components.quantize_model.quantization_stats import coverage, is_finite, layer_errors, sufficient_coverage
+from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm import loading
-from qlora_retrain.lm.base_formats import FourBits
+from qlora_retrain.lm.base_formats import BaseFormat
 from qlora_retrain.lm.streaming_quantizer import load_quantized
 
 SHARD_SIZE = "5GB"  # set here, so that a new default of transformers cannot change the files
 
 
 def pack_base(
-    base_format: FourBits, base_model: Path, base_nf4: Path, min_fraction: float, start: StartBuilder | None
+    config: QuantizeConfig, base_format: BaseFormat, base_model: Path, base_nf4: Path, start: StartBuilder | None
 ) -> tuple[float, dict[str, float]]:
     """Quantize, save, and check that the saved tensors load to the same model.
 
@@ -34,29 +34,31 @@ def pack_base(
         UsageError: If `base_model` is no causal language model in 16 bits, or too little of it is quantized.
         IntegrityError: If it is unsafe or damaged, or the saved tensors load as others.
     """
+    settings, layer_type = base_format.transformers_config(), base_format.layer_type()
+    assert settings is not None, "only a format that packs is written here"
 
     def check_skeleton(model: PreTrainedModel) -> None:
-        sufficient_coverage(model, Linear4bit, min_fraction)
+        sufficient_coverage(model, layer_type, config.min_quantized_fraction)
         if start:
             start.select(model)
 
     # The error of each layer needs both forms, so it is measured before the model is saved and dropped.
     model = load_quantized(
         base_model,
-        base_format.transformers_config(),
+        settings,
         base_nf4,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=base_format.compute_dtype,
+        dtype=config.compute_dtype,
         check_skeleton=check_skeleton,
         adjust=start.adjust if start else None,
     )
-    quantized_fraction = coverage(model, Linear4bit).fraction
-    errors = layer_errors(model, base_model)
-    # The 4-bit codes of what is not finite may look like any others.
+    quantized_fraction = coverage(model, layer_type).fraction
+    errors = layer_errors(model, layer_type, base_model)
+    # The codes of what is not finite may look like any others.
     if faulty := [kind for kind, error in errors.items() if not math.isfinite(error)]:
         raise IntegrityError(
             f"base_model: a weight of its {faulty[-1]} layers holds numbers that are not finite, or too large for "
-            "float32; quantization cannot repair them"
+            "quantize.format; quantization cannot repair them"
         )
     state = _checked_state(model)
     progress.update("quantizing", 1, 3)

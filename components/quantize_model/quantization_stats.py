@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -31,10 +30,12 @@ class Coverage:
     Attributes:
         fraction: The weights of linear layers as a fraction of all weights; 0 where there are none.
         largest_rest: The largest tensor outside them, with its module's class; None where there is none.
+        is_rest_linear: Whether that is a linear layer, too, which the format leaves in 16 bits.
     """
 
     fraction: float
     largest_rest: str | None
+    is_rest_linear: bool
 
 
 def coverage(model: PreTrainedModel, layer_type: type[Linear]) -> Coverage:
@@ -44,7 +45,7 @@ def coverage(model: PreTrainedModel, layer_type: type[Linear]) -> Coverage:
     seen_ids = {id(parameter) for module in aside if module is not None for parameter in module.parameters()}
 
     quantized = total = largest = 0
-    largest_rest = None
+    largest_rest, is_rest_linear = None, False
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen_ids:
@@ -58,8 +59,9 @@ def coverage(model: PreTrainedModel, layer_type: type[Linear]) -> Coverage:
                 size = parameter.numel()
                 if size > largest:
                     largest, largest_rest = size, f"{module_name}.{name} ({type(module).__name__})"
+                    is_rest_linear = type(module) is Linear  # a family's own class is not packed at any width
             total += size
-    return Coverage(quantized / total if total else 0.0, largest_rest)
+    return Coverage(quantized / total if total else 0.0, largest_rest, is_rest_linear)
 
 
 def sufficient_coverage(model: PreTrainedModel, layer_type: type[Linear], min_fraction: float) -> Coverage:
@@ -73,11 +75,14 @@ def sufficient_coverage(model: PreTrainedModel, layer_type: type[Linear], min_fr
     if not result.fraction:
         raise UsageError(f"base_model: {type(model).__name__} has no linear layer that could be quantized or adapted")
     if result.fraction < min_fraction:
+        scope, consequence, remedy = "", "and no adapter would reach it", "base"
+        if result.is_rest_linear:
+            scope, consequence, remedy = " that quantize.format packs", "since its width does not fit it", "format"
         raise UsageError(
-            f"base_model: only {result.fraction:.1%} of the weights outside embeddings and head are in linear layers, "
-            f"and quantize.min_quantized_fraction is {min_fraction:g}. The largest tensor outside of them is "
-            f"{result.largest_rest}: it would stay in 16 bits, and no adapter would reach it. Choose another base, "
-            "or lower the setting if that is what you want"
+            f"base_model: only {result.fraction:.1%} of the weights outside embeddings and head are in linear layers"
+            f"{scope}, and quantize.min_quantized_fraction is {min_fraction:g}. The largest tensor outside of them is "
+            f"{result.largest_rest}: it would stay in 16 bits, {consequence}. Choose another {remedy}, or lower the "
+            "setting if that is what you want"
         )
     return result
 
@@ -105,13 +110,13 @@ class ErrorSums:
         }
 
 
-def layer_errors(model: PreTrainedModel, base_model: Path) -> dict[str, float]:
-    """Return the relative error of the 4-bit weights by kind of layer, and over "all" of them.
+def layer_errors(model: PreTrainedModel, layer_type: type[Linear], base_model: Path) -> dict[str, float]:
+    """Return the relative error of the packed weights by kind of layer, and over "all" of them.
 
     The error is |W - W4| / |W| (Frobenius norm).
 
     Raises:
-        UsageError: If a 4-bit layer has no weight of its own in the base's files.
+        UsageError: If a packed layer has no weight of its own in the base's files.
     """
     sums = ErrorSums()
     with ExitStack() as stack:
@@ -119,7 +124,7 @@ def layer_errors(model: PreTrainedModel, base_model: Path) -> dict[str, float]:
         for path in weight_paths(base_model):
             file = stack.enter_context(safe_open(path, "pt"))
             files |= dict.fromkeys(file.keys(), file)
-        layers = {f"{n}.weight": module for n, module in model.named_modules() if isinstance(module, Linear4bit)}
+        layers = {f"{n}.weight": module for n, module in model.named_modules() if isinstance(module, layer_type)}
         file_names = {model_name: name for name, model_name in names_in_model(files, layers).items()}
         # The merge writes the adapter into these weights, hours later.
         if missing := sorted(
@@ -142,9 +147,9 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in tensor.flatten().split(_CHUNK_NUMBERS))
 
 
-def _is_stored_alike(module: Linear4bit, files: dict[str, Any], name: str | None) -> bool:
+def _is_stored_alike(module: Any, files: dict[str, Any], name: str | None) -> bool:
     """Return whether a file holds the layer's own weight, (out, in)."""
-    if name is None or issubclass(module.source_cls, Conv1D):
+    if name is None or issubclass(getattr(module, "source_cls", Linear), Conv1D):
         return False
     return bool(files[name].get_slice(name).get_shape() == [module.out_features, module.in_features])
 

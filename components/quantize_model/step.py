@@ -4,7 +4,7 @@ The weights are read, packed and written one tensor at a time. So the step needs
 for the model.
 
 Reads base_model: a Hugging Face folder with 16- or 32-bit safetensors weights and a tokenizer.
-Makes base_nf4: the same model, pre-quantized by bitsandbytes or in 16 bits, its tokenizer files copied byte by byte,
+Makes base_nf4: the same model, packed in the format or in 16 bits, its tokenizer files copied byte by byte,
 and `quantization.json` with what was measured: bits per weight, the quantized fraction, sizes, the error of each kind
 of layer.
 Refuses (13) an unsafe or damaged base, and a result whose size is not the expected one; (12) what is no base model, one
@@ -26,7 +26,7 @@ from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import base_formats
-from qlora_retrain.lm.base_formats import BaseFormat, FourBits, StorageBits
+from qlora_retrain.lm.base_formats import BaseFormat, StorageBits
 from qlora_retrain.lm.model_files import weight_paths
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
 from qlora_retrain.lm.weight_files import SafetensorsFolder
@@ -46,19 +46,19 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     base_format = base_formats.from_settings(config.model_dump())
     quantized_fraction = 0.0
     start = StartBuilder(config) if config.adapter_start else None
-    if isinstance(base_format, FourBits):
-        quantized_fraction, errors = pack_base(base_format, base_model, base_nf4, config.min_quantized_fraction, start)
+    if base_format.is_packed:
+        quantized_fraction, errors = pack_base(config, base_format, base_model, base_nf4, start)
     else:
         errors = copy_base(config.compute_dtype, base_model, base_nf4, config.min_quantized_fraction)
     _copy_tokenizer(base_model, base_nf4)
     start_errors = start.write(base_nf4) if start else {}
 
-    # Another version of bitsandbytes could silently store other blocks or scales.
+    # Another version of bitsandbytes or transformers could silently store something else.
     bits, expected = _stored_bits(base_format, base_nf4), base_format.bits_per_weight
     if abs(bits.per_weight / expected - 1) > TOLERANCE:
         raise IntegrityError(
             f"base_nf4: {bits.per_weight:.4f} bits per weight are stored where {expected:.4f} are expected; "
-            "the installed bitsandbytes does not quantize as this step expects"
+            "what is installed does not quantize as this step expects; install the versions of environment.lock"
         )
     progress.update("quantizing", 3, 3, bits_per_weight=bits.per_weight)
 

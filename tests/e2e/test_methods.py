@@ -89,9 +89,31 @@ def test_a_line_of_every_method_is_published_pulled_and_asked(
     assert "unchanged: production is already" in unchanged.out
 
 
+@pytest.mark.slow
+@pytest.mark.soak
+def test_qa_lora_over_int4_is_published_in_16_and_in_4_bits(make_project: Callable, tmp_path: Path) -> None:
+    exports = {"exports": ["bf16", "gguf-q4_1"], "max_export_loss_increase_nats": 0.1}
+    project = make_project(
+        rows=180, quantize={"format": "int4"}, train={"method": "qa-lora", "epochs": 6}, merge=exports
+    )
+    result = project.run()
+    assert result.exit_code == 0, result.text
+    assert "gguf-q4_1: the codes of base_nf4 with the adapter in their minima" in result.text
+    pulled = project.cli("pull", "tiny@production", tmp_path / "m", "--root", project.root)
+    assert pulled.exit_code == 0, pulled.text
+    certificate = json.loads((tmp_path / "m/evaluation/certificate.json").read_text())
+    live = certificate["forms"]["certification"]["live"]["loss"]
+    assert certificate["exports"]["gguf-q4_1"]["loss"] == pytest.approx(live, abs=0.05)
+    assert (tmp_path / "m/model/exports/gguf-q4_1/model-q4_1.gguf").is_file()
+    answer = project.cli("ask", tmp_path / "m", "I want my money back for order number 1003")
+    assert answer.exit_code == 0, answer.text
+    assert "refund" in answer.out
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["train.method=qa-lora"], "set quantize.format: int4, or train.method: lora"),
         (["train.method=full"], "set quantize.format: none, or train.method: lora"),
         (["train.method=qdylora", "quantize.format=none"], "set quantize.format: nf4, or train.method: dylora"),
         (["quantize.format=none", "quantize.double_quant=false"], "format is none; leave it out"),

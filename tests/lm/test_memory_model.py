@@ -67,9 +67,9 @@ def test_each_saving_setting_saves_where_it_should(part: str, change: dict[str, 
 
 
 def test_a_method_costs_what_it_keeps() -> None:
-    lora, dora, adalora, lora_xs = (
+    lora, dora, adalora, lora_xs, qa_lora = (
         estimate(LLAMA_7B, Settings.from_sections(SECTIONS["train"] | {"method": m}, SECTIONS["quantize"]), BATCH)
-        for m in ("lora", "dora", "adalora", "lora-xs")
+        for m in ("lora", "dora", "adalora", "lora-xs", "qa-lora")
     )
     # DoRA: a magnitude of each output, and every output before its rows are scaled.
     outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
@@ -80,6 +80,9 @@ def test_a_method_costs_what_it_keeps() -> None:
     assert adalora.optimizer == 1.5 * lora.optimizer
     # LoRA-XS: 16 x 16 numbers in each of seven layers of a block.
     assert lora_xs.optimizer == 8 * 32 * 7 * 256
+    # QA-LoRA: A has one input for each 32.
+    inputs = 32 * (6 * 4096 + 11008)
+    assert lora.optimizer - qa_lora.optimizer == 8 * 16 * inputs * 31 / 32
     assert lora_xs.adapter == lora.adapter + 4 * 32 * 7 * 256
 
 

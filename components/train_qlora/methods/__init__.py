@@ -17,6 +17,7 @@ from components.train_qlora.methods.lora_plus import LoraPlus
 from components.train_qlora.methods.method import Method as Method
 from components.train_qlora.methods.prefix import Prefix
 from components.train_qlora.methods.prompt import Prompt
+from components.train_qlora.methods.qa_lora import QaLora
 from components.train_qlora.methods.starts import LoftQ, LoraXs
 from components.train_qlora.methods.without_matrices import WithoutMatrices as WithoutMatrices
 from qlora_retrain.config.sections import TrainConfig
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "adalora": AdaLora,
     "dylora": DyLora,
     "qdylora": DyLora,  # over a 4-bit base
+    "qa-lora": QaLora,
     "lora-xs": LoraXs,
     "loftq": LoftQ,
     "ia3": Ia3,

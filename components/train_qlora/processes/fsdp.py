@@ -2,7 +2,7 @@
 
 The adapter is not sharded: it is small, and DDP sums its gradients. So optimizer, clipping and checkpoints are the same
 with and without FSDP. One decoder layer at a time is gathered, in forward and again in backward, and freed at once.
-Embeddings, the output layer and the tables that belong to 4-bit weights are whole in every process.
+Embeddings, the output layer and what packed weights have beside their codes are whole in every process.
 """
 
 from __future__ import annotations

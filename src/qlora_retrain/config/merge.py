@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from qlora_retrain.config.fields import Device, Precision, Section, identity
 
-Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1"]
 
 
 class MergeConfig(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FOUR_BITS = ("nf4", "fp4")
+FOUR_BITS = ("nf4", "fp4", "int4")
 ALL_FORMATS = ("none", *FOUR_BITS)
 NOT_YET = "not yet run"
 
@@ -50,8 +50,10 @@ class MethodFacts:
         """Return why the method cannot train over a base of this format, and what is nearest; None where it can."""
         if base_format in self.formats:
             return None
+        *others, last = self.formats
+        formats = f"{', '.join(others)} or {last}" if others else last
         return (
-            f"train.method: {self.name} trains over {' or '.join(self.formats)}, and quantize.format is {base_format}; "
+            f"train.method: {self.name} trains over {formats}, and quantize.format is {base_format}; "
             f"set quantize.format: {self.formats[0]}, or train.method: {_NEAREST.get(self.name, 'lora')}"
         )
 
@@ -71,6 +73,9 @@ METHODS: dict[str, MethodFacts] = {
             "dylora", "each step trains another rank, so that every smaller one works too", ships_as="LoRA, any rank"
         ),
         MethodFacts("qdylora", "dylora over a 4-bit base", formats=FOUR_BITS, ships_as="LoRA, any rank"),
+        MethodFacts(
+            "qa-lora", "A sees sums of 32 inputs, so that the trained model stays in 4 bits", formats=("int4",)
+        ),
         MethodFacts(
             "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=FOUR_BITS
         ),

@@ -40,10 +40,11 @@ class AdapterStart(Section):
 class QuantizeConfig(Section):
     """The form in which the frozen base is trained over (QLoRA, arXiv 2305.14314, section 3)."""
 
-    format: Literal["none", "nf4", "fp4"] = identity(
+    format: Literal["none", "nf4", "fp4", "int4"] = identity(
         "nf4",
         "how linear layers are stored; nf4: 4 bits, with less loss than fp4 on normally distributed weights; fp4: 4 "
-        "bits; none: all 16 bits, four times the memory, as plain LoRA has it",
+        "bits; int4: integers of 4 bits in groups of 32 weights, 5 bits with the groups' numbers, those of llama.cpp's "
+        "Q4_1; none: all 16 bits, four times the memory, as plain LoRA has it",
     )
     double_quant: bool = identity(True, "of nf4 and fp4: quantize the scales too, 4.127 instead of 4.5 bits per weight")
     compute_dtype: Literal["bfloat16", "float16"] = identity(
@@ -63,10 +64,10 @@ class QuantizeConfig(Section):
 
     @model_validator(mode="after")
     def _double_quant_needs_scales(self) -> QuantizeConfig:
-        if self.format == "none" and not self.double_quant:
+        if self.format not in ("nf4", "fp4") and not self.double_quant:
             raise ValueError(
-                "double_quant: false is for format: nf4 and fp4, whose weights have scales, and format is none; leave "
-                "it out"
+                "double_quant: false is for format: nf4 and fp4, whose scales can be quantized, and format is "
+                f"{self.format}; leave it out"
             )
         return self
 
@@ -88,6 +89,7 @@ class TrainConfig(Section):
         "adalora",
         "dylora",
         "qdylora",
+        "qa-lora",
         "lora-xs",
         "loftq",
         "ia3",
@@ -100,8 +102,9 @@ class TrainConfig(Section):
         "lora: alpha/rank times B A is added to each layer; rslora: alpha/sqrt(rank) times; lora+: as lora, and B "
         "learns at learning_rate_ratio times the rate of A; dora: direction and length of each row learn apart; "
         "adalora: the budget of rank moves between layers; dylora: each step trains another rank, so that every "
-        "smaller one works too, and qdylora says that the base has 4 bits; lora-xs: only rank x rank numbers learn "
-        "between the base's largest singular vectors; loftq: the adapter starts from what quantization loses; "
+        "smaller one works too, and qdylora says that the base has 4 bits; qa-lora: A sees sums of 32 inputs, so that "
+        "the trained model stays in quantize.format: int4; lora-xs: only rank x rank numbers learn between the base's "
+        "largest singular vectors; loftq: the adapter starts from what quantization loses; "
         "ia3: scales of keys, values and the MLP's inner numbers learn; prompt: the embeddings of "
         "num_virtual_tokens before each row learn; prefix: their keys and values in each layer; bottleneck: a "
         "network of rank numbers behind each MLP; the last three cannot be merged and ship as an adapter alone; "

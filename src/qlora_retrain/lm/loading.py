@@ -21,7 +21,8 @@ from qlora_retrain.lm.attach_own import attach_own
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class LoadOptions(TypedDict):
@@ -44,7 +45,7 @@ def load_base(
     device: str = "cpu",
     attn_implementation: str = "eager",
     dtype: str = "bfloat16",
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """Load the original model in 16 bits, or quantize it while it is read; return it in evaluation mode.
 

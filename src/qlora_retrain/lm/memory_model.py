@@ -18,6 +18,7 @@ from typing import Any
 from qlora_retrain.lm import small_adapters
 from qlora_retrain.lm.adapter_scale import FULL, initial_rank
 from qlora_retrain.lm.base_formats import BaseFormat, FourBits, from_settings
+from qlora_retrain.lm.base_formats.int4 import GROUP_SIZE
 from qlora_retrain.lm.model_shape import LinearLayer, ModelShape
 from qlora_retrain.lm.step_memory import StepMemory
 
@@ -258,15 +259,17 @@ def weight_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the bytes of the frozen base in a training process."""
     if settings.precision == "float32":
         return 4 * shape.weights
-    packed = shape.layer_weights * settings.base_format.bits_per_weight / 8
+    codes = shape.layer_weights * settings.base_format.code_bits_per_weight / 8
+    scales = shape.layer_weights * settings.base_format.bits_per_weight / 8 - codes
     if settings.is_sharded:
-        packed = packed / settings.num_processes + packed / shape.layers  # and the layer that is gathered
-    return round(packed) + 2 * (shape.embedding_weights + shape.norm_weights)
+        codes = codes / settings.num_processes + codes / shape.layers  # and the layer that is gathered
+    return round(codes + scales) + 2 * (shape.embedding_weights + shape.norm_weights)
 
 
 def _trained_tensors(settings: Settings, layer: LinearLayer) -> list[int]:
     """Return the numbers in each tensor that trains in a layer's adapter."""
-    matrices = [settings.rank * layer.in_width, settings.rank * layer.out_width]
+    inputs = layer.in_width // GROUP_SIZE if settings.method == "qa-lora" else layer.in_width
+    matrices = [settings.rank * inputs, settings.rank * layer.out_width]
     if settings.method == "dora":
         return [*matrices, layer.out_width]
     return [settings.rank**2] if settings.method == "lora-xs" else matrices

@@ -157,8 +157,8 @@ class StepMemory:
     def _backward_of_mlp(self) -> int:
         shape, hidden, inner = self.shape, self.numbers(self.shape.width), self.numbers(self.shape.mlp_width)
         # The weight of the projection down, unpacked; in fp32 that was done once, when the base was loaded.
-        is_packed = self.settings.precision != "float32" and self.settings.base_format.is_packed
-        weight = shape.width * shape.mlp_width * self.settings.bytes_per_number if is_packed else 0
+        scratch_bytes = self.settings.base_format.scratch_bytes_per_weight
+        weight = shape.width * shape.mlp_width * scratch_bytes if self.settings.precision != "float32" else 0
         if not shape.has_fused_mlp:
             return hidden + max(3 * inner, inner + weight)
         if self.settings.kernels == "liger":

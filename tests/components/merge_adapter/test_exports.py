@@ -21,12 +21,12 @@ from components.merge_adapter import gguf_file
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
 from qlora_retrain.config.sections import MergeConfig
-from qlora_retrain.core.errors import Exit, UsageError
+from qlora_retrain.core.errors import Exit, IntegrityError, UsageError
 from qlora_retrain.evaluation import scoring
 from qlora_retrain.lm import chat, gguf_names, loading
 from qlora_retrain.pipeline import make_plan
 
-ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1"]
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_a_gguf_file_holds_the_weights_of_the_merged_model(folder: Path, tmp_pat
     merged = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     assert len(stored) == len(merged)
 
-    # A step of each type: f16 has 11 significant bits, q8_0 127 levels a block, q4_0 only 7.
-    tolerance = {"gguf-f16": 1e-3, "gguf-q8_0": 1e-2, "gguf-q4_0": 0.15}[kind]
+    # A step of each type: f16 has 11 significant bits, q8_0 127 levels a block, q4_0 only 7, and q4_1 15.
+    tolerance = {"gguf-f16": 1e-3, "gguf-q8_0": 1e-2, "gguf-q4_0": 0.15, "gguf-q4_1": 0.1}[kind]
     for layer in range(2):
         for name, gguf_name in (
             ("self_attn.q_proj", "attn_q"),
@@ -110,6 +110,17 @@ def test_a_gguf_file_holds_the_weights_of_the_merged_model(folder: Path, tmp_pat
     # Vectors are stored in fp32, so they are equal bit by bit.
     norm = stored["output_norm.weight"]
     assert np.array_equal(norm.reshape(-1), merged["model.norm.weight"])
+
+
+@pytest.mark.parametrize("kind", sorted(gguf_file.TENSOR_TYPES))
+def test_numbers_that_a_block_cannot_hold_are_refused_by_name(folder: Path, tmp_path: Path, kind: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -1e30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        IntegrityError, match=rf"{kind}: model\.layers\.1\.mlp\.up_proj\.weight holds numbers too large"
+    ):
+        gguf_file.write_gguf(folder, tmp_path / "model.gguf", kind)
 
 
 def test_writing_a_gguf_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:

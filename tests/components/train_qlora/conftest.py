@@ -66,9 +66,12 @@ def base_of(nf4: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
 
     @cache
     def base(method: str, iterations: int = 5) -> Path:
-        if method not in ("lora-xs", "loftq"):
+        if method not in ("lora-xs", "loftq", "qa-lora"):
             return nf4
         folder = tmp_path_factory.mktemp(method)
+        if method == "qa-lora":
+            quantize(QuantizeConfig(format="int4"), tiny_model, folder)
+            return folder
         start = AdapterStart(method=method, rank=4, target_modules="all-linear", iterations=iterations)
         quantize(QuantizeConfig(adapter_start=start), tiny_model, folder)
         return folder

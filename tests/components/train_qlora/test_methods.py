@@ -81,7 +81,7 @@ def test_what_ships_is_plain_lora_and_computes_what_was_trained(
     [
         "adalora",
         "loftq",
-        *(pytest.param(m, marks=pytest.mark.soak) for m in ("rslora", "lora+", "dora", "dylora", "lora-xs")),
+        *(pytest.param(m, marks=pytest.mark.soak) for m in ("rslora", "lora+", "dora", "dylora", "qa-lora", "lora-xs")),
     ],
 )
 def test_a_run_of_each_method_goes_on_bit_for_bit(step, base_of, monkeypatch: pytest.MonkeyPatch, method: str) -> None:

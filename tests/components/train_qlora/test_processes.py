@@ -113,7 +113,10 @@ def quantized_model(family: str, tiny_model: Path, folder: Path) -> Path:
     "method",
     [
         "adalora",
-        *(pytest.param(m, marks=pytest.mark.soak) for m in ("dora", "dylora", "lora+", "rslora", "lora-xs", "loftq")),
+        *(
+            pytest.param(m, marks=pytest.mark.soak)
+            for m in ("dora", "dylora", "lora+", "rslora", "qa-lora", "lora-xs", "loftq")
+        ),
     ],
 )
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
@@ -151,11 +154,15 @@ def test_two_processes_train_a_model_that_changes_its_logits_as_one_does_with_a_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_sharded_base_trains_as_a_whole_one(step, train, precision):
-    """float32 unpacks the 4-bit weights; bfloat16 shards them as they are."""
+@pytest.mark.parametrize(
+    ("precision", "method"),
+    [("float32", "lora"), ("bfloat16", "lora"), pytest.param("bfloat16", "qa-lora", marks=pytest.mark.soak)],
+)
+def test_a_sharded_base_trains_as_a_whole_one(step, base_of, train, precision, method):
+    """float32 unpacks the 4-bit weights; bfloat16 shards them as they are. QA-LoRA's base has layers of our own."""
     ddp, fsdp = step("ddp"), step("fsdp")
-    settings = {"dropout": 0.0, "max_steps": 4, "precision": precision}
+    ddp.base_nf4 = fsdp.base_nf4 = base_of(method)
+    settings = {"dropout": 0.0, "max_steps": 4, "precision": precision, "method": method}
     train(ddp, **settings)
     _, stdout = train(fsdp, **settings, parallel="fsdp")
     assert_same_training(ddp, fsdp, rel=1e-7)  # DDP over two whole bases: the same arithmetic in the same order

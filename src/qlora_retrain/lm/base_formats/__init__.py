@@ -17,13 +17,17 @@ from qlora_retrain.core.safety import read_json
 from qlora_retrain.lm.base_formats.base_format import BaseFormat as BaseFormat
 from qlora_retrain.lm.base_formats.base_format import StorageBits as StorageBits
 from qlora_retrain.lm.base_formats.four_bits import FourBits as FourBits
+from qlora_retrain.lm.base_formats.int4 import Int4 as Int4
+from qlora_retrain.lm.base_formats.packed_linear import PackedFormat as PackedFormat
 from qlora_retrain.lm.base_formats.sixteen_bits import SixteenBits as SixteenBits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # By the value of `quantize.format`.
-FORMATS: dict[str, type[BaseFormat]] = {"none": SixteenBits, "nf4": FourBits, "fp4": FourBits}
+FORMATS: dict[str, type[BaseFormat]] = {"none": SixteenBits, "nf4": FourBits, "fp4": FourBits, "int4": Int4}
+# The name in config.json of the quantization of all formats with layers of our own.
+OWN_METHOD = "qlora-retrain"
 
 
 def from_settings(settings: Mapping[str, Any]) -> BaseFormat:
@@ -45,6 +49,14 @@ def from_model_config(config: Mapping[str, Any], label: str) -> BaseFormat:
     if quantization is None:
         return SixteenBits()
     settings = quantization if isinstance(quantization, Mapping) else {}
+    own_format = FORMATS.get(settings.get("format", "")) if settings.get("quant_method") == OWN_METHOD else None
+    if own_format and issubclass(own_format, PackedFormat):
+        try:
+            return own_format.from_settings(settings)
+        except KeyError as error:
+            raise UsageError(
+                f"{label}: config.json: quantization_config has no {error}; make the folder again by `quantize_model`"
+            ) from error
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") not in FORMATS:
         raise UsageError(
             f"{label}: its config.json has another quantization than those of quantize.format ({', '.join(FORMATS)}); "

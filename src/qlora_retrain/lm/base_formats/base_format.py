@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Linear
     from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_retrain.lm.weight_files import SafetensorsFolder, TensorSpec
 
@@ -40,9 +42,11 @@ class BaseFormat(ABC):
 
     Attributes:
         is_packed: Whether weights of linear layers are stored as something else than 16-bit numbers.
+        scratch_bytes_per_weight: What a weight of a layer takes while it is unpacked to be computed with in 16 bits.
     """
 
     is_packed: ClassVar[bool]
+    scratch_bytes_per_weight: ClassVar[int]
 
     @classmethod
     @abstractmethod
@@ -53,6 +57,11 @@ class BaseFormat(ABC):
     @abstractmethod
     def bits_per_weight(self) -> float:
         """The bits of a weight by the method's arithmetic, without tables of fixed size."""
+
+    @property
+    def code_bits_per_weight(self) -> float:
+        """The bits of these that FSDP shards: the codes, where scales are whole in every process; else all of them."""
+        return self.bits_per_weight
 
     @abstractmethod
     def storage(self, specs: Mapping[str, TensorSpec]) -> StorageBits:
@@ -75,6 +84,14 @@ class BaseFormat(ABC):
     @abstractmethod
     def layer_weight(layer: Any) -> Tensor:
         """Return the weight (out, in) of a loaded layer for which `is_packed_layer` is true."""
+
+    @abstractmethod
+    def layer_type(self) -> type[Linear]:
+        """Return the class of the layers that the format stores; its other linear layers stay in 16 bits."""
+
+    @abstractmethod
+    def transformers_config(self) -> QuantizationConfigMixin | None:
+        """Return the settings by which transformers packs a model in this format; None where nothing is packed."""
 
     @abstractmethod
     def load(self, from_pretrained: Callable[[str], PreTrainedModel], *, is_float32: bool) -> PreTrainedModel:

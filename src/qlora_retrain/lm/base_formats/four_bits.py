@@ -16,6 +16,7 @@ from qlora_retrain.lm.four_bit import BLOCK_SIZE, SCALES_PER_GROUP
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Linear
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
     from qlora_retrain.lm.weight_files import SafetensorsFolder, TensorSpec
@@ -38,6 +39,7 @@ class FourBits(BaseFormat):
     """
 
     is_packed: ClassVar[bool] = True
+    scratch_bytes_per_weight: ClassVar[int] = 2
     quant_type: str
     double_quant: bool
     compute_dtype: str
@@ -52,6 +54,11 @@ class FourBits(BaseFormat):
         """4.127 with double quantization, 4.5 without."""
         scale_bits = 8 + 32 / SCALES_PER_GROUP if self.double_quant else 32
         return 4 + scale_bits / BLOCK_SIZE
+
+    @property
+    def code_bits_per_weight(self) -> float:
+        """4, one of 16 levels."""
+        return 4.0
 
     def storage(self, specs: Mapping[str, TensorSpec]) -> StorageBits:
         """Add up the bytes of every tensor that belongs to a packed weight."""
@@ -98,6 +105,13 @@ class FourBits(BaseFormat):
         state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
         weight: Tensor = dequantize_4bit(layer.weight.data, state)
         return weight
+
+    def layer_type(self) -> type[Linear]:
+        """Return bitsandbytes' class."""
+        from bitsandbytes.nn import Linear4bit
+
+        layer_type: type[Linear] = Linear4bit
+        return layer_type
 
     def load(self, from_pretrained: Callable[[str], PreTrainedModel], *, is_float32: bool) -> PreTrainedModel:
         """Load the weights packed, or unpack them once: the same values at 8 times the memory."""

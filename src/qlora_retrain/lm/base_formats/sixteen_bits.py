@@ -11,6 +11,7 @@ from qlora_retrain.lm.base_formats.base_format import BaseFormat, StorageBits
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Linear
     from transformers import PreTrainedModel
 
     from qlora_retrain.lm.weight_files import SafetensorsFolder, TensorSpec
@@ -21,6 +22,7 @@ class SixteenBits(BaseFormat):
     """Every tensor has the name that it has in the base's files; floating-point ones are bf16 or fp16."""
 
     is_packed: ClassVar[bool] = False
+    scratch_bytes_per_weight: ClassVar[int] = 0
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -57,6 +59,17 @@ class SixteenBits(BaseFormat):
         """Return the layer's own parameter."""
         weight: Tensor = layer.weight
         return weight
+
+    def layer_type(self) -> type[Linear]:
+        """Return the class of all linear layers."""
+        from torch.nn import Linear
+
+        layer_type: type[Linear] = Linear
+        return layer_type
+
+    def transformers_config(self) -> None:
+        """Nothing is packed."""
+        return
 
     def load(self, from_pretrained: Callable[[str], PreTrainedModel], *, is_float32: bool) -> PreTrainedModel:
         """Load the weights in the type in which they are stored, or widened to float32."""
