@@ -177,7 +177,7 @@ def test_another_adapter_over_int4_is_quantized_again(
 ) -> None:
     # An adapter of PEFT, over packed layers.
     torch.manual_seed(0)
-    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(loading.load_nf4(int4, dtype="bfloat16"), settings).save_pretrained(tmp_path / "adapter")
     merged = tmp_path / "merged"
     merged.mkdir()
