@@ -49,10 +49,10 @@ CLAIMS = (
     Claim("lora-xs, rank 64", "as good as LoRA with a hundredth of the parameters (arXiv 2405.17604)", "lora"),
     Claim("loftq", "better than QLoRA at 4 bits (arXiv 2310.08659)", "lora", 0.0),
     Claim("lq-lora", "better than QLoRA (arXiv 2311.12023)", "lora", 0.0),
-    Claim("qa-lora", "better than QLoRA, and merges into 4 bits (arXiv 2309.14717)", "lora", 0.0),
+    Claim("qa-lora", "as good as QLoRA, and stays in 4 bits when merged (arXiv 2309.14717)", "lora over int4"),
     Claim("ir-qlora", "better than QLoRA (arXiv 2402.05445)", "lora", 0.0),
     Claim("ia3", "as good as full fine-tuning on few examples (arXiv 2205.05638)", "full"),
-    Claim("bottleneck", "within 0.4 points of full fine-tuning (arXiv 1902.00751)", "full", 0.004),
+    Claim("bottleneck, 64 wide", "within 0.4 points of full fine-tuning (arXiv 1902.00751)", "full", 0.004),
     Claim("prefix", "as good as full fine-tuning (arXiv 2101.00190)", "full"),
 )
 NOT_TESTABLE = {"prompt": "as good as full fine-tuning above 10 billion weights (arXiv 2104.08691)"}
