@@ -71,8 +71,7 @@ def load_section(
     except ValidationError as error:
         faults = itertools.islice(_faults(model, error), _MAX_FAULTS)
         messages = [
-            f"{name}:{_nearest_line(lines, path)}: {uris.mask_secrets('.'.join(path))}: "
-            + fault.removeprefix(f"{'.'.join(path)}: ")
+            f"{name}:{_nearest_line(lines, path)}: {_with_field(uris.mask_secrets('.'.join(path)), fault)}"
             for path, fault in faults
         ]
         if (left := error.error_count() - _MAX_FAULTS) > 0:
@@ -122,8 +121,13 @@ def _with_whole_characters(value: Any) -> Any:
 
 def _path_in(message: str) -> tuple[str, ...]:
     """Return the path of the field that a message begins with, such as `train.method: ...`; else nothing."""
-    field, colon, _ = message.partition(":")
-    return tuple(field.split(".")) if colon and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", field) else ()
+    field = re.match(r"[a-z_]+(?:\.[a-z_]+)+(?=:| and )", message)
+    return tuple(field[0].split(".")) if field else ()
+
+
+def _with_field(field: str, fault: str) -> str:
+    """Return a fault with the name of its field before it, unless it begins with that."""
+    return fault if not field or fault.startswith(field) else f"{field}: {fault}"
 
 
 def _faults(model: type[Section], error: ValidationError) -> Iterator[tuple[tuple[str, ...], str]]:
