@@ -232,12 +232,12 @@ def resolve_base(
 def whole_adapter_where_needed(config: MergeConfig, base_nf4: Path, adapter: Path) -> MergeConfig:
     """Return the settings with rank and strength `full` where the training has no smaller or weaker form.
 
-    A part of LoftQ's adapter corrects the 4-bit base, and a weaker one would correct it less.
+    A part of the adapter of LoftQ and of LQ-LoRA corrects the packed base, and a weaker one would correct it less.
     """
     if loading.has_all_weights(adapter):
         reason = "all weights trained, and there is no adapter"
-    elif adapter_start.read_method(base_nf4) == "loftq":
-        reason = "LoftQ's adapter also corrects the 4-bit base"
+    elif adapter_start.corrects_base(base_nf4):
+        reason = "the adapter also corrects the packed base, from which it started"
     else:
         return config
     if (config.rank, config.strength) != ("full", "full"):

@@ -10,6 +10,7 @@ from components.train_qlora.methods.adalora import AdaLora
 from components.train_qlora.methods.dora import Dora
 from components.train_qlora.methods.dylora import DyLora
 from components.train_qlora.methods.full import Full as Full
+from components.train_qlora.methods.ir_qlora import IrQLora
 from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
 from components.train_qlora.methods.method import Method as Method
@@ -29,6 +30,8 @@ METHODS: dict[str, type[Method]] = {
     "qa-lora": QaLora,
     "lora-xs": LoraXs,
     "loftq": LoftQ,
+    "lq-lora": LoftQ,  # from another start
+    "ir-qlora": IrQLora,
     "full": Full,
 }
 

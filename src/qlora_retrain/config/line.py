@@ -134,10 +134,12 @@ class LineConfig(Section):
                 f"merge.rank: {self.merge.rank} is more than train.rank, which is {self.train.rank}; an adapter can "
                 f"only be cut: set {self.train.rank} or less, or full"
             )
-        if self.train.method == "loftq" and (self.merge.rank != "full" or isinstance(self.merge.strength, float)):
+        if self.train.method in ("loftq", "lq-lora") and (
+            self.merge.rank != "full" or isinstance(self.merge.strength, float)
+        ):
             raise ValueError(
-                "merge.rank and merge.strength: an adapter of train.method: loftq also corrects its 4-bit base, so it "
-                "ships whole; leave them out, or set train.method: lora"
+                f"merge.rank and merge.strength: an adapter of train.method: {self.train.method} also corrects its "
+                "packed base, so it ships whole; leave them out, or set train.method: lora"
             )
         return self
 
