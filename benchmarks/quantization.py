@@ -1,14 +1,16 @@
-"""Compare NF4, FP4 and Int4 with 16 bits, in perplexity on held-out text.
+"""Compare the base formats of a few bits with 16 bits, in perplexity on held-out text.
 
     nf4, fp4         bitsandbytes' codes, made by the step `quantize_model`; "+ dq": the scales in 8 bits too
     int4             integers from -7 to 7, times the largest absolute value of the block / 7; rounded to the nearest.
                      Written here: bitsandbytes quantizes to NF4 and FP4 alone
+    nf4-shifted      NF4 of what the constant of greatest entropy leaves of a block
+    mixed            NF4 or 8 bits by layer, for so many bits on average
 
-All have blocks of 64 weights with an fp32 scale, and leave embeddings, norms and the output layer in 16 bits. The texts
-are the reference text that forgetting is measured on, and those of BANKING77's test.csv without a template: each alone,
-and joined, 20 in a passage. Prints bits per weight, the error of the weights, and that of as many normally
-distributed numbers, on which NF4's levels are built. Then perplexity, and the difference to NF4 in nats per token,
-paired by text, with its interval.
+All have blocks of 64 weights with an fp32 scale, the last two with scales of 8 bits, and leave embeddings, norms and
+the output layer in 16 bits. The texts are the reference text that forgetting is measured on, and those of BANKING77's
+test.csv without a template: each alone, and joined, 20 in a passage. Prints bits per weight, the error of the weights,
+and that of normally distributed numbers, on which NF4's levels are built. Then perplexity, and the difference to NF4 in
+nats per token, paired by text, with its interval.
 
 Command: `python benchmarks/quantization.py --data FOLDER [--base MODEL]`, FOLDER with BANKING77's test.csv. The scores
 of a form stay in `--work`, so a second run continues where the first ended.
@@ -36,6 +38,9 @@ FORMS = {
     "fp4": {"format": "fp4", "double_quant": False},
     "fp4 + dq": {"format": "fp4", "double_quant": True},
     "int4": {},
+    "nf4-shifted": {"format": "nf4-shifted"},
+    "mixed 5": {"format": "mixed", "bits_per_weight": 5.0},
+    "mixed 6": {"format": "mixed", "bits_per_weight": 6.0},
 }
 BLOCK = 64  # weights that share a scale
 MAX_INT4 = 7  # -8 is not used, so that the code is symmetric
@@ -122,8 +127,11 @@ def load_form(options: argparse.Namespace, name: str) -> tuple[Any, dict[str, An
     folder = options.work / name
     folder.mkdir(parents=True, exist_ok=True)
     numbers = run(QuantizeConfig(**FORMS[name]), options.base, folder).numbers
-    normal_error = relative_error(normal, bitsandbytes_4bit(normal, FORMS[name]["format"], FORMS[name]["double_quant"]))
-    statistics = {"bits": numbers["bits_per_weight"], "error": numbers["relative_error"], "normal": normal_error}
+    statistics = {
+        "bits": numbers["bits_per_weight"],
+        "error": numbers["relative_error"],
+        "normal": relative_error(normal, round_numbers(normal, FORMS[name])),
+    }
     return loading.load_nf4(folder, dtype="bfloat16"), statistics
 
 
@@ -150,10 +158,20 @@ def int4(weights: Any) -> Any:
     return (codes * scales).reshape(weights.shape).to(weights.dtype)
 
 
-def bitsandbytes_4bit(numbers: Any, quant_type: str, double_quant: bool) -> Any:
-    """Round numbers to NF4 or FP4."""
+def round_numbers(numbers: Any, settings: dict[str, Any]) -> Any:
+    """Round numbers as a format does; `mixed` has no error of its own, and gives NF4's."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    from qlora_retrain.config.quantize import QuantizeConfig
+    from qlora_retrain.lm import base_formats
+    from qlora_retrain.lm.base_formats.packed_linear import PackedFormat
+
+    base_format = base_formats.from_settings(QuantizeConfig(**settings).model_dump())
+    if isinstance(base_format, PackedFormat):
+        weights = numbers.view(-1, 4096)
+        layout = base_format.layout("", *weights.shape)
+        return layout.unpack(layout.pack(weights)).float().view(-1)
+    quant_type, double_quant = settings["format"], settings["double_quant"]
     packed, state = quantize_4bit(numbers, blocksize=BLOCK, compress_statistics=double_quant, quant_type=quant_type)
     return dequantize_4bit(packed, state)
 
@@ -171,11 +189,11 @@ def print_table(suite: str, results: dict[str, dict[str, Any]]) -> None:
     tokens = [count for _, count in results["nf4"][suite]]
     print(f"\n{suite}: {len(tokens)} texts, {sum(tokens)} tokens")
     print(
-        "form       bits a weight   weights' error   of normal numbers   perplexity   loss - nf4's, nats/token (95 %)"
+        "form         bits a weight   weights' error   of normal numbers   perplexity   loss - nf4's, nats/token (95 %)"
     )
     for name, form in results.items():
         loss = sum(nats for nats, _ in form[suite]) / sum(tokens)
-        line = f"{name:9}  {form['bits']:13.3f}  {form['error']:15.2%}  {form['normal']:18.2%}  {math.exp(loss):11.2f}"
+        line = f"{name:11}  {form['bits']:13.3f}  {form['error']:15.2%}  {form['normal']:18.2%}  {math.exp(loss):11.2f}"
         if name != "nf4":
             # Paired by text: what makes a text hard makes it hard for both forms.
             differences = [a - b for (a, _), (b, _) in zip(form[suite], results["nf4"][suite], strict=True)]

@@ -233,8 +233,8 @@ def resolve_base(
 def whole_adapter_where_needed(config: MergeConfig, base_nf4: Path, adapter: Path) -> MergeConfig:
     """Return the settings with rank and strength `full` where the training has no smaller or weaker form.
 
-    A part of LoftQ's adapter corrects the 4-bit base, and a weaker one would correct it less. Other adapters than LoRA
-    have no rank.
+    A part of the adapter of LoftQ and of LQ-LoRA corrects the packed base, and a weaker one would correct it less.
+    Other adapters than LoRA have no rank.
     """
     if loading.has_all_weights(adapter):
         reason = "all weights trained, and there is no adapter"
@@ -242,8 +242,8 @@ def whole_adapter_where_needed(config: MergeConfig, base_nf4: Path, adapter: Pat
         reason = f"an adapter of the kind {adapter_kind(adapter)} has no matrices that could be cut or weakened"
     elif has_whole_modules(adapter):
         reason = "modules of train.modules_to_save learnt whole beside the adapter"
-    elif adapter_start.read_method(base_nf4) == "loftq":
-        reason = "LoftQ's adapter also corrects the 4-bit base"
+    elif adapter_start.corrects_base(base_nf4):
+        reason = "the adapter also corrects the packed base, from which it started"
     else:
         return config
     if (config.rank, config.strength) != ("full", "full"):

@@ -79,8 +79,8 @@ def merge(
         model_files.write_config(config, "bfloat16", model)
         copy_tokenizer(base_model, model)
         return stats
-    # LoftQ's adapter starts from what the 4-bit base lacks, which the original base has.
-    has_correction = not dequantized and adapter_start.read_method(base_nf4) == "loftq"
+    # Such an adapter starts from what the packed base lacks, which the original base has.
+    has_correction = not dequantized and adapter_start.corrects_base(base_nf4)
     correction = adapter_start.read(base_nf4) if has_correction else None
     with ExitStack() as stack:
         update: Ia3Adapter | LoraAdapter

@@ -94,8 +94,10 @@ def model_card(
     ]
 
     champion = plan.champion.version if plan.champion else "none: this is the line's first"
-    has_16_bits = plan.step("quantize_model").identity.get("format") == "none"
-    challenger = f"{'16' if has_16_bits else '4'}-bit base with its adapter"
+    base_format = plan.step("quantize_model").identity.get("format", "nf4")
+    has_16_bits = base_format == "none"
+    base_bits = {"none": "16-bit", "mixed": "4- and 8-bit"}.get(base_format, "4-bit")
+    challenger = f"{base_bits} base with its adapter"
     recipe_text = (
         f"{'LoRA' if has_16_bits else 'QLoRA'}: {describe_adapter(train['rank'], train['alpha'], train['method'])}"
     )

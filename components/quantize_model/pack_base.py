@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from components.quantize_model.adapter_starts import StartBuilder
 from components.quantize_model.quantization_stats import coverage, is_finite, layer_errors, sufficient_coverage
-from qlora_retrain.config.sections import QuantizeConfig
+from qlora_retrain.config.quantize import QuantizeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm import loading

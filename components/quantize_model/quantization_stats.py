@@ -97,7 +97,7 @@ class ErrorSums:
 
     def add(self, name: str, original: Tensor, stored: Tensor) -> None:
         """Add a weight, e.g. `model.layers.0.mlp.up_proj.weight`, as it was and as its stored form has it."""
-        norm, error = _squared_norms(original, stored)
+        norm, error = squared_norms(original, stored)
         for kind in (name.split(".")[-2], "all"):
             self.squared_errors[kind] += error
             self.squared_norms[kind] += norm
@@ -154,7 +154,7 @@ def _is_stored_alike(module: Any, files: dict[str, Any], name: str | None) -> bo
     return bool(files[name].get_slice(name).get_shape() == [module.out_features, module.in_features])
 
 
-def _squared_norms(original: Tensor, stored: Tensor) -> tuple[float, float]:
+def squared_norms(original: Tensor, stored: Tensor) -> tuple[float, float]:
     """Return |W|^2 and |W - W4|^2, in chunks: the fp32 forms of whole tensors take 4 times the 16-bit size."""
     norm = error = 0.0
     parts = (tensor.flatten().split(_CHUNK_NUMBERS) for tensor in (original, stored))

@@ -1,4 +1,4 @@
-"""Store the base model in the line's format, once: in 4 bits (NF4 by default), on a GPU where there is one, or in 16.
+"""Store the base model in the line's format, once: packed in few bits (NF4 by default), or in 16 bits.
 
 The weights are read, packed and written one tensor at a time. So the step needs memory for the largest tensor, and not
 for the model.
@@ -19,14 +19,15 @@ import json
 from pathlib import Path
 
 from components.quantize_model.adapter_starts import StartBuilder
+from components.quantize_model.bit_choice import choose_layers
 from components.quantize_model.copy_base import copy_base
 from components.quantize_model.pack_base import pack_base
-from qlora_retrain.config.sections import QuantizeConfig
+from qlora_retrain.config.quantize import QuantizeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.lm import base_formats
-from qlora_retrain.lm.base_formats import BaseFormat, StorageBits
+from qlora_retrain.lm.base_formats import BaseFormat, MixedBits, StorageBits
 from qlora_retrain.lm.model_files import weight_paths
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES, copy_files
 from qlora_retrain.lm.weight_files import SafetensorsFolder
@@ -44,6 +45,8 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     """
     progress.update("quantizing", 0, 3)
     base_format = base_formats.from_settings(config.model_dump())
+    if isinstance(base_format, MixedBits):
+        base_format = choose_layers(base_format, base_model, base_nf4, config.min_quantized_fraction)
     quantized_fraction = 0.0
     start = StartBuilder(config) if config.adapter_start else None
     if base_format.is_packed:
@@ -77,6 +80,7 @@ def run(config: QuantizeConfig, base_model: Path, base_nf4: Path) -> StepResult:
     document = {
         "settings": config.identity(),
         **numbers,
+        **({"layers_in_8_bits": sorted(base_format.layers_in_8_bits)} if isinstance(base_format, MixedBits) else {}),
         "relative_error_by_layer": {name: round(value, 5) for name, value in errors.items() if name != "all"},
     }
     (base_nf4 / "quantization.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -34,14 +34,14 @@ def test_the_table_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> Non
         main(["methods", "--json"])
     facts = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert facts["dora"]["vllm"] == "no"
-    assert facts["lora"]["formats"] == ["none", "nf4", "fp4", "int4"]
+    assert facts["lora"]["formats"] == ["none", "nf4", "fp4", "int4", "nf4-shifted", "mixed"]
 
 
 def test_a_base_that_a_method_cannot_train_over_is_refused_with_the_nearest() -> None:
     assert methods.METHODS["lora"].refusal("none") is None
     assert methods.METHODS["qdylora"].refusal("none") == (
-        "train.method: qdylora trains over nf4, fp4 or int4, and quantize.format is none; set quantize.format: nf4, or "
-        "train.method: dylora"
+        "train.method: qdylora trains over nf4, fp4, int4 or nf4-shifted, and quantize.format is none; set "
+        "quantize.format: nf4, or train.method: dylora"
     )
     assert methods.METHODS["qa-lora"].refusal("nf4") == (
         "train.method: qa-lora trains over int4, and quantize.format is nf4; set quantize.format: int4, or "

@@ -271,6 +271,6 @@ def test_what_two_sections_say_together_is_named_by_the_field_that_the_message_b
         "line: tiny\nsources: {raw_data: a, base_model: b}\nquantize:\n  format: none\ntrain:\n  method: qdylora\n"
     )
     assert refusal(path).endswith(
-        "line.yaml:6: train.method: qdylora trains over nf4, fp4 or int4, and quantize.format is none; set "
-        "quantize.format: nf4, or train.method: dylora"
+        "line.yaml:6: train.method: qdylora trains over nf4, fp4, int4 or nf4-shifted, and quantize.format is none; "
+        "set quantize.format: nf4, or train.method: dylora"
     )

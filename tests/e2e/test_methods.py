@@ -90,6 +90,27 @@ def test_a_line_of_every_method_is_published_pulled_and_asked(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("base_format", "method"), [("nf4-shifted", "ir-qlora"), ("mixed", "lq-lora")])
+def test_a_base_of_our_own_layers_is_trained_over_merged_published_and_asked(
+    make_project: Callable, tmp_path: Path, base_format: str, method: str
+) -> None:
+    project = make_project(rows=180, quantize={"format": base_format}, train={"method": method, "epochs": 10})
+    result = project.run()
+    assert result.exit_code == 0, result.text
+    pulled = project.cli("pull", "tiny@production", tmp_path / "m", "--root", project.root)
+    assert pulled.exit_code == 0, pulled.text
+    # The base with dequantized values and the adapter merged in is the unmerged model, up to rounding to bf16.
+    certificate = json.loads((tmp_path / "m/evaluation/certificate.json").read_text())
+    losses = {name: form["loss"] for name, form in certificate["forms"]["certification"].items()}
+    bits = "4- and 8-bit" if base_format == "mixed" else "4-bit"
+    assert f"those of the {bits} base with its adapter" in (tmp_path / "m/README.md").read_text()
+    if "dequantized" in losses:
+        assert losses["dequantized"] == pytest.approx(losses["live"], abs=0.02)
+    answer = project.cli("ask", tmp_path / "m", "I want my money back for order number 1003")
+    assert answer.exit_code == 0, answer.text
+    assert "refund" in answer.out
+
+
 @pytest.mark.soak
 def test_qa_lora_over_int4_is_published_in_16_and_in_4_bits(make_project: Callable, tmp_path: Path) -> None:
     exports = {"exports": ["bf16", "gguf-q4_1"], "max_export_loss_increase_nats": 0.1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from components.quantize_model.step import run as quantize
 from qlora_retrain.config.sections import QuantizeConfig
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import base_formats, four_bit, loading
-from qlora_retrain.lm.base_formats import FORMATS, FourBits, SixteenBits
+from qlora_retrain.lm.base_formats import FORMATS, FourBits, MixedBits, SixteenBits
 from qlora_retrain.lm.weight_files import SafetensorsFolder
 
 SETTINGS: list[dict[str, Any]] = [
@@ -25,6 +26,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"format": "fp4"},
     {"format": "fp4", "double_quant": False},
     {"format": "int4"},
+    {"format": "nf4-shifted"},
+    {"format": "mixed", "bits_per_weight": 6.0},
 ]
 IDS = torch.tensor([[1, 5, 9, 200, 2]])
 
@@ -45,13 +48,20 @@ def stored(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: p
 def test_a_folder_says_its_format(stored: Any) -> None:
     settings, folder = stored
     expected = base_formats.from_settings(QuantizeConfig(**settings).model_dump())
-    assert base_formats.from_folder(folder) == expected
+    base_format = base_formats.from_folder(folder)
+    if isinstance(expected, MixedBits):  # the folder also has the choice, which leaves some of the budget
+        assert base_format.bits_per_weight <= expected.bits_per_weight == 6
+        expected = replace(expected, bits=base_format.bits_per_weight, layers_in_8_bits=base_format.layers_in_8_bits)
+    assert base_format == expected
     assert json.loads((folder / "quantization.json").read_text())["settings"]["format"] == settings["format"]
 
 
 def test_the_stored_bytes_have_the_bits_of_the_arithmetic(stored: Any) -> None:
     settings, folder = stored
-    bits = {"none": 16, "nf4": 4.126953125, "fp4": 4.126953125, "int4": 5}[settings["format"]]
+    bits = {"none": 16, "nf4": 4.126953125, "fp4": 4.126953125, "int4": 5, "nf4-shifted": 4.25390625}.get(
+        settings["format"]
+    )
+    bits = bits or _bits_of_layers(folder)
     bits = bits if settings.get("double_quant", True) else 4.5
     assert base_formats.from_folder(folder).bits_per_weight == bits
     document = json.loads((folder / "quantization.json").read_text())
@@ -63,6 +73,16 @@ def test_the_stored_bytes_have_the_bits_of_the_arithmetic(stored: Any) -> None:
     num_weights = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
     assert 8 * sum(t.nbytes for t in parts) / num_weights == pytest.approx(document["bits_per_weight"], abs=1e-4)
     assert document["bits_per_weight"] == pytest.approx(bits, rel=0.01)
+
+
+def _bits_of_layers(folder: Path) -> float:
+    """Return the mean of the bits of each layer by whether the report names it."""
+    names = json.loads((folder / "quantization.json").read_text())["layers_in_8_bits"]
+    assert 0 < len(names) < 14
+    sizes = {n: t.numel() for n, t in load_file(folder / "model.safetensors").items() if n.endswith("_proj.weight")}
+    in_8_bits = sum(sizes[f"{name}.weight"] for name in names)
+    in_4_bits = 2 * (sum(sizes.values()) - in_8_bits)
+    return (8.126953125 * in_8_bits + 4.126953125 * in_4_bits) / (in_8_bits + in_4_bits)
 
 
 def test_the_files_the_loaded_layers_and_fp32_have_the_same_values(stored: Any) -> None:
@@ -149,7 +169,7 @@ def test_a_quantized_base_is_no_base_in_16_bits(tiny_model: Path, tmp_path: Path
         quantize(QuantizeConfig(format="none"), nf4, tmp_path / "none")
 
 
-@pytest.mark.parametrize("base_format", ["none", "int4"])
+@pytest.mark.parametrize("base_format", ["none", "int4", "nf4-shifted", "mixed"])
 def test_double_quant_without_scales_is_refused(base_format: str) -> None:
     with pytest.raises(ValueError, match=rf"double_quant: false is for format: nf4 and fp4.*format is {base_format}"):
         QuantizeConfig(format=base_format, double_quant=False)

@@ -8,7 +8,7 @@ import pytest
 
 from components.train_qlora import loss, padded_rows
 from qlora_retrain.config.sections import QuantizeConfig, TrainConfig
-from qlora_retrain.lm import memory_model, step_memory
+from qlora_retrain.lm import base_formats, memory_model, step_memory
 from qlora_retrain.lm.base_formats import FourBits
 from qlora_retrain.lm.memory_model import MicroBatch, Settings, estimate, largest_micro_batch
 from qlora_retrain.lm.model_shape import ModelShape
@@ -44,6 +44,17 @@ def test_weights_have_the_bits_of_the_paper() -> None:
             - sixteen_bits
         )
         assert 8 * packed / LLAMA_7B.layer_weights == pytest.approx(bits, abs=1e-3)
+    for settings, bits in (
+        ({"format": "nf4-shifted"}, 4.254),  # a scale and a constant of 8 bits for 64 weights (arXiv 2402.05445)
+        ({"format": "mixed"}, 5.0),
+        ({"format": "mixed", "bits_per_weight": 6.5}, 6.5),
+    ):
+        base_format = base_formats.from_settings(QuantizeConfig(**settings).model_dump())
+        size_bytes = memory_model.weight_bytes(LLAMA_7B, Settings(base_format=base_format)) - sixteen_bits
+        assert 8 * size_bytes / LLAMA_7B.layer_weights == pytest.approx(bits, abs=1e-3)
+        # Every process of FSDP has all scales, and the constants.
+        numbers = 2 if settings["format"] == "nf4-shifted" else 1
+        assert bits - base_format.code_bits_per_weight == pytest.approx(numbers * 0.127, abs=1e-3)
     assert memory_model.weight_bytes(LLAMA_7B, Settings(precision="float32")) == 4 * LLAMA_7B.weights
     sharded = memory_model.weight_bytes(LLAMA_7B, Settings(num_processes=4, is_sharded=True)) - sixteen_bits
     assert packed / 4 < sharded < packed / 2
@@ -67,10 +78,11 @@ def test_each_saving_setting_saves_where_it_should(part: str, change: dict[str, 
 
 
 def test_a_method_costs_what_it_keeps() -> None:
-    lora, dora, adalora, lora_xs, qa_lora = (
+    lora, dora, adalora, lora_xs, qa_lora, ir_qlora = (
         estimate(LLAMA_7B, Settings.from_sections(SECTIONS["train"] | {"method": m}, SECTIONS["quantize"]), BATCH)
-        for m in ("lora", "dora", "adalora", "lora-xs", "qa-lora")
+        for m in ("lora", "dora", "adalora", "lora-xs", "qa-lora", "ir-qlora")
     )
+    assert ir_qlora.adapter == lora.adapter + 4 * 2 * 7 * 32  # two factors a layer
     # DoRA: a magnitude of each output, and every output before its rows are scaled.
     outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
     assert dora.adapter - lora.adapter == 4 * outputs

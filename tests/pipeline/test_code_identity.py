@@ -210,6 +210,7 @@ UNHASHED = {
     "config.data": "the same for the section `data`",
     "config.merge": "the same for the section `merge`",
     "config.publish": "the same for the section `publish`",
+    "config.quantize": "the same for the section `quantize`",
     "config.sections": "models of settings: fields and validators; the values that they let through are in the key",
     "core.bounds": "ends what takes too long or too much memory; a step that is ended so makes no artifact",
     "core.errors": "exceptions: a step that raises one makes no artifact; a refusal's text is no input of any step",

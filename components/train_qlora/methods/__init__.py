@@ -12,6 +12,7 @@ from components.train_qlora.methods.dora import Dora
 from components.train_qlora.methods.dylora import DyLora
 from components.train_qlora.methods.full import Full as Full
 from components.train_qlora.methods.ia3 import Ia3
+from components.train_qlora.methods.ir_qlora import IrQLora
 from components.train_qlora.methods.lora import Lora as Lora
 from components.train_qlora.methods.lora_plus import LoraPlus
 from components.train_qlora.methods.method import Method as Method
@@ -38,6 +39,8 @@ METHODS: dict[str, type[Method]] = {
     "prompt": Prompt,
     "prefix": Prefix,
     "bottleneck": Bottleneck,
+    "lq-lora": LoftQ,  # from another start
+    "ir-qlora": IrQLora,
     "full": Full,
 }
 

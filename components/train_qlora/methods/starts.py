@@ -3,6 +3,8 @@
 lora-xs   W is near U S V^T of a small rank; B = U S and A = V^T are frozen, and R (rank, rank) between them learns
 (Balazy et al., arXiv 2405.17604)
 loftq     the adapter starts from what quantization loses of each weight (Li et al., arXiv 2310.08659)
+lq-lora   the same from another alternation, which gives it the largest singular vectors first (Guo et al., arXiv
+2311.12023)
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class LoraXs(Lora):
 
 
 class LoftQ(Lora):
-    """LoRA from another start: scale * B A is the start's product, which is what the 4-bit base lacks."""
+    """LoRA from another start: scale * B A is the start's product, which is what the packed base lacks."""
 
     needs_start = True
 

@@ -134,12 +134,14 @@ class LineConfig(Section):
                 f"merge.rank: {self.merge.rank} is more than train.rank, which is {self.train.rank}; an adapter can "
                 f"only be cut: set {self.train.rank} or less, or full"
             )
-        reasons = {"loftq": "an adapter of train.method: loftq also corrects its 4-bit base"}
-        if self.train.method in method_checks.WITHOUT_MATRICES:
-            reasons[self.train.method] = f"with train.method: {self.train.method} there is no B A to cut or weaken"
+        method = self.train.method
+        also_corrects = f"an adapter of train.method: {method} also corrects its packed base"
+        reasons = {"loftq": also_corrects, "lq-lora": also_corrects}
+        if method in method_checks.WITHOUT_MATRICES:
+            reasons[method] = f"with train.method: {method} there is no B A to cut or weaken"
         if self.train.modules_to_save:
-            reasons[self.train.method] = "modules of train.modules_to_save learnt whole beside the adapter"
-        reason = reasons.get(self.train.method)
+            reasons[method] = "modules of train.modules_to_save learnt whole beside the adapter"
+        reason = reasons.get(method)
         if reason and (self.merge.rank != "full" or isinstance(self.merge.strength, float)):
             raise ValueError(
                 f"merge.rank and merge.strength: {reason}, so it ships whole; leave them out, or set train.method: lora"

@@ -10,14 +10,34 @@ if TYPE_CHECKING:
 # Methods that are no product of two matrices, so that nothing scales them and no layer is chosen.
 WITHOUT_MATRICES = ("ia3", "prompt", "prefix", "bottleneck", "full")
 
-
+# Methods whose layers all begin with one rank and one scale.
+_WITH_ONE_RANK = (*WITHOUT_MATRICES, "adalora", "dylora", "qdylora", "lora-xs", "loftq", "lq-lora")
 # Methods that look at all that trains as at matrices A and B.
 _WITHOUT_WHOLE_MODULES = (*WITHOUT_MATRICES, "adalora")
+
+
+# Knobs that only these values of train.method have.
+_METHODS_OF_KNOB = {
+    "learning_rate_ratio": ("lora+",),
+    "dylora_update": ("dylora", "qdylora"),
+    "loftq_iterations": ("loftq", "lq-lora"),
+    "num_virtual_tokens": ("prompt", "prefix"),
+}
 
 
 def contradiction(train: TrainConfig) -> str | None:
     """Return what contradicts the method, and what to do; None where nothing does."""
     method = train.method
+    for knob, methods in _METHODS_OF_KNOB.items():
+        value = getattr(train, knob)
+        if value is not None and method not in methods:
+            return (
+                f"{knob}: {value} is for method: {methods[0]}, and method is {method}; set method: {methods[0]}, or "
+                "leave it out"
+            )
+    for knob in ("rank_pattern", "alpha_pattern"):
+        if getattr(train, knob) and method in _WITH_ONE_RANK:
+            return f"{knob}: with {method} all layers begin with one rank; leave {knob} out, or set method: lora"
     if train.modules_to_save and method in _WITHOUT_WHOLE_MODULES:
         return (
             f"modules_to_save: {', '.join(train.modules_to_save)} learn whole beside the matrices of an adapter, and "

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FOUR_BITS = ("nf4", "fp4", "int4")
-ALL_FORMATS = ("none", *FOUR_BITS)
+FOUR_BITS = ("nf4", "fp4", "int4", "nf4-shifted")
+PACKED = (*FOUR_BITS, "mixed")
+ALL_FORMATS = ("none", *PACKED)
 NOT_YET = "not yet run"
 
 Answer = Literal["yes", "no"]
@@ -77,9 +78,14 @@ METHODS: dict[str, MethodFacts] = {
             "qa-lora", "A sees sums of 32 inputs, so that the trained model stays in 4 bits", formats=("int4",)
         ),
         MethodFacts(
-            "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=FOUR_BITS
+            "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=PACKED
         ),
-        MethodFacts("loftq", "the adapter starts from what quantization loses", formats=FOUR_BITS),
+        MethodFacts("loftq", "the adapter starts from what quantization loses", formats=PACKED),
+        MethodFacts(
+            "lq-lora", "as loftq, with the largest singular vectors first, over 4 and 8 bits by layer",
+            formats=("mixed", *FOUR_BITS),
+        ),
+        MethodFacts("ir-qlora", "averages of a layer's input pass through the adapter too", formats=ALL_FORMATS),
         MethodFacts(
             "ia3", "scales of keys, values and the MLP's inner numbers learn", ships_as="IA3", vllm="no",
             llama_cpp="no", fused="no",
@@ -112,9 +118,15 @@ def table() -> list[tuple[str, ...]]:
         _COLUMNS,
         *(
             (
-                facts.name, facts.idea, ", ".join(facts.formats), facts.ships_as, facts.merges, facts.peft, facts.vllm,
-                facts.llama_cpp, facts.fused, facts.gpu,
+                facts.name, facts.idea, _format_names(facts.formats), facts.ships_as, facts.merges, facts.peft,
+                facts.vllm, facts.llama_cpp, facts.fused, facts.gpu,
             )
             for facts in METHODS.values()
         ),
     ]  # fmt: skip
+
+
+def _format_names(formats: tuple[str, ...]) -> str:
+    """Return the formats as a cell has them: by a common word where they are all of a kind."""
+    names = {ALL_FORMATS: "all", PACKED: "all but none", FOUR_BITS: "all in 4 bits"}
+    return next((name for kind, name in names.items() if set(kind) == set(formats)), ", ".join(formats))

@@ -12,64 +12,12 @@ from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
 from qlora_retrain.config.merge import MergeConfig as MergeConfig
 from qlora_retrain.config.publish import PublishConfig as PublishConfig
+from qlora_retrain.config.quantize import AdapterStart as AdapterStart
+from qlora_retrain.config.quantize import QuantizeConfig as QuantizeConfig
+from qlora_retrain.config.quantize import Targets
 
-# A layer's name alone is a pattern too; `all-liner` must be refused as the mistake that it is, and not match nothing.
+# As with `Targets`, a name alone is a pattern too.
 LayerPattern = Annotated[str, Field(min_length=1, max_length=200)]
-Pattern = Annotated[str, Field(pattern=r"[.*+?\[\](){}|^$\\]", max_length=200)]
-Targets = Literal["all-linear", "attention", "mlp"] | list[str] | Pattern
-
-
-# Knobs that only these values of train.method have.
-_METHODS_OF_KNOB = {
-    "learning_rate_ratio": ("lora+",),
-    "dylora_update": ("dylora", "qdylora"),
-    "loftq_iterations": ("loftq",),
-    "num_virtual_tokens": ("prompt", "prefix"),
-}
-
-
-class AdapterStart(Section):
-    """What an adapter starts from, where its method computes that of the original weights."""
-
-    method: Literal["lora-xs", "loftq"] = identity(..., "train.method")
-    rank: int = identity(..., "train.rank", ge=1, le=1024)
-    target_modules: Targets = identity(..., "train.target_modules")
-    iterations: int = identity(..., "train.loftq_iterations", ge=1, le=20)
-
-
-class QuantizeConfig(Section):
-    """The form in which the frozen base is trained over (QLoRA, arXiv 2305.14314, section 3)."""
-
-    format: Literal["none", "nf4", "fp4", "int4"] = identity(
-        "nf4",
-        "how linear layers are stored; nf4: 4 bits, with less loss than fp4 on normally distributed weights; fp4: 4 "
-        "bits; int4: integers of 4 bits in groups of 32 weights, 5 bits with the groups' numbers, those of llama.cpp's "
-        "Q4_1; none: all 16 bits, four times the memory, as plain LoRA has it",
-    )
-    double_quant: bool = identity(True, "of nf4 and fp4: quantize the scales too, 4.127 instead of 4.5 bits per weight")
-    compute_dtype: Literal["bfloat16", "float16"] = identity(
-        "bfloat16", "the 16-bit type to which weights are dequantized for computing, and of all that is not packed"
-    )
-    min_quantized_fraction: float = identity(
-        0.9,
-        "refuse a base of which less than this, outside embeddings and head, is in linear layers: these alone become "
-        "4-bit, and adapters reach no others",
-        ge=0.0,
-        le=1.0,
-    )
-
-    adapter_start: AdapterStart | None = identity(
-        None, "set by the plan for train.method: lora-xs and loftq, whose adapters start from the original weights"
-    )
-
-    @model_validator(mode="after")
-    def _double_quant_needs_scales(self) -> QuantizeConfig:
-        if self.format not in ("nf4", "fp4") and not self.double_quant:
-            raise ValueError(
-                "double_quant: false is for format: nf4 and fp4, whose scales can be quantized, and format is "
-                f"{self.format}; leave it out"
-            )
-        return self
 
 
 class TrainConfig(Section):
@@ -92,6 +40,8 @@ class TrainConfig(Section):
         "qa-lora",
         "lora-xs",
         "loftq",
+        "lq-lora",
+        "ir-qlora",
         "ia3",
         "prompt",
         "prefix",
@@ -105,6 +55,8 @@ class TrainConfig(Section):
         "smaller one works too, and qdylora says that the base has 4 bits; qa-lora: A sees sums of 32 inputs, so that "
         "the trained model stays in quantize.format: int4; lora-xs: only rank x rank numbers learn between the base's "
         "largest singular vectors; loftq: the adapter starts from what quantization loses; "
+        "lq-lora: as loftq, and the base's largest singular vectors go to the adapter first; ir-qlora: the adapter "
+        "also passes on averages of its input; "
         "ia3: scales of keys, values and the MLP's inner numbers learn; prompt: the embeddings of "
         "num_virtual_tokens before each row learn; prefix: their keys and values in each layer; bottleneck: a "
         "network of rank numbers behind each MLP; the last three cannot be merged and ship as an adapter alone; "
@@ -122,7 +74,10 @@ class TrainConfig(Section):
         None, "of dylora: what learns in a step of rank b; all: the first b ranks; single: the b-th alone; null: all"
     )
     loftq_iterations: int | None = identity(
-        None, "of loftq: how often it alternates between quantizing and the adapter's start; null: 5", ge=1, le=20
+        None,
+        "how often loftq, and lq-lora at most, alternate between quantizing and the adapter's start; null: 5 and 10",
+        ge=1,
+        le=20,
     )
     num_virtual_tokens: int | None = identity(
         None, "of prompt and prefix: the tokens that learn; each makes every row longer; null: 20", ge=1, le=1024
@@ -250,29 +205,6 @@ class TrainConfig(Section):
             )
         if self.parallel == "fsdp" and self.num_processes == 1:
             raise ValueError("parallel: fsdp shares the base among processes, and num_processes is 1; set 2 or more")
-        return self
-
-    @model_validator(mode="after")
-    def _each_knob_fits_the_method(self) -> TrainConfig:
-        for knob, methods in _METHODS_OF_KNOB.items():
-            value = getattr(self, knob)
-            if value is not None and self.method not in methods:
-                raise ValueError(
-                    f"{knob}: {value} is for method: {methods[0]}, and method is {self.method}; "
-                    f"set method: {methods[0]}, or leave it out"
-                )
-        for knob in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, knob) and self.method in (
-                "adalora",
-                "dylora",
-                "qdylora",
-                "lora-xs",
-                "loftq",
-                *method_checks.WITHOUT_MATRICES,
-            ):
-                raise ValueError(
-                    f"{knob}: with {self.method} all layers begin with one rank; leave {knob} out, or set method: lora"
-                )
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """The matrices from which an adapter starts, where its method computes them of the original weights.
 
-`quantize_model` writes them beside the 4-bit base, because no singular value decomposition can be repeated bit by bit:
+`quantize_model` writes them beside the packed base, because no singular value decomposition can be repeated bit by bit:
 training, resuming and merging must have the same numbers.
 """
 
@@ -15,6 +15,7 @@ from qlora_retrain.core.errors import IntegrityError
 if TYPE_CHECKING:
     from torch import Tensor
 
+CORRECTING = ("loftq", "lq-lora")  # the methods whose start is what the stored base lacks of the original one
 FILE = "adapter_start/start.safetensors"  # in a folder, since a file beside the weights would be taken for weights
 
 
@@ -50,12 +51,12 @@ def read(base_nf4: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise IntegrityError(f"{base_nf4.name}/{FILE}: damaged: {error}") from error
 
 
-def read_method(base_nf4: Path) -> str | None:
-    """Return the method that the start is for; None where the base has none."""
+def corrects_base(base_nf4: Path) -> bool:
+    """Return whether the start beside a base is what the base lacks of the original weights."""
     from safetensors import safe_open
 
     path = base_nf4 / FILE
     if not path.is_file():
-        return None
+        return False
     with safe_open(path, "pt") as file:
-        return str(file.metadata()["method"])
+        return file.metadata()["method"] in CORRECTING

@@ -71,7 +71,7 @@ def refuse_another_code(quant_type: str) -> None:
 
     numbers = torch.randn(_TRIAL_BLOCKS, BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
     # Each bound with both its neighbours in fp32; a 1 makes the block's scale 1.
-    bounds = torch.from_numpy(_bounds_and_codes(quant_type)[0])
+    bounds = torch.from_numpy(bounds_and_codes(quant_type)[0])
     ties = torch.cat([bounds, bounds.nextafter(torch.ones(())), bounds.nextafter(-torch.ones(())), torch.ones(1)])
     numbers[-1, :], numbers[-2, : len(ties)], numbers[-2, len(ties) :] = 0, ties, 0
     expected, state = quantize_4bit(numbers, blocksize=BLOCK_SIZE, quant_type=quant_type)
@@ -92,7 +92,7 @@ def _quantize_in_chunks(weights: torch.Tensor, quant_type: str) -> tuple[torch.T
     num_whole = weights.numel() // BLOCK_SIZE * BLOCK_SIZE
     codes = np.empty((num_whole // 2, 1), np.uint8)
     absmax = np.empty(num_whole // BLOCK_SIZE, np.float32)
-    bounds, code_of_rank = _bounds_and_codes(quant_type)
+    bounds, code_of_rank = bounds_and_codes(quant_type)
 
     def quantize_chunk(start: int) -> None:
         end = min(start + CHUNK_WEIGHTS, num_whole)
@@ -119,7 +119,7 @@ def _quantize_in_chunks(weights: torch.Tensor, quant_type: str) -> tuple[torch.T
     )
 
 
-def _bounds_and_codes(quant_type: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def bounds_and_codes(quant_type: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Return the 15 bounds between the levels, ascending, and the code of each of the 16 levels in that order."""
     import torch
     from bitsandbytes.functional import get_4bit_type

@@ -272,6 +272,8 @@ def _trained_tensors(settings: Settings, layer: LinearLayer) -> list[int]:
     matrices = [settings.rank * inputs, settings.rank * layer.out_width]
     if settings.method == "dora":
         return [*matrices, layer.out_width]
+    if settings.method == "ir-qlora":
+        return [*matrices, 2]  # the factors of both averages
     return [settings.rank**2] if settings.method == "lora-xs" else matrices
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig
-from qlora_retrain.config.sections import AdapterStart
+from qlora_retrain.config.quantize import AdapterStart
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.adapter_scale import default_alpha, describe_adapter, has_scale
@@ -18,8 +18,9 @@ from qlora_retrain.lm.warmup import DEFAULT_WARMUP_RATIO
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
+# LoftQ's as in the experiments of arXiv 2310.08659. LQ-LoRA's error falls by less than 1 % a round after 10.
+DEFAULT_ITERATIONS = {"loftq": 5, "lq-lora": 10}
 # CPUs with one of these multiply bf16 matrices at full speed in torch.
-DEFAULT_LOFTQ_ITERATIONS = 5  # as in the experiments of arXiv 2310.08659
 _BF16_FLAGS = ("avx512f", "amx_bf16", "bf16")
 
 
@@ -57,12 +58,12 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
         alpha = default_alpha(train.rank, train.method)
         choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, train.method)}")
 
-    if train.method in ("lora-xs", "loftq"):
+    if train.method in ("lora-xs", "loftq", "lq-lora"):
         start = AdapterStart(
             method=train.method,
             rank=train.rank,
             target_modules=train.target_modules,
-            iterations=train.loftq_iterations or DEFAULT_LOFTQ_ITERATIONS,
+            iterations=train.loftq_iterations or DEFAULT_ITERATIONS.get(train.method, 1),
         )
         sections["quantize"] = sections["quantize"].model_copy(update={"adapter_start": start})
     elif config.quantize.adapter_start is not None:

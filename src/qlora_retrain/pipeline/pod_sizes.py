@@ -29,6 +29,8 @@ _QUANTIZE_FACTOR = 4
 # Measuring a form of the model, in the precision in which it is measured.
 _FORM_FACTOR = 1.2
 # By what a step makes, in multiples of the 16-bit model: what it reads and writes, candidates and exports included.
+# The base is counted in 4 bits; what another format has more is added in each step that has it.
+_COUNTED_BITS = 4.127
 _DISK_FACTORS = {"base_nf4": 1.4, "adapter": 0.6, "evaluation": 2.6, "model": 6.0, "release": 3.0}
 
 
@@ -68,7 +70,12 @@ def _disk_factor(step: Step, work: Work) -> float:
     if step.makes == "adapter" and work.settings.method == FULL:
         # The base and the result; two checkpoints, and one that is written: weights, best weights, masters, states.
         return 2 + 3 * (2 + 2 + work.settings.optimizer_bits / 8)
-    return _DISK_FACTORS.get(step.makes, 0.1)
+    base_format = work.settings.base_format
+    copies = sum(source.name == "base_nf4" for source in step.reads)
+    if step.makes == "base_nf4":
+        copies = 1 + base_format.is_packed  # packed tensors lie in mapped files before they are saved
+    surplus_bits = max(0.0, base_format.bits_per_weight - _COUNTED_BITS) * work.shape.layer_weights / work.shape.weights
+    return _DISK_FACTORS.get(step.makes, 0.1) + copies * surplus_bits / 16
 
 
 def planned_sizes(plan: Plan) -> dict[str, StepSize]:

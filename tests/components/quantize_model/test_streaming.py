@@ -165,13 +165,13 @@ def test_a_base_in_shards_gets_the_same_bytes_and_so_does_its_result_in_shards(t
 
 
 def test_a_bitsandbytes_with_another_code_is_refused(tiny_model, tmp_path, monkeypatch):
-    bounds_and_codes = four_bit._bounds_and_codes
+    bounds_and_codes = four_bit.bounds_and_codes
 
     def others(quant_type):
         bounds, code_of_rank = bounds_and_codes(quant_type)
         return bounds * bounds.dtype.type(0.999), code_of_rank
 
-    monkeypatch.setattr(four_bit, "_bounds_and_codes", others)
+    monkeypatch.setattr(four_bit, "bounds_and_codes", others)
     with pytest.raises(IntegrityError, match="gives other nf4 codes than expected"):
         run(QuantizeConfig(), tiny_model, tmp_path)
 

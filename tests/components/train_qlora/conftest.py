@@ -62,18 +62,18 @@ def nf4(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_of(nf4: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return the base of a method: with the start of its adapter beside it, where it needs one."""
+    """Return the base of a method: in its own format, with the start of its adapter beside it where it needs one."""
 
     @cache
     def base(method: str, iterations: int = 5) -> Path:
-        if method not in ("lora-xs", "loftq", "qa-lora"):
+        start = None
+        if method in ("lora-xs", "loftq", "lq-lora"):
+            start = AdapterStart(method=method, rank=4, target_modules="all-linear", iterations=iterations)
+        base_format = {"qa-lora": "int4", "ir-qlora": "nf4-shifted", "lq-lora": "mixed"}.get(method, "nf4")
+        if (start, base_format) == (None, "nf4"):
             return nf4
         folder = tmp_path_factory.mktemp(method)
-        if method == "qa-lora":
-            quantize(QuantizeConfig(format="int4"), tiny_model, folder)
-            return folder
-        start = AdapterStart(method=method, rank=4, target_modules="all-linear", iterations=iterations)
-        quantize(QuantizeConfig(adapter_start=start), tiny_model, folder)
+        quantize(QuantizeConfig(format=base_format, adapter_start=start), tiny_model, folder)
         return folder
 
     return base

@@ -80,8 +80,12 @@ def test_what_ships_is_plain_lora_and_computes_what_was_trained(
     "method",
     [
         "adalora",
+        "ir-qlora",
         "loftq",
-        *(pytest.param(m, marks=pytest.mark.soak) for m in ("rslora", "lora+", "dora", "dylora", "qa-lora", "lora-xs")),
+        *(
+            pytest.param(m, marks=pytest.mark.soak)
+            for m in ("rslora", "lora+", "dora", "dylora", "qa-lora", "lora-xs", "lq-lora")
+        ),
     ],
 )
 def test_a_run_of_each_method_goes_on_bit_for_bit(step, base_of, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
@@ -97,8 +101,8 @@ def test_a_run_of_each_method_goes_on_bit_for_bit(step, base_of, monkeypatch: py
     assert stopped.weights == whole.weights
 
 
-# LoftQ's is there to change them.
-@pytest.mark.parametrize("method", [name for name in WITH_ADAPTER if name != "loftq"])
+# LoftQ's and LQ-LoRA's are there to change them.
+@pytest.mark.parametrize("method", [name for name in WITH_ADAPTER if name not in ("loftq", "lq-lora")])
 def test_a_new_adapter_changes_no_output(base_of, method: str) -> None:
     config, nf4 = TrainConfig(**(SETTINGS | {"method": method})), base_of(method)
     ids = torch.arange(24).view(2, 12)

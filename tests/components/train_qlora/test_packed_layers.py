@@ -19,7 +19,7 @@ from qlora_retrain.lm import adapter_start, base_formats, loading
 from tests.components.train_qlora.adapted import SETTINGS
 
 IDS = torch.arange(24).view(2, 12)
-WITH_START = ("lora-xs", "loftq")
+WITH_START = ("lora-xs", "loftq", "lq-lora")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,9 @@ def attach(folder: Path, config: TrainConfig, *, is_packed: bool) -> Any:
     attached = adapter.attach_new(model, config, start=adapter_start.read(folder))
     with torch.no_grad():
         for name, parameter in attached.named_parameters():
-            if parameter.requires_grad and ".lora_A" not in name:
+            if ".lora_A" in name:
+                parameter.copy_(parameter.bfloat16())  # as PEFT rounds it over plain layers
+            elif parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return attached
 

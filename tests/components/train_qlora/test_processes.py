@@ -115,7 +115,7 @@ def quantized_model(family: str, tiny_model: Path, folder: Path) -> Path:
         "adalora",
         *(
             pytest.param(m, marks=pytest.mark.soak)
-            for m in ("dora", "dylora", "lora+", "rslora", "qa-lora", "lora-xs", "loftq")
+            for m in ("dora", "dylora", "lora+", "rslora", "qa-lora", "lora-xs", "loftq", "lq-lora", "ir-qlora")
         ),
     ],
 )

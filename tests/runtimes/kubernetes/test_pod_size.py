@@ -87,6 +87,23 @@ def test_the_steps_get_different_sizes(plan: Plan) -> None:
     assert memory["quantize_model"] == "3Gi"
 
 
+@pytest.mark.parametrize(("settings", "bits"), [(["format=none"], 16), (["format=mixed", "bits_per_weight=8"], 8)])
+def test_the_disk_has_room_for_the_bits_of_the_base(line: Path, root_uri: str, settings: list[str], bits: int) -> None:
+    # So many weights that what every step gets beside the base does not count.
+    (line.parent / "base" / "config.json").write_text(json.dumps(LLAMA_1B | {"num_hidden_layers": 160}))
+    overrides = ["train.device=cpu", "train.precision=float32"]
+    nf4, wider = (
+        pod_sizes.planned_sizes(make_plan.make_plan(line, root_uri, overrides=[*overrides, *extra]))
+        for extra in ([], [f"quantize.{setting}" for setting in settings])
+    )
+    weights = 160 * (2048 * (2 * 2048 + 2 * 512) + 3 * 2048 * 8192)
+    surplus_gib = weights * (bits - 4.127) / 8 / 2**30
+    # Packed tensors lie in mapped files before they are saved; a copy in 16 bits is written once.
+    copies = {"quantize_model": 1 if bits == 16 else 2, "train_qlora": 1, "evaluate": 1, "merge_adapter": 1}
+    for step in STEPS:
+        assert wider[step].disk_gib - nf4[step].disk_gib == pytest.approx(copies.get(step, 0) * surplus_gib, abs=2)
+
+
 def test_a_number_of_the_platform_wins_over_auto_of_the_profile_and_the_other_way_round(plan: Plan) -> None:
     size = pod_sizes.planned_sizes(plan)["merge_adapter"]
     auto_profile = profile(train=BOUNDED_AUTO, gpu=BOUNDED_AUTO, disk_gib="auto")

@@ -18,14 +18,23 @@ from qlora_retrain.lm.base_formats.base_format import BaseFormat as BaseFormat
 from qlora_retrain.lm.base_formats.base_format import StorageBits as StorageBits
 from qlora_retrain.lm.base_formats.four_bits import FourBits as FourBits
 from qlora_retrain.lm.base_formats.int4 import Int4 as Int4
+from qlora_retrain.lm.base_formats.mixed_bits import MixedBits as MixedBits
 from qlora_retrain.lm.base_formats.packed_linear import PackedFormat as PackedFormat
+from qlora_retrain.lm.base_formats.shifted_nf4 import ShiftedNf4 as ShiftedNf4
 from qlora_retrain.lm.base_formats.sixteen_bits import SixteenBits as SixteenBits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # By the value of `quantize.format`.
-FORMATS: dict[str, type[BaseFormat]] = {"none": SixteenBits, "nf4": FourBits, "fp4": FourBits, "int4": Int4}
+FORMATS: dict[str, type[BaseFormat]] = {
+    "none": SixteenBits,
+    "nf4": FourBits,
+    "fp4": FourBits,
+    "int4": Int4,
+    "nf4-shifted": ShiftedNf4,
+    "mixed": MixedBits,
+}
 # The name in config.json of the quantization of all formats with layers of our own.
 OWN_METHOD = "qlora-retrain"
 
