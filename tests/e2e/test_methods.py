@@ -68,6 +68,12 @@ def test_a_fully_trained_model_is_published_once_pulled_and_asked_and_then_is_th
         (["train.method=full"], "set quantize.format: none, or train.method: lora"),
         (["train.method=qdylora", "quantize.format=none"], "set quantize.format: nf4, or train.method: dylora"),
         (["quantize.format=none", "quantize.double_quant=false"], "format is none; leave it out"),
+        (
+            ["train.start=champion", "train.method=dora"],
+            "set train.start: base, or train.method: lora, rslora or lora+",
+        ),
+        (["merge.soup=3", "train.method=dora"], "leave merge.soup out, or set train.method: lora"),
+        (["data.replay_fraction=0.1"], "sources.replay_data is not set"),
         (["quantize.quant_type=fp4"], "quantize.quant_type is now quantize.format"),
         (
             ["quantize.format=none", "train.method=full", "train.parallel=fsdp", "train.num_processes=2"],

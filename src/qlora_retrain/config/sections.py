@@ -89,6 +89,11 @@ class TrainConfig(Section):
             "full: no adapter, all weights learn, over quantize.format: none",
         )
     )
+    start: Literal["base", "champion"] = identity(
+        "base",
+        "base: a new adapter, which changes nothing yet; champion: the adapter of the version in production, so that "
+        "training goes on from it (docs/training.md says when); lora, rslora and lora+ alone",
+    )
     rank: int = identity(16, "higher: more capacity, memory and forgetting; above 32 rarely helps", ge=1, le=1024)
     alpha: float | None = identity(
         None,

@@ -33,10 +33,12 @@ class Input:
     Attributes:
         name: The source's or artifact's name; also the parameter's name in the step's `run`.
         files: Only the files of this set are fetched and enter the key.
+        only_with: A source; without it this one is not read, whether the line has it or not.
     """
 
     name: str
     files: FileSet = "all"
+    only_with: str | None = None
 
 
 class StepKind(enum.StrEnum):
@@ -90,12 +92,23 @@ SOURCES = (
         meaning="the data profile of the version that `data.reference_version` names",
     ),
     Source("golden_data", optional=True, meaning="examples kept by hand, which are never trained on"),
+    Source("replay_data", optional=True, meaning="general examples that are trained on beside the line's own"),
     Source("eval_data", optional=True, meaning="evaluation examples, instead of a part of raw_data"),
     Source("reference_data", optional=True, meaning="general text, to measure what the model forgot"),
     Source(
         "evaluation_history",
         optional=True,
         meaning="digests of the prompts that the line has evaluated, which are never trained on",
+    ),
+    Source(
+        "champion_adapter",
+        optional=True,
+        meaning="the adapter of the version in production, where training starts from it, and its data profile",
+    ),
+    Source(
+        "earlier_adapters",
+        optional=True,
+        meaning="the adapters of the line's last accepted versions, where merge.soup averages this run's with them",
     ),
 )
 
@@ -112,6 +125,9 @@ STEPS = (
             Input("reference_profile"),
             Input("eval_data"),
             Input("evaluation_history"),
+            Input("replay_data"),
+            # Replay rows that are reference text would hide what the model forgets.
+            Input("reference_data", only_with="replay_data"),
         ),
         makes="dataset",
         image="light",
@@ -129,7 +145,7 @@ STEPS = (
     Step(
         "train_qlora",
         section="train",
-        reads=(Input("dataset"), Input("base_nf4")),
+        reads=(Input("dataset"), Input("base_nf4"), Input("champion_adapter")),
         makes="adapter",
         image="train",
         gpus=1,
@@ -166,6 +182,7 @@ STEPS = (
             Input("adapter"),
             Input("evaluation"),
             Input("reference_data"),
+            Input("earlier_adapters"),
         ),
         makes="model",
         image="train",
@@ -185,9 +202,19 @@ STEPS = (
 )
 
 # Sources that are published versions of the line, and the folders and files of a version that a step gets. The others
-# (reports, the adapter) are not fetched.
+# (reports) are not fetched.
 PROFILE_PATH = "data/profile.json"
-VERSION_PARTS = {"champion": ("model", PROFILE_PATH), "anchor": ("model",), "reference_profile": (PROFILE_PATH,)}
+ADAPTER_PART = "adapter"
+START = "champion_adapter"
+VERSION_PARTS = {
+    "champion": ("model", PROFILE_PATH),
+    "anchor": ("model",),
+    "reference_profile": (PROFILE_PATH,),
+    START: (ADAPTER_PART, PROFILE_PATH),
+}
+
+# The source that consists of adapters of several versions, each in a folder that is named by its version.
+EARLIER_ADAPTERS = "earlier_adapters"
 
 # The source that the planner joins from the data sets of a line, and the one file of it: a data set has its own part
 # under the same name.

@@ -20,6 +20,7 @@ from qlora_retrain.core.errors import UsageError
 
 # The sections whose settings may differ. With others the runs would not share their data and their measure.
 SECTIONS = ("quantize", "train", "merge")
+_OF_EARLIER_VERSIONS = ("train.start", "merge.soup")
 SEED = "train.seed"
 # More would be a mistake: a day has 1,440 minutes.
 MAX_POINTS = 1000
@@ -99,6 +100,11 @@ def parse_variation(text: str) -> Variation:
         raise UsageError(
             f"{place}: expected a setting of {', '.join(SECTIONS)}, since all runs of a lab share their data and are "
             f"judged in one way; set {knob} for all of them with --set"
+        )
+    if knob in _OF_EARLIER_VERSIONS:
+        raise UsageError(
+            f"{place}: no run of a lab reads an earlier version, since versions have learnt the rows that judge; leave "
+            "it out"
         )
     values, _ = bounded_yaml.parse(f"[{values_text}]", place)
     texts = [json.dumps(value) for value in values]
