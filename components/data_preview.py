@@ -68,7 +68,9 @@ def _resolve(config: LineConfig, scratch: Path) -> tuple[DataConfig, dict[str, P
     """Return the settings as a plan would resolve them, and a local folder of each source that the gate reads."""
     folders: dict[str, Path] = {}
     base = None
-    for name in ("raw_data", "base_model", "golden_data", "eval_data"):
+    # Reference text is read beside replay rows alone, as the graph has it.
+    further = ("replay_data", "reference_data") if config.sources.replay_data else ()
+    for name in ("raw_data", "base_model", "golden_data", "eval_data", *further):
         source = getattr(config.sources, name)
         if source is None:
             continue
@@ -107,6 +109,8 @@ def _check(data: DataConfig, folders: dict[str, Path], dataset: Path) -> int:
         eval_data=folders.get("eval_data"),
         reference_profile=None,
         evaluation_history=None,
+        replay_data=folders.get("replay_data"),
+        reference_data=folders.get("reference_data"),
         dataset=dataset,
     )
     if data.reference_version:

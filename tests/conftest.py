@@ -214,6 +214,8 @@ def small_steps() -> dict[str, Callable[..., StepResult]]:
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         document = {"from": digest(raw_data, base_model, golden_data)}
@@ -225,10 +227,18 @@ def small_steps() -> dict[str, Callable[..., StepResult]]:
         write_documents(base_nf4, {"quantization.json": digest(base_model)})
         return StepResult({"bits": 4.127})
 
-    def train_qlora(config: Section, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
-        document = {"from": digest(dataset, base_nf4), "rate": config.model_dump()["learning_rate"]}
+    def train_qlora(
+        config: Section, dataset: Path, base_nf4: Path, champion_adapter: Path | None, adapter: Path, *, scratch: Path
+    ) -> StepResult:
+        document = {"from": digest(dataset, base_nf4, champion_adapter), "rate": config.model_dump()["learning_rate"]}
         write_documents(
-            adapter, {"adapter_model.safetensors": document, "training.json": {"steps": 3}, "report.html": "training"}
+            adapter,
+            {
+                "adapter_config.json": {},
+                "adapter_model.safetensors": document,
+                "training.json": {"steps": 3},
+                "report.html": "training",
+            },
         )
         return StepResult({"steps": 3})
 
@@ -259,9 +269,10 @@ def small_steps() -> dict[str, Callable[..., StepResult]]:
         adapter: Path,
         evaluation: Path,
         reference_data: Path | None,
+        earlier_adapters: Path | None,
         model: Path,
     ) -> StepResult:
-        weights = digest(base_model, adapter)
+        weights = digest(base_model, adapter, earlier_adapters)
         write_documents(
             model, {"model.safetensors": weights, "config.json": {}, "certificate.json": {}, "report.html": "merge"}
         )

@@ -1,4 +1,4 @@
-"""Make another adapter of a trained one: of a smaller rank, weaker, or with its intruder dimensions scaled down.
+"""Make another adapter of a trained one: of a smaller rank, weaker, averaged with others, or with fewer intruders.
 
 Reads an adapter folder and writes another one, always as plain LoRA: alpha is the rank, and the scale is in B. The
 adapter that was trained is never changed. Computes in fp64 on the CPU and writes fp32.
@@ -10,7 +10,8 @@ trained. This is an approximation, and the measurement of the form judges it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn.functional import pad
 
 from components.merge_adapter.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
 from qlora_retrain.core import progress
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import singular_vectors
 from qlora_retrain.lm.adapter_scale import NESTED_METHODS
 from qlora_retrain.lm.weight_files import TensorSpec, write_file
@@ -67,6 +68,33 @@ def cut(adapter: Path, folder: Path, rank: int) -> None:
         return (a[:rank], b[:, :rank] * (full_rank / rank)) if is_nested else truncated(a, b, rank)
 
     _rewrite(adapter, folder, rank, change, "cutting the adapter")
+
+
+def average(adapter: Path, others: Sequence[Path], folder: Path) -> None:
+    """Write the mean of B A of several adapters, cut to the rank of the first.
+
+    The mean of n products is one product of all their A and B, divided by n. So it is exact until it is cut.
+
+    Raises:
+        IntegrityError: If they are not B A in the same layers.
+    """
+    rank = rank_of(adapter)
+    with ExitStack() as stack:
+        first, *further = [stack.enter_context(LoraAdapter(path)) for path in (adapter, *others)]
+        for path, earlier in zip(others, further, strict=True):
+            if earlier.modules != first.modules or earlier.config.get("use_dora"):
+                raise IntegrityError(
+                    f"earlier_adapters: {path.parent.name}: expected LoRA in the {len(first.modules)} layers of this "
+                    "run's adapter; set merge.soup: null"
+                )
+
+        def change(module: str, a: Tensor, b: Tensor) -> Matrices:
+            updates = [(a, b), *(earlier.update(module) for earlier in further)]
+            joined_a = torch.cat([update[0] for update in updates])  # (sum of ranks, in)
+            joined_b = torch.cat([update[1] for update in updates], 1)  # (out, sum of ranks)
+            return truncated(joined_a, joined_b / len(updates), rank)
+
+        _rewrite(adapter, folder, rank, change, "averaging adapters")
 
 
 def weaken(adapter: Path, folder: Path, strength: float) -> None:

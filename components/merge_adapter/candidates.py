@@ -1,4 +1,4 @@
-"""Build candidates: the adapter, or a cut or weakened form of it, merged into either base. One of them ships.
+"""Build candidates: the adapter, or an averaged, cut or weakened form of it, merged into either base. One ships.
 
 Neither base is better in general: the adapter was trained over the 4-bit values, and these approximate the original
 ones. So both are merged and scored. One candidate is in memory at a time, and the unmerged model beside none of them;
@@ -40,12 +40,14 @@ class Candidate:
         rank: The rank to which the adapter is cut; None: as it was trained.
         strength: What B A is multiplied by.
         has_reduced_intruders: Whether the intruder dimensions are scaled down.
+        num_adapters: The number of adapters that are averaged, this run's and earlier versions'.
     """
 
     base: str
     rank: int | None = None
     strength: float = 1.0
     has_reduced_intruders: bool = False
+    num_adapters: int = 1
 
     @property
     def name(self) -> str:
@@ -54,9 +56,10 @@ class Candidate:
 
     @property
     def _adapter_name(self) -> str:
+        soup = f", soup of {self.num_adapters}" if self.num_adapters > 1 else ""
         rank = f", rank {self.rank}" if self.rank else ""
         strength = f", strength {self.strength:g}" if self.strength != 1 else ""
-        return rank + strength + (", reduced intruders" if self.has_reduced_intruders else "")
+        return soup + rank + strength + (", reduced intruders" if self.has_reduced_intruders else "")
 
     @property
     def has_trained_adapter(self) -> bool:
@@ -76,6 +79,7 @@ class Workshop:
         adapter: The adapter as it was trained.
         tokenizer: The line's.
         model: The folder of the result.
+        earlier: The adapters of earlier versions, the newest first, with which this one can be averaged.
         stats: The statistics of every merge.
         num_intruders: The number of intruder dimensions; None where none were looked for.
     """
@@ -87,6 +91,7 @@ class Workshop:
     adapter: Path
     tokenizer: ChatTokenizer
     model: Path
+    earlier: tuple[Path, ...] = ()
     stats: dict[Candidate, MergeStats] = field(default_factory=dict)
     num_intruders: int | None = None
 
@@ -160,11 +165,17 @@ class Workshop:
 
     def adapter_of(self, candidate: Candidate) -> Path:
         """Return the folder of the adapter that a candidate merges; it is made the first time."""
-        adapter = self.adapter
+        whole, name = self.adapter, "adapter"
+        if candidate.num_adapters > 1:
+            name = "soup"
+            whole = self.model / _FOLDER / name
+            if not whole.is_dir():
+                adapter_forms.average(self.adapter, self.earlier, whole)
+        adapter = whole
         if candidate.rank is not None:
-            adapter = self.model / _FOLDER / f"adapter-rank-{candidate.rank}"
+            adapter = self.model / _FOLDER / f"{name}-rank-{candidate.rank}"
             if not adapter.is_dir():
-                adapter_forms.cut(self.adapter, adapter, candidate.rank)
+                adapter_forms.cut(whole, adapter, candidate.rank)
 
         changed = adapter
         if candidate.has_reduced_intruders:

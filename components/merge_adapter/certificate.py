@@ -73,6 +73,7 @@ class Certificate:
             "base": winner.base,
             "rank": self.choice.rank,
             "strength": winner.strength,
+            "adapters": winner.num_adapters,
             "reduced_intruders": winner.has_reduced_intruders,
             "why": self.choice.sentence,
             "rows": self.row_counts,

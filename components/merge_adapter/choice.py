@@ -1,8 +1,8 @@
-"""Choose the form that ships: first the base, then the adapter's rank, then its strength.
+"""Choose the form that ships: first the base, then whether adapters are averaged, then the rank, then the strength.
 
-The rows of one half choose base and rank by the loss. The passages of one half say which strengths stay within the
-limits on forgetting; the strongest of these ships, or the form with reduced intruder dimensions where that costs less.
-The other halves certify the choice.
+The rows of one half choose base, average and rank by the loss. The passages of one half say which strengths stay
+within the limits on forgetting; the strongest of these ships, or the form with reduced intruder dimensions where that
+costs less. The other halves certify the choice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from components.merge_adapter import adapter_forms
+from components.merge_adapter import adapter_forms, soup
 from components.merge_adapter.candidates import BASES, MAX_FORMS, Candidate, Workshop
 from components.merge_adapter.evaluation_inputs import EvaluationInputs
 from components.merge_adapter.form_scores import FormScorer, FormScores, mean_loss
@@ -61,6 +61,7 @@ class Chooser:
         winner, full_rank = self._choose_base(bases), None
         if has_matrices(self.workshop.adapter):
             full_rank = adapter_forms.rank_of(self.workshop.adapter)
+            winner = self._choose_soup(winner)
             winner = self._choose_rank(winner, full_rank)
             winner = self._choose_strength(winner)
         choice = Choice(tuple(self.trials), winner, full_rank, tuple(self.reasons), tuple(self.rules))
@@ -85,6 +86,18 @@ class Chooser:
             f"select is the lower one: {losses}"
         )
         return winner
+
+    def _choose_soup(self, whole: Trial) -> Trial:
+        """Average the adapter with those of earlier versions, where that is better on the rows that select."""
+        if self.config.soup is None:
+            return whole
+        if reason := soup.obstacle(self.workshop.earlier, self.parts):
+            self.reasons.append(f"no average of adapters (merge.soup), since {reason}")
+            return whole
+        trial = self._try(replace(whole.candidate, num_adapters=len(self.workshop.earlier) + 1))
+        is_better = soup.standing(trial) < soup.standing(whole)
+        self.reasons.append(soup.describe(self.config, self.workshop.earlier, trial, whole, is_better=is_better))
+        return self._replace(whole, trial) if is_better else self._replace(trial, whole)
 
     def _choose_rank(self, whole: Trial, full_rank: int) -> Trial:
         """Cut to the rank that is set, or to the smallest one that costs little."""
@@ -162,7 +175,8 @@ class Chooser:
     def _forms_for_ranks(self) -> int:
         """Return how many ranks may be tried, so that enough forms are left for the strengths."""
         strengths = len(STRENGTHS) + 1 if self.parts.passages.selection else 0
-        return MAX_FORMS - len(BASES) - strengths
+        averages = 1 if self.workshop.earlier else 0
+        return MAX_FORMS - len(BASES) - averages - strengths
 
     def _try(self, candidate: Candidate) -> Trial:
         self.workshop.build(candidate)

@@ -20,6 +20,7 @@ def as_json(choice: Choice) -> list[dict[str, Any]]:
             "rank": trial.candidate.rank or choice.full_rank,
             "strength": trial.candidate.strength,
             "reduced_intruders": trial.candidate.has_reduced_intruders,
+            "adapters": trial.candidate.num_adapters,
             "loss": _finite(trial.loss),
             "cost_nats": _finite(trial.cost),
             "forgetting": {
@@ -35,11 +36,13 @@ def as_json(choice: Choice) -> list[dict[str, Any]]:
 
 def sections(choice: Choice) -> list[Html]:
     """Return a section for the ranks and one for the strengths, where several were tried."""
-    ranks = [t for t in choice.trials if t.candidate.strength == 1 and not t.candidate.has_reduced_intruders]
-    # The other base was never cut.
-    ranks = [t for t in ranks if t.candidate.base == choice.winner.candidate.base]
-    strengths = [t for t in choice.trials if t.forgetting and t.candidate.rank == choice.winner.candidate.rank]
-    strengths = [t for t in strengths if t.candidate.base == choice.winner.candidate.base]
+    # What lost a stage was neither cut nor weakened.
+    winner = choice.winner.candidate
+    trials = [
+        t for t in choice.trials if (t.candidate.base, t.candidate.num_adapters) == (winner.base, winner.num_adapters)
+    ]
+    ranks = [t for t in trials if t.candidate.strength == 1 and not t.candidate.has_reduced_intruders]
+    strengths = [t for t in trials if t.forgetting and t.candidate.rank == winner.rank]
     sections = []
     if len(ranks) > 1:
         points = [(float(t.candidate.rank or choice.full_rank or 0), t.cost) for t in ranks]

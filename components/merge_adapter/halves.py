@@ -60,13 +60,19 @@ class Parts:
     strength_reason: str
 
     @classmethod
-    def from_inputs(cls, config: MergeConfig, inputs: EvaluationInputs) -> Parts:
-        """Part the rows and the passages of an evaluation, for the choices that the settings leave open."""
+    def from_inputs(cls, config: MergeConfig, inputs: EvaluationInputs, *, has_soup: bool = False) -> Parts:
+        """Part the rows and the passages of an evaluation, for the choices that the settings leave open.
+
+        Args:
+            config: The settings.
+            inputs: The rows and the scores.
+            has_soup: Whether there are earlier adapters to average this run's with.
+        """
         passages, reason = _part_passages(config, inputs)
         rows = inputs.rows["eval"]
         needs_rows = config.base == "measured" or config.rank == "smallest"
-        # A strength is chosen by passages; by rows too, where there are enough.
-        has_rows = bool(passages.selection) and count_prompts(rows) // 2 >= config.min_prompts
+        # A strength is chosen by passages; by rows too, where there are enough. An average is chosen by rows alone.
+        has_rows = (bool(passages.selection) or has_soup) and count_prompts(rows) // 2 >= config.min_prompts
         halves = split_rows(rows) if needs_rows or has_rows else Halves.without_selection(rows)
         return cls(halves, passages, needs_rows, reason)
 

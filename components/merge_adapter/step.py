@@ -1,10 +1,11 @@
 """Merge the adapter into a 16-bit model, and apply the rules of the evaluation to this form, the one that ships.
 
-Chooses by measurement which base the adapter is merged into, with which rank and at which strength.
-Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and
-`reference_data` where the line has it. Makes `model/`: a plain transformers folder in bf16, with `certificate.json`,
-`report.html` and, where the config asks for more forms, `exports/`. An adapter that cannot be merged is certified over
-the base that it will be served on, and `model/` says which one that is.
+Chooses by measurement which base the adapter is merged into, with which rank and at which strength; with `merge.soup`
+also whether its mean with earlier versions' adapters is better.
+Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and where the line
+has them `reference_data` and `earlier_adapters`. Makes `model/`: a plain transformers folder in bf16, with
+`certificate.json`, `report.html` and, where the config asks for more forms, `exports/`. An adapter that cannot be
+merged is certified over the base that it will be served on, and `model/` says which one that is.
 Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_increase_nats` against the
 unmerged model.
 
@@ -56,6 +57,7 @@ def run(
     evaluation: Path,
     reference_data: Path | None,
     model: Path,
+    earlier_adapters: Path | None = None,
 ) -> StepResult:
     """Merge, select the base, score the form that ships on the evaluated rows, and certify or refuse it."""
     # Checks that need no merge come first, so that a refusal does not come after gigabytes were written.
@@ -68,9 +70,13 @@ def run(
         is_packed=base_formats.from_folder(base_nf4).is_packed,
         is_adapter=not loading.has_all_weights(adapter),
     )
-    parts = Parts.from_inputs(config, inputs)
+    # Folders are named by versions, which begin with their time.
+    earlier = (
+        tuple(path / "adapter" for path in sorted(earlier_adapters.iterdir(), reverse=True)) if earlier_adapters else ()
+    )
+    parts = Parts.from_inputs(config, inputs, has_soup=bool(earlier))
     tokenizer = chat.load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
-    workshop = Workshop(config, inputs.settings, base_model, base_nf4, adapter, tokenizer, model)
+    workshop = Workshop(config, inputs.settings, base_model, base_nf4, adapter, tokenizer, model, earlier)
     bases = workshop.build_bases()
 
     # Score the unmerged model first, then the candidates on the rows of both halves; one half chooses.
@@ -240,6 +246,7 @@ def _numbers(merge_certificate: Certificate, settings: EvaluateConfig) -> dict[s
         "base": winner.base,
         "rank": choice.rank,
         "strength": winner.strength,
+        "adapters": winner.num_adapters,
         "reduced_intruders": winner.has_reduced_intruders,
         "forms_built": len(choice.trials),
         "rows": merge_certificate.row_counts["certification"],

@@ -27,6 +27,9 @@ def recipe(plan: Plan) -> dict[str, Any]:
         "sources": {n: {f.path: f.pin for f in p.files} if p else None for n, p in plan.sources.items()},
         "champion": plan.champion.version if plan.champion else None,
         "anchor": plan.anchor.version if plan.anchor else None,
+        # Later plans of the line read the start, to pin it again where there is no new data.
+        "start": plan.start.model_dump() if plan.start else None,
+        "earlier_adapters": [adapter.model_dump() for adapter in plan.earlier_adapters],
     }
 
 
@@ -93,6 +96,7 @@ def model_card(
         for name, c in verdict["contestants"].items()
     ]
 
+    replayed = numbers["dataset"].get("rows_replay")
     champion = plan.champion.version if plan.champion else "none: this is the line's first"
     base_format = plan.step("quantize_model").identity.get("format", "nf4")
     has_16_bits = base_format == "none"
@@ -132,7 +136,9 @@ def model_card(
             "## How it was made",
             "",
             f"{recipe_text}, learning rate {train['learning_rate']:g}, "
-            f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows. "
+            f"{numbers['adapter'].get('steps')} steps over {numbers['dataset'].get('rows_train')} rows"
+            f"{f' and {replayed} replay rows' if replayed else ''}"
+            f"{f', from the adapter of {plan.start.version} on' if plan.start else ''}. "
             f"{_merged_form(numbers.get('model', {}))}"
             "`recipe.json` lists every setting and content pin, `sbom.json` the software.",
             "",
@@ -147,9 +153,11 @@ def _merged_form(numbers: Mapping[str, Any]) -> str:
     """Say what was merged; older merges do not."""
     if numbers.get("rank") is None or "strength" not in numbers:
         return ""
+    count = numbers.get("adapters", 1)
+    merged = f"The mean of this run's adapter and of {count - 1} earlier versions'" if count > 1 else "The adapter"
     reduced = ", with its intruder dimensions scaled down" if numbers.get("reduced_intruders") else ""
     return (
-        f"The adapter was merged into the {numbers.get('base')} base with rank {numbers['rank']} at strength "
+        f"{merged} was merged into the {numbers.get('base')} base with rank {numbers['rank']} at strength "
         f"{numbers['strength']:g}{reduced}; `adapter/` holds it in this form. "
     )
 

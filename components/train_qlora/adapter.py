@@ -127,7 +127,7 @@ def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
     Raises:
         UsageError: With the number of layers and the name of one of them.
     """
-    adapted = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    adapted = layer_paths(model)
     if missed := sorted(layer_names - adapted):
         raise UsageError(
             f"train.target_modules: PEFT adapts {len(adapted & layer_names)} of {len(layer_names)} layers of "
@@ -139,6 +139,11 @@ def _refuse_missed_layers(model: PeftModel, layer_names: set[str]) -> None:
 def has_adapter(model: Any) -> bool:
     """Return whether an adapter trains, and not all weights."""
     return isinstance(model, PeftModel) or own_adapter.find(model) is not None
+
+
+def layer_paths(model: PeftModel) -> set[str]:
+    """Return the paths of the adapted layers in the model."""
+    return {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
 
 
 def checkpoint_files(model: Any) -> tuple[str, str]:

@@ -62,7 +62,7 @@ class Rows:
 
 
 def read_rows(config: TrainConfig, dataset: Path, base_nf4: Path) -> Rows:
-    """Tokenize both files of a data set as the base's chat template writes them.
+    """Tokenize the files of a data set as the base's chat template writes them.
 
     Raises:
         UsageError: If there is nothing to train on, or nothing to measure the loss on that the settings ask for.
@@ -70,6 +70,9 @@ def read_rows(config: TrainConfig, dataset: Path, base_nf4: Path) -> Rows:
     """
     tokenizer = load_tokenizer(base_nf4, ChatFormat.from_folder(dataset))
     train = load_tokenized_dataset(dataset / "train.jsonl", tokenizer, config.loss)
+    if (replay := dataset / "replay.jsonl").is_file():
+        further = load_tokenized_dataset(replay, tokenizer, config.loss)
+        train = TokenizedDataset([*train.examples, *further.examples], [*train.row_ids, *further.row_ids])
     held_out = load_tokenized_dataset(dataset / "eval.jsonl", tokenizer, config.loss)
     if config.num_evals and not len(held_out):
         raise UsageError(

@@ -86,6 +86,8 @@ def overfit_shortest_rows(
 
     # The run must end with the same bytes, with or without this check.
     weights_before, random_state = adapter.copy_weights(model), torch.get_rng_state()
+    if config.start == "champion":
+        _forget(model)
     losses = _train_on_batch(model, config, PaddingCollator(pad_token_id)([dataset[i] for i in shortest]), optimizer)
     adapter.set_weights(model, weights_before)
     if optimizer:
@@ -104,6 +106,14 @@ def overfit_shortest_rows(
     progress.say(
         f"preflight: {len(shortest)} rows, loss {first_loss:.3f} to {lowest_loss:.3f} in {len(losses) - 1} steps"
     )
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _forget(model: Any) -> None:
+    """Bring the adapter to where it changes nothing: what the champion has learnt could not be learnt again."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.zero_()
 
 
 def _train_on_batch(model: Any, config: TrainConfig, batch: Batch, optimizer: AdapterOptimizer | None) -> list[float]:

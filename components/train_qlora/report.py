@@ -63,6 +63,8 @@ def report_page(
     summary = (
         f"After {numbers['steps']} steps the training loss is {numbers['train_loss']:.4g} nats per token{eval_clause}."
     )
+    if numbers["start"] == "champion":
+        summary += " It went on from the adapter of the version in production."
     if numbers["resumed_at"]:
         summary += (
             f" {numbers['trained_steps']} of the steps were trained by the last attempt; the others, and their losses, "

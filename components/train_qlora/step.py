@@ -1,6 +1,7 @@
 """Train a LoRA adapter over the frozen base, on the answers' tokens only.
 
-Reads dataset (`train.jsonl`, `eval.jsonl`) and base_nf4 (the base in 4 or 16 bits, with its tokenizer).
+Reads dataset (`train.jsonl`, `replay.jsonl`, `eval.jsonl`), base_nf4 (the base in 4 or 16 bits, with its tokenizer)
+and, with `train.start: champion`, champion_adapter, the adapter of the version in production.
 Makes adapter: PEFT's two files, `training.json`, `loss.jsonl` (a line per step), `report.html` and TensorBoard's file.
 Saves checkpoints to scratch and resumes from the newest one that verifies and fits this run.
 Refuses (12) data with nothing to learn, unknown layers and a model that does not compute each row alone, and (13)
@@ -30,7 +31,15 @@ from qlora_retrain.core.outcome import Number, StepResult
 LAST_STEPS = 10
 
 
-def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+def run(
+    config: TrainConfig,
+    dataset: Path,
+    base_nf4: Path,
+    adapter: Path,
+    *,
+    scratch: Path,
+    champion_adapter: Path | None = None,
+) -> StepResult:
     """Train, measure the evaluation loss, and write the adapter with its logs and its report.
 
     Raises:
@@ -40,9 +49,11 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         TryAgain: If stopped before the end, after saving a checkpoint, or if a training process was killed.
         MemoryError: If memory runs out with micro-batches of a single row.
     """
+    if champion_adapter:
+        progress.say("training goes on from the adapter in production (train.start: champion)")
     history.begin_attempt(scratch)
     result, final_config, oom_messages = retry_with_smaller_micro_batches(
-        config, scratch, lambda reduced: launch(reduced, dataset, base_nf4, adapter, scratch)
+        config, scratch, lambda reduced: launch(reduced, dataset, base_nf4, adapter, scratch, champion_adapter)
     )
 
     # The GPU's peak is reported only where a GPU was used. The host's peak is that of the workers and of this process.
@@ -56,6 +67,7 @@ def run(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, *, sc
         )
     numbers: dict[str, Number] = {
         "steps": len(steps),
+        "start": "champion" if champion_adapter else "base",
         # What an earlier attempt trained is taken from its checkpoint, and was not seen by this one.
         "resumed_at": resumed_at,
         "trained_steps": len(steps) - resumed_at,

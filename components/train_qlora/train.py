@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from components.train_qlora import adapter, checkpoint, evaluation, history, packing
+from components.train_qlora import adapter, checkpoint, evaluation, history, packing, warm_start
 from components.train_qlora.auto_size import resolve_micro_batch_size
 from components.train_qlora.batching import eval_batch_size
 from components.train_qlora.control import BUDGET_USED_UP, TrainingControl
@@ -30,7 +30,14 @@ from qlora_retrain.core import progress, signals
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 
 
-def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Path, scratch: Path) -> TrainingResult:
+def train(
+    config: TrainConfig,
+    dataset: Path,
+    base_nf4: Path,
+    adapter_folder: Path,
+    scratch: Path,
+    champion_adapter: Path | None = None,
+) -> TrainingResult:
     """Train from the newest checkpoint or from the start, write the adapter, and measure the evaluation loss.
 
     Raises:
@@ -40,10 +47,11 @@ def train(config: TrainConfig, dataset: Path, base_nf4: Path, adapter_folder: Pa
         TryAgain: If stopped before the end, after saving a checkpoint.
         MemoryError: If memory runs out, with the numbers.
     """
+    start = warm_start.read(champion_adapter, dataset) if champion_adapter else None
     rows = read_rows(config, dataset, base_nf4)
     # The rows are read first, since the message of an out-of-memory error names the longest one.
     with as_memory_error(config, max(rows.train.lengths), scratch), trackers.started(config) as started_trackers:
-        run = build_run(config, rows, base_nf4, scratch, started_trackers.log)
+        run = build_run(config, rows, base_nf4, scratch, started_trackers.log, start)
         run.config = resolve_micro_batch_size(run)
         _resume(run)
         control = TrainingControl(run)

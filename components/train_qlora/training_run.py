@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from components.train_qlora import adapter, all_weights, history, packing
+from components.train_qlora import adapter, all_weights, history, packing, warm_start
 from components.train_qlora.batching import micro_batch_size
 from components.train_qlora.data import (
     DistributedBatchSampler,
@@ -28,6 +28,7 @@ from components.train_qlora.methods import Full, Lora, method_of
 from components.train_qlora.micro_batches import MicroBatch, prepare
 from components.train_qlora.optimizer import AdapterOptimizer
 from components.train_qlora.processes import distributed, fsdp
+from components.train_qlora.warm_start import Matrices
 from qlora_retrain.config.sections import TrainConfig
 from qlora_retrain.core.errors import Diverged, UsageError
 from qlora_retrain.lm import adapter_start, checkpoints, loading
@@ -203,9 +204,22 @@ class TrainingRun:
 
 
 def build_run(
-    config: TrainConfig, rows: Rows, base_nf4: Path, scratch: Path, report: Callable[[int, Mapping[str, Any]], None]
+    config: TrainConfig,
+    rows: Rows,
+    base_nf4: Path,
+    scratch: Path,
+    report: Callable[[int, Mapping[str, Any]], None],
+    champion_start: Mapping[str, Matrices] | None = None,
 ) -> TrainingRun:
     """Load the base, attach a new adapter, and return the run at its first step.
+
+    Args:
+        config: The settings.
+        rows: The rows.
+        base_nf4: The base.
+        scratch: The folder of the checkpoints.
+        report: Is called with the step and the numbers of every step and evaluation.
+        champion_start: A and B by layer of the adapter from which training goes on; None: a new one.
 
     Raises:
         UsageError: If the settings or the rows do not fit the model.
@@ -226,7 +240,10 @@ def build_run(
     # The adapter must start the same in every process, but dropout must differ between them.
     set_seed(config.seed)
     needs_start = isinstance(method, Lora) and method.needs_start
-    model = adapter.attach_new(base, config, method, adapter_start.read(base_nf4) if needs_start else None)
+    start = adapter_start.read(base_nf4) if needs_start else champion_start
+    model = adapter.attach_new(base, config, method, start)
+    if champion_start is not None:
+        warm_start.refuse_other_layers(champion_start, adapter.layer_paths(model))
     if config.parallel == "fsdp":
         fsdp.shard(model, config.device)
     set_seed(config.seed + distributed.rank())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from components.validate_data.label_checks import Suspect, check_labels
 from components.validate_data.language_checks import check_languages
 from components.validate_data.raw_rows import RowReader
 from components.validate_data.repeats import quarantine_repeats
+from components.validate_data.replay import SOURCE, choose_replay, replay_settings
 from components.validate_data.row_checks import check_texts
 from components.validate_data.similar_rows import check_similar_rows
 from components.validate_data.sizes import explain_too_long, refuse_few_golden_rows
@@ -31,6 +32,8 @@ from components.validate_data.text_file import TextFile
 from qlora_retrain.config.data import DataConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm.chat import ChatTokenizer
+
+_TRAINED_SOURCES = ("raw_data", SOURCE)
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ class GateRows:
     """Every row that the gate has read, with its side or its reason.
 
     Attributes:
-        sources: By source: `raw_data`, and where the line has them `golden_data` and `eval_data`.
+        sources: By source: `raw_data`, and where the line has them `golden_data`, `eval_data` and `replay_data`.
         rows: The rows of `raw_data` and `eval_data`, as the limits count them.
         eval_fraction: A row whose hash is below this is evaluation; None where `eval_data` is the evaluation.
         shared_openings: The beginnings that do not decide a chat's side, as digests; None likewise.
@@ -78,6 +81,11 @@ class GateRows:
         rows = self.sources["golden_data"].rows if "golden_data" in self.sources else []
         return [row for row in rows if not row.reason]
 
+    @property
+    def replay(self) -> list[Row]:
+        """Return the rows of `replay_data`; those that train are of the side `train`."""
+        return self.sources[SOURCE].rows if SOURCE in self.sources else []
+
     def by_split(self) -> dict[str, list[Row]]:
         """Return the rows of each file of the dataset, by its name."""
         sides = {split: [row for row in self.rows if row.split == split] for split in ("train", "eval")}
@@ -92,6 +100,7 @@ def read_gate_rows(
     eval_data: Path | None,
     history: History = frozenset(),
     work: Path | None = None,
+    replay_data: Path | None = None,
 ) -> GateRows:
     """Read all rows and decide about each.
 
@@ -103,6 +112,7 @@ def read_gate_rows(
         eval_data: The evaluation, if the line names it.
         history: The prompts that the line has evaluated before.
         work: A folder on the disk that takes the rows' texts meanwhile.
+        replay_data: The folder of general examples that train beside the line's own, if the line has some.
 
     Raises:
         UsageError: For a file that cannot be read, a bad row of `golden_data` or `eval_data`, or a chat template that
@@ -112,10 +122,12 @@ def read_gate_rows(
     texts = TextFile(work or Path(tempfile.gettempdir()))
     sources: dict[str, SourceRows] = {}
     faults: dict[str, str] = {}
-    for source, folder in (("golden_data", golden_data), ("eval_data", eval_data), ("raw_data", raw_data)):
-        read = _read_source if source == "raw_data" else _read_reserved
+    folders = {"golden_data": golden_data, "eval_data": eval_data, "raw_data": raw_data, SOURCE: replay_data}
+    for source, folder in folders.items():
+        read = _read_source if source in _TRAINED_SOURCES else _read_reserved
+        settings = replay_settings(config) if source == SOURCE else config
         try:
-            sources |= {source: read(folder, source, config, tokenizer, texts)} if folder else {}
+            sources |= {source: read(folder, source, settings, tokenizer, texts)} if folder else {}
         except UnusableFiles as error:
             faults[source] = str(error)
     if faults:
@@ -141,6 +153,7 @@ def read_gate_rows(
         fractions = array("d", (as_fraction(row.prompt_id) for row in rows if row.split))
         judge_by_training_rows(rows, golden, config)
         languages, suspects = _check_sides(rows, golden, config)
+        _choose_replay(sources, rows, history, config, openings)
         return GateRows(sources, rows, eval_fraction, openings, fractions, languages, suspects)
 
     # The file is the evaluation, so no row of the others is kept from training, except by a lab.
@@ -154,7 +167,22 @@ def read_gate_rows(
     rows = [*rows, *sources["eval_data"].rows]
     judge_by_training_rows(rows, golden, config)
     languages, suspects = _check_sides(rows, golden, config)
+    _choose_replay(sources, rows, history, config, openings)
     return GateRows(sources, rows, None, None, [], languages, suspects)
+
+
+def _choose_replay(
+    sources: Mapping[str, SourceRows],
+    rows: Sequence[Row],
+    history: History,
+    config: DataConfig,
+    openings: Collection[str],
+) -> None:
+    if SOURCE in sources:
+        # A lab takes the golden rows out of the data set, and no row that trains may be near them even so.
+        golden = sources["golden_data"].rows if "golden_data" in sources else []
+        golden = [row for row in golden if row.reason in (None, "in_golden_set")]
+        choose_replay(sources[SOURCE].rows, rows, golden, history, config, openings)
 
 
 def _check_sides(
@@ -172,7 +200,9 @@ def _read_source(
 ) -> SourceRows:
     reader = RowReader(folder, config, source)
     rows: list[Row] = []
-    checked = check_texts((check_row(raw, config) for raw in reader.rows()), config, is_reserved=source != "raw_data")
+    checked = check_texts(
+        (check_row(raw, config) for raw in reader.rows()), config, is_reserved=source not in _TRAINED_SOURCES
+    )
     for row in checked:
         row.store_texts(texts)
         rows.append(row)

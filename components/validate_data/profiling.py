@@ -17,6 +17,7 @@ from components.validate_data.gate_rows import GateRows
 from components.validate_data.language_checks import MIN_FRACTION
 from components.validate_data.lengths import count_lengths
 from components.validate_data.redaction import redact
+from components.validate_data.replay import SOURCE, describe, used
 from components.validate_data.shape import is_multi_turn, measure_shape
 from components.validate_data.sizes import length_limits
 from qlora_retrain.config.data import DataConfig
@@ -97,11 +98,16 @@ def build_profile(
         "languages": dict(sorted(gate_rows.languages.items(), key=lambda item: (-item[1], item[0]))),
         "suspect_labels": [asdict(s) for s in gate_rows.suspects[:MAX_SUSPECTS]] if is_closed_set else [],
         "distributions": _distributions(split_rows, is_closed_set),
+        "replay": _replay(gate_rows.replay, len(train), config) if SOURCE in gate_rows.sources else None,
         "reference": None,
         "data_pins": {},
         "settings": {name: value for name, value in config.identity().items() if name != "template"},
         "expectations": [asdict(finding) for finding in findings],
     }
+
+
+def _replay(rows: Sequence[Row], num_train: int, config: DataConfig) -> dict[str, Any]:
+    return describe(rows, num_train, config) | _lengths(used(rows))
 
 
 def _by_source(gate_rows: GateRows, attribute: str) -> Iterator[tuple[str, str, Any]]:

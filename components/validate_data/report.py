@@ -17,6 +17,7 @@ from components.validate_data.report_shape import (
     show_labels,
     show_languages,
     show_lengths,
+    show_replay,
     show_sides,
     show_suspects,
 )
@@ -51,6 +52,7 @@ def report_page(profile: dict[str, Any], sentence: str) -> str:
         *_section("Look at these first", _attention(profile)),
         html.section("From the files to the data set", _funnel(profile), *explain_evidence(profile)),
         html.section("What each side holds", show_sides(profile)),
+        *_section("Replay", *show_replay(profile)),
         html.section("Rules about what rows say", *_checks(profile)),
         html.section("Lengths", *show_lengths(profile)),
         *_section("Labels", *show_labels(profile)),

@@ -6,6 +6,7 @@ from typing import Any
 
 from components.validate_data import language_checks
 from components.validate_data.lengths import plot_lengths
+from components.validate_data.replay import sentence
 from components.validate_data.sizes import describe_length_limits
 from qlora_retrain.core import html
 
@@ -34,6 +35,21 @@ def show_sides(profile: dict[str, Any]) -> html.Html:
         ],
         stack=True,
     )
+
+
+def show_replay(profile: dict[str, Any]) -> list[html.Html]:
+    """Return how many general rows train beside the line's own, and why others do not; nothing without replay data."""
+    numbers = profile.get("replay")
+    if not numbers:
+        return []
+    table = [
+        ("read", numbers["read"]),
+        *((f"left out: {reason}", count) for reason, count in numbers["reasons"].items()),
+        ("beyond data.replay_fraction", numbers["beyond_fraction"]),
+        ("train", numbers["used"]),
+        *((f"of these with {name} (data.checks)", count) for name, count in numbers["warnings"].items()),
+    ]
+    return [html.join(sentence(numbers)), html.table(("replay rows", "number"), table)]
 
 
 def show_lengths(profile: dict[str, Any]) -> list[str]:

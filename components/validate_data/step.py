@@ -1,10 +1,11 @@
 """Read, check, quarantine, de-duplicate and split the examples.
 
-Reads `raw_data` (a folder of files), `base_model` (its tokenizer) and four optional inputs: `golden_data`, `eval_data`
-(the evaluation, instead of a part of `raw_data`), `reference_profile`, the data profile of the version that
-`data.reference_version` names, and `evaluation_history`, digests of the prompts that the line has evaluated before.
-Makes `dataset`: train.jsonl, eval.jsonl, golden.jsonl, dataset.json, chat_format.json, profile.json, quarantine.jsonl,
-evaluated_prompts.txt and report.html. The same input gives the same bytes.
+Reads `raw_data` (a folder of files), `base_model` (its tokenizer) and optional inputs: `golden_data`, `eval_data` (the
+evaluation, instead of a part of `raw_data`), `reference_profile`, the data profile of the version that
+`data.reference_version` names, `evaluation_history`, digests of the prompts that the line has evaluated before, and
+`replay_data`, general examples that train beside the line's own; with it `reference_data`, whose text none may hold.
+Makes `dataset`: train.jsonl, eval.jsonl, golden.jsonl, replay.jsonl, dataset.json, chat_format.json, profile.json,
+quarantine.jsonl, evaluated_prompts.txt and report.html. The same input gives the same bytes.
 Refuses (10) too many bad or repeated rows, too few good ones, and drift from that version's data.
 
 Command: `python -m components.validate_data --plan URI`
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from components.validate_data import replay
 from components.validate_data.checks import Row
 from components.validate_data.encoding import dataset_chat_format
 from components.validate_data.evaluated_before import read_history, write_evaluated
@@ -56,6 +58,8 @@ def run(
     eval_data: Path | None,
     evaluation_history: Path | None,
     dataset: Path,
+    replay_data: Path | None = None,
+    reference_data: Path | None = None,
 ) -> StepResult:
     """Fill the folder `dataset`; the module's docstring says with what.
 
@@ -64,8 +68,8 @@ def run(
     """
     tokenizer = load_tokenizer(base_model, ChatFormat.from_config(config))
     history = read_history(evaluation_history)
-    gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data, history, dataset)
-    chat_format = dataset_chat_format(tokenizer.chat_format, gate_rows.rows)
+    gate_rows = read_gate_rows(config, tokenizer, raw_data, golden_data, eval_data, history, dataset, replay_data)
+    chat_format = dataset_chat_format(tokenizer.chat_format, [*gate_rows.rows, *gate_rows.replay])
 
     # Not at the top: Great Expectations takes 160 MB, and comparing the rows before it takes the most memory.
     from components.validate_data.expectations import check_expectations
@@ -92,6 +96,9 @@ def run(
         progress.say(text)
 
     refusal = explain_refusal(gate_rows, findings, config)
+    if replay_data:
+        progress.say(replay.sentence(profile["replay"]))
+        refusal = refusal or replay.explain_refusal(gate_rows.replay, reference_data, config)
     if reference_profile:
         path = reference_profile / graph.PROFILE_PATH
         profile["reference"], drift_refusal = compare_with_reference(profile, path, config)
@@ -103,7 +110,9 @@ def run(
             progress.say(describe_finding(finding))
     findings = [*findings, *shape_findings]
     profile["expectations"] += map(asdict, shape_findings)
-    profile["data_pins"] = _hash_files(raw_data=raw_data, golden_data=golden_data, eval_data=eval_data)
+    profile["data_pins"] = _hash_files(
+        raw_data=raw_data, golden_data=golden_data, eval_data=eval_data, replay_data=replay_data
+    )
 
     # Refused data is written too, since its report shows a person what to correct.
     sentence = refusal or explain_acceptance(profile, findings)
@@ -128,7 +137,8 @@ def _hash_files(**folders: Path | None) -> dict[str, str]:
 def _numbers(profile: dict[str, Any], gate_rows: GateRows) -> dict[str, Number]:
     """Return the numbers for the manifest; later runs of the line take the last three from a published version."""
     rows, labels, openings = profile["rows"], profile["labels"], gate_rows.shared_openings
-    return {
+    replay_numbers: dict[str, Number] = {"rows_replay": profile["replay"]["used"]} if profile["replay"] else {}
+    return replay_numbers | {
         "rows_read": rows["read"],
         "rows_train": rows["train"],
         "rows_eval": rows["eval"],
@@ -147,10 +157,16 @@ def _write_rows(dataset: Path, gate_rows: GateRows, config: DataConfig) -> None:
     rows_by_split = gate_rows.by_split()
     for split, rows in rows_by_split.items():
         json_lines.write(dataset / f"{split}.jsonl", _records(rows))
+    if gate_rows.replay:
+        json_lines.write(dataset / "replay.jsonl", _records(replay.used(gate_rows.replay)))
     # No text is written: the file, the number and the hash are enough to find the row again.
     json_lines.write(
         dataset / "quarantine.jsonl",
-        ({"file": r.file, "row": r.number, "reason": r.reason, "hash": r.hash} for r in gate_rows.rows if r.reason),
+        (
+            {"file": r.file, "row": r.number, "reason": r.reason, "hash": r.hash}
+            for r in (*gate_rows.rows, *gate_rows.replay)
+            if r.reason
+        ),
     )
 
     write_evaluated(dataset, [*rows_by_split["eval"], *rows_by_split["golden"]], config)

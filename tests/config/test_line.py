@@ -113,6 +113,28 @@ def test_a_rank_to_cut_to_is_not_above_the_rank_that_is_trained(write) -> None: 
     assert "merge.strength" in refusal(path, ["merge.strength=1.5"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.start=champion", "train.method=dora"], "train.start: champion goes on from the A and B that ship"),
+        (["train.start=champion", "train.method=adalora"], "or train.method: lora, rslora or lora+"),
+        (["train.start=champion", "train.method=full", "quantize.format=none"], "train.start: champion goes on"),
+        (
+            ["merge.soup=2", "train.method=dora"],
+            "merge.soup: 2 averages B A of several adapters, and what train.method",
+        ),
+        (["merge.soup=2", "train.method=loftq"], "train.method: loftq ships is more than B A; leave merge.soup out"),
+        (["merge.soup=2", "train.method=full", "quantize.format=none"], "merge.soup: 2 averages"),
+        (["merge.soup=1"], "greater than or equal to 2"),
+        (["merge.soup=11"], "less than or equal to 10"),
+        (["data.replay_fraction=0.2"], "and sources.replay_data is not set; name general examples there"),
+        (["train.start=production"], "Input should be 'base' or 'champion'"),
+    ],
+)
+def test_what_cannot_go_on_or_be_averaged_is_refused(write, overrides: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
+    assert words in refusal(write(f"line: x1\n{SOURCES}"), overrides)
+
+
 def test_not_a_number_is_no_learning_rate(write) -> None:  # type: ignore[no-untyped-def]
     assert "train.learning_rate" in refusal(write(f"line: x1\n{SOURCES}train: {{learning_rate: .nan}}\n"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_retrain.config.line import LineConfig
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, graph_text
 
 
 def test_the_edges_are_those_of_the_design() -> None:
@@ -57,7 +57,7 @@ def test_the_step_of_an_unknown_name_is_a_key_error() -> None:
         graph.step("train")
 
 
-@pytest.mark.parametrize("text", [graph.as_text(), graph.as_mermaid()])
+@pytest.mark.parametrize("text", [graph_text.as_text(), graph_text.as_mermaid()])
 def test_the_graph_as_text_names_every_step_and_artifact(text: str) -> None:
     assert all(s.name in text and (s.makes in text or s.name == "publish") for s in graph.STEPS)
 

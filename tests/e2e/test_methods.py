@@ -139,6 +139,12 @@ def test_qa_lora_over_int4_is_published_in_16_and_in_4_bits(make_project: Callab
         (["train.method=qdylora", "quantize.format=none"], "set quantize.format: nf4, or train.method: dylora"),
         (["quantize.format=none", "quantize.double_quant=false"], "format is none; leave it out"),
         (["train.method=ia3", "merge.rank=4"], ".yaml:11: merge.rank and merge.strength: with train.method: ia3"),
+        (
+            ["train.start=champion", "train.method=dora"],
+            "set train.start: base, or train.method: lora, rslora or lora+",
+        ),
+        (["merge.soup=3", "train.method=dora"], "leave merge.soup out, or set train.method: lora"),
+        (["data.replay_fraction=0.1"], "sources.replay_data is not set"),
         (["quantize.quant_type=fp4"], "quantize.quant_type is now quantize.format"),
         (
             ["quantize.format=none", "train.method=full", "train.parallel=fsdp", "train.num_processes=2"],

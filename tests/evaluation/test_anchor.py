@@ -210,6 +210,8 @@ def test_the_plan_pins_the_version_whose_data_drift_is_measured_from(
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         assert reference_profile is not None

@@ -83,6 +83,19 @@ def test_runs_of_the_line_before_and_between_make_nothing_of_a_lab_again(
     assert files(root_uri, "histories/intents-lab") == {f"histories/intents-lab/{lab.history.sha256}.txt"}
 
 
+def test_no_run_of_a_lab_goes_on_from_production_which_has_learnt_the_rows_that_judge(
+    line: Path, root_uri: str, run_all: Callable[[Plan], dict[str, int]]
+) -> None:
+    overrides = ("train.start=champion", "merge.soup=2")
+    assert set(run_all(make_plan.make_plan(line, root_uri, overrides=overrides)).values()) == {0}
+    write_jsonl(line.parent / "tickets.jsonl", ticket_rows(40))
+    assert make_plan.make_plan(line, root_uri, overrides=overrides).start is not None
+    for lab in plans(line, root_uri, overrides=overrides):
+        assert (lab.start, lab.earlier_adapters) == (None, ())
+        assert lab.step("train_qlora").config["start"] == "base"
+        assert Plan.load(lab.uri) == lab
+
+
 def test_a_lab_applies_none_of_the_lines_limits(line: Path, root_uri: str) -> None:
     line.write_text(
         line.read_text() + "evaluate: {min_accuracy: 0.99, min_prompts: 500}\ndata: {min_eval_prompts: 500}\n"

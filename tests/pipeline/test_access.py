@@ -172,6 +172,21 @@ def test_the_planner_reads_the_history_of_a_lines_former_name_and_writes_the_lin
         assert [a for a in ACTIONS if is_allowed(document, a, f"arn:aws:s3:::iam-bucket/qlora/{path}")] == actions
 
 
+def test_a_step_reads_the_adapters_of_versions_where_the_line_uses_them_alone() -> None:
+    adapter = f"arn:aws:s3:::iam-bucket/qlora/models/tickets/versions/{STAMPED}/adapter/adapter_model.safetensors"
+    replay = "arn:aws:s3:::data/replay/rows.jsonl"
+    general = "arn:aws:s3:::data/general/rows.jsonl"
+    for role, override, paths in [
+        ("train_qlora", "train.start=champion", [adapter]),
+        ("merge_adapter", "merge.soup=2", [adapter]),
+        ("validate_data", "sources.replay_data=s3://data/replay", [replay, general]),
+    ]:
+        for overrides, expected in (([], False), ([override], True)):
+            document = policies.role_policy(load(LINE, overrides), role, ROOT)
+            assert [is_allowed(document, "s3:GetObject", path) for path in paths] == [expected] * len(paths)
+            assert not is_allowed(document, "s3:PutObject", adapter)
+
+
 def test_no_role_has_an_action_that_nothing_needs_and_none_is_a_pattern(documents: dict[str, Document]) -> None:
     actions = {action for doc in documents.values() for statement in doc["Statement"] for action in statement["Action"]}
     assert actions == {

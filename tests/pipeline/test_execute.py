@@ -47,6 +47,8 @@ def failing(error: BaseException) -> Callable[[], Callable[..., StepResult]]:
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "half").write_text("half")
@@ -88,9 +90,11 @@ def test_the_manifest_says_what_was_made_from_what(made_plan: Plan, run_all: Run
 def test_a_step_knows_why_its_automatic_settings_are_what_they_are(made_plan: Plan, small_steps: Steps) -> None:
     reasons: dict[str, str] = {}
 
-    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+    def run(
+        config: Any, dataset: Path, base_nf4: Path, champion_adapter: Any, adapter: Path, *, scratch: Path
+    ) -> StepResult:
         reasons.update(config.reasons)
-        return small_steps["train_qlora"](config, dataset, base_nf4, adapter, scratch=scratch)
+        return small_steps["train_qlora"](config, dataset, base_nf4, champion_adapter, adapter, scratch=scratch)
 
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
     assert execute.run_step(made_plan, "train_qlora", lambda: run).code == 0
@@ -111,6 +115,8 @@ def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "report.html").write_text("why")
@@ -180,6 +186,8 @@ def test_of_two_attempts_at_once_both_end_as_the_first_and_the_other_leaves_noth
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         inner.append(execute.run_step(made_plan, "validate_data", lambda: small_steps["validate_data"]).code)
@@ -266,6 +274,8 @@ def test_inputs_that_were_not_made_from_each_other_are_refused(
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "dataset.json").write_text('"the same key in other bytes"')
@@ -289,7 +299,10 @@ def test_a_run_whose_parameters_are_not_the_graphs_is_refused_with_both(
 
     assert execute.run_step(made_plan, "validate_data", lambda: run).code == 1
     err = capsys.readouterr().err
-    passed = "base_model, config, dataset, eval_data, evaluation_history, golden_data, raw_data, reference_profile"
+    passed = (
+        "base_model, config, dataset, eval_data, evaluation_history, golden_data, raw_data, reference_data, "
+        "reference_profile, replay_data"
+    )
     assert f"the graph passes ({passed})" in err
     assert "it takes (config, data, dataset)" in err
 
@@ -303,6 +316,8 @@ def test_what_is_no_report_is_our_bug(made_plan: Plan, capsys: pytest.CaptureFix
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> Any:
         return {"rows": 1}
@@ -342,6 +357,8 @@ def test_a_step_sees_only_read_only_copies_of_its_inputs(made_plan: Plan, line: 
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         inputs["files"] = sorted(p.name for p in base_model.iterdir())
@@ -361,7 +378,9 @@ def test_a_steps_output_and_checkpoints_are_on_its_own_disk_and_its_inputs_in_th
     monkeypatch.setenv("QLORA_RETRAIN_WORK", str(tmp_path / "disk"))
     inputs: dict[str, Path] = {}
 
-    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+    def run(
+        config: Any, dataset: Path, base_nf4: Path, champion_adapter: Any, adapter: Path, *, scratch: Path
+    ) -> StepResult:
         inputs.update(dataset=dataset, base_nf4=base_nf4, adapter=adapter, scratch=scratch)
         inputs.update({path.name: path for path in (node_cache / "work").glob("*/*")})
         return StepResult()
@@ -408,6 +427,8 @@ def test_the_log_and_the_last_progress_of_a_step_are_in_the_runs_folder(made_pla
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         progress.say("halfway")

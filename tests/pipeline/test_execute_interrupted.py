@@ -50,7 +50,9 @@ def test_training_goes_on_from_the_newest_checkpoint_and_leaves_none_when_done(
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
     checkpoints_seen: list[list[str]] = []
 
-    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+    def run(
+        config: Any, dataset: Path, base_nf4: Path, champion_adapter: Any, adapter: Path, *, scratch: Path
+    ) -> StepResult:
         checkpoints_seen.append(sorted(p.name for p in scratch.iterdir()))
         (adapter / "adapter_model.safetensors").write_text("x")
         if len(checkpoints_seen) < 3:
@@ -85,7 +87,9 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(
     execute_steps(made_plan, small_steps, "validate_data", "quantize_model")
     checkpoints_seen: list[list[str]] = []
 
-    def run(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+    def run(
+        config: Any, dataset: Path, base_nf4: Path, champion_adapter: Any, adapter: Path, *, scratch: Path
+    ) -> StepResult:
         checkpoints_seen.append(sorted(p.name for p in scratch.iterdir()))
         if len(checkpoints_seen) < 2:
             checkpoint(scratch, 1)
@@ -111,7 +115,9 @@ def test_an_uploader_that_fails_at_the_end_hides_neither_success_nor_the_cause(
 
     monkeypatch.setattr(checkpoint_sync.CheckpointUploader, "sync", unreachable)
 
-    def diverging(config: Any, dataset: Path, base_nf4: Path, adapter: Path, *, scratch: Path) -> StepResult:
+    def diverging(
+        config: Any, dataset: Path, base_nf4: Path, champion_adapter: Any, adapter: Path, *, scratch: Path
+    ) -> StepResult:
         raise Diverged("NaN")
 
     assert execute.run_step(made_plan, "train_qlora", lambda: diverging).code == 14
@@ -129,12 +135,15 @@ from qlora_retrain.core.errors import TryAgain
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline.plan import Plan
 
-def validate_data(config, raw_data, base_model, golden_data, reference_profile, eval_data, evaluation_history, dataset):
+def validate_data(
+    config, raw_data, base_model, golden_data, reference_profile, eval_data, evaluation_history, replay_data,
+    reference_data, dataset,
+):
     (dataset / "half").write_text("half")
     print("working", flush=True)
     time.sleep(60)
 
-def train_qlora(config, dataset, base_nf4, adapter, *, scratch):
+def train_qlora(config, dataset, base_nf4, champion_adapter, adapter, *, scratch):
     print("working", flush=True)
     for _ in range(600):
         time.sleep(0.1)

@@ -225,6 +225,8 @@ def test_finished_runs_of_the_same_base_are_found_and_others_are_not(
             assert execute.run_step(plan, name, lambda step=step: step).code == 0
 
     assert past_runs.read_lengths(plan) == RowLengths(27, 270, 270, 11, 12)
+    replayed = RowLengths(3, 90, 60, 28, 40)
+    assert RowLengths(27, 270, 270, 11, 12).joined(replayed) == RowLengths(30, 360, 330, 28, 40)
     later = planned(device="cpu", precision="float32", rank=32)
     (run,) = past_runs.find_past_runs(later, "cpu")
     assert (run.peak_bytes, run.tokens_per_second, run.train["rank"]) == (9000 * 2**20, 12.5, 16)

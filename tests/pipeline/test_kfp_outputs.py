@@ -71,6 +71,8 @@ def test_a_refused_run_says_why_and_its_report_is_the_refusals(
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         (dataset / "report.html").write_text("too many <bad> rows")

@@ -109,6 +109,19 @@ def test_a_setting_changes_its_step_and_what_follows(
     assert changed(with_settings(), with_settings(override)) == steps
 
 
+def test_reference_text_is_an_input_of_the_data_set_where_there_are_replay_rows_alone(
+    with_settings: Callable[..., Plan], line: Path
+) -> None:
+    shutil.copytree(line.parent / "base", line.parent / "general")
+    reference, replay = "sources.reference_data=general", "sources.replay_data=tickets.jsonl"
+    plain = with_settings()
+    assert changed(plain, with_settings(reference)) == {"evaluate", "merge_adapter", "publish"}
+    both = with_settings(reference, replay)
+    assert both.step("validate_data").inputs["reference_data"] == both.step("evaluate").inputs["reference_data"]
+    assert "validate_data" in changed(with_settings(replay), both)
+    assert "validate_data" in changed(plain, with_settings(replay))
+
+
 def test_new_weights_under_the_same_tokenizer_keep_the_dataset(with_settings: Callable[..., Plan], line: Path) -> None:
     before = with_settings()
     (line.parent / "base" / "model.safetensors").write_text("other weights")

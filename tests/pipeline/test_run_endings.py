@@ -94,6 +94,8 @@ def failing(error: Exception) -> Callable[[], Callable[..., StepResult]]:
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         raise error
@@ -123,6 +125,8 @@ def test_a_refusal_names_its_attempt_and_its_key(made_plan: Plan) -> None:
         reference_profile: Path | None,
         eval_data: Path | None,
         evaluation_history: Path | None,
+        replay_data: Path | None,
+        reference_data: Path | None,
         dataset: Path,
     ) -> StepResult:
         return StepResult(refused=DataRefused("half of the rows are bad"))

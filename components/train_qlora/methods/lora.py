@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from components.train_qlora import warm_start
 from components.train_qlora.fused_lora import ADAPTER_NAME
 from components.train_qlora.methods.method import Method
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.lm.adapter_scale import default_alpha, initial_rank
 
-Matrices = tuple[Tensor, Tensor]
+Matrices = warm_start.Matrices
 
 
 class Lora(Method):
@@ -48,7 +49,14 @@ class Lora(Method):
         return scale
 
     def extend(self, layer: Any, start: Matrices | None) -> None:
-        """Give an adapted layer the method's own parameters and start; `start` is what lies beside the base for it."""
+        """Give an adapted layer the method's own parameters and start.
+
+        Args:
+            layer: The layer.
+            start: What lies beside the base for it; where training goes on from an earlier adapter, that one's.
+        """
+        if start is not None:
+            warm_start.fill(self.matrices(layer), start, self.scale(layer))
 
     def required(self, start: Matrices | None) -> Matrices:
         """Return the start of a layer.

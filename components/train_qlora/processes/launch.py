@@ -88,7 +88,14 @@ class WorkerHandle:
             self.outcome, self.outcome_time = message, time.monotonic()
 
 
-def launch(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, scratch: Path) -> TrainingResult:
+def launch(
+    config: TrainConfig,
+    dataset: Path,
+    base_nf4: Path,
+    adapter: Path,
+    scratch: Path,
+    champion_adapter: Path | None = None,
+) -> TrainingResult:
     """Run `train.train` in `config.num_processes` processes of their own; rank 0 writes the adapter.
 
     Raises:
@@ -98,7 +105,7 @@ def launch(config: TrainConfig, dataset: Path, base_nf4: Path, adapter: Path, sc
         RuntimeError: For any other error in a process, with its traceback as a note.
     """
     store, port = _rendezvous_store() if config.num_processes > 1 else (None, None)
-    job = worker.TrainingJob(config, dataset, base_nf4, adapter, scratch, port, os.getpid())
+    job = worker.TrainingJob(config, dataset, base_nf4, adapter, scratch, port, os.getpid(), champion_adapter)
     if config.num_processes > 1:
         progress.say(
             f"{config.num_processes} processes share {config.global_batch_size} rows per step ({config.parallel})"

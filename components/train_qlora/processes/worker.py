@@ -48,6 +48,7 @@ class TrainingJob:
         scratch: The folder of the checkpoints.
         port: The port of the rendezvous store on loopback, which the parent holds; None for a single process.
         parent_pid: The process id of the parent, which starts them.
+        champion_adapter: The folder with the adapter from which training goes on; None: it begins with a new one.
     """
 
     config: TrainConfig
@@ -57,6 +58,7 @@ class TrainingJob:
     scratch: Path
     port: int | None
     parent_pid: int
+    champion_adapter: Path | None = None
 
 
 class PipeStream(io.TextIOBase):
@@ -106,7 +108,7 @@ def main(rank: int, job: TrainingJob, writer: Connection) -> None:
         _begin(rank, job)
         from components.train_qlora import train
 
-        result = train.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch)
+        result = train.train(job.config, job.dataset, job.base_nf4, job.adapter, job.scratch, job.champion_adapter)
         _end(job)
         stream.send_outcome(result)
     except Exception as error:  # noqa: BLE001 - it is raised again where the step runs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options, json_list
-from qlora_retrain.core import graph, uris
+from qlora_retrain.core import graph, graph_text, uris
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import UsageError
 
@@ -85,7 +85,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
 
 def _graph(args: argparse.Namespace) -> int:
-    print(graph.as_mermaid() if args.format == "mermaid" else graph.as_text())
+    print(graph_text.as_mermaid() if args.format == "mermaid" else graph_text.as_text())
     return 0
 
 

@@ -90,6 +90,15 @@ class DataConfig(Section):
         0.1, "rows whose label is wrong with at least this probability are found by label_errors", gt=0.0, le=1.0
     )
 
+    # Replay: general rows beside the line's own.
+    replay_fraction: float | None = identity(
+        None,
+        "with sources.replay_data: its rows are at most this fraction of all rows that train, chosen by hash; null: "
+        "all of them train",
+        gt=0.0,
+        lt=1.0,
+    )
+
     # Drift from a version that the line names.
     reference_version: Version | None = identity(
         None, "version to compare the data with: refuse drift before training; null: only `evaluate` checks drift"

@@ -65,6 +65,7 @@ class SourcesConfig(Section):
     raw_data: SourceConfig
     base_model: SourceConfig
     golden_data: SourceConfig | None = None
+    replay_data: SourceConfig | None = None
     eval_data: SourceConfig | None = None
     reference_data: SourceConfig | None = None
 
@@ -171,6 +172,28 @@ class LineConfig(Section):
     def _method_fits_the_base_format(self) -> LineConfig:
         if refusal := METHODS[self.train.method].refusal(self.quantize.format):
             raise ValueError(refusal)
+        return self
+
+    @model_validator(mode="after")
+    def _method_goes_on_and_joins(self) -> LineConfig:
+        facts = METHODS[self.train.method]
+        refusal = facts.start_refusal(self.train.start) or facts.soup_refusal(self.merge.soup)
+        if self.train.modules_to_save and (self.train.start != "base" or self.merge.soup):
+            refusal = (
+                "train.modules_to_save: whole modules of earlier versions are neither a start nor averaged; leave it "
+                "out, or set train.start: base and no merge.soup"
+            )
+        if refusal:
+            raise ValueError(refusal)
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_rows(self) -> LineConfig:
+        if self.data.replay_fraction is not None and self.sources.replay_data is None:
+            raise ValueError(
+                f"data.replay_fraction: {self.data.replay_fraction:g} of the training rows shall be replay rows, and "
+                "sources.replay_data is not set; name general examples there, or leave replay_fraction out"
+            )
         return self
 
     def section(self, name: str) -> Section:

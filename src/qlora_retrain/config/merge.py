@@ -34,6 +34,14 @@ class MergeConfig(Section):
         "text than evaluate.max_forgetting_nats, and it has passages enough to choose on one half of them",
     )
 
+    soup: int | None = identity(
+        None,
+        "one more form: the mean of this run's adapter and of the last soup - 1 accepted versions' over the same base, "
+        "cut to this run's rank; it ships where it is better on the rows that select; null: none",
+        ge=2,
+        le=10,
+    )
+
     # The limits, each against the unmerged model: the base in its format, with its adapter.
     min_prompts: int = identity(
         30, "measured: fewer different prompts than this in a half are insufficient evidence", ge=1

@@ -33,6 +33,8 @@ class MethodFacts:
         llama_cpp: Whether llama.cpp can: its converter writes it as a GGUF adapter.
         fused: Whether training computes it in the fused layers.
         gpu: Whether it has run on a GPU.
+        goes_on: Whether training can start from an adapter that ships (`train.start: champion`).
+        joins: Whether adapters can be averaged (`merge.soup`).
     """
 
     name: str
@@ -46,6 +48,8 @@ class MethodFacts:
     llama_cpp: Answer = "yes"
     fused: str = "yes"
     gpu: str = NOT_YET
+    goes_on: Answer = "no"
+    joins: Answer = "yes"
 
     def refusal(self, base_format: str) -> str | None:
         """Return why the method cannot train over a base of this format, and what is nearest; None where it can."""
@@ -58,16 +62,38 @@ class MethodFacts:
             f"set quantize.format: {self.formats[0]}, or train.method: {_NEAREST.get(self.name, 'lora')}"
         )
 
+    def start_refusal(self, start: str) -> str | None:
+        """Return why training cannot start from this; None where it can."""
+        if start == "base" or self.goes_on == "yes":
+            return None
+        return (
+            f"train.start: {start} goes on from the A and B that ship, and an adapter of train.method: {self.name} "
+            f"trains in another form; set train.start: base, or train.method: {_listed(GOING_ON)}"
+        )
+
+    def soup_refusal(self, soup: int | None) -> str | None:
+        """Return why so many adapters cannot be averaged; None where they can."""
+        if soup is None or self.joins == "yes":
+            return None
+        return (
+            f"merge.soup: {soup} averages B A of several adapters, and what train.method: {self.name} ships is more "
+            "than B A; leave merge.soup out, or set train.method: lora"
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
 
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
-        MethodFacts("lora", "alpha/rank times B A is added to each layer"),
-        MethodFacts("rslora", "alpha/sqrt(rank) times B A, for high ranks"),
-        MethodFacts("lora+", "as lora, and B learns faster than A"),
+        MethodFacts("lora", "alpha/rank times B A is added to each layer", goes_on="yes"),
+        MethodFacts("rslora", "alpha/sqrt(rank) times B A, for high ranks", goes_on="yes"),
+        MethodFacts("lora+", "as lora, and B learns faster than A", goes_on="yes"),
         MethodFacts(
             "dora", "direction and length of each row learn apart", ships_as="DoRA", vllm="no", llama_cpp="no",
-            fused="yes, and each output is kept once more",
+            fused="yes, and each output is kept once more", joins="no",
         ),
         MethodFacts("adalora", "the budget of rank moves between layers while they train"),
         MethodFacts(
@@ -80,36 +106,50 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts(
             "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=PACKED
         ),
-        MethodFacts("loftq", "the adapter starts from what quantization loses", formats=PACKED),
+        MethodFacts("loftq", "the adapter starts from what quantization loses", formats=PACKED, joins="no"),
         MethodFacts(
             "lq-lora", "as loftq, with the largest singular vectors first, over 4 and 8 bits by layer",
-            formats=("mixed", *FOUR_BITS),
+            formats=("mixed", *FOUR_BITS), joins="no",
         ),
         MethodFacts("ir-qlora", "averages of a layer's input pass through the adapter too", formats=ALL_FORMATS),
         MethodFacts(
             "ia3", "scales of keys, values and the MLP's inner numbers learn", ships_as="IA3", vllm="no",
-            llama_cpp="no", fused="no",
+            llama_cpp="no", fused="no", joins="no",
         ),
         MethodFacts(
             "prompt", "the embeddings of a few virtual tokens before each row learn", ships_as="a prompt alone",
-            merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no layer is adapted",
+            merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no layer is adapted", joins="no",
         ),
         MethodFacts(
             "prefix", "keys and values of a few virtual tokens learn in each layer", ships_as="a prefix alone",
-            merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no, and rows are padded",
+            merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no, and rows are padded", joins="no",
         ),
         MethodFacts(
             "bottleneck", "a small network behind each MLP learns", ships_as="a bottleneck alone", merges="no",
-            ships_alone=True, peft="no", vllm="no", llama_cpp="no", fused="no layer is adapted",
+            ships_alone=True, peft="no", vllm="no", llama_cpp="no", fused="no layer is adapted", joins="no",
         ),
         MethodFacts(
             "full", "no adapter, all weights learn", formats=("none",), ships_as="the model", merges="no", peft="no",
-            vllm="no", llama_cpp="no", fused="no",
+            vllm="no", llama_cpp="no", fused="no", joins="no",
         ),
     )
 }  # fmt: skip
+GOING_ON = tuple(facts.name for facts in METHODS.values() if facts.goes_on == "yes")
 _NEAREST = {"qdylora": "dylora"}
-_COLUMNS = ("method", "idea", "over", "ships as", "merges", "PEFT", "vLLM", "llama.cpp", "fused", "GPU")
+_COLUMNS = (
+    "method",
+    "idea",
+    "over",
+    "ships as",
+    "merges",
+    "PEFT",
+    "vLLM",
+    "llama.cpp",
+    "fused",
+    "goes on",
+    "joins",
+    "GPU",
+)
 
 
 def table() -> list[tuple[str, ...]]:
@@ -119,7 +159,7 @@ def table() -> list[tuple[str, ...]]:
         *(
             (
                 facts.name, facts.idea, _format_names(facts.formats), facts.ships_as, facts.merges, facts.peft,
-                facts.vllm, facts.llama_cpp, facts.fused, facts.gpu,
+                facts.vllm, facts.llama_cpp, facts.fused, facts.goes_on, facts.joins, facts.gpu,
             )
             for facts in METHODS.values()
         ),

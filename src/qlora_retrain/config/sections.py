@@ -62,6 +62,11 @@ class TrainConfig(Section):
         "network of rank numbers behind each MLP; the last three cannot be merged and ship as an adapter alone; "
         "full: no adapter, all weights learn, over quantize.format: none",
     )
+    start: Literal["base", "champion"] = identity(
+        "base",
+        "base: a new adapter, which changes nothing yet; champion: the adapter of the version in production, so that "
+        "training goes on from it (docs/training.md says when); lora, rslora and lora+ alone",
+    )
     rank: int = identity(16, "higher: more capacity, memory, forgetting; of bottleneck: its width", ge=1, le=1024)
     alpha: float | None = identity(
         None,

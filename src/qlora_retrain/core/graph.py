@@ -33,10 +33,12 @@ class Input:
     Attributes:
         name: The source's or artifact's name; also the parameter's name in the step's `run`.
         files: Only the files of this set are fetched and enter the key.
+        only_with: A source; without it this one is not read, whether the line has it or not.
     """
 
     name: str
     files: FileSet = "all"
+    only_with: str | None = None
 
 
 class StepKind(enum.StrEnum):
@@ -92,12 +94,23 @@ SOURCES = (
         meaning="the data profile of the version that `data.reference_version` names",
     ),
     Source("golden_data", optional=True, meaning="examples kept by hand, which are never trained on"),
+    Source("replay_data", optional=True, meaning="general examples that are trained on beside the line's own"),
     Source("eval_data", optional=True, meaning="evaluation examples, instead of a part of raw_data"),
     Source("reference_data", optional=True, meaning="general text, to measure what the model forgot"),
     Source(
         "evaluation_history",
         optional=True,
         meaning="digests of the prompts that the line has evaluated, which are never trained on",
+    ),
+    Source(
+        "champion_adapter",
+        optional=True,
+        meaning="the adapter of the version in production, where training starts from it, and its data profile",
+    ),
+    Source(
+        "earlier_adapters",
+        optional=True,
+        meaning="the adapters of the line's last accepted versions, where merge.soup averages this run's with them",
     ),
 )
 
@@ -114,6 +127,9 @@ STEPS = (
             Input("reference_profile"),
             Input("eval_data"),
             Input("evaluation_history"),
+            Input("replay_data"),
+            # Replay rows that are reference text would hide what the model forgets.
+            Input("reference_data", only_with="replay_data"),
         ),
         makes="dataset",
         image="light",
@@ -131,7 +147,7 @@ STEPS = (
     Step(
         "train_qlora",
         section="train",
-        reads=(Input("dataset"), Input("base_nf4")),
+        reads=(Input("dataset"), Input("base_nf4"), Input("champion_adapter")),
         makes="adapter",
         image="train",
         gpus=1,
@@ -168,6 +184,7 @@ STEPS = (
             Input("adapter"),
             Input("evaluation"),
             Input("reference_data"),
+            Input("earlier_adapters"),
         ),
         makes="model",
         image="train",
@@ -189,13 +206,19 @@ STEPS = (
 # Sources that are published versions of the line, and the folders and files of a version that a step gets. The others
 # (reports; the adapter, where a version has a model of its own) are not fetched.
 PROFILE_PATH = "data/profile.json"
+ADAPTER_PART = "adapter"
+START = "champion_adapter"
 VERSION_PARTS = {
-    "champion": ("model", "adapter", PROFILE_PATH),
-    "anchor": ("model", "adapter"),
+    "champion": ("model", ADAPTER_PART, PROFILE_PATH),
+    "anchor": ("model", ADAPTER_PART),
     "reference_profile": (PROFILE_PATH,),
+    START: (ADAPTER_PART, PROFILE_PATH),
 }
 # Is there where a version is an adapter alone: which base it needs.
 BASE_REFERENCE = "model/base.json"
+
+# The source that consists of adapters of several versions, each in a folder that is named by its version.
+EARLIER_ADAPTERS = "earlier_adapters"
 
 # The source that the planner joins from the data sets of a line, and the one file of it: a data set has its own part
 # under the same name.
@@ -253,28 +276,3 @@ def steps_until(name: str | None) -> tuple[Step, ...]:
 def edges() -> tuple[tuple[str, str], ...]:
     """Return every (upstream, downstream) pair of steps."""
     return tuple((up, s.name) for s in STEPS for up in upstream_steps(s))
-
-
-def as_text() -> str:
-    """Return the graph as a table for a terminal."""
-    rows = [("step", "reads", "makes", "image", "gpu", "after")]
-    for s in STEPS:
-        reads = ", ".join(i.name + (" (tokenizer)" if i.files == "tokenizer" else "") for i in s.reads)
-        rows.append((s.name, reads, s.makes, s.image, str(s.gpus), ", ".join(upstream_steps(s)) or "-"))
-
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def as_mermaid() -> str:
-    """Return the graph as a Mermaid flowchart, with sources as rounded boxes."""
-    lines = ["flowchart LR"]
-    lines += [f"  {s.name}([{s.name}])" for s in SOURCES]
-
-    for s in STEPS:
-        lines.append(f"  {s.name}[{s.name}]")
-        for item in s.reads:
-            maker = producer(item.name)
-            origin = f"{maker.name} -- {item.name} -->" if maker else f"{item.name} -->"
-            lines.append(f"  {origin} {s.name}")
-    return "\n".join(lines)

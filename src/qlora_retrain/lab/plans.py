@@ -18,7 +18,7 @@ from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import section_model
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.lab.grid import Point
-from qlora_retrain.pipeline import make_plan
+from qlora_retrain.pipeline import base_model, make_plan
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
 from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
@@ -104,7 +104,7 @@ class LabPlanner:
         """
         config = line_config.load(self.config, [*self.overrides, *point.overrides])
         sections, choices = resolve_auto_settings(config)
-        make_plan.refuse_unfit_base(sections, self.draft.sources["base_model"])
+        base_model.refuse_unfit_source(sections, self.draft.sources["base_model"])
         return PointSettings(sections, choices)
 
     def plan(self, settings: PointSettings) -> Plan:
@@ -118,6 +118,8 @@ class LabPlanner:
         changes = {
             data: {"judge_fraction": self.judge_fraction, "reference_version": None},
             evaluate: _WITHOUT_LIMITS,
+            # The champion has learnt the rows that judge here, so no run goes on from its adapter.
+            _section_of("adapter"): {"start": "base"},
             publish: {"promote_to": None},
         }
         sections |= {name: sections[name].model_copy(update=values) for name, values in changes.items()}

@@ -19,6 +19,7 @@ from qlora_retrain.core.errors import UsageError
 
 # The sections whose settings may differ. With others the runs would not share their data and their measure.
 SECTIONS = ("quantize", "train", "merge")
+_OF_EARLIER_VERSIONS = ("train.start", "merge.soup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,11 @@ def read_named(path: Path) -> tuple[NamedSettings, ...]:
 
 
 def _refuse_shared(knob: str, place: str) -> None:
+    if knob in _OF_EARLIER_VERSIONS:
+        raise UsageError(
+            f"{place}: no run of a lab reads an earlier version, since versions have learnt the rows that judge; leave "
+            f"{knob} out"
+        )
     if knob.partition(".")[0] not in SECTIONS:
         raise UsageError(
             f"{place}: expected a setting of {', '.join(SECTIONS)}, since all runs of a lab share their data and are "

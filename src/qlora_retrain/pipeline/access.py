@@ -140,9 +140,14 @@ def _step_access(config: LineConfig, step: graph.Step) -> Access:
             reads.append(f"artifacts/{item.name}/*")
         elif item.name == graph.HISTORY:
             reads.append(f"histories/{config.line}/*.txt")
+        elif item.name == graph.START and config.train.start == "base":
+            continue
+        elif item.name == graph.EARLIER_ADAPTERS:
+            versions = f"models/{config.line}/versions/*"
+            reads += [f"{versions}/manifest.json", f"{versions}/{graph.ADAPTER_PART}/*"] if config.merge.soup else []
         elif item.name in graph.VERSION_PARTS:
             reads += [f"models/{config.line}/versions/*/{name}" for name in _version_files(item.name)]
-        else:
+        elif item.only_with is None or getattr(config.sources, item.only_with) is not None:
             sources += _source_patterns(config, item)
 
     retains: tuple[str, ...] = ()

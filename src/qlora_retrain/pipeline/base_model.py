@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_retrain.config.fields import Section
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import bounded, gguf_names, model_files
 from qlora_retrain.lm.context_length import language_config, max_context_tokens
 from qlora_retrain.pipeline import architectures, token_ids
 from qlora_retrain.pipeline.model_folder import LABEL, ModelFolder
+from qlora_retrain.storage.sources import PinnedSource
 
 # Metrics that are computed from the model's probabilities; all others need generated answers.
 _LIKELIHOOD_METRICS = ("loss", "perplexity", "accuracy", "macro_f1")
@@ -62,6 +64,14 @@ class Demands:
             train_precision=train["precision"],
             has_gguf=any(form.startswith("gguf") for form in merge["exports"]),
         )
+
+
+def refuse_unfit_source(settings: Mapping[str, Section], base: PinnedSource | None) -> None:
+    """Refuse a base that the line cannot use, before hours of training and not after them."""
+    # The files of a commit are not here yet: the steps that fetch them ask the same.
+    if base is not None and not base.is_commit:
+        values = {name: section.model_dump(mode="json") for name, section in settings.items()}
+        refuse_unfit(ModelFolder.from_source(base), Demands.from_sections(**values))
 
 
 def refuse_unfit(folder: ModelFolder, demands: Demands) -> None:

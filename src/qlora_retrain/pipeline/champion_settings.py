@@ -91,17 +91,17 @@ def _choices(values: Mapping[str, Any]) -> tuple[Choice, ...]:
     return tuple(Choice(field=f"data.{name}", value=text, reason=reason) for name, text in texts.items())
 
 
-def _identity(store: Store, champion: Release, step: str) -> dict[str, Any]:
-    """Return the identity fields of a step in the champion's recipe, after checking the file's hash.
+def read_recipe(store: Store, release: Release) -> dict[str, Any]:
+    """Return a version's recipe after checking the file's hash; empty where the version has none.
 
     Raises:
         IntegrityError: If the file is missing or is another one.
     """
-    expected = next((file.sha256 for file in champion.files if file.path == _RECIPE), None)
+    expected = next((file.sha256 for file in release.files if file.path == _RECIPE), None)
     if expected is None:
         return {}
 
-    path = f"{registry.version_folder(champion.line, champion.version)}/{_RECIPE}"
+    path = f"{registry.version_folder(release.line, release.version)}/{_RECIPE}"
     try:
         data = store.read(path).data
     except NotFound as error:
@@ -110,5 +110,11 @@ def _identity(store: Store, champion: Release, step: str) -> dict[str, Any]:
         raise IntegrityError(
             f"{store.uri}/{path}: its sha256 differs from the manifest's; promote or roll back to another version"
         )
-    steps: dict[str, dict[str, Any]] = json.loads(data)["steps"]
+    recipe: dict[str, Any] = json.loads(data)
+    return recipe
+
+
+def _identity(store: Store, champion: Release, step: str) -> dict[str, Any]:
+    """Return the identity fields of a step in the champion's recipe."""
+    steps: dict[str, dict[str, Any]] = read_recipe(store, champion).get("steps", {})
     return steps.get(step, {})

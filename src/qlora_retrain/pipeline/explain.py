@@ -12,7 +12,7 @@ from qlora_retrain.core import graph, progress, visible_text
 from qlora_retrain.core.errors import Problem, describe
 from qlora_retrain.evaluation.data_files import find_beside_data
 from qlora_retrain.lm.adapter_scale import describe_adapter
-from qlora_retrain.pipeline import code_identity, run_page, status
+from qlora_retrain.pipeline import code_identity, earlier_adapters, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import open_store, signatures
@@ -24,7 +24,7 @@ _MAX_RUNS_READ = 50
 # Files that are named in one line.
 _MAX_NAMES = 10
 # Sources whose rows the data gate reads.
-_DATA_SOURCES = ("raw_data", "golden_data", "eval_data")
+_DATA_SOURCES = ("raw_data", "golden_data", "eval_data", "replay_data")
 _UNMATCHED = {
     "pattern": "that no pattern takes",
     "hidden": "hidden, as their names begin with a dot",
@@ -55,6 +55,7 @@ def as_text(plan: Plan) -> str:
 
     train = next(planned.identity for planned in plan.steps if graph.step(planned.name).section == "train")
     lines.append(f"adapter: {describe_adapter(train['rank'], train['alpha'], train['method'])}")
+    lines += earlier_adapters.describe(plan)
     # The comparison is with the line's last run, since that is the one that a person remembers.
     earlier = previous_plan(open_store(plan.root), plan)
     for planned in plan.steps:

@@ -69,6 +69,8 @@ def fetch_input(
         return _fetch_version(plan, store, item.name)
     if item.name == graph.HISTORY:
         return _fetch_history(plan, store)
+    if item.name == graph.EARLIER_ADAPTERS:
+        return _fetch_earlier_adapters(plan, store, key)
     # What is left is a source, whose files were pinned by their hashes when the plan was made.
     source = plan.sources[item.name]
     assert source is not None
@@ -141,6 +143,31 @@ def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
         role = {"champion": "the version in production", "anchor": "the line's best version"}.get(name, pinned.version)
         raise IntegrityError(
             f"{store.uri}/{prefix}: {error}: {role} is broken; promote or roll back to another"
+        ) from error
+
+
+def _fetch_earlier_adapters(plan: Plan, store: Store, key: str) -> Path:
+    """Return a local folder with a folder for each earlier version that the plan pins: its adapter's files."""
+    files: dict[str, tuple[File, ...]] = {}
+    for pinned in plan.earlier_adapters:
+        release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
+        files[pinned.version] = release.parts(graph.ADAPTER_PART)
+
+    def download(folder: Path) -> None:
+        for version, version_files in files.items():
+            (folder / version).mkdir()
+            _download(store, registry.version_folder(plan.line, version), version_files, folder / version)
+
+    promised = [
+        file.model_copy(update={"path": f"{version}/{file.path}"})
+        for version, version_files in files.items()
+        for file in version_files
+    ]
+    try:
+        return cache.fetch(graph.EARLIER_ADAPTERS, key, download, tuple(promised))
+    except (IntegrityError, NotFound) as error:
+        raise IntegrityError(
+            f"{store.uri}: {error}: an earlier version's adapter is broken; set merge.soup to a smaller number, or null"
         ) from error
 
 

@@ -20,15 +20,16 @@ from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, progress
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
-from qlora_retrain.pipeline import base_model, base_of_version, evaluation_history, explain
+from qlora_retrain.pipeline import base_model, base_of_version, earlier_adapters, evaluation_history, explain
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
 from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
-from qlora_retrain.pipeline.model_folder import ModelFolder
 from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
 from qlora_retrain.pipeline.planned_steps import (
+    PinnedAdapter,
     PinnedHistory,
     PinnedVersion,
+    PlannedStep,
     describe_target,
     judgement_hash,
     plan_steps,
@@ -38,7 +39,7 @@ from qlora_retrain.storage import audit, key_admin, keys, open_store, registry, 
 from qlora_retrain.storage.sources import PinnedSource
 from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
 
-_PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "eval_data", "reference_data")
+_PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "replay_data", "eval_data", "reference_data")
 
 
 def make_plan(
@@ -195,9 +196,16 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime, history: Ev
         settings, store, pinned, versions, champion_release, history
     )
     choices += split_choices
-    refuse_unfit_base(settings, pinned["base_model"])
+    base_model.refuse_unfit_source(settings, pinned["base_model"])
     alias_state = describe_target(target.version, target.generation) if target else None
-    steps = plan_steps(settings, pinned, versions, pinned_history, config.line, alias_state)
+
+    def steps_with(start: PinnedAdapter | None, *earlier: PinnedAdapter) -> tuple[PlannedStep, ...]:
+        read_versions = {**versions, graph.START: start}
+        return plan_steps(settings, pinned, read_versions, pinned_history, config.line, alias_state, earlier=earlier)
+
+    start = earlier_adapters.choose_start(store, champion_release, settings, steps_with)
+    earlier = earlier_adapters.choose_earlier(store, config.line, config.merge.soup, steps_with(start))
+    steps = steps_with(start, *earlier)
 
     judgement = judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
@@ -215,6 +223,8 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime, history: Ev
         champion=versions["champion"],
         anchor=versions["anchor"],
         reference=versions["reference_profile"],
+        start=start,
+        earlier_adapters=earlier,
         history=pinned_history,
         target=target.version if target else None,
         judgement=judgement,
@@ -255,15 +265,6 @@ def _pin_versions(config: LineConfig, store: Store) -> tuple[dict[str, PinnedVer
 def _pin_version(store: Store, line: str, version: str) -> PinnedVersion:
     release = registry.read_release(store, line, version)
     return PinnedVersion(version=version, manifest_sha256=release.sha256, content_hash=release.content_hash)
-
-
-def refuse_unfit_base(settings: Mapping[str, Section], base: PinnedSource | None) -> None:
-    """Refuse a base that the line cannot use, before hours of training and not after them."""
-    # The files of a commit are not here yet: the steps that fetch them ask the same.
-    if base is not None and not base.is_commit:
-        values = {name: section.model_dump(mode="json") for name, section in settings.items()}
-        demands = base_model.Demands.from_sections(**values)
-        base_model.refuse_unfit(ModelFolder.from_source(base), demands)
 
 
 def _inherit_split(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ class RowLengths:
     long: int
     longest: int
 
+    def joined(self, further: RowLengths) -> RowLengths:
+        """Return the lengths of both; of 95 % of all rows no more is known than that the larger number holds."""
+        return RowLengths(
+            rows=self.rows + further.rows,
+            tokens=self.tokens + further.tokens,
+            supervised=self.supervised + further.supervised,
+            long=max(self.long, further.long),
+            longest=max(self.longest, further.longest),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PastRun:
@@ -69,17 +79,22 @@ def read_lengths(plan: Plan) -> RowLengths | None:
         return None
     try:
         profile = json.loads(open_store(plan.root).read(f"{manifest.prefix}/{_PROFILE}").data)
-        train = profile["train"]
-        return RowLengths(
-            rows=int(profile["rows"]["train"]),
-            tokens=int(train["tokens"]),
-            supervised=int(train["supervised_tokens"]),
-            long=int(train["tokens_p95"]),
-            longest=int(train["tokens_p100"]),
-        )
+        train, replay = profile["train"], profile.get("replay")
+        lengths = _lengths(profile["rows"]["train"], train)
+        return lengths.joined(_lengths(replay["used"], replay)) if replay else lengths
     # An older profile lacks a number, and an empty dataset has no lengths.
     except (NotFound, ValueError, KeyError, TypeError):
         return None
+
+
+def _lengths(rows: Any, numbers: Mapping[str, Any]) -> RowLengths:
+    return RowLengths(
+        rows=int(rows),
+        tokens=int(numbers["tokens"]),
+        supervised=int(numbers["supervised_tokens"]),
+        long=int(numbers["tokens_p95"]),
+        longest=int(numbers["tokens_p100"]),
+    )
 
 
 def find_past_runs(plan: Plan, device: str) -> list[PastRun]:

@@ -17,7 +17,7 @@ from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import planned_steps
 from qlora_retrain.pipeline.auto_settings import Choice
-from qlora_retrain.pipeline.planned_steps import PinnedHistory, PinnedVersion, PlannedStep
+from qlora_retrain.pipeline.planned_steps import PinnedAdapter, PinnedHistory, PinnedVersion, PlannedStep
 from qlora_retrain.storage import keys, open_store, signatures
 from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.sources import PinnedSource
@@ -34,6 +34,8 @@ class Plan(Signed):
         champion: The version that `production` named when the plan was made.
         anchor: The line's best version so far; None where that is the champion, or there is none.
         reference: The version that `data.reference_version` names.
+        start: The version from whose adapter training starts; None: a new adapter.
+        earlier_adapters: The versions whose adapters are averaged with this run's, the newest first.
         history: The line's evaluation history; None where nothing was evaluated before.
         target: The version that `publish.promote_to` named then. The alias moves only if it still does.
         judgement: The hash of the settings, code and data by which a challenger is judged, without the champion.
@@ -52,6 +54,8 @@ class Plan(Signed):
     reference: PinnedVersion | None = None
     # Left out where there is none, as in the plans of earlier releases, whose bytes are hashed.
     history: PinnedHistory | None = Field(default=None, exclude_if=lambda value: value is None)
+    start: PinnedAdapter | None = Field(default=None, exclude_if=lambda value: value is None)
+    earlier_adapters: tuple[PinnedAdapter, ...] = Field(default=(), exclude_if=lambda value: not value)
     target: str | None
     judgement: str
     unchanged: str | None
@@ -69,7 +73,12 @@ class Plan(Signed):
 
     def pinned_version(self, source: str) -> PinnedVersion | None:
         """Return the version that the plan pins for a source of `graph.VERSION_PARTS`."""
-        return {"champion": self.champion, "anchor": self.anchor, "reference_profile": self.reference}[source]
+        return {
+            "champion": self.champion,
+            "anchor": self.anchor,
+            "reference_profile": self.reference,
+            graph.START: self.start,
+        }[source]
 
     @property
     def stamp(self) -> str:
@@ -163,7 +172,7 @@ class Plan(Signed):
 
         versions = {name: self.pinned_version(name) for name in graph.VERSION_PARTS}
         fault = planned_steps.find_contradiction(
-            self.steps, self.sources, versions, self.history, self.line, self.target
+            self.steps, self.sources, versions, self.history, self.line, self.target, self.earlier_adapters
         )
         if fault is not None:
             raise IntegrityError(

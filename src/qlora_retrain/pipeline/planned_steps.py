@@ -26,6 +26,26 @@ class PinnedVersion(BaseModel):
     manifest_sha256: str
     content_hash: str
 
+    @property
+    def input_key(self) -> str:
+        """What enters the key of a step that reads it: its manifest's hash covers its model and its data profile."""
+        return self.manifest_sha256
+
+
+class PinnedAdapter(PinnedVersion):
+    """A published version of which a step reads the adapter.
+
+    Attributes:
+        adapter_hash: The hash of the files that the step reads. Another version with the same adapter has it too.
+    """
+
+    adapter_hash: str
+
+    @property
+    def input_key(self) -> str:
+        """What enters the key of a step that reads it."""
+        return self.adapter_hash
+
 
 class PinnedHistory(BaseModel):
     """What the plan pins of the line's evaluation history.
@@ -62,6 +82,7 @@ def plan_steps(
     line: str,
     target: str | None,
     code_of: Callable[[str], str] = code_identity.code_hash,
+    earlier: Sequence[PinnedAdapter] = (),
 ) -> tuple[PlannedStep, ...]:
     """Compute every step's key from its settings, its inputs' keys and its code.
 
@@ -73,6 +94,7 @@ def plan_steps(
         line: The line, which enters the key of the step that publishes its versions.
         target: The version and the generation that the alias of `publish` names; None: nothing.
         code_of: Returns the hash of a step's code.
+        earlier: The versions whose adapters are averaged with this run's.
     """
     # The graph's order is topological, so the keys of a step's inputs are known before its own is computed.
     artifact_keys: dict[str, str] = {}
@@ -81,11 +103,16 @@ def plan_steps(
         inputs: dict[str, str | None] = {}
         for item in step.reads:
             source = pinned.get(item.name)
-            if item.name in versions:  # its manifest's hash covers its model and its data profile
+            if item.name in versions:
                 version = versions[item.name]
-                inputs[item.name] = version.manifest_sha256 if version else None
+                inputs[item.name] = version.input_key if version else None
+            elif item.name == graph.EARLIER_ADAPTERS:
+                adapters = [[adapter.version, adapter.adapter_hash] for adapter in earlier]
+                inputs[item.name] = hashing.sha256_json(adapters) if adapters else None
             elif item.name == graph.HISTORY:
                 inputs[item.name] = history.sha256 if history else None
+            elif item.only_with is not None and pinned.get(item.only_with) is None:
+                inputs[item.name] = None
             elif item.name in artifact_keys:
                 inputs[item.name] = artifact_keys[item.name]
             else:
@@ -138,6 +165,7 @@ def find_contradiction(
     history: PinnedHistory | None,
     line: str,
     target: str | None,
+    earlier: Sequence[PinnedAdapter] = (),
 ) -> str | None:
     """Compute the steps again from their settings, and return the first difference; None where there is none."""
     names = [step.name for step in graph.STEPS]
@@ -155,7 +183,9 @@ def find_contradiction(
     alias_state = by_name[graph.STEPS[-1].name].inputs.get("target")
     if (alias_state or "").partition(" of generation ")[0] != (target or ""):
         return f"it moves an alias from {alias_state}, and its target is {target}"
-    expected = plan_steps(settings, pinned, versions, history, line, alias_state, lambda name: by_name[name].code)
+    expected = plan_steps(
+        settings, pinned, versions, history, line, alias_state, lambda name: by_name[name].code, earlier
+    )
     for planned, again in zip(steps, expected, strict=True):
         for field in PlannedStep.model_fields:
             if getattr(planned, field) != getattr(again, field):

@@ -116,5 +116,5 @@ def _train_bytes(work: Work, memory: MemoryForecast) -> float:
 
 
 def _raw_bytes(plan: Plan) -> int:
-    sources = [source for name in ("raw_data", "eval_data") if (source := plan.sources.get(name))]
+    sources = [source for name in ("raw_data", "eval_data", "replay_data") if (source := plan.sources.get(name))]
     return sum(file.size_bytes for source in sources for file in source.content)

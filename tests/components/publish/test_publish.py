@@ -66,6 +66,7 @@ def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
     release = registry.read_release(store, "intents", version)
 
     assert {f.path for f in release.files} == {
+        "adapter/adapter_config.json",
         "README.md",
         "LICENCE.md",
         "recipe.json",
@@ -303,9 +304,10 @@ def test_publish_refuses_a_failed_merge(new_plan: Callable[..., Plan], small_ste
         adapter: Path,
         evaluation: Path,
         reference_data: Path | None,
+        earlier_adapters: Path | None,
         model: Path,
     ) -> StepResult:
-        passing(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, model)
+        passing(config, dataset, base_model, base_nf4, adapter, evaluation, reference_data, earlier_adapters, model)
         return StepResult(refused=QualityRefused("merging costs too much"))
 
     plan = new_plan()

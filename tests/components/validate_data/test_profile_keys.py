@@ -16,9 +16,10 @@ PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 # The keys below these come from the data, the base or the settings.
 NAMED_BY_DATA = (
     "files data_pins layouts unread_columns chat.template_kwargs reasons row_warnings checks length_histogram "
-    "labels.rows languages distributions.length distributions.language distributions.label reference.labels settings"
+    "labels.rows languages distributions.length distributions.language distributions.label reference.labels settings "
+    "replay.files replay.reasons replay.warnings"
 ).split()
-OPTIONAL = ("too_long", "labels", "reference", "shape.label_imbalance")
+OPTIONAL = ("too_long", "labels", "replay", "reference", "shape.label_imbalance")
 
 
 def keys_of(value: Any, path: str = "") -> Iterator[str]:
@@ -52,6 +53,15 @@ def chat(prompt: str, answer: str) -> dict[str, Any]:
 
 
 def profile_of(folder: Path, rows: list[dict[str, Any]], base: Path, version: Path | None, **settings: Any) -> Any:
+    replay = folder / "replay" if version else None
+    if replay:
+        replay.mkdir(parents=True)
+        general = [
+            chat("Tell me of the sea", "Write to a@example.org"),
+            chat("And of the moon?", "It is far"),
+            chat("", ""),
+        ]
+        (replay / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
     for name in ("raw", "golden", "dataset"):
         (folder / name).mkdir(parents=True)
     (folder / "raw" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,7 +69,7 @@ def profile_of(folder: Path, rows: list[dict[str, Any]], base: Path, version: Pa
     config = DataConfig(split_seed="keys", min_eval_prompts=5, **settings)
     run(
         config, raw_data=folder / "raw", base_model=base, golden_data=folder / "golden", reference_profile=version,
-        eval_data=None, evaluation_history=None, dataset=folder / "dataset",
+        eval_data=None, evaluation_history=None, dataset=folder / "dataset", replay_data=replay,
     )  # fmt: skip
     return json.loads((folder / "dataset" / "profile.json").read_text(encoding="utf-8"))
 
