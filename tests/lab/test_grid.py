@@ -60,7 +60,7 @@ def test_a_label_has_the_settings_in_words() -> None:
         ("train.rank=4,8,4", "names the value 4 twice"),
         ("data.system=a,b", "all runs of a lab share their data"),
         ("train.start=base,champion", "no run of a lab reads an earlier version"),
-        ("merge.soup=2,3", "versions have learnt the rows that judge; leave it out"),
+        ("merge.soup=2,3", "versions have learnt the rows that judge; leave merge.soup out"),
         ("evaluate.seed=1,2", "set evaluate.seed for all of them with --set"),
     ],
 )

@@ -89,7 +89,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"{VERSION}/model/model.safetensors": ("epc", "p", "g"),
     f"{VERSION}/data/profile.json": ("vepc", "p", "g"),
     f"{VERSION}/recipe.json": ("Ppc", "p", "g"),
-    f"{VERSION}/adapter/adapter_model.safetensors": ("pc", "p", "g"),
+    f"{VERSION}/adapter/adapter_model.safetensors": ("epc", "p", "g"),
     "qlora/models/tickets/aliases/production.json": ("Ppgc", "p", ""),
     "qlora/models/tickets/audit/00000001-production-0123.json": ("Ppc", "p", ""),
     f"qlora/models/others/versions/{STAMPED}/manifest.json": ("", "", ""),

@@ -132,9 +132,12 @@ def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
     pinned = plan.pinned_version(name)
     assert pinned is not None
     release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
-    # Only the form that is judged: further exports may be as large, and no step of ours runs them.
-    others = ("model/exports/",) if release.is_adapter_alone else ("model/exports/", "adapter/")
-    files = tuple(f for f in release.parts(*graph.VERSION_PARTS[name]) if not f.path.startswith(others))
+    parts = graph.VERSION_PARTS[name]
+    # Only the form that is judged: further exports may be as large, and no step of ours runs them. An adapter is fetched
+    # where there is nothing else, or nothing else is asked for.
+    has_model = "model" in parts and not release.is_adapter_alone
+    others = ("model/exports/", "adapter/") if has_model else ("model/exports/",)
+    files = tuple(file for file in release.parts(*parts) if not file.path.startswith(others))
     prefix = registry.version_folder(plan.line, pinned.version)
 
     try:
