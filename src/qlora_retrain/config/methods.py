@@ -13,6 +13,9 @@ FOUR_BITS = ("nf4", "fp4", "int4", "nf4-shifted")
 PACKED = (*FOUR_BITS, "mixed")
 ALL_FORMATS = ("none", *PACKED)
 NOT_YET = "not yet run"
+# Of LoRA, and the default of `train.learning_rate`. The others' are in the range of their papers' and were tried on
+# SmolLM2 (`benchmarks/methods.py --choose`).
+ADAPTER_RATE = 2e-4
 
 Answer = Literal["yes", "no"]
 
@@ -48,6 +51,7 @@ class MethodFacts:
     llama_cpp: Answer = "yes"
     fused: str = "yes"
     gpu: str = NOT_YET
+    learning_rate: float = ADAPTER_RATE
     goes_on: Answer = "no"
     joins: Answer = "yes"
 
@@ -90,7 +94,7 @@ METHODS: dict[str, MethodFacts] = {
     for facts in (
         MethodFacts("lora", "alpha/rank times B A is added to each layer", goes_on="yes"),
         MethodFacts("rslora", "alpha/sqrt(rank) times B A, for high ranks", goes_on="yes"),
-        MethodFacts("lora+", "as lora, and B learns faster than A", goes_on="yes"),
+        MethodFacts("lora+", "as lora, and B learns faster than A", goes_on="yes", learning_rate=5e-5),
         MethodFacts(
             "dora", "direction and length of each row learn apart", ships_as="DoRA", vllm="no", llama_cpp="no",
             fused="yes, and each output is kept once more", joins="no",
@@ -104,7 +108,8 @@ METHODS: dict[str, MethodFacts] = {
             "qa-lora", "A sees sums of 32 inputs, so that the trained model stays in 4 bits", formats=("int4",)
         ),
         MethodFacts(
-            "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=PACKED
+            "lora-xs", "only rank x rank numbers learn, between the base's largest singular vectors", formats=PACKED,
+            learning_rate=4e-3,
         ),
         MethodFacts("loftq", "the adapter starts from what quantization loses", formats=PACKED, joins="no"),
         MethodFacts(
@@ -114,23 +119,26 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("ir-qlora", "averages of a layer's input pass through the adapter too", formats=ALL_FORMATS),
         MethodFacts(
             "ia3", "scales of keys, values and the MLP's inner numbers learn", ships_as="IA3", vllm="no",
-            llama_cpp="no", fused="no", joins="no",
+            llama_cpp="no", fused="no", joins="no", learning_rate=1e-2,
         ),
         MethodFacts(
             "prompt", "the embeddings of a few virtual tokens before each row learn", ships_as="a prompt alone",
             merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no layer is adapted", joins="no",
+            learning_rate=3e-2,
         ),
         MethodFacts(
             "prefix", "keys and values of a few virtual tokens learn in each layer", ships_as="a prefix alone",
             merges="no", ships_alone=True, vllm="no", llama_cpp="no", fused="no, and rows are padded", joins="no",
+            learning_rate=1e-2,
         ),
         MethodFacts(
             "bottleneck", "a small network behind each MLP learns", ships_as="a bottleneck alone", merges="no",
             ships_alone=True, peft="no", vllm="no", llama_cpp="no", fused="no layer is adapted", joins="no",
+            learning_rate=1e-3,
         ),
         MethodFacts(
             "full", "no adapter, all weights learn", formats=("none",), ships_as="the model", merges="no", peft="no",
-            vllm="no", llama_cpp="no", fused="no", joins="no",
+            vllm="no", llama_cpp="no", fused="no", joins="no", learning_rate=2e-5,
         ),
     )
 }  # fmt: skip

@@ -11,6 +11,7 @@ from qlora_retrain.config.data import DataConfig as DataConfig
 from qlora_retrain.config.evaluate import EvaluateConfig as EvaluateConfig
 from qlora_retrain.config.fields import Device, Precision, Section, identity, operational
 from qlora_retrain.config.merge import MergeConfig as MergeConfig
+from qlora_retrain.config.methods import ADAPTER_RATE
 from qlora_retrain.config.publish import PublishConfig as PublishConfig
 from qlora_retrain.config.quantize import AdapterStart as AdapterStart
 from qlora_retrain.config.quantize import QuantizeConfig as QuantizeConfig
@@ -107,7 +108,13 @@ class TrainConfig(Section):
     )
 
     # The optimizer.
-    learning_rate: float = identity(2e-4, "5-10 times that of full fine-tuning", gt=0.0, le=1.0)
+    learning_rate: float = identity(
+        ADAPTER_RATE,
+        "5-10 times that of full fine-tuning; where it is not set, a plan takes what suits the method: 2e-5 for full, "
+        "more for methods with few parameters",
+        gt=0.0,
+        le=1.0,
+    )
     learning_rate_ratio: float | None = identity(
         None, "of lora+: the learning rate of B, divided by that of A, which is learning_rate; null: 16", ge=1.0, le=1e4
     )

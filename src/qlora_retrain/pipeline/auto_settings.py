@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig
+from qlora_retrain.config.methods import METHODS
 from qlora_retrain.config.quantize import AdapterStart
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
@@ -54,6 +55,9 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
         choose("data", name, value, reason)
 
     train = config.train
+    rate = METHODS[train.method].learning_rate
+    if "learning_rate" not in train.model_fields_set and rate != train.learning_rate:
+        choose("train", "learning_rate", rate, f"not set: it suits train.method: {train.method}")
     if train.alpha is None and has_scale(train.method):
         alpha = default_alpha(train.rank, train.method)
         choose("train", "alpha", alpha, f"not set: {describe_adapter(train.rank, alpha, train.method)}")
