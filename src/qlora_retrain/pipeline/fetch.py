@@ -133,8 +133,8 @@ def _fetch_version(plan: Plan, store: Store, name: str) -> Path:
     assert pinned is not None
     release = registry.read_release(store, plan.line, pinned.version, sha256=pinned.manifest_sha256)
     parts = graph.VERSION_PARTS[name]
-    # Only the form that is judged: further exports may be as large, and no step of ours runs them. An adapter is fetched
-    # where there is nothing else, or nothing else is asked for.
+    # Only the form that is judged: further exports may be as large, and no step of ours runs them. An adapter is
+    # fetched where there is nothing else, or nothing else is asked for.
     has_model = "model" in parts and not release.is_adapter_alone
     others = ("model/exports/", "adapter/") if has_model else ("model/exports/",)
     files = tuple(file for file in release.parts(*parts) if not file.path.startswith(others))
