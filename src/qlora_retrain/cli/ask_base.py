@@ -1,7 +1,8 @@
 """Load a pulled version: its model, or its adapter over the base that it names.
 
-The base of an adapter alone is the folder that `--base` names; else the base that the run had in the store of `--root`;
-else what the version names on the Hugging Face Hub. Its files must have the hashes that the version states.
+The base of an adapter alone is the folder that `--base` names; else, by `--root`, the packed base in the store or the
+source that the version's run was planned with; else what the version names on the Hugging Face Hub. Its files must have
+the hashes that the version states.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import graph
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.lm import base_formats, loading, served_model
 from qlora_retrain.lm.loading import LoadOptions
 from qlora_retrain.lm.served_model import BaseReference
@@ -40,7 +41,7 @@ def load_version(folder: Path, base: Path | None, root: str | None) -> Any:
     if base is None and root is not None and (stored := _base_of_the_store(folder, reference, root)):
         return loading.attach_adapter(loading.load_nf4(stored, **OPTIONS), adapter)
     if base is None:
-        base = _base_of_the_hub(folder)
+        base = (root is not None and _base_of_the_plan(folder, root)) or _base_of_the_hub(folder)
     if base is None:
         weights = next(path for path in reference.files if path.endswith(".safetensors"))
         raise UsageError(
@@ -59,12 +60,30 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def _base_of_the_hub(folder: Path) -> Path | None:
     """Return the base that a version names on the Hub, through the cache of this machine; None where it names none."""
-    from qlora_retrain.storage import cache, sources
+    from qlora_retrain.storage import sources
 
     uri = manifest_of(folder).get("base", {}).get("source")
     if uri is None:
         return None
-    source = sources.pin(sources.BASE, uri, ("**",))
+    return _fetch(sources.pin(sources.BASE, uri, ("**",)))
+
+
+def _base_of_the_plan(folder: Path, root: str) -> Path | None:
+    """Return the base that the version's run was planned with; None where that plan is gone, or its source is."""
+    from qlora_retrain.pipeline.plan import Plan
+    from qlora_retrain.storage import sources
+
+    run = manifest_of(folder).get("provenance", {}).get("run_id")
+    try:
+        source = Plan.of_run(root, run).sources[sources.BASE] if run else None
+        return _fetch(source) if source else None
+    except Problem:
+        return None
+
+
+def _fetch(source: Any) -> Path:
+    from qlora_retrain.storage import cache, sources
+
     return cache.fetch(sources.BASE, source.key(), lambda target: sources.fetch(source, target), source.as_files())
 
 
