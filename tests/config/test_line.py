@@ -265,6 +265,7 @@ def test_of_very_many_faults_the_first_are_shown_and_the_others_are_counted(writ
         load(write(f"line: tickets\n{SOURCES}" + "train: {" + "".join(f"x{i}: 1, " for i in range(250)) + "}"))
     *faults, last = str(refused.value).splitlines()
     assert len(faults) == 30
+    assert ["allowed: loss, " in fault for fault in faults] == [True] + [False] * 29
     assert last.endswith("and 220 more faults")
 
 

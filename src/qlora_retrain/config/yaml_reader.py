@@ -131,7 +131,8 @@ def _with_field(field: str, fault: str) -> str:
 
 
 def _faults(model: type[Section], error: ValidationError) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the path and the text of each error."""
+    """Yield the path and the text of each error; which fields a section may have is said once."""
+    listed: set[tuple[str, ...]] = set()
     for item in error.errors():
         # pydantic puts a union's branches into the path, as parts like `list[str]`; a person wrote none of them.
         path = tuple(str(part) for part in item["loc"] if _is_field(str(part)))
@@ -141,7 +142,11 @@ def _faults(model: type[Section], error: ValidationError) -> Iterator[tuple[tupl
             *parents, unknown = map(str, item["loc"])
             allowed = _fields_at(model, parents)
             near = difflib.get_close_matches(unknown, allowed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+            hint = f"allowed: {', '.join(allowed)}" if tuple(parents) not in listed else "see above for those allowed"
+            if near:
+                hint = f"did you mean {near[0]}?"
+            else:
+                listed.add(tuple(parents))
             hint = renamed_to(".".join((*parents, unknown))) or hint
             yield (*parents, unknown), f"unknown field; {hint}"
         elif item["type"] == "missing":
