@@ -1,12 +1,13 @@
 """Train BANKING77 by every method and over every base format, as `qlora-retrain lab` does, and compare them.
 
 The points are those of `methods.yaml`: the same rows in the same order, the same steps, batch and schedule. Each run is
-an ordinary run of a line, in a store below `--work`; a tenth of the training prompts judges. Adapters of the first seed
-are merged too. What a run measured is one file below `--work`, with its commit, date and machine, so the same command
-goes on where it was stopped, also after the code has changed; delete the file, and that run is made again.
+an ordinary run of a line, in a store below `--work`; a tenth of the training prompts judges. What a run measured is one
+file below `--work`, with its commit, date and machine, so the same command goes on where it was stopped, also after the
+code has changed; delete the file, and that run is made again.
 
     python benchmarks/methods.py --data FOLDER                                  all points, with one seed
     python benchmarks/methods.py --data FOLDER --only lora full --seeds 3       more seeds of some
+    python benchmarks/methods.py --data FOLDER --only lora dora --merge         also what merging them costs
     python benchmarks/methods.py --data FOLDER --choose lora+ --rates 5e-4 1e-3 2e-3
     python benchmarks/methods.py --data FOLDER --speed                          alone on a quiet machine: tokens/s
     python benchmarks/methods.py --data FOLDER --ranks qdylora                  its first 2, 4 and 8 ranks
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--points", type=Path, default=POINTS)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--merge", action="store_true", help="measure what merging costs too, with the first seed")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--choose", nargs="+", metavar="NAME", help="print the loss of each rate after 30 steps")
     parser.add_argument("--rates", nargs="+", type=float, default=[])
@@ -115,9 +117,11 @@ def measure(options: argparse.Namespace, run: Run, kind: str) -> dict[str, Any]:
     from qlora_retrain.lab.plans import LabPlanner
     from qlora_retrain.lab.runs import Job, run_jobs
 
-    path = run.path(options.work, kind)
+    path, merges = run.path(options.work, kind), options.merge and kind == "runs" and is_merged(run)
     if path.is_file():
-        return json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text())
+        if not merges or result["numbers"]["merge_loss_nats"] is not None:
+            return result
     path.parent.mkdir(exist_ok=True)
     print(f"{datetime.now(UTC):%H:%M} {run.name}, seed {run.seed}", file=sys.stderr, flush=True)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path[:2])}
@@ -126,7 +130,7 @@ def measure(options: argparse.Namespace, run: Run, kind: str) -> dict[str, Any]:
     planner = LabPlanner.for_line(LINE, store, line_settings(options, run), JUDGE_FRACTION, now)
     point = Point((), None, NamedSettings(run.name, run.settings))
     [plan] = planner.write([planner.plan(planner.resolve(point))])
-    last = graph.producer_name("adapter" if kind != "runs" else "model" if is_merged(run) else "evaluation")
+    last = graph.producer_name("adapter" if kind != "runs" else "model" if merges else "evaluation")
     [outcome] = run_jobs([Job(run.name, plan, last, counts_refusal=True)], 1, options.work / "logs")
     if outcome.code:
         sys.exit(f"{run.name}: {outcome.message} ({outcome.code}); the same command goes on from here")
@@ -162,6 +166,8 @@ def line_settings(options: argparse.Namespace, run: Run) -> list[str]:
         *MERGE,
         "train.global_batch_size=16",
         "train.micro_batch_size=16",
+        # The same arithmetic everywhere, and the faster one on a CPU without matrix instructions for bf16.
+        "train.precision=float32",
         # Answers that end by themselves and training rows are not compared here.
         "evaluate.stop_rows=0",
         "evaluate.train_rows=0",

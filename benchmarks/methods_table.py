@@ -36,7 +36,7 @@ class Claim:
 CLAIMS = (
     Claim("lora", "4 bits cost nothing: as good as LoRA over 16 bits (arXiv 2305.14314)", "lora over 16 bits"),
     Claim("lora over 16 bits", "within 1.2 points of full fine-tuning (arXiv 2106.09685)", "full"),
-    Claim("lora over fp4", "FP4 is worse than NF4 (arXiv 2305.14314), so at best as good", "lora", 0.0),
+    Claim("lora", "NF4 is better than FP4 (arXiv 2305.14314)", "lora over fp4", 0.0),
     Claim("rslora, rank 64", "better than LoRA at high ranks (arXiv 2312.03732)", "lora, rank 64", 0.0),
     Claim("lora+", "1 to 2 points better than LoRA at equal steps (arXiv 2402.12354)", "lora", 0.0),
     Claim("dora", "better than LoRA at equal rank (arXiv 2402.09353)", "lora", 0.0),
@@ -66,7 +66,7 @@ def is_mergeable(settings: Sequence[tuple[str, Any]]) -> bool:
 
 
 def render(results: Sequence[Result], speeds: Sequence[Result]) -> str:
-    """Return the tables in Markdown: the methods, the best first, and the claims."""
+    """Return the tables in Markdown: the methods, the best first, the claims, and the base formats."""
     by_name: dict[str, list[Result]] = {}
     for result in results:
         by_name.setdefault(result["name"], []).append(result)
@@ -79,7 +79,7 @@ def render(results: Sequence[Result], speeds: Sequence[Result]) -> str:
         "method", "seeds", "accuracy", "loss", "weights trained", "adapter, MiB", "memory, MiB", "tokens/s",
         "merging, nats", "forgetting, nats",
     )  # fmt: skip
-    return "\n\n".join([_table(headers, rows), _claims(by_name), _provenance(results)])
+    return "\n\n".join([_table(headers, rows), _claims(by_name), _formats(by_name), _provenance(results)])
 
 
 def _method_row(name: str, results: Sequence[Result], tokens_per_second: float | None) -> list[str]:
@@ -91,7 +91,7 @@ def _method_row(name: str, results: Sequence[Result], tokens_per_second: float |
         str(len(results)),
         f"{accuracy.value:.1%} ({accuracy.low * 100:.1f} to {accuracy.high * 100:.1f})",
         f"{loss.value:.3f} ({loss.low:.3f} to {loss.high:.3f})",
-        f"{first['trainable_parameters']:,}",
+        f"{first['trainable_parameters']:,} ({_trained_share(results[0]):.2%})",
         f"{first['adapter_bytes'] / 2**20:.1f}",
         f"{first['peak_memory_mib']:,.0f}",
         "" if tokens_per_second is None else f"{tokens_per_second:.0f}",
@@ -125,24 +125,45 @@ def _claims(by_name: Mapping[str, Sequence[Result]]) -> str:
         if claim.point in by_name and claim.rival in by_name:
             gain = difference(by_name[claim.point], by_name[claim.rival])
             points = f"{gain.value * 100:+.1f} ({gain.low * 100:+.1f} to {gain.high * 100:+.1f})"
-            rows.append([claim.point, claim.text, f"{points} against {claim.rival}", judge(claim, gain)])
-    rows += [[name, text, "", "not testable with this base"] for name, text in NOT_TESTABLE.items() if name in by_name]
-    return _table(("method", "the literature's claim", "points of accuracy here", "verdict"), rows)
+            nats = loss_difference(by_name[claim.point], by_name[claim.rival])
+            loss = f"{nats.value:+.3f} ({nats.low:+.3f} to {nats.high:+.3f})"
+            rows.append([claim.point, claim.text, f"{points} against {claim.rival}", loss, judge(claim, gain)])
+    rows += [
+        [name, text, "", "", "not testable with this base"] for name, text in NOT_TESTABLE.items() if name in by_name
+    ]
+    headers = ("method", "the literature's claim", "points of accuracy here", "loss here, nats per token", "verdict")
+    return _table(headers, rows)
 
 
 def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Any:
     """Return how much more often one point is right than another, on the same rows and seeds, with its interval."""
     from qlora_retrain.evaluation import stats
 
+    pairs = _same_rows(ours, theirs)
+    right, rival_right = ([bool(row[0]) for row in rows] for rows in zip(*pairs, strict=True))
+    prompts = [row[3] for row, _ in pairs]
+    return stats.paired_proportion_interval(right, rival_right, confidence=CONFIDENCE, prompts=prompts)
+
+
+def loss_difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Any:
+    """Return how much higher the loss of one point is than another's, on the same rows and seeds, in nats per token."""
+    from qlora_retrain.config.evaluate import EvaluateConfig
+    from qlora_retrain.evaluation import bootstrap
+
+    pairs = _same_rows(ours, theirs)
+    settings = bootstrap.BootstrapSettings.from_config(EvaluateConfig())
+    nats, tokens = [row[1] - rival[1] for row, rival in pairs], [row[2] for row, _ in pairs]
+    return bootstrap.difference_interval(nats, tokens, settings, prompts=[row[3] for row, _ in pairs])
+
+
+def _same_rows(ours: Sequence[Result], theirs: Sequence[Result]) -> list[tuple[Any, Any]]:
     rivals = {result["seed"]: result for result in theirs}
-    pairs = [
-        (bool(row[0]), bool(rivals[result["seed"]]["rows"][row_id][0]), row[3])
+    return [
+        (row, rivals[result["seed"]]["rows"][row_id])
         for result in ours
         if result["seed"] in rivals
         for row_id, row in result["rows"].items()
     ]
-    first, second, prompts = (list(column) for column in zip(*pairs, strict=True))
-    return stats.paired_proportion_interval(first, second, confidence=CONFIDENCE, prompts=prompts)
 
 
 def judge(claim: Claim, gain: Any) -> str:
@@ -150,6 +171,29 @@ def judge(claim: Claim, gain: Any) -> str:
     if gain.low > -claim.margin:
         return "held"
     return "not held" if gain.high < -claim.margin else "these rows cannot tell"
+
+
+def _formats(by_name: Mapping[str, Sequence[Result]]) -> str:
+    """Return the packed bases, one row for each: bits, and the error of the weights before training.
+
+    A start that is made of the original weights (LoftQ's) is beside the error of the packed weights alone.
+    """
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, results in by_name.items():
+        packed = results[0]["quantization"]
+        if not packed["quantized_weights"]:
+            continue
+        with_start = packed.get("relative_error_with_start")
+        without = packed.get("relative_error_without_start", packed["relative_error"])
+        errors = (f"{without:.4f}", "" if with_start is None else f"{with_start:.4f}")
+        rows.setdefault((f"{packed['bits_per_weight']:.3f}", *errors), []).append(name)
+    headers = ("points", "bits per weight", "error of the weights before training", "with the adapter's start")
+    return _table(headers, [[", ".join(names), *numbers] for numbers, names in sorted(rows.items())])
+
+
+def _trained_share(result: Result) -> float:
+    """Return the trainable weights as a share of the base's, which has 2 bytes for each."""
+    return float(result["numbers"]["trainable_parameters"] / (result["quantization"]["base_bytes"] / 2))
 
 
 def _provenance(results: Sequence[Result]) -> str:
