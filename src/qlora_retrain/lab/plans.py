@@ -33,7 +33,7 @@ _MAX_LINE_CHARACTERS = 63 - len(_SUFFIX)
 _WITHOUT_LIMITS: dict[str, Any] = {
     "allow_first_release": True,
     # Every point scores the base, only for a note that says whether the adapter is any better.
-    "base_rows": 100,
+    "base_rows": 40,
     "min_prompts": 1,
     "min_gain_over_base": 0.0,
     "min_stopped_fraction": 0.0,
