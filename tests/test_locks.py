@@ -72,7 +72,10 @@ def test_a_lock_has_the_versions_that_are_pinned(name: str) -> None:
 @pytest.mark.parametrize(
     ("locks", "extras"),
     [
-        (["environment", "environment-cpu"], ["light", "train", "airflow", "search", "demo", "dev"]),
+        (
+            ["environment", "environment-cpu"],
+            ["light", "train", "airflow", "search", "lineage", "notify", "postgres", "demo", "dev"],
+        ),
         (["images/light"], ["light"]),
         (["images/train-cpu"], ["train"]),
     ],
