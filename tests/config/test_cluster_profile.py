@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.config.cluster_profile import ClusterProfile, load
+from qlora_retrain.config.cluster_profile import ClusterProfile, load, quantity
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 
@@ -98,3 +98,10 @@ def test_a_node_label_that_no_node_can_have_is_refused(label: dict[str, str]) ->
     ClusterProfile.model_validate({"gpu": {"node_selector": {"cloud.example.com/pool": "A100_80", "empty": ""}}})
     with pytest.raises(ValueError, match="node_selector"):
         ClusterProfile.model_validate({"gpu": {"node_selector": label}})
+
+
+@pytest.mark.parametrize(
+    ("gib", "written"), [(8, "8Gi"), (8.0, "8Gi"), (3.5, "3584Mi"), (0.2, "205Mi"), (65_538, "65538Gi")]
+)
+def test_an_amount_is_written_in_whole_units(gib: float, written: str) -> None:
+    assert quantity(gib) == written

@@ -92,7 +92,7 @@ def test_task_zero_writes_the_memory_of_the_steps_pods(
     texts = {step: (tmp_path / "out" / step).read_text() for step, _ in requests}
     assert texts == {
         "merge_adapter": f"{sizes['merge_adapter'].memory_gib}Gi",
-        "train_qlora": "3.5Gi",
+        "train_qlora": "3584Mi",
         "publish": "1Gi",
     }
 
@@ -104,4 +104,4 @@ def test_task_zero_writes_the_memory_of_the_steps_pods(
     assert (
         "the pods' memory is not estimated, so they get the most that they may: config.json" in capsys.readouterr().out
     )
-    assert [(tmp_path / "out" / step).read_text() for step, _ in requests] == ["64Gi", "3.5Gi", "8Gi"]
+    assert [(tmp_path / "out" / step).read_text() for step, _ in requests] == ["64Gi", "3584Mi", "8Gi"]

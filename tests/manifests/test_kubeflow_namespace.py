@@ -1,7 +1,7 @@
 """The namespace of Kubeflow's runs: one account with a token, its permissions, and what its pods may connect to.
 
-What KFP's pods need was read from the sources of KFP and Argo, of releases whose drivers are pods. No cluster has run
-these manifests.
+What KFP's pods need was read from the sources of KFP and Argo, of releases whose drivers are pods. A real cluster has
+taken these manifests; KFP's controllers have not run with them.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def test_a_step_may_fill_its_work_folder_though_kubeflow_cannot_request_the_node
     resources = apply_limit_range("kfp", {"limits": {"memory": "64Gi"}})
     assert "ephemeral-storage" not in resources["limits"]
     assert "ephemeral-storage" in resources["requests"]
+
+
+def test_the_containers_that_argo_and_kubeflow_add_request_little() -> None:
+    resources = apply_limit_range("kfp", {})
+    assert {name: resources["requests"][name] for name in ("cpu", "memory")} == {"cpu": "100m", "memory": "256Mi"}
+    assert resources["limits"] == {"memory": "2Gi"}
 
 
 def test_a_run_reaches_kubeflows_own_services_by_name_and_port() -> None:

@@ -54,11 +54,14 @@ def test_no_role_has_a_wildcard_and_none_is_the_default_accounts(overlay: str) -
 @pytest.mark.parametrize("overlay", PROFILES)
 def test_a_step_under_airflow_has_no_token_and_airflow_no_more_than_pods_and_what_is_said_of_them(overlay: str) -> None:
     assert set(token_by_account(overlay).values()) == {False}
-    assert {namespace for namespace, _ in granted_permissions(overlay)} == {"airflow"}, (
+    granted = granted_permissions(overlay)
+    assert set(granted) == {("airflow", "airflow-scheduler"), ("airflow", "airflow-triggerer")}, (
         "no account of ours may do anything"
     )
-    for granted in granted_permissions(overlay).values():
-        assert {resource for _, resource, _ in granted} == {"pods", "pods/log", "events"}, "no secrets, no exec"
+    for permissions in granted.values():
+        assert {resource for _, resource, _ in permissions} == {"pods", "pods/log", "events"}, "no secrets, no exec"
+    creators = {name for (_, name), permissions in granted.items() if ("create", "pods", "any") in permissions}
+    assert creators == {"airflow-scheduler"}
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "production"])
@@ -66,6 +69,24 @@ def test_the_namespace_takes_restricted_pods_alone(overlay: str) -> None:
     (namespace,) = documents_of_kind(overlay, "Namespace")
     labels = namespace["metadata"]["labels"]
     assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {"restricted"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_upgrade_of_the_cluster_does_not_change_which_pods_the_namespace_takes(overlay: str) -> None:
+    (namespace,) = documents_of_kind(overlay, "Namespace")
+    labels = namespace["metadata"]["labels"]
+    versions = {labels[f"pod-security.kubernetes.io/{mode}-version"] for mode in ("enforce", "audit", "warn")}
+    assert versions == {"v1.30"}, "docs/deploy.md: the oldest Kubernetes that it is for"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_that_is_applied_again_changes_nothing(overlay: str) -> None:
+    """The API server drops a false `globalDefault` and adds a rule's `scope`: kubectl would see a change each time."""
+    for priority in documents_of_kind(overlay, "PriorityClass"):
+        assert priority.get("globalDefault") is not False
+    for policy in documents_of_kind(overlay, "ValidatingAdmissionPolicy"):
+        for rule in policy["spec"]["matchConstraints"]["resourceRules"]:
+            assert rule["scope"] == "*"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -194,7 +215,7 @@ def test_pods_give_way_to_services_and_still_get_nodes_made_for_them(name: str) 
     (priority,) = documents_of_kind(name, "PriorityClass")
     assert -10 <= priority["value"] < 0, "below -10 Cluster Autoscaler makes no node"
     assert priority["preemptionPolicy"] == "Never"
-    assert priority["globalDefault"] is False
+    assert "globalDefault" not in priority
 
 
 def counted_resources(name: str, step: graph.Step, memory_gib: float | None = None) -> dict[str, Decimal]:
@@ -332,7 +353,7 @@ def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() 
 def test_the_fault_drill_names_tests_that_exist() -> None:
     page = (ROOT.parent / "docs" / "fault-drill.md").read_text()
     files = {ROOT.parent / name for name in re.findall(r"`(tests/[\w/]+\.py)`", page)}
-    assert len(files) == 11
+    assert len(files) == 13
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 10

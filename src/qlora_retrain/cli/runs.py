@@ -147,6 +147,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _write_memory(plan: Plan, requests: list[list[str]]) -> None:
     """Write the memory of steps' pods; each request is a step, the most GiB that its pod may get, and a file."""
+    from qlora_retrain.config.cluster_profile import quantity
     from qlora_retrain.pipeline import kfp_outputs, pod_sizes
     from qlora_retrain.pipeline.forecast import NotEstimated
 
@@ -158,7 +159,7 @@ def _write_memory(plan: Plan, requests: list[list[str]]) -> None:
     for step, text, path in requests:
         max_gib = float(text)
         memory_gib = min(sizes[step].memory_gib, max_gib) if sizes else max_gib
-        kfp_outputs.write_file(Path(path), f"{memory_gib:g}Gi")
+        kfp_outputs.write_file(Path(path), quantity(memory_gib))
 
 
 def _line(args: argparse.Namespace) -> Path | str:

@@ -10,6 +10,7 @@ Environment: `QLORA_RETRAIN_PROFILE`, the file that Airflow uses.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 from pathlib import Path
@@ -152,6 +153,9 @@ class ClusterProfile(ImagesConfig):
     )
     # GPUs.
     gpu_pool: Name | None = operational(None, "Airflow: the pool that counts GPUs in use; null: no pool")
+    local_queue: Namespace | None = operational(
+        None, "Airflow: the LocalQueue of Kueue in which every pod waits for its turn; null: none"
+    )
     gpu_resource: LabelKey | None = operational("nvidia.com/gpu", "the resource name of a GPU; null: no GPUs")
     gpu_card: CardName | None = operational(
         None, "the card of the GPU nodes, e.g. h100: a plan estimates for it; null: platform.yaml's runtime.gpu"
@@ -243,6 +247,11 @@ class ClusterProfile(ImagesConfig):
     def pod(self, step: Step) -> PodConfig:
         """Return the resources that a step's pod requests."""
         return self.gpu if self.gpus(step) else {"light": self.light, "train": self.train}[step.image]
+
+
+def quantity(gib: float) -> str:
+    """Write an amount as the cluster does: in whole GiB or, rounded up, in whole MiB."""
+    return f"{gib:g}Gi" if gib == int(gib) else f"{math.ceil(gib * 1024)}Mi"
 
 
 def from_environment() -> ClusterProfile:

@@ -84,6 +84,13 @@ class RuntimeConfig(ImagesConfig):
     max_step_hours: float = operational(
         24.0, "a step other than training is stopped after this long, and the run ends (12)", gt=0.0, le=720.0
     )
+    max_queue_hours: float = operational(
+        72.0,
+        "kubernetes: for how long a pod may wait behind scheduling gates, as in a queue of Kueue; then the run ends "
+        "(12)",
+        gt=0.0,
+        le=8760.0,
+    )
     gpu: CardName | None = operational(
         None, "the card of the machines that train: a plan estimates for it; null: for this machine's memory"
     )

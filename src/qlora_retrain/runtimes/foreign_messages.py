@@ -16,8 +16,13 @@ OTHER_VOLUME_FULL = re.compile("EmptyDir volume .* exceeds")
 MISSING_SECRET = re.compile('(secret|configmap) "[^"]*" not found')
 
 # The API server answers 403 to all of these: the quota, the account's permissions, and everything else that refuses.
-QUOTA_EXCEEDED = re.compile("exceeded quota")
+# It knows no "status" of a quota that has just been created.
+QUOTA_EXCEEDED = re.compile("exceeded quota|status unknown for quota")
 NOT_PERMITTED = re.compile('User ".* cannot ')
+
+# What the kubelet says in the place of a step's output: as its log (with HTTP status 200), or as its last message.
+LOG_IS_GONE = re.compile(r"unable to retrieve container logs for \S+|failed to try resolving symlinks in path ")
+NOT_OF_THE_STEP = re.compile(f"(?:{LOG_IS_GONE.pattern}|The container could not be located when the pod was )")
 
 # Podman answers 500 instead of 404 while a container is being removed.
 CONTAINER_GONE = re.compile("no such container")

@@ -38,7 +38,9 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         force_deleted: The pods that were deleted with a grace period of 0.
         waits_for_kubelet: New pods outlive their deletion until `finish_deletions`, as a pod does that saves its work.
         logs_fail: Answer 500 to requests for logs.
+        logs_hang: Answer requests for logs never, as where a kubelet is silent.
         rejections: HTTP method -> (status, message) to answer instead of doing it.
+        rejection_counts: HTTP method -> how many requests are still rejected; without an entry, all are.
     """
 
     def __attrs_post_init__(self) -> None:
@@ -47,8 +49,9 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         self.logs: dict[str, str] = {}
         self.force_deleted: list[str] = []
         self.waits_for_kubelet = False
-        self.logs_fail = False
+        self.logs_fail = self.logs_hang = False
         self.rejections: dict[str, tuple[int, str]] = {}
+        self.rejection_counts: dict[str, int] = {}
 
     async def _handle(self, request: Any) -> Any:
         resource = request.resource.plural + (f"/{request.subresource}" if request.subresource else "")
@@ -58,15 +61,27 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         if request.headers.get("User-Agent") != TEST_USER_AGENT:
             self.used_verbs.add((verb, resource))
 
-        if method in self.rejections:
+        if method in self.rejections and self.rejection_counts.get(method, 1) > 0:
             status, message = self.rejections[method]
+            if method in self.rejection_counts:
+                self.rejection_counts[method] -= 1
             return await self._render_error(kmock.KubernetesError(status=status, reason="Refused", message=message))
         if resource == "pods/log" and self.logs_fail:
             return await self._render_error(kmock.KubernetesError(status=500, reason="Refused", message="no route"))
 
+        if resource == "pods/log" and self.logs_hang:
+            await asyncio.Event().wait()
+        since_seconds = int((request.params or {}).get("sinceSeconds", "1"))
+        if resource == "pods/log" and since_seconds < 1:
+            message = f"sinceSeconds: Invalid value: {since_seconds}: must be greater than 0"
+            return await self._render_error(kmock.KubernetesError(status=422, reason="Invalid", message=message))
+
         # The API server answers 400 for the log of a container that has not started.
         if resource == "pods/log":
             pod = self.objects[kmock.resource("v1/pods"), request.namespace, request.name]
+            if "status" not in pod:
+                message = f'pods "{request.name}" not found'
+                return await self._render_error(kmock.KubernetesError(status=404, reason="NotFound", message=message))
             if "containerStatuses" not in pod["status"]:
                 message = f'container "base" in pod "{request.name}" is waiting to start'
                 return await self._render_error(kmock.KubernetesError(status=400, reason="BadRequest", message=message))
@@ -167,19 +182,35 @@ class FakeCluster:
         """Show that the pod's container cannot be started."""
         self._container({"waiting": {"reason": reason, "message": message}}, phase="Pending")
 
-    def add_warning(self, reason: str, message: str, *, minutes: float = 0, uid: str = "") -> None:
-        """Record a warning event of the pod, so many minutes ago; `uid` makes it one of an earlier pod of its name."""
+    def add_event(
+        self, reason: str, message: str, *, minutes: float = 0, uid: str = "", event_type: str = "Warning"
+    ) -> None:
+        """Record an event of the pod, so many minutes ago; `uid` makes it one of an earlier pod of its name."""
         metadata = self.pod()["metadata"]
         involved = {"kind": "Pod", "name": metadata["name"], "namespace": NAMESPACE, "uid": uid or metadata["uid"]}
         body = {
             "metadata": {"name": uuid.uuid4().hex, "namespace": NAMESPACE},
             "involvedObject": involved,
-            "type": "Warning",
+            "type": event_type,
             "reason": reason,
             "message": message,
             "lastTimestamp": ago(minutes),
         }
         self.api.create_namespaced_event(NAMESPACE, body)
+
+    def gate(self, name: str, hours: float) -> None:
+        """Hold a pod back that was created so many hours ago, as Kueue does."""
+        condition = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}
+        body = {
+            "metadata": {"creationTimestamp": ago(hours * 60)},
+            "spec": {"schedulingGates": [{"name": "kueue.x-k8s.io/admission"}]},
+            "status": {"conditions": [condition]},
+        }
+        self.api.patch_namespaced_pod(name, NAMESPACE, body)
+
+    def admit(self, name: str) -> None:
+        """Let the scheduler look for a node for the pod."""
+        self.api.patch_namespaced_pod(name, NAMESPACE, {"spec": {"schedulingGates": None}})
 
     def start_container(self) -> None:
         """Start the pod's container."""

@@ -83,9 +83,11 @@ def plan(plan_in: Callable[..., Plan], tmp_path: Path) -> Plan:
 @pytest.fixture
 def make_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make a step's task afresh, as every process does that runs a part of it."""
-    from qlora_retrain.runtimes.airflow import kubernetes
+    from qlora_retrain.runtimes.airflow import kubernetes, pod_step
+    from qlora_retrain.runtimes.kubernetes import pod_api
 
-    monkeypatch.setattr(kubernetes, "_POLL_INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(pod_step, "_POLL_INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(pod_api, "_PAUSES_WHILE_REFUSED_SECONDS", (0, 0))
 
     def make(name: str = "validate_data", **cluster: object) -> Any:
         profile = load_profile(project_root() / "manifests" / "profiles" / "gpu.yaml")

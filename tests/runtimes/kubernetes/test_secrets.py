@@ -64,46 +64,54 @@ def test_no_credential_is_in_a_pod_a_trigger_a_log_or_a_rendered_template(
     assert {place for place, text in places.items() if "canary" in text} == set()
 
 
-def test_the_operator_uses_what_its_role_allows_and_nothing_else(
+def allowed_verbs(role_name: str) -> set[tuple[str, str]]:
+    """Return the (verb, resource) pairs of one of Airflow's roles."""
+    documents = yaml.safe_load_all((project_root() / "manifests" / "base" / "rbac.yaml").read_text())
+    (role,) = [d for d in documents if (d["kind"], d["metadata"]["name"]) == ("Role", role_name)]
+    return {(verb, resource) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+
+
+def test_the_tasks_and_the_triggerer_use_what_their_roles_allow_and_nothing_else(
     cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any]
 ) -> None:
     # A pod that fails, one that does not start in time, and one that is killed: together they use every permission.
+    tasks, triggerer = set[tuple[str, str]](), set[tuple[str, str]]()
+    cluster.emulator.used_verbs = tasks
     deferred = run_until_deferred(make_task(), task_context(plan))
     cluster.end_container(75)
-    failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
+    event = {"status": "failed", "name": deferred.trigger.pod_name, "namespace": "qlora-retrain"}
+    failure_of(lambda: make_task().resume_execution(deferred.method_name, {"event": event}, task_context(plan)))
 
     deferred = run_until_deferred(make_task(), task_context(plan, try_number=2))
-    event = {
-        "status": "timeout",
-        "name": deferred.trigger.pod_name,
-        "namespace": "qlora-retrain",
-        "message": "too long",
-    }
+    event = {**event, "status": "timeout", "message": "too long"}
     failure_of(
         lambda: make_task().resume_execution(deferred.method_name, {"event": event}, task_context(plan, try_number=2))
     )
 
     deferred = run_until_deferred(make_task(), task_context(plan, try_number=3))
+    cluster.emulator.used_verbs = triggerer
 
-    async def kill_while_waiting() -> None:
+    async def follow_until(verb: tuple[str, str]) -> None:
         trigger = rebuild_trigger(deferred)
+        trigger.logging_interval = 0.1  # seconds
         event = asyncio.create_task(anext(trigger.run()))
-        while ("watch", "events") not in cluster.emulator.used_verbs and not event.done():
+        while verb not in triggerer and not event.done():
             await asyncio.sleep(0.1)
         event.cancel()
         await asyncio.wait([event])
         await trigger.on_kill()
 
-    asyncio.run(kill_while_waiting())
+    asyncio.run(follow_until(("watch", "events")))
+    cluster.emulator.used_verbs = tasks
+    deferred = run_until_deferred(make_task(), task_context(plan, try_number=4))
+    cluster.start_container()
+    cluster.emulator.used_verbs = triggerer
+    asyncio.run(follow_until(("get", "pods/log")))
 
-    role = next(
-        document
-        for document in yaml.safe_load_all((project_root() / "manifests" / "base" / "rbac.yaml").read_text())
-        if document["kind"] == "Role"
-    )
-    allowed = {(v, r) for rule in role["rules"] for r in rule["resources"] for v in rule["verbs"]}
-    assert cluster.emulator.used_verbs - allowed == set(), "forbidden in a real cluster"
-    assert allowed - cluster.emulator.used_verbs == set(), "more than it needs"
+    for used, role in ((tasks, "qlora-retrain-tasks"), (triggerer, "qlora-retrain-triggerer")):
+        assert used - allowed_verbs(role) == set(), "forbidden in a real cluster"
+        assert allowed_verbs(role) - used == set(), "more than it needs"
+    assert ("create", "pods") not in allowed_verbs("qlora-retrain-triggerer"), "whoever creates pods runs any image"
 
 
 def test_every_step_has_a_pod_name_that_is_a_host_name() -> None:

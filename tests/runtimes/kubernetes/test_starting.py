@@ -31,7 +31,7 @@ def test_an_image_that_cannot_be_pulled_is_named_and_its_pod_removed(
     assert cluster.pods() == []
 
 
-@pytest.mark.parametrize("reason", ["InvalidImageName", "CreateContainerConfigError", "CreateContainerError"])
+@pytest.mark.parametrize("reason", ["InvalidImageName", "CreateContainerConfigError"])
 def test_a_container_that_can_never_be_made_fails_now(
     cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], reason: str
 ) -> None:
@@ -77,6 +77,39 @@ def test_a_pod_that_no_node_takes_is_removed_with_the_schedulers_words(
     assert cluster.pods() == []
 
 
+@pytest.mark.parametrize("hours", [60, 80], ids=["its turn may come", "too long"])
+def test_a_pod_in_a_queue_waits_for_its_turn_and_costs_no_try_until_it_is_too_long(
+    cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], hours: float
+) -> None:
+    task = make_task(local_queue="team-a")
+    deferred = run_until_deferred(task, task_context(plan))
+    assert cluster.pod()["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert deferred.timeout.total_seconds() > (72 + 24) * 3600, "max_queue_hours and max_step_hours"
+    cluster.gate(deferred.trigger.pod_name, hours)
+
+    if hours > 72:
+        assert fail_by_startup_timeout(deferred, make_task(local_queue="team-a"), task_context(plan)) == (
+            "config or usage error (12): the pod waited behind its scheduling gates (kueue.x-k8s.io/admission) for "
+            "longer than runtime.max_queue_hours; raise that in platform.yaml, or ask who runs the queue",
+            False,
+        )
+        assert cluster.pods() == []
+        return
+
+    async def event_status() -> str:
+        trigger = rebuild_trigger(deferred)
+        trigger.schedule_timeout = trigger.startup_timeout = 1  # second
+        event = asyncio.create_task(anext(trigger.run()))
+        await asyncio.sleep(2)
+        assert not event.done(), "it waits on"
+        cluster.admit(deferred.trigger.pod_name)
+        cluster.end_container(75)
+        return str((await asyncio.wait_for(event, 20)).payload["status"])
+
+    assert asyncio.run(event_status()) == "failed"
+    assert cluster.created_count() == 1
+
+
 @pytest.mark.parametrize("kind", ["secret", "configmap"])
 def test_a_secret_that_is_missing_fails_when_the_time_to_start_is_over_and_is_named(
     cluster: FakeCluster, plan: Plan, make_task: Callable[..., Any], kind: str
@@ -85,8 +118,8 @@ def test_a_secret_that_is_missing_fails_when_the_time_to_start_is_over_and_is_na
     cluster.set_status(deferred.trigger.pod_name, conditions=[{"type": "PodScheduled", "status": "True"}])
     cluster.set_waiting("ContainerCreating", "")
     missing = f'MountVolume.SetUp failed for volume "secret-0" : {kind} "qlora-retrain-store" not found'
-    cluster.add_warning("FailedMount", missing, minutes=2)
-    cluster.add_warning("FailedMount", "Unable to attach or mount volumes: timed out waiting for the condition")
+    cluster.add_event("FailedMount", missing, minutes=2)
+    cluster.add_event("FailedMount", "Unable to attach or mount volumes: timed out waiting for the condition")
     message, is_retried = fail_by_startup_timeout(deferred, make_task(), task_context(plan))
     assert message == f"config or usage error (12): the pod did not start: FailedMount: {missing}"
     assert (is_retried, cluster.pods()) == (False, [])
@@ -99,9 +132,9 @@ def test_a_pod_that_takes_too_long_to_start_is_removed_with_the_clusters_last_wa
     cluster.set_status(deferred.trigger.pod_name, conditions=[{"type": "PodScheduled", "status": "True"}])
     cluster.set_waiting("ContainerCreating", "")
     # Of three warnings one is older than another, and one is about an earlier pod.
-    cluster.add_warning("FailedAttachVolume", "the disk is on another node", minutes=2)
-    cluster.add_warning("FailedScheduling", "no room", minutes=20)
-    cluster.add_warning("FailedMount", 'secret "x" not found', uid="of an earlier pod of this name")
+    cluster.add_event("FailedAttachVolume", "the disk is on another node", minutes=2)
+    cluster.add_event("FailedScheduling", "no room", minutes=20)
+    cluster.add_event("FailedMount", 'secret "x" not found', uid="of an earlier pod of this name")
     message, is_retried = fail_by_startup_timeout(deferred, make_task(), task_context(plan))
     assert message.startswith("try again (75): Pod took too long to start.")
     assert message.endswith("; FailedAttachVolume: the disk is on another node")

@@ -9,7 +9,6 @@ Environment: `DOCKER_HOST`, the engine's socket; and the variables that `contain
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import subprocess
 import sys
 import time
@@ -23,12 +22,11 @@ from docker.types import DeviceRequest, Mount
 
 from qlora_retrain.config import platform
 from qlora_retrain.core import errors, graph, uris
-from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.pipeline import access
 from qlora_retrain.runtimes import credentials, foreign_messages
 from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
-from qlora_retrain.runtimes.docker import cleanup, container_spec
+from qlora_retrain.runtimes.docker import cleanup, container_ending, container_spec
 from qlora_retrain.storage.keys import KEYS_VARIABLE, step_role
 from qlora_retrain.storage.local import LOCK_FILE
 
@@ -70,12 +68,8 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 f"the container engine at {self.docker_url} failed: {error}", cause=Cause.THROTTLED
             ) from error
 
-        ending = Ending.from_process(self.step, exit_code, output.ending, output.last_lines)
-        if exit_code == errors.Exit.OUT_OF_MEMORY and output.ending is None:
-            # Engines report no reason for 137. If the step wrote no ending, it was most likely killed for memory.
-            limit = f"runtime.memory_gib is {self.runtime.memory_gib:g}" if self.runtime.memory_gib else "the machine's"
-            reason = f"killed, probably for its memory (limit: {limit}); last output: {output.last_lines}"
-            ending = dataclasses.replace(ending, reason=reason)
+        limit = f"runtime.memory_gib is {self.runtime.memory_gib:g}" if self.runtime.memory_gib else "the machine's"
+        ending = container_ending.read_ending(self.step, exit_code, output.ending, output.last_lines, limit)
         if exit_code != errors.Exit.DONE:
             fail_task(context, ending)
 

@@ -25,7 +25,7 @@ from typing import Any
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl.base_component import BaseComponent
 
-from qlora_retrain.config.cluster_profile import DEFAULT_DISK_GIB, ClusterProfile, PodConfig
+from qlora_retrain.config.cluster_profile import DEFAULT_DISK_GIB, ClusterProfile, PodConfig, quantity
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step
 from qlora_retrain.pipeline import code_identity
@@ -193,8 +193,8 @@ def _name_outputs(function: Callable[..., dsl.ContainerSpec], names: list[str]) 
 def _memory_without_plan(pod: PodConfig) -> str | None:
     """Return the memory that the profile gives a pod whatever the plan says; None: no limit."""
     if pod.memory_gib == "auto":
-        return f"{min(LIGHT_TASK_GIB, pod.max_memory_gib or LIGHT_TASK_GIB):g}Gi"
-    return f"{pod.memory_gib:g}Gi" if pod.memory_gib else None
+        return quantity(min(LIGHT_TASK_GIB, pod.max_memory_gib or LIGHT_TASK_GIB))
+    return quantity(pod.memory_gib) if pod.memory_gib else None
 
 
 def _configure_task(
@@ -235,7 +235,7 @@ def _configure_task(
     # Not a persistent volume claim: a new disk belongs to root, and KFP has no setting for `fsGroup`.
     # Its size is fixed when the pipeline is compiled, so `auto` is the default here.
     disk_gib = DEFAULT_DISK_GIB if profile.disk_gib == "auto" else profile.disk_gib
-    kubernetes.empty_dir_mount(task, "work", container_spec.WORK_DIR, size_limit=f"{disk_gib:g}Gi")
+    kubernetes.empty_dir_mount(task, "work", container_spec.WORK_DIR, size_limit=quantity(disk_gib))
 
     for label, value in pod.node_selector.items():
         kubernetes.add_node_selector(task, label, value)

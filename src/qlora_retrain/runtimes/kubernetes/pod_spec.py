@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kubernetes.client import models as k8s
 
-from qlora_retrain.config.cluster_profile import DEFAULT_DISK_GIB
+from qlora_retrain.config.cluster_profile import DEFAULT_DISK_GIB, quantity
 from qlora_retrain.core import graph
 from qlora_retrain.core.graph import Step
 from qlora_retrain.runtimes import credentials
@@ -29,6 +29,7 @@ GRACE_PERIOD_SECONDS = 120
 CACHE_DIR = "/cache"
 # An autoscaler that consolidates nodes must not evict a running step: each eviction costs one of its few tries.
 ANNOTATIONS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # Kueue holds back a pod with it until the queue has room
 LABELS = {"app.kubernetes.io/name": "qlora-retrain"}  # the network policies select pods by it
 _TMP_GIB = 1
 _LOG_GIB = 1  # the container's output is on the node's disk; by default a kubelet keeps 50 MiB of it
@@ -70,7 +71,7 @@ def operator_arguments(step: Step, line: str, profile: ClusterProfile, runtime: 
     return {
         "namespace": profile.namespace,
         "image": image,
-        "labels": labels(step.name, line),
+        "labels": labels(step.name, line, profile),
         "annotations": ANNOTATIONS,
         "env_vars": [k8s.V1EnvVar(name=name, value=value) for name, value in variables.items()],
         "container_resources": resource_requirements(step, profile, runtime),
@@ -91,9 +92,10 @@ def operator_arguments(step: Step, line: str, profile: ClusterProfile, runtime: 
     }
 
 
-def labels(step: str, line: str) -> dict[str, str]:
-    """Return the labels by which a pod can be found without its name."""
-    return {**LABELS, container_spec.STEP_LABEL: step, "qlora-retrain.line": line}
+def labels(step: str, line: str, profile: ClusterProfile) -> dict[str, str]:
+    """Return the labels by which a pod can be found without its name, and that of its queue."""
+    queue = {QUEUE_LABEL: profile.local_queue} if profile.local_queue else {}
+    return {**LABELS, container_spec.STEP_LABEL: step, "qlora-retrain.line": line, **queue}
 
 
 def resource_requirements(
@@ -113,11 +115,11 @@ def resource_requirements(
     if cpus:
         requests["cpu"] = f"{cpus:g}"  # without a limit, so that a step may use the node's idle cores
     if memory:
-        requests["memory"] = limits["memory"] = f"{memory:g}Gi"
+        requests["memory"] = limits["memory"] = quantity(memory)
 
     # Space on the node's disk, which the scheduler counts. Without this entry the namespace's default would apply.
     disk_gib = 0 if profile.storage_class else _work_volume_gib(profile, runtime)
-    requests["ephemeral-storage"] = limits["ephemeral-storage"] = f"{disk_gib + _TMP_GIB + _LOG_GIB:g}Gi"
+    requests["ephemeral-storage"] = limits["ephemeral-storage"] = quantity(disk_gib + _TMP_GIB + _LOG_GIB)
 
     if gpus := profile.gpus(step):
         assert profile.gpu_resource is not None
@@ -163,7 +165,7 @@ def _work_volume_gib(profile: ClusterProfile, runtime: RuntimeConfig) -> float:
 def _volumes(
     step: Step, profile: ClusterProfile, runtime: RuntimeConfig, key_secret: str | None
 ) -> list[tuple[k8s.V1Volume, k8s.V1VolumeMount]]:
-    size = f"{_work_volume_gib(profile, runtime):g}Gi"
+    size = quantity(_work_volume_gib(profile, runtime))
     # A volume of its own, or a folder on the node's disk whose limit the kubelet enforces.
     if profile.storage_class:
         claim = k8s.V1PersistentVolumeClaimSpec(
@@ -176,7 +178,7 @@ def _volumes(
     else:
         work = k8s.V1Volume(name="work", empty_dir=k8s.V1EmptyDirVolumeSource(size_limit=size))
 
-    volumes = [(work, container_spec.WORK_DIR, False), (_empty_dir("tmp", f"{_TMP_GIB}Gi"), "/tmp", False)]  # noqa: S108
+    volumes = [(work, container_spec.WORK_DIR, False), (_empty_dir("tmp", quantity(_TMP_GIB)), "/tmp", False)]  # noqa: S108
 
     # Data loaders and NCCL exchange tensors through shared memory, of which a pod has 64 MiB by default.
     if profile.gpus(step):
