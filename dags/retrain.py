@@ -29,7 +29,7 @@ from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow import notifications, params
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 from qlora_retrain.runtimes.airflow.step_tasks import step_operator
 
@@ -60,6 +60,7 @@ def line_dag(path: Path) -> DAG:
         dagrun_timeout=deadlines.run_timeout(config),
         catchup=False,
         tags=["qlora-retrain"],
+        **notifications.dag_arguments(config.line, deadlines.run_timeout(config)),
     )
 
     plan = PlanOperator(
@@ -76,6 +77,7 @@ def line_dag(path: Path) -> DAG:
     # The steps that read only sources have no upstream step; they wait for the plan.
     for step in STEPS:
         tasks[step.name].set_upstream([tasks[name] for name in upstream_steps(step) or (PLAN_TASK,)])
+    notifications.add_tasks(dag, config.line, last=tasks[STEPS[-1].name])
     return dag
 
 
@@ -92,7 +94,10 @@ def broken_dag(dag_id: str, reason: str, schedule: CronTriggerTimetable | None) 
         dagrun_timeout=timedelta(hours=1),
         tags=["qlora-retrain", "broken"],
     )
-    BrokenLineOperator(task_id=PLAN_TASK, reason=reason, dag=dag)
+    plan = BrokenLineOperator(task_id=PLAN_TASK, reason=reason, dag=dag)
+    # Where platform.yaml cannot be used, which is the reason then, nobody is named in it.
+    with contextlib.suppress(UsageError):
+        notifications.add_tasks(dag, dag_id, last=plan)
     return dag
 
 

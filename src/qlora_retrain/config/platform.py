@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.gpus import CardName, GpuConfig
+from qlora_retrain.config.notify import HookConfig, LineName, NotifyConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, source_access
 from qlora_retrain.core.errors import UsageError
@@ -27,7 +28,6 @@ from qlora_retrain.core.source_access import SourceAccess
 PLATFORM_VARIABLE = "QLORA_RETRAIN_PLATFORM"
 # Each ends with a slash, as a reminder that it is compared by whole parts.
 SourcePrefix = Annotated[str, AfterValidator(lambda prefix: f"{source_access.canonical(prefix).rstrip('/')}/")]
-LineName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$")]
 # With `auto` a pod gets what the planner estimates for its step, when the pod is created.
 MemoryGib = Annotated[float, Field(gt=0.0, le=4096)] | Literal["auto"]
 DiskGib = Annotated[float, Field(gt=0.0, le=65_536)] | Literal["auto"]
@@ -91,6 +91,19 @@ class RuntimeConfig(ImagesConfig):
         gt=0.0,
         le=8760.0,
     )
+    deadline_hours: float | None = operational(
+        None,
+        "Airflow: a run that has not ended so long after it was queued is reported to `notify`; null: once its tasks "
+        "have used up all of their time",
+        gt=0.0,
+        le=8760.0,
+    )
+    pause_after_failures: int | None = operational(
+        None,
+        "Airflow: the line is paused after so many failed runs in a row, and refused ones count as failed; null: never",
+        ge=1,
+        le=1000,
+    )
     gpu: CardName | None = operational(
         None, "the card of the machines that train: a plan estimates for it; null: for this machine's memory"
     )
@@ -130,11 +143,23 @@ class PlatformConfig(Section):
     labs: tuple[LineName, ...] = operational(
         (), "lines that Airflow may train with several settings: each has a DAG LINE-lab, started by hand"
     )
+    notify: tuple[NotifyConfig, ...] = operational((), "Airflow: who is told how a run ended, by which connection")
+    hooks: tuple[HookConfig, ...] = operational(
+        (), "Airflow: servers that are told to load the new model, after `production` moved"
+    )
     _origin: Path | None = PrivateAttr(None)
 
     def runtime_of(self, line: str) -> RuntimeConfig:
         """Return where the steps of a line run."""
         return self.lines.get(line, self.runtime)
+
+    def notify_of(self, line: str) -> tuple[NotifyConfig, ...]:
+        """Return who is told of a line's runs."""
+        return tuple(entry for entry in self.notify if entry.line in ("*", line))
+
+    def hooks_of(self, line: str) -> tuple[HookConfig, ...]:
+        """Return the servers that load a line's models."""
+        return tuple(entry for entry in self.hooks if entry.line in ("*", line))
 
     def access(self, root: str | None = None, own_folder: Path | None = None) -> SourceAccess:
         """Return what a line may read.

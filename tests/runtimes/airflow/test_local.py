@@ -476,7 +476,10 @@ def test_the_asset_event_is_emitted_only_for_a_new_version(
     step_task("publish").execute(context)
     event = events_of(context)[0]
     assert event.dest_asset_key.uri == f"{plan.root}/models/tickets"
-    assert event.extra == {"version": "v1", "published": True, "moved": False}
+    assert event.extra == {
+        "version": "v1", "published": True, "moved": False, "alias": None, "metrics": {},
+        "key": plan.step("publish").key, "run": plan.run_id,
+    }  # fmt: skip
 
     first_try, second_try = (
         dag_run_context(context["dag_run"].run_id),

@@ -91,7 +91,7 @@ class KubernetesStepOperator(PodStepOperator):
         from qlora_retrain.pipeline.plan import Plan
 
         try:
-            plan = Plan.load(plan_uri(context))
+            self.plan = plan = Plan.load(plan_uri(context))
             self.prepare_pod(plan.uri, plan.step(self.step).key, plan.run_id)
             try:
                 self._handle_event(plan, context, event)

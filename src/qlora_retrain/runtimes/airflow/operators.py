@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from airflow.sdk import Asset, AssetAlias, BaseOperator
+from airflow.sdk import AssetAlias, BaseOperator
 from airflow.sdk.exceptions import (
     AirflowException,
     AirflowFailException,
@@ -32,7 +32,7 @@ from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow import lineage, params
 from qlora_retrain.runtimes.airflow.dag_run import (
     is_of_lab,
     own_run_id,
@@ -161,6 +161,8 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         self.plans_key = plans_key
         # Further arguments of the step's command line; `execute` sets them.
         self.step_arguments: list[str] = []
+        # The run's plan, once this process has read it.
+        self.plan: Plan | None = None
 
     def pre_execute(self, context: Context) -> None:
         """Give this try the time that the run's plan says, whose budget may differ from the line's."""
@@ -188,7 +190,7 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         from qlora_retrain.pipeline.plan import Plan
 
         try:
-            plan = Plan.load(plan_uri(context))
+            self.plan = plan = Plan.load(plan_uri(context))
             # Task 0 made the plan, and what this task was made for is not taken from it.
             plan.refuse_other(line=self.line, root=store_root(), alias=self.alias)
             self.step_arguments = ["--line", self.line, "--root", plan.root]
@@ -215,6 +217,10 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         except AirflowTaskTimeout:
             self.stop_step()
             fail_task(context, deadlines.ending(self.step, self.execution_timeout))
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """Return what the step read and made; OpenLineage's provider calls this at the end, where it is installed."""
+        return lineage.of_step(self.plan, self.step) if self.plan else None
 
     def _clear_earlier_ending(self, plan: Plan) -> None:
         """Remove how an earlier try ended, now that another begins.
@@ -262,9 +268,8 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
 
         numbers = status.numbers(plan, self.step)
         if numbers.get("published") or numbers.get("moved"):
-            asset = Asset(f"{plan.root}/models/{plan.line}", group="model")
-            extra: dict[str, Any] = {name: numbers.get(name) for name in ("version", "published", "moved")}
-            context["outlet_events"][AssetAlias(self.line)].add(asset, extra=extra)
+            extra = lineage.model_extra(plan, numbers)
+            context["outlet_events"][AssetAlias(self.line)].add(lineage.model_asset(plan), extra=extra)
 
 
 def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) -> NoReturn:

@@ -8,6 +8,7 @@ from qlora_retrain.config import platform
 from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core.graph import Step
 from qlora_retrain.runtimes import deadlines
+from qlora_retrain.runtimes.airflow import lineage
 from qlora_retrain.runtimes.airflow.local import LocalStepOperator
 from qlora_retrain.runtimes.airflow.operators import StepOperator
 
@@ -28,6 +29,7 @@ def step_operator(step: Step, config: LineConfig, line: str | None = None) -> tu
         "line": line,
         "alias": config.publish.promote_to,
         "execution_timeout": deadlines.line_timeout(config, step.name),
+        "inlets": lineage.inlets(step, config),
     }
 
     # Imported only where a line uses them, because DAG files are parsed again and again and providers import slowly.
