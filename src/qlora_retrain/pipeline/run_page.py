@@ -5,12 +5,12 @@ Command: `qlora-retrain status RUN --page FILE`
 
 from __future__ import annotations
 
-from qlora_retrain.core import graph, hashing, html, progress
+from qlora_retrain.core import graph, html, progress
 from qlora_retrain.core.endings import Ending
-from qlora_retrain.core.errors import describe, is_refusal
+from qlora_retrain.core.errors import IntegrityError, describe, is_refusal
 from qlora_retrain.pipeline import run_endings, status
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, open_store
+from qlora_retrain.storage import artifact, open_store, verified_files
 from qlora_retrain.storage.artifact import Manifest
 
 
@@ -83,23 +83,29 @@ def last_failure(plan: Plan, step_name: str) -> Ending | None:
     return ending if ending is not None and ending.code else None
 
 
-def step_page(plan: Plan, step_name: str) -> str | None:
+def step_report(plan: Plan, step_name: str) -> bytes | None:
     """Read the report that a step wrote, checked against its manifest; None where there is none.
 
     Raises:
-        IntegrityError: If its hash differs from the manifest's.
+        IntegrityError: If it is missing, or its hash differs from the manifest's.
+        UsageError: If it is too large to be shown.
     """
     manifest, name = status.find_manifest(plan, step_name), graph.step(step_name).report
-    file = next((f for f in manifest.files if f.path == name), None) if manifest else None
+    file = verified_files.find_file(manifest.files, name) if manifest and name else None
     if manifest is None or file is None:
         return None
-
     store = open_store(plan.root)
-    data: bytes = store.read(f"{manifest.prefix}/{file.path}").data
-    # The page is shown in a browser, so it is verified like every other file.
-    if hashing.sha256_bytes(data) != file.sha256:
-        raise artifact.corruption_error(store, manifest, f"{file.path}: its sha256 differs from the manifest's")
-    return data.decode()
+    try:
+        # The page is shown in a browser, so it is verified like every other file.
+        return verified_files.read_verified(store, manifest.prefix, file)
+    except IntegrityError as error:
+        raise artifact.corruption_error(store, manifest, str(error)) from error
+
+
+def step_page(plan: Plan, step_name: str) -> str | None:
+    """Return the report of a step as text, as `step_report` reads it."""
+    data = step_report(plan, step_name)
+    return None if data is None else data.decode(errors="replace")
 
 
 def decisive_page(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from qlora_retrain.core import graph
@@ -31,10 +31,14 @@ def own_run_id(context: Context) -> str:
 
     It is made from `run_after`, which every DAG run has. A run that an asset started has no logical date.
     """
+    return run_id_of(context["dag_run"])
+
+
+def run_id_of(dag_run: Any) -> str:
+    """Return the id in the store of a DAG run, as a task's context or Airflow's database has it."""
     from qlora_retrain.pipeline import plan
 
     # `run_after` and both ids stay the same when tasks are cleared, so a cleared run finds its plan.
-    dag_run = context["dag_run"]
     return plan.run_id(dag_run.run_after, dag_run.dag_id, dag_run.run_id)
 
 
