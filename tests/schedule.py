@@ -21,6 +21,7 @@ SECONDS = {
     "components/train_qlora/test_processes": 130,
     "e2e/test_pipeline": 130,
     "components/train_qlora/test_survival": 100,
+    "dags/test_moves_in_airflow": 90,
     "demo/test_standalone_airflow": 80,
     "e2e/test_verdicts": 70,
     "components/train_qlora/test_killed_for_memory": 50,
