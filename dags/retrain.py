@@ -30,10 +30,13 @@ from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
 from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import notifications, params
+from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, DAG_IDS
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
+from qlora_retrain.runtimes.airflow.request_approval import RequestApprovalOperator
 from qlora_retrain.runtimes.airflow.step_tasks import step_operator
 
 PROJECT = Path(__file__).resolve().parents[1]
+REQUEST_DOC = f"Starts `{APPROVAL_DAG}`, which asks whether the version in `staging` may become `production`."
 # Airflow gives up on this file, and so on every line, after 50 seconds. It needs four times as long for what it gets.
 READING_CPU_SECONDS = 6.0
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelines")
@@ -49,6 +52,8 @@ def line_dag(path: Path) -> DAG:
     # Otherwise a new file could take over the DAG of a line that exists.
     if path.name != f"{config.line}.yaml":
         raise UsageError(f"{path}: is of line {config.line}, whose file is {config.line}.yaml; rename one of them")
+    if config.line in DAG_IDS:
+        raise UsageError(f"{path}: line {config.line}: Airflow has another DAG of that name; give the line another one")
     dag = DAG(
         config.line,
         description=config.description,
@@ -78,6 +83,8 @@ def line_dag(path: Path) -> DAG:
     for step in STEPS:
         tasks[step.name].set_upstream([tasks[name] for name in upstream_steps(step) or (PLAN_TASK,)])
     notifications.add_tasks(dag, config.line, last=tasks[STEPS[-1].name])
+    if config.publish.approval:
+        RequestApprovalOperator(line=config.line, doc_md=REQUEST_DOC, dag=dag).set_upstream(tasks[STEPS[-1].name])
     return dag
 
 
@@ -121,7 +128,7 @@ def broken_id(path: Path) -> str:
     # Airflow refuses other characters in an id.
     name = re.sub(r"[^\w.-]", "-", path.stem)[:200]
     candidates = itertools.chain([name], (f"{name}.{path.suffix[1:]}.{i}" for i in itertools.count(1)))
-    return next(dag_id for dag_id in candidates if dag_id not in DAGS)
+    return next(dag_id for dag_id in candidates if dag_id not in {*DAGS, *DAG_IDS})
 
 
 def timetable(cron: str | None) -> CronTriggerTimetable | None:

@@ -21,6 +21,7 @@ SECONDS = {
     "components/train_qlora/test_processes": 130,
     "e2e/test_pipeline": 130,
     "components/train_qlora/test_survival": 100,
+    "dags/test_moves_in_airflow": 90,
     "demo/test_standalone_airflow": 80,
     "demo/test_postgresql": 70,
     "runtimes/airflow/test_live": 70,

@@ -1,8 +1,8 @@
 """Publish an immutable version and move its aliases.
 
 Reads the manifests of dataset, adapter, evaluation and model, and copies their files inside the store, files first and
-`manifest.json` last. Then it moves `latest` forward, and moves `publish.promote_to` if that alias still names the
-version that the verdict compared with.
+`manifest.json` last. Then it moves `latest` forward, and moves `publish.promote_to` if that alias still names what it
+named when the plan was made. With `publish.approval` it moves `staging` instead, and a person decides on production.
 Makes `release`: `release.json`, which says what was published and which aliases moved.
 Refuses (11) content that a rollback has rejected, (12) what a lab has trained, and (13) a file that this project does
 not write or that asks for code; ends with 75 where an alias has moved meanwhile.
@@ -21,7 +21,7 @@ from components.publish.documents import model_card, recipe, sbom
 from components.publish.markdown import inline, licence_text
 from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
 from qlora_retrain.config.publish import PublishConfig
-from qlora_retrain.core import graph, hashing
+from qlora_retrain.core import aliases, graph, hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
@@ -92,15 +92,20 @@ def run(
 
     refusal, moves = None, {}
     reason = f"published by run {plan.run_id}"
-    moves[registry.LATEST] = registry.move_alias(
-        store, plan.line, registry.LATEST, version, reason=reason, is_verified=True
+    moves[aliases.LATEST] = registry.move_alias(
+        store, plan.line, aliases.LATEST, version, reason=reason, is_verified=True
     )
 
-    if config.promote_to is not None:
+    alias = aliases.alias_of_run(config.promote_to, has_approval=config.approval)
+    if alias is not None:
         try:
+            # Nobody is asked about what a rollback of production has rejected.
+            if config.approval:
+                production, _ = registry.read_alias(store, plan.line, aliases.PRODUCTION)
+                registry.refuse_rejected(plan.line, aliases.PRODUCTION, production, version)
             reason = f"passed both gates in run {plan.run_id}"
-            moves[config.promote_to] = registry.move_alias(
-                store, plan.line, config.promote_to, version, reason=reason, expected=plan.target, is_verified=True
+            moves[alias] = registry.move_alias(
+                store, plan.line, alias, version, reason=reason, expected=plan.target, is_verified=True
             )
         except QualityRefused as problem:
             refusal = problem
@@ -112,8 +117,8 @@ def run(
     numbers: dict[str, Number] = {
         "version": version.version,
         "published": version.provenance["run_id"] == plan.run_id,
-        "moved": config.promote_to is not None and refusal is None and plan.target != version.version,
-        "promoted_to": config.promote_to if refusal is None else None,
+        "moved": alias is not None and refusal is None and plan.target != version.version,
+        "promoted_to": alias if refusal is None else None,
         "files": len(version.files),
         "size_mib": round(sum(f.size_bytes for f in version.files) / 2**20, 1),
     }

@@ -243,3 +243,21 @@ def test_a_template_is_the_lines_own_or_below_an_allowed_source(
         message = refusal(line_file, f"data.template={name}")
         assert "data.template: " in message
         assert "secret" not in message
+
+
+def test_a_line_with_approvers_moves_production_only_when_it_asks(line_file: Path, set_platform: SetPlatform) -> None:
+    path = set_platform(approvers={"tickets": ["bob", "carol@example.org"]})
+    assert platform.load().approvers["tickets"] == ("bob", "carol@example.org")
+    assert f"{path}: approvers of line tickets: its runs move production without asking" in refusal(line_file)
+    for override in ("publish.approval=true", "publish.promote_to=null", "publish.promote_to=canary"):
+        assert line.load(line_file, [override]).line == "tickets"
+    assert "approval is for the alias production, and promote_to is canary" in refusal(
+        line_file, "publish.approval=true", "publish.promote_to=canary"
+    )
+
+
+@pytest.mark.parametrize("names", [[], ["a b"], [""], "bob"])
+def test_approvers_are_names_of_users(set_platform: SetPlatform, names: object) -> None:
+    set_platform(approvers={"tickets": names})
+    with pytest.raises(UsageError, match=r"approvers"):
+        platform.load()

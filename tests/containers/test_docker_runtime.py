@@ -149,7 +149,7 @@ def test_a_second_try_follows_the_container_that_the_first_left(
     # The first task starts its container, and its worker dies before it can follow it.
     first = make_task()
     first.container_name = step_container_name(plan, "validate_data")
-    first.cli.start(first._create_container(plan))
+    first.cli.start(first._create_step_container(plan))
     first.cli.close()
 
     run_program_instead("print('a second one')")

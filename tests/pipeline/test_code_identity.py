@@ -212,6 +212,7 @@ UNHASHED = {
     "config.publish": "the same for the section `publish`",
     "config.quantize": "the same for the section `quantize`",
     "config.sections": "models of settings: fields and validators; the values that they let through are in the key",
+    "core.aliases": "names the alias that a run moves; a version has the same bytes, whichever it is",
     "core.bounds": "ends what takes too long or too much memory; a step that is ended so makes no artifact",
     "core.errors": "exceptions: a step that raises one makes no artifact; a refusal's text is no input of any step",
     "core.hashing": "sha256 and canonical JSON: with another one, no manifest and no key would be found any more",

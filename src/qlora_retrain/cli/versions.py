@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.visible_text import escape_controls
 
 if TYPE_CHECKING:
+    from qlora_retrain.storage.moves import Request
     from qlora_retrain.storage.store import Store
 
 
@@ -39,6 +41,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument("--alias", default="production", help="default: production")
     verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
     verb.add_argument("--override", action="store_true", help="promote content that a rollback has rejected")
+    _add_request(verb)
     verb.set_defaults(run=_promote)
 
     verb = verbs.add_parser(
@@ -47,6 +50,8 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument("line", help="the line's name")
     verb.add_argument("--alias", default="production", help="default: production")
     verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
+    verb.add_argument("--to", metavar="VERSION", help="refuse to go back to another version")
+    _add_request(verb)
     verb.set_defaults(run=_rollback)
 
     verb = verbs.add_parser("history", help="print who moved an alias of a line, and when", parents=[options.stored])
@@ -83,6 +88,17 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.set_defaults(run=_ask)
 
 
+def _add_request(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--from",
+        dest="current",
+        metavar="VERSION",
+        help="refuse if the alias names another version now; none: it names no version",
+    )
+    verb.add_argument("--request", metavar="ID", help="hexadecimal; a request that is repeated with it moves once")
+    verb.add_argument("--triggered-by", metavar="SYSTEM:NAME", help="for the audit trail, e.g. airflow:alice")
+
+
 def _pull(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import open_store, pull
     from qlora_retrain.storage.keys import read_fingerprint
@@ -111,26 +127,31 @@ def _open_store(args: argparse.Namespace) -> Store:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import registry
+    from qlora_retrain.storage import moves
 
-    # `latest` names the newest version. Moved by hand, it would be wrong until the next publication.
-    if args.alias == registry.LATEST:
-        raise UsageError(f"{registry.LATEST} names the newest version by itself; promote another alias")
-
-    store = _open_store(args)
-    release = registry.read_release(store, args.line, args.version)
-    has_moved = registry.move_alias(store, args.line, args.alias, release, reason=args.reason, override=args.override)
-    print(f"{args.line}@{args.alias}: {release.version}" + ("" if has_moved else " (already)"))
+    request = _request(args)
+    has_moved = moves.promote(_open_store(args), request, args.version, override=args.override)
+    print(f"{args.line}@{args.alias}: {args.version}" + ("" if has_moved else " (already)"))
     return 0
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import registry
+    from qlora_retrain.storage import moves
 
     # Rejected by content: the next run may make the same model again and must not promote it.
-    alias = registry.rollback(_open_store(args), args.line, args.alias, reason=args.reason)
+    alias = moves.rollback(_open_store(args), _request(args), args.to)
     print(f"{args.line}@{args.alias}: {alias.version}, generation {alias.generation}; the version it left is rejected")
     return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from qlora_retrain.storage import actor, moves
+
+    if args.request is not None and not re.fullmatch(moves.REQUEST_PATTERN, args.request):
+        raise UsageError(f"--request {args.request}: expected 12 to 64 hexadecimal digits")
+    if args.triggered_by:
+        actor.name_orchestrator(args.triggered_by)
+    return moves.Request(args.line, args.alias, args.reason, current=args.current, request_id=args.request)
 
 
 def _history(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
@@ -21,13 +21,19 @@ from qlora_retrain.config.gpus import CardName, GpuConfig
 from qlora_retrain.config.notify import HookConfig, LineName, NotifyConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, source_access
+from qlora_retrain.core.aliases import PRODUCTION
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import Image
 from qlora_retrain.core.source_access import SourceAccess
 
+if TYPE_CHECKING:
+    from qlora_retrain.config.line import LineConfig
+
 PLATFORM_VARIABLE = "QLORA_RETRAIN_PLATFORM"
 # Each ends with a slash, as a reminder that it is compared by whole parts.
 SourcePrefix = Annotated[str, AfterValidator(lambda prefix: f"{source_access.canonical(prefix).rstrip('/')}/")]
+# As Airflow's API names whoever signed in: it stands in the audit trail, where a space ends a name.
+UserName = Annotated[str, Field(pattern=r"^\S{1,250}$")]
 # With `auto` a pod gets what the planner estimates for its step, when the pod is created.
 MemoryGib = Annotated[float, Field(gt=0.0, le=4096)] | Literal["auto"]
 DiskGib = Annotated[float, Field(gt=0.0, le=65_536)] | Literal["auto"]
@@ -147,7 +153,25 @@ class PlatformConfig(Section):
     hooks: tuple[HookConfig, ...] = operational(
         (), "Airflow: servers that are told to load the new model, after `production` moved"
     )
+    approvers: dict[LineName, Annotated[tuple[UserName, ...], Field(min_length=1)]] = operational(
+        {},
+        "by a line's name: the users of Airflow who may approve and promote its versions, which then must ask "
+        "(publish.approval); a line without an entry: whoever may answer and trigger in Airflow",
+    )
     _origin: Path | None = PrivateAttr(None)
+
+    def with_approval(self, config: LineConfig) -> LineConfig:
+        """Return a line.
+
+        Raises:
+            UsageError: If it has approvers, and its runs would move production without asking them.
+        """
+        if config.line in self.approvers and not config.publish.approval and config.publish.promote_to == PRODUCTION:
+            raise UsageError(
+                f"{self._origin}: approvers of line {config.line}: its runs move production without asking; set "
+                "publish.approval: true in the line"
+            )
+        return config
 
     def runtime_of(self, line: str) -> RuntimeConfig:
         """Return where the steps of a line run."""
@@ -186,7 +210,8 @@ class PlatformConfig(Section):
         sources = (
             "wherever this user may read" if self.sources is None else f"below {', '.join(self.sources) or 'nothing'}"
         )
-        return f"{self._origin}: steps run with {settings or 'kind local'}; sources may lie {sources}"
+        approvers = f"; approvers: {', '.join(self.approvers[line])}" if line in self.approvers else ""
+        return f"{self._origin}: steps run with {settings or 'kind local'}; sources may lie {sources}{approvers}"
 
 
 def default_path() -> Path:

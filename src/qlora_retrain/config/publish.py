@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain.config import licences
 from qlora_retrain.config.fields import Section, identity, operational
-from qlora_retrain.core import uris
+from qlora_retrain.core import aliases, uris
 
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
@@ -17,6 +17,14 @@ class PublishConfig(Section):
     """What consumers see."""
 
     promote_to: Alias | None = identity("production", "alias that moves to the new version; null: only `latest`")
+    approval: bool = identity(
+        False,
+        "a run moves `staging` alone, and a person decides on `production`: in Airflow by an answer, elsewhere with "
+        "`qlora-retrain promote`",
+    )
+    approval_hours: float = operational(
+        72.0, "Airflow: a request that nobody has answered after this long is rejected", gt=0.0, le=720.0
+    )
     licence: str = identity(
         "unspecified",
         "the model's licence, for its card: SPDX, a name of the Hugging Face Hub such as llama3.1, or other",
@@ -44,6 +52,16 @@ class PublishConfig(Section):
         if value is not None:
             uris.refuse_secrets(value)
         return value
+
+    @model_validator(mode="after")
+    def _production_is_approved(self) -> PublishConfig:
+        # The verdict compares with `production`, so its move alone can be asked for by what it compared with.
+        if self.approval and self.promote_to not in (None, aliases.PRODUCTION):
+            raise ValueError(
+                f"approval is for the alias production, and promote_to is {self.promote_to}; set promote_to: "
+                "production, or approval: false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _other_has_a_name(self) -> PublishConfig:

@@ -52,11 +52,13 @@ class AirflowApi:
 
     Args:
         url: The server's base URL.
-        password: The password of `USER`; None where the server asks for none.
+        password: The user's password; None where the server asks for none.
+        user: Who signs in.
     """
 
-    def __init__(self, url: str, password: str | None = None) -> None:
+    def __init__(self, url: str, password: str | None = None, user: str = USER) -> None:
         self.url = url
+        self._user = user
         self._password = password
         self._token: str | None = None
 
@@ -98,7 +100,9 @@ class AirflowApi:
                 if error.status != 401:
                     raise
         self._token = None
-        self._token = self._send("POST", "auth/token", {"username": USER, "password": self._password})["access_token"]
+        self._token = self._send("POST", "auth/token", {"username": self._user, "password": self._password})[
+            "access_token"
+        ]
         return self._send(method, f"api/v2/{path}", body)
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:

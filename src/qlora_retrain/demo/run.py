@@ -157,7 +157,7 @@ def print_success(plan: Plan, config: LineConfig, pulled: Path) -> None:
     version = str(status.numbers(plan, graph.producer_name("release"))["version"])
     folder = registry.version_folder(plan.line, version)
     verdict = json.loads(store.read(f"{folder}/evaluation/evaluation.json").data)
-    alias = config.publish.promote_to or registry.LATEST
+    alias = plan.moved_alias or registry.LATEST
 
     print(f"\nversion   {plan.line}@{alias} is {version}")
     print(f"folder    {_version_location(plan, version)}")

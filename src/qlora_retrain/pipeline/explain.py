@@ -102,7 +102,8 @@ def status_text(plan: Plan) -> str:
             text = f"{manifest.outcome}  {progress.format_numbers(manifest.numbers)}{reason}"
         # Further lines stand below the first, so that no text of a step can pass for the line of another one.
         lines.append(f"  {planned.name:<15} {text}".replace("\n", f"\n{' ' * 18}"))
-    return "\n".join(lines)
+    note = run_page.approval_note(plan)
+    return "\n".join([*lines, note] if note else lines)
 
 
 def previous_plan(store: Store, plan: Plan) -> Plan | None:

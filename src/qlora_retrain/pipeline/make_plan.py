@@ -18,6 +18,7 @@ from qlora_retrain.config.data import DataConfig
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph, progress
+from qlora_retrain.core.aliases import alias_of_run
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
 from qlora_retrain.pipeline import base_model, base_of_version, earlier_adapters, evaluation_history, explain
@@ -184,7 +185,8 @@ def _build(config: LineConfig, store: Store, run: str, at: datetime, history: Ev
             base_of_version.refuse_other_base(store, config.line, version, pinned["base_model"])
     if champion_release is not None:
         history.refuse_forgotten(store, config.line, champion_release.keys.get(graph.producer_name("dataset")))
-    target, _ = registry.read_alias(store, config.line, config.publish.promote_to or registry.PRODUCTION)
+    alias = alias_of_run(config.publish.promote_to, has_approval=config.publish.approval)
+    target, _ = registry.read_alias(store, config.line, alias or registry.PRODUCTION)
 
     # The plan records what `auto` became, so that every pod of the run computes in the same way.
     settings, choices = resolve_auto_settings(config)

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from qlora_retrain.core import graph, hashing, uris
+from qlora_retrain.core.aliases import alias_of_run
 from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import planned_steps
@@ -37,7 +38,7 @@ class Plan(Signed):
         start: The version from whose adapter training starts; None: a new adapter.
         earlier_adapters: The versions whose adapters are averaged with this run's, the newest first.
         history: The line's evaluation history; None where nothing was evaluated before.
-        target: The version that `publish.promote_to` named then. The alias moves only if it still does.
+        target: The version that the alias named then that the run moves. It moves only if it still does.
         judgement: The hash of the settings, code and data by which a challenger is judged, without the champion.
         unchanged: The version in production, if the same recipe made it; then no step runs. None otherwise.
         choices: The value of each setting that was `auto`, with the reason.
@@ -84,6 +85,12 @@ class Plan(Signed):
     def stamp(self) -> str:
         """The plan's UTC time, as versions begin: 20260131T235959Z."""
         return self.created_at
+
+    @property
+    def moved_alias(self) -> str | None:
+        """The alias that the run moves beside `latest`; None: no other."""
+        config = self.step(graph.producer_name("release")).config
+        return alias_of_run(config.get("promote_to"), has_approval=config.get("approval", False))
 
     def step(self, name: str) -> PlannedStep:
         """Return the planned step of that name."""
@@ -147,7 +154,7 @@ class Plan(Signed):
             raise IntegrityError(f"run {self.run_id}: expected a plan of line {line}, found one of {self.line}")
         if root is not None and uris.absolute(root) != self.root:
             raise IntegrityError(f"run {self.run_id}: expected a plan in {root}, found one in {self.root}")
-        moved = self.step(graph.producer_name("release")).config.get("promote_to")
+        moved = self.moved_alias
         if alias != ANY_ALIAS and moved not in (None, alias):
             raise IntegrityError(
                 f"run {self.run_id}: moves the alias {moved}, and {alias or 'no alias'} may be moved; if the line has "

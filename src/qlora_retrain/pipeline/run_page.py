@@ -6,11 +6,12 @@ Command: `qlora-retrain status RUN --page FILE`
 from __future__ import annotations
 
 from qlora_retrain.core import graph, html, progress
+from qlora_retrain.core.aliases import PRODUCTION, STAGING
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import IntegrityError, describe, is_refusal
 from qlora_retrain.pipeline import run_endings, status
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, open_store, verified_files
+from qlora_retrain.storage import artifact, moves, open_store, verified_files
 from qlora_retrain.storage.artifact import Manifest
 
 
@@ -68,7 +69,21 @@ def sentence(plan: Plan) -> str:
 
     numbers = status.numbers(plan, graph.producer_name("release"))
     promoted = f", promoted to {numbers['promoted_to']}" if numbers.get("promoted_to") else ""
-    return f"Published {numbers.get('version')}{promoted}."
+    return " ".join(filter(None, (f"Published {numbers.get('version')}{promoted}.", approval_note(plan))))
+
+
+def approval_note(plan: Plan) -> str | None:
+    """Return what a person does to move production, where the run has stopped at staging; None where it has not."""
+    numbers = status.numbers(plan, graph.producer_name("release"))
+    if numbers.get("promoted_to") != STAGING:
+        return None
+    version, champion = numbers["version"], plan.champion.version if plan.champion else moves.NOTHING
+    if moves.describe_current(open_store(plan.root), plan.line) == version:
+        return f"It was approved: {PRODUCTION} names {version}."
+    return (
+        f"It waits for approval, and {PRODUCTION} has not moved; a person who approves runs: qlora-retrain promote "
+        f"{plan.line} {version} --from {champion} --reason TEXT"
+    )
 
 
 def find_refusal(plan: Plan) -> Manifest | None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_retrain.core import hashing, safety
+from qlora_retrain.core import aliases, hashing, safety
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import artifact, keys, plain_files, registry
 from qlora_retrain.storage.registry import Release
@@ -42,7 +42,7 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
         raise UsageError(f"{reference}: expected LINE@ALIAS, e.g. support-intents@production")
 
     # A version's name is none of an alias, so nobody can put an alias in its place.
-    alias = registry.read_alias(store, line, name)[0] if registry.is_alias_name(name) else None
+    alias = registry.read_alias(store, line, name)[0] if aliases.is_alias_name(name) else None
     if alias is None:
         # A version has a - between its time and its hash; most aliases have none.
         if "-" not in name:

@@ -10,13 +10,12 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 from __future__ import annotations
 
 import contextlib
-import re
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
-from qlora_retrain.core import hashing
+from qlora_retrain.core import aliases, hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
 from qlora_retrain.storage import actor, audit, keys, release_files, signatures
 from qlora_retrain.storage.artifact import File
@@ -25,21 +24,13 @@ from qlora_retrain.storage.registry_documents import Move as Move
 from qlora_retrain.storage.registry_documents import Release as Release
 from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound, Store
 
-# `latest` only moves forward in time. `production` is what runs compare with and consumers pull; it can be rolled back.
-LATEST = "latest"
-PRODUCTION = "production"
+LATEST, PRODUCTION = aliases.LATEST, aliases.PRODUCTION
 # Earlier states that an alias lists, so the number of rollbacks in a row that it allows.
 _MAX_MOVES = 10
 # How often other writers may move an alias between our read and our write.
 _MAX_SWAP_ATTEMPTS = 8
 # Files of a version that are hashed at once.
 _NUM_READERS = 8
-_ALIAS_PATTERN = r"[a-z][a-z0-9-]{0,31}"
-
-
-def is_alias_name(name: str) -> bool:
-    """Return whether an alias may have that name; no version has one like it."""
-    return bool(re.fullmatch(_ALIAS_PATTERN, name))
 
 
 def version_folder(line: str, version: str) -> str:
@@ -173,6 +164,7 @@ def move_alias(
     override: bool = False,
     reject_current: bool = False,
     is_verified: bool = False,
+    request_id: str | None = None,
 ) -> Alias | None:
     """Point an alias at a version whose bytes are those of its manifest, in one atomic write.
 
@@ -186,6 +178,7 @@ def move_alias(
         override: Allow a version whose content a rollback has rejected.
         reject_current: Add the content that the alias leaves to its rejected contents, as a rollback does.
         is_verified: Whether the caller has just called `verify_version`, which reads every byte.
+        request_id: The id of the new state, by which a repeated request finds what it did; None: a new one.
 
     Returns:
         The alias's new state. None where it names that version already, or `latest` would go back in time.
@@ -196,7 +189,7 @@ def move_alias(
         IntegrityError: If a byte of the version differs from its manifest.
         UsageError: If an alias cannot have that name.
     """
-    if not is_alias_name(name):
+    if not aliases.is_alias_name(name):
         raise UsageError(f"{name!r}: an alias is a lower-case letter, then letters, digits and -, 32 in all at most")
 
     path = audit.alias_path(line, name)
@@ -220,18 +213,15 @@ def move_alias(
 
         # By content and not by version, so that the same model under a new version is refused too.
         rejected = list(state.rejected) if state else []
-        if release.content_hash in rejected and not override:
-            raise QualityRefused(
-                f"{release.version}: its content was rolled back from {name}; to promote it all the same, run: "
-                f"qlora-retrain promote {line} {release.version} --alias {name} --override --reason ..."
-            )
+        if not override:
+            refuse_rejected(line, name, state, release)
         if reject_current and current is not None:
             rejected.append(read_release(store, line, current).content_hash)
         if not is_verified:
             verify_version(store, release)
             is_verified = True
 
-        new = _next_state(state, release, reason, rejected, actor.describe(store))
+        new = _next_state(state, release, reason, rejected, actor.describe(store), request_id)
         new = signatures.sign(store, path, new, keys.publish_role(line))
         try:
             store.swap(path, new.model_dump_json(indent=1).encode(), tag)
@@ -242,36 +232,60 @@ def move_alias(
     raise TryAgain(f"{line}@{name}: other writers keep moving it; run the same command again", cause=Cause.CONFLICT)
 
 
-def rollback(store: Store, line: str, name: str, *, reason: str) -> Alias:
+def rollback(
+    store: Store,
+    line: str,
+    name: str,
+    *,
+    reason: str,
+    current: str | None = None,
+    version: str | None = None,
+    request_id: str | None = None,
+) -> Alias:
     """Move an alias back to the newest earlier version that was not rejected, and reject the content that it leaves.
 
     The rejected content can come back only with `promote --override`, so that the next run does not promote it again.
+    Where `current` is given, the alias must name it.
 
     Raises:
-        UsageError: If there is nothing to go back to.
+        UsageError: If there is nothing to go back to, or it is another version than `version`.
         TryAgain: If the alias moved meanwhile.
     """
     if name == LATEST:
         raise UsageError(f"{line}@{LATEST}: always names the newest version, promoted or not; roll back {PRODUCTION}")
-
     state, _ = read_alias(store, line, name)
     for earlier in reversed(state.moves if state else ()):
         release = read_release(store, line, earlier.version)
         if state and release.version != state.version and release.content_hash not in state.rejected:
-            moved = move_alias(store, line, name, release, reason=reason, expected=state.version, reject_current=True)
+            if version not in (None, release.version):
+                raise UsageError(f"{line}@{name}: goes back to {release.version}, and {version} was asked for")
+            moved = move_alias(
+                store, line, name, release, reason=reason, expected=current or state.version, reject_current=True,
+                request_id=request_id,
+            )  # fmt: skip
             if moved is None:  # another writer has moved the alias there already
                 break
             return moved
     raise UsageError(f"{line}@{name}: names no earlier version to go back to")
 
 
-def _next_state(state: Alias | None, release: Release, reason: str, rejected: list[str], actor_name: str) -> Alias:
+def refuse_rejected(line: str, name: str, state: Alias | None, release: Release) -> None:
+    """Raise QualityRefused for a version whose content a rollback of the alias has rejected."""
+    if state is not None and release.content_hash in state.rejected:
+        raise QualityRefused(
+            f"{release.version}: its content was rolled back from {name}; to promote it all the same, run: "
+            f"qlora-retrain promote {line} {release.version} --alias {name} --override --reason ..."
+        )
+
+
+def _next_state(
+    state: Alias | None, release: Release, reason: str, rejected: list[str], actor_name: str, request_id: str | None
+) -> Alias:
     """Return the state of an alias after a move."""
     # The current state becomes the newest of the earlier ones.
     moves = list(state.moves) if state else []
     if state:
         moves.append(Move(version=state.version, generation=state.generation, at=state.at))
-
     return Alias(
         version=release.version,
         manifest_sha256=release.sha256,
@@ -279,7 +293,7 @@ def _next_state(state: Alias | None, release: Release, reason: str, rejected: li
         moves=tuple(moves[-_MAX_MOVES:]),
         # Each content once, in order; with an override the content that comes back is no longer rejected.
         rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
-        request_id=uuid.uuid4().hex[:12],
+        request_id=request_id or uuid.uuid4().hex[:12],
         reason=reason,
         actor=actor_name,
         at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -83,6 +83,11 @@ def _plans_key(context: Context) -> str | None:
     return key
 
 
+def actor_name(user: str) -> str:
+    """Return a user of Airflow as the audit trail names them."""
+    return f"airflow:{quote(user, safe='@+')}"
+
+
 def publish_arguments(context: Context) -> list[str]:
     """Return what Airflow says of a run's start, for the audit trail: the user whom its API authenticated.
 
@@ -90,7 +95,7 @@ def publish_arguments(context: Context) -> list[str]:
     """
     dag_run = context["dag_run"]
     if user := getattr(dag_run, "triggering_user_name", None):
-        return ["--triggered-by", f"airflow:{quote(user, safe='@+')}"]
+        return ["--triggered-by", actor_name(user)]
     # Nobody: a schedule or an asset. Another system's name, so that no user can be called so.
     run_type = getattr(dag_run, "run_type", "unknown")
     return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}"]

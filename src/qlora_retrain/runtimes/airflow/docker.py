@@ -12,7 +12,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.docker.operators.docker import DockerOperator
@@ -26,7 +26,7 @@ from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.pipeline import access
 from qlora_retrain.runtimes import credentials, foreign_messages
 from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
-from qlora_retrain.runtimes.docker import cleanup, container_ending, container_spec
+from qlora_retrain.runtimes.docker import cleanup, container_ending, container_spec, log_lines
 from qlora_retrain.storage.keys import KEYS_VARIABLE, step_role
 from qlora_retrain.storage.local import LOCK_FILE
 
@@ -58,27 +58,36 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Start the container, or adopt the one that an earlier try left running; follow it to its end."""
-        self.container_name = step_container_name(plan, self.step)
+        name = step_container_name(plan, self.step)
+        output, exit_code = self.run_container(name, lambda: self._create_step_container(plan))
+        limit = f"runtime.memory_gib is {self.runtime.memory_gib:g}" if self.runtime.memory_gib else "the machine's"
+        ending = container_ending.read_ending(self.step, exit_code, output.ending, output.last_lines, limit)
+        if exit_code != errors.Exit.DONE:
+            fail_task(context, ending)
+
+    def run_container(self, name: str, create: Callable[[], str]) -> tuple[StepOutput, int]:
+        """Run a container, or follow the one of that name; return its output and its exit code.
+
+        Args:
+            name: The container's name.
+            create: Creates the container without starting it, and returns its id.
+        """
+        self.container_name = name
         try:
             with contextlib.closing(self.cli):
-                output, exit_code = self._follow_to_end(plan)
+                return self._follow_to_end(create)
         # The provider's hook raises AirflowException where it cannot connect.
         except (DockerException, OSError, AirflowException) as error:
             raise TryAgain(
                 f"the container engine at {self.docker_url} failed: {error}", cause=Cause.THROTTLED
             ) from error
 
-        limit = f"runtime.memory_gib is {self.runtime.memory_gib:g}" if self.runtime.memory_gib else "the machine's"
-        ending = container_ending.read_ending(self.step, exit_code, output.ending, output.last_lines, limit)
-        if exit_code != errors.Exit.DONE:
-            fail_task(context, ending)
-
-    def _follow_to_end(self, plan: Plan) -> tuple[StepOutput, int]:
+    def _follow_to_end(self, create: Callable[[], str]) -> tuple[StepOutput, int]:
         """Copy the container's log until the container ends; return the step's output and the exit code."""
         container_id = self._adopt_running_container()
         if container_id is None:
             self._pull_if_absent()
-            container_id = self._create_container(plan)
+            container_id = create()
             self.cli.start(container_id)
         else:
             self.log.info("container %s runs already: following it", self.container_name)
@@ -87,7 +96,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         since = 1  # Unix time in seconds: from the beginning of the log; docker-py refuses 0
         while True:
             with self._stream_log(container_id, since) as chunks:
-                latest = self.copy_output(_split_lines(chunks))
+                latest = self.copy_output(log_lines.split_lines(chunks))
             output = StepOutput(latest.ending or output.ending, latest.last_lines or output.last_lines)
 
             # The end of the stream is no proof, because engines sometimes end it early. The container's state is.
@@ -184,19 +193,10 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                     "build it with `make images`, or set runtime.light_image and runtime.train_image in platform.yaml"
                 ) from error
 
-    def _create_container(self, plan: Plan) -> str:
-        """Create the container without starting it; return its id."""
+    def _create_step_container(self, plan: Plan) -> str:
+        """Create the step's container without starting it; return its id."""
         step = graph.step(self.step)
-        gpus = container_spec.gpu_count(step, plan.step(self.step).config)
         source_uris = [source.uri for source in plan.sources.values() if source is not None]
-        keys = credentials.key_files(plan.root, step_role(step, self.line))
-        user = credentials.give_key_to(container_spec.container_user(plan.root), keys)
-        # The step's own credentials, and of a store in a folder only the parts that it writes: of this task's line,
-        # whatever the plan says.
-        settings = credentials.own_environment(step, self.line)
-        writable = container_spec.make_writable_paths(
-            plan.root, access.write_folders(step, self.line, plan.run_id), LOCK_FILE
-        )
         # Looked at again: the sources may have changed since the plan was made.
         local_sources = [source for source in plan.sources.values() if source and source.uri.startswith("file:")]
         source_access = platform.load().access(plan.root)
@@ -208,6 +208,42 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
             )
         ]
 
+        return self.create_container(
+            [*container_spec.step_command(self.step, plan.uri), *self.step_arguments],
+            plan.root,
+            # Of this task's line, whatever the plan says.
+            access.write_folders(step, self.line, plan.run_id),
+            source_uris=source_uris,
+            mounted_uris=mounted_uris,
+            gpus=container_spec.gpu_count(step, plan.step(self.step).config),
+        )
+
+    def create_container(
+        self,
+        command: list[str],
+        root: str,
+        folders: Iterable[str],
+        *,
+        source_uris: Sequence[str] = (),
+        mounted_uris: Sequence[str] = (),
+        gpus: int = 0,
+    ) -> str:
+        """Create a container with the step's credentials and keys, without starting it; return its id.
+
+        Args:
+            command: What it runs.
+            root: The store.
+            folders: The folders of a store in a folder that it writes; the others are read-only.
+            source_uris: What it reads beside the store.
+            mounted_uris: The files and folders of this machine among them.
+            gpus: The number of its GPUs.
+        """
+        step = graph.step(self.step)
+        keys = credentials.key_files(root, step_role(step, self.line))
+        user = credentials.give_key_to(container_spec.container_user(root), keys)
+        settings = credentials.own_environment(step, self.line)
+        writable = container_spec.make_writable_paths(root, folders, LOCK_FILE)
+
         # One named volume for all containers of a user, so that the node cache outlives each of them.
         host_config = self.cli.create_host_config(
             **container_spec.host_config_options(self.runtime),
@@ -216,7 +252,7 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
                 *(
                     Mount(container_path, host_path, type="bind", read_only=read_only)
                     for host_path, container_path, read_only in container_spec.bind_mounts(
-                        plan.root, mounted_uris, settings, writable
+                        root, mounted_uris, settings, writable
                     )
                 ),
                 *(
@@ -232,9 +268,9 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
         container = self.cli.create_container(
             self.image,
             name=self.container_name,
-            command=[*container_spec.step_command(self.step, plan.uri), *self.step_arguments],
+            command=command,
             environment={
-                **container_spec.environment(self.runtime, [plan.root, *source_uris], settings),
+                **container_spec.environment(self.runtime, [root, *source_uris], settings),
                 "QLORA_RETRAIN_IMAGE": self.image,
                 **({KEYS_VARIABLE: credentials.KEYS_DIR} if keys else {}),
             },
@@ -254,14 +290,3 @@ class DockerStepOperator(StepOperator, DockerOperator):  # type: ignore[misc]
 def step_container_name(plan: Plan, step: str) -> str:
     """Name a step's container: one for each key and run, the same for every try."""
     return f"qlora-retrain-{step}-{plan.step(step).key[:12]}-{plan.run_id}"
-
-
-def _split_lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Split a byte stream into whole lines, however its chunks are cut."""
-    # A chunk may end within a line, and even within a character of it.
-    remainder = b""
-    for chunk in chunks:
-        *complete, remainder = (remainder + chunk).split(b"\n")
-        yield from (line.decode("utf-8", "replace") for line in complete)
-    if remainder:
-        yield remainder.decode("utf-8", "replace")

@@ -16,7 +16,7 @@ from qlora_retrain.core import errors, graph, supervisor
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.pipeline import code_identity
 from qlora_retrain.runtimes import credentials, local
-from qlora_retrain.runtimes.airflow.operators import StepOperator, fail_task
+from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -36,7 +36,12 @@ class LocalStepOperator(StepOperator):
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Run the step under the supervisor, and copy its output to the task's log."""
-        command = [*local.step_command(self.step, plan.uri), *self.step_arguments]
+        output, exit_code = self.run_process([*local.step_command(self.step, plan.uri), *self.step_arguments])
+        if exit_code != errors.Exit.DONE:
+            fail_task(context, Ending.from_process(self.step, exit_code, output.ending, output.last_lines))
+
+    def run_process(self, command: list[str]) -> tuple[StepOutput, int]:
+        """Run a command with the step's credentials; return its output and its exit code."""
         with subprocess.Popen(
             supervisor.supervised_command(command, grace_seconds=GRACE_SECONDS),
             cwd=code_identity.project_root(),
@@ -62,9 +67,7 @@ class LocalStepOperator(StepOperator):
                 self.copy_output(lines)
                 raise
 
-        exit_code = self._process.returncode
-        if exit_code != errors.Exit.DONE:
-            fail_task(context, Ending.from_process(self.step, exit_code, output.ending, output.last_lines))
+        return output, self._process.returncode
 
     def on_kill(self) -> None:
         """Request the step to stop; the supervisor allows it `GRACE_SECONDS`, longer than Airflow allows this task."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _LAST_LINES = 3
 
 # Airflow's default delay is five minutes; "try again" here means preemption, throttling or a moved champion.
-_BACKOFF: dict[str, Any] = {
+RETRY_BACKOFF: dict[str, Any] = {
     "retry_delay": timedelta(seconds=5),
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(minutes=5),
@@ -67,7 +67,7 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
     def __init__(self, *, config_path: Path | str, **kwargs: Any) -> None:
         timeout = deadlines.task_timeout(graph.PLAN_TASK)
         # Retries help only while a source or the store is throttled; every other error fails the task at once.
-        super().__init__(**{"retries": 2, "execution_timeout": timeout, **_BACKOFF, **kwargs})
+        super().__init__(**{"retries": 2, "execution_timeout": timeout, **RETRY_BACKOFF, **kwargs})
         self.config_path = str(config_path)
 
     def execute(self, context: Context) -> str:
@@ -154,7 +154,7 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         # An alias and not an asset, because the asset's URI has the store, which is known only when the task runs.
         outlets = [AssetAlias(line)] if graph.step(step).kind == graph.StepKind.PUBLISH else []
         defaults = {"retries": graph.step(step).retries, "execution_timeout": deadlines.task_timeout(step)}
-        super().__init__(**{**defaults, "outlets": outlets, **_BACKOFF, **kwargs})
+        super().__init__(**{**defaults, "outlets": outlets, **RETRY_BACKOFF, **kwargs})
         self.step = step
         self.line = line
         self.alias = alias

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_retrain.config import platform
 from qlora_retrain.config.line import LineConfig
+from qlora_retrain.core.aliases import alias_of_run
 from qlora_retrain.core.graph import Step
 from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import lineage
@@ -27,7 +28,7 @@ def step_operator(step: Step, config: LineConfig, line: str | None = None) -> tu
         "task_id": step.name,
         "step": step.name,
         "line": line,
-        "alias": config.publish.promote_to,
+        "alias": alias_of_run(config.publish.promote_to, has_approval=config.publish.approval),
         "execution_timeout": deadlines.line_timeout(config, step.name),
         "inlets": lineage.inlets(step, config),
     }

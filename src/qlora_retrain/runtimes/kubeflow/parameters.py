@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.config.line import document, load
+from qlora_retrain.core.aliases import alias_of_run
 
 
 def pipeline_parameters(
@@ -23,7 +24,7 @@ def pipeline_parameters(
         "line": document(load(config_path)),
         "line_name": config.line,
         "root": root,
-        "alias": config.publish.promote_to or "",
+        "alias": alias_of_run(config.publish.promote_to, has_approval=config.publish.approval) or "",
         "resume_run": resume_run,
         "overrides": list(overrides),
     }

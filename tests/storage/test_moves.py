@@ -1,0 +1,147 @@
+"""A move that a person asks for: of the state that they saw, once, and refused with who moved the alias meanwhile."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from qlora_retrain.core import hashing
+from qlora_retrain.core.errors import QualityRefused, TryAgain, UsageError
+from qlora_retrain.storage import actor, audit, moves, registry
+from qlora_retrain.storage.registry import PRODUCTION, Alias, Release
+from qlora_retrain.storage.store import Store
+
+LINE = "intents"
+
+
+@pytest.fixture(autouse=True)
+def nobody_triggered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name that a test sets for the audit trail is forgotten after it."""
+    monkeypatch.setattr(actor, "_orchestrator", "")
+
+
+def version(store: Store, number: int) -> Release:
+    """A published version without files; a larger number is a newer one."""
+    content = hashing.sha256_json(number)
+    stamp = f"{datetime.now(UTC) - timedelta(days=9 - number):%Y%m%dT%H%M%SZ}"
+    return registry.complete_version(
+        store,
+        Release(
+            line=LINE,
+            version=f"{stamp}-{content[:12]}",
+            content_hash=content,
+            created_at=stamp,
+            files=(),
+            adapter_key="a",
+            judgement="j",
+            keys={},
+            base={},
+            numbers={},
+            provenance={},
+        ),
+    )
+
+
+def request(current: str | None = None, request_id: str | None = None, alias: str = PRODUCTION) -> moves.Request:
+    return moves.Request(LINE, alias, "a test", current, request_id)
+
+
+def state(store: Store, alias: str = PRODUCTION) -> Alias:
+    alias_state, _ = registry.read_alias(store, LINE, alias)
+    assert alias_state is not None
+    return alias_state
+
+
+def test_the_first_version_is_promoted_from_nothing_and_the_next_from_it(store: Store) -> None:
+    first, second = version(store, 1), version(store, 2)
+    assert moves.promote(store, request("none"), first.version)
+    assert moves.promote(store, request(first.version), second.version)
+    assert state(store).version == second.version
+    assert moves.rollback(store, request(second.version), first.version).version == first.version
+
+
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_a_request_about_another_state_is_refused_with_who_moved_the_alias(store: Store, action: str) -> None:
+    first, second, third = (version(store, number) for number in (1, 2, 3))
+    actor.name_orchestrator("airflow:carol")
+    moves.promote(store, request(), first.version)
+    registry.move_alias(store, LINE, PRODUCTION, second, reason="newer and better")
+    move = {
+        "promote": lambda: moves.promote(store, request(first.version), third.version),
+        "rollback": lambda: moves.rollback(store, request(first.version)),
+    }[action]
+    with pytest.raises(UsageError) as caught:
+        move()
+    message = str(caught.value)
+    assert f"named {first.version} when this was decided, and names {second.version} now: airflow:carol via " in message
+    assert "(newer and better)" in message
+    assert state(store).version == second.version
+
+
+def test_a_rollback_that_would_go_elsewhere_is_refused(store: Store) -> None:
+    versions = [version(store, number) for number in (1, 2, 3)]
+    for release in versions:
+        moves.promote(store, request(), release.version)
+    with pytest.raises(UsageError, match=f"goes back to {versions[1].version}, and {versions[0].version} was asked"):
+        moves.rollback(store, request(versions[2].version), versions[0].version)
+
+
+def test_a_rollback_of_a_state_that_was_left_is_tried_again_and_moves_nothing(store: Store) -> None:
+    first, second = version(store, 1), version(store, 2)
+    for release in (first, second):
+        moves.promote(store, request(), release.version)
+    # As where another writer moves the alias after the check of what it names.
+    with pytest.raises(TryAgain, match="production named v0 when"):
+        registry.rollback(store, LINE, PRODUCTION, reason="x", current="v0")
+    assert state(store).version == second.version
+
+
+def test_a_request_that_is_repeated_moves_once_also_after_others_have_moved_the_alias(store: Store) -> None:
+    first, second, third = (version(store, number) for number in (1, 2, 3))
+    moves.promote(store, request("none"), first.version)
+    repeated = request(first.version, "ab" * 8)
+    moved = moves.promote(store, repeated, second.version)
+    assert moved is not None
+    again = moves.promote(store, repeated, second.version)
+    assert again == moved
+
+    registry.move_alias(store, LINE, PRODUCTION, third, reason="later")
+    assert moves.promote(store, repeated, second.version) == moved
+    back = request(third.version, "cd" * 8)
+    assert moves.rollback(store, back) == moves.rollback(store, back)
+    assert state(store).generation == 4
+
+
+def test_a_try_that_died_before_its_audit_entry_is_found_and_the_entry_written(store: Store) -> None:
+    first = version(store, 1)
+    repeated = request("none", "ab" * 8)
+    moves.promote(store, repeated, first.version)
+    entry = audit.entry_path(LINE, PRODUCTION, state(store))
+    store.delete([entry])
+    assert moves.promote(store, repeated, first.version) == state(store)
+    assert audit.read_entry(store, entry) == state(store)
+
+
+def test_what_a_rollback_rejected_is_refused_for_a_person_too(store: Store) -> None:
+    first, second = version(store, 1), version(store, 2)
+    moves.promote(store, request(), first.version)
+    moves.promote(store, request(), second.version)
+    moves.rollback(store, request(second.version))
+    with pytest.raises(QualityRefused, match="--override"):
+        moves.promote(store, request(first.version), second.version)
+    with pytest.raises(UsageError, match="names the newest version by itself"):
+        moves.promote(store, request(alias="latest"), second.version)
+
+
+def test_the_users_whose_runs_published_a_version_are_known(store: Store) -> None:
+    first, second = version(store, 1), version(store, 2)
+    for user, release in (("alice", first), ("b%20ob@x", second), ("carol", second)):
+        actor.name_orchestrator(f"airflow:{user}")
+        for alias in ("latest", "staging"):
+            registry.move_alias(store, LINE, alias, release, reason="published")
+    actor.name_orchestrator("airflow-run:scheduled")
+    registry.move_alias(store, LINE, "staging", first, reason="again")
+    registry.move_alias(store, LINE, "staging", second, reason="again")
+    assert moves.requesters(store, LINE, first.version) == {"alice"}
+    assert moves.requesters(store, LINE, second.version) == {"b ob@x"}  # carol's run moved nothing
