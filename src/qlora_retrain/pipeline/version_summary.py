@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from qlora_retrain.core import aliases as alias_names
 from qlora_retrain.core import json_depth
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import open_store, registry, verified_files
@@ -182,7 +183,7 @@ def _read_aliases(store: Store, line: str) -> tuple[dict[str, Alias], list[str]]
     faults: list[str] = []
     for file_name in store.children(f"models/{line}/aliases"):
         name = file_name.removesuffix(".json")
-        if name == file_name or not registry.is_alias_name(name):
+        if name == file_name or not alias_names.is_alias_name(name):
             continue
         try:
             state, _ = registry.read_alias(store, line, name)

@@ -42,7 +42,7 @@ class KubernetesCommand(KubernetesStepOperator):
         self.name = pod_spec.pod_name(MOVE, hashlib.sha256(run_id.encode()).hexdigest(), run_id)
         # Kubernetes replaces `$(NAME)` in arguments by a variable of the container, and `$$` by `$`.
         self.arguments = ["python", "-m", CLI_MODULE, *(argument.replace("$", "$$") for argument in arguments)]
-        self.labels = {**pod_spec.labels(self.step, self.line), "qlora-retrain.run": run_id}
+        self.labels = {**pod_spec.labels(self.step, self.line, self.profile), "qlora-retrain.run": run_id}
         # With `auto` no plan says what it needs, so it gets the profile's.
         if self.runtime.memory_gib == "auto" or self.profile.pod(graph.step(self.step)).memory_gib == "auto":
             runtime = self.runtime.model_copy(update={"memory_gib": None})
@@ -60,11 +60,12 @@ class KubernetesCommand(KubernetesStepOperator):
 
     def _wait(self, pod: Any) -> PodEnding:
         """Return how the pod ended; a pod that cannot start has ended."""
-        deadline = time.monotonic() + self.startup_timeout_seconds
+        started = time.monotonic()
         while (ending := pod_status.read_ending(pod) or pod_status.lost_node(pod)) is None:
             ending = pod_status.startup_failure(pod)
-            if ending is None and time.monotonic() > deadline and not pod_status.is_running(pod):
-                warnings = self._pod_api.warnings(pod.metadata.uid)
+            patience = self.startup_timeout_seconds + (self.max_queue_seconds if pod_status.is_gated(pod) else 0)
+            if ending is None and time.monotonic() - started > patience and not pod_status.is_running(pod):
+                warnings = self._pod_api.events(pod.metadata.uid, selector="type=Warning")
                 ending = pod_status.startup_timeout(pod, warnings, "it waits for its start")
             if ending is not None:
                 break
