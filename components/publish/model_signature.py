@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from qlora_retrain.storage import keys
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.keys import Keyring
-from qlora_retrain.storage.pull import RECORD
+from qlora_retrain.storage.pulled_folder import RECORD
 
 SIGNATURE_FILE = "model.sig"
 # Written after the signature: by `publish`, and by `pull`.

@@ -115,7 +115,12 @@ def test_what_is_planted_in_a_pulled_folder_is_gone_after_the_next_pull(attacker
         (pulled / "model" / "additional_chat_templates").symlink_to(outside)
     a.pull()
     assert not (pulled / "model" / "modeling_evil.py").exists()
-    assert not any(path.is_symlink() for path in pulled.rglob("*"))
+    version = (pulled / "current").resolve()
+    assert version.parent == pulled / ".pulled"
+    assert not any(path.is_symlink() for path in version.rglob("*"))
+    links = {path.name: str(path.readlink()) for path in pulled.iterdir() if path.is_symlink()}
+    assert links.pop("current") == f".pulled/{version.name}"
+    assert links == {name: f"current/{name}" for name in links}
 
 
 @pytest.mark.parametrize("deed", ["folder link", "parent link", "file link", "whole", "pipe", "owner"])

@@ -94,3 +94,14 @@ def test_a_question_that_the_template_refuses_is_an_error_with_its_words(
     ChatFormat().write(folder / "model")
     assert ask(folder, "--", QUESTION) == 12
     assert "ask politely" in capsys.readouterr().err
+
+
+def test_a_part_that_is_no_model_is_refused_with_the_way_to_ask_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "_pulled.json").write_text(json.dumps({"parts": ["adapter"]}))
+    assert ask(folder, QUESTION) == 12
+    assert "pull it again without --parts" in capsys.readouterr().err
+    # The base that an adapter alone is asked over is looked for as ever.
+    (folder / "_pulled.json").write_text(json.dumps({"parts": ["adapter", "model"]}))
+    assert ask(folder, "--max-new-tokens", "1", "--", QUESTION) == 0

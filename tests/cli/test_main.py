@@ -216,7 +216,16 @@ def test_promote_rollback_and_pull_speak_of_the_same_alias(
     assert inside("pull", "intents@production", tmp_path / "dest", *at) == 0
     bad = registry.read_alias(open_store(root_uri), "intents", "production")[0]
     assert bad is not None
-    assert f"intents {bad.version}: " in capsys.readouterr().out
+    pulled = capsys.readouterr()
+    assert f"intents {bad.version}: " in pulled.out
+    assert f"its manifest has the sha256 {bad.manifest_sha256}" in pulled.err
+    pinned = ("pull", f"intents@{bad.version}", tmp_path / "part", *at, "--sha256")
+    assert inside(*pinned, bad.manifest_sha256, "--parts", "adapter") == 0
+    assert list((tmp_path / "part" / "adapter").iterdir())
+    assert not (tmp_path / "part" / "model" / "model.safetensors").exists()
+    assert inside(*pinned, "0" * 64) == 13
+    assert inside(*pinned, bad.manifest_sha256, "--parts", "all") == 12
+    capsys.readouterr()
     (good,) = {first, second} - {bad.version}
     assert inside("rollback", "intents", "--reason", "bad", *at) == 0
     assert f"intents@production: {good}, generation 3" in capsys.readouterr().out

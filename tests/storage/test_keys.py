@@ -303,7 +303,8 @@ def test_model_signings_own_command_verifies_a_pulled_version(published: Plan, s
     keyring = keys.find_keyring(store.uri)
     assert keyring is not None
     (tmp_path / "key.pem").write_text(keys.as_pem(keyring.trust.roles["publish-intents"].key))
-    command = ["model_signing", "verify", "key", tmp_path / "pulled", "--signature", tmp_path / "pulled" / "model.sig"]
+    folder = (tmp_path / "pulled" / "current").resolve()
+    command = ["model_signing", "verify", "key", folder, "--signature", folder / "model.sig"]
 
     def verify() -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).parent / command[0]

@@ -196,7 +196,8 @@ def test_a_pull_gets_every_byte_of_the_older_version(older: Store, tmp_path: Pat
     for path, text in {**FILES[SECOND], "data/profile.json": PROFILE}.items():
         assert (tmp_path / "model" / path).read_text() == text
     record = json.loads((tmp_path / "model" / "_pulled.json").read_text())
-    assert record == {**PULLED, "signer": None, "signers": {}}
+    manifests = {f"tickets {SECOND}": MANIFEST_SHA256[SECOND]}
+    assert record == {**PULLED, "signer": None, "signers": {}, "manifests": manifests, "parts": []}
 
 
 def test_a_pull_knows_what_the_older_release_pulled_before(older: Store, tmp_path: Path) -> None:

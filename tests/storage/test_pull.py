@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import make_plan
 from qlora_retrain.pipeline.plan import Plan
@@ -40,10 +41,13 @@ def publish(line: Path, root_uri: str, run_all: Callable[[Plan], dict[str, int]]
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    if (folder / "current").exists():
+        folder = (folder / "current").resolve()
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def inode_times(folder: Path) -> dict[str, int]:
+    folder = (folder / "current").resolve()
     return {p.as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != pull.RECORD}
 
 
@@ -143,8 +147,11 @@ def test_a_version_that_somebody_else_wrote_is_refused_though_every_hash_is_righ
     (tmp_path / "up" / path).write_bytes(data)
     store.upload(tmp_path / "up", folder, [path])
     forged_files = (*(file for file in good.files if file.path != path), *artifact.list_files(tmp_path / "up"))
+    content = hashing.content_hash(
+        (f.path, f.sha256) for f in forged_files if f.path.startswith(("adapter/", "model/"))
+    )
     forged = registry.complete_version(
-        store, good.model_copy(update={"version": name, "content_hash": "f" * 64, "files": forged_files})
+        store, good.model_copy(update={"version": name, "content_hash": content, "files": forged_files})
     )
 
     # As an attacker who may write the alias does; no check of ours is asked.
@@ -254,6 +261,8 @@ def test_an_empty_destination_may_be_the_working_folder(
         ("intents@", "expected LINE@ALIAS"),
         ("intents@staging", "has no alias staging"),
         ("intents@20990101T000000Z-0", "has no version"),
+        ("intents@2026/0", "neither an alias nor a version"),
+        ("intents@../2026", "neither an alias nor a version"),
         ("others@production", "has no alias"),
         ("../x@production", "not a path in a store"),
     ],

@@ -332,6 +332,16 @@ def test_the_start_of_a_file_is_read_alone(store: Store, tmp_path: Path) -> None
         store.read_start("folder/none", 8)
 
 
+def test_a_range_of_a_file_is_read_alone(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "long").write_bytes(bytes(range(256)) * 1000)
+    store.upload(tmp_path, "folder", ["long"])
+    assert store.read_range("folder/long", 1000, 8) == bytes(range(232, 240))
+    assert store.read_range("folder/long", 255_999, 8) == b"\xff"
+    assert store.read_range("folder/long", 256_000, 8) == b""
+    with pytest.raises(NotFound):
+        store.read_range("folder/none", 1000, 8)
+
+
 def test_a_hash_is_that_of_the_bytes_that_are_there_now(store: Store, tmp_path: Path) -> None:
     for content in (b"", b"a" * 3_000_000, b"b" * 3_000_000):
         (tmp_path / "model.bin").write_bytes(content)

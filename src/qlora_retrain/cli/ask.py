@@ -21,6 +21,8 @@ from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat, generation
 from qlora_retrain.lm.generation import Completion
+from qlora_retrain.storage.pulled_folder import RECORD
+from qlora_retrain.storage.version_parts import MODEL
 
 if TYPE_CHECKING:
     from qlora_retrain.lm.chat import ChatTokenizer
@@ -75,6 +77,7 @@ def answers(folder: Path, questions: Questions, base: Path | None = None, root: 
         UsageError: If the folder is no model, or the base is missing or another one.
     """
     model_folder, system = find_model(folder)
+    _refuse_parts_without_model(folder)
     if base is not None and model_folder == folder:
         raise UsageError(
             f"--base: {folder} is a model folder, and needs no base; for adapters over it, give each with --adapter"
@@ -113,6 +116,17 @@ def find_model(folder: Path) -> tuple[Path, str | None]:
             f"{folder}: expected a pulled version (recipe.json) or a model folder (config.json), found neither"
         )
     return folder, None
+
+
+def _refuse_parts_without_model(folder: Path) -> None:
+    """Refuse a version of which only parts were pulled that are no model by themselves."""
+    record = folder / RECORD
+    parts = json.loads(record.read_text(encoding="utf-8")).get("parts") if record.is_file() else None
+    if parts and MODEL not in parts and not (folder / graph.BASE_REFERENCE).is_file():
+        raise UsageError(
+            f"{folder}: holds only the parts {', '.join(parts)} of its version; pull it again without --parts or with "
+            "--parts model, or ask its adapter over the base: ask BASE --adapter FOLDER"
+        )
 
 
 def system_turn(recipe: Path) -> str | None:

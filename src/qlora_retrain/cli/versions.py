@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,14 @@ def add_verbs(verbs: Any, options: Options) -> None:
         "--verify-key",
         metavar="KEY",
         help="the publisher's public key, as a PEM file or the fingerprint that `keys show` prints",
+    )
+    verb.add_argument("--sha256", metavar="HEX", help="refuse a version whose manifest has another sha256")
+    verb.add_argument(
+        "--parts",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="only adapter, model, or exports/NAME (repeatable), with the card and the reports; default: everything",
     )
     verb.set_defaults(run=_pull)
 
@@ -100,18 +110,29 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import open_store, pull
+    from qlora_retrain.core import signals
+    from qlora_retrain.storage import open_store, pull, version_parts
     from qlora_retrain.storage.keys import read_fingerprint
 
     # Every file is verified before any of them appears at the destination.
-    release = pull.pull(
-        open_store(store_root(args)),
-        args.reference,
-        args.destination,
-        min_generation=args.min_generation,
-        verify_key=None if args.verify_key is None else read_fingerprint(args.verify_key),
-    )
-    print(f"{release.line} {release.version}: {len(release.files)} files verified in {args.destination}")
+    try:
+        with signals.terminate_as_interrupt():
+            release = pull.pull(
+                open_store(store_root(args)),
+                args.reference,
+                args.destination,
+                min_generation=args.min_generation,
+                verify_key=None if args.verify_key is None else read_fingerprint(args.verify_key),
+                sha256=args.sha256,
+                parts=args.parts,
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr, flush=True)
+        # Not `raise`: Python would wait for the threads that read, as long as a server that hangs lets them wait.
+        os._exit(128 + signal.SIGINT)
+    num_files = len(version_parts.select(release, args.parts))
+    print(f"{release.line} {release.version}: {num_files} files verified in {args.destination}")
+    print(f"its manifest has the sha256 {release.sha256}", file=sys.stderr)
     signer = pull.recorded_signer(args.destination)
     print(f"signed by {signer}" if signer else "unsigned: nothing proves who published it", file=sys.stderr)
     return 0
@@ -181,6 +202,7 @@ def _drop(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     from qlora_retrain.cli import ask
     from qlora_retrain.cli.ask_adapters import Adapter
+    from qlora_retrain.storage.pulled_folder import reading
 
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
@@ -191,7 +213,9 @@ def _ask(args: argparse.Namespace) -> int:
         adapters = [Adapter.from_argument(argument, partial(store_root, args)) for argument in args.adapter]
         by_name = ask.answers_of_adapters(args.folder, adapters, questions)
     else:
-        by_name = {"": ask.answers(args.folder, questions, args.base, args.root)}
+        # The next pull leaves this version where it is until the answers are there.
+        with reading(args.folder) as folder:
+            by_name = {"": ask.answers(folder, questions, args.base, args.root)}
 
     # Of several answers, each is one line; of several adapters, it begins with the adapter's name.
     is_single = len(by_name) == len(args.question) == 1

@@ -35,11 +35,16 @@ def sha256_file(path: Path) -> str:
 
 def sha256_stream(stream: BinaryIO) -> str:
     """Return the sha256 of what is left to read, as 64 hex digits."""
+    return hasher_of(stream).hexdigest()
+
+
+def hasher_of(stream: BinaryIO) -> hashlib._Hash:
+    """Return the sha256 of what is left to read, to which more can be added."""
     hasher = hashlib.sha256()
     # In chunks, because a shard of a model has several GiB and must not be in memory as a whole.
     while chunk := stream.read(_CHUNK_BYTES):
         hasher.update(chunk)
-    return hasher.hexdigest()
+    return hasher
 
 
 def step_key(step: str, identity: Mapping[str, Any], inputs: Mapping[str, str | None], code: str) -> str:

@@ -6,7 +6,9 @@ other step is interrupted at once by an exception, because it has nothing worth 
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 from qlora_retrain.core.errors import Cause, TryAgain
@@ -52,3 +54,17 @@ def ignore() -> None:
     """Ignore SIGTERM and SIGINT from now on, also while the interpreter shuts down; the process is about to end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as SIGINT does, so that it leaves what it would leave after Ctrl-C."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

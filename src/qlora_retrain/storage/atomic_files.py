@@ -46,7 +46,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"{folder}: {error.strerror}: {error.filename}; let this user read and write that folder"
             ) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY):
             raise UsageError(f"{folder}: {error.strerror}: {error.filename}; choose another name") from error
         raise
 

@@ -63,9 +63,14 @@ class LocalStore:
 
     def read_start(self, path: str, size_bytes: int) -> bytes:
         """Read the beginning of the file."""
+        return self.read_range(path, 0, size_bytes)
+
+    def read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        """Read a part of the file."""
         with atomic_files.disk_errors(self._root):
             try:
                 with self._existing(path).open("rb") as file:
+                    file.seek(start)
                     return file.read(size_bytes)
             except FileNotFoundError:  # removed after the check
                 raise NotFound(f"{self.uri}/{path}") from None

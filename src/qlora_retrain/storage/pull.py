@@ -1,32 +1,33 @@
 """Pull a published version to a folder: exactly the bytes that were published, or nothing.
 
-The alias names a manifest by its hash, and the manifest names every file by its hash. All go into a temporary folder,
-which is then renamed. A generation below that of an earlier pull is refused: the generation of an alias only grows, so
-a lower one comes from an old copy of the store. A signature by another key than that of an earlier pull is refused too.
+The alias names a manifest by its hash, and the manifest names every file by its hash. All of them are checked before
+the version becomes current (`pulled_folder.py`). A generation below that of an earlier pull is refused: the generation
+of an alias only grows, so a lower one comes from an old copy of the store. A signature by another key than that of an
+earlier pull is refused too, and so is another manifest of a version that was pulled before.
 
 Command: `qlora-retrain pull LINE@ALIAS DEST --root URI`
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import aliases, hashing, safety
-from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import artifact, keys, plain_files, registry
+from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
+from qlora_retrain.storage import artifact, plain_files, pull_checks, range_download, registry, version_parts
+from qlora_retrain.storage.artifact import File
+from qlora_retrain.storage.atomic_files import disk_errors
+from qlora_retrain.storage.pull_checks import PullOptions
+from qlora_retrain.storage.pulled_folder import MANIFEST, RECORD, PulledFolder
 from qlora_retrain.storage.registry import Release
-from qlora_retrain.storage.signatures import Signed
 from qlora_retrain.storage.store import NotFound, Store
 
-# Left in the destination: which version it holds, and the newest generation of every reference pulled into it.
-RECORD = "_pulled.json"
+_NUM_READERS = 8
 
 
 def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
@@ -36,20 +37,25 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
         UsageError: If the reference names nothing.
         IntegrityError: If the manifest is not the one that the alias promised.
     """
-    # The part after the @ is tried as an alias first.
     line, at, name = reference.partition("@")
     if not at or not line or not name:
         raise UsageError(f"{reference}: expected LINE@ALIAS, e.g. support-intents@production")
 
     # A version's name is none of an alias, so nobody can put an alias in its place.
-    alias = registry.read_alias(store, line, name)[0] if aliases.is_alias_name(name) else None
-    if alias is None:
-        # A version has a - between its time and its hash; most aliases have none.
-        if "-" not in name:
-            raise UsageError(f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it")
+    if not aliases.is_alias_name(name):
+        if not pull_checks.is_version_name(name):
+            raise UsageError(f"{reference}: {name!r} can be the name of neither an alias nor a version")
         release = registry.read_release(store, line, name)
         record = {"line": line, "alias": None, "version": name, "generation": 0, "manifest_sha256": release.sha256}
-        return release, record | {"signer": _fingerprint(release)}
+        return release, record | {"signer": pull_checks.fingerprint_of(release)}
+
+    alias = registry.read_alias(store, line, name)[0]
+    if alias is None:
+        raise UsageError(f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it")
+    if not pull_checks.is_version_name(alias.version):
+        raise IntegrityError(
+            f"{reference}: names {alias.version!r}, which is no version's name; somebody else wrote it"
+        )
     release = registry.read_release(store, line, alias.version, sha256=alias.manifest_sha256)
     # Whoever signs versions signs aliases too.
     if release.signer and not alias.signer:
@@ -63,83 +69,50 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
         "generation": alias.generation,
         "manifest_sha256": alias.manifest_sha256,
         # The alias names the manifest by its hash, so its signature is one for the version, too.
-        "signer": _fingerprint(alias),
+        "signer": pull_checks.fingerprint_of(alias),
     }
 
 
 def pull(
-    store: Store, reference: str, destination: Path, *, min_generation: int = 0, verify_key: str | None = None
+    store: Store,
+    reference: str,
+    destination: Path,
+    *,
+    min_generation: int = 0,
+    verify_key: str | None = None,
+    sha256: str | None = None,
+    parts: Sequence[str] = (),
 ) -> Release:
     """Put a verified version at `destination`; this replaces only what an earlier pull put there.
 
     Args:
         store: The store.
         reference: `LINE@ALIAS` or `LINE@VERSION`.
-        destination: A new folder, or that of an earlier pull.
+        destination: A new or empty folder, or that of an earlier pull; a link to one, or a mount point.
         min_generation: The lowest generation of the alias that is accepted. A new folder remembers no earlier pull, so
             only this shows there that a store is an old copy.
         verify_key: The fingerprint of the publisher's key. None: the key that an earlier pull recorded; a first pull
             records the one that it finds.
+        sha256: The hash of the version's manifest that is accepted, whatever an earlier pull recorded; None: any.
+        parts: `adapter`, `model` or `exports/NAME`, several allowed; empty: the whole version.
 
     Raises:
-        UsageError: If the reference names nothing, or the destination holds something that no pull made.
+        UsageError: If the reference or a part names nothing, or the destination holds something that no pull made.
         IntegrityError: If a byte differs from what was published, a file is none that a version may have, the alias
             went back in time, or another key than the expected one signed.
+        TryAgain: If the store is busy or the disk is full. The next pull goes on where this one stopped.
     """
-    destination = Path(os.path.abspath(destination))  # noqa: PTH100 - "." needs a name; a link stays a link
-    release, record = resolve(store, reference)
-    if min_generation and record["alias"] is None:
-        raise UsageError(f"{reference}: a version has no generation; --min-generation is for an alias")
-    if record["generation"] < min_generation:
-        raise IntegrityError(
-            f"{reference}: expected generation {min_generation} or a later one, found {record['generation']} with "
-            f"{release.version}; this store is an old copy, or was tampered with"
-        )
-
-    previous = _previous_record(destination)
-    _refuse_other_signer(reference, record, verify_key, previous)
-    known_signers = previous.get("signers", {})
-    record["signers"] = known_signers | ({record["line"]: record["signer"]} if record["signer"] else {})
-    known_generations = previous.get("seen", {})
-    generation, version = known_generations.get(reference, (0, None))
-    # One generation is one move of the alias, so it can never name two versions either.
-    if record["generation"] < generation or (
-        record["generation"] == generation and version not in (None, release.version)
-    ):
-        raise IntegrityError(
-            f"{reference}: generation {record['generation']} with {release.version} does not follow generation "
-            f"{generation} with {version}, pulled before into {destination}; this store is an old copy, or was "
-            "tampered with"
-        )
-    record["seen"] = {**known_generations, reference: (record["generation"], release.version)}
-
-    safety.refuse_foreign((file.path for file in release.files), f"{reference}: {release.version}")
-    expected = [("manifest.json", record["manifest_sha256"]), *((f.path, f.sha256) for f in release.files)]
-    if previous.get("version") == release.version and _fault(destination, expected) is None:
-        _write_record(destination, record)
-        return release
-
-    # Everything is checked in a folder beside the destination, so that the destination is never half a version.
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir()
-        folder = registry.version_folder(release.line, release.version)
-        # Before they fill the disk.
-        if fault := artifact.size_fault(store, folder, release.files):
-            raise IntegrityError(f"{store.uri}/{folder}/{fault}; nothing was written to {destination}")
-        # A file that is missing in the store is reported below, with its name.
-        with contextlib.suppress(NotFound):
-            store.download(folder, [path for path, _ in expected], temporary)
-        fault = _fault(temporary, expected)
-        if fault is not None:
-            raise IntegrityError(f"{store.uri}/{folder}/{fault}; nothing was written to {destination}")
-        safety.refuse_unsafe(temporary, f"{reference}: {release.version}")
-        _write_record(temporary, record)
-        _replace(destination, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return release
+    options = PullOptions(min_generation=min_generation, verify_key=verify_key, sha256=sha256)
+    folder = PulledFolder(destination)
+    # Before the destination is touched.
+    previous = folder.record()
+    planned = _plan(store, reference, options, previous, parts, folder.path)
+    with disk_errors(folder.path), folder.locked():
+        # Another pull may have ended meanwhile, of a later generation.
+        if (record := folder.record()) != previous:
+            planned = _plan(store, reference, options, record, parts, folder.path)
+        _install(store, planned, folder)
+    return planned.release
 
 
 def recorded_signer(destination: Path) -> str | None:
@@ -148,62 +121,100 @@ def recorded_signer(destination: Path) -> str | None:
     return signer
 
 
-def _fingerprint(document: Signed) -> str | None:
-    return keys.fingerprint(document.signer) if document.signer else None
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a pull will bring.
+
+    Attributes:
+        release: The version.
+        files: Those of its files that were asked for.
+        record: The record of this pull.
+    """
+
+    release: Release
+    files: tuple[File, ...]
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """A name for the version with these files, so that an interrupted pull of the same is recognised."""
+        content = [self.release.sha256, *sorted(file.path for file in self.files)]
+        return f"{self.release.version}-{hashing.sha256_json(content)[:12]}"
 
 
-def _refuse_other_signer(
-    reference: str, record: Mapping[str, Any], verify_key: str | None, previous: Mapping[str, Any]
-) -> None:
-    """Refuse what another key signed than the one that the caller gives, or that an earlier pull recorded."""
-    expected = verify_key or previous.get("signers", {}).get(record["line"])
-    if expected in (None, record["signer"]):
-        return
-    actual = f"a signature by {record['signer']}" if record["signer"] else "no valid signature"
-    where = "--verify-key" if verify_key else "an earlier pull"
-    raise IntegrityError(
-        f"{reference}: expected a signature by {expected}, as {where} says, found {actual}; if the publisher replaced "
-        "the key, get the new one's fingerprint from them and pull with --verify-key"
-    )
+def _plan(
+    store: Store,
+    reference: str,
+    options: PullOptions,
+    previous: dict[str, Any],
+    parts: Sequence[str],
+    destination: Path,
+) -> _Planned:
+    """Decide what will be pulled, and refuse what may not be."""
+    release, record = resolve(store, reference)
+    pull_checks.check(reference, release, record, previous, options, destination)
+    label = f"{reference}: {release.version}"
+    safety.refuse_foreign((file.path for file in release.files), label)
+    version_parts.refuse_other_content(release, label)
+    record = pull_checks.remember(reference, release, record, previous) | {"parts": sorted(set(parts))}
+    return _Planned(release, version_parts.select(release, parts), record)
 
 
-def _previous_record(destination: Path) -> dict[str, Any]:
-    """Return the record of the last pull into the destination; empty where there was none."""
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return {}
+def _install(store: Store, planned: _Planned, folder: PulledFolder) -> None:
+    """Make the version the current one; the folder is locked."""
+    folder.adopt_flat_layout()
+    folder.refuse_obstacles({file.path.partition("/")[0] for file in planned.files} | {MANIFEST})
+    current = folder.current()
+    if current is not None and _fault(current, planned) is None:
+        folder.write_record(current, planned.record)
+    else:
+        folder.make_current(_assemble(store, planned, folder))
+    folder.tidy()
+
+
+def _assemble(store: Store, planned: _Planned, folder: PulledFolder) -> Path:
+    """Return a whole and verified version in a folder beside the current one."""
+    release, version = planned.release, None
+    source = registry.version_folder(release.line, release.version)
     try:
-        record = json.loads((destination / RECORD).read_text())
-        # A file of that name that no pull wrote lacks these fields.
-        record["seen"], record["version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{destination}: is not empty and no pull made it; choose another folder") from error
-    return dict(record)
+        # Before anything is downloaded.
+        if fault := artifact.size_fault(store, source, planned.files):
+            raise IntegrityError(f"{store.uri}/{source}/{fault}; nothing was written to {folder.path}")
+        version = folder.new_version(planned.label, planned.files)
+        range_download.download(store, source, planned.files, version)
+        if foreign := plain_files.first_foreign(version, {RECORD, *(file.path for file in planned.files)}):
+            raise IntegrityError(f"{version}/{foreign}; somebody else put it there: pull again")
+        safety.refuse_unsafe(version, f"{release.line} {release.version}")
+        # Last, so that a folder with a manifest has all of its files.
+        folder.write_record(version, planned.record)
+        (version / MANIFEST).write_bytes(_manifest(store, source, release))
+    except Problem as problem:
+        # What was interrupted is of use to the next pull; bytes that differ are not.
+        folder.discard(version if isinstance(problem, IntegrityError) else None)
+        raise
+    return version
 
 
-def _fault(folder: Path, expected: Sequence[tuple[str, str]]) -> str | None:
-    """Return the first fault of a folder that must hold these (path, sha256) and nothing else, or None."""
-    if foreign := plain_files.first_foreign(folder, {RECORD, *(name for name, _ in expected)}):
+def _manifest(store: Store, source: str, release: Release) -> bytes:
+    """Return the bytes of the version's manifest."""
+    try:
+        data = store.read(f"{source}/{MANIFEST}").data
+    except NotFound:
+        data = b""
+    if hashing.sha256_bytes(data) != release.sha256:
+        raise IntegrityError(f"{store.uri}/{source}/{MANIFEST}: was changed while this pulled it; pull again")
+    return data
+
+
+def _fault(folder: Path, planned: _Planned) -> str | None:
+    """Return the first fault of a version's folder, of which every byte is read, or None."""
+    expected = {MANIFEST: planned.release.sha256, **{file.path: file.sha256 for file in planned.files}}
+    if foreign := plain_files.first_foreign(folder, {RECORD, *expected}):
         return foreign
-    for name, sha256 in expected:
+
+    def fault(name: str) -> str | None:
         path = folder / name
-        if not path.is_file():
-            return f"{name}: missing"
-        if hashing.sha256_file(path) != sha256:
-            return f"{name}: is not what was published (sha256 differs)"
-    return None
+        return None if path.is_file() and hashing.sha256_file(path) == expected[name] else name
 
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _replace(destination: Path, new: Path) -> None:
-    """Put the new folder in the place of the old one, with two renames; a rename cannot replace a folder with files."""
-    if not destination.exists():
-        new.rename(destination)
-        return
-    # Beside the destination and hidden: on the same file system, so that both are renames.
-    old = destination.with_name(f".{destination.name}.old-{uuid.uuid4().hex[:8]}")
-    destination.rename(old)
-    new.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        return next((name for name in pool.map(fault, expected) if name), None)

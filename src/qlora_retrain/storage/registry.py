@@ -67,6 +67,7 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
         raise IntegrityError(f"{store.uri}/{path}: not a version's manifest") from error
     if (release.line, release.version) != (line, version):
         raise IntegrityError(f"{store.uri}/{path}: is the manifest of {release.line} {release.version}")
+    release_files.refuse_hostile_list(release.files, f"{store.uri}/{path}")
     release._sha256 = actual
     return release
 

@@ -5,8 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_retrain.core import safety
+from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage.artifact import File
-from qlora_retrain.storage.store import Store
+from qlora_retrain.storage.store import Store, is_valid_path
+
+# Of a name, on every file system in use; of a whole key, in S3.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
+# What a pull puts beside a version's files.
+_RESERVED_NAMES = ("manifest.json", "_pulled.json", "current")
+
+
+def refuse_hostile_list(files: Sequence[File], label: str) -> None:
+    """Look at the list of a version's files, before any of them is used as a path.
+
+    Raises:
+        IntegrityError: If a path leads outside, can be no file's, is there twice, or is that of another one's folder.
+    """
+    paths = [file.path for file in files]
+    folders = {"/".join(parts[:end]) for parts in (p.split("/") for p in paths) for end in range(1, len(parts))}
+    for file in files:
+        if fault := _fault(file, folders):
+            raise IntegrityError(f"{label}: {file.path[:300]!r}: {fault}; somebody else wrote this manifest")
+    if len(set(paths)) < len(paths):
+        raise IntegrityError(f"{label}: lists a file twice; somebody else wrote this manifest")
+
+
+def _fault(file: File, folders: set[str]) -> str | None:
+    if not is_valid_path(file.path):
+        return "is no path below a version"
+    # What can be printed can be encoded.
+    if len(file.path.encode()) > _MAX_PATH_BYTES or max(map(len, file.path.encode().split(b"/"))) > _MAX_NAME_BYTES:
+        return "is too long for a file's name"
+    if file.path.partition("/")[0] in _RESERVED_NAMES:
+        return "is a name that this project uses itself"
+    if file.path in folders:
+        return "is a file and a folder"
+    return f"has {file.size_bytes} bytes" if file.size_bytes < 0 else None
 
 
 def refuse_unsafe(store: Store, folder: str, files: Sequence[File]) -> None:

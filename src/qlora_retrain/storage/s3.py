@@ -23,7 +23,7 @@ from typing import Any
 
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
-from qlora_retrain.storage import s3_errors, s3_hashes
+from qlora_retrain.storage import s3_errors, s3_hashes, s3_ranges
 from qlora_retrain.storage.atomic_files import disk_errors
 from qlora_retrain.storage.store import (
     AlreadyExists,
@@ -88,18 +88,17 @@ class S3Store:
             return Document(read_bounded(response["Body"], f"{self.uri}/{path}"), response["ETag"])
 
     def read_start(self, path: str, size_bytes: int) -> bytes:
-        """Get with `Range`."""
-        from botocore.exceptions import ClientError
+        """Get the first range."""
+        return self.read_range(path, 0, size_bytes)
 
-        with self._errors("read", path):
-            try:
-                response = self.client.get_object(**self._at(path), Range=f"bytes=0-{size_bytes - 1}")
-            except ClientError as error:
-                if s3_errors.http_status(error) == 416:  # the file is empty
-                    return b""
-                raise
-            # A server that ignores the range sends the whole file.
-            return bytes(response["Body"].read(size_bytes))
+    def read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        """Get with `Range`."""
+        return s3_ranges.read_range(
+            lambda value: self.client.get_object(**self._at(path), Range=value),
+            lambda: self._errors("read", path),
+            start,
+            size_bytes,
+        )
 
     def sha256(self, path: str) -> str:
         """Hash the object while it arrives; what the server says of its own bytes proves nothing."""
@@ -122,15 +121,19 @@ class S3Store:
         return stored.tag
 
     def swap(self, path: str, data: bytes, expected: str | None) -> str:
-        """Put with `If-Match`."""
-        condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
-        try:
-            stored = self._put(path, data, **condition)
-        except NotFound as error:
-            raise Conflict(str(error)) from None
-        if stored.data != data:
-            raise Conflict(f"{self.uri}/{path}")
-        return stored.tag
+        """Put with `If-Match`; the ETag without its quotes is the second try."""
+        # Some servers compare an ETag without its quotes, and refuse the right one with them.
+        tags = [expected] if expected is None else [expected, expected.strip('"')]
+        for tag in tags:
+            try:
+                stored = self._put(path, data, **({"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}))
+            except NotFound as error:
+                raise Conflict(str(error)) from None
+            if stored.data == data:
+                return stored.tag
+            if stored.tag != expected:
+                raise Conflict(f"{self.uri}/{path}")
+        raise s3_errors.wrong_precondition(f"{self.uri}/{path}", expected)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Page through the keys."""

@@ -81,3 +81,12 @@ def to_problem(where: str, code: str, text: str, http: int) -> Exception:
     if http in (409, 412, 429) or http >= 500 or code in TEMPORARY_CODES:
         return TryAgain(message, cause=Cause.THROTTLED)
     return UsageError(message)
+
+
+def wrong_precondition(where: str, tag: str | None) -> UsageError:
+    """Return the error for a server that refuses a write under a condition that holds."""
+    return UsageError(
+        f"{where}: this server answers 412 to a write under the condition that the ETag is {tag}, and then says itself "
+        "that this is the ETag; without a working If-Match no alias can move safely: use a server that honours it, or "
+        "a folder"
+    )

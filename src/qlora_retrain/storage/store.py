@@ -74,6 +74,10 @@ class Store(Protocol):
         """Return the first bytes of a file, fewer where it is shorter; raise `NotFound` where there is none."""
         ...
 
+    def read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        """Return the bytes of a file from `start` on, fewer where it ends; raise `NotFound` where there is none."""
+        ...
+
     def sha256(self, path: str) -> str:
         """Return the hash of a file's bytes, read anew; raise `NotFound` where there is none."""
         ...
@@ -186,17 +190,25 @@ def probe(store: Store) -> None:
     # A new name for each probe, since several plans may be made at once.
     path = f".probe/{uuid.uuid4().hex}"
     try:
-        first = store.write_if_absent(path, b"first")
-        with contextlib.suppress(AlreadyExists):
-            store.write_if_absent(path, b"second")
-            raise _unconditional(store, "overwrote a document that was to be written only if absent")
+        _try_writes(store, path)
+    except BaseException:
+        # What it found is what counts, and a clean-up that fails too must not take its place.
+        with contextlib.suppress(Exception):
+            store.delete([path])
+        raise
+    store.delete([path])
 
-        store.swap(path, b"third", first)
-        with contextlib.suppress(Conflict):
-            store.swap(path, b"fourth", first)
-            raise _unconditional(store, "replaced a document that was no longer the expected one")
-    finally:
-        store.delete([path])
+
+def _try_writes(store: Store, path: str) -> None:
+    first = store.write_if_absent(path, b"first")
+    with contextlib.suppress(AlreadyExists):
+        store.write_if_absent(path, b"second")
+        raise _unconditional(store, "overwrote a document that was to be written only if absent")
+
+    store.swap(path, b"third", first)
+    with contextlib.suppress(Conflict):
+        store.swap(path, b"fourth", first)
+        raise _unconditional(store, "replaced a document that was no longer the expected one")
 
 
 def _unconditional(store: Store, fault: str) -> UsageError:

@@ -1,0 +1,129 @@
+"""S3 servers that are not quite like Amazon's: of ETags, of ranges, and of answers that break off."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from botocore.awsrequest import AWSResponse
+from urllib3.exceptions import ProtocolError
+
+from qlora_retrain.core.errors import TryAgain, UsageError
+from qlora_retrain.storage import s3, s3_ranges
+from qlora_retrain.storage.s3 import S3Store
+from qlora_retrain.storage.store import Conflict
+
+Answer = Callable[[Any], AWSResponse | None]
+
+
+@pytest.fixture
+def store(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr(s3, "PAUSE_SECONDS", 0)
+    return S3Store(s3_uri)
+
+
+class Body(io.BytesIO):
+    """The body of an answer; it may break off after its last byte."""
+
+    def __init__(self, data: bytes, *, breaks_off: bool = False) -> None:
+        super().__init__(data)
+        self.breaks_off = breaks_off
+
+    def read(self, size: int | None = -1, **_: object) -> bytes:
+        data = super().read(-1 if size is None else size)
+        if self.breaks_off and self.tell() == len(self.getvalue()):
+            raise ProtocolError("Connection broken")
+        return data
+
+    def stream(self, *_: object, **__: object) -> list[bytes]:
+        return [self.read()]
+
+
+def answer(status: int, body: Body, **headers: str) -> AWSResponse:
+    return AWSResponse("http://made.up", status, {name.replace("_", "-"): v for name, v in headers.items()}, body)
+
+
+def refusal(status: int, code: str) -> AWSResponse:
+    return answer(status, Body(f"<Error><Code>{code}</Code><Message>made up</Message></Error>".encode()))
+
+
+def on(store: S3Store, operation: str, handler: Answer) -> list[Any]:
+    """Let a function answer an operation's requests, or leave them to the server; return the list of the requests."""
+    requests: list[Any] = []
+
+    def handle(request: Any, **_: object) -> AWSResponse | None:
+        requests.append(request)
+        return handler(request)
+
+    store.client.meta.events.register_first(f"before-send.s3.{operation}", handle)
+    return requests
+
+
+def if_match(request: Any) -> str:
+    value = request.headers.get("If-Match", "")
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def test_an_etag_without_quotes_is_tried_where_the_right_one_is_refused(store: S3Store) -> None:
+    # As Ceph RGW 16.2 does.
+    def answers_412(request: Any) -> AWSResponse | None:
+        return refusal(412, "PreconditionFailed") if if_match(request).startswith('"') else None
+
+    tag = store.write_if_absent("a", b"old")
+    requests = on(store, "PutObject", answers_412)
+    store.swap("a", b"new", tag)
+    assert store.read("a").data == b"new"
+    assert [if_match(request) for request in requests] == [tag, tag.strip('"')]
+    store.probe()
+
+
+def test_a_server_that_refuses_the_right_etag_is_refused_with_the_reason(store: S3Store) -> None:
+    tag = store.write_if_absent("a", b"old")
+    on(store, "PutObject", lambda request: refusal(412, "PreconditionFailed") if if_match(request) else None)
+    for write in (lambda: store.swap("a", b"new", tag), store.probe):
+        with pytest.raises(UsageError, match="answers 412 to a write under the condition that the ETag is"):
+            write()
+    # A document that really is another one is no such fault.
+    with pytest.raises(Conflict):
+        store.swap("a", b"new", '"0123"')
+
+
+def test_a_probe_that_cannot_clean_up_says_what_it_found_all_the_same(store: S3Store) -> None:
+    def strip(request: Any, **_: object) -> None:
+        del request.headers["If-None-Match"]
+
+    store.client.meta.events.register("before-sign.s3.PutObject", strip)
+    on(store, "DeleteObjects", lambda _: refusal(403, "AccessDenied"))
+    with pytest.raises(UsageError, match="ignores conditional writes"):
+        store.probe()
+
+
+def test_a_range_whose_answer_breaks_off_is_read_again(store: S3Store) -> None:
+    store.write_if_absent("a", bytes(range(100)))
+    broken = [True, True]
+
+    def breaks_off(request: Any) -> AWSResponse | None:
+        if not broken:
+            return None
+        broken.pop()
+        body = Body(bytes(range(10, 15)), breaks_off=True)
+        return answer(206, body, Content_Length="20", Content_Range="bytes 10-29/100", ETag='"x"')
+
+    requests = on(store, "GetObject", breaks_off)
+    assert store.read_range("a", 10, 20) == bytes(range(10, 30))
+    assert len(requests) == 3
+
+    broken.extend([True] * s3_ranges.MAX_ROUNDS)
+    with pytest.raises(TryAgain):
+        store.read_range("a", 10, 20)
+
+
+def test_a_range_that_the_server_ignores_is_cut_out_of_the_whole(store: S3Store) -> None:
+    data = bytes(range(100))
+    on(store, "GetObject", lambda _: answer(200, Body(data), Content_Length="100", ETag='"x"'))
+    assert store.read_range("a", 10, 20) == data[10:30]
+    assert store.read_range("a", 90, 20) == data[90:]
+    assert store.read_range("a", 100, 20) == b""
