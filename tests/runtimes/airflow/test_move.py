@@ -75,7 +75,9 @@ def context(user: str | None, plan: Plan | None = None, **form: object) -> Conte
         run_type="manual",
         triggering_user_name=user,
     )
-    task_instance = SimpleNamespace(try_number=1, xcom_pull=lambda task_ids: plan.uri if plan else None)
+    task_instance = SimpleNamespace(
+        try_number=1, xcom_pull=lambda task_ids: plan.uri if plan else None, xcom_push=lambda key, value: None
+    )
     return {"dag_run": dag_run, "params": form, "ti": task_instance, "outlet_events": OutletEventAccessors()}
 
 

@@ -21,7 +21,7 @@ from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import graph
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, Exit, UsageError
-from qlora_retrain.pipeline import make_plan, run_endings
+from qlora_retrain.pipeline import make_plan, run_endings, status
 from qlora_retrain.pipeline.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
@@ -89,6 +89,40 @@ def test_a_published_version_is_told_with_its_numbers_and_the_server_with_its_na
     }  # fmt: skip
     ids = [headers["webhook-id"] for _, headers, _ in ops.requests]
     assert ids[1] == ids[2] != ids[0]
+
+
+def test_a_move_by_hand_tells_every_server_of_the_line_and_one_that_fails_keeps_no_other_from_it(
+    made_plan: Plan, run_all: RunAll, ops: Any, connect: Callable[..., None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from airflow.sdk import DAG, BaseOperator
+    from airflow.sdk.exceptions import AirflowException, AirflowSkipException
+
+    from qlora_retrain.runtimes.airflow import notifications, notify_operators
+
+    assert set(run_all(made_plan).values()) == {0}
+    connect("unsigned", conn_type="http", host=ops.url)
+    hooks = [{"line": "*", "connection": "unsigned"}, {"line": made_plan.line, "connection": "ops"}]
+    (tmp_path / "platform.yaml").write_text(json.dumps({"hooks": hooks}))
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(tmp_path / "platform.yaml"))
+    with DAG("qlora-retrain-move") as dag:
+        notifications.add_move_hooks(dag, BaseOperator(task_id="move"))
+    hook = dag.get_task("hooks")
+    assert hook.is_teardown
+    assert hook.upstream_task_ids == {"move"}
+
+    context, moved = context_of(None), {"move": "production"}
+    context["params"] = {"line": made_plan.line}
+    context["ti"].xcom_pull = lambda task_ids, key: moved.get(task_ids) if key == notify_operators.MOVED_ALIAS else None
+    with pytest.raises(AirflowException, match="connection unsigned"):
+        hook.execute(context)
+    (document,) = ops.documents
+    assert document["data"]["line"] == made_plan.line
+    assert document["data"]["version"].endswith(status.numbers(made_plan, "publish")["version"][-12:])
+
+    moved["move"] = "staging"
+    with pytest.raises(AirflowSkipException, match="did not move"):
+        hook.execute(context)
 
 
 def test_a_run_that_moved_nothing_is_told_to_nobody(made_plan: Plan, run_all: RunAll, line: Path, ops: Any) -> None:

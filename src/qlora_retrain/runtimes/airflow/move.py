@@ -20,6 +20,7 @@ from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.runtimes.airflow.dag_run import own_run_id, publish_arguments, store_root
 from qlora_retrain.runtimes.airflow.move_request import Movement, request_id
+from qlora_retrain.runtimes.airflow.notify_operators import MOVED_ALIAS
 from qlora_retrain.runtimes.airflow.operators import RETRY_BACKOFF
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Mover:
         if ending.code:
             fail(ending)
         self._emit_asset_event(task, context)
+        context["ti"].xcom_push(key=MOVED_ALIAS, value=self.movement.alias)
 
     def _run_once(self, arguments: list[str], run_id: str) -> Ending:
         try:

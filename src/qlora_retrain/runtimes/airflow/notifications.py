@@ -77,6 +77,14 @@ def add_tasks(dag: DAG, line: str, last: BaseOperator) -> None:
         last >> ReloadHookOperator(entry=hook, line=line, task_id=task_id, dag=dag).as_teardown()
 
 
+def add_move_hooks(dag: DAG, last: BaseOperator) -> None:
+    """Add the task of `hooks` to a DAG in which a person moves an alias of any line, after the move."""
+    if platform.load().hooks:
+        from qlora_retrain.runtimes.airflow.notify_operators import MoveHooksOperator
+
+        last >> MoveHooksOperator(task_id="hooks", dag=dag).as_teardown()
+
+
 def _free_ids(dag: DAG, name: str) -> Iterator[str]:
     """Yield ids that no task of the DAG has: two emails to different people use one connection."""
     candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))

@@ -16,8 +16,9 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from qlora_retrain.core import graph
+from qlora_retrain.core.aliases import PRODUCTION
 from qlora_retrain.core.errors import Problem, TryAgain
-from qlora_retrain.runtimes.airflow.dag_run import plan_uri
+from qlora_retrain.runtimes.airflow.dag_run import own_run_id, plan_uri, store_root
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from qlora_retrain.config.notify import HookConfig, NotifyConfig
 
 Result = TypeVar("Result")
-PRODUCTION = "production"
+# Under this key the task that moved an alias leaves the alias's name.
+MOVED_ALIAS = "moved_alias"
 # 5 tries within some five minutes. The run counts as running for so long, and the line's next one waits.
 _RETRIES: dict[str, Any] = {
     "retries": 4,
@@ -135,11 +137,51 @@ class ReloadHookOperator(BaseOperator):  # type: ignore[misc]
         self.log.info("%s was told to load %s", self.entry.connection, move.version)
 
 
+class MoveHooksOperator(BaseOperator):  # type: ignore[misc]
+    """Tell the servers of a line that a person moved `production`; for the DAGs that move an alias of any line."""
+
+    template_fields: Sequence[str] = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**_RETRIES, **kwargs})
+
+    def execute(self, context: Context) -> None:
+        """Send the request to each server; where one fails, the others are told all the same."""
+        from qlora_retrain.config import platform
+
+        line = context["params"]["line"]
+        hooks = platform.load().hooks_of(line)
+        moved_alias = context["ti"].xcom_pull(task_ids=next(iter(self.upstream_task_ids)), key=MOVED_ALIAS)
+        if moved_alias != PRODUCTION or not hooks:
+            raise AirflowSkipException(f"{PRODUCTION} did not move" if hooks else f"no server loads {line}")
+
+        failures = [failure for hook in hooks if (failure := self._tell(hook, line, context)) is not None]
+        if failures:
+            raise _as_airflow_error(failures[0]) from None
+
+    def _tell(self, hook: HookConfig, line: str, context: Context) -> Problem | None:
+        from qlora_retrain.runtimes.airflow import delivery
+        from qlora_retrain.storage import moves, open_store
+
+        try:
+            # What it names now: another move may have followed, and has its own event.
+            version = moves.describe_current(open_store(store_root()), line, PRODUCTION)
+            move = AliasMove(store_root(), line, version, own_run_id(context))
+            delivery.post_json(hook.connection, move.as_json(), move.id, must_sign=True)
+        except Problem as problem:
+            self.log.warning("%s", problem)
+            return problem
+        self.log.info("%s was told to load %s", hook.connection, version)
+        return None
+
+
 def _try_to(act: Callable[[], Result]) -> Result:
     """Call `act`; let Airflow try it again only where that may help."""
     try:
         return act()
-    except TryAgain as problem:
-        raise AirflowException(str(problem)) from None
     except Problem as problem:
-        raise AirflowFailException(str(problem)) from None
+        raise _as_airflow_error(problem) from None
+
+
+def _as_airflow_error(problem: Problem) -> AirflowException:
+    return (AirflowException if isinstance(problem, TryAgain) else AirflowFailException)(str(problem))
