@@ -16,8 +16,8 @@ from typing import Any
 class LlamaServer:
     """A server in this process, to which requests go over HTTP on loopback."""
 
-    def __init__(self, path: Path, *, context_tokens: int, threads: int = 1) -> None:
-        """Load a GGUF file."""
+    def __init__(self, path: Path, *, context_tokens: int, threads: int = 1, adapter: Path | None = None) -> None:
+        """Load a GGUF file, with a GGUF adapter over it."""
         import xllamacpp
 
         options = xllamacpp.CommonParams()
@@ -27,6 +27,8 @@ class LlamaServer:
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
         options.port = 0  # any free port
         options.warmup = False
+        if adapter:
+            options.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(options)
 
     def tokenize(self, text: str) -> list[int]:

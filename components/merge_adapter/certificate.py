@@ -112,7 +112,11 @@ class Certificate:
                 for suite, numbers in self.suites.items()
                 if numbers
             ),
-            html.section("Exported forms", self._export_table()),
+            html.section(
+                "Exported forms",
+                self._export_table(),
+                *(f"{name}: {note}." for name, export in self.exports.items() for note in export["notes"]),
+            ),
             html.section(
                 "Serving the adapter without merging",
                 *(self.serving_warnings or ["No problem is known with vLLM, TGI and llama.cpp."]),

@@ -1,8 +1,8 @@
-"""Build and score the exports of the merged model: 4-bit for bitsandbytes, GGUF for llama.cpp.
+"""Build and score the exports of the merged model: 4-bit for bitsandbytes, GGUF for llama.cpp, the adapter as GGUF.
 
 Each export is in `model/exports/` and is scored as it is on disk: the 4-bit form as transformers loads it, a GGUF file
-with its weights dequantized into a transformers model. llama.cpp itself is not run, since a certificate must not depend
-on whether it is installed.
+with its weights dequantized into a transformers model, a GGUF adapter over the original base. No model runs in
+llama.cpp, since a certificate must not depend on whether it is installed.
 
 GGUF is made from the merged model that ships. The exception is Q4_1 of an adapter of QA-LoRA over `int4`: then the base
 has this form already, and the adapter only moves its minima. The 4-bit form for bitsandbytes is made from the adapter
@@ -26,9 +26,11 @@ from qlora_retrain.config.merge import MergeConfig
 from qlora_retrain.core import progress
 from qlora_retrain.lm import base_formats, loading
 from qlora_retrain.lm.base_formats import FourBits
+from qlora_retrain.lm.loading import LoadOptions
 from qlora_retrain.lm.streaming_quantizer import load_quantized
 
 FOLDER = "exports"
+ADAPTER = "gguf-lora"
 DEFAULT_4_BITS = FourBits("nf4", double_quant=True, compute_dtype="bfloat16")
 
 
@@ -40,11 +42,13 @@ class Export:
         path: The path of a folder or a GGUF file, below `model/`.
         size_bytes: The size of its weights.
         scores: Its scores on the rows that certify.
+        notes: What a user of the file must know of it; one sentence each.
     """
 
     path: str
     size_bytes: int
     scores: FormScores
+    notes: tuple[str, ...] = ()
 
 
 def refuse_unsupported(config: MergeConfig, base_model: Path) -> None:
@@ -53,7 +57,7 @@ def refuse_unsupported(config: MergeConfig, base_model: Path) -> None:
     if any(name.startswith("gguf") for name in config.exports):
         from components.merge_adapter import gguf_file
 
-        gguf_file.refuse_unsupported(base_model)
+        gguf_file.refuse_unsupported(base_model, [name for name in config.exports if name.startswith("gguf")])
 
 
 def build_exports(
@@ -69,6 +73,7 @@ def build_exports(
     for name in (name for name in config.exports if name != "bf16"):
         folder = model / FOLDER / name
         folder.mkdir(parents=True)
+        notes: list[str] = []
         if name == "nf4":
             path = folder
             # Beside the model folder, so that the 16-bit copy never becomes a part of the artifact.
@@ -77,17 +82,12 @@ def build_exports(
                 merge(base_model, base_nf4, adapter, source, dequantized=False, max_shard_gib=config.max_shard_gib)
                 _quantize(source, model, base_nf4, folder, config.max_shard_gib)
             loaded: Any = loading.load_nf4(folder, **scorer.load_options)
+        elif name == ADAPTER:
+            path = folder / "adapter.gguf"
+            loaded = _build_adapter(base_model, adapter, path, scorer.load_options)
         else:
-            from components.merge_adapter import gguf_file
-
             path = folder / f"model-{name.removeprefix('gguf-')}.gguf"
-            if name == "gguf-q4_1" and _moves_minima(base_nf4, adapter):
-                progress.say(f"{name}: the codes of base_nf4 with the adapter in their minima; nothing is quantized")
-                with moved_minima.open_blocks(base_model, base_nf4, adapter) as blocks:
-                    gguf_file.write_gguf(model, path, name, blocks)
-            else:
-                gguf_file.write_gguf(model, path, name)
-            loaded = loading.load_gguf(path, **scorer.load_options)
+            loaded, notes = _build_gguf(name, base_model, base_nf4, adapter, model, path, scorer.load_options)
 
         size_bytes = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
         progress.say(f"{name}: {size_bytes / 2**30:.2f} GiB")
@@ -95,9 +95,36 @@ def build_exports(
             path.relative_to(model).as_posix(),
             size_bytes,
             scorer.score(name, loaded, model, rows, measure_endings=True),
+            tuple(notes),
         )
         del loaded  # before the next one is loaded
     return exports
+
+
+def _build_gguf(
+    name: str, base_model: Path, base_nf4: Path, adapter: Path, model: Path, path: Path, load_options: LoadOptions
+) -> tuple[Any, list[str]]:
+    """Write a GGUF file with its Modelfile; return the model that it holds, and what its user must know."""
+    from components.merge_adapter import gguf_file, modelfile
+
+    if name == "gguf-q4_1" and _moves_minima(base_nf4, adapter):
+        progress.say(f"{name}: the codes of base_nf4 with the adapter in their minima; nothing is quantized")
+        with moved_minima.open_blocks(base_model, base_nf4, adapter) as blocks:
+            notes = gguf_file.write_gguf(model, path, name, blocks)
+    else:
+        notes = gguf_file.write_gguf(model, path, name)
+    modelfile.write_modelfile(model, path)
+    for note in notes:
+        progress.say(f"{name}: {note}")
+    return gguf_file.load_gguf(model, path, **load_options), notes
+
+
+def _build_adapter(base_model: Path, adapter: Path, path: Path, load_options: LoadOptions) -> Any:
+    """Write the adapter as a GGUF LoRA; return the base with it."""
+    from components.merge_adapter import gguf_lora
+
+    gguf_lora.write_gguf_lora(base_model, adapter, path)
+    return gguf_lora.load_over_base(base_model, path, **load_options)
 
 
 def _moves_minima(base_nf4: Path, adapter: Path) -> bool:

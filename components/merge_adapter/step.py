@@ -208,7 +208,7 @@ def _certify(
     listed: dict[str, dict[str, Any]] = {}
     for name, export in shipped.items():
         numbers, limits = certificate.certify_export(config, settings, live_scores, name, export.scores, answers)
-        listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers}
+        listed[name] = {"path": export.path, "size_bytes": export.size_bytes, **numbers, "notes": list(export.notes)}
         rules += limits if name in built_exports else []
 
     # "live" is the unmerged model's name in published certificates.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.publish import markdown
+from components.publish.export_table import export_lines
 from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.lm.adapter_scale import describe_adapter, has_scale
 from qlora_retrain.pipeline.code_identity import project_root
@@ -73,6 +74,7 @@ def model_card(
     version: str,
     verdict: Mapping[str, Any],
     numbers: Mapping[str, Mapping[str, Any]],
+    certificate: Mapping[str, Any],
     *,
     is_alone: bool = False,
 ) -> str:
@@ -133,6 +135,7 @@ def model_card(
             f"Compared with the version in production: {champion}. The numbers above are those of the {challenger}. "
             f"`evaluation/certificate.json` has those of {form}.",
             "",
+            *export_lines(certificate),
             "## How it was made",
             "",
             f"{recipe_text}, learning rate {train['learning_rate']:g}, "

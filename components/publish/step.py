@@ -158,12 +158,13 @@ def _publish(
     # The plan's time and not the present time, so that a retry after a crash writes the same version.
     name = f"{plan.stamp}-{content[:12]}"
     folder = registry.version_folder(plan.line, name)
-    verdict = _verdict(store, inputs["evaluation"])
+    verdict = _read_document(store, inputs["evaluation"], "evaluation.json")
+    certificate = _read_document(store, inputs["model"], "certificate.json")
     numbers = {artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()}
     is_alone = any(target == graph.BASE_REFERENCE for _, target in copies["model"])
 
     documents = {
-        "README.md": model_card(config, plan, name, verdict, numbers, is_alone=is_alone),
+        "README.md": model_card(config, plan, name, verdict, numbers, certificate, is_alone=is_alone),
         "recipe.json": json.dumps(recipe(plan), indent=1) + "\n",
         "sbom.json": json.dumps(sbom(plan, name), indent=1) + "\n",
         "LICENCE.md": (
@@ -248,14 +249,14 @@ def _anchor(plan: Plan, version: str, model: Manifest) -> str:
     return plan.champion.version if model.numbers.get("best") == "champion" and plan.champion else version
 
 
-def _verdict(store: Store, evaluation: Manifest) -> dict[str, Any]:
-    """Return the evaluation's document after checking its hash, because the model card repeats its numbers."""
-    data = store.read(f"{evaluation.prefix}/evaluation.json").data
-    expected = next(f.sha256 for f in evaluation.files if f.path == "evaluation.json")
+def _read_document(store: Store, source: Manifest, path: str) -> dict[str, Any]:
+    """Return a document of an artifact after checking its hash, because the model card repeats its numbers."""
+    data = store.read(f"{source.prefix}/{path}").data
+    expected = next(f.sha256 for f in source.files if f.path == path)
     if hashing.sha256_bytes(data) != expected:
-        raise artifact.corruption_error(store, evaluation, "evaluation.json: its sha256 differs from the manifest's")
-    verdict: dict[str, Any] = json.loads(data)
-    return verdict
+        raise artifact.corruption_error(store, source, f"{path}: its sha256 differs from the manifest's")
+    document: dict[str, Any] = json.loads(data)
+    return document
 
 
 def _copy_error(

@@ -97,3 +97,60 @@ def test_the_command_refuses_with_12_and_without_torch(line: Path, root_uri: str
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 12, process.stderr
     assert "the base is GPTNeoXForCausalLM" in process.stderr
+
+
+# As they stand in the models' own tokenizer.json.
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+NEMO = (
+    f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PHI_4_MINI = (
+    rf"{_WORD}{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|{_WORD}{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    ("regex", "ignores_merges", "name"),
+    [
+        (NEMO, True, "tekken"),
+        (PHI_4_MINI, False, "gpt-4o"),
+        (LLAMA_3, True, "llama-bpe"),
+        (LLAMA_3, False, "dbrx"),  # Phi-4: the same cut, and words are always merged
+    ],
+)
+def test_a_cut_has_the_name_of_llama_cpp(regex: str, ignores_merges: bool, name: str) -> None:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
+    model = {"type": "BPE", "ignore_merges": ignores_merges}
+    assert gguf_names.pre_tokenizer_name({"model": model, "pre_tokenizer": cut}) == name
+
+
+MARK = "\u2581"
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+PREPEND = {"type": "Prepend", "prepend": MARK}
+METASPACE = {"type": "Metaspace", "replacement": MARK, "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "prefix"),
+    [
+        ({"type": "Sequence", "normalizers": [PREPEND, REPLACE]}, None, "always"),
+        (None, METASPACE, "first"),
+        (None, METASPACE | {"split": True}, None),  # two spaces are one token, and would be cut
+        (REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}, "never"),
+        ({"type": "NFKC"}, METASPACE, None),
+    ],
+)
+def test_a_sentencepiece_tokenizer_says_where_it_puts_a_space(
+    normalizer: Any, pre_tokenizer: Any, prefix: str | None
+) -> None:
+    model = {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0, MARK * 2: 1}}
+    tokenizer = {"model": model, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+    assert gguf_names.sentencepiece_prefix(tokenizer) == prefix

@@ -150,13 +150,9 @@ class LineConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_is_not_merged_is_not_exported(self) -> LineConfig:
-        if METHODS[self.train.method].ships_alone and self.merge.exports != ["bf16"]:
-            raise ValueError(
-                f"merge.exports: {', '.join(self.merge.exports)} are forms of a merged model, and an adapter of "
-                f"train.method: {self.train.method} cannot be merged, so it ships alone; leave exports out, or set "
-                "train.method: lora"
-            )
+    def _method_has_the_exports(self) -> LineConfig:
+        if refusal := method_checks.export_refusal(self.train, self.merge.exports):
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")

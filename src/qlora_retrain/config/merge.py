@@ -8,7 +8,9 @@ from pydantic import Field, field_validator
 
 from qlora_retrain.config.fields import Device, Precision, Section, identity
 
-Export = Literal["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1"]
+Export = Literal[
+    "bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_1", "gguf-q4_0", "gguf-lora"
+]
 
 
 class MergeConfig(Section):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from qlora_retrain.config.methods import METHODS
 
 if TYPE_CHECKING:
     from qlora_retrain.config.sections import TrainConfig
@@ -65,5 +68,22 @@ def contradiction(train: TrainConfig) -> str | None:
         return (
             "gradient_checkpointing: with method: prefix a layer reads keys and values that are kept, and a recomputed "
             "layer keeps none; leave it out, or set method: prompt"
+        )
+    return None
+
+
+def export_refusal(train: TrainConfig, exports: Sequence[str]) -> str | None:
+    """Return why an adapter of these settings has no such exports; None where it has."""
+    method = METHODS[train.method]
+    if method.ships_alone and list(exports) != ["bf16"]:
+        return (
+            f"merge.exports: {', '.join(exports)} are forms of a merged model, and an adapter of train.method: "
+            f"{train.method} cannot be merged, so it ships alone; leave exports out, or set train.method: lora"
+        )
+    if "gguf-lora" in exports and (method.llama_cpp != "yes" or train.modules_to_save):
+        reason = "train.modules_to_save" if train.modules_to_save else f"train.method: {train.method}"
+        return (
+            f"merge.exports: gguf-lora holds two matrices for a layer, and with {reason} an adapter holds something "
+            "else; leave gguf-lora out, or set train.method: lora without train.modules_to_save"
         )
     return None

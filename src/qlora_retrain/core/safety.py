@@ -22,7 +22,7 @@ _MODEL_FILE = re.compile(
     re.IGNORECASE,
 )
 # What this project writes besides, into artifacts and versions.
-_OWN_FILE = re.compile(r".+\.(gguf|html|jsonl|sig)|(README|LICENCE)\.md|events\.out\.tfevents\.\d+\.train")
+_OWN_FILE = re.compile(r".+\.(gguf|html|jsonl|sig)|(README|LICENCE)\.md|Modelfile|events\.out\.tfevents\.\d+\.train")
 # `torch.load` and `numpy.load` may unpickle, and a pickle can call any function while it is read.
 _PICKLE = re.compile(r".+\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz|h5|msgpack)", re.IGNORECASE)
 _WEIGHTS = re.compile(r".+\.(safetensors|gguf)", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Find GGUF's names for a model's architecture, rotary embeddings and pre-tokenizer, from its JSON files alone.
+"""Find GGUF's names for a model's architecture and tokenizer, from its JSON files alone.
 
 A GGUF file with a wrong name loads but answers nonsense, so a model without a name here is refused (12). The plan
 refuses it before training, where the files leave no doubt. `merge_adapter` checks again, on the model as transformers
@@ -11,21 +11,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import gguf_families
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Settings of these families that GGUF does not store, with the value that its readers take.
-_FIXED_SETTINGS = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
 METADATA_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # How a tokenizer splits text before its merges (the `pre_tokenizer` of tokenizer.json), and llama.cpp's name for that.
 # Both regular expressions must equal those of the models' own files, character by character.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _PUNCTUATION_AND_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words are also cut before a capital letter in the tokenizers of Phi-4-mini (gpt-4o) and of Mistral Nemo (tekken).
+_CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_CASED = f"{_START}{_CAPITALS}*{_SMALL}+@|{_START}{_CAPITALS}+{_SMALL}*@|"  # @: what may follow a word
+_SPACE_AFTER_CASED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PRE_TOKENIZERS = {
     (("ByteLevel", True),): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
     (("Split", _WORDS + r"\p{N}{1,3}" + _PUNCTUATION_AND_SPACE), ("ByteLevel", False)): "llama-bpe",
     (("Split", _WORDS + r"\p{N}" + _PUNCTUATION_AND_SPACE), ("ByteLevel", False)): "qwen2",
+    (("Split", _CASED.replace("@", "") + r"\p{N}" + _SPACE_AFTER_CASED), ("ByteLevel", False)): "tekken",
+    (("Split", _CASED.replace("@", _SUFFIX) + r"\p{N}{1,3}" + _SPACE_AFTER_CASED), ("ByteLevel", False)): "gpt-4o",
 }
+# SentencePiece writes a space as this mark.
+SPACE_MARK = "\u2581"
+SENTENCEPIECE = "default"
 # Tokenizer classes that follow tokenizer.json; the class of a model family may split text in another way.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -37,7 +46,7 @@ def refuse_unsupported(files: Mapping[str, Any]) -> None:
         files: The parsed `METADATA_FILES` that exist; a missing file refuses nothing.
     """
     if "config.json" in files:
-        architecture(files["config.json"])
+        gguf_families.architecture(files["config.json"])
 
     tokenizer = files.get("tokenizer.json")
     # A class of its own may replace the pre-tokenizer of a BPE, which only the loaded tokenizer shows.
@@ -47,48 +56,60 @@ def refuse_unsupported(files: Mapping[str, Any]) -> None:
         refuse_tokens_without_embedding(files["config.json"], tokenizer)
 
 
-def architecture(config: Mapping[str, Any]) -> str:
-    """Return the class that a config.json names, one of `ARCHITECTURES`.
-
-    Raises:
-        UsageError: If it is none of them, its rotary embeddings are scaled, or GGUF has no place for a setting.
-    """
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in ARCHITECTURES:
-        raise UsageError(f"merge.exports: GGUF is written for {', '.join(ARCHITECTURES)}; the base is {name}")
-
-    # transformers 5 writes `rope_parameters`; older config.json files have `rope_scaling`, and the oldest `type`.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UsageError(
-            f"merge.exports: GGUF is written for rotary embeddings without scaling; the base has {rope_type}"
-        )
-    for field, value in _FIXED_SETTINGS.items():
-        if config.get(field) not in (None, value):
-            raise UsageError(
-                f"merge.exports: GGUF has no place for {field}: {config[field]}, so the export would be read with "
-                f"{value}; remove the gguf exports from the list"
-            )
-    return str(name)
-
-
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json.
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json; `SENTENCEPIECE` where it is of that kind.
 
     Raises:
-        UsageError: If it has none, or the tokenizer is no byte-level BPE.
+        UsageError: If it has none.
     """
+    if sentencepiece_prefix(tokenizer):
+        return SENTENCEPIECE
     node = tokenizer.get("pre_tokenizer") or {}
     parts = node.get("pretokenizers", [node])
     signature = tuple((part.get("type"), _setting(part)) for part in parts)
     if _model_type(tokenizer.get("model")) != "BPE" or signature not in _PRE_TOKENIZERS:
         supported = ", ".join(_PRE_TOKENIZERS.values())
         raise UsageError(
-            f"merge.exports: GGUF is written for byte-level BPE with one of the pre-tokenizers {supported}; "
-            "the base has another tokenizer"
+            f"merge.exports: GGUF is written for byte-level BPE with one of the pre-tokenizers {supported}, and for "
+            "SentencePiece with byte fallback; the base has another tokenizer"
         )
-    return _PRE_TOKENIZERS[signature]
+    name = _PRE_TOKENIZERS[signature]
+    # One cut, but with llama-bpe llama.cpp takes a word that is a token as it is, without its merges.
+    return "dbrx" if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges") else name
+
+
+def sentencepiece_prefix(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return where a SentencePiece tokenizer puts a space before text: `always`, `first` or `never`.
+
+    None where the tokenizer.json is of another kind. `always` is the beginning of every text between special tokens,
+    `first` is the beginning of the whole text.
+    """
+    model, pre_tokenizer = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer")
+    if _model_type(model) != "BPE" or not model.get("byte_fallback"):
+        return None
+    normalizer = tokenizer.get("normalizer") or {}
+    normalizers = [_space_rule(part) for part in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    if normalizers in (["prepend", "replace"], ["replace"]) and _cuts_nothing(pre_tokenizer):
+        return "always" if "prepend" in normalizers else "never"
+    if normalizers or not pre_tokenizer or pre_tokenizer.get("type") != "Metaspace":
+        return None
+    # A cut at every space would matter to tokens that hold one further behind.
+    if pre_tokenizer.get("split") and any(SPACE_MARK in token[1:] for token in model["vocab"]):
+        return None
+    scheme: str = pre_tokenizer.get("prepend_scheme", "always")
+    return scheme if pre_tokenizer.get("replacement") == SPACE_MARK else None
+
+
+def _space_rule(part: Mapping[str, Any]) -> str | None:
+    if part.get("type") == "Prepend" and part.get("prepend") == SPACE_MARK:
+        return "prepend"
+    is_space = part.get("type") == "Replace" and part.get("pattern") == {"String": " "}
+    return "replace" if is_space and part.get("content") == SPACE_MARK else None
+
+
+def _cuts_nothing(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    # The spaces were replaced before this.
+    return not pre_tokenizer or (pre_tokenizer.get("type"), pre_tokenizer.get("pattern")) == ("Split", {"String": " "})
 
 
 def refuse_tokens_without_embedding(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:

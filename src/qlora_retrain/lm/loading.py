@@ -6,8 +6,6 @@ loaded, damaged weights, and weights that do not fill the model. Refuses (12) wh
 
 from __future__ import annotations
 
-import contextlib
-import io
 import warnings
 from pathlib import Path
 from types import MethodType
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.safety import read_json, refuse_unsafe
-from qlora_retrain.lm import base_formats, dora, gguf_config, memory, model_checks
+from qlora_retrain.lm import base_formats, dora, memory, model_checks
 from qlora_retrain.lm.adapter_kind import BOTTLENECK, CONFIG_FILE, PROMPT, WEIGHTS_FILE, adapter_kind
 from qlora_retrain.lm.attach_own import attach_own
 
@@ -95,30 +93,6 @@ def load_nf4(
         return _from_pretrained(folder, device=device, attn_implementation=attn_implementation, dtype=dtype)
 
     return base_format.load(from_pretrained, is_float32=resolve_dtype(dtype, device) == "float32")
-
-
-def load_gguf(
-    path: Path, *, device: str = "cpu", attn_implementation: str = "eager", dtype: str = "float32"
-) -> PreTrainedModel:
-    """Load the weights of a GGUF file, dequantized, as a transformers model in evaluation mode.
-
-    Raises:
-        UsageError: If it holds no causal language model that transformers reads.
-        IntegrityError: If weights are missing.
-    """
-    from transformers import GgufConfig
-
-    quantization = GgufConfig(dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bar for GGUF obeys no setting
-        return _from_pretrained(
-            path.parent,
-            device=device,
-            attn_implementation=attn_implementation,
-            dtype=resolve_dtype(dtype, device),
-            quantization=quantization,
-            gguf_file=path.name,
-            config=gguf_config.read(path),
-        )
 
 
 def attach_adapter(
@@ -227,7 +201,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def _from_pretrained(
-    folder: Path, *, device: str, attn_implementation: str, dtype: str, quantization: Any = None, **kwargs: Any
+    folder: Path, *, device: str, attn_implementation: str, dtype: str, quantization: Any = None
 ) -> PreTrainedModel:
     """Load a causal language model, map every library error to one of ours, and refuse missing weights."""
     import torch
@@ -240,8 +214,7 @@ def _from_pretrained(
     silence_transformers()
     refuse_unsafe(folder)
     attention = "eager" if attn_implementation == "auto" else attn_implementation
-    if "gguf_file" not in kwargs:  # all families that are read from GGUF have every attention
-        attention = model_checks.refuse_unfit(folder, attention)
+    attention = model_checks.refuse_unfit(folder, attention)
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -253,7 +226,6 @@ def _from_pretrained(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            **kwargs,
         )
     except SafetensorError as error:
         raise IntegrityError(f"{folder.name}: its weights are damaged: {error}") from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.llama_server import LlamaServer
-from components.merge_adapter import gguf_file
+from components.merge_adapter import gguf_file, gguf_types
 from components.merge_adapter.merge import merge
 from components.merge_adapter.step import run
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.core.errors import Exit, IntegrityError, UsageError
 from qlora_retrain.evaluation import scoring
-from qlora_retrain.lm import chat, gguf_names, loading
+from qlora_retrain.lm import chat, loading
 from qlora_retrain.pipeline import make_plan
+from tests.components.merge_adapter import llama_cpp
 
-ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1"]
+ALL = ["bf16", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_1", "gguf-q4_0", "gguf-lora"]
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def test_an_export_that_costs_too_much_refuses_the_version(inputs: dict[str, Pat
     assert "lost by gguf-q4_0 against the unmerged model" in str(report.refused)
 
 
-@pytest.mark.parametrize("kind", sorted(gguf_file.TENSOR_TYPES))
+@pytest.mark.parametrize("kind", sorted(gguf_types.MATRIX_TYPES))
 def test_a_gguf_file_holds_the_weights_of_the_merged_model(folder: Path, tmp_path: Path, kind: str) -> None:
     gguf_file.write_gguf(folder, tmp_path / "model.gguf", kind)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
@@ -92,7 +90,9 @@ def test_a_gguf_file_holds_the_weights_of_the_merged_model(folder: Path, tmp_pat
     assert len(stored) == len(merged)
 
     # A step of each type: f16 has 11 significant bits, q8_0 127 levels a block, q4_0 only 7, and q4_1 15.
-    tolerance = {"gguf-f16": 1e-3, "gguf-q8_0": 1e-2, "gguf-q4_0": 0.15, "gguf-q4_1": 0.1}[kind]
+    # Rows of 64 numbers do not fill a block of 256, so the mixtures fall back to q5_0 and q5_1.
+    tolerances = {"gguf-f16": 1e-3, "gguf-q8_0": 1e-2, "gguf-q4_0": 0.15, "gguf-q4_1": 0.1}
+    tolerance = tolerances.get(kind, 0.08)
     for layer in range(2):
         for name, gguf_name in (
             ("self_attn.q_proj", "attn_q"),
@@ -112,7 +112,7 @@ def test_a_gguf_file_holds_the_weights_of_the_merged_model(folder: Path, tmp_pat
     assert np.array_equal(norm.reshape(-1), merged["model.norm.weight"])
 
 
-@pytest.mark.parametrize("kind", sorted(gguf_file.TENSOR_TYPES))
+@pytest.mark.parametrize("kind", sorted(gguf_types.MATRIX_TYPES))
 def test_numbers_that_a_block_cannot_hold_are_refused_by_name(folder: Path, tmp_path: Path, kind: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -1e30
@@ -136,8 +136,8 @@ def test_writing_a_gguf_twice_gives_the_same_bytes(folder: Path, tmp_path: Path)
         ("config.json", {"architectures": ["GPTNeoXForCausalLM"]}, "the base is GPTNeoXForCausalLM"),
         (
             "config.json",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
-            "the base has linear",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10_000.0}},
+            "the base has yarn",
         ),
         ("config.json", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "has dynamic"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizers gpt-2, smollm"),
@@ -182,77 +182,9 @@ def test_a_tensor_that_gguf_has_no_name_for_is_refused_before_anything_is_built(
     assert list(inputs["model"].iterdir()) == []
 
 
-def test_the_plan_and_the_step_know_the_same_families() -> None:
-    assert tuple(gguf_file._FAMILIES) == gguf_names.ARCHITECTURES
-
-
-def random_model_of(family: str, tiny_model: Path, folder: Path) -> Path:
-    """Write a tiny random model of another family, with the tiny model's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings |= {"num_key_value_heads": 2, "vocab_size": 512, "initializer_range": 0.2, "head_dim": 16}
-    config = AutoConfig.for_model(family, **settings, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
-    shutil.copytree(tiny_model, folder)
-
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms of 1 and biases of 0 would hide a wrong place
-            parameter.data.add_(torch.empty_like(parameter).normal_(std=0.2))
-    model.save_pretrained(folder)
-    return folder
-
-
-def start_llama_server(path: Path) -> LlamaServer:
-    if find_spec("xllamacpp") is None:
-        missing = "llama.cpp is not installed: make gguf-setup"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    return LlamaServer(path, context_tokens=128)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_loads_with_the_logits_of_its_model(tiny_model: Path, tmp_path: Path, name: str) -> None:
-    folder = random_model_of(name, tiny_model, tmp_path / name)
-    gguf_file.write_gguf(folder, tmp_path / "model.gguf", "gguf-f16")
-    ids = torch.tensor([[1, 5, 9, 200, 2]])
-    expected = loading.load_base(folder, dtype="float32")(ids).logits
-    actual = loading.load_gguf(tmp_path / "model.gguf")(ids).logits
-    assert float((actual - expected).detach().norm() / expected.detach().norm()) < 0.01
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_llama_cpp_computes_what_transformers_computes(
-    tiny_model: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = random_model_of(name, tiny_model, tmp_path / name)
-    gguf_file.refuse_unsupported(folder)
-    gguf_file.write_gguf(folder, tmp_path / "model.gguf", "gguf-f16")
-    tokenizer, model = chat.load_tokenizer(folder).tokenizer, loading.load_base(folder, dtype="float32")
-    llama = start_llama_server(tmp_path / "model.gguf")
-
-    # Special tokens and digits: the places where two tokenizers differ first.
-    text = "<|im_start|>user\nwhere is the parcel of order number 1003?<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert llama.tokenize(text) == ids
-
-    logits = model(torch.tensor([ids])).logits[0].detach()
-    ours = logits.log_softmax(-1)
-    theirs = torch.tensor(
-        [
-            llama.log_probabilities(
-                ids[:length], vocabulary=logits.shape[-1], any_token=tokenizer.convert_tokens_to_ids("a")
-            )
-            for length in range(1, len(ids) + 1)
-        ]
-    )
-    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
-    assert (ours - theirs).abs().mean() < 0.02 * logits.std()
-
-
 def test_llama_cpp_answers_a_question(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for kind in ("gguf-f16", "gguf-q8_0"):
         gguf_file.write_gguf(folder, tmp_path / "model.gguf", kind)
-        llama = start_llama_server(tmp_path / "model.gguf")
+        llama = llama_cpp.start_server(tmp_path / "model.gguf")
         messages = [{"role": "user", "content": "my money back of order number 1003"}]
         assert llama.answer(messages, max_tokens=8).strip() == "refund"

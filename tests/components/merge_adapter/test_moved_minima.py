@@ -24,8 +24,8 @@ from components.train_qlora import adapter as training
 from qlora_retrain.config.sections import MergeConfig, QuantizeConfig, TrainConfig
 from qlora_retrain.core.errors import Diverged
 from qlora_retrain.lm import chat, loading
+from tests.components.merge_adapter import llama_cpp
 from tests.components.merge_adapter.conftest import RULES
-from tests.components.merge_adapter.test_exports import start_llama_server
 
 IDS = torch.tensor([[1, 5, 9, 200, 2, 31, 7]])
 NAME = "model.layers.0.mlp.down_proj"
@@ -89,7 +89,7 @@ def test_the_file_holds_the_trained_model_within_the_rounding_of_its_minima(
     assert np.linalg.norm(actual - base - update) < 0.02 * np.linalg.norm(update)
 
     # The whole file, embeddings in 8 bits too, answers as the live model does.
-    logits = [m(IDS).logits.detach() for m in (live, loading.load_gguf(tmp_path / "model.gguf"))]
+    logits = [m(IDS).logits.detach() for m in (live, gguf_file.load_gguf(tmp_path / "merged", tmp_path / "model.gguf"))]
     assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.05
 
 
@@ -195,7 +195,7 @@ def test_llama_cpp_computes_what_the_live_model_computes(
     adapter = write_adapter()
     write_gguf(tiny_model, int4, adapter, tmp_path)
     live = loading.attach_adapter(loading.load_nf4(int4), adapter)
-    llama = start_llama_server(tmp_path / "model.gguf")
+    llama = llama_cpp.start_server(tmp_path / "model.gguf")
     tokenizer = chat.load_tokenizer(tiny_model).tokenizer
     ids = tokenizer("where is the parcel of order number 1003?", add_special_tokens=False)["input_ids"]
     logits = live(torch.tensor([ids])).logits[0].detach()

@@ -10,6 +10,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from components.publish import documents, markdown
+from components.publish.export_table import export_lines
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.pipeline.plan import Plan
 
@@ -65,7 +66,7 @@ def card(made_plan: Plan, text: str, **fields: Any) -> tuple[dict[str, Any], str
         for step in made_plan.steps
     ]
     plan = made_plan.model_copy(update={"steps": tuple(steps)})
-    return parse(documents.model_card(config, plan, "20260131T000000Z-0123456789ab", verdict, numbers))
+    return parse(documents.model_card(config, plan, "20260131T000000Z-0123456789ab", verdict, numbers, {}))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -138,8 +139,24 @@ def test_the_card_says_how_many_answers_ended_and_which_variables_the_template_r
         for step in made_plan.steps
     ]
     plan = made_plan.model_copy(update={"steps": tuple(steps)})
-    _, body = parse(documents.model_card(PublishConfig(), plan, "v", verdict, {"adapter": {}, "dataset": {}}))
+    _, body = parse(documents.model_card(PublishConfig(), plan, "v", verdict, {"adapter": {}, "dataset": {}}, {}))
     assert f"Ends of answers: {text}." in plain_text(body)
     cells = [plain_text(c) for c in re.findall(r"<td>(.*?)</td>", body, re.DOTALL)]
     assert (cells[4], cells[9]) == ("yes" if is_measured else "not measured", "yes")
     assert '{"enable_thinking": false}' in plain_text(body)
+
+
+def test_the_card_lists_every_export_with_its_cost_and_what_its_user_must_know() -> None:
+    numbers = {"size_bytes": 3 * 2**20, "loss": 1.25, "cost": 0.0125, "cost_low": 0.01, "cost_high": 0.015}
+    exports = {
+        "bf16": {"path": ".", **numbers, "answers_ended": 1.0, "notes": []},
+        "gguf-q4_k_m": {
+            "path": "exports/gguf-q4_k_m/model-q4_k_m.gguf", **numbers, "answers_ended": 0.95,
+            "notes": ["61 in q5_0; 180 of 272 tensors fell back to q5_0"],
+        },
+    }  # fmt: skip
+    text = "\n".join(export_lines({"exports": exports}))
+    assert "| gguf-q4_k_m | model/exports/gguf-q4_k_m/model-q4_k_m.gguf | 3.0 | 1.2500 | +0.0125 (0.0100 to" in text
+    assert "| 95.0% |" in text.replace("95.0\\%", "95.0%")
+    assert "180 of 272 tensors fell back" in text
+    assert export_lines({"exports": {"bf16": exports["bf16"]}}) == []

@@ -37,13 +37,15 @@ ROUTED_EXPERTS: Fields = {
     "topk_group": 1, "first_k_dense_replace": 0,
 }  # fmt: skip
 HEADS_OF_16: Fields = {"head_dim": 16}
+# The scale of Gemma's attention, and a head that is the embeddings, as all of them have it.
+GEMMA_HEADS: Fields = {**HEADS_OF_16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
 SLIDING: Fields = {"sliding_window": WINDOW}
 ALTERNATING: Fields = {"layer_types": ["sliding_attention", "full_attention"], **SLIDING}
 FULL: Fields = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
 
 # Cells beside "yes"; the table's legend explains them.
 BY_WINDOW, BY_CODE = "padded (window)", "padded (own code)"
-NO_FAMILY, NO_SCALING = "no (family)", "no (scaling)"
+NO_FAMILY = "no (family)"
 
 # Words of the plan's reasons.
 MIXTURE, PARTS, STATE = "mixture of experts", "images or sound", "recurrent layers"
@@ -101,14 +103,15 @@ DENSE = [
     Architecture("LlamaForCausalLM", "llama", "Llama 2, Llama 3, Vicuna, Yi, SmolLM2, Falcon 3", SIZES, gguf="yes"),
     Architecture(
         "LlamaForCausalLM, scaled rotary embeddings", "llama", "Llama 3.1, 3.2 and 3.3, Tulu 3, R1-Distill-Llama",
-        {**SIZES, "rope_parameters": LLAMA_3_ROPE, "tie_word_embeddings": True}, gguf=NO_SCALING,
+        {**SIZES, "rope_parameters": LLAMA_3_ROPE, "tie_word_embeddings": True}, gguf="yes",
     ),
     Architecture(
         "MistralForCausalLM", "mistral", "Mistral 7B v0.2 and v0.3, Mistral Nemo",
-        {**SIZES, "sliding_window": None, "head_dim": 32},
+        {**SIZES, "sliding_window": None, "head_dim": 32}, gguf="yes",
     ),
     Architecture(
-        "MistralForCausalLM, window", "mistral", "Mistral 7B v0.1, Zephyr", {**SIZES, **SLIDING}, packs=BY_WINDOW
+        "MistralForCausalLM, window", "mistral", "Mistral 7B v0.1, Zephyr", {**SIZES, **SLIDING}, packs=BY_WINDOW,
+        gguf="yes",
     ),
     Architecture(
         "Qwen2ForCausalLM", "qwen2", "Qwen1.5, Qwen2, Qwen2.5, QwQ, R1-Distill-Qwen",
@@ -116,10 +119,12 @@ DENSE = [
     ),
     Architecture("Qwen3ForCausalLM", "qwen3", "Qwen3 0.6B to 32B", {**SIZES, "head_dim": 128}, gguf="yes"),
     Architecture("GemmaForCausalLM", "gemma", "Gemma 1", {**SIZES, **HEADS_OF_16}),
-    Architecture("Gemma2ForCausalLM", "gemma2", "Gemma 2", {**SIZES, **HEADS_OF_16, **SLIDING}, packs=BY_WINDOW),
     Architecture(
-        "Gemma3ForCausalLM", "gemma3_text", "Gemma 3 270M and 1B", {**SIZES, **HEADS_OF_16, **ALTERNATING},
-        packs=BY_WINDOW,
+        "Gemma2ForCausalLM", "gemma2", "Gemma 2", {**SIZES, **GEMMA_HEADS, **SLIDING}, packs=BY_WINDOW, gguf="yes"
+    ),
+    Architecture(
+        "Gemma3ForCausalLM", "gemma3_text", "Gemma 3 270M and 1B",
+        {**SIZES, **GEMMA_HEADS, **SLIDING, "num_hidden_layers": 6}, packs=BY_WINDOW, gguf="yes",
     ),
     Architecture(
         "Gemma4ForCausalLM", "gemma4_text", "the language model alone of a dense Gemma 4",
@@ -130,15 +135,16 @@ DENSE = [
         packs=BY_WINDOW,
     ),
     Architecture("PhiForCausalLM", "phi", "Phi-1.5, Phi-2", SIZES),
-    Architecture("Phi3ForCausalLM", "phi3", "Phi-4", {**SIZES, "sliding_window": None}),
+    Architecture("Phi3ForCausalLM", "phi3", "Phi-4", {**SIZES, "sliding_window": None}, gguf="yes"),
     Architecture(
         "Phi3ForCausalLM, window", "phi3", "Phi-3, Phi-3.5 mini",
         {**SIZES, **SLIDING, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 1024}, packs=BY_WINDOW,
+        gguf="yes",
     ),
     Architecture("SmolLM3ForCausalLM", "smollm3", "SmolLM3 3B", {**SIZES, "no_rope_layers": [1, 0]}),
     Architecture(
         "GraniteForCausalLM", "granite", "Granite 3.0 to 3.3",
-        {**SIZES, "logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.1},
+        {**SIZES, "logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.1}, gguf="yes",
     ),
     Architecture(
         "GraniteMoeHybridForCausalLM, dense", "granitemoehybrid", "Granite 4.0 350M and 1B",
