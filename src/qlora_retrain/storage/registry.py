@@ -280,7 +280,7 @@ def _next_state(state: Alias | None, release: Release, reason: str, rejected: li
         # Each content once, in order; with an override the content that comes back is no longer rejected.
         rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
         request_id=uuid.uuid4().hex[:12],
-        reason=reason,
+        reason=actor.with_run_reason(reason),
         actor=actor_name,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -1,4 +1,4 @@
-"""A trigger that waits for a pod: Airflow's own, extended to notice that the pod's node is lost.
+"""A trigger that waits for a pod: Airflow's own, which notices that the pod's node is lost, and copies a shorter log.
 
 Airflow's trigger looks only at the container's state. If the node is lost, Kubernetes shows the container as running
 for as long as the pod exists.
@@ -6,15 +6,39 @@ for as long as the pod exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from airflow.providers.cncf.kubernetes.triggers.pod import ContainerState, KubernetesPodTrigger
+from airflow.providers.cncf.kubernetes.utils.pod_manager import AsyncPodManager
 
+from qlora_retrain.runtimes.airflow.step_log import StepLog
 from qlora_retrain.runtimes.kubernetes import pod_spec, pod_status
 
 if TYPE_CHECKING:
     from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
+
+
+class StepPodManager(AsyncPodManager):  # type: ignore[misc]
+    """Copy a pod's log to the task's, with the lines of a step's progress that a person notices."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # One for the whole step, since the log is read every half minute.
+        self._step_log = StepLog()
+
+    def _emit_container_logs(self, logs: list[str], *args: Any) -> None:
+        super()._emit_container_logs(list(self._visible_lines(logs)), *args)
+
+    def _visible_lines(self, logs: Iterable[str]) -> Iterator[str]:
+        for line in logs:
+            # As Kubernetes writes it: the time, a space, and what the step printed.
+            timestamp, _, text = line.partition(" ")
+            visible = self._step_log.visible_text(text.rstrip())
+            if visible is not None:
+                yield f"{timestamp} {visible}"
 
 
 class PodTrigger(KubernetesPodTrigger):  # type: ignore[misc]
@@ -48,6 +72,11 @@ class PodTrigger(KubernetesPodTrigger):  # type: ignore[misc]
             logging_interval=task.logging_interval,
             trigger_kwargs=trigger_kwargs,
         )
+
+    @cached_property
+    def pod_manager(self) -> StepPodManager:
+        """What reads the pod's log."""
+        return StepPodManager(async_hook=self.hook)
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return this class's path for the triggerer; Airflow's method would return that of its own class."""

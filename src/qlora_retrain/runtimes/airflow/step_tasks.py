@@ -24,6 +24,7 @@ def step_operator(step: Step, config: LineConfig, line: str | None = None) -> tu
     runtime = platform.load().runtime_of(line)
     common = {
         "task_id": step.name,
+        "task_display_name": step.title,
         "step": step.name,
         "line": line,
         "alias": config.publish.promote_to,
