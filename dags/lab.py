@@ -52,6 +52,7 @@ def lab_dag(path: Path) -> DAG:
     name = lab_line(config.line)
     with DAG(
         name,
+        dag_display_name=f"Lab of {config.line}",
         description=f"Compares settings of {config.line} on a share of its training rows; publishes nothing.",
         doc_md=__doc__,
         schedule=None,

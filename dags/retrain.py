@@ -24,12 +24,12 @@ from pathlib import Path
 from airflow.sdk import DAG, BaseOperator, CronTriggerTimetable, Param
 
 from qlora_retrain.config import bounded_yaml, schedule
-from qlora_retrain.config.line import LineConfig, load
+from qlora_retrain.config.line import load
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.core.graph import PLAN_TASK, STEPS, Step, upstream_steps
+from qlora_retrain.core.graph import PLAN_TASK, PLAN_TITLE, STEPS, upstream_steps
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import notifications, params
+from qlora_retrain.runtimes.airflow import notifications, params, task_docs
 from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, DAG_IDS
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 from qlora_retrain.runtimes.airflow.request_approval import RequestApprovalOperator
@@ -56,8 +56,10 @@ def line_dag(path: Path) -> DAG:
         raise UsageError(f"{path}: line {config.line}: Airflow has another DAG of that name; give the line another one")
     dag = DAG(
         config.line,
+        # With the line's own name, so that no line can look like another one.
+        dag_display_name=f"Retrain {config.line}",
         description=config.description,
-        doc_md=f"{config.description}\n\n`{path.name}`: `plan`, then every step whose artifact does not exist yet.",
+        doc_md=task_docs.line_doc(config, path.name),
         schedule=timetable(config.schedule),
         params={name: Param(value, **schema) for name, (value, schema) in params.form_fields(config).items()},
         # Two runs of a line at once would compare with the same champion, and then both try to replace it.
@@ -72,13 +74,17 @@ def line_dag(path: Path) -> DAG:
         task_id=PLAN_TASK,
         config_path=path,
         execution_timeout=deadlines.line_timeout(config, PLAN_TASK),
-        doc_md=plan_doc(path, config),
+        task_display_name=PLAN_TITLE,
+        doc_md=task_docs.plan_doc(config, path.name),
         dag=dag,
     )
     tasks: dict[str, BaseOperator] = {PLAN_TASK: plan}
     for step in STEPS:
         operator, arguments = step_operator(step, config)
-        tasks[step.name] = operator(**arguments, doc_md=step_doc(step), dag=dag)
+        task = operator(**arguments, dag=dag)
+        # Each runtime has retries of its own.
+        task.doc_md = task_docs.step_doc(step, task.retries, task.execution_timeout)
+        tasks[step.name] = task
     # The steps that read only sources have no upstream step; they wait for the plan.
     for step in STEPS:
         tasks[step.name].set_upstream([tasks[name] for name in upstream_steps(step) or (PLAN_TASK,)])
@@ -135,17 +141,6 @@ def timetable(cron: str | None) -> CronTriggerTimetable | None:
     """Turn a cron expression into a timetable in UTC; None for a DAG that runs only when triggered."""
     # Airflow would find an error only after the import of this file, and then drop every DAG in it.
     return CronTriggerTimetable(schedule.five_fields(cron), timezone="UTC") if cron else None
-
-
-def step_doc(step: Step) -> str:
-    """Return the text that the UI shows about a step: the README of its component."""
-    readme = PROJECT / "components" / step.name / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.is_file() else step.summary
-
-
-def plan_doc(path: Path, config: LineConfig) -> str:
-    """Return the text that the UI shows about task 0."""
-    return f"Reads `{path.name}`, pins the sources of `{config.line}`, and writes the plan `runs/<run_id>/plan.json`."
 
 
 DAGS: dict[str, DAG] = {}

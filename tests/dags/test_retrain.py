@@ -103,8 +103,51 @@ def test_every_task_and_every_run_has_a_deadline(pipelines: Path, kind: str, mon
 def test_the_form_starts_at_the_lines_values(pipelines: Path) -> None:
     write(pipelines, "tickets.yaml", "tickets")
     params = load().DAGS["tickets"].params
-    assert set(params) == {*form.KNOBS, "resume_run"}
+    assert set(params) == {*form.KNOBS, "dry_run", "reason", "resume_run"}
     assert (params["train.learning_rate"], params["train.max_steps"], params["resume_run"]) == (3e-4, 7, None)
+
+
+@pytest.mark.parametrize("kind", ["local", "kubernetes"])
+def test_what_a_person_sees_is_in_words_and_each_step_has_its_contract(
+    pipelines: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_RETRAIN_PROFILE", str(DAG_FILE.parents[1] / "manifests" / "profiles" / "gpu.yaml"))
+    platform_file = pipelines.parent / "platform.yaml"
+    platform_file.write_text(f"runtime: {{kind: {kind}}}\n")
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(platform_file))
+    write(pipelines, "tickets.yaml", "tickets")
+    dag = load().DAGS["tickets"]
+    # With the line's own name, so that no line can pass for another.
+    assert dag.dag_display_name == "Retrain tickets"
+    assert dag.get_task("plan").task_display_name == "Plan the run"
+    for step in graph.STEPS:
+        task = dag.get_task(step.name)
+        assert task.task_display_name == step.title
+        doc = task.doc_md or ""
+        assert doc.startswith(step.summary)
+        assert f"Makes `{step.makes}`" in doc
+        assert all(f"| `{source.name}` |" in doc for source in step.reads)
+        assert f"is tried again {task.retries} times" in doc
+        assert f"may take {task.execution_timeout / timedelta(hours=1):g} hours" in doc
+        assert "| 11 | quality refused or insufficient evidence | fails at once, on purpose" in doc
+        assert "| 75 | try again | is tried again |" in doc
+        # Then the component's page, whose links to other files would lead nowhere.
+        assert f"# {step.name}" in doc
+        assert "](../" not in doc
+        assert [link.name for link in task.operator_extra_links][-1] == "Run page"
+    assert dag.get_task("evaluate").doc_md.count("](") == 0
+
+
+def test_a_reason_is_bounded_and_a_dry_run_is_yes_or_no(pipelines: Path) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
+    write(pipelines, "tickets.yaml", "tickets")
+    params = load().DAGS["tickets"].params
+    assert (params["dry_run"], params["reason"]) == (False, None)
+    assert params.get_param("reason").resolve("x" * 500) == "x" * 500
+    for name, value in (("reason", "x" * 501), ("reason", 7), ("dry_run", "true"), ("dry_run", 1), ("dry_run", None)):
+        with pytest.raises(ParamValidationError):
+            params.get_param(name).resolve(value)
 
 
 @pytest.mark.parametrize(

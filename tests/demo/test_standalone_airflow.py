@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.demo import airflow_api
 from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
 from qlora_retrain.demo.standalone_airflow import MARKER_VARIABLE, StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
@@ -86,7 +88,8 @@ def test_a_bad_field_of_the_form_is_refused_by_rest_with_its_reason(
 def test_a_run_with_a_changed_knob_is_planned_with_it_and_a_refusal_fails_at_once_with_its_reason(
     airflow: StandaloneAirflow, rows: Path
 ) -> None:
-    run_id = airflow.api.trigger("tickets", {"train.learning_rate": 5e-5, "publish.promote_to": None})
+    changes = {"train.learning_rate": 5e-5, "publish.promote_to": None, "reason": "try <b>half</b> the *rate*"}
+    run_id = airflow.api.trigger("tickets", changes)
     assert airflow.api.wait_until_finished("tickets", run_id, timeout_seconds=240) == "failed"
 
     states = {t.task_id: (t.state, t.try_number) for t in airflow.api.task_states("tickets", run_id)}
@@ -95,7 +98,21 @@ def test_a_run_with_a_changed_knob_is_planned_with_it_and_a_refusal_fails_at_onc
     assert states["publish"][0] == "upstream_failed"
     assert "data refused (10)" in airflow.api.failure_message("tickets", run_id, "validate_data")
     log = airflow.log_file("tickets", run_id, "validate_data", 1)
-    assert "data refused (10)" in log.read_text()
+    # The first line that Airflow's page of a failed run shows is the reason, and the traceback is short.
+    items = [json.loads(line) for line in log.read_text().splitlines()]
+    first, then = [item for item in items if item.get("level") in ("error", "critical")]
+    assert first["event"].startswith("data refused (10): ")
+    assert [len(error["frames"]) < 12 for error in then["error_detail"]] == [True]
+
+    # Airflow shows the note as Markdown: what people and data say is text there.
+    note = airflow.api.dag_run("tickets", run_id)["note"]
+    assert note.startswith("Result: validate\\_data: data refused (10): ")
+    assert note.endswith("\n\nReason: try \\<b\\>half\\</b\\> the \\*rate\\*")
+    links = airflow.api.request(
+        "GET", f"{airflow_api._dag_run_path('tickets', run_id)}/taskInstances/validate_data/links"
+    )
+    path = f"/qlora-retrain/runs/tickets/{urllib.parse.quote(run_id, safe='')}"
+    assert links["extra_links"] == {"Report": f"{path}/validate_data", "Run page": f"{path}/plan"}
 
     store = airflow.home.parent / "store"
     (plan_file,) = (store / "runs").glob("*/plan.json")
@@ -105,6 +122,25 @@ def test_a_run_with_a_changed_knob_is_planned_with_it_and_a_refusal_fails_at_onc
     assert any(
         "data.min_train_rows = 100000" in line for line in airflow.api.log_lines("tickets", run_id, "validate_data")
     )
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_dry_run_says_what_would_run_and_starts_nothing(airflow: StandaloneAirflow) -> None:
+    store = airflow.home.parent / "store"
+    before = sorted(store.rglob("*"))
+    run_id = airflow.api.trigger("tickets", {"dry_run": True, "train.rank": 4, "reason": "only a look"})
+    assert airflow.api.wait_until_finished("tickets", run_id, timeout_seconds=240) == "success"
+
+    states = {task.task_id: task.state for task in airflow.api.task_states("tickets", run_id)}
+    assert states == {"plan": "success", **{step.name: "skipped" for step in graph.STEPS}}
+    assert sorted(store.rglob("*")) == before
+    log = airflow.api.log_lines("tickets", run_id, "plan")
+    assert any("preview for line tickets" in line and "no step runs" in line for line in log)
+    assert any("train_qlora" in line and "will run: " in line for line in log)
+    note = airflow.api.dag_run("tickets", run_id)["note"]
+    assert note.startswith("Result: Dry run: no step ran.  \nvalidate\\_data: ")
+    assert note.endswith("\n\nReason: only a look")
 
 
 @pytest.mark.airflow

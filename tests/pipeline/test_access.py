@@ -242,6 +242,7 @@ def test_a_step_that_the_graph_gets_has_its_policy_by_itself(
 ) -> None:
     extra = graph.Step(
         "distill",
+        title="Distill",
         section="train",
         reads=(graph.Input("adapter"),),
         makes="student",

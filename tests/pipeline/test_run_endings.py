@@ -116,6 +116,17 @@ def test_the_pages_of_a_run_say_how_a_step_failed_until_it_begins_again(
     assert "busy" not in explain.status_text(made_plan)
 
 
+def test_the_page_of_a_run_says_how_far_a_step_is(made_plan: Plan, store: Store, tmp_path: Path) -> None:
+    assert "last report" not in run_page.page(made_plan)
+    (tmp_path / "train_qlora.json").write_text('{"what": "training", "done": 30, "total": 300, "loss": 0.41}')
+    store.upload(tmp_path, f"runs/{made_plan.run_id}/status", ["train_qlora.json"])
+    assert "last report: training 30/300  loss 0.41" in run_page.page(made_plan)
+    # How it failed says more than how far it came.
+    failure = Ending(75, Cause.THROTTLED, "busy", "train_qlora")
+    run_endings.write_to_store(made_plan.root, made_plan.run_id, failure)
+    assert "last report" not in run_page.page(made_plan)
+
+
 def test_a_refusal_names_its_attempt_and_its_key(made_plan: Plan) -> None:
     def refuse(
         config: object,

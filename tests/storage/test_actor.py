@@ -19,6 +19,7 @@ from qlora_retrain.storage.store import Store
 @pytest.fixture(autouse=True)
 def no_orchestrator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor, "_orchestrator", "")
+    monkeypatch.setattr(actor, "_run_reason", "")
 
 
 @pytest.fixture
@@ -77,3 +78,15 @@ def test_without_an_answer_of_sts_the_kernels_user_is_marked(
 def test_an_orchestrators_word_cannot_pass_for_what_is_proved(text: str) -> None:
     with pytest.raises(UsageError, match="expected SYSTEM:NAME"):
         actor.name_orchestrator(text)
+
+
+def test_what_a_person_says_of_a_run_stands_behind_the_programs_reason() -> None:
+    assert actor.with_run_reason("passed both gates") == "passed both gates"
+    actor.state_run_reason("new labels; by alice")
+    assert actor.with_run_reason("passed both gates") == "passed both gates; the run's reason: new labels; by alice"
+
+
+@pytest.mark.parametrize("text", ["x" * 501, "a\nb", "a\x1b[2J", "a\u202eb", "\0"])
+def test_a_reason_that_could_rewrite_a_line_of_the_trail_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected one line of at most 500 printable characters"):
+        actor.state_run_reason(text)

@@ -71,6 +71,13 @@ def audit(store: Store, name: str) -> dict[int, list[Alias]]:
     return entries
 
 
+def test_every_move_of_a_run_says_why_a_person_started_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_retrain.storage.actor._run_reason", "new labels")
+    move(store, PRODUCTION, version(store, 1))
+    assert alias_state(store, PRODUCTION).reason == "a test; the run's reason: new labels"
+    assert [state.reason for state in audit(store, PRODUCTION)[1]] == ["a test; the run's reason: new labels"]
+
+
 def test_the_actor_is_the_operating_systems_user_whatever_the_environment_says(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

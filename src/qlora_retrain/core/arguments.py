@@ -11,6 +11,8 @@ from qlora_retrain.core.errors import Exit, UsageError
 
 # Of a step's `--alias`: the plan decides which alias moves.
 ANY_ALIAS = "*"
+# Of what a person says who starts a run; the audit trail has it.
+MAX_REASON_CHARACTERS = 500
 
 
 class Parser(argparse.ArgumentParser):

@@ -54,6 +54,7 @@ class Step:
 
     Attributes:
         name: Also the folder below `components/`.
+        title: The name in words, for the UIs of orchestrators.
         section: The part of a line's YAML that configures it.
         reads: The inputs, in the order of `run`'s parameters.
         makes: The artifact's name.
@@ -67,6 +68,7 @@ class Step:
     """
 
     name: str
+    title: str
     section: str
     reads: tuple[Input, ...]
     makes: str
@@ -118,6 +120,7 @@ SOURCES = (
 STEPS = (
     Step(
         "validate_data",
+        title="Check and split the data",
         section="data",
         reads=(
             Input("raw_data"),
@@ -137,6 +140,7 @@ STEPS = (
     ),
     Step(
         "quantize_model",
+        title="Store the base model",
         section="quantize",
         reads=(Input("base_model"),),
         makes="base_nf4",
@@ -146,6 +150,7 @@ STEPS = (
     ),
     Step(
         "train_qlora",
+        title="Train the adapter",
         section="train",
         reads=(Input("dataset"), Input("base_nf4"), Input("champion_adapter")),
         makes="adapter",
@@ -158,6 +163,7 @@ STEPS = (
     ),
     Step(
         "evaluate",
+        title="Evaluate against production",
         section="evaluate",
         reads=(
             Input("dataset"),
@@ -176,6 +182,7 @@ STEPS = (
     ),
     Step(
         "merge_adapter",
+        title="Merge and certify",
         section="merge",
         reads=(
             Input("dataset"),
@@ -192,6 +199,7 @@ STEPS = (
     ),
     Step(
         "publish",
+        title="Publish the version",
         section="publish",
         reads=(Input("dataset"), Input("adapter"), Input("evaluation"), Input("model")),
         makes="release",
@@ -227,6 +235,7 @@ EVALUATED_PROMPTS = "evaluated_prompts.txt"
 
 # Task 0 of every orchestrator. It is not a step: it makes no artifact, and every step needs its result.
 PLAN_TASK = "plan"
+PLAN_TITLE = "Plan the run"
 
 
 @cache

@@ -32,9 +32,18 @@ _UNMATCHED = {
 }
 
 
-def as_text(plan: Plan) -> str:
-    """Return the plan as a table, one line for each step."""
-    lines = [f"run {plan.run_id} of line {plan.line}", f"plan {plan.uri}", signatures.describe(open_store(plan.root))]
+def as_text(plan: Plan, *, is_preview: bool = False) -> str:
+    """Return the plan as a table, one line for each step.
+
+    Args:
+        plan: The plan.
+        is_preview: The plan is not in the store, and nothing will run by it.
+    """
+    if is_preview:
+        lines = [f"preview for line {plan.line} at {plan.created_at}: nothing is written, and no step runs"]
+    else:
+        lines = [f"run {plan.run_id} of line {plan.line}", f"plan {plan.uri}"]
+        lines.append(signatures.describe(open_store(plan.root)))
     lines.append(f"champion {plan.champion.version if plan.champion else 'none yet'}")
     if plan.anchor:
         lines.append(f"anchor {plan.anchor.version}: the best version so far")
@@ -56,11 +65,17 @@ def as_text(plan: Plan) -> str:
     train = next(planned.identity for planned in plan.steps if graph.step(planned.name).section == "train")
     lines.append(f"adapter: {describe_adapter(train['rank'], train['alpha'], train['method'])}")
     lines += earlier_adapters.describe(plan)
+    forecasts = step_forecasts(plan)
+    for planned in plan.steps:
+        lines.append(f"  {planned.name:<15} {planned.key[:12]}  {forecasts[planned.name]}")
+    return "\n".join(lines)
+
+
+def step_forecasts(plan: Plan) -> dict[str, str]:
+    """Return by step whether it will run, and why."""
     # The comparison is with the line's last run, since that is the one that a person remembers.
     earlier = previous_plan(open_store(plan.root), plan)
-    for planned in plan.steps:
-        lines.append(f"  {planned.name:<15} {planned.key[:12]}  {_forecast(plan, planned, earlier)}")
-    return "\n".join(lines)
+    return {planned.name: _forecast(plan, planned, earlier) for planned in plan.steps}
 
 
 def source_notes(name: str, source: PinnedSource, data_format: str) -> Iterator[str]:

@@ -103,13 +103,13 @@ def draft_plan(config: LineConfig, store: Store, run: str, at: datetime) -> tupl
         IntegrityError: For an unsafe base model.
     """
     key_admin.create_for_new_store(store, config.line)
-    _refuse_without_keys(store)
+    refuse_without_keys(store)
     store.probe()  # before gigabytes of sources are read
     history = evaluation_history.read(store, config.line, config.data.history_of)
-    return _build(config, store, run, at, history), history
+    return build_plan(config, store, run, at, history), history
 
 
-def _refuse_without_keys(store: Store) -> None:
+def refuse_without_keys(store: Store) -> None:
     """Refuse to plan without the keys of a store that has them, though no alias of the line says so.
 
     Raises:
@@ -175,8 +175,8 @@ def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:
     return run_id(at, line, *(orchestrator or (uuid.uuid4().hex,)))
 
 
-def _build(config: LineConfig, store: Store, run: str, at: datetime, history: EvaluationHistory) -> Plan:
-    """Build the plan, without writing it."""
+def build_plan(config: LineConfig, store: Store, run: str, at: datetime, history: EvaluationHistory) -> Plan:
+    """Build the plan, and write nothing to the store."""
     access = platform.load().access(store.uri)
     pinned = {name: _pin(name, config, access) for name in _PINNED_SOURCES}
     versions, champion_release = _pin_versions(config, store)

@@ -22,8 +22,7 @@ def page(plan: Plan) -> str:
         manifest = status.find_manifest(plan, step.name)
         # A step without an artifact may have failed; its ending says how.
         if manifest is None:
-            failure = last_failure(plan, step.name)
-            rows.append((step.name, describe(failure.code), failure.reason) if failure else (step.name, "not made", ""))
+            rows.append((step.name, *_state_without_artifact(plan, step.name)))
             continue
         numbers = progress.format_numbers(manifest.numbers)
         rows.append((step.name, describe(manifest.exit_code), manifest.reason or numbers))
@@ -37,6 +36,16 @@ def page(plan: Plan) -> str:
         html.section("What the run is about", *_pinned_files(plan)),
         html.section("Plan", plan.uri),
     )
+
+
+def _state_without_artifact(plan: Plan, step_name: str) -> tuple[str, str]:
+    """Return how a step without an artifact failed, or how far it was when it last said so."""
+    failure = last_failure(plan, step_name)
+    if failure is not None:
+        return describe(failure.code), failure.reason
+    last_report = status.progress_text(plan, step_name)
+    # A step that was killed says nothing any more, so this is no proof that it still runs.
+    return ("not made yet", f"last report: {last_report}") if last_report else ("not made", "")
 
 
 def _pinned_files(plan: Plan) -> list[html.Html]:
@@ -105,13 +114,24 @@ def step_report(plan: Plan, step_name: str) -> bytes | None:
         IntegrityError: If it is missing, or its hash differs from the manifest's.
         UsageError: If it is too large to be shown.
     """
-    manifest, name = status.find_manifest(plan, step_name), graph.step(step_name).report
-    file = verified_files.find_file(manifest.files, name) if manifest and name else None
+    name = graph.step(step_name).report
+    # The page is shown in a browser, so it is verified like every other file.
+    return verified_file(plan, step_name, name) if name else None
+
+
+def verified_file(plan: Plan, step_name: str, name: str) -> bytes | None:
+    """Read a small file of a step's artifact, checked against its manifest; None where there is none.
+
+    Raises:
+        IntegrityError: If it is missing, or its hash differs from the manifest's.
+        UsageError: If it is too large to be shown.
+    """
+    manifest = status.find_manifest(plan, step_name)
+    file = verified_files.find_file(manifest.files, name) if manifest else None
     if manifest is None or file is None:
         return None
     store = open_store(plan.root)
     try:
-        # The page is shown in a browser, so it is verified like every other file.
         return verified_files.read_verified(store, manifest.prefix, file)
     except IntegrityError as error:
         raise artifact.corruption_error(store, manifest, str(error)) from error

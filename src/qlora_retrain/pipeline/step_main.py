@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import unquote
 
 from qlora_retrain.core import graph, visible_text
 from qlora_retrain.core.arguments import ANY_ALIAS, Parser
@@ -35,6 +36,7 @@ def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
     parser.add_argument("--report-to", type=Path, metavar="FILE", help="copy the step's report there")
     parser.add_argument("--ending-to", type=Path, metavar="FILE", help="write the step's ending (JSON) there")
     parser.add_argument("--triggered-by", metavar="SYSTEM:NAME", help="for the audit trail, e.g. airflow:alice")
+    parser.add_argument("--reason", metavar="TEXT", help="why the run was started, for the audit trail; as in a URL")
     parser.add_argument("--executor-input", metavar="JSON", help="from KFP: says where to write the step's numbers")
     arguments = parser.parse_args()
 
@@ -43,6 +45,8 @@ def main(step_name: str, load: Callable[[], StepFunction]) -> NoReturn:
     try:
         if arguments.triggered_by:
             actor.name_orchestrator(arguments.triggered_by)
+        if arguments.reason:
+            actor.state_run_reason(unquote(arguments.reason))
         loaded = Plan.load(arguments.plan)
         # A foreign plan's run gets no ending from this step.
         loaded.refuse_other(line=arguments.line, root=arguments.root, alias=arguments.alias or None)

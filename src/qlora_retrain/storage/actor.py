@@ -7,6 +7,9 @@
 What stands after `via`, or alone, is proved by credentials or by the kernel. What stands before it is the word of
 whoever started the process: Airflow, from the user whom its API authenticated, never from a form. A role that may
 publish could say another name there, and no other role.
+
+Whoever triggers a run may say why. The audit trail has that text behind the reason of the program, as the word of that
+person.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import pwd
 import re
 import socket
 
+from qlora_retrain.core.arguments import MAX_REASON_CHARACTERS
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.storage.store import Store
 
 _CONNECT_SECONDS = 5
 _orchestrator = ""
+_run_reason = ""
 
 
 def name_orchestrator(text: str) -> None:
@@ -33,6 +38,26 @@ def name_orchestrator(text: str) -> None:
     if not re.fullmatch(r"[a-z-]+:[^\s]{1,1000}", text) or not text.isprintable():
         raise UsageError(f"--triggered-by {text!r}: expected SYSTEM:NAME without spaces, e.g. airflow:alice")
     _orchestrator = text
+
+
+def state_run_reason(text: str) -> None:
+    """Set why a person started this process's run, for the rest of the process.
+
+    Raises:
+        UsageError: If the text is too long, or not on one line.
+    """
+    global _run_reason
+    if len(text) > MAX_REASON_CHARACTERS or not text.isprintable():
+        raise UsageError(
+            f"--reason {text[:50]!r}: expected one line of at most {MAX_REASON_CHARACTERS} printable characters, found "
+            f"{len(text)}"
+        )
+    _run_reason = text
+
+
+def with_run_reason(reason: str) -> str:
+    """Return the reason of a move with what the person said who started this process's run."""
+    return f"{reason}; the run's reason: {_run_reason}" if _run_reason else reason
 
 
 def describe(store: Store) -> str:

@@ -295,7 +295,7 @@ def _next_state(
         # Each content once, in order; with an override the content that comes back is no longer rejected.
         rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
         request_id=request_id or uuid.uuid4().hex[:12],
-        reason=reason,
+        reason=actor.with_run_reason(reason),
         actor=actor_name,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

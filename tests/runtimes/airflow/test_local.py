@@ -64,14 +64,19 @@ def dag_run_context(run_id: str, *, try_number: int = 1, **params: object) -> Co
     events = OutletEventAccessors()
     # What the tasks of the run returned, by task.
     xcom: dict[str, str] = {}
+    notes: list[str] = []
 
     def xcom_pull(task_ids: str) -> str | None:
         return xcom.get(task_ids)
 
+    def xcom_push(key: str, value: str) -> None:
+        assert key == "qlora_retrain_note"
+        notes.append(value)
+
     return {
         "dag_run": dag_run,
         "params": params,
-        "ti": SimpleNamespace(try_number=try_number, xcom=xcom, xcom_pull=xcom_pull),
+        "ti": SimpleNamespace(try_number=try_number, xcom=xcom, notes=notes, xcom_pull=xcom_pull, xcom_push=xcom_push),
         "outlet_events": events,
     }
 
@@ -244,12 +249,15 @@ def test_publish_is_told_who_triggered_the_run_by_airflow_and_not_by_the_form(
 
     write_program(COMPLETE_ARTIFACT)
     context["dag_run"].triggering_user_name, context["dag_run"].run_type = user, DagRunType(run_type)
-    context["dag_run"].conf = context["params"] = {"triggering_user_name": "mallory"}
+    reason = "$(AWS_SECRET_ACCESS_KEY) --alias production\n{{ 7 * 7 }}"
+    context["dag_run"].conf = context["params"] = {"triggering_user_name": "mallory", "reason": reason}
     for step in ("validate_data", "publish"):
         step_task(step).execute(context)
     assert (project / "runs").read_text().split("\n")[:-1] == [
         f"--plan {plan.uri} --line tickets --root {plan.root}",
-        f"--plan {plan.uri} --line tickets --root {plan.root} --alias * --triggered-by {expected}",
+        f"--plan {plan.uri} --line tickets --root {plan.root} --alias * --triggered-by {expected} "
+        # One argument, in which neither Kubernetes nor a template finds anything to put a value in place of.
+        "--reason=%24%28AWS_SECRET_ACCESS_KEY%29%20--alias%20production%20%7B%7B%207%20%2A%207%20%7D%7D",
     ]
 
 
@@ -360,7 +368,9 @@ def test_an_exit_code_ends_the_task_as_the_table_says(
     write_program(
         f"import os, signal, sys\nprint('working')\nprint('validate_data: because of x', flush=True)\n{ending}"
     )
-    with pytest.raises(AirflowException, match=reason + ": working\nvalidate_data: because of x") as caught:
+    with pytest.raises(
+        AirflowException, match=reason + ": validate_data: because of x\nbefore that: working$"
+    ) as caught:
         step_task().execute(context)
     assert isinstance(caught.value, AirflowFailException) is not retried
 
@@ -552,3 +562,84 @@ def test_training_gets_the_time_that_the_runs_own_budget_says(project: Path) -> 
         task.pre_execute(changed)
     assert training.execution_timeout == timedelta(hours=7 + 2)
     assert evaluation.execution_timeout == timedelta(hours=24)
+
+
+def test_a_dry_run_plans_says_what_would_run_and_writes_nothing(project: Path, tmp_path: Path) -> None:
+    from airflow.sdk import DAG
+    from airflow.sdk.exceptions import AirflowSkipException, DownstreamTasksSkipped
+
+    context = dag_run_context("manual__7", dry_run=True, **{"train.rank": 4})
+    with DAG("tickets"):
+        plan_operator, task = plan_task(project), step_task()
+        plan_operator >> task >> step_task("train_qlora")
+    with pytest.raises(DownstreamTasksSkipped) as skipped:
+        plan_operator.execute(context)
+    assert skipped.value.tasks == ["train_qlora", "validate_data"]
+    assert not (tmp_path / "store").exists()
+    (note,) = context["ti"].notes
+    assert note.splitlines()[:2] == [
+        "Dry run: no step ran.", "validate_data: would run: no earlier run of this line"
+    ]  # fmt: skip
+
+    # A person may clear a skipped task.
+    with pytest.raises(AirflowSkipException, match="this run is a dry run; start another one"):
+        task.execute(context)
+    assert not (project / "runs").exists()
+
+
+def test_a_dry_run_after_a_run_says_what_its_changes_would_run_again(project: Path, plan: Plan, tmp_path: Path) -> None:
+    from airflow.sdk.exceptions import DownstreamTasksSkipped
+
+    before = sorted((tmp_path / "store").rglob("*"))
+    context = dag_run_context("manual__8", dry_run=True, **{"train.rank": 4})
+    with pytest.raises(DownstreamTasksSkipped):
+        plan_task(project).execute(context)
+    assert "train_qlora: would run: " in context["ti"].notes[0]
+    assert "train.rank was 16, is 4" in context["ti"].notes[0]
+    assert "quantize_model: would run: planned before, but never finished" in context["ti"].notes[0]
+    # Also of the plan of another run, which is there already.
+    resumed = dag_run_context("manual__9", dry_run=True, resume_run=plan.run_id)
+    with pytest.raises(DownstreamTasksSkipped):
+        plan_task(project).execute(resumed)
+    assert "train_qlora: would run" in resumed["ti"].notes[0]
+    assert sorted((tmp_path / "store").rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(project: Path) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    line = project / "line.yaml"
+    line.write_text(line.read_text() + "train: {rank: 0}\n")
+    context = dag_run_context("manual__10", dry_run=True)
+    with pytest.raises(AirflowFailException, match=r"config or usage error \(12\)"):
+        plan_task(project).execute(context)
+    assert context["ti"].notes[0].startswith("plan: config or usage error (12): ")
+
+
+def test_the_last_step_and_a_failed_one_leave_the_runs_note(
+    plan: Plan, context: Context, write_program: Callable[[str], None]
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    write_program(COMPLETE_ARTIFACT)
+    step_task("validate_data").execute(context)
+    assert context["ti"].notes == []
+    for step in graph.STEPS[1:]:
+        step_task(step.name).execute(context)
+    assert context["ti"].notes == ["Published v1."]
+    write_program("import sys\nprint('no label', flush=True)\nsys.exit(10)")
+    artifact.drop(open_store(plan.root), "dataset", plan.step("validate_data").key)
+    with pytest.raises(AirflowFailException):
+        step_task("validate_data").execute(context)
+    assert context["ti"].notes[1:] == ["validate_data: data refused (10): no label"]
+
+
+def test_the_reason_is_the_first_error_of_the_log(
+    write_program: Callable[[str], None], plan: Plan, context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    from airflow.sdk.exceptions import AirflowException
+
+    write_program("import sys\nprint('busy', flush=True)\nsys.exit(75)")
+    with pytest.raises(AirflowException):
+        step_task().execute(context)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["try again (75): busy"]

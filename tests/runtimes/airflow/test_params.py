@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow import form_fields, params
 
 YAML = """
 line: tickets
@@ -63,7 +64,11 @@ def test_every_field_says_what_it_does_and_starts_at_the_lines_value(path: Path)
     config = load(path)
     for name, (value, schema) in params.form_fields(config).items():
         assert schema["description"]
-        assert schema["title"] == name
+        # Words for a person who does not know the YAML, and the name for one who looks for it there.
+        assert schema["title"][0].isupper()
+        assert "_" not in schema["title"]
+        assert (f"({name})" in schema["description"]) == (name in params.KNOBS)
+        assert bool(schema.get("section")) == (name not in ("dry_run", "reason"))
         assert accepts(schema, value)
     assert params.form_fields(config)["train.learning_rate"][0] == 3e-4
 
@@ -112,6 +117,44 @@ def test_a_name_that_is_not_in_the_form_is_refused_and_not_ignored(path: Path) -
     config = load(path)
     with pytest.raises(
         UsageError,
-        match=r"^train\.max_step: not in the form, which has .*train\.max_steps.*resume_run; change other settings",
+        match=r"^train\.max_step: not in the form, which has .*train\.max_steps.*dry_run, reason, resume_run; ",
     ):
         params.overrides(config, {"train.max_step": 4})
+
+
+def test_the_forms_fields_stand_in_few_groups_of_their_own(path: Path) -> None:
+    sections = [schema.get("section", "Run Parameters") for _, schema in params.form_fields(load(path)).values()]
+    assert list(dict.fromkeys(sections)) == [
+        "Run Parameters", "Training", "Data gate", "Quality gate", "Publishing", "Finish another run"
+    ]  # fmt: skip
+    # Airflow shows a group where its first field stands, so no group may be split.
+    assert len([None for a, b in itertools.pairwise(sections) if a != b]) == len(set(sections)) - 1
+
+
+def test_dry_run_and_reason_change_nothing_of_the_line(path: Path) -> None:
+    assert params.overrides(load(path), {"dry_run": True, "reason": "because"}) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("  new labels\n\nof May ", "new labels of May"),
+        ("\x1b[2J\x07red\u202eder\0", "\\x1b[2J\\x07red\\u202eder\\x00"),
+        ("see https://user:secret@host/x?token=abc", "see https://***@host/x?***"),
+        ("\ud800", "\\ud800"),
+        ("x" * 600, "x" * 500),
+        (None, ""),
+        (["a"], ""),
+        (7, ""),
+    ],
+)
+def test_a_reason_is_one_printable_line_without_secrets(value: object, expected: str) -> None:
+    assert form_fields.stated_reason({"reason": value}) == expected
+    assert expected.isprintable()
+
+
+@pytest.mark.parametrize("value", [None, "true", 1, "yes", [True]])
+def test_only_true_is_a_dry_run(value: object) -> None:
+    assert not form_fields.is_dry_run({"dry_run": value})
+    assert not accepts(form_fields.DRY_RUN_SCHEMA, value)
+    assert form_fields.is_dry_run({"dry_run": True})

@@ -5,6 +5,7 @@ Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from urllib.parse import quote, urlsplit
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.pipeline import code_identity
-from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow import form_fields
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
 ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
+# Twice what a note holds, where further texts may stand.
+MAX_NOTE_CHARACTERS = 2000
 
 
 def store_root() -> str:
@@ -49,7 +52,7 @@ def plan_run_id(context: Context) -> str:
     """
     if is_of_lab(context):
         return PurePosixPath(urlsplit(plan_uri(context)).path).parent.name
-    return str(context["params"].get(params.RESUME_RUN) or own_run_id(context))
+    return str(context["params"].get(form_fields.RESUME_RUN) or own_run_id(context))
 
 
 def plan_uri(context: Context) -> str:
@@ -91,11 +94,21 @@ def actor_name(user: str) -> str:
 def publish_arguments(context: Context) -> list[str]:
     """Return what Airflow says of a run's start, for the audit trail: the user whom its API authenticated.
 
-    Nothing of it comes from the run's form or its `conf`, which whoever triggers a run writes.
+    Who it was never comes from the run's form or its `conf`, which whoever triggers a run writes; only the reason does.
     """
     dag_run = context["dag_run"]
+    # Percent-encoded: Kubernetes puts a variable's value in place of `$(NAME)`, also in a person's text.
+    reason = quote(form_fields.stated_reason(context["params"]), safe="")
+    stated = [f"--reason={reason}"] if reason else []
     if user := getattr(dag_run, "triggering_user_name", None):
-        return ["--triggered-by", actor_name(user)]
+        return ["--triggered-by", actor_name(user), *stated]
     # Nobody: a schedule or an asset. Another system's name, so that no user can be called so.
     run_type = getattr(dag_run, "run_type", "unknown")
-    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}"]
+    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}", *stated]
+
+
+def push_note(context: Context, text: str) -> None:
+    """Leave a text for the note of the task's run; `run_notes.py` writes it there."""
+    # A note that is lost changes nothing about how the task ends.
+    with contextlib.suppress(Exception):
+        context["ti"].xcom_push(key=form_fields.NOTE_KEY, value=text[:MAX_NOTE_CHARACTERS])

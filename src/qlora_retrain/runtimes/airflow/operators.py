@@ -12,42 +12,39 @@ saved in the run's folder.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import AssetAlias, BaseOperator
 from airflow.sdk.exceptions import (
-    AirflowException,
-    AirflowFailException,
     AirflowSkipException,
     AirflowTaskTimeout,
+    DownstreamTasksSkipped,
 )
 
-from qlora_retrain.core import endings, errors, graph, progress
+from qlora_retrain.core import errors, graph
 from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import lineage, params
+from qlora_retrain.runtimes.airflow import form_fields, lineage, links, params, step_log
 from qlora_retrain.runtimes.airflow.dag_run import (
-    is_of_lab,
     own_run_id,
     plan_run_id,
     plan_uri,
     publish_arguments,
+    push_note,
     store_root,
 )
+from qlora_retrain.runtimes.airflow.step_log import StepOutput as StepOutput  # the runtimes import it from here
+from qlora_retrain.runtimes.airflow.task_failure import fail_task as fail_task
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from qlora_retrain.pipeline.plan import Plan
-
-_LAST_LINES = 3
 
 # Airflow's default delay is five minutes; "try again" here means preemption, throttling or a moved champion.
 RETRY_BACKOFF: dict[str, Any] = {
@@ -68,32 +65,43 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
         timeout = deadlines.task_timeout(graph.PLAN_TASK)
         # Retries help only while a source or the store is throttled; every other error fails the task at once.
         super().__init__(**{"retries": 2, "execution_timeout": timeout, **RETRY_BACKOFF, **kwargs})
+        self.operator_extra_links = (links.RunLink(),)
         self.config_path = str(config_path)
 
     def execute(self, context: Context) -> str:
-        """Write or check the plan, and log what will run and why; return its URI, which Airflow keeps as an XCom."""
-        # Imported here and below, because the DAG processor imports this module every time that it parses the DAGs.
-        from qlora_retrain.pipeline import explain
+        """Write or check the plan, and log what will run and why; return its URI, which Airflow keeps as an XCom.
 
+        A dry run writes no plan and skips every other task.
+        """
+        # Imported here and below, because the DAG processor imports this module every time that it parses the DAGs.
+        from qlora_retrain.pipeline import explain, preview
+
+        is_dry_run = form_fields.is_dry_run(context["params"])
         try:
             plan = self._make_or_load_plan(context)
+            for line in explain.as_text(plan, is_preview=is_dry_run).split("\n"):
+                self.log.info("%s", line)
+            if is_dry_run:
+                push_note(context, preview.note(plan))
         except Problem as problem:
             fail_task(context, Ending.from_problem(graph.PLAN_TASK, problem))
         except AirflowTaskTimeout:
             fail_task(context, deadlines.ending(graph.PLAN_TASK, self.execution_timeout))
-        for line in explain.as_text(plan).split("\n"):
-            self.log.info("%s", line)
+        if is_dry_run:
+            # All of them and not the next ones alone, because a task may be set to run after a skipped one.
+            raise DownstreamTasksSkipped(tasks=sorted(self.get_flat_relative_ids(upstream=False)))
         return plan.uri
 
     def _make_or_load_plan(self, context: Context) -> Plan:
         from qlora_retrain.config.line import load
         from qlora_retrain.pipeline import explain
         from qlora_retrain.pipeline.make_plan import find_plan, make_plan
+        from qlora_retrain.pipeline.preview import preview_plan
         from qlora_retrain.storage import open_store
 
         # Read again for each run: the DAG file was parsed by another process, perhaps before the YAML changed.
         config = load(Path(self.config_path), [])
-        if context["params"].get(params.RESUME_RUN):
+        if context["params"].get(form_fields.RESUME_RUN):
             resumed = find_plan(open_store(store_root()), plan_run_id(context))
             if resumed.line != config.line:
                 raise UsageError(f"run {resumed.run_id} is of line {resumed.line}; trigger that DAG, not {config.line}")
@@ -103,20 +111,8 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
         overrides = params.overrides(config, context["params"])
         for override in overrides:
             self.log.info("changed by hand: %s", override)
-        return make_plan(Path(self.config_path), store_root(), run=own_run_id(context), overrides=overrides)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step's output says about its end.
-
-    Attributes:
-        ending: The ending that the step wrote; None where it was killed before.
-        last_lines: The last lines of its other output, for a person.
-    """
-
-    ending: Ending | None
-    last_lines: str
+        make = preview_plan if form_fields.is_dry_run(context["params"]) else make_plan
+        return make(Path(self.config_path), store_root(), run=own_run_id(context), overrides=overrides)
 
 
 class BrokenLineOperator(BaseOperator):  # type: ignore[misc]
@@ -155,6 +151,8 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         outlets = [AssetAlias(line)] if graph.step(step).kind == graph.StepKind.PUBLISH else []
         defaults = {"retries": graph.step(step).retries, "execution_timeout": deadlines.task_timeout(step)}
         super().__init__(**{**defaults, "outlets": outlets, **RETRY_BACKOFF, **kwargs})
+        # The points of a lab share tasks, and its report has all of them.
+        self.operator_extra_links = () if plans_key else links.links_of(step)
         self.step = step
         self.line = line
         self.alias = alias
@@ -189,6 +187,9 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         from qlora_retrain.pipeline import status
         from qlora_retrain.pipeline.plan import Plan
 
+        # Where somebody clears a task that task 0 has skipped.
+        if form_fields.is_dry_run(context["params"]):
+            raise AirflowSkipException("this run is a dry run; start another one to run the steps")
         try:
             self.plan = plan = Plan.load(plan_uri(context))
             # Task 0 made the plan, and what this task was made for is not taken from it.
@@ -211,6 +212,7 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
                 # The first try may have published and then died before it emitted the event.
                 if context["ti"].try_number > 1:
                     self._emit_asset_event(plan, context)
+                self._note_result(plan, context)
         except Problem as problem:
             fail_task(context, Ending.from_problem(self.step, problem))
         # Airflow itself would try it again.
@@ -244,20 +246,20 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
             reason = f"{self.step} exited with 0, but its {graph.step(self.step).makes} is not in the store"
             fail_task(context, Ending.from_exit_code(self.step, errors.Exit.BUG, reason))
         self._emit_asset_event(plan, context)
+        self._note_result(plan, context)
+
+    def _note_result(self, plan: Plan, context: Context) -> None:
+        """Leave the run's result for its note, once the last step is done."""
+        from qlora_retrain.pipeline import run_summary
+
+        if graph.step(self.step).kind == graph.StepKind.PUBLISH:
+            # The version is published; a note must not fail its run.
+            with contextlib.suppress(Problem):
+                push_note(context, run_summary.as_text(plan))
 
     def copy_output(self, lines: Iterable[str]) -> StepOutput:
-        """Copy the step's output to the task's log, except the ending; return the ending and the last lines."""
-        ending, last = None, deque[str](maxlen=_LAST_LINES)
-        for line in lines:
-            text = line.rstrip()
-            if step_ending := endings.from_line(text):
-                ending = step_ending
-                continue
-            self.log.info("%s", text)
-            # Progress would push out the lines that say what went wrong.
-            if text and progress.parse_update(text) is None:
-                last.append(text)
-        return StepOutput(ending, "\n".join(last))
+        """Copy the step's output to the task's log; return its ending and its last lines."""
+        return step_log.copy_output(lines, self.log)
 
     def _emit_asset_event(self, plan: Plan, context: Context) -> None:
         """Emit the asset's event if a version was published or an alias moved, so that other DAGs can start on it."""
@@ -270,29 +272,3 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         if numbers.get("published") or numbers.get("moved"):
             extra = lineage.model_extra(plan, numbers)
             context["outlet_events"][AssetAlias(self.line)].add(lineage.model_asset(plan), extra=extra)
-
-
-def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) -> NoReturn:
-    """Fail the task as the ending says, and write the ending to the run's folder.
-
-    Args:
-        context: The task's context.
-        ending: How the step, or the attempt to run it, ended. Its reason is what the person on call reads first.
-        is_last_try: Do not let Airflow retry, whatever the ending says.
-
-    Raises:
-        AirflowException: For an ending that may be retried.
-        AirflowFailException: For any other, so that Airflow does not retry.
-        AirflowSkipException: For a point of a lab that is measured and refused, which is no failure there.
-    """
-    from qlora_retrain.pipeline import run_endings
-
-    # Task 0 fails for a mistyped run, or one of another line; nothing may be written there.
-    run_id = own_run_id(context) if ending.step == graph.PLAN_TASK else plan_run_id(context)
-    run_endings.write_to_store(store_root(), run_id, ending)
-    if is_of_lab(context) and ending.code == errors.Exit.QUALITY_REFUSED:
-        raise AirflowSkipException(ending.summary()) from None
-    # From none: Airflow logs what an exception came from too, and a library's own message may hold a URL's password.
-    if ending.retry and not is_last_try:
-        raise AirflowException(ending.summary()) from None
-    raise AirflowFailException(ending.summary()) from None

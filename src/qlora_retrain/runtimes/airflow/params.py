@@ -16,43 +16,35 @@ from qlora_retrain.config.line import LineConfig
 from qlora_retrain.config.renamed import renamed_to
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.runtimes import deadlines
-
-KNOBS = (
-    "train.learning_rate",
-    "train.warmup_ratio",
-    "train.warmup_steps",
-    "train.rank",
-    "train.alpha",
-    "train.epochs",
-    "train.max_steps",
-    "train.micro_batch_size",
-    "train.global_batch_size",
-    "train.max_hours",
-    "data.max_quarantined_fraction",
-    "evaluate.allow_first_release",
-    "evaluate.max_loss_to_champion",
-    "publish.promote_to",
+from qlora_retrain.runtimes.airflow.form_fields import (
+    DRY_RUN,
+    DRY_RUN_SCHEMA,
+    KNOB_FIELDS,
+    REASON,
+    REASON_SCHEMA,
+    RESUME_RUN,
+    RESUME_RUN_SCHEMA,
 )
+
+KNOBS = tuple(KNOB_FIELDS)
 # From the form a gate can only be made stricter: whoever may start a run may not say what passes.
 _UPPER_LIMITS = ("data.max_quarantined_fraction", "evaluate.max_loss_to_champion")
 # The value beside the line's own that is stricter than any.
 _STRICTEST: dict[str, Any] = {"evaluate.allow_first_release": False, "publish.promote_to": None}
-RESUME_RUN = "resume_run"
-_RESUME_RUN_SCHEMA = {
-    "type": ["null", "string"],
-    # A run of this store and no URI: a form must not say from where this platform reads, or with which secret.
-    "pattern": r"^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}$",
-    "title": RESUME_RUN,
-    "description": "finish another run of this store, by its id there; every other field is then unused",
-    "section": "Resume",
-}
+# The fields that are no knobs of the line.
+_OWN_FIELDS = (DRY_RUN, REASON, RESUME_RUN)
 
 
 def form_fields(config: LineConfig) -> dict[str, tuple[Any, dict[str, Any]]]:
     """List every field of the form as name -> (the line's value, JSON schema)."""
     fields = {knob: (line_value(config, knob), _stricter_schema(config, knob)) for knob in KNOBS}
-    # Not a knob of the line: it replaces the whole plan.
-    return {**fields, RESUME_RUN: (None, _RESUME_RUN_SCHEMA)}
+    # Last the field that is rarely used: it replaces the whole plan.
+    return {
+        DRY_RUN: (False, DRY_RUN_SCHEMA),
+        REASON: (None, REASON_SCHEMA),
+        **fields,
+        RESUME_RUN: (None, RESUME_RUN_SCHEMA),
+    }
 
 
 def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
@@ -62,12 +54,12 @@ def overrides(config: LineConfig, form_values: Mapping[str, Any]) -> list[str]:
         UsageError: If a name is no field of the form (a typo in a REST call would otherwise be ignored in silence), or
             if a value would weaken a gate of the line, also one that became stricter after the form was shown.
     """
-    if unknown := sorted(set(form_values) - {*KNOBS, RESUME_RUN}):
+    if unknown := sorted(set(form_values) - {*KNOBS, *_OWN_FIELDS}):
         renamed = "".join(
             f"; {sentence}" for name in unknown if (sentence := renamed_to(name) or renamed_to(name.partition(".")[0]))
         )
         raise UsageError(
-            f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, RESUME_RUN))}; "
+            f"{', '.join(unknown)}: not in the form, which has {', '.join((*KNOBS, *_OWN_FIELDS))}; "
             f"change other settings in the line's YAML{renamed}"
         )
     for knob in (*_UPPER_LIMITS, *_STRICTEST):
@@ -134,14 +126,21 @@ def line_value(config: LineConfig, knob: str) -> Any:
 def knob_schema(knob: str) -> dict[str, Any]:
     """Return the knob's JSON schema, in the flat shape that Airflow's form understands (no `$ref`, no `anyOf`)."""
     # Airflow's form shows one plain input for each field, so references and unions are resolved here.
-    section, field = knob.split(".")
+    section, name = knob.split(".")
     document = LineConfig.model_json_schema()
     section_schema = _resolve_refs(document, document["properties"][section])
-    flat = _flatten_schema(document, section_schema["properties"][field])
+    flat = _flatten_schema(document, section_schema["properties"][name])
     # The default is the line's own value, which `form_fields` gives; `operational` is a key of ours.
     flat.pop("default", None)
     flat.pop("operational", None)
-    return {**flat, "title": knob, "section": section.capitalize()}
+    field = KNOB_FIELDS[knob]
+    # The name of the knob, because the YAML, the plan and the REST API have it.
+    return {
+        **flat,
+        "title": field.title,
+        "description": f"{flat['description']} ({knob})",
+        "section": field.section,
+    }
 
 
 def _resolve_refs(document: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:

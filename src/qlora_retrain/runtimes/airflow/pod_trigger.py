@@ -1,4 +1,4 @@
-"""A trigger that waits for a pod: Airflow's own, extended to notice lost nodes and to report what it saw last.
+"""A trigger that waits for a pod: Airflow's own, which notices lost nodes, reports what it saw last and logs less.
 
 Airflow's trigger looks only at the container's state. If the node is lost, Kubernetes shows the container as running
 for as long as the pod exists. It also stops where the log cannot be read, although the pod can be followed without it.
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -26,6 +26,7 @@ from airflow.triggers.base import TriggerEvent
 from kubernetes_asyncio.client import ApiException, V1ObjectMeta, V1Pod, V1PodStatus
 
 from qlora_retrain.runtimes.airflow.pod_observation import Observation
+from qlora_retrain.runtimes.airflow.step_log import StepLog
 from qlora_retrain.runtimes.kubernetes import pod_api, pod_spec, pod_status
 
 if TYPE_CHECKING:
@@ -92,7 +93,23 @@ class ObservingHook(AsyncKubernetesHook):  # type: ignore[misc]
 
 
 class PodManager(AsyncPodManager):  # type: ignore[misc]
-    """Airflow's reader of logs, which lets the trigger go on where a log cannot be read."""
+    """Airflow's reader of logs: it goes on where one cannot be read, and copies the progress that a person notices."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # One for the whole step, since the log is read every half minute.
+        self._step_log = StepLog()
+
+    def _emit_container_logs(self, logs: list[str], *args: Any) -> None:
+        super()._emit_container_logs(list(self._visible_lines(logs)), *args)
+
+    def _visible_lines(self, logs: Iterable[str]) -> Iterator[str]:
+        for line in logs:
+            # As Kubernetes writes it: the time, a space, and what the step printed.
+            timestamp, _, text = line.partition(" ")
+            visible = self._step_log.visible_text(text.rstrip())
+            if visible is not None:
+                yield f"{timestamp} {visible}"
 
     async def fetch_container_logs_before_current_sec(
         self, pod: Any, container_name: str, since_time: Any = None

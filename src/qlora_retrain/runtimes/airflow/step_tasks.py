@@ -26,6 +26,7 @@ def step_operator(step: Step, config: LineConfig, line: str | None = None) -> tu
     runtime = platform.load().runtime_of(line)
     common = {
         "task_id": step.name,
+        "task_display_name": step.title,
         "step": step.name,
         "line": line,
         "alias": alias_of_run(config.publish.promote_to, has_approval=config.publish.approval),
