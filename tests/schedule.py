@@ -22,6 +22,7 @@ SECONDS = {
     "e2e/test_pipeline": 130,
     "components/train_qlora/test_survival": 100,
     "demo/test_standalone_airflow": 80,
+    "demo/test_watched_data": 75,
     "e2e/test_verdicts": 70,
     "components/train_qlora/test_killed_for_memory": 50,
     "components/merge_adapter/test_step": 50,

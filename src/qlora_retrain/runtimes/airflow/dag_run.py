@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
+# Airflow's names of the types of runs. Any other was asked for: by hand, by REST, or by a task of another DAG.
+_SCHEDULED_TYPES = ("scheduled", "asset_triggered", "backfill")
 
 
 def store_root() -> str:
@@ -77,6 +79,12 @@ def _plans_key(context: Context) -> str | None:
     """Return under which key task 0 of a lab has left the plans of a task; None: the DAG run has one plan."""
     key: str | None = getattr(context.get("task"), "plans_key", None)
     return key
+
+
+def is_started_by_schedule(context: Context) -> bool:
+    """Return whether nobody asked for this run: a time, new data or a backfill of such times started it."""
+    run_type = getattr(context["dag_run"], "run_type", None)
+    return getattr(run_type, "value", run_type) in _SCHEDULED_TYPES
 
 
 def publish_arguments(context: Context) -> list[str]:

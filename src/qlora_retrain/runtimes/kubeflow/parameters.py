@@ -10,7 +10,7 @@ from qlora_retrain.config.line import document, load
 
 
 def pipeline_parameters(
-    config_path: Path, root: str, *, resume_run: str = "", overrides: Sequence[str] = ()
+    config_path: Path, root: str, *, resume_run: str = "", overrides: Sequence[str] = (), started_by: str = "hand"
 ) -> dict[str, Any]:
     """Return what `dags/retrain_kfp.py` takes.
 
@@ -26,4 +26,6 @@ def pipeline_parameters(
         "alias": config.publish.promote_to or "",
         "resume_run": resume_run,
         "overrides": list(overrides),
+        # A run of the schedule needs as many new rows as the line says.
+        "started_by": started_by,
     }
