@@ -21,6 +21,7 @@ from qlora_retrain.config import platform
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Problem
+from qlora_retrain.runtimes.airflow import schedules
 from qlora_retrain.runtimes.airflow.step_tasks import step_operator
 
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or Path(__file__).resolve().parents[1] / "pipelines")
@@ -59,6 +60,7 @@ def lab_dag(path: Path) -> DAG:
         params=FORM,
         dagrun_timeout=timedelta(days=30),
         catchup=False,
+        default_args=schedules.task_defaults(config.line),
         tags=["qlora-retrain", "lab"],
     ) as dag:
         plans = plan_points(str(path))

@@ -29,7 +29,7 @@ from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, PLAN_TITLE, STEPS, upstream_steps
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import notifications, params, task_docs
+from qlora_retrain.runtimes.airflow import notifications, params, schedules, task_docs
 from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, DAG_IDS
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 from qlora_retrain.runtimes.airflow.request_approval import RequestApprovalOperator
@@ -60,12 +60,13 @@ def line_dag(path: Path) -> DAG:
         dag_display_name=f"Retrain {config.line}",
         description=config.description,
         doc_md=task_docs.line_doc(config, path.name),
-        schedule=timetable(config.schedule),
+        schedule=schedules.dag_schedule(config),
         params={name: Param(value, **schema) for name, (value, schema) in params.form_fields(config).items()},
         # Two runs of a line at once would compare with the same champion, and then both try to replace it.
         max_active_runs=1,
         dagrun_timeout=deadlines.run_timeout(config),
         catchup=False,
+        default_args=schedules.task_defaults(config.line),
         tags=["qlora-retrain"],
         **notifications.dag_arguments(config.line, deadlines.run_timeout(config)),
     )
@@ -119,7 +120,9 @@ def schedule_of(path: Path) -> CronTriggerTimetable | None:
     # Whatever is wrong with the file is known already.
     with contextlib.suppress(Exception):
         document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), path.name)
-        return timetable(document.get("schedule"))
+        section = schedule.ScheduleConfig.model_validate(schedule.expand_short_form(document.get("schedule")))
+        # Without its data, which this file may name wrongly.
+        return schedules.timetable(section)
     return None
 
 
@@ -135,12 +138,6 @@ def broken_id(path: Path) -> str:
     name = re.sub(r"[^\w.-]", "-", path.stem)[:200]
     candidates = itertools.chain([name], (f"{name}.{path.suffix[1:]}.{i}" for i in itertools.count(1)))
     return next(dag_id for dag_id in candidates if dag_id not in {*DAGS, *DAG_IDS})
-
-
-def timetable(cron: str | None) -> CronTriggerTimetable | None:
-    """Turn a cron expression into a timetable in UTC; None for a DAG that runs only when triggered."""
-    # Airflow would find an error only after the import of this file, and then drop every DAG in it.
-    return CronTriggerTimetable(schedule.five_fields(cron), timezone="UTC") if cron else None
 
 
 DAGS: dict[str, DAG] = {}

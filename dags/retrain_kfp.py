@@ -26,6 +26,7 @@ def pipeline(profile: ClusterProfile) -> BaseComponent:
         alias: str = "",
         resume_run: str = "",
         overrides: list = [],  # noqa: B006 - kfp's default
+        started_by: str = "hand",
     ):
         """Retrain a line, evaluate it, publish it if it passes.
 
@@ -36,10 +37,13 @@ def pipeline(profile: ClusterProfile) -> BaseComponent:
             alias: The one alias that may move: the line's publish.promote_to; empty: none.
             resume_run: Another run of this store to finish, by its id; empty: make a new one.
             overrides: Settings changed for this run, e.g. ["train.learning_rate=1e-4"].
+            started_by: hand or schedule; only a run of the schedule needs the line's schedule.min_new_rows.
         """
         # The exit handler runs after all tasks inside it, also where one of them failed.
         with dsl.ExitHandler(summary_task(profile, line=line, root=root, resume_run=resume_run), name="steps"):
-            plan = plan_task(profile, line=line, root=root, resume_run=resume_run, overrides=overrides)
+            plan = plan_task(
+                profile, line=line, root=root, resume_run=resume_run, overrides=overrides, started_by=started_by
+            )
             tasks = {}
             for step in STEPS:
                 task = step_task(step, profile, plan, line_name=line_name, root=root, alias=alias)

@@ -221,7 +221,8 @@ def small_steps() -> dict[str, Callable[..., StepResult]]:
         document = {"from": digest(raw_data, base_model, golden_data)}
         write_documents(dataset, {"dataset.json": document, "profile.json": {"rows": 30}, "report.html": "data"})
         (dataset / "evaluated_prompts.txt").write_text(f"chat {digest(raw_data)[:16]}\n")
-        return StepResult({"rows_train": 27})
+        num_rows = sum(path.read_bytes().count(b"\n") for path in raw_data.rglob("*") if path.is_file())
+        return StepResult({"rows_read": num_rows, "rows_train": 27})
 
     def quantize_model(config: Section, base_model: Path, base_nf4: Path) -> StepResult:
         write_documents(base_nf4, {"quantization.json": digest(base_model)})

@@ -185,6 +185,33 @@ def test_a_line_may_have_a_runtime_of_its_own(set_platform: SetPlatform) -> None
     assert platform.load().runtime_of("large") == RuntimeConfig(kind="kubernetes", memory_gib=48)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"priorities": {"tickets": 0}}, "priorities.tickets: .*greater than or equal to 1"),
+        ({"priorities": {"tickets": 1001}}, "priorities.tickets: .*less than or equal to 1000"),
+        ({"priorities": {"Not A Line": 5}}, "priorities.*should match pattern"),
+        (
+            {"runtime": {"kind": "kubernetes", "gpu_pool": "gpu"}},
+            "gpu_pool: has no effect with kind: kubernetes",
+        ),
+        ({"runtime": {"gpu_pool": "two words"}}, "runtime.gpu_pool: .*should match pattern"),
+    ],
+)
+def test_a_priority_or_pool_that_cannot_be_is_refused(
+    set_platform: SetPlatform, settings: dict[str, object], words: str
+) -> None:
+    set_platform(**settings)
+    with pytest.raises(UsageError, match=words):
+        platform.load()
+
+
+def test_check_shows_a_lines_priority(set_platform: SetPlatform) -> None:
+    set_platform(runtime={"kind": "docker"}, priorities={"tickets": 5})
+    assert "steps run with kind docker, priority 5;" in platform.load().describe("tickets")
+    assert "priority" not in platform.load().describe("mails")
+
+
 def test_check_shows_what_the_platform_says(
     line_file: Path, tmp_path: Path, set_platform: SetPlatform, capsys: pytest.CaptureFixture[str]
 ) -> None:

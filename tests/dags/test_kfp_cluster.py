@@ -173,12 +173,13 @@ def test_a_run_is_submitted_with_the_line_itself_and_the_compiled_pipeline(
     assert run["display_name"].startswith("support-intents 20")
     sources = {name: {"uri": uri} for name, uri in LINE["sources"].items()}  # type: ignore[attr-defined]
     assert run["runtime_config"]["parameters"] == {
-        "line": {**LINE, "sources": sources},
+        "line": {**LINE, "sources": sources, "schedule": {"cron": "0 3 * * 1"}},
         "line_name": "support-intents",
         "root": "s3://models/retrain",
         "alias": "production",
         "resume_run": "",
         "overrides": ["train.learning_rate=1e-4"],
+        "started_by": "hand",
     }
 
     submitted_spec = run["pipeline_spec"]
@@ -197,6 +198,8 @@ def test_a_schedule_takes_the_place_of_the_lines_earlier_ones_and_of_no_others(
     assert kfp("schedule", another_line).returncode == 0
     (first, refunds) = api.recurring.values()
     assert first["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1", "six fields, seconds first"
+    # A run that nobody asked for needs new rows, where the line says so.
+    assert first["runtime_config"]["parameters"]["started_by"] == "schedule"
     assert (first["mode"], first["max_concurrency"], first["no_catchup"]) == ("ENABLE", 1, True)
 
     line.write_text(yaml.safe_dump({**LINE, "schedule": "30 4 * * *"}))
@@ -245,6 +248,8 @@ def test_a_schedule_that_cannot_be_made_leaves_the_old_one(kfp: RunInKfp, api: F
         ({"schedule": None}, "schedule is null"),
         ({"schedule": "0 3 L * *"}, "which KFP's scheduler does not know"),
         ({"schedule": "99 3 * * *"}, "its minute is '99'"),
+        ({"schedule": {"cron": "0 3 * * 1", "time_zone": "Asia/Tokyo"}}, "schedule.time_zone: Asia/Tokyo: KFP's"),
+        ({"schedule": {"on_new_data": True}}, "schedule.on_new_data: KFP starts runs only at times"),
         ({"sources": {**LINE["sources"], "raw_data": "tickets.jsonl"}}, "sources.raw_data: file://"),  # type: ignore[dict-item]
         ({"train": {"rnak": 8}}, "did you mean rank?"),
     ],

@@ -60,7 +60,10 @@ def test_the_package_is_one_that_kfp_itself_accepts(
     )
     completed = in_kfp("-c", program, tmp_path / "retrain.yaml")
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.strip() == "retrain ['alias', 'line', 'line_name', 'overrides', 'resume_run', 'root']"
+    assert (
+        completed.stdout.strip()
+        == "retrain ['alias', 'line', 'line_name', 'overrides', 'resume_run', 'root', 'started_by']"
+    )
 
 
 def test_the_tasks_are_the_plan_and_the_graphs_steps_under_an_exit_handler(compiled: CompiledPipeline) -> None:
@@ -202,6 +205,7 @@ def test_only_a_line_its_name_and_a_store_must_be_given_to_a_run(compiled: Compi
         "alias": "",
         "resume_run": "",
         "overrides": [],
+        "started_by": "hand",
     }
 
 

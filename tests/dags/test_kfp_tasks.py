@@ -65,6 +65,7 @@ class Tasks:
         self, task: str, run: str, *, resume_run: str = "", overrides: tuple[str, ...] = (), line: str = "tickets"
     ) -> subprocess.CompletedProcess[str]:
         arguments = {"line": self.line(line), "root": self.root, "resume_run": resume_run, "overrides": overrides}
+        arguments["started_by"] = "hand"
         run_input = self.compiled.tasks[task]["inputs"]["parameters"]["run"]["runtimeValue"]["constant"]
         filled_in = self.fill_in(task, {**arguments, "run": run_input}, run)
         assert filled_in[:3] == CLI

@@ -79,6 +79,43 @@ def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path)
     assert {(d.max_active_runs, d.catchup) for d in dags.values()} == {(1, False)}
 
 
+@pytest.mark.parametrize("kind", ["local", "docker"])
+def test_gpu_steps_share_the_platforms_pool_and_all_tasks_have_the_lines_priority(
+    pipelines: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(pipelines, "mails.yaml", "mails")
+    path = write(pipelines, "tickets.yaml", "tickets")
+    path.write_text(path.read_text().replace("max_steps: 7", "num_processes: 4"))
+    platform_file = pipelines.parent / "platform.yaml"
+    platform_file.write_text(f"runtime: {{kind: {kind}, gpu_pool: gpu}}\npriorities: {{tickets: 9}}\n")
+    monkeypatch.setenv("QLORA_RETRAIN_PLATFORM", str(platform_file))
+    dags = load().DAGS
+
+    slots = {task.task_id: (task.pool, task.pool_slots) for task in dags["tickets"].tasks}
+    on_gpu = {name: (pool, number) for name, (pool, number) in slots.items() if pool == "gpu"}
+    assert on_gpu == {"train_qlora": ("gpu", 4), "evaluate": ("gpu", 1)}
+    weights = {
+        line: {(task.priority_weight, task.weight_rule) for task in dags[line].tasks} for line in ("mails", "tickets")
+    }
+    # Not by the number of tasks behind it: then any line's plan would go before a step of the urgent line.
+    assert weights["mails"] == {(1, "absolute")}
+    assert weights["tickets"] == {(9, "absolute")}
+
+
+def test_a_line_that_waits_for_data_is_a_dag_and_a_broken_one_waits_for_times_alone(pipelines: Path) -> None:
+    write(pipelines, "tickets.yaml", "tickets", "{on_new_data: true}")
+    bad = write(pipelines, "mails.yaml", "mails", "{cron: '0 3 * * 1', time_zone: Asia/Tokyo, on_new_data: true}")
+    bad.write_text(bad.read_text() + "evaluate: {min_prompt: 3}\n")
+    worse = write(pipelines, "notes.yaml", "notes", "{on_new_data: true}")
+    worse.write_text(worse.read_text() + "evaluate: {min_prompt: 3}\n")
+    dags = load().DAGS
+    (asset,) = dags["tickets"].schedule
+    assert asset.watchers[0].trigger.uri == (pipelines / "tickets.jsonl").as_uri()
+    assert dags["mails"].timetable.expression == "0 3 * * 1"
+    assert "broken" in dags["mails"].tags
+    assert dags["notes"].schedule is None
+
+
 @pytest.mark.parametrize("kind", ["local", "docker", "kubernetes"])
 def test_every_task_and_every_run_has_a_deadline(pipelines: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_RETRAIN_PROFILE", str(DAG_FILE.parents[1] / "manifests" / "profiles" / "gpu.yaml"))

@@ -16,8 +16,6 @@ from qlora_retrain.core.errors import UsageError
 if TYPE_CHECKING:
     from qlora_retrain.pipeline.plan import Plan
 
-_SHOWN_STARTS = 3
-
 
 def add_verbs(verbs: Any, options: Options) -> None:
     """Add the verbs to a parser's subparsers."""
@@ -50,6 +48,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument(
         "--set-json", type=json_list, default=[], metavar="LIST", help="like --set, but all changes as one JSON list"
     )
+    _add_started_by(verb)
     verb.add_argument("--uri-to", type=Path, metavar="FILE", help="write the plan's URI there")
     verb.add_argument(
         "--memory-to",
@@ -67,6 +66,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb = verbs.add_parser("run", help="run the whole pipeline here, each step as a subprocess", parents=parents)
     verb.add_argument("config", type=Path, nargs="?")
     verb.add_argument("--plan", metavar="URI", help="finish this plan instead of making one")
+    _add_started_by(verb)
     verb.add_argument(
         "--until", choices=[step.name for step in graph.STEPS], metavar="STEP", help="stop after this step"
     )
@@ -82,6 +82,15 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.add_argument("--resume", metavar="RUN", help="this run of the store, whatever else names one")
     verb.add_argument("--page", type=Path, metavar="FILE", help="write the state as an HTML page there")
     verb.set_defaults(run=_status)
+
+
+def _add_started_by(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--started-by",
+        choices=("hand", "schedule"),
+        default="hand",
+        help="schedule: a timer starts this run, which needs schedule.min_new_rows new rows (hand: any number will do)",
+    )
 
 
 def _graph(args: argparse.Namespace) -> int:
@@ -100,10 +109,9 @@ def _check(args: argparse.Namespace) -> int:
     if args.config.name != f"{config.line}.yaml":
         print(f"Airflow runs a line from the file that is named after it: {config.line}.yaml, not {args.config.name}")
     print(platform.load(args.config.parent).describe(config.line))
-    # The times show what the expression means: `0 0 1 * 1` is every first of the month and every Monday.
     if config.schedule is not None:
-        times = schedule.next_starts(config.schedule, datetime.now(UTC), _SHOWN_STARTS)
-        print(f"its next runs start at {', '.join(f'{time:%a %Y-%m-%d %H:%M}' for time in times)} (UTC)")
+        for sentence in schedule.describe(config.schedule, datetime.now(UTC)):
+            print(sentence)
     # Flushed, so that it stands before the output of the program that reads the data.
     sys.stdout.flush()
     return data_preview.check(config) if args.data else 0
@@ -118,7 +126,7 @@ def _preview(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from qlora_retrain.config import gpus, platform
-    from qlora_retrain.pipeline import explain, forecast_text, kfp_outputs, make_plan
+    from qlora_retrain.pipeline import explain, forecast_text, kfp_outputs, make_plan, status
 
     if args.gpu is not None:
         gpus.find_card(args.gpu, platform.load().gpus)  # before anything is written
@@ -128,11 +136,15 @@ def _plan(args: argparse.Namespace) -> int:
         plan = _find_plan_of_line(args, overrides)
     else:
         plan = make_plan.make_plan(
-            _line(args), store_root(args), overrides=overrides, orchestrator=args.orchestrator_id
+            _line(args),
+            store_root(args),
+            overrides=overrides,
+            orchestrator=args.orchestrator_id,
+            is_started_by_schedule=args.started_by == "schedule",
         )
 
     text = explain.as_text(plan)
-    if not plan.unchanged:
+    if not status.nothing_to_do(plan):
         text += f"\n{forecast_text.as_text(plan, gpu=args.gpu, has_parts=args.memory)}"
     print(text)
     # KFP shows Markdown; the fences keep the columns of the table aligned.
@@ -190,21 +202,24 @@ def _find_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
 
 def _run(args: argparse.Namespace) -> int:
     from qlora_retrain.config import platform
-    from qlora_retrain.pipeline import explain, make_plan
+    from qlora_retrain.pipeline import explain, make_plan, status
     from qlora_retrain.pipeline.plan import Plan
     from qlora_retrain.runtimes import local
 
     if args.plan is not None:
         plan = Plan.load(args.plan)
     elif args.config is not None:
-        plan = make_plan.make_plan(args.config, store_root(args), overrides=args.set)
+        by_schedule = args.started_by == "schedule"
+        plan = make_plan.make_plan(
+            args.config, store_root(args), overrides=args.set, is_started_by_schedule=by_schedule
+        )
     else:
         raise UsageError("run: expected a CONFIG, or --plan URI to finish another run's plan")
 
     # Flushed, so that the plan stands before the output of the steps.
     print(explain.as_text(plan), flush=True)
-    # The version in production was made by the same recipe, so there is nothing to run.
-    if plan.unchanged:
+    # The text says why: the same recipe made the version in production, or too few rows are new.
+    if status.nothing_to_do(plan):
         return 0
     code = local.run(plan, args.until, max_step_hours=platform.load().runtime_of(plan.line).max_step_hours)
     if code == 0:

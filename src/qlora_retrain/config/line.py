@@ -9,75 +9,21 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from qlora_retrain.config import bounded_yaml, method_checks, platform, schedule, sections
+from qlora_retrain.config import bounded_yaml, line_sources, method_checks, platform, schedule, sections
 from qlora_retrain.config.fields import Section, operational
+from qlora_retrain.config.line_sources import SourcesConfig
 from qlora_retrain.config.methods import METHODS
+from qlora_retrain.config.schedule import ScheduleConfig
 from qlora_retrain.config.yaml_reader import load_section
-from qlora_retrain.core import braces, local_files, source_access, uris, visible_text
+from qlora_retrain.core import local_files, visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.source_access import SourceAccess
 
-# What braces in a glob may stand for: `{a,b}{c,d}` for four.
-_MAX_CHOICES = 100
-Glob = Annotated[str, Field(max_length=1000)]
 _TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
-
-
-class SourceConfig(Section):
-    """Where a source is, and which of its files count."""
-
-    uri: str = operational(..., "a path (from the YAML's folder), file://, s3:// or hf://owner/name@commit")
-    files: tuple[Glob, ...] = operational(
-        ("**",), "globs of the files to read, as Bash reads them with globstar", max_length=100
-    )
-
-    @field_validator("files")
-    @classmethod
-    def _has_few_choices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for glob in value:
-            braces.expand(glob, _MAX_CHOICES)
-        return value
-
-    @field_validator("uri")
-    @classmethod
-    def _may_be_read(cls, value: str, info: ValidationInfo) -> str:
-        uris.refuse_secrets(value)
-        # One form, so that all code that reads the source means the same place.
-        value = source_access.canonical(value) if "://" in value else value
-        access: SourceAccess | None = (info.context or {}).get("access")
-        if access is not None and (refusal := access.refusal(value)):
-            raise ValueError(refusal)
-        return value
-
-
-def _expand_short_form(value: Any) -> Any:
-    """Return a source that is written as a URI alone in its long form."""
-    return {"uri": value} if isinstance(value, str) else value
-
-
-class SourcesConfig(Section):
-    """The line's sources. The champion is not one of them: the plan finds it in the store."""
-
-    raw_data: SourceConfig
-    base_model: SourceConfig
-    golden_data: SourceConfig | None = None
-    replay_data: SourceConfig | None = None
-    eval_data: SourceConfig | None = None
-    reference_data: SourceConfig | None = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return _expand_short_form(value)
-
-    def declared_uris(self) -> dict[str, str]:
-        """Return the URI of every source that the line has, by the source's name."""
-        sources = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: source.uri for name, source in sources.items() if source is not None}
 
 
 class LineConfig(Section):
@@ -85,7 +31,9 @@ class LineConfig(Section):
 
     line: str
     description: str = operational("", "shown in the Airflow UI")
-    schedule: str | None = operational(None, "cron expression in UTC; null: runs start by hand only")
+    schedule: ScheduleConfig | None = operational(
+        None, "when runs start by themselves; a text is its cron; null: runs start by hand only"
+    )
     sources: SourcesConfig
     data: sections.DataConfig = sections.DataConfig()
     quantize: sections.QuantizeConfig = sections.QuantizeConfig()
@@ -112,12 +60,20 @@ class LineConfig(Section):
             raise ValueError("expected text without control characters")
         return value
 
-    @field_validator("schedule")
+    @field_validator("schedule", mode="before")
     @classmethod
-    def _has_a_next_time(cls, value: str | None) -> str | None:
-        if value is not None:
-            schedule.five_fields(value)
-        return value
+    def _schedule_in_long_form(cls, value: Any) -> Any:
+        return schedule.expand_short_form(value)
+
+    @model_validator(mode="after")
+    def _watched_data_can_change(self) -> LineConfig:
+        uri = self.sources.raw_data.uri
+        if self.schedule is not None and self.schedule.on_new_data and uri.startswith("hf://"):
+            raise ValueError(
+                f"schedule.on_new_data: sources.raw_data is {uri}, a commit, which never changes; keep the data in S3 "
+                "or in a folder, or set schedule.cron alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _text_is_learnt_whole(self) -> LineConfig:
@@ -249,7 +205,7 @@ def _with_absolute_sources(document: dict[str, Any], folder: Path | None) -> dic
 
     sources = {}
     for name, value in declared.items():
-        source = _expand_short_form(value)
+        source = line_sources.expand_short_form(value)
 
         if isinstance(source, dict) and isinstance(source.get("uri"), str) and "://" not in source["uri"]:
             # A KFP pod gets the document alone, and a relative path would mean its own working folder.

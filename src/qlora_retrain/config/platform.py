@@ -34,6 +34,9 @@ PLATFORM_VARIABLE = "QLORA_RETRAIN_PLATFORM"
 SourcePrefix = Annotated[str, AfterValidator(lambda prefix: f"{source_access.canonical(prefix).rstrip('/')}/")]
 # As Airflow's API names whoever signed in: it stands in the audit trail, where a space ends a name.
 UserName = Annotated[str, Field(pattern=r"^\S{1,250}$")]
+PoolName = Annotated[str, Field(pattern=r"^[\w.-]{1,200}$")]
+Priority = Annotated[int, Field(ge=1, le=1000)]
+DEFAULT_PRIORITY = 1
 # With `auto` a pod gets what the planner estimates for its step, when the pod is created.
 MemoryGib = Annotated[float, Field(gt=0.0, le=4096)] | Literal["auto"]
 DiskGib = Annotated[float, Field(gt=0.0, le=65_536)] | Literal["auto"]
@@ -113,6 +116,9 @@ class RuntimeConfig(ImagesConfig):
     gpu: CardName | None = operational(
         None, "the card of the machines that train: a plan estimates for it; null: for this machine's memory"
     )
+    gpu_pool: PoolName | None = operational(
+        None, "local, docker: the Airflow pool of which a step that uses a GPU takes a slot; null: no pool"
+    )
     pids: int = operational(1024, "docker: processes and threads a step may have", ge=16, le=65_536)
     network: str = operational("bridge", "docker: the network's name; host if the store is on this machine's loopback")
 
@@ -123,6 +129,12 @@ class RuntimeConfig(ImagesConfig):
             raise ValueError(
                 f"{image_fields[0]} has no effect with kind: kubernetes; the cluster's profile names the images"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_profile_names_the_pool(self) -> RuntimeConfig:
+        if self.kind == "kubernetes" and self.gpu_pool is not None:
+            raise ValueError("gpu_pool: has no effect with kind: kubernetes; the cluster's profile names the pool")
         return self
 
     @model_validator(mode="after")
@@ -158,6 +170,9 @@ class PlatformConfig(Section):
         "by a line's name: the users of Airflow who may approve and promote its versions, which then must ask "
         "(publish.approval); a line without an entry: whoever may answer and trigger in Airflow",
     )
+    priorities: dict[LineName, Priority] = operational(
+        {}, "by a line's name, 1 to 1000: Airflow starts the tasks of a higher number first; 1 for all others"
+    )
     _origin: Path | None = PrivateAttr(None)
 
     def with_approval(self, config: LineConfig) -> LineConfig:
@@ -185,6 +200,10 @@ class PlatformConfig(Section):
         """Return the servers that load a line's models."""
         return tuple(entry for entry in self.hooks if entry.line in ("*", line))
 
+    def priority_of(self, line: str) -> int:
+        """Return the priority of a line's tasks."""
+        return self.priorities.get(line, DEFAULT_PRIORITY)
+
     def access(self, root: str | None = None, own_folder: Path | None = None) -> SourceAccess:
         """Return what a line may read.
 
@@ -205,6 +224,8 @@ class PlatformConfig(Section):
         """Return in a sentence or two what holds for a line, and where it is written."""
         runtime = self.runtime_of(line)
         settings = ", ".join(f"{name} {value}" for name, value in runtime.model_dump(exclude_unset=True).items())
+        if line in self.priorities:
+            settings = f"{settings or 'kind local'}, priority {self.priorities[line]}"
         if self._origin is None:
             return f"no {default_path()}: steps run as subprocesses, and sources may lie wherever this user may read"
         sources = (

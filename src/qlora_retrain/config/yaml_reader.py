@@ -93,9 +93,11 @@ def _apply_override(document: dict[str, Any], item: str) -> None:
     target = document
     for name in parents:
         child = target.setdefault(name, {})
-        # A source may be written as its URI alone, and have `files` all the same.
+        # A source may be written as its URI alone, and a schedule as its cron, and have other fields all the same.
         if isinstance(child, str) and target is document.get("sources"):
             child = target[name] = {"uri": child}
+        if name == "schedule" and target is document and isinstance(child, str | None):
+            child = target[name] = {"cron": child} if child else {}
         if not isinstance(child, dict):
             raise UsageError(f"--set {path}: {name} is {type(child).__name__}, it has no fields")
         target = child

@@ -11,16 +11,12 @@ Use: `with StandaloneAirflow() as airflow: airflow.api.trigger("support-intents"
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,18 +27,20 @@ from typing import IO
 from qlora_retrain.core import supervisor
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.demo.airflow_api import USER, AirflowApi, AirflowApiError
+from qlora_retrain.demo.host import MARKER_VARIABLE as MARKER_VARIABLE
+from qlora_retrain.demo.host import acquire_lock, free_port, kill_marked_processes, tail
 from qlora_retrain.pipeline import code_identity
 
-MARKER_VARIABLE = "QLORA_RETRAIN_EMBEDDED"
 START_SECONDS = 180.0
 AIRFLOW_COMMANDS = {
     "api-server": ("api-server",),
     "scheduler": ("scheduler", "--skip-serve-logs"),
     "dag-processor": ("dag-processor",),
+    "triggerer": ("triggerer", "--skip-serve-logs"),
 }
 # The API server stops last: while the scheduler shuts down, its tasks still report their states to it.
-STOP_ORDER = (("scheduler", "dag-processor"), ("api-server",))
-STOP_SECONDS = {"scheduler": 30.0, "dag-processor": 5.0, "api-server": 1.0}
+STOP_ORDER = (("scheduler", "dag-processor", "triggerer"), ("api-server",))
+STOP_SECONDS = {"scheduler": 30.0, "dag-processor": 5.0, "triggerer": 5.0, "api-server": 1.0}
 
 
 class StandaloneAirflow:
@@ -62,6 +60,7 @@ class StandaloneAirflow:
         dags: Path | None = None,
         port: int = 0,
         parallelism: int = 2,
+        triggerer: bool = False,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Prepare, but start nothing.
@@ -71,6 +70,7 @@ class StandaloneAirflow:
             dags: The folder of DAG files.
             port: 0 takes a free one.
             parallelism: The number of tasks that run at once.
+            triggerer: Start a triggerer, which watches data and follows deferred tasks; it takes 170 MB.
             environment: More variables for Airflow and its tasks.
         """
         self._project = project = code_identity.project_root()
@@ -79,6 +79,7 @@ class StandaloneAirflow:
         self._dags = (dags or project / "dags").resolve()
         self._port = port
         self._parallelism = parallelism
+        self._has_triggerer = triggerer
         self._extra_environment = dict(environment or {})
         self._marker = secrets.token_hex(16)
         self.password = secrets.token_urlsafe(24)
@@ -107,8 +108,8 @@ class StandaloneAirflow:
         self.home.mkdir(parents=True, exist_ok=True)
         self.home.chmod(0o700)  # the logs and the database too
         # Before anything is started, because one SQLite database cannot serve two schedulers.
-        self._lock = _acquire_lock(self.home)
-        self._port = self._port or _free_port()
+        self._lock = acquire_lock(self.home)
+        self._port = self._port or free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.api = AirflowApi(self.url, self.password)
         self._environment = self._build_environment()
@@ -123,6 +124,8 @@ class StandaloneAirflow:
         self._migrate()
         self._start_process("scheduler")
         self._start_process("dag-processor")
+        if self._has_triggerer:
+            self._start_process("triggerer")
         self._wait_until("Airflow answers", self._is_healthy)
 
     def wait_for_dag(self, dag_id: str) -> None:
@@ -156,7 +159,7 @@ class StandaloneAirflow:
                     process.wait()
 
         # A step's supervisor runs in a session of its own, so it may have outlived the scheduler.
-        _kill_marked_processes(self._marker)
+        kill_marked_processes(self._marker)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -188,7 +191,7 @@ class StandaloneAirflow:
                 command, env=self._environment, cwd=self._project, stdout=stream, stderr=subprocess.STDOUT
             )
         if exit_code:
-            raise UsageError(f"airflow db migrate failed:\n{_tail(log)}")
+            raise UsageError(f"airflow db migrate failed:\n{tail(log)}")
         done_marker.touch()
 
     def _wait_until(self, description: str, is_ready: Callable[[], bool]) -> None:
@@ -199,7 +202,7 @@ class StandaloneAirflow:
                 if process.poll() is not None:
                     log = self.home / f"{name}.log"
                     raise UsageError(
-                        f"Airflow's {name} ended with exit code {process.returncode}; {log} ends with:\n{_tail(log)}"
+                        f"Airflow's {name} ended with exit code {process.returncode}; {log} ends with:\n{tail(log)}"
                     )
             if time.monotonic() > deadline:
                 raise UsageError(f"not ready after {START_SECONDS:g} s: {description}; see the logs in {self.home}")
@@ -209,7 +212,8 @@ class StandaloneAirflow:
         # Until the API server listens there is no connection, and until the database is migrated an error.
         with contextlib.suppress(ConnectionError, AirflowApiError):
             health = self.api.health()
-            return all(health[p]["status"] == "healthy" for p in ("metadatabase", "scheduler", "dag_processor"))
+            expected = ["metadatabase", "scheduler", "dag_processor", *["triggerer"][: self._has_triggerer]]
+            return all(health[component]["status"] == "healthy" for component in expected)
         return False
 
     def _is_dag_parsed(self, dag_id: str) -> bool:
@@ -263,38 +267,3 @@ class StandaloneAirflow:
             MARKER_VARIABLE: self._marker,
             **self._extra_environment,
         }
-
-
-def _acquire_lock(home: Path) -> IO[str]:
-    """Lock AIRFLOW_HOME; the kernel releases the lock when this process ends, however it ends."""
-    lock = (home / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UsageError(
-            f"{home}: another Airflow runs there already; stop it, or choose another folder with --home"
-        ) from error
-    return lock
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        # Another process could take the port before Airflow does; then the API server ends and `start` says so.
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    with log.open(errors="replace") as stream:
-        return "".join(deque(stream, lines)).strip()
-
-
-def _kill_marked_processes(marker: str) -> None:
-    """Kill every process that has our marker in its environment, e.g. a step that did not end with its task."""
-    # Linux shows the environment that a process started with, as NUL-separated entries.
-    marker_entry = f"{MARKER_VARIABLE}={marker}".encode()
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if marker_entry in entry.read_bytes().split(b"\0"):
-                os.kill(int(entry.parent.name), signal.SIGKILL)

@@ -56,16 +56,15 @@ def run_step(plan: Plan, step_name: str, load: Callable[[], StepFunction]) -> En
 def _run_unless_complete(plan: Plan, step: graph.Step, store: Store, load: Callable[[], StepFunction]) -> Ending:
     """Return the ending of the artifact in the store; run the step where there is none."""
     planned = plan.step(step.name)
-    if plan.unchanged:
-        progress.say(f"{step.name}: unchanged: production is already {plan.unchanged}, made by this recipe")
-        return Ending(int(Exit.DONE), None, "unchanged", step.name, planned.key)
-
     # A retry, a second runtime and a later run of the same recipe all end here.
-    manifest = artifact.find_manifest(store, step.makes, planned.key)
+    manifest = None if plan.unchanged else artifact.find_manifest(store, step.makes, planned.key)
     if manifest is not None:
         artifact.check_files(store, manifest)
         progress.say(f"{step.name}: {step.makes} {planned.key[:12]} was made already by attempt {manifest.attempt}")
         return _report_ending(manifest)
+    if sentence := status.nothing_to_do(plan):
+        progress.say(f"{step.name}: {sentence}")
+        return Ending(int(Exit.DONE), None, "unchanged", step.name, planned.key)
 
     _refuse_changed_code(planned)
     # Manifests are small. They decide whether gigabytes have to be fetched at all.

@@ -12,7 +12,7 @@ from qlora_retrain.core import graph, progress, visible_text
 from qlora_retrain.core.errors import Problem, describe
 from qlora_retrain.evaluation.data_files import find_beside_data
 from qlora_retrain.lm.adapter_scale import describe_adapter
-from qlora_retrain.pipeline import code_identity, earlier_adapters, run_page, status
+from qlora_retrain.pipeline import code_identity, earlier_adapters, new_rows, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import open_store, signatures
@@ -58,9 +58,11 @@ def as_text(plan: Plan, *, is_preview: bool = False) -> str:
     )
     lines += [n for name, source in plan.sources.items() if source for n in source_notes(name, source, data_format)]
 
-    if plan.unchanged:
-        lines.append(f"unchanged: production is already {plan.unchanged}, made by this recipe; nothing will run")
+    if sentence := status.nothing_to_do(plan):
+        lines.append(f"{sentence}; nothing will run")
         return "\n".join(lines)
+    if plan.min_new_rows:
+        lines.append(new_rows.describe(plan.min_new_rows))
 
     train = next(planned.identity for planned in plan.steps if graph.step(planned.name).section == "train")
     lines.append(f"adapter: {describe_adapter(train['rank'], train['alpha'], train['method'])}")
@@ -107,6 +109,8 @@ def status_text(plan: Plan) -> str:
     lines = [f"run {plan.run_id} of line {plan.line}", signatures.describe(store)]
     if plan.unchanged:
         return "\n".join([*lines, f"unchanged: production was already {plan.unchanged}"])
+    if sentence := status.nothing_to_do(plan):
+        return "\n".join([*lines, sentence])
 
     for planned in plan.steps:
         manifest = status.find_manifest(plan, planned.name)

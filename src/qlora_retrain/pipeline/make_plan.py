@@ -21,7 +21,7 @@ from qlora_retrain.core import graph, progress
 from qlora_retrain.core.aliases import alias_of_run
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.source_access import SourceAccess
-from qlora_retrain.pipeline import base_model, base_of_version, earlier_adapters, evaluation_history, explain
+from qlora_retrain.pipeline import base_model, base_of_version, earlier_adapters, evaluation_history, explain, new_rows
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
 from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
@@ -51,6 +51,7 @@ def make_plan(
     overrides: Sequence[str] = (),
     orchestrator: Sequence[str] = (),
     at: datetime | None = None,
+    is_started_by_schedule: bool = False,
 ) -> Plan:
     """Make a run's plan, or return the plan that the run has already.
 
@@ -61,6 +62,7 @@ def make_plan(
         overrides: `section.field=value` strings.
         orchestrator: The run's ids in the orchestrator. The same ids of the same line find the same plan.
         at: The plan's time.
+        is_started_by_schedule: Nobody asked for this run, so it must have new rows as the line's schedule says.
 
     Raises:
         UsageError: With every error of the config at once, or for a source or store that cannot be used.
@@ -70,22 +72,18 @@ def make_plan(
     store = open_store(root)
     # A run that is begun again keeps its plan, even where its line cannot be used any more.
     if run is not None and _has_plan(store, run):
-        plan = find_plan(store, run)
-        _log_changes(plan, line, overrides)
-        return plan
+        return _existing_plan(store, run, line, overrides)
 
     config = load(line, overrides)
     # KFP names a run by ids of its own, and calls this task again when it retries.
     if run is None and orchestrator:
         run = find_run(store, config.line, orchestrator)
         if run and _has_plan(store, run):
-            plan = find_plan(store, run)
-            _log_changes(plan, line, overrides)
-            return plan
+            return _existing_plan(store, run, line, overrides)
 
     # Without an id from outside, a person started the run on the command line; it gets a random one.
     run = run or _new_run_id(at, config.line, orchestrator)
-    plan, history = draft_plan(config, store, run, at)
+    plan, history = draft_plan(config, store, run, at, is_started_by_schedule=is_started_by_schedule)
     plan = signatures.sign(store, plan_path(run), plan, keys.PLANNER)
     history.write(store, plan)
     try:
@@ -95,7 +93,9 @@ def make_plan(
     return plan
 
 
-def draft_plan(config: LineConfig, store: Store, run: str, at: datetime) -> tuple[Plan, EvaluationHistory]:
+def draft_plan(
+    config: LineConfig, store: Store, run: str, at: datetime, *, is_started_by_schedule: bool = False
+) -> tuple[Plan, EvaluationHistory]:
     """Build a plan without writing it, and return the line's evaluation history with it.
 
     Raises:
@@ -106,7 +106,7 @@ def draft_plan(config: LineConfig, store: Store, run: str, at: datetime) -> tupl
     refuse_without_keys(store)
     store.probe()  # before gigabytes of sources are read
     history = evaluation_history.read(store, config.line, config.data.history_of)
-    return build_plan(config, store, run, at, history), history
+    return build_plan(config, store, run, at, history, is_started_by_schedule), history
 
 
 def refuse_without_keys(store: Store) -> None:
@@ -127,22 +127,24 @@ def _has_plan(store: Store, run: str) -> bool:
     return True
 
 
-def _log_changes(plan: Plan, line: Path | str, overrides: Sequence[str]) -> None:
-    """Say that a run that is begun again keeps its plan, and what a new plan would have otherwise.
+def _existing_plan(store: Store, run: str, line: Path | str, overrides: Sequence[str]) -> Plan:
+    """Return the plan of a run that is begun again; say that it is kept, and what a new one would have otherwise.
 
     Raises:
         IntegrityError: If it is the plan of another line.
     """
+    plan = find_plan(store, run)
     progress.say(f"run {plan.run_id} keeps its plan of {plan.created_at}")
     try:
         config = load(line, overrides)
     except UsageError as error:
         progress.say(f"the line cannot be used any more; this run goes on: {error}")
-        return
+        return plan
     if plan.line != config.line:
         raise IntegrityError(f"run {plan.run_id}: has a plan of line {plan.line}; expected one of {config.line}")
     for change in explain.changes_since(plan, config):
         progress.say(f"changed since, and not used by this run: {change}")
+    return plan
 
 
 def find_plan(store: Store, run: str) -> Plan:
@@ -175,7 +177,9 @@ def _new_run_id(at: datetime, line: str, orchestrator: Sequence[str]) -> str:
     return run_id(at, line, *(orchestrator or (uuid.uuid4().hex,)))
 
 
-def build_plan(config: LineConfig, store: Store, run: str, at: datetime, history: EvaluationHistory) -> Plan:
+def build_plan(
+    config: LineConfig, store: Store, run: str, at: datetime, history: EvaluationHistory, is_started_by_schedule: bool
+) -> Plan:
     """Build the plan, and write nothing to the store."""
     access = platform.load().access(store.uri)
     pinned = {name: _pin(name, config, access) for name in _PINNED_SOURCES}
@@ -231,6 +235,7 @@ def build_plan(config: LineConfig, store: Store, run: str, at: datetime, history
         target=target.version if target else None,
         judgement=judgement,
         unchanged=champion_release.version if champion_release and is_unchanged else None,
+        min_new_rows=new_rows.resolve(config.schedule, champion_release, is_scheduled=is_started_by_schedule),
         choices=choices,
         steps=steps,
     )

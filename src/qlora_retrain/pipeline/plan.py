@@ -18,6 +18,7 @@ from qlora_retrain.core.arguments import ANY_ALIAS
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import planned_steps
 from qlora_retrain.pipeline.auto_settings import Choice
+from qlora_retrain.pipeline.new_rows import MinNewRows
 from qlora_retrain.pipeline.planned_steps import PinnedAdapter, PinnedHistory, PinnedVersion, PlannedStep
 from qlora_retrain.storage import keys, open_store, signatures
 from qlora_retrain.storage.signatures import Signed
@@ -41,6 +42,7 @@ class Plan(Signed):
         target: The version that the alias named then that the run moves. It moves only if it still does.
         judgement: The hash of the settings, code and data by which a challenger is judged, without the champion.
         unchanged: The version in production, if the same recipe made it; then no step runs. None otherwise.
+        min_new_rows: How many new rows the run needs; None: any number will do.
         choices: The value of each setting that was `auto`, with the reason.
     """
 
@@ -60,6 +62,7 @@ class Plan(Signed):
     target: str | None
     judgement: str
     unchanged: str | None
+    min_new_rows: MinNewRows | None = Field(default=None, exclude_if=lambda value: value is None)
     choices: tuple[Choice, ...]
     steps: tuple[PlannedStep, ...]
 

@@ -31,7 +31,7 @@ def preview_plan(line: Path | str, root: str, *, run: str, overrides: Sequence[s
     config, store = load(line, overrides), open_store(root)
     make_plan.refuse_without_keys(store)
     history = evaluation_history.read(store, config.line, config.data.history_of)
-    return make_plan.build_plan(config, store, run, datetime.now(UTC), history)
+    return make_plan.build_plan(config, store, run, datetime.now(UTC), history, is_started_by_schedule=False)
 
 
 def note(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from qlora_retrain.core import graph, html, progress
 from qlora_retrain.core.aliases import PRODUCTION, STAGING
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import IntegrityError, describe, is_refusal
-from qlora_retrain.pipeline import run_endings, status
+from qlora_retrain.pipeline import new_rows, run_endings, status
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, moves, open_store, verified_files
 from qlora_retrain.storage.artifact import Manifest
@@ -64,6 +64,8 @@ def sentence(plan: Plan) -> str:
     """Return a sentence that says how the run ended, or how far it is."""
     if plan.unchanged:
         return f"Nothing changed: production is already {plan.unchanged}, made by this recipe."
+    if reason := new_rows.too_few(plan):
+        return f"Nothing changed: {reason}."
     # A refusal ends a run on purpose, so it is named before the artifacts that are missing because of it.
     refusal = find_refusal(plan)
     if refusal is not None:

@@ -9,6 +9,7 @@ from qlora_retrain.core import graph, progress
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Exit
 from qlora_retrain.core.outcome import Number
+from qlora_retrain.pipeline import new_rows
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store
 from qlora_retrain.storage.artifact import Manifest
@@ -27,11 +28,22 @@ def exit_code(plan: Plan, step_name: str) -> int | None:
     if plan.unchanged:
         return int(Exit.DONE)
     manifest = find_manifest(plan, step_name)
+    # An artifact that exists is checked as ever: the rows are counted from one.
+    if manifest is None and new_rows.too_few(plan):
+        return int(Exit.DONE)
     if manifest is None:
         return None
     # The sizes of all files and not their hashes, because this runs before every task and must stay cheap.
     artifact.check_files(open_store(plan.root), manifest)
     return manifest.exit_code
+
+
+def nothing_to_do(plan: Plan) -> str | None:
+    """Return a sentence that says why this run publishes nothing new, and trains nothing; None if it does its work."""
+    if plan.unchanged:
+        return f"unchanged: production is already {plan.unchanged}, made by this recipe"
+    reason = new_rows.too_few(plan)
+    return f"unchanged: {reason}" if reason else None
 
 
 def find_manifest(plan: Plan, step_name: str) -> Manifest | None:

@@ -168,7 +168,9 @@ def _start_ready_steps(
             progress.say(status.earlier_refusal(plan, step.name).sentence())
             return exit_code
         else:
-            progress.say(f"{step.name}: made already: {progress.format_numbers(status.numbers(plan, step.name))}")
+            numbers = status.numbers(plan, step.name)
+            text = f"made already: {progress.format_numbers(numbers)}" if numbers else status.nothing_to_do(plan)
+            progress.say(f"{step.name}: {text}")
             completed.add(step.name)
     return None
 

@@ -66,6 +66,13 @@ class SourceFolder:
                 )
             return size_bytes, hashing.sha256_stream(file)
 
+    def size_and_times(self, path: str) -> tuple[int, str]:
+        """Return the size of a file in bytes, and a text that is another one when it was written or replaced since."""
+        with self._open(path) as file:
+            status = os.fstat(file.fileno())
+        # A copy may keep the time of writing, and no program can set the other one.
+        return status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns}"
+
     def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
         """Copy files, several at once. Never a link: what a step does to its input must not reach the source."""
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from qlora_retrain.config import schedule
+from qlora_retrain.config.schedule import ScheduleConfig
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.runtimes.kubeflow.cron import kfp_cron
 
@@ -50,16 +51,29 @@ def kfp_times(expression: str, after: datetime) -> Iterator[datetime]:
 )  # fmt: skip
 def test_kfp_starts_runs_when_airflow_does(expression: str) -> None:
     count = 2 if "29 2" in expression else 40
-    times = kfp_times(kfp_cron(expression), START)
+    times = kfp_times(kfp_cron(ScheduleConfig(cron=expression)), START)
     assert [next(times) for _ in range(count)] == schedule.next_starts(expression, START, count)
 
 
 def test_a_plain_schedule_stays_readable() -> None:
-    assert kfp_cron("0 3 * * 1") == "0 0 3 * * 1"
-    assert kfp_cron("@daily") == "0 0 0 * * *"
+    assert kfp_cron(ScheduleConfig(cron="0 3 * * 1")) == "0 0 3 * * 1"
+    assert kfp_cron(ScheduleConfig(cron="@daily")) == "0 0 0 * * *"
 
 
 @pytest.mark.parametrize("expression", ["0 0 L * *", "0 0 1,L * *", "0 0 * * 1#2", "0 0 * * L5", "0 0 15W * *"])
 def test_days_that_kfp_cannot_name_are_refused(expression: str) -> None:
     with pytest.raises(UsageError, match="which KFP's scheduler does not know; write the days of the month"):
-        kfp_cron(expression)
+        kfp_cron(ScheduleConfig(cron=expression))
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (ScheduleConfig(cron="0 3 * * 1", time_zone="Europe/Berlin"), "schedule.time_zone: Europe/Berlin: KFP's"),
+        (ScheduleConfig(cron="0 3 * * 1", on_new_data=True), "schedule.on_new_data: KFP starts runs only at times"),
+        (ScheduleConfig(on_new_data=True), "schedule.on_new_data: KFP starts runs only at times"),
+    ],
+)
+def test_what_only_airflow_can_do_is_refused_by_name(section: ScheduleConfig, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        kfp_cron(section)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
 # Twice what a note holds, where further texts may stand.
 MAX_NOTE_CHARACTERS = 2000
+# Airflow's names of the types of runs. Any other was asked for: by hand, by REST, or by a task of another DAG.
+_SCHEDULED_TYPES = ("scheduled", "asset_triggered", "backfill")
 
 
 def store_root() -> str:
@@ -89,6 +91,12 @@ def _plans_key(context: Context) -> str | None:
 def actor_name(user: str) -> str:
     """Return a user of Airflow as the audit trail names them."""
     return f"airflow:{quote(user, safe='@+')}"
+
+
+def is_started_by_schedule(context: Context) -> bool:
+    """Return whether nobody asked for this run: a time, new data or a backfill of such times started it."""
+    run_type = getattr(context["dag_run"], "run_type", None)
+    return getattr(run_type, "value", run_type) in _SCHEDULED_TYPES
 
 
 def publish_arguments(context: Context) -> list[str]:

@@ -31,6 +31,7 @@ from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.runtimes import deadlines
 from qlora_retrain.runtimes.airflow import form_fields, lineage, links, params, step_log
 from qlora_retrain.runtimes.airflow.dag_run import (
+    is_started_by_schedule,
     own_run_id,
     plan_run_id,
     plan_uri,
@@ -111,8 +112,15 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
         overrides = params.overrides(config, context["params"])
         for override in overrides:
             self.log.info("changed by hand: %s", override)
-        make = preview_plan if form_fields.is_dry_run(context["params"]) else make_plan
-        return make(Path(self.config_path), store_root(), run=own_run_id(context), overrides=overrides)
+        if form_fields.is_dry_run(context["params"]):
+            return preview_plan(Path(self.config_path), store_root(), run=own_run_id(context), overrides=overrides)
+        return make_plan(
+            Path(self.config_path),
+            store_root(),
+            run=own_run_id(context),
+            overrides=overrides,
+            is_started_by_schedule=is_started_by_schedule(context),
+        )
 
 
 class BrokenLineOperator(BaseOperator):  # type: ignore[misc]
@@ -208,7 +216,7 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
             if errors.is_refusal(exit_code):
                 fail_task(context, status.earlier_refusal(plan, self.step))
             else:
-                self.log.info("%s", f"unchanged: {plan.unchanged}" if plan.unchanged else "made already")
+                self.log.info("%s", status.nothing_to_do(plan) or "made already")
                 # The first try may have published and then died before it emitted the event.
                 if context["ti"].try_number > 1:
                     self._emit_asset_event(plan, context)

@@ -34,19 +34,22 @@ def step_operator(step: Step, config: LineConfig, line: str | None = None) -> tu
         "inlets": lineage.inlets(step, config),
     }
 
+    # One slot for each GPU, so that Airflow starts no more steps than there are GPUs.
+    num_gpus = config.train.num_processes if step.section == "train" else step.gpus
+    pool = {"pool": runtime.gpu_pool, "pool_slots": num_gpus} if runtime.gpu_pool and num_gpus else {}
+
     # Imported only where a line uses them, because DAG files are parsed again and again and providers import slowly.
     if runtime.kind == "docker":
         from qlora_retrain.runtimes.airflow.docker import DockerStepOperator
 
-        return DockerStepOperator, {"runtime": runtime, **common}
+        return DockerStepOperator, {"runtime": runtime, **common, **pool}
     if runtime.kind == "kubernetes":
         from qlora_retrain.config import cluster_profile
         from qlora_retrain.runtimes.airflow.kubernetes import KubernetesStepOperator
 
         profile = cluster_profile.from_environment()
-        # One slot for each GPU, so that Airflow starts no more pods than the cluster has GPUs.
         pool = {"pool": profile.gpu_pool, "pool_slots": profile.gpus(step)} if profile.gpu_pool else {}
         return KubernetesStepOperator, {
             "runtime": runtime, "profile": profile, **common, **(pool if profile.gpus(step) else {})
         }  # fmt: skip
-    return LocalStepOperator, common
+    return LocalStepOperator, {**common, **pool}

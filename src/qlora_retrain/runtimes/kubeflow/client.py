@@ -93,7 +93,7 @@ class KubeflowClient:
                 # One run of a line at a time, and no runs for the time in which the cluster was down.
                 max_concurrency=1,
                 no_catchup=True,
-                params=pipeline_parameters(config_path, root, overrides=overrides),
+                params=pipeline_parameters(config_path, root, overrides=overrides, started_by="schedule"),
                 pipeline_package_path=package,
                 enable_caching=False,
                 service_account=self.profile.service_account,
@@ -103,7 +103,9 @@ class KubeflowClient:
                 client.delete_recurring_run(previous_id)
 
         replaced = f", in place of {len(previous_ids)} before" if previous_ids else ""
-        return f"line {config.line} runs at {config.schedule!r} (UTC) as {recurring_run.recurring_run_id}{replaced}"
+        return (
+            f"line {config.line} runs at {config.schedule.cron!r} (UTC) as {recurring_run.recurring_run_id}{replaced}"
+        )
 
     def unschedule(self, config_path: Path) -> str:
         """Remove the line's schedules; return a sentence."""

@@ -11,7 +11,7 @@ from qlora_retrain.core.aliases import alias_of_run
 
 
 def pipeline_parameters(
-    config_path: Path, root: str, *, resume_run: str = "", overrides: Sequence[str] = ()
+    config_path: Path, root: str, *, resume_run: str = "", overrides: Sequence[str] = (), started_by: str = "hand"
 ) -> dict[str, Any]:
     """Return what `dags/retrain_kfp.py` takes.
 
@@ -27,4 +27,6 @@ def pipeline_parameters(
         "alias": alias_of_run(config.publish.promote_to, has_approval=config.publish.approval) or "",
         "resume_run": resume_run,
         "overrides": list(overrides),
+        # A run of the schedule needs as many new rows as the line says.
+        "started_by": started_by,
     }

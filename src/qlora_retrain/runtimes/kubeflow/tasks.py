@@ -44,7 +44,7 @@ RUN_ID_PLACEHOLDER = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
 def plan_task(
-    profile: ClusterProfile, *, line: dict[str, Any], root: str, resume_run: str, overrides: list[str]
+    profile: ClusterProfile, *, line: dict[str, Any], root: str, resume_run: str, overrides: list[str], started_by: str
 ) -> Any:
     """Make task 0; the keyword arguments are the pipeline's parameters.
 
@@ -58,6 +58,7 @@ def plan_task(
         root: str,
         resume_run: str,
         overrides: list,  # type: ignore[type-arg]
+        started_by: str,
         run: str,
         uri: dsl.OutputPath(str),  # type: ignore[valid-type]
         report: dsl.Output[dsl.Markdown],
@@ -65,14 +66,20 @@ def plan_task(
     ) -> dsl.ContainerSpec:
         command: list[Any] = [*CLI_COMMAND, "plan", "--document", line, "--root", root, "--orchestrator-id", run]
         # KFP passes a list as JSON.
-        command += ["--resume", resume_run, "--set-json", overrides, "--report-to", report.path, "--uri-to", uri]
+        command += ["--resume", resume_run, "--set-json", overrides, "--started-by", started_by]
+        command += ["--report-to", report.path, "--uri-to", uri]
         for step, file in zip(sized_steps, memory_files, strict=True):
             command += ["--memory-to", step.name, f"{profile.pod(step).max_memory_gib:g}", file]
         return dsl.ContainerSpec(image=profile.light_image, command=command)
 
     _name_outputs(plan, [_memory_output(step) for step in sized_steps])
     task = _container_component(plan)(
-        line=line, root=root, resume_run=resume_run, overrides=overrides, run=RUN_ID_PLACEHOLDER
+        line=line,
+        root=root,
+        resume_run=resume_run,
+        overrides=overrides,
+        started_by=started_by,
+        run=RUN_ID_PLACEHOLDER,
     )
     memory = _memory_without_plan(profile.light)
     return _configure_task(task, PLAN_TASK, profile.light_image, PLAN_RETRIES, profile, profile.light, memory)

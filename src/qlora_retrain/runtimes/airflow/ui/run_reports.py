@@ -10,7 +10,7 @@ from qlora_retrain.core import graph
 from qlora_retrain.core.errors import describe
 from qlora_retrain.pipeline import run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_path, plan_uri
-from qlora_retrain.runtimes.airflow import params
+from qlora_retrain.runtimes.airflow import form_fields
 from qlora_retrain.runtimes.airflow.dag_run import run_id_of, store_root
 from qlora_retrain.storage import open_store
 from qlora_retrain.storage.store import NotFound
@@ -75,6 +75,6 @@ def task_page(plan: Plan, task_id: str) -> bytes | None:
 
 def _store_run_id(dag_run: Any) -> str:
     conf = dag_run.conf if isinstance(dag_run.conf, dict) else {}
-    resumed = conf.get(params.RESUME_RUN)
+    resumed = conf.get(form_fields.RESUME_RUN)
     is_id = isinstance(resumed, str) and _STORE_RUN_ID.fullmatch(resumed)
     return str(resumed) if is_id else run_id_of(dag_run)
