@@ -215,8 +215,7 @@ def build_plan(
 
     judgement = judgement_hash(steps)
     adapter_key = next(s.key for s in steps if s.name == graph.producer_name("adapter"))
-    # The champion was trained with the same data, settings and code, and judged by the same rules. A new run would only
-    # repeat it.
+    # Trained with the same data, settings and code, and judged by the same rules: a new run would only repeat it.
     is_unchanged = champion_release is not None and (
         (champion_release.adapter_key, champion_release.judgement) == (adapter_key, judgement)
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_retrain.core import graph
-from qlora_retrain.pipeline import run_page
+from qlora_retrain.pipeline import run_page, status
 from qlora_retrain.pipeline.plan import Plan
 
 # The model that the difference is with: the first of these that was compared.
@@ -24,7 +24,7 @@ def as_text(plan: Plan) -> str:
     Raises:
         IntegrityError: If the evaluation's document differs from its manifest.
     """
-    numbers = "" if plan.unchanged else verdict_line(plan)
+    numbers = "" if status.nothing_to_do(plan) else verdict_line(plan)
     return "\n".join(filter(None, (run_page.sentence(plan), numbers)))
 
 

@@ -27,8 +27,7 @@ from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound, Store
 LATEST, PRODUCTION = aliases.LATEST, aliases.PRODUCTION
 # Earlier states that an alias lists, so the number of rollbacks in a row that it allows.
 _MAX_MOVES = 10
-# How often other writers may move an alias between our read and our write.
-_MAX_SWAP_ATTEMPTS = 8
+_MAX_SWAP_ATTEMPTS = 8  # other writers may move an alias between our read and our write
 # Files of a version that are hashed at once.
 _NUM_READERS = 8
 
