@@ -20,7 +20,7 @@ from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.storage.store import RESERVED_PREFIX
 
 # How often the deletes of other processes may get in the way of one write before it fails.
-MAX_ATTEMPTS = 8
+MAX_ATTEMPTS = 32
 # A hidden file of this age has no writer any more, on whichever machine the writer was.
 STALE_SECONDS = 24 * 3600
 # The errors of `link` where there can be no link: another file system, one without links, too many links, no such call.

@@ -66,7 +66,7 @@ def test_a_pod_that_no_try_follows_is_removed_when_its_log_is_in_the_tasks(
     cluster.emulator.logs[deferred.trigger.pod_name] = "epoch 3\nvalidate_data: it said why\n"
     cluster.end_container(exit_code)
     message, is_retried = failure_of(lambda: resume(deferred, make_task(), task_context(plan)))
-    assert (message.endswith("validate_data: it said why"), is_retried) == (True, False)
+    assert (message.endswith("validate_data: it said why\nbefore that: epoch 3"), is_retried) == (True, False)
     assert cluster.pods() == []
     assert "epoch 3" in capsys.readouterr().out
 

@@ -99,20 +99,24 @@ def is_started_by_schedule(context: Context) -> bool:
     return getattr(run_type, "value", run_type) in _SCHEDULED_TYPES
 
 
-def publish_arguments(context: Context) -> list[str]:
-    """Return what Airflow says of a run's start, for the audit trail: the user whom its API authenticated.
+def actor_arguments(context: Context) -> list[str]:
+    """Return who started the run, for the audit trail: the user whom Airflow's API authenticated.
 
-    Who it was never comes from the run's form or its `conf`, which whoever triggers a run writes; only the reason does.
+    It never comes from the run's form or its `conf`, which whoever triggers a run writes.
     """
     dag_run = context["dag_run"]
-    # Percent-encoded: Kubernetes puts a variable's value in place of `$(NAME)`, also in a person's text.
-    reason = quote(form_fields.stated_reason(context["params"]), safe="")
-    stated = [f"--reason={reason}"] if reason else []
     if user := getattr(dag_run, "triggering_user_name", None):
-        return ["--triggered-by", actor_name(user), *stated]
+        return ["--triggered-by", actor_name(user)]
     # Nobody: a schedule or an asset. Another system's name, so that no user can be called so.
     run_type = getattr(dag_run, "run_type", "unknown")
-    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}", *stated]
+    return ["--triggered-by", f"airflow-run:{getattr(run_type, 'value', run_type)}"]
+
+
+def publish_arguments(context: Context) -> list[str]:
+    """Return who started the run, and the reason that the form has, for the audit trail."""
+    # Percent-encoded: Kubernetes puts a variable's value in place of `$(NAME)`, also in a person's text.
+    reason = quote(form_fields.stated_reason(context["params"]), safe="")
+    return [*actor_arguments(context), *([f"--reason={reason}"] if reason else [])]
 
 
 def push_note(context: Context, text: str) -> None:

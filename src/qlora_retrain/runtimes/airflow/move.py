@@ -18,7 +18,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Problem, UsageError
-from qlora_retrain.runtimes.airflow.dag_run import own_run_id, publish_arguments, store_root
+from qlora_retrain.runtimes.airflow.dag_run import actor_arguments, own_run_id, store_root
 from qlora_retrain.runtimes.airflow.move_request import Movement, request_id
 from qlora_retrain.runtimes.airflow.notify_operators import MOVED_ALIAS
 from qlora_retrain.runtimes.airflow.operators import RETRY_BACKOFF
@@ -58,7 +58,7 @@ class MoveOperator(BaseOperator):  # type: ignore[misc]
         except Problem as problem:
             fail(Ending.from_problem(_TASK, problem))
         self._mover = Mover(config, movement)
-        self._mover.run(self, context, publish_arguments(context))
+        self._mover.run(self, context, actor_arguments(context))
 
     def on_kill(self) -> None:
         """Stop the command."""

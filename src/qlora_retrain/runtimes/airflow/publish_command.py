@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from qlora_retrain.core import graph
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.runtimes.airflow.local import LocalStepOperator
+from qlora_retrain.runtimes.airflow.step_log import BEFORE_THAT
 from qlora_retrain.runtimes.airflow.step_tasks import step_operator
 
 if TYPE_CHECKING:
@@ -72,4 +73,6 @@ class LocalCommand(LocalStepOperator):
 
 def with_reason_first(ending: Ending) -> Ending:
     """Return a command's ending without what it printed before its error."""
-    return dataclasses.replace(ending, reason=ending.reason.rpartition("qlora-retrain: ")[2])
+    _, mark, rest = ending.reason.rpartition("qlora-retrain: ")
+    reason = rest.partition(BEFORE_THAT)[0] if mark else ending.reason
+    return dataclasses.replace(ending, reason=reason)

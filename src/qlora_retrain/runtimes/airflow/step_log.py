@@ -26,6 +26,8 @@ _BAR = re.compile(r"(?P<label>[^|%]{0,200}?)(?P<percent>\d{1,3})%\|[^|]{0,200}\|
 
 
 _LAST_LINES = 3
+# Between the last lines of a step, of which the very last comes first.
+BEFORE_THAT = "\nbefore that: "
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def copy_output(lines: Iterable[str], log: logging.Logger) -> StepOutput:
         # Progress would push out the lines that say what went wrong.
         if visible and progress.parse_update(text) is None:
             last.append(visible)
-    return StepOutput(ending, "\nbefore that: ".join(reversed(last)))
+    return StepOutput(ending, BEFORE_THAT.join(reversed(last)))
 
 
 class StepLog:

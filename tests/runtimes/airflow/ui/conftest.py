@@ -26,15 +26,13 @@ SETTINGS = {
     "API__SECRET_KEY": "k" * 32,
     "API__BASE_URL": ORIGIN,
 }
-PLUGIN = "from qlora_retrain.runtimes.airflow.ui.plugin import ModelPages\n"
 
 
 # Of a module and no longer, since its settings are those of this process.
 @pytest.fixture(scope="module")
 def airflow_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The API server's application, with three DAGs in its database; the plugin is loaded as Airflow loads it."""
+    """The API server's application, with three DAGs in its database; the plugin is the installed one."""
     folder = tmp_path_factory.mktemp("plugins")
-    (folder / "pages.py").write_text(PLUGIN)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
             patch.setenv(f"AIRFLOW__{name}", value)
