@@ -73,6 +73,6 @@ class LocalCommand(LocalStepOperator):
 
 def with_reason_first(ending: Ending) -> Ending:
     """Return a command's ending without what it printed before its error."""
-    _, mark, rest = ending.reason.rpartition("qlora-retrain: ")
-    reason = rest.partition(BEFORE_THAT)[0] if mark else ending.reason
+    _, mark, message = ending.reason.rpartition("qlora-retrain: ")
+    reason = message.partition(BEFORE_THAT)[0] if mark else ending.reason
     return dataclasses.replace(ending, reason=reason)
