@@ -200,6 +200,7 @@ def test_what_another_approver_approves_moves_production(
     assert [user["id"] for user in detail["assigned_users"]] == ["bob"]  # alice asked
     assert f"production  {current.version}" in detail["body"]
     assert "asked by    alice" in detail["body"]
+    assert f"/qlora-retrain/models/tickets/diff?a={current.version}&b={release.version})" in detail["body"]
     for user in ("alice", "carol", "admin"):
         with pytest.raises(AirflowApiError) as caught:
             answer(user_api(user), run_id, "Approve")

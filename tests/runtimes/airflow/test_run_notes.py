@@ -76,3 +76,18 @@ def test_the_plugin_listens_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_note_that_cannot_be_composed_changes_nothing_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    from qlora_retrain.runtimes.airflow.dag_run import push_note
+
+    def compose() -> str:
+        return str({}["metric"])  # an evaluation that another version wrote
+
+    texts: list[str] = []
+    context = {"ti": SimpleNamespace(xcom_push=lambda key, value: texts.append(value))}
+    push_note(context, compose)
+    assert texts == []
+    assert "the run's note lacks a text: KeyError" in caplog.text
+    push_note(context, lambda: "published")
+    assert texts == ["published"]

@@ -55,7 +55,7 @@ class ApprovalOperator(HITLOperator):  # type: ignore[misc]
 
     def execute(self, context: Context) -> Any:
         """Ask, and wait for the answer; skip where this request has moved production already."""
-        from qlora_retrain.runtimes.airflow import approval_text
+        from qlora_retrain.runtimes.airflow import approval_text, links
         from qlora_retrain.storage import moves, open_store
 
         form, requester = context["params"], triggering_user(context)
@@ -69,9 +69,12 @@ class ApprovalOperator(HITLOperator):  # type: ignore[misc]
                 return None
             refuse_void(config.line, form["version"], form["from_version"])
             users = self._users(config, form["version"], requester)
-            self.body = approval_text.body(store, config.line, form["version"], form["from_version"], requester)
+            text = approval_text.body(store, config.line, form["version"], form["from_version"], requester)
         except Problem as problem:
             fail(Ending.from_problem(_TASK, problem))
+        current = None if form["from_version"] == moves.NOTHING else form["from_version"]
+        page = links.version_path(config.line, form["version"], current)
+        self.body = f"[{'Compare the two, and read the reports' if current else 'Read its reports'}]({page})\n\n{text}"
         self.subject = f"{config.line}: may {form['version']} become {PRODUCTION}?"
         self.assigned_users = [{"id": user, "name": user} for user in users]
         self.response_timeout = timedelta(hours=config.publish.approval_hours)

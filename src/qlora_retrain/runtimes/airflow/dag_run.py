@@ -5,20 +5,22 @@ Environment: `QLORA_RETRAIN_ROOT`, the store's URI; without it, `.state/store` i
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from qlora_retrain.core import graph
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.pipeline import code_identity
 from qlora_retrain.runtimes.airflow import form_fields
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
+_log = logging.getLogger(__name__)
 ROOT_VARIABLE = "QLORA_RETRAIN_ROOT"
 # Twice what a note holds, where further texts may stand.
 MAX_NOTE_CHARACTERS = 2000
@@ -119,8 +121,12 @@ def publish_arguments(context: Context) -> list[str]:
     return [*actor_arguments(context), *([f"--reason={reason}"] if reason else [])]
 
 
-def push_note(context: Context, text: str) -> None:
-    """Leave a text for the note of the task's run; `run_notes.py` writes it there."""
-    # A note that is lost changes nothing about how the task ends.
-    with contextlib.suppress(Exception):
-        context["ti"].xcom_push(key=form_fields.NOTE_KEY, value=text[:MAX_NOTE_CHARACTERS])
+def push_note(context: Context, compose: Callable[[], str]) -> None:
+    """Leave the text that `compose` returns for the note of the task's run; `run_notes.py` writes it there.
+
+    Whatever goes wrong, the task ends as it would without a note.
+    """
+    try:
+        context["ti"].xcom_push(key=form_fields.NOTE_KEY, value=compose()[:MAX_NOTE_CHARACTERS])
+    except Exception as error:  # noqa: BLE001 - also of a document that another version wrote
+        _log.warning("the run's note lacks a text: %s", error if isinstance(error, Problem) else type(error).__name__)

@@ -7,7 +7,7 @@ in it and no address of the store, so whoever follows it needs Airflow's permiss
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from airflow.sdk import BaseOperatorLink
 
@@ -43,11 +43,22 @@ def links_of(step: str) -> tuple[BaseOperatorLink, ...]:
 
 
 def page_path(ti_key: TaskInstanceKey, task_id: str) -> str:
-    """Return the path of a page on Airflow's API server."""
+    """Return the path of the page of a task in its run."""
+    # Whoever triggers a run may name it, also with slashes.
+    parts = (quote(part, safe="") for part in (ti_key.dag_id, ti_key.run_id, task_id))
+    return f"{_pages()}/runs/{'/'.join(parts)}"
+
+
+def version_path(line: str, version: str, other: str | None) -> str:
+    """Return the path of the page of a version; with another version, of the page that compares the two."""
+    if other is None:
+        return f"{_pages()}/models/{quote(line, safe='')}/{quote(version, safe='')}"
+    return f"{_pages()}/models/{quote(line, safe='')}/diff?{urlencode({'a': other, 'b': version})}"
+
+
+def _pages() -> str:
+    """Return the path of the plugin's pages on Airflow's API server."""
     from airflow.sdk.configuration import conf
 
     # Airflow may be served below a path of its own.
-    prefix = urlsplit(conf.get("api", "base_url", fallback="/")).path.rstrip("/")
-    # Whoever triggers a run may name it, also with slashes.
-    parts = (quote(part, safe="") for part in (ti_key.dag_id, ti_key.run_id, task_id))
-    return f"{prefix}/qlora-retrain/runs/{'/'.join(parts)}"
+    return f"{urlsplit(conf.get('api', 'base_url', fallback='/')).path.rstrip('/')}/qlora-retrain"

@@ -83,7 +83,7 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
             for line in explain.as_text(plan, is_preview=is_dry_run).split("\n"):
                 self.log.info("%s", line)
             if is_dry_run:
-                push_note(context, preview.note(plan))
+                push_note(context, lambda: preview.note(plan))
         except Problem as problem:
             fail_task(context, Ending.from_problem(graph.PLAN_TASK, problem))
         except AirflowTaskTimeout:
@@ -261,9 +261,7 @@ class StepOperator(BaseOperator):  # type: ignore[misc]
         from qlora_retrain.pipeline import run_summary
 
         if graph.step(self.step).kind == graph.StepKind.PUBLISH:
-            # The version is published; a note must not fail its run.
-            with contextlib.suppress(Problem):
-                push_note(context, run_summary.as_text(plan))
+            push_note(context, lambda: run_summary.as_text(plan))
 
     def copy_output(self, lines: Iterable[str]) -> StepOutput:
         """Copy the step's output to the task's log; return its ending and its last lines."""

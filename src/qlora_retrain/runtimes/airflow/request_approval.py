@@ -39,7 +39,12 @@ class RequestApprovalOperator(BaseOperator):  # type: ignore[misc]
     template_fields: Sequence[str] = ()
 
     def __init__(self, *, line: str, **kwargs: Any) -> None:
-        defaults = {"task_id": REQUEST_TASK, "retries": 2, "execution_timeout": timedelta(minutes=30)}
+        defaults = {
+            "task_id": REQUEST_TASK,
+            "task_display_name": "Ask for approval",
+            "retries": 2,
+            "execution_timeout": timedelta(minutes=30),
+        }
         super().__init__(**{**defaults, **RETRY_BACKOFF, **kwargs})
         self.line = line
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NoReturn
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from qlora_retrain.core import errors, graph
-from qlora_retrain.core.errors import Problem
 from qlora_retrain.runtimes.airflow.dag_run import (
     is_of_lab,
     own_run_id,
@@ -34,7 +33,8 @@ def failure_note(context: Context, ending: Ending) -> str:
 
     numbers = ""
     if ending.code == errors.Exit.QUALITY_REFUSED:
-        with contextlib.suppress(Problem):
+        # Without the numbers, the note has the reason all the same.
+        with contextlib.suppress(Exception):
             numbers = run_summary.verdict_line(Plan.load(plan_uri(context)))
     return "\n".join(filter(None, (ending.sentence(), numbers)))
 
@@ -61,7 +61,7 @@ def fail_task(context: Context, ending: Ending, *, is_last_try: bool = False) ->
         if ending.code == errors.Exit.QUALITY_REFUSED:
             raise AirflowSkipException(ending.summary()) from None
     else:
-        push_note(context, failure_note(context, ending))
+        push_note(context, lambda: failure_note(context, ending))
     # Airflow logs an exception as "Task failed with exception" and a traceback; its log of errors begins with this.
     _log.error("%s", ending.summary())
     # From none: Airflow logs what an exception came from too, and a library's own message may hold a URL's password.

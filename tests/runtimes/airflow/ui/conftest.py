@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_retrain.core import hashing
-from qlora_retrain.storage import open_store, registry
-from qlora_retrain.storage.artifact import File
+from qlora_retrain.storage import open_store
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
+from tests.published import publish_version
 
 DAGS = Path(__file__).parent / "dags"
 ORIGIN = "http://airflow.example"
@@ -96,55 +94,7 @@ def store(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> Store:
 def publish(store: Store, tmp_path: Path) -> Callable[..., Release]:
     """Publish a version with reports, a recipe and verdicts, without training; return its manifest."""
 
-    def publish_version(number: int, *, line: str = "intents", accuracy: float = 0.8, **documents: Any) -> Release:
-        content = hashing.sha256_json([line, number])
-        name = f"202601{number:02d}T120000Z-{content[:12]}"
-        values = {"accuracy": accuracy, "accuracy_low": accuracy - 0.05, "accuracy_high": accuracy + 0.05, "rows": 90}
-        texts = {
-            "evaluation/evaluation.json": {
-                "verdict": "pass",
-                "sentence": f"passed 8 rules: accuracy {accuracy}",
-                "metric": "accuracy",
-                "contestants": {"challenger": values, "champion": {**values, "accuracy": accuracy - 0.02}},
-            },
-            "evaluation/certificate.json": {"verdict": "pass", "sentence": "passed 10 rules"},
-            "recipe.json": {
-                "steps": {"train_qlora": {"rank": number, "seed": 0}},
-                "code": {"train_qlora": "same"},
-                "sources": {"raw_data": {"tickets.jsonl": f"sha256:{str(number) * 64}"}, "golden_data": None},
-                "champion": None,
-            },
-            **documents,
-        }
-        files = {path: json.dumps(document) for path, document in texts.items()}
-        files |= {f"reports/{report}.html": f"<p>{report} of {number}</p>" for report in ("data", "evaluation")}
-        folder = tmp_path / f"version-{line}-{number}"
-        for path, text in files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(text)
-        store.upload(folder, registry.version_folder(line, name), files)
-        return registry.complete_version(
-            store,
-            Release(
-                line=line, version=name, content_hash=content, created_at=f"202601{number:02d}T120000Z",
-                files=tuple(
-                    File(path=path, size_bytes=len(text.encode()), sha256=hashing.sha256_bytes(text.encode()))
-                    for path, text in files.items()
-                ),
-                adapter_key="a", judgement="j", keys={}, base={"files": {"model.safetensors": "sha256:b"}},
-                numbers={"dataset": {"rows_train": 100 * number, "seconds": 3.0}}, provenance={"run_id": "r"},
-            ),
-        )  # fmt: skip
+    def publish_one(number: int, *, line: str = "intents", **arguments: Any) -> Release:
+        return publish_version(store, tmp_path / f"version-{line}-{number}", number, line=line, **arguments)
 
-    return publish_version
-
-
-@pytest.fixture
-def two_versions(store: Store, publish: Callable[..., Release]) -> tuple[Release, Release]:
-    """Two versions of `intents`, of which the second is in production, and one of `secrets`."""
-    first, second = publish(1), publish(2, accuracy=0.85)
-    for release in (first, second):
-        for alias in (registry.LATEST, registry.PRODUCTION):
-            registry.move_alias(store, "intents", alias, release, reason="a <b>test</b>")
-    registry.move_alias(store, "secrets", registry.PRODUCTION, publish(3, line="secrets"), reason="a test")
-    return first, second
+    return publish_one
