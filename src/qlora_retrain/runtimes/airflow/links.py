@@ -49,11 +49,11 @@ def page_path(ti_key: TaskInstanceKey, task_id: str) -> str:
     return f"{_pages()}/runs/{'/'.join(parts)}"
 
 
-def version_path(line: str, version: str, other: str | None) -> str:
+def version_path(line: str, version: str, rival: str | None) -> str:
     """Return the path of the page of a version; with another version, of the page that compares the two."""
-    if other is None:
+    if rival is None:
         return f"{_pages()}/models/{quote(line, safe='')}/{quote(version, safe='')}"
-    return f"{_pages()}/models/{quote(line, safe='')}/diff?{urlencode({'a': other, 'b': version})}"
+    return f"{_pages()}/models/{quote(line, safe='')}/diff?{urlencode({'a': rival, 'b': version})}"
 
 
 def _pages() -> str:
