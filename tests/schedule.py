@@ -23,7 +23,6 @@ SECONDS = {
     "components/train_qlora/test_survival": 100,
     "dags/test_moves_in_airflow": 90,
     "demo/test_standalone_airflow": 80,
-    "demo/test_postgresql": 70,
     "runtimes/airflow/test_live": 70,
     "demo/test_watched_data": 75,
     "e2e/test_verdicts": 70,

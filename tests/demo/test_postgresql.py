@@ -16,7 +16,7 @@ import yaml
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow]
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.soak]
 # Debian's place; initdb and the server refuse to run as root.
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 

@@ -54,7 +54,8 @@ def test_a_fully_trained_model_is_published_once_pulled_and_asked_and_then_is_th
     assert pulled.exit_code == 0, pulled.text
 
     # The version has the weights once.
-    weights = [path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*.safetensors")]
+    current = tmp_path / "m" / "current"
+    weights = [path.relative_to(current).as_posix() for path in current.rglob("*.safetensors")]
     assert weights == ["model/model.safetensors"]
     certificate = json.loads((tmp_path / "m/evaluation/certificate.json").read_text())
     assert "all weights trained (train.method: full)" in certificate["why"]
