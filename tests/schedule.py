@@ -25,6 +25,7 @@ SECONDS = {
     "demo/test_standalone_airflow": 80,
     "runtimes/airflow/test_live": 70,
     "demo/test_watched_data": 75,
+    "demo/test_browser": 120,
     "e2e/test_verdicts": 70,
     "components/train_qlora/test_killed_for_memory": 50,
     "components/merge_adapter/test_step": 50,

@@ -24,7 +24,7 @@ from qlora_retrain.storage.store import Store
 
 pytestmark = [pytest.mark.airflow, pytest.mark.slow]
 USERS = ("alice", "bob", "carol")
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 400.0
 
 
 @pytest.fixture(scope="module")

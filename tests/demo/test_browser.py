@@ -23,10 +23,10 @@ from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, MOVE_DAG
 from qlora_retrain.storage import open_store, registry
 from tests.published import publish_version
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow]
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.timeout(1800)]
 # alice starts the runs, bob approves, vera may look, and nora has no role at all.
 USERS = {"admin": "admin", "alice": "admin", "bob": "admin", "vera": "viewer", "nora": ""}
-WAIT_SECONDS = 40.0
+WAIT_SECONDS = 240.0
 LINE = {
     "data": {"task": "labels", "eval_fraction": 0.3, "max_length_tokens": 256},
     "train": {"learning_rate": 5e-3, "epochs": 6, "micro_batch_size": 16, "dropout": 0.0, "rank": 8},
@@ -166,7 +166,7 @@ def test_a_run_is_triggered_watched_read_and_approved(site: Site, driver: Any) -
     alice.click("[data-testid=trigger-dag-submit]")
     api = site.api("alice")
     run_id = alice.wait(lambda: next(iter(run_ids(api, "letters")), None))
-    assert api.wait_until_finished("letters", run_id, timeout_seconds=400) == "success"
+    assert api.wait_until_finished("letters", run_id, timeout_seconds=900) == "success"
 
     alice.open(f"/dags/letters/runs/{run_id}")
     alice.find("body", "Published")
@@ -195,7 +195,7 @@ def test_a_run_is_triggered_watched_read_and_approved(site: Site, driver: Any) -
     assert staged.version in bob.find("body").text
     bob.save("approval")
     bob.click("button", "Approve")
-    assert site.api("bob").wait_until_finished(APPROVAL_DAG, approval, timeout_seconds=200) == "success"
+    assert site.api("bob").wait_until_finished(APPROVAL_DAG, approval, timeout_seconds=600) == "success"
     production, _ = registry.read_alias(store, "letters", PRODUCTION)
     assert production is not None
     assert production.version == staged.version

@@ -92,7 +92,7 @@ def test_a_file_that_lands_starts_one_run_and_the_other_line_none(airflow: Stand
     wait_until(lambda: bool(dag_runs(airflow)), 60)
     (run,) = dag_runs(airflow)
     assert (run["run_type"], run["logical_date"]) == ("asset_triggered", None)
-    assert airflow.api.wait_until_finished("landing", run["dag_run_id"], timeout_seconds=200) == "failed"
+    assert airflow.api.wait_until_finished("landing", run["dag_run_id"], timeout_seconds=500) == "failed"
     assert "data refused (10)" in airflow.api.failure_message("landing", run["dag_run_id"], "validate_data")
 
     (plan_file,) = (airflow.home.parent / "store" / "runs").glob("*/plan.json")
@@ -130,7 +130,7 @@ def test_a_triggerer_that_was_killed_loses_no_change_and_repeats_none(airflow: S
 
     wait_until(lambda: len(dag_runs(airflow)) == before + 1, 150)
     run = dag_runs(airflow)[-1]
-    assert airflow.api.wait_until_finished("landing", run["dag_run_id"], timeout_seconds=200) == "failed"
+    assert airflow.api.wait_until_finished("landing", run["dag_run_id"], timeout_seconds=500) == "failed"
     time.sleep(5)  # several looks
     assert len(dag_runs(airflow)) == before + 1
     assert json.dumps(airflow.api.import_errors()) == "[]"
