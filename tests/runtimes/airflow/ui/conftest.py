@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_retrain.storage import open_store
+from qlora_retrain.storage import open_store, registry
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
 from tests.published import publish_version
@@ -98,3 +98,14 @@ def publish(store: Store, tmp_path: Path) -> Callable[..., Release]:
         return publish_version(store, tmp_path / f"version-{line}-{number}", number, line=line, **arguments)
 
     return publish_one
+
+
+@pytest.fixture
+def two_versions(store: Store, publish: Callable[..., Release]) -> tuple[Release, Release]:
+    """Two versions of `intents`, of which the second is in production, and one of `secrets`."""
+    first, second = publish(1), publish(2, accuracy=0.85)
+    for release in (first, second):
+        for alias in (registry.LATEST, registry.PRODUCTION):
+            registry.move_alias(store, "intents", alias, release, reason="a <b>test</b>")
+    registry.move_alias(store, "secrets", registry.PRODUCTION, publish(3, line="secrets"), reason="a test")
+    return first, second
