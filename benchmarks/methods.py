@@ -168,9 +168,12 @@ def line_settings(options: argparse.Namespace, run: Run) -> list[str]:
         "train.micro_batch_size=16",
         # The same arithmetic everywhere, and the faster one on a CPU without matrix instructions for bf16.
         "train.precision=float32",
-        # Answers that end by themselves and training rows are not compared here.
+        # Only the points are compared here: not answers that end by themselves, training rows, or the base without an
+        # adapter, which takes longer to score than all points' rows.
         "evaluate.stop_rows=0",
         "evaluate.train_rows=0",
+        "evaluate.min_prompts=1",
+        "evaluate.base_rows=1",
         "publish.promote_to=null",
     ]
 

@@ -107,6 +107,13 @@ def test_a_lab_applies_none_of_the_lines_limits(line: Path, root_uri: str) -> No
     assert lab.step(graph.producer_name("dataset")).config["min_eval_prompts"] == 500
 
 
+@pytest.mark.parametrize(("of_line", "of_lab"), [("null", 40), ("3", 3), ("500", 40)])
+def test_a_lab_scores_the_base_on_few_rows(line: Path, root_uri: str, of_line: str, of_lab: int) -> None:
+    line.write_text(line.read_text() + f"evaluate: {{base_rows: {of_line}, min_prompts: 1}}\n")
+    plan = plans(line, root_uri)[0]
+    assert plan.step("evaluate").config["base_rows"] == of_lab
+
+
 def test_no_line_sets_what_only_a_lab_may(line: Path, root_uri: str) -> None:
     with pytest.raises(UsageError, match="only qlora-retrain lab sets it"):
         make_plan.make_plan(line, root_uri, overrides=["data.judge_fraction=0.1"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.config import line as line_config
+from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.config.fields import Section
 from qlora_retrain.config.line import section_model
 from qlora_retrain.core import graph, hashing
@@ -32,8 +33,6 @@ _MAX_LINE_CHARACTERS = 63 - len(_SUFFIX)
 # Nothing ships, so a lab applies no limit; a gain over the base alone is asked for, which merging needs.
 _WITHOUT_LIMITS: dict[str, Any] = {
     "allow_first_release": True,
-    # Every point scores the base, only for a note that says whether the adapter is any better.
-    "base_rows": 40,
     "min_prompts": 1,
     "min_gain_over_base": 0.0,
     "min_stopped_fraction": 0.0,
@@ -47,6 +46,8 @@ _WITHOUT_LIMITS: dict[str, Any] = {
     "max_train_eval_gap_nats": None,
     "text_in_reports": False,
 }
+# Every point scores the base, only for a note that says whether the adapter is any better. A line may ask for fewer.
+_MAX_BASE_ROWS = 40
 # The characters of a run's id that follow from its ids, and not from the time: a hyphen and 12 hex digits.
 _TAIL_CHARACTERS = 13
 Sections = Mapping[str, Section]
@@ -115,9 +116,11 @@ class LabPlanner:
             data: self._draft_section("dataset"),
             evaluate: self._draft_section("evaluation"),
         }
+        evaluation = sections[evaluate]
+        assert isinstance(evaluation, EvaluateConfig)
         changes = {
             data: {"judge_fraction": self.judge_fraction, "reference_version": None},
-            evaluate: _WITHOUT_LIMITS,
+            evaluate: {**_WITHOUT_LIMITS, "base_rows": min(evaluation.base_rows or _MAX_BASE_ROWS, _MAX_BASE_ROWS)},
             # The champion has learnt the rows that judge here, so no run goes on from its adapter.
             _section_of("adapter"): {"start": "base"},
             publish: {"promote_to": None},
