@@ -21,6 +21,9 @@ SHORT = [
     "evaluate.max_forgetting_nats=null",
     "evaluate.bootstrap_samples=1000",
     "evaluate.stop_rows=12",
+    # The base without an adapter takes longest.
+    "evaluate.base_rows=16",
+    "evaluate.min_prompts=16",
 ]
 
 
