@@ -14,6 +14,7 @@
 #   make container-setup the base image and the wheels, from which the tests with containers build images
 #   make tracker-setup   MLflow, in a folder of its own: a test then sends losses to it
 #   make check       formatting, lint, types, layers
+#   make deploy-check   overlays and profiles (PROFILES=...) without a cluster, and what is left to do by hand
 #   make docs        the documentation as a site, build/site/index.html; a broken link is an error
 #   make images      the container images, from wheels checked by hash (variables: ENGINE, BASE_IMAGE, TORCH)
 #   make lock        write every lock file again, after a change of versions
@@ -29,7 +30,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export QLORA_RETRAIN_CACHE ?= $(CURDIR)/.state/cache
 
-.PHONY: run ui setup test test-fast test-containers soak gpu-check gpu-check-large bench-setup gguf-setup liger-setup tracker-setup container-setup check docs format images wheels base pin lock lock-cuda clean
+.PHONY: run ui setup test test-fast test-containers soak gpu-check gpu-check-large bench-setup gguf-setup liger-setup tracker-setup container-setup check deploy-check docs format images wheels base pin lock lock-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -124,6 +125,10 @@ check: .venv/.made
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+PROFILES ?= manifests/profiles/gpu.yaml manifests/profiles/production.yaml
+deploy-check: .venv/.made
+	@$(BIN)/qlora-retrain deploy-check $(PROFILES:%=--profile %)
 
 format: .venv/.made
 	$(BIN)/ruff format .

@@ -36,6 +36,8 @@ VERBS = (
     "drop",
     "ask",
     "policy",
+    "deploy-check",
+    "doctor",
     "egress",
 )
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from qlora_retrain.cli import keys, kfp, lab, methods, policies, runs, versions
+from qlora_retrain.cli import clusters, keys, kfp, lab, methods, policies, runs, versions
 from qlora_retrain.cli.options import shared_options
 from qlora_retrain.core import uris, visible_text
 from qlora_retrain.core.arguments import Parser
@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_verbs(verbs, options)
     keys.add_verbs(verbs.add_parser("keys", help="the keys that sign a store's documents"), options)
     policies.add_verbs(verbs, options)
+    clusters.add_verbs(verbs, options)
     kfp.add_verbs(verbs.add_parser("kfp", help="the pipeline on Kubeflow Pipelines"), options)
     return parser
 

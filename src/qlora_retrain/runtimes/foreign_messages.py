@@ -19,6 +19,8 @@ MISSING_SECRET = re.compile('(secret|configmap) "[^"]*" not found')
 # It knows no "status" of a quota that has just been created.
 QUOTA_EXCEEDED = re.compile("exceeded quota|status unknown for quota")
 NOT_PERMITTED = re.compile('User ".* cannot ')
+POD_SECURITY = re.compile("violates PodSecurity ")
+NO_DRY_RUN = re.compile("does not support dry run")  # of an admission webhook with side effects
 
 # What the kubelet says in the place of a step's output: as its log (with HTTP status 200), or as its last message.
 LOG_IS_GONE = re.compile(r"unable to retrieve container logs for \S+|failed to try resolving symlinks in path ")

@@ -117,7 +117,8 @@ class FakeCluster:
     The methods that name no pod act on the only pod that there is.
     """
 
-    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+    def __init__(self, folder: Path, *, secure: bool = False, emulator_class: type[Emulator] = Emulator) -> None:
+        self._emulator_class = emulator_class
         self.kubeconfig, self.authority = folder / "kubeconfig", folder / "ca.crt"
         self._server = https_server_factory(self.authority) if secure else aiohttp.test_utils.RawTestServer
         self._ready = threading.Event()
@@ -140,7 +141,10 @@ class FakeCluster:
         self.api.api_client.user_agent = TEST_USER_AGENT
 
     async def _serve(self) -> None:
-        async with Emulator() as self.emulator, kmock.Server(self.emulator, server_cls=self._server) as server:
+        async with (
+            self._emulator_class() as self.emulator,
+            kmock.Server(self.emulator, server_cls=self._server) as server,
+        ):
             self.emulator.resources["v1/pods"] = {}
             self.emulator.resources["v1/events"] = {}
             self.url = str(server.url).rstrip("/")

@@ -17,7 +17,7 @@ from qlora_retrain.core import graph
 from qlora_retrain.pipeline import make_plan, pod_sizes
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.pipeline.plan import Plan
-from tests.runtimes.kubernetes.pod_security import restricted
+from qlora_retrain.runtimes.kubernetes.pod_security import restricted
 from tests.runtimes.kubernetes.tasks import failure_of, resume, run_until_deferred, task_context
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from qlora_retrain.config.line import load
 from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
-from tests.runtimes.kubernetes.pod_security import APPARMOR, restricted
+from qlora_retrain.runtimes.kubernetes.pod_security import APPARMOR, restricted
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
 PROJECT = Path(__file__).resolve().parents[3]
@@ -266,3 +266,45 @@ def test_the_production_profile_is_refused_until_its_images_are_digests() -> Non
 def test_a_platform_on_kubernetes_cannot_name_images_that_would_not_be_used() -> None:
     with pytest.raises(ValueError, match="train_image has no effect with kind: kubernetes"):
         RuntimeConfig.model_validate({"kind": "kubernetes", "train_image": "a:1"})
+
+
+def without_empty(value: Any) -> Any:
+    """Return a document without what is empty or false, which the API server treats as absent."""
+    if isinstance(value, dict):
+        fields = {key: without_empty(item) for key, item in value.items()}
+        return {key: item for key, item in fields.items() if item not in ({}, [], None) and key != "hostNetwork"}
+    return [without_empty(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("profile_name", ["gpu", "production"])
+def test_the_pods_that_checks_render_without_airflow_are_the_operators(profile_name: str) -> None:
+    """The golden files are the operator's; here the memory is that of a first try."""
+    from qlora_retrain.runtimes.kubernetes import sample_pods
+
+    profile = repository_profile(profile_name)
+    first_tries = {
+        kind: getattr(profile, kind).model_copy(update={"max_memory_gib": None}) for kind in ("light", "train", "gpu")
+    }
+    pods = sample_pods.step_pods(profile.model_copy(update=first_tries), "tickets", RuntimeConfig())
+    assert [pod.step for pod in pods] == list(graph.STEPS)
+    for pod in pods:
+        golden = yaml.safe_load((GOLDEN / profile_name / f"{pod.step.name}.yaml").read_text())
+        for document in (golden, pod.manifest):
+            document["metadata"].pop("name")
+            document["metadata"]["labels"].pop("qlora-retrain.run")
+            assert document["spec"]["containers"][0]["args"].pop().endswith("/plan.json")
+        assert without_empty(pod.manifest) == without_empty(golden)
+
+
+def test_the_largest_pod_of_a_step_has_the_memory_that_its_retries_may_reach() -> None:
+    from qlora_retrain.runtimes.kubernetes import sample_pods
+
+    profile = repository_profile("gpu")
+    memory = {
+        pod.step.name: pod.resources["limits"]["memory"]
+        for pod in sample_pods.step_pods(profile, "tickets", RuntimeConfig())
+    }
+    assert memory["train_qlora"] == "128Gi"
+    assert memory["validate_data"] == "32Gi"
+    above = RuntimeConfig(kind="kubernetes", memory_gib=200)
+    assert sample_pods.largest_memory_gib(graph.step("train_qlora"), profile, above) == 200

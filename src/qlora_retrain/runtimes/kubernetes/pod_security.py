@@ -1,4 +1,7 @@
-"""The restricted Pod Security Standard of Kubernetes 1.32, control by control, as in its text; with `baseline`."""
+"""The restricted Pod Security Standard of Kubernetes 1.32, control by control, as in its text; with `baseline`.
+
+`deploy-check` asks it before a cluster does, and the tests ask it of every pod that the operator would send.
+"""
 
 from __future__ import annotations
 
