@@ -1,33 +1,46 @@
-"""`pull` beside boto3's `download_file`: the same server, the same bytes, in turns, each in a process of its own.
+"""Publish, upload and pull beside boto3's `copy`, `upload_file` and `download_file`: the same server, the same bytes.
 
-`pull` hashes every byte, and boto3 does not. Seconds are those of the transfer, without imports. Memory is the peak of
-the process above its start, for two sizes of the file: it must not grow with the file.
+    store_copy  copies the weights inside the store
+    publish     copies them, reads and hashes every byte of the copy, writes the manifest and moves an alias
+    upload      as a step's artifact is uploaded
+    pull        hashes every byte; boto3 hashes none
 
-Command: `python benchmarks/publish.py [--mib 512] [--rounds 7]`
+The tools take turns, each in a process of its own, and both are warm. Seconds are medians. A ratio is boto3's time by
+ours in the same round, so above 1 we are faster. Memory is what a transfer adds to the peak of its process: it must not
+grow with the file. The server is `s3_server.py`, which is fast, so what we do beside the transfer shows.
+
+Command: `python benchmarks/publish.py [--mib 512] [--rounds 5] [--folder /dev/shm]`
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from qlora_retrain.core import hashing
 from qlora_retrain.storage import artifact, open_store, pull, registry
+from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry import Release
+from qlora_retrain.storage.store import Store
 
 _LINE, _ALIAS, _WEIGHTS = "benchmark", "production", "model/model.safetensors"
-_TOOLS = ("pull", "download_file")
+# What is measured, and boto3's call that moves the same bytes.
+_PAIRS = {"store_copy": "copy", "publish": "copy", "upload": "upload_file", "pull": "download_file"}
 _PORT = 5599
 _ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -40,17 +53,17 @@ _ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def server() -> Iterator[None]:
-    """Start moto's S3 server as a process of its own, with one bucket."""
+def server(folder: Path) -> Iterator[None]:
+    """Start an S3 server over a folder as a process of its own, with one bucket."""
     import boto3
 
     os.environ.update(_ENVIRONMENT)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(_PORT)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    program = Path(__file__).with_name("s3_server.py")
+    with subprocess.Popen([sys.executable, program, folder, str(_PORT)]) as process:
         try:
             for _ in range(100):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(_ENVIRONMENT["AWS_ENDPOINT_URL"]).close()
+                with contextlib.suppress(urllib.error.URLError):
+                    urllib.request.urlopen(f"{_ENVIRONMENT['AWS_ENDPOINT_URL']}/?list-type=2").close()
                     break
                 time.sleep(0.2)
             boto3.client("s3").create_bucket(Bucket=_LINE)
@@ -59,18 +72,17 @@ def server() -> Iterator[None]:
             process.terminate()
 
 
-def publish(root: str, folder: Path, num_bytes: int) -> Release:
-    """Publish a version whose weights have this many random bytes."""
-    (folder / "model").mkdir(parents=True)
-    (folder / _WEIGHTS).write_bytes(os.urandom(num_bytes))
-    files = artifact.list_files(folder)
-    content = hashing.content_hash((file.path, file.sha256) for file in files)
+def publish(root: str, weights: File) -> None:
+    """Publish a version with the weights, as the step does: the files first, then the manifest, then the alias."""
+    store = open_store(root)
+    content = hashing.content_hash([(_WEIGHTS, weights.sha256)])
     release = Release(
         line=_LINE,
-        version=f"20260101T000000Z-{content[:12]}",
+        # Each has a name of its own, so that there is something to copy.
+        version=f"20260101T000000Z-{uuid.uuid4().hex[:12]}",
         content_hash=content,
         created_at="",
-        files=files,
+        files=(weights,),
         adapter_key="",
         judgement="",
         keys={},
@@ -78,30 +90,47 @@ def publish(root: str, folder: Path, num_bytes: int) -> Release:
         numbers={},
         provenance={},
     )
-    store = open_store(root)
-    store.upload(folder, registry.version_folder(_LINE, release.version), [file.path for file in files])
+    folder = registry.version_folder(_LINE, release.version)
+    store.copy([(f"artifact/{_WEIGHTS}", f"{folder}/{_WEIGHTS}")])
+    assert registry.first_fault(store, folder, release.files) is None
     release = registry.complete_version(store, release)
     registry.move_alias(store, _LINE, _ALIAS, release, reason="a benchmark", is_verified=True)
-    return release
 
 
-def measure(tool: str, root: str, version: str) -> tuple[float, int]:
-    """Fetch the version with a tool into a new folder; return the seconds, and the bytes of memory that this added."""
+def measure(tool: str, root: str, folder: Path, weights: File) -> tuple[float, int]:
+    """Move the weights with a tool; return the seconds, and the bytes of memory that this added to the peak."""
     import boto3
 
     store, client = open_store(root), boto3.client("s3")
-    # Both tools have their modules and a connection.
-    pull.resolve(store, f"{_LINE}@{_ALIAS}")
-    client.list_buckets()
-    with tempfile.TemporaryDirectory() as folder:
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    source, target = f"{prefix}/artifact/{_WEIGHTS}", f"{prefix}/other/{_WEIGHTS}"
+    # Both have a connection.
+    next(store.children("artifact"))
+    client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/artifact/")
+    with tempfile.TemporaryDirectory(dir=folder) as destination:
+        calls = {
+            "store_copy": lambda: store.copy([(f"artifact/{_WEIGHTS}", f"copy/{_WEIGHTS}")]),
+            "publish": lambda: publish(root, weights),
+            "copy": lambda: client.copy({"Bucket": bucket, "Key": source}, bucket, target),
+            "upload": lambda: store.upload(folder, "other", [_WEIGHTS]),
+            "upload_file": lambda: client.upload_file(str(folder / _WEIGHTS), bucket, target),
+            "pull": lambda: pull.pull(store, f"{_LINE}@{_ALIAS}", Path(destination)),
+            "download_file": lambda: client.download_file(bucket, source, f"{destination}/weights"),
+        }
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         start_bytes, start = _peak_bytes(), time.perf_counter()
-        if tool == "pull":
-            pull.pull(store, f"{_LINE}@{_ALIAS}", Path(folder))
-        else:
-            bucket, _, prefix = root.removeprefix("s3://").partition("/")
-            key = f"{prefix}/{registry.version_folder(_LINE, version)}/{_WEIGHTS}"
-            client.download_file(bucket, key, f"{folder}/weights")
-        return time.perf_counter() - start, _peak_bytes() - start_bytes
+        calls[tool]()
+        result = time.perf_counter() - start, _peak_bytes() - start_bytes
+    _remove_earlier(store)
+    return result
+
+
+def _remove_earlier(store: Store) -> None:
+    """Remove the versions that the alias names no longer, so that the disk holds two copies of the weights, not ten."""
+    current = pull.resolve(store, f"{_LINE}@{_ALIAS}")[0].version
+    folders = [registry.version_folder(_LINE, name) for name in store.children(f"models/{_LINE}/versions")]
+    store.delete([f"{folder}/{_WEIGHTS}" for folder in folders if not folder.endswith(current)])
 
 
 def _peak_bytes() -> int:
@@ -110,32 +139,50 @@ def _peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def compare(tools: tuple[str, str], root: str, folder: Path, weights: File, num_rounds: int) -> None:
+    """Let two tools move the same bytes in turns, and print what it took."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as ours, ProcessPoolExecutor(1, mp_context=spawn) as theirs:
+        pools = dict(zip(tools, (ours, theirs), strict=True))
+        rounds = []
+        # The first round has the imports.
+        for number in range(num_rounds + 1):
+            order = tools[:: (-1) ** number]
+            rounds.append({tool: pools[tool].submit(measure, tool, root, folder, weights).result() for tool in order})
+    mib = weights.size_bytes / 2**20
+    for tool in tools:
+        seconds = statistics.median(result[tool][0] for result in rounds[1:])
+        peak_mib = max(result[tool][1] for result in rounds) / 2**20
+        print(f"{mib:.0f} MiB  {tool:13}  {seconds:.2f} s  {mib / seconds:.0f} MiB/s  memory +{peak_mib:.0f} MiB")
+    ratios = sorted(result[tools[1]][0] / result[tools[0]][0] for result in rounds[1:])
+    middle = f"median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    print(f"{mib:.0f} MiB  speed of {tools[0]} / {tools[1]}: {middle}", flush=True)
+
+
 def main() -> None:
-    """Print both tools' seconds, the ratio of each pair of rounds, and the memory for two sizes."""
+    """Compare for two sizes of the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512, help="of the larger file; the smaller one has a quarter")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", help="of all files; /dev/shm measures without a disk")
+    parser.add_argument("--only", choices=_PAIRS, help="one comparison")
     arguments = parser.parse_args()
 
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        server(),
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool,
-    ):
-        for mib in (arguments.mib // 4, arguments.mib):
-            root = f"s3://{_LINE}/{mib}"
-            version = publish(root, Path(folder, str(mib)), mib * 2**20).version
-            rounds = [
-                {tool: pool.submit(measure, tool, root, version).result() for tool in _TOOLS[:: (-1) ** number]}
-                for number in range(arguments.rounds)
-            ]
-            ratios = [result["download_file"][0] / result["pull"][0] for result in rounds]
-            for tool in _TOOLS:
-                seconds = statistics.median(result[tool][0] for result in rounds)
-                peak_mib = max(result[tool][1] for result in rounds) / 2**20
-                print(f"{mib} MiB  {tool:13}  {seconds:.2f} s  {mib / seconds:.0f} MiB/s  memory +{peak_mib:.0f} MiB")
-            print(f"{mib} MiB  speed of pull / download_file: median {statistics.median(ratios):.2f}, all {ratios}")
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-publish-", dir=arguments.folder))
+    try:
+        with server(folder / "server"):
+            for mib in (arguments.mib // 4, arguments.mib):
+                root, local = f"s3://{_LINE}/{mib}", folder / str(mib)
+                (local / "model").mkdir(parents=True)
+                (local / _WEIGHTS).write_bytes(os.urandom(mib * 2**20))
+                (weights,) = artifact.list_files(local)
+                open_store(root).upload(local, "artifact", [_WEIGHTS])
+                publish(root, weights)
+                for tools in _PAIRS.items():
+                    if arguments.only in (None, tools[0]):
+                        compare(tools, root, local, weights, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

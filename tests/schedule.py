@@ -33,6 +33,7 @@ SECONDS = {
     "components/train_qlora/test_train": 40,
     "components/evaluate/test_step": 30,
     "pipeline/test_code_identity": 30,
+    "storage/test_interrupted": 30,
     "components/merge_adapter/test_exports": 25,
     "components/merge_adapter/test_memory": 25,
     "components/merge_adapter/test_generated_answers": 20,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ def s3_server() -> Iterator[str]:
     """The endpoint of a server with one empty bucket; while it runs, the environment leads every S3 client to it."""
     from moto.server import ThreadedMotoServer
 
+    # A line of a log for each request takes as long as many a request.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

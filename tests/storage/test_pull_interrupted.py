@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,11 +16,9 @@ from qlora_retrain.core.errors import IntegrityError, TryAgain
 from qlora_retrain.storage import open_store, pull, pulled_folder, range_download, registry
 from qlora_retrain.storage.local import LocalStore
 from qlora_retrain.storage.store import Store
+from tests.storage.dying_store import kill_at
 from tests.storage.small_versions import LINE, REFERENCE, SHARED, WEIGHTS, files_of, in_child, publish, pulled_files
 
-# The calls that change a file system, by Python's names of their audit events; `open` counts where it may write.
-CHANGES = ("os.rename", "os.mkdir", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.chmod")
-REQUEST = "http.client.send"
 Ranges = list[tuple[str, int]]
 
 
@@ -45,27 +41,6 @@ def ranges(store: Store, monkeypatch: pytest.MonkeyPatch) -> Ranges:
 
     monkeypatch.setattr(type(store), "read_range", read_range)
     return ranges
-
-
-def kill_at(call: int, destination: Path) -> Callable[[], None]:
-    """Return a function that has this process killed before its n-th change below a folder, or request to a server."""
-    remaining = call
-
-    def count() -> None:
-        nonlocal remaining
-        remaining -= 1
-        if remaining == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        is_change = event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if event == REQUEST or (is_change and any(str(destination) in str(argument) for argument in arguments[:2])):
-            count()
-
-    def install() -> None:
-        sys.addaudithook(hook)
-
-    return install
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -93,7 +68,7 @@ def kill_at_every_call(store: Store, destination: Path, prepare: Callable[[], No
         prepare()
 
         def killed(call: int = call) -> None:
-            kill_at(call, destination)()
+            kill_at(call, str(destination))()
             pull.pull(open_store(store.uri), REFERENCE, destination)
 
         ended = in_child(killed)

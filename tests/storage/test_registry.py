@@ -1,24 +1,20 @@
-"""Versions are written once, aliases move atomically, and the audit trail misses no move, whenever a writer dies."""
+"""Versions are written once, aliases move atomically, and the audit trail misses no move.
+
+`test_interrupted.py` lets writers die.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import pwd
-import shutil
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import execute, make_plan
-from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, open_store, registry
+from qlora_retrain.storage import open_store, registry
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import Conflict, Store
 
@@ -238,123 +234,6 @@ def test_in_a_race_of_eight_latest_ends_at_the_newest(store: Store) -> None:
     assert alias_state(store, LATEST).version == releases[-1].version
     states = [entries[0] for _, entries in sorted(audit(store, LATEST).items())]
     assert [s.version for s in states] == sorted(s.version for s in states)
-
-
-# --- dying between any two writes
-
-
-class Died(BaseException):
-    """The process is gone: nothing below may handle it."""
-
-
-class MortalStore:
-    """A store whose process dies before, or right after, its n-th write."""
-
-    WRITES = ("write_if_absent", "swap", "upload", "copy", "delete")
-
-    def __init__(self, store: Store, dies_at: int, *, after: bool) -> None:
-        self.uri, self._store, self._left, self._after = store.uri, store, dies_at, after
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._store, name)
-        return self._counted(method) if name in self.WRITES else method
-
-    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self._left -= 1
-            if self._left == 0 and not self._after:
-                raise Died
-            result = method(*arguments)
-            if self._left == 0:
-                raise Died
-            return result
-
-        return call
-
-    @property
-    def finished(self) -> bool:
-        return self._left > 0
-
-
-def assert_nothing_false(store: Store) -> None:
-    """No version without its files, no alias that names something absent, no move missing before the last."""
-    for name in store.children(f"models/{LINE}/versions"):
-        folder = registry.version_folder(LINE, name)
-        sizes_bytes = {e.path.removeprefix(f"{folder}/"): e.size_bytes for e in store.list(folder)}
-        if "manifest.json" not in sizes_bytes:
-            continue
-        release = registry.read_release(store, LINE, name)
-        for file in release.files:
-            assert hashing.sha256_bytes(store.read(f"{folder}/{file.path}").data) == file.sha256
-    for document in store.children(f"models/{LINE}/aliases"):
-        name = document.removesuffix(".json")
-        state = alias_state(store, name)
-        registry.read_release(store, LINE, state.version, sha256=state.manifest_sha256)
-        assert set(range(1, state.generation)) <= set(audit(store, name))
-
-
-def deaths() -> Iterator[tuple[int, bool]]:
-    return ((n, after) for n in range(1, 40) for after in (False, True))
-
-
-def test_a_publisher_that_dies_at_any_write_leaves_nothing_false_and_a_rerun_completes(
-    line: Any, tmp_path: Any, small_steps: dict[str, Callable[..., StepResult]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, before = tmp_path / "store", tmp_path / "before"
-    store, plan = open_store(root.as_uri()), make_plan.make_plan(line, root.as_uri())
-    for name in list(small_steps)[:-1]:
-        assert execute.run_step(plan, name, lambda name=name: small_steps[name]).code == 0  # type: ignore[misc]
-    # Every death begins from this store, in which all but `publish` is done.
-    root.rename(before)
-    num_deaths = 0
-    for n, after in deaths():
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(before, root)
-        mortal = MortalStore(store, n, after=after)
-        with monkeypatch.context() as patch:
-            patch.setattr(execute, "open_store", lambda uri, mortal=mortal: mortal)
-            with contextlib.suppress(Died):
-                execute.run_step(plan, "publish", lambda: small_steps["publish"])
-        assert_nothing_false(store)
-        assert execute.run_step(plan, "publish", lambda: small_steps["publish"]).code == 0
-        assert_published_once(store, plan)
-        if mortal.finished:
-            break
-        num_deaths += 1
-    # There are that many writes: copies, documents, manifest, two aliases with their audit entries, the artifact.
-    assert num_deaths >= 2 * 6
-
-
-def assert_published_once(store: Store, plan: Plan) -> None:
-    assert_nothing_false(store)
-    assert len(list(store.children(f"models/{LINE}/versions"))) == 1
-    for name in (LATEST, PRODUCTION):
-        assert alias_state(store, name).generation == 1
-        assert list(audit(store, name)) == [1]
-        assert len(audit(store, name)[1]) == 1
-    release = artifact.find_manifest(store, "release", plan.step("publish").key)
-    assert release is not None
-    assert release.numbers["published"] is True
-    assert release.numbers["moved"] is True
-    document = json.loads(store.read(f"{release.prefix}/release.json").data)
-    assert document["version"] == alias_state(store, PRODUCTION).version
-
-
-def test_a_mover_that_dies_at_any_write_is_completed_by_the_next(tmp_path: Any) -> None:
-    for n, after in deaths():
-        store = open_store((tmp_path / f"store-{n}-{after}").as_uri())
-        first, second = version(store, 1), version(store, 2)
-        move(store, PRODUCTION, first)
-        mortal = MortalStore(store, n, after=after)
-        # The next mover must write the audit entry that the dead one could not.
-        with contextlib.suppress(Died):
-            move(mortal, PRODUCTION, second)  # type: ignore[arg-type]
-        assert_nothing_false(store)
-        move(store, PRODUCTION, second)
-        assert alias_state(store, PRODUCTION).generation == 2
-        assert {g: len(states) for g, states in audit(store, PRODUCTION).items()} == {1: 1, 2: 1}
-        if mortal.finished:
-            return
 
 
 def test_a_swap_that_always_conflicts_gives_up_with_try_again(store: Store) -> None:

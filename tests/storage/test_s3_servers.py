@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +121,38 @@ def test_a_range_whose_answer_breaks_off_is_read_again(store: S3Store) -> None:
     broken.extend([True] * s3_ranges.MAX_ROUNDS)
     with pytest.raises(TryAgain):
         store.read_range("a", 10, 20)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 99, 100, 101, 400, 500, 1234])
+def test_an_object_is_hashed_in_ranges_wherever_it_ends(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    monkeypatch.setattr(s3_ranges, "HASHED_BYTES", 100)
+    data = random.Random(size_bytes).randbytes(size_bytes)
+    store.write_if_absent("a", data)
+    requests = on(store, "GetObject", lambda _: None)
+    assert store.sha256("a") == hashlib.sha256(data).hexdigest()
+    # A small object takes one request, and what is asked for behind the end of a large one is bounded.
+    assert size_bytes // 100 + 1 <= len(requests) <= size_bytes // 100 + (1 if size_bytes < 100 else 5)
+
+
+def test_an_object_that_breaks_off_while_it_is_hashed_is_read_on(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_ranges, "HASHED_BYTES", 100)
+    data = random.Random(0).randbytes(1000)
+    store.write_if_absent("a", data)
+    remaining = [1]
+
+    def breaks_off(request: Any) -> AWSResponse | None:
+        if "bytes=300-" not in str(request.headers["Range"]) or not remaining:
+            return None
+        remaining.pop()
+        return answer(206, Body(data[300:333], breaks_off=True), Content_Range="bytes 300-399/1000", ETag='"x"')
+
+    on(store, "GetObject", breaks_off)
+    assert store.sha256("a") == hashlib.sha256(data).hexdigest()
+    assert not remaining
 
 
 def test_a_range_that_the_server_ignores_is_cut_out_of_the_whole(store: S3Store) -> None:

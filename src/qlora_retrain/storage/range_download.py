@@ -12,6 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_retrain.core import hashing
@@ -42,18 +43,27 @@ def download(store: Store, prefix: str, files: Sequence[File], folder: Path) -> 
     """
     with disk_errors(folder):
         _refuse_full_disk(files, folder)
-        pool = ThreadPoolExecutor(NUM_RANGES)
+        pools = _Pools(ThreadPoolExecutor(NUM_RANGES), ThreadPoolExecutor(1))
         try:
-            wrong = _transfer(store, prefix, files, folder, pool)
+            wrong = _transfer(store, prefix, files, folder, pools)
             # The beginning that lay there may be the fault: those files come once more, from their first byte.
             wrong = [target for target in wrong if not target.is_resumed] or _transfer(
-                store, prefix, [target.file for target in wrong], folder, pool
+                store, prefix, [target.file for target in wrong], folder, pools
             )
         finally:
             # Without waiting: after an interruption, what is still under way is only read.
-            pool.shutdown(wait=False, cancel_futures=True)
+            pools.readers.shutdown(wait=False, cancel_futures=True)
+            pools.writer.shutdown()
     if wrong:
         raise IntegrityError(f"{store.uri}/{prefix}/{wrong[0].file.path}: is not what was published (sha256 differs)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    """The threads that read ranges, and the one that writes a range while it is hashed."""
+
+    readers: ThreadPoolExecutor
+    writer: ThreadPoolExecutor
 
 
 class _Target:
@@ -91,15 +101,18 @@ class _Target:
         """Whether the bytes so far are those of the whole file."""
         return self._hasher.hexdigest() == self.file.sha256
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes, writer: ThreadPoolExecutor) -> None:
+        # Both take about as long, and neither needs Python's global lock.
+        writing = writer.submit(self._write, data)
         self._hasher.update(data)
+        writing.result()
+
+    def _write(self, data: bytes) -> None:
         with self.path.open("ab") as stream:
             stream.write(data)
 
 
-def _transfer(
-    store: Store, prefix: str, files: Iterable[File], folder: Path, pool: ThreadPoolExecutor
-) -> list[_Target]:
+def _transfer(store: Store, prefix: str, files: Iterable[File], folder: Path, pools: _Pools) -> list[_Target]:
     """Download files; return those that have other bytes, which are removed."""
     wrong: list[_Target] = []
     under_way: deque[tuple[_Target, Future[bytes], bool]] = deque()
@@ -107,7 +120,7 @@ def _transfer(
     def write_next() -> None:
         target, data, is_last = under_way.popleft()
         try:
-            target.append(data.result())
+            target.append(data.result(), pools.writer)
         except NotFound as error:
             raise IntegrityError(f"{store.uri}/{prefix}/{target.file.path}: missing") from error
         if is_last and not target.is_right:
@@ -120,7 +133,7 @@ def _transfer(
             if len(under_way) == NUM_RANGES:
                 write_next()
             num_bytes = min(RANGE_BYTES, size_bytes - start)
-            data = pool.submit(store.read_range, path, start, num_bytes)
+            data = pools.readers.submit(store.read_range, path, start, num_bytes)
             under_way.append((target, data, start + num_bytes == size_bytes))
         if size_bytes == 0 and not target.is_right:
             target.path.unlink()

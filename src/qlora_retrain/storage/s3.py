@@ -6,15 +6,14 @@ Where the environment says nothing, a request is tried up to 8 times.
 
 A document is written with one conditional `put_object`. When its answer is lost, boto3 sends it again, and the server
 answers 412 (precondition failed) to our own write. So after a 412 the stored document is read and compared. boto3 does
-not repeat a request after 409, and gives up too early on 503, so `_put` has a loop of its own. Files travel in parts,
-with their sha256 in the metadata.
+not repeat a request after 409, and gives up too early on 503, so `_put` has a loop of its own. Files travel in parts
+and are hashed in ranges, both in parallel.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import hashlib
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -40,6 +39,7 @@ from qlora_retrain.storage.store import (
 
 MIB = 1024**2
 MAX_CONCURRENCY = 16  # connections, and parts that travel at once
+COPIED_PARTS = 4  # that the server copies as one
 DEFAULT_ATTEMPTS = 8  # of a request, where AWS_MAX_ATTEMPTS says nothing
 CONNECT_TIMEOUT_SECONDS = 10
 MAX_ROUNDS = 5  # of a conditional write; boto3 makes several attempts in each
@@ -55,20 +55,13 @@ class S3Store:
         part_bytes: Files of this size or more travel in parts of this size, in parallel. S3 wants 5 MiB or more.
     """
 
-    def __init__(self, uri: str, *, part_bytes: int = 32 * MIB) -> None:
+    def __init__(self, uri: str, *, part_bytes: int = 8 * MIB) -> None:
         import boto3.session
         import botocore.session
-        from boto3.s3.transfer import TransferConfig
 
         self.uri = uris.absolute(uri)
         self._bucket, self._prefix = uris.bucket_and_prefix(self.uri)
-        self._transfer = TransferConfig(
-            multipart_threshold=part_bytes,
-            multipart_chunksize=part_bytes,
-            max_concurrency=MAX_CONCURRENCY,
-            # boto3 takes its C runtime (CRT) on some machines, and that client cannot copy.
-            preferred_transfer_client="classic",
-        )
+        self._part_bytes = part_bytes
         with self._errors("connect"):
             try:
                 session = botocore.session.get_session()
@@ -102,11 +95,7 @@ class S3Store:
 
     def sha256(self, path: str) -> str:
         """Hash the object while it arrives; what the server says of its own bytes proves nothing."""
-        digest = hashlib.sha256()
-        with self._errors("read", path):
-            for chunk in self.client.get_object(**self._at(path))["Body"].iter_chunks(MIB):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return s3_ranges.sha256(lambda start, size_bytes: self.read_range(path, start, size_bytes))
 
     def pinnable_hashes(self, paths: Iterable[str]) -> builtins.list[str]:
         """Return the sha256 of each file, the server's own where it has one."""
@@ -166,14 +155,12 @@ class S3Store:
         return iter(sorted(filter(is_valid_path, names)))
 
     def upload(self, folder: Path, prefix: str, paths: Iterable[str]) -> None:
-        """Hash each file while the files before it travel; an error aborts the multipart uploads that have begun."""
+        """Send each file with a checksum that the server compares; an error aborts the multipart uploads."""
         with disk_errors(folder), self._transfers("upload", prefix) as (manager, started):
             for path in paths:
                 key = self._key(join_path(prefix, path))
-                with (folder / path).open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                extra = {"Metadata": {"sha256": digest}, **self._upload_checksum()}
-                started.append((path, manager.upload(str(folder / path), self._bucket, key, extra_args=extra)))
+                file = str(folder / path)
+                started.append((path, manager.upload(file, self._bucket, key, extra_args=self._upload_checksum())))
 
     def download(self, prefix: str, paths: Iterable[str], folder: Path) -> None:
         """Download each file under a temporary name, then rename it; s3transfer does both."""
@@ -185,7 +172,8 @@ class S3Store:
 
     def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Copy on the server, big files in parts."""
-        with self._transfers("copy", "") as (manager, started):
+        # Nothing travels, so larger parts save requests.
+        with self._transfers("copy", "", part_bytes=COPIED_PARTS * self._part_bytes) as (manager, started):
             for source, target in pairs:
                 key = self._key(validate_path(target))
                 started.append((source, manager.copy(self._at(source), self._bucket, key)))
@@ -258,15 +246,24 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._key(validate_path(path))}
 
     @contextlib.contextmanager
-    def _transfers(self, verb: str, prefix: str) -> Iterator[tuple[Any, builtins.list[tuple[str, Any]]]]:
+    def _transfers(
+        self, verb: str, prefix: str, *, part_bytes: int | None = None
+    ) -> Iterator[tuple[Any, builtins.list[tuple[str, Any]]]]:
         """Yield a transfer manager and a list for the transfers that the block starts.
 
         After the block this waits for each of them. On an error the manager cancels them.
         """
-        from boto3.s3.transfer import create_transfer_manager
+        from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
+        config = TransferConfig(
+            multipart_threshold=part_bytes or self._part_bytes,
+            multipart_chunksize=part_bytes or self._part_bytes,
+            max_concurrency=MAX_CONCURRENCY,
+            # boto3 takes its C runtime (CRT) on some machines, and that client cannot copy.
+            preferred_transfer_client="classic",
+        )
         started: builtins.list[tuple[str, Any]] = []
-        with create_transfer_manager(self.client, self._transfer) as manager:
+        with create_transfer_manager(self.client, config) as manager:
             yield manager, started
 
             # An error shows only in the result of its transfer.

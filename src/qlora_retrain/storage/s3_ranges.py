@@ -1,8 +1,14 @@
-"""Read a range of an object, again where an answer breaks off: boto3 repeats only a request that got no answer."""
+"""Read ranges of an object, again where an answer breaks off: boto3 repeats only a request that got no answer.
+
+`sha256` hashes an object by ranges that travel in parallel, for one stream has a small part of a server's bandwidth.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +18,34 @@ from qlora_retrain.storage import s3_errors
 # How often an answer may break off.
 MAX_ROUNDS = 5
 _SKIPPED_BYTES = 2**20
+# 8 files of a version are hashed at once, so their ranges need 256 MiB of memory at most.
+HASHED_BYTES = 8 * 2**20
+_NUM_STREAMS = 4
+
+
+def sha256(read: Callable[[int, int], bytes]) -> str:
+    """Return the hash of an object, whose ranges travel in parallel.
+
+    Args:
+        read: Returns so many bytes from a first one on, fewer only where the object ends.
+    """
+    digest = hashlib.sha256()
+    first = read(0, HASHED_BYTES)
+    digest.update(first)
+    if len(first) < HASHED_BYTES:
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(_NUM_STREAMS) as pool:
+        under_way: deque[Future[bytes]] = deque()
+        start, data = HASHED_BYTES, first
+        # The end is where a range is short. Those behind it are asked for too, and are empty.
+        while len(data) == HASHED_BYTES:
+            while len(under_way) < _NUM_STREAMS:
+                under_way.append(pool.submit(read, start, HASHED_BYTES))
+                start += HASHED_BYTES
+            data = under_way.popleft().result()
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def read_range(

@@ -1,0 +1,105 @@
+"""Publishing, promoting and rolling back, interrupted at any call and repeated twice, end as if nothing had happened.
+
+Here are some of the calls, so that this takes seconds; `make soak` has every one, on both backends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_retrain.storage import open_store, s3
+from qlora_retrain.storage.store import Store
+from tests.storage import dying_store, faulty_server
+from tests.storage.dying_store import Interruption
+from tests.storage.operations import OPERATIONS
+
+WAYS: dict[str, Interruption] = {
+    "dies before a write": dying_store.dies(is_after=False),
+    "dies after a write": dying_store.dies(is_after=True),
+    "is killed": dying_store.is_killed,
+    "a call fails": dying_store.fails(),
+    "an answer is lost": dying_store.fails(is_after=True),
+    "the store is gone": dying_store.fails(is_lasting=True),
+    "an answer is lost, then the store is gone": dying_store.fails(is_after=True, is_lasting=True),
+}
+# Of a server alone: the requests below the calls fail.
+SERVER_WAYS: dict[str, Interruption] = {
+    **{f"every n-th request: {fault}": faulty_server.fails_every(fault) for fault in faulty_server.FAULTS},
+    **{f"from the n-th request on: {fault}": faulty_server.is_gone(fault) for fault in faulty_server.FAULTS},
+}
+# Of the many writes of a publication, the short form tries these.
+EVERY = {"publish": 13, "publish a further version": 37}
+
+
+def names(*, is_strict: bool) -> list[Any]:
+    """The operations; two of them are known to fail, and some ways of the long form do not show it."""
+    # Remove this mark once a rollback that is repeated without an id ends in the same state.
+    not_yet = pytest.mark.xfail(reason="a repeated rollback goes one version too far", strict=is_strict)
+    return [pytest.param(name, marks=not_yet if name in ("rollback", "rollback --from") else ()) for name in OPERATIONS]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr(s3, "PAUSE_SECONDS", 0)
+
+
+def check(store: Store, request: pytest.FixtureRequest, operation: str, way: str, every: int = 1) -> int:
+    interruption = (WAYS | SERVER_WAYS)[way]
+    return dying_store.check(store, OPERATIONS[operation](store, request), interruption, every=every)
+
+
+@pytest.mark.parametrize("way", ["dies before a write", "dies after a write"])
+@pytest.mark.parametrize("operation", names(is_strict=True))
+def test_what_dies_at_a_write_is_completed_by_whoever_repeats_it(
+    root_uri: str, request: pytest.FixtureRequest, operation: str, way: str
+) -> None:
+    check(open_store(root_uri), request, operation, way, EVERY.get(operation, 1))
+
+
+@pytest.mark.parametrize(
+    ("operation", "way", "every"),
+    [
+        ("publish", "an answer is lost", 29),
+        ("rollback --from --request", "an answer is lost", 7),
+        ("promote", "the store is gone", 7),
+    ],
+)
+def test_what_a_store_interrupts_is_completed_by_whoever_repeats_it(
+    root_uri: str, request: pytest.FixtureRequest, operation: str, way: str, every: int
+) -> None:
+    check(open_store(root_uri), request, operation, way, every)
+
+
+@pytest.mark.parametrize(
+    ("operation", "way", "every"),
+    [
+        ("promote", "is killed", 19),
+        ("rollback --from --request", "every n-th request: busy", 8),
+        ("publish", "from the n-th request on: answer lost", 250),
+    ],
+)
+def test_what_a_server_or_the_system_interrupts_is_completed_by_whoever_repeats_it(
+    s3_uri: str, request: pytest.FixtureRequest, operation: str, way: str, every: int
+) -> None:
+    check(open_store(s3_uri), request, operation, way, every)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("operation", names(is_strict=False))
+def test_every_interruption_is_completed_by_whoever_repeats_it(
+    store: Store, request: pytest.FixtureRequest, operation: str, way: str
+) -> None:
+    check(store, request, operation, way)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", SERVER_WAYS)
+@pytest.mark.parametrize("operation", names(is_strict=False))
+def test_every_fault_of_a_server_is_outlasted_or_completed(
+    s3_uri: str, request: pytest.FixtureRequest, operation: str, way: str
+) -> None:
+    check(open_store(s3_uri), request, operation, way)
