@@ -25,7 +25,17 @@ from qlora_retrain.core import aliases, graph, hashing
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import Number, StepResult
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, audit, keys, registry, release_files, retention
+from qlora_retrain.storage import (
+    artifact,
+    audit,
+    keys,
+    registry,
+    rejections,
+    release_files,
+    retention,
+    version_repair,
+    versions,
+)
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.keys import Keyring
 from qlora_retrain.storage.pinned_source import PinnedSource
@@ -79,14 +89,15 @@ def run(
         if target.startswith(_CONTENT_FOLDERS)
     )
 
-    version = registry.find_by_content(store, plan.line, content)
+    version = versions.find_by_content(store, plan.line, content)
     if version is None:
         version = _publish(config, plan, store, inputs, copies, content, release)
     else:
-        registry.verify_version(store, version)
+        version = version_repair.read_remembered(store, plan.line, version.version)
+        version_repair.verify_or_repair(store, version)
 
     # Before an alias moves: a role that may not do it publishes nothing.
-    folder = registry.version_folder(plan.line, version.version)
+    folder = versions.version_folder(plan.line, version.version)
     files = ["manifest.json", *(file.path for file in version.files)]
     retention.retain(store, [f"{folder}/{path}" for path in files], config.retention_days)
 
@@ -102,7 +113,7 @@ def run(
             # Nobody is asked about what a rollback of production has rejected.
             if config.approval:
                 production, _ = registry.read_alias(store, plan.line, aliases.PRODUCTION)
-                registry.refuse_rejected(plan.line, aliases.PRODUCTION, production, version)
+                rejections.refuse(store, plan.line, aliases.PRODUCTION, production, version)
             reason = f"passed both gates in run {plan.run_id}"
             moves[alias] = registry.move_alias(
                 store, plan.line, alias, version, reason=reason, expected=plan.target, is_verified=True
@@ -157,7 +168,7 @@ def _publish(
     """Write a new version: its documents and copied files first, its manifest last."""
     # The plan's time and not the present time, so that a retry after a crash writes the same version.
     name = f"{plan.stamp}-{content[:12]}"
-    folder = registry.version_folder(plan.line, name)
+    folder = versions.version_folder(plan.line, name)
     verdict = _read_document(store, inputs["evaluation"], "evaluation.json")
     certificate = _read_document(store, inputs["model"], "certificate.json")
     numbers = {artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()}
@@ -194,13 +205,13 @@ def _publish(
         files = (*copied, *artifact.list_files(document_folder))
     files = tuple(sorted(files, key=lambda f: f.path))
     # Hashed where consumers will read them, since an artifact may have changed after it was judged.
-    if difference := registry.first_fault(store, folder, files):
+    if difference := versions.first_fault(store, folder, files):
         raise _copy_error(store, inputs, copies, *difference)
     release_files.refuse_unsafe(store, folder, files)
 
     base = plan.sources["base_model"]
     assert base is not None
-    return registry.complete_version(
+    return versions.complete_version(
         store,
         Release(
             line=plan.line,
@@ -214,6 +225,7 @@ def _publish(
             keys={s.name: s.key for s in plan.steps},
             base=_base(base, is_alone=is_alone),
             numbers=numbers,
+            sequence=plan.sequence,
             provenance={"run_id": plan.run_id, "steps": {n: m.provenance for n, m in inputs.items()}},
         ),
     )

@@ -253,8 +253,10 @@ def change_before_promote(a: Attacker) -> str:
     path.write_bytes(data)
 
     def promote() -> str:
-        registry.move_alias(store, LINE, "production", registry.read_release(store, LINE, first), reason="back")
-        return "moved"
+        release = registry.read_release(store, LINE, first)
+        registry.move_alias(store, LINE, "production", release, reason="back")
+        registry.verify_version(store, release)
+        return "`promote` copies the file again from its artifact, then moves"
 
     return outcome("`promote`", promote)
 

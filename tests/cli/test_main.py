@@ -35,6 +35,7 @@ VERBS = (
     "rollback",
     "drop",
     "ask",
+    "models",
     "policy",
     "deploy-check",
     "doctor",

@@ -120,9 +120,9 @@ def test_a_rejected_version_is_no_anchor(
     publish_next("champion")
     second = registry.read_release(store, "intents", production(store))
     assert make_plan.make_plan(line, root_uri).anchor is not None
-    # `reject_current` rejects the version that production leaves, here the first one.
+    # A rollback rejects the version that production leaves, here the first one.
     registry.move_alias(store, "intents", "production", first, reason="back")
-    registry.move_alias(store, "intents", "production", second, reason="forth, and reject it", reject_current=True)
+    registry.move_alias(store, "intents", "production", second, reason="forth, and reject it", action="rollback")
     assert make_plan.make_plan(line, root_uri).anchor is None
 
 

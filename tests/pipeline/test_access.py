@@ -99,7 +99,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"qlora/histories/tickets/datasets/20260131T030000Z-{KEY}.json": ("P", "P", ""),
     f"qlora/histories/others/{KEY}.txt": ("", "", ""),
     f"qlora/histories/ticketsx/datasets/20260131T030000Z-{KEY}.json": ("", "", ""),
-    "qlora/.probe/0123": ("P", "P", "P"),
+    "qlora/.probe/0123": ("Pp", "Pp", "Pp"),
     "other/runs/x/plan.json": ("", "", ""),
 }
 SOURCES = {

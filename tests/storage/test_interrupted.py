@@ -5,8 +5,6 @@ Here are some of the calls, so that this takes seconds; `make soak` has every on
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from qlora_retrain.storage import open_store, s3
@@ -33,13 +31,6 @@ SERVER_WAYS: dict[str, Interruption] = {
 EVERY = {"publish": 13, "publish a further version": 37}
 
 
-def names(*, is_strict: bool) -> list[Any]:
-    """The operations; two of them are known to fail, and some ways of the long form do not show it."""
-    # Remove this mark once a rollback that is repeated without an id ends in the same state.
-    not_yet = pytest.mark.xfail(reason="a repeated rollback goes one version too far", strict=is_strict)
-    return [pytest.param(name, marks=not_yet if name in ("rollback", "rollback --from") else ()) for name in OPERATIONS]
-
-
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
@@ -52,7 +43,7 @@ def check(store: Store, request: pytest.FixtureRequest, operation: str, way: str
 
 
 @pytest.mark.parametrize("way", ["dies before a write", "dies after a write"])
-@pytest.mark.parametrize("operation", names(is_strict=True))
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_what_dies_at_a_write_is_completed_by_whoever_repeats_it(
     root_uri: str, request: pytest.FixtureRequest, operation: str, way: str
 ) -> None:
@@ -89,7 +80,7 @@ def test_what_a_server_or_the_system_interrupts_is_completed_by_whoever_repeats_
 
 @pytest.mark.soak
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("operation", names(is_strict=False))
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_interruption_is_completed_by_whoever_repeats_it(
     store: Store, request: pytest.FixtureRequest, operation: str, way: str
 ) -> None:
@@ -98,7 +89,7 @@ def test_every_interruption_is_completed_by_whoever_repeats_it(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("way", SERVER_WAYS)
-@pytest.mark.parametrize("operation", names(is_strict=False))
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_fault_of_a_server_is_outlasted_or_completed(
     s3_uri: str, request: pytest.FixtureRequest, operation: str, way: str
 ) -> None:

@@ -145,3 +145,9 @@ def test_the_users_whose_runs_published_a_version_are_known(store: Store) -> Non
     registry.move_alias(store, LINE, "staging", second, reason="again")
     assert moves.requesters(store, LINE, first.version) == {"alice"}
     assert moves.requesters(store, LINE, second.version) == {"b ob@x"}  # carol's run moved nothing
+
+    # A planner whose clock is years ahead.
+    actor.name_orchestrator("airflow:dave")
+    ahead = version(store, 9999)
+    registry.move_alias(store, LINE, "staging", ahead, reason="published")
+    assert moves.requesters(store, LINE, ahead.version) == {"dave"}

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from qlora_retrain.core import hashing
 from qlora_retrain.evaluation import drift
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, pull, registry
+from qlora_retrain.storage import artifact, pull, registry, rejections
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.registry import Alias, Release
 from qlora_retrain.storage.store import Store
@@ -213,12 +213,17 @@ def test_an_older_version_can_be_promoted_and_the_next_state_keeps_the_older_one
     registry.move_alias(older, "tickets", "production", release, reason="by hand")
     document = json.loads(older.read("models/tickets/aliases/production.json").data)
 
-    assert document.keys() == PRODUCTION.keys()
+    assert document.keys() == PRODUCTION.keys() | {"action"}
     assert (document["version"], document["manifest_sha256"]) == (FIRST, MANIFEST_SHA256[FIRST])
     assert document["generation"] == 3
     assert document["moves"] == [
         *PRODUCTION["moves"],  # type: ignore[misc]
-        {"version": SECOND, "generation": 2, "at": "2026-01-08T09:05:26+00:00"},
+        {
+            "version": SECOND,
+            "generation": 2,
+            "at": "2026-01-08T09:05:26+00:00",
+            "manifest_sha256": MANIFEST_SHA256[SECOND],
+        },
     ]
 
 
@@ -229,6 +234,17 @@ def test_a_rollback_goes_back_to_the_older_version_and_rejects_the_newer_content
     assert document["rejected"] == [RELEASES[SECOND]["content_hash"]]
     audit = [path for path in older.children("models/tickets/audit") if "-production-" in path]
     assert [path[:8] for path in audit] == ["00000002", "00000003"]
+
+
+def test_who_rejected_a_version_is_read_from_the_trail_of_an_older_release(older: Store) -> None:
+    state = registry.rollback(older, "tickets", "production", reason="worse in use")
+    # As an older release wrote it.
+    entry = state.model_copy(update={"rejections": (), "action": None, "signature": None})
+    path = "models/tickets/audit/00000003-production-" + state.request_id + ".json"
+    older.delete([path])
+    older.write_if_absent(path, entry.model_dump_json().encode())
+    (rejection,) = rejections.of_alias(older, "tickets", "production", entry)
+    assert (rejection.version, rejection.reason, rejection.actor) == (SECOND, "worse in use", state.actor)
 
 
 def test_the_content_of_an_older_version_is_found_again(older: Store) -> None:

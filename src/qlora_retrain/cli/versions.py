@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -18,55 +20,13 @@ from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.core.visible_text import escape_controls
 
 if TYPE_CHECKING:
+    from qlora_retrain.registry import Registry
     from qlora_retrain.storage.moves import Request
-    from qlora_retrain.storage.store import Store
 
 
 def add_verbs(verbs: Any, options: Options) -> None:
     """Add the verbs to a parser's subparsers."""
-    verb = verbs.add_parser("pull", help="download a published version and verify every file", parents=[options.stored])
-    verb.add_argument("reference", metavar="LINE@ALIAS", help="or LINE@VERSION")
-    verb.add_argument("destination", metavar="DEST", type=Path, help="a new folder, or that of an earlier pull")
-    verb.add_argument(
-        "--min-generation", type=int, default=0, metavar="N", help="refuse an alias that moved fewer times than this"
-    )
-    verb.add_argument(
-        "--verify-key",
-        metavar="KEY",
-        help="the publisher's public key, as a PEM file or the fingerprint that `keys show` prints",
-    )
-    verb.add_argument("--sha256", metavar="HEX", help="refuse a version whose manifest has another sha256")
-    verb.add_argument(
-        "--parts",
-        action="append",
-        default=[],
-        metavar="PART",
-        help="only adapter, model, or exports/NAME (repeatable), with the card and the reports; default: everything",
-    )
-    verb.set_defaults(run=_pull)
-
-    verb = verbs.add_parser("promote", help="point an alias at a version", parents=[options.stored])
-    verb.add_argument("line", help="the line's name")
-    verb.add_argument("version", help="a published version of the line")
-    verb.add_argument("--alias", default="production", help="default: production")
-    verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
-    verb.add_argument("--override", action="store_true", help="promote content that a rollback has rejected")
-    _add_request(verb)
-    verb.set_defaults(run=_promote)
-
-    verb = verbs.add_parser(
-        "rollback", help="move an alias back, and reject the version that it leaves", parents=[options.stored]
-    )
-    verb.add_argument("line", help="the line's name")
-    verb.add_argument("--alias", default="production", help="default: production")
-    verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
-    verb.add_argument("--to", metavar="VERSION", help="refuse to go back to another version")
-    _add_request(verb)
-    verb.set_defaults(run=_rollback)
-
-    verb = verbs.add_parser("history", help="print who moved an alias of a line, and when", parents=[options.stored])
-    verb.add_argument("line", help="the line's name")
-    verb.set_defaults(run=_history)
+    add_shared_verbs(verbs, options)
 
     verb = verbs.add_parser("drop", help="delete an artifact, and all that was made from it", parents=[options.stored])
     verb.add_argument("artifact", help="e.g. dataset; `qlora-retrain graph` lists them")
@@ -98,12 +58,64 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb.set_defaults(run=_ask)
 
 
+def add_shared_verbs(verbs: Any, options: Options) -> None:
+    """Add the verbs that are also below `models`: pull, promote, rollback, history."""
+    verb = verbs.add_parser("pull", help="download a published version and verify every file", parents=[options.stored])
+    verb.add_argument("reference", metavar="LINE@ALIAS", help="or LINE@VERSION")
+    verb.add_argument("destination", metavar="DEST", type=Path, help="a new folder, or that of an earlier pull")
+    verb.add_argument(
+        "--min-generation", type=int, default=0, metavar="N", help="refuse an alias that moved fewer times than this"
+    )
+    verb.add_argument(
+        "--verify-key",
+        metavar="KEY",
+        help="the publisher's public key, as a PEM file or the fingerprint that `keys show` prints",
+    )
+    verb.add_argument("--sha256", metavar="HEX", help="refuse a version whose manifest has another sha256")
+    verb.add_argument(
+        "--parts",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="only adapter, model, or exports/NAME (repeatable), with the card and the reports; default: everything",
+    )
+    add_json(verb)
+    verb.set_defaults(run=_pull)
+
+    verb = verbs.add_parser("promote", help="point an alias at a version", parents=[options.stored])
+    verb.add_argument("line", help="the line's name")
+    verb.add_argument("version", help="a published version of the line")
+    verb.add_argument("--alias", default="production", help="default: production")
+    verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
+    verb.add_argument("--override", action="store_true", help="promote a version that was rejected")
+    _add_request(verb)
+    add_json(verb)
+    verb.set_defaults(run=_promote)
+
+    verb = verbs.add_parser(
+        "rollback", help="move an alias back, and reject the version that it leaves", parents=[options.stored]
+    )
+    verb.add_argument("line", help="the line's name")
+    verb.add_argument("--alias", default="production", help="default: production")
+    verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
+    verb.add_argument("--to", metavar="VERSION", help="refuse to go back to another version")
+    _add_request(verb)
+    add_json(verb)
+    verb.set_defaults(run=_rollback)
+
+    verb = verbs.add_parser("history", help="print who moved an alias of a line, and when", parents=[options.stored])
+    verb.add_argument("line", help="the line's name")
+    add_json(verb)
+    verb.set_defaults(run=_history)
+
+
 def _add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--from",
         dest="current",
         metavar="VERSION",
-        help="refuse if the alias names another version now; none: it names no version",
+        help="the version that the alias names, as you saw it (none: no version); refused if it names another one, and "
+        "the same command again does nothing",
     )
     verb.add_argument("--request", metavar="ID", help="hexadecimal; a request that is repeated with it moves once")
     verb.add_argument("--triggered-by", metavar="SYSTEM:NAME", help="for the audit trail, e.g. airflow:alice")
@@ -131,41 +143,74 @@ def _pull(args: argparse.Namespace) -> int:
         # Not `raise`: Python would wait for the threads that read, as long as a server that hangs lets them wait.
         os._exit(128 + signal.SIGINT)
     num_files = len(version_parts.select(release, args.parts))
+    signer = pull.recorded_signer(args.destination)
+    if args.json:
+        place = str(args.destination.absolute())
+        print_json(
+            {"line": release.line, "version": release.version, "files": num_files, "destination": place,
+             "manifest_sha256": release.sha256, "signer": signer}
+        )  # fmt: skip
+        return 0
     print(f"{release.line} {release.version}: {num_files} files verified in {args.destination}")
     print(f"its manifest has the sha256 {release.sha256}", file=sys.stderr)
-    signer = pull.recorded_signer(args.destination)
     print(f"signed by {signer}" if signer else "unsigned: nothing proves who published it", file=sys.stderr)
     return 0
 
 
-def _open_store(args: argparse.Namespace) -> Store:
-    """Open the store; say on the other stream whether its documents are signed."""
-    from qlora_retrain.storage import open_store, signatures
+def add_json(verb: argparse.ArgumentParser) -> None:
+    """Add the option `--json`."""
+    verb.add_argument("--json", action="store_true", help="print one JSON document, for programs")
 
-    store = open_store(store_root(args))
-    print(signatures.describe(store), file=sys.stderr)
-    return store
+
+def print_json(document: Any) -> None:
+    """Print a document for a program."""
+    print(json.dumps(document, indent=1, default=_as_fields))
+
+
+def _as_fields(value: Any) -> Any:
+    """Return an object of ours as JSON has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+
+
+def open_registry(args: argparse.Namespace) -> Registry:
+    """Open the store; say on the other stream whether its documents are signed."""
+    from qlora_retrain.registry import Registry
+    from qlora_retrain.storage import signatures
+
+    registry = Registry(store_root(args))
+    print(signatures.describe(registry.store), file=sys.stderr)
+    return registry
 
 
 def _promote(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import moves
 
-    request = _request(args)
-    has_moved = moves.promote(_open_store(args), request, args.version, override=args.override)
-    print(f"{args.line}@{args.alias}: {args.version}" + ("" if has_moved else " (already)"))
+    moved = moves.promote(open_registry(args).store, request_of(args), args.version, override=args.override)
+    if args.json:
+        print_json({"line": args.line, "alias": args.alias, "version": args.version, "moved": moved is not None})
+    else:
+        print(f"{args.line}@{args.alias}: {args.version}" + ("" if moved else " (already)"))
     return 0
 
 
 def _rollback(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import moves
 
-    # Rejected by content: the next run may make the same model again and must not promote it.
-    alias = moves.rollback(_open_store(args), _request(args), args.to)
-    print(f"{args.line}@{args.alias}: {alias.version}, generation {alias.generation}; the version it left is rejected")
+    # Rejected by content and recipe: the next run may make the same model again and must not promote it.
+    alias = moves.rollback(open_registry(args).store, request_of(args), args.to)
+    left = alias.moves[-1].version
+    if args.json:
+        print_json({"line": args.line, "alias": args.alias, "version": alias.version, "left": left,
+                    "generation": alias.generation})  # fmt: skip
+    else:
+        print(f"{args.line}@{args.alias}: {alias.version}, generation {alias.generation}; {left} is rejected")
     return 0
 
 
-def _request(args: argparse.Namespace) -> Request:
+def request_of(args: argparse.Namespace) -> Request:
+    """Return the move that the arguments ask for."""
     from qlora_retrain.storage import actor, moves
 
     if args.request is not None and not re.fullmatch(moves.REQUEST_PATTERN, args.request):
@@ -178,20 +223,23 @@ def _request(args: argparse.Namespace) -> Request:
 def _history(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import audit
 
-    states, faults = audit.history(_open_store(args), args.line)
-    for name, state in states:
+    states, faults = audit.history(open_registry(args).store, args.line)
+    if args.json:
+        print_json([{"alias": name, **state.model_dump(exclude={"signature", "moves"})} for name, state in states])
+    for name, state in states if not args.json else ():
         move = f"{state.at}  {name} {state.generation}: {state.version}  {state.actor}  {state.reason}"
         # One line a move, so that no reason can pass for a further one.
         visible_text.write_controls(f"{escape_controls(move.replace(chr(10), ' '))}\n")
     if faults:
-        raise IntegrityError("\n".join(["the audit trail was changed:", *faults]))
+        hint = f"an entry that its writer could not write is written by: qlora-retrain models repair {args.line}"
+        raise IntegrityError("\n".join(["the audit trail was changed:", *faults, hint]))
     return 0
 
 
 def _drop(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import artifact
 
-    store = _open_store(args)
+    store = open_registry(args).store
     dropped = artifact.drop(store, args.artifact, args.key)
     if not dropped:
         raise UsageError(f"{store.uri}: no artifact {args.artifact}/{args.key}")

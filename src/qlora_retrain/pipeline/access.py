@@ -151,15 +151,18 @@ def _step_access(config: LineConfig, step: graph.Step) -> Access:
             sources += _source_patterns(config, item)
 
     retains: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
     if step.kind == graph.StepKind.PUBLISH:
         models = f"models/{config.line}"
-        reads.append(f"{models}/*")
+        # Who moves an alias by hand tries first whether the store honours conditional writes.
+        probes = (".probe/*",)
+        reads += [f"{models}/*", *probes]
         retains = (f"{models}/versions/*", f"{models}/audit/*") if config.publish.retention_days else ()
     return Access(
         reads=tuple(dict.fromkeys(reads)),
-        writes=_writes(step, config.line),
+        writes=(*_writes(step, config.line), *probes),
         # Files of attempts, and never a manifest, which lies one folder higher.
-        deletes=(f"{own}/*/*", *scratch, f"runs/*/endings/{step.name}.json"),
+        deletes=(f"{own}/*/*", *scratch, f"runs/*/endings/{step.name}.json", *probes),
         retains=retains,
         sources=tuple(sources),
     )

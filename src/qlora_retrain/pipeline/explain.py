@@ -12,7 +12,7 @@ from qlora_retrain.core import graph, progress, visible_text
 from qlora_retrain.core.errors import Problem, describe
 from qlora_retrain.evaluation.data_files import find_beside_data
 from qlora_retrain.lm.adapter_scale import describe_adapter
-from qlora_retrain.pipeline import code_identity, earlier_adapters, new_rows, run_page, status
+from qlora_retrain.pipeline import code_identity, earlier_adapters, new_rows, rejection_notes, run_page, status
 from qlora_retrain.pipeline.plan import Plan, plan_uri
 from qlora_retrain.pipeline.planned_steps import PlannedStep
 from qlora_retrain.storage import open_store, signatures
@@ -58,6 +58,7 @@ def as_text(plan: Plan, *, is_preview: bool = False) -> str:
     )
     lines += [n for name, source in plan.sources.items() if source for n in source_notes(name, source, data_format)]
 
+    lines += rejection_notes.notes(plan)
     if sentence := status.nothing_to_do(plan):
         lines.append(f"{sentence}; nothing will run")
         return "\n".join(lines)

@@ -198,10 +198,8 @@ def build_plan(
         day, reason = resolve_template_date(config.data, pinned["base_model"], champion_release, at)
         settings["data"] = settings["data"].model_copy(update={"template_date": day})
         choices += (Choice(field="data.template_date", value=day, reason=reason),) if day else ()
-    settings, split_choices, pinned_history = _inherit_split(
-        settings, store, pinned, versions, champion_release, history
-    )
-    choices += split_choices
+    settings, further, pinned_history = _inherit_split(settings, store, pinned, versions, champion_release, history)
+    choices += further
     base_model.refuse_unfit_source(settings, pinned["base_model"])
     alias_state = describe_target(target.version, target.generation) if target else None
 
@@ -234,6 +232,7 @@ def build_plan(
         target=target.version if target else None,
         judgement=judgement,
         unchanged=champion_release.version if champion_release and is_unchanged else None,
+        sequence=registry.next_sequence(store, config.line),
         min_new_rows=new_rows.resolve(config.schedule, champion_release, is_scheduled=is_started_by_schedule),
         choices=choices,
         steps=steps,

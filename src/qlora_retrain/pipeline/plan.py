@@ -42,6 +42,7 @@ class Plan(Signed):
         target: The version that the alias named then that the run moves. It moves only if it still does.
         judgement: The hash of the settings, code and data by which a challenger is judged, without the champion.
         unchanged: The version in production, if the same recipe made it; then no step runs. None otherwise.
+        sequence: One more than the generation of `latest` when the plan was made: it orders the line's versions.
         min_new_rows: How many new rows the run needs; None: any number will do.
         choices: The value of each setting that was `auto`, with the reason.
     """
@@ -62,6 +63,7 @@ class Plan(Signed):
     target: str | None
     judgement: str
     unchanged: str | None
+    sequence: int | None = Field(default=None, exclude_if=lambda value: value is None)
     min_new_rows: MinNewRows | None = Field(default=None, exclude_if=lambda value: value is None)
     choices: tuple[Choice, ...]
     steps: tuple[PlannedStep, ...]

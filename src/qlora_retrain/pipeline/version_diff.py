@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,20 @@ def compare(store: Store, first: Release, second: Release) -> VersionDiff:
         versions=_differences(*({name: recipe.get(name) for name in names} for recipe in recipes)),
         metrics=tuple(_metrics(*evaluations)),
         same_judgement=first.judgement == second.judgement,
+    )
+
+
+def recipe_changes(first: Document, second: Document, steps: Collection[str]) -> tuple[Difference, ...]:
+    """Return what differs between two recipes, of some steps: settings, code, and the pins of sources."""
+    settings, code = (
+        [{name: value for name, value in _table(recipe, table).items() if name in steps} for recipe in (first, second)]
+        for table in ("steps", "code")
+    )
+    sources = [_flat(_table(recipe, "sources"), ": ") for recipe in (first, second)]
+    return (
+        *_differences(*(_flat(table, ".") for table in settings)),
+        *_differences(*sources),
+        *_differences(*({f"the code of {name}": value for name, value in table.items()} for table in code)),
     )
 
 

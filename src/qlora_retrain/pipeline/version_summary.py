@@ -99,7 +99,8 @@ def read_line(store: Store, line: str, *, is_brief: bool = False) -> LineSummary
     chosen_names = [name for name in names if not is_brief or any(name == state.version for state in aliases.values())]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         entries = list(pool.map(partial(_read_version, store, line), chosen_names[:MAX_VERSIONS]))
-    versions = tuple(entry for entry in entries if isinstance(entry, VersionSummary))
+    summaries = (entry for entry in entries if isinstance(entry, VersionSummary))
+    versions = tuple(sorted(summaries, key=lambda entry: entry.release.order, reverse=True))
     faults += [entry for entry in entries if isinstance(entry, str)]
     return LineSummary(line, aliases, versions, len(names), tuple(faults))
 
@@ -112,11 +113,16 @@ def read_lines(store: Store, lines: Iterable[str]) -> list[LineSummary]:
 
 def find_release(store: Store, line: str, version: str) -> Release | None:
     """Return a version's manifest, or None where there is no such version."""
+    return registry.read_release(store, line, version) if has_manifest(store, line, version) else None
+
+
+def has_manifest(store: Store, line: str, version: str) -> bool:
+    """Return whether there is such a version; an attempt that published nothing left a folder without a manifest."""
     try:
         store.read_start(f"{registry.version_folder(line, version)}/manifest.json", 1)
     except NotFound:
-        return None
-    return registry.read_release(store, line, version)
+        return False
+    return True
 
 
 def summarize(store: Store, release: Release) -> VersionSummary:

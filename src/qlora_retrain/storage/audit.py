@@ -73,6 +73,30 @@ def entries(store: Store, line: str, name: str) -> Iterator[Alias]:
                 yield read_entry(store, f"{folder}/{file_name}")
 
 
+def alias_names(store: Store, line: str) -> set[str]:
+    """Return the names of the aliases of which the trail has a state."""
+    matches = (_FILE_NAME.fullmatch(file_name) for file_name in store.children(f"models/{line}/audit"))
+    return {match[2] for match in matches if match}
+
+
+def newest_generation(store: Store, line: str, name: str) -> int:
+    """Return the newest generation of an alias by the names of its entries, whoever wrote them; 0 where it has none."""
+    matches = (_FILE_NAME.fullmatch(file_name) for file_name in store.children(f"models/{line}/audit"))
+    return max((int(match[1]) for match in matches if match and match[2] == name), default=0)
+
+
+def remembered_sha256(store: Store, line: str, version: str) -> str | None:
+    """Return the hash of a version's manifest by the newest state of any alias that named it; None where none did."""
+    folder = f"models/{line}/audit"
+    for file_name in sorted(store.children(folder), reverse=True):
+        if _FILE_NAME.fullmatch(file_name):
+            with contextlib.suppress(IntegrityError, NotFound):
+                state = read_entry(store, f"{folder}/{file_name}")
+                if state.version == version:
+                    return state.manifest_sha256
+    return None
+
+
 def read_alias(store: Store, line: str, name: str) -> tuple[Alias, str]:
     """Return the state in an alias's document, and the document's tag.
 
@@ -141,10 +165,11 @@ def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) 
         state: What the alias's document says; None: there is none.
 
     Raises:
-        IntegrityError: If the store has keys, and the trail has a later state.
+        IntegrityError: If the trail has a later state, and the store has keys or the alias is lost.
     """
-    # Without keys, whoever may put an old alias back may write a later entry too.
-    if keys.find_keyring(store.uri) is None:
+    # Without keys, whoever may put an old alias back may write a later entry too; and who only pulls may not list. An
+    # alias that is lost is noticed in any case.
+    if state is not None and keys.find_keyring(store.uri) is None:
         return
     newest = next(entries(store, line, name), None)
     if newest is None or (state is not None and newest.generation <= state.generation):
@@ -152,5 +177,6 @@ def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) 
     actual = f"is of generation {state.generation} and names {state.version}" if state else "is missing"
     raise IntegrityError(
         f"{store.uri}/{alias_path(line, name)}: {actual}, and the audit trail has generation {newest.generation} with "
-        f"{newest.version}: somebody put an old alias back or removed it; put the document of that entry there"
+        f"{newest.version}: somebody put an old alias back or removed it; to put the state of that entry back, run: "
+        f"qlora-retrain models repair {line} --root {store.uri}"
     )

@@ -1,28 +1,33 @@
 """Moves of an alias that a person asks for: of the version that the person saw it name, once, and told by whom.
 
 Between the decision and the move somebody else may move the alias. Then the decision was about another state, and the
-move is refused (12) with who moved it, when and why. A request that is repeated finds in the audit trail that it was
-done. Command: `qlora-retrain promote | rollback ... --from VERSION --request ID`
+move is refused (12) with who moved it, when and why. A move that is repeated ends in the same state: by its id, or by
+the version that it left (`--from`). A rollback that names neither is refused after a rollback, since nobody can tell
+whether it is a repeated one or a further one.
+Command: `qlora-retrain promote | rollback ... --from VERSION --request ID`
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from urllib.parse import unquote
 
 from qlora_retrain.core.aliases import LATEST, PRODUCTION, STAGING
-from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import audit, registry
+from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
+from qlora_retrain.storage import audit, probes, registry, rejections, version_repair
 from qlora_retrain.storage.registry import Alias
 from qlora_retrain.storage.store import NotFound, Store
 
 # Of an alias that was never set. No version is called so, since each begins with its time.
 NOTHING = "none"
 REQUEST_PATTERN = r"[0-9a-f]{12,64}"
+# How far the clock of a planner may be ahead of that of a publisher.
+_CLOCK_TOLERANCE = timedelta(days=30)
 _AIRFLOW_USER = re.compile(r"airflow:(\S+) via ")
 
 
@@ -52,58 +57,122 @@ def promote(store: Store, request: Request, version: str, *, override: bool = Fa
         store: The store.
         request: The request.
         version: The version.
-        override: Allow a version whose content a rollback has rejected.
+        override: Allow a version that was rejected.
 
     Raises:
         UsageError: If the alias names another version than the person saw, there is no such version, or the alias is
             `latest`.
-        QualityRefused: If the version's content was rejected and there is no override.
-        IntegrityError: If a byte of the version differs from its manifest.
+        QualityRefused: If the version was rejected and there is no override.
+        IntegrityError: If a byte of the version differs from its manifest and cannot be mended, or the manifest is not
+            the one that the audit trail remembers.
+        TryAgain: With the command that repeats this move, and ends in the same state whether this try moved or not.
     """
     # `latest` names the newest version. Moved by hand, it would be wrong until the next publication.
     if request.alias == LATEST:
         raise UsageError(f"{LATEST} names the newest version by itself; promote another alias")
     if done := find_done(store, request):
         return done
-    release = registry.read_release(store, request.line, version)
-    _refuse_moved(store, request)
-    return registry.move_alias(
-        store,
-        request.line,
-        request.alias,
-        release,
-        reason=request.reason,
-        # It may move between the check and here. Then this is tried again, and the check says who moved it.
-        expected="" if request.current is None else _or_none(request.current),
-        override=override,
-        request_id=request.request_id,
-    )
+    state, _ = registry.read_alias(store, request.line, request.alias)
+    if state is not None and state.version == version and _has_left(state, request.current):
+        audit.write_entry(store, request.line, request.alias, state)
+        return None
+    refuse_moved(request, state)
+    # What this try saw. Where the alias moves meanwhile, the repeated command says who moved it.
+    pinned = replace(request, current=state.version if state else NOTHING)
+    with _repeatable(store, pinned, "promote", version, *(["--override"] if override else [])):
+        release = version_repair.read_remembered(store, request.line, version)
+        probes.ensure_conditional_writes(store)
+        return registry.move_alias(
+            store,
+            request.line,
+            request.alias,
+            release,
+            reason=request.reason,
+            expected="" if request.current is None else _or_none(request.current),
+            override=override,
+            request_id=request.request_id,
+        )
 
 
 def rollback(store: Store, request: Request, version: str | None = None) -> Alias:
-    """Move the alias back, and reject the content that it leaves; return its new state.
+    """Move the alias back, and reject the version that it leaves; return its new state.
 
     Args:
         store: The store.
-        request: The request.
+        request: The request; its `current` is the version to leave. The alias stays where a rollback has left it.
         version: The version that the person saw it go back to; None: whichever is next.
 
     Raises:
-        UsageError: If the alias names another version than the person saw, goes back to another, or to none.
-        TryAgain: If the alias moved meanwhile.
+        UsageError: If the alias names another version than the person saw, goes back to another, or to none; or if the
+            last move was a rollback, and the request does not say which version it leaves.
+        IntegrityError: If the earlier version is not what it was, and cannot be mended.
+        TryAgain: With the command that repeats this rollback, and ends in the same state whether this try moved or not.
     """
     if done := find_done(store, request):
         return done
-    _refuse_moved(store, request)
-    return registry.rollback(
-        store,
-        request.line,
-        request.alias,
-        reason=request.reason,
-        current=request.current,
-        version=version,
-        request_id=request.request_id,
-    )
+    state, _ = registry.read_alias(store, request.line, request.alias)
+    if state is not None and is_rollback(state):
+        left = state.moves[-1].version
+        if request.current == left and version in (None, state.version):
+            audit.write_entry(store, request.line, request.alias, state)
+            return state
+        if request.current is None:
+            further, same = (
+                command(store, replace(request, current=current), "rollback") for current in (state.version, left)
+            )
+            raise UsageError(
+                f"{request.line}@{request.alias}: the last move was a rollback already: {state.actor} left {left} at "
+                f"{state.at} ({state.reason}), and the alias names {state.version} now. To make sure of that rollback, "
+                f"run:\n  {same}\nTo go back one more version, and reject {state.version} too, run:\n  {further}"
+            )
+    refuse_moved(request, state)
+    pinned = replace(request, current=state.version if state else NOTHING)
+    with _repeatable(store, pinned, "rollback", *([f"--to={version}"] if version else [])):
+        probes.ensure_conditional_writes(store)
+        return registry.rollback(
+            store,
+            request.line,
+            request.alias,
+            reason=request.reason,
+            # Else a rollback of somebody else in between would be followed by one more.
+            current=pinned.current,
+            version=version,
+            request_id=request.request_id,
+        )
+
+
+def is_rollback(state: Alias) -> bool:
+    """Return whether the last move that led to a state was a rollback."""
+    if not state.moves or state.action in ("promote", "repair"):
+        return False
+    # States of before do not say what they are, and a change of what is rejected is no move. What a rollback left is
+    # rejected.
+    return state.action == "rollback" or rejections.is_rejected_name(state, state.moves[-1].version)
+
+
+def command(store: Store, request: Request, verb: str, *arguments: str) -> str:
+    """Return the command line that makes a move from the version that a request names."""
+    words = ["qlora-retrain", verb, request.line, *arguments, "--alias", request.alias, "--reason", request.reason]
+    words += [*(["--request", request.request_id] if request.request_id else []), "--root", store.uri]
+    return shlex.join([*words, "--from", request.current or NOTHING])
+
+
+@contextlib.contextmanager
+def _repeatable(store: Store, request: Request, verb: str, *arguments: str) -> Iterator[None]:
+    """Have every `TryAgain` of the block say by which command the move is repeated."""
+    try:
+        yield
+    except TryAgain as problem:
+        again = command(store, request, verb, *arguments)
+        raise TryAgain(
+            f"{problem}; to repeat this move and no other one, run: {again}", cause=problem.cause
+        ) from problem
+
+
+def _has_left(state: Alias, current: str | None) -> bool:
+    """Return whether a state follows the one that a person saw, so that their move is done."""
+    before = state.moves[-1].version if state.moves else NOTHING
+    return current in (None, before, state.version)
 
 
 def find_done(store: Store, request: Request) -> Alias | None:
@@ -127,7 +196,9 @@ def find_done(store: Store, request: Request) -> Alias | None:
 
 def requesters(store: Store, line: str, version: str) -> set[str]:
     """Return the users of Airflow whose runs published a version: none of them may approve it."""
-    begins_at = datetime.strptime(version.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    planned_at = datetime.strptime(version.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    # By another machine's clock: one that ran ahead must not hide who asked.
+    begins_at = min(planned_at, datetime.now(UTC)) - _CLOCK_TOLERANCE
     return {
         unquote(match[1])
         for state in _states_since(store, line, begins_at)
@@ -145,18 +216,16 @@ def _states_since(store: Store, line: str, begins_at: datetime) -> Iterator[Alia
             yield state
 
 
-def _refuse_moved(store: Store, request: Request) -> None:
+def refuse_moved(request: Request, state: Alias | None) -> None:
     """Refuse a request whose alias names another version than the person saw."""
-    if request.current is None:
-        return
-    state, _ = registry.read_alias(store, request.line, request.alias)
     actual = state.version if state else NOTHING
-    if actual != request.current:
-        moved = f": {state.actor} moved it at {state.at} ({state.reason})" if state else ""
-        raise UsageError(
-            f"{request.line}@{request.alias}: named {request.current} when this was decided, and names {actual} "
-            f"now{moved}; look at what it names now, and decide again"
-        )
+    if request.current in (None, actual):
+        return
+    moved = f": {state.actor} moved it at {state.at} ({state.reason})" if state else ""
+    raise UsageError(
+        f"{request.line}@{request.alias}: named {request.current} when this was decided, and names {actual} now"
+        f"{moved}; look at what it names now, and decide again"
+    )
 
 
 def _or_none(version: str) -> str | None:

@@ -7,13 +7,16 @@ be. The next download reads that beginning and goes on behind it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain
@@ -24,6 +27,20 @@ from qlora_retrain.storage.store import NotFound, Store
 # 16 ranges of 8 MiB: 128 MiB of memory. Smaller ranges wait longer for the server than they travel.
 RANGE_BYTES = 8 * 2**20
 NUM_RANGES = 16
+
+
+def _progress_bar(files: Sequence[File]) -> Any:
+    """Return a bar for a person at a terminal; anywhere else one that shows nothing."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    # A bar is for people alone, so nobody else waits for the import, and a light image need not have it.
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return contextlib.nullcontext()
+
+    total_bytes = sum(file.size_bytes for file in files)
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="download", file=sys.stderr)
 
 
 def download(store: Store, prefix: str, files: Sequence[File], folder: Path) -> None:
@@ -41,14 +58,14 @@ def download(store: Store, prefix: str, files: Sequence[File], folder: Path) -> 
         IntegrityError: If a file is missing in the store or has other bytes there.
         TryAgain: If the disk has too little room, or the store is busy.
     """
-    with disk_errors(folder):
+    with disk_errors(folder), _progress_bar(files) as bar:
         _refuse_full_disk(files, folder)
         pools = _Pools(ThreadPoolExecutor(NUM_RANGES), ThreadPoolExecutor(1))
         try:
-            wrong = _transfer(store, prefix, files, folder, pools)
+            wrong = _transfer(store, prefix, files, folder, pools, bar)
             # The beginning that lay there may be the fault: those files come once more, from their first byte.
             wrong = [target for target in wrong if not target.is_resumed] or _transfer(
-                store, prefix, [target.file for target in wrong], folder, pools
+                store, prefix, [target.file for target in wrong], folder, pools, bar
             )
         finally:
             # Without waiting: after an interruption, what is still under way is only read.
@@ -112,8 +129,8 @@ class _Target:
             stream.write(data)
 
 
-def _transfer(store: Store, prefix: str, files: Iterable[File], folder: Path, pools: _Pools) -> list[_Target]:
-    """Download files; return those that have other bytes, which are removed."""
+def _transfer(store: Store, prefix: str, files: Iterable[File], folder: Path, pools: _Pools, bar: Any) -> list[_Target]:
+    """Download files and show it on a bar, if there is one; return those with other bytes, which are removed."""
     wrong: list[_Target] = []
     under_way: deque[tuple[_Target, Future[bytes], bool]] = deque()
 
@@ -123,12 +140,16 @@ def _transfer(store: Store, prefix: str, files: Iterable[File], folder: Path, po
             target.append(data.result(), pools.writer)
         except NotFound as error:
             raise IntegrityError(f"{store.uri}/{prefix}/{target.file.path}: missing") from error
+        if bar is not None:
+            bar.update(len(data.result()))
         if is_last and not target.is_right:
             target.path.unlink()
             wrong.append(target)
 
     for target in (_Target(file, folder) for file in files):
         path, size_bytes = f"{prefix}/{target.file.path}", target.file.size_bytes
+        if bar is not None:
+            bar.update(target.start_bytes)
         for start in range(target.start_bytes, size_bytes, RANGE_BYTES):
             if len(under_way) == NUM_RANGES:
                 write_next()

@@ -4,128 +4,40 @@ models/<line>/versions/<version>/...              files first, manifest.json las
 models/<line>/aliases/<alias>.json                compare-and-swap
 models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 
-`registry_documents.py` has the documents' fields.
+`registry_documents.py` has the documents' fields, `versions.py` reads and verifies versions.
 """
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from datetime import UTC, datetime
 
-from qlora_retrain.core import aliases, hashing
-from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import actor, audit, keys, release_files, signatures
-from qlora_retrain.storage.artifact import File
+from qlora_retrain.core import aliases
+from qlora_retrain.core.errors import Cause, IntegrityError, Problem, TryAgain, UsageError
+from qlora_retrain.storage import actor, audit, keys, rejections, signatures
+from qlora_retrain.storage.registry_documents import Action as Action
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
+from qlora_retrain.storage.registry_documents import Rejection as Rejection
 from qlora_retrain.storage.registry_documents import Release as Release
-from qlora_retrain.storage.store import AlreadyExists, Conflict, NotFound, Store
+from qlora_retrain.storage.store import Conflict, NotFound, Store
+from qlora_retrain.storage.version_repair import read_remembered as read_remembered
+from qlora_retrain.storage.version_repair import verify_or_repair as verify_or_repair
+from qlora_retrain.storage.versions import complete_version as complete_version
+from qlora_retrain.storage.versions import find_by_content as find_by_content
+from qlora_retrain.storage.versions import first_fault as first_fault
+from qlora_retrain.storage.versions import read_release as read_release
+from qlora_retrain.storage.versions import verify_version as verify_version
+from qlora_retrain.storage.versions import version_folder as version_folder
 
 LATEST, PRODUCTION = aliases.LATEST, aliases.PRODUCTION
 # Earlier states that an alias lists, so the number of rollbacks in a row that it allows.
 _MAX_MOVES = 10
 _MAX_SWAP_ATTEMPTS = 8  # other writers may move an alias between our read and our write
-# Files of a version that are hashed at once.
-_NUM_READERS = 8
-
-
-def version_folder(line: str, version: str) -> str:
-    """Return the store's folder of a version."""
-    return f"models/{line}/versions/{version}"
-
-
-def read_release(store: Store, line: str, version: str, *, sha256: str | None = None) -> Release:
-    """Read a version's manifest.
-
-    Args:
-        store: The store.
-        line: The line.
-        version: The version.
-        sha256: The hash that the manifest's bytes must have, where an alias names it; None: any.
-
-    Raises:
-        UsageError: If there is no such version.
-        IntegrityError: If the manifest is not the one that the alias names.
-    """
-    path = f"{version_folder(line, version)}/manifest.json"
-    try:
-        data = store.read(path).data
-    except NotFound as error:
-        raise UsageError(f"{store.uri}: line {line} has no version {version}") from error
-
-    actual = hashing.sha256_bytes(data)
-    if sha256 not in (None, actual):
-        raise IntegrityError(f"{store.uri}/{path}: expected sha256 {sha256[:12]}, found {actual[:12]}")
-
-    try:
-        release = signatures.parse(store, path, data, Release, keys.publish_role(line))
-    except ValueError as error:
-        raise IntegrityError(f"{store.uri}/{path}: not a version's manifest") from error
-    if (release.line, release.version) != (line, version):
-        raise IntegrityError(f"{store.uri}/{path}: is the manifest of {release.line} {release.version}")
-    release_files.refuse_hostile_list(release.files, f"{store.uri}/{path}")
-    release._sha256 = actual
-    return release
-
-
-def find_by_content(store: Store, line: str, content_hash: str) -> Release | None:
-    """Return the version that holds exactly this content, or None."""
-    for name in store.children(f"models/{line}/versions"):
-        # A version's name ends with 12 digits of its content's hash, so few manifests have to be read.
-        if name.endswith(f"-{content_hash[:12]}"):
-            try:
-                release = read_release(store, line, name)
-            except (UsageError, IntegrityError):
-                continue  # an attempt that died before it wrote its manifest, or what somebody else put there
-            if release.content_hash == content_hash:
-                return release
-    return None
-
-
-def complete_version(store: Store, release: Release) -> Release:
-    """Write a version's manifest, the last of its files; return the one that is there then, of the first writer."""
-    path = f"{version_folder(release.line, release.version)}/manifest.json"
-    release = signatures.sign(store, path, release, keys.publish_role(release.line))
-    with contextlib.suppress(AlreadyExists):
-        store.write_if_absent(path, release.model_dump_json(indent=1).encode())
-    return read_release(store, release.line, release.version)
-
-
-def first_fault(store: Store, folder: str, files: Sequence[File]) -> tuple[File, str] | None:
-    """Return the first file below a folder of the store that is missing or has other bytes, and what is wrong.
-
-    Every byte is read and hashed: a size proves nothing.
-    """
-
-    def fault(file: File) -> str | None:
-        try:
-            return None if store.sha256(f"{folder}/{file.path}") == file.sha256 else "its sha256 differs"
-        except NotFound:
-            return "missing"
-
-    # Threads, because hashing and waiting for a server both release Python's global lock.
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        faults = zip(files, pool.map(fault, files), strict=True)
-        return next(((file, text) for file, text in faults if text), None)
-
-
-def verify_version(store: Store, release: Release) -> None:
-    """Compare every byte of a version in the store with its manifest.
-
-    Raises:
-        IntegrityError: If a file is missing, has other bytes, or is none that a version may have.
-    """
-    folder = version_folder(release.line, release.version)
-    if difference := first_fault(store, folder, release.files):
-        file, fault = difference
-        raise IntegrityError(
-            f"{store.uri}/{folder}/{file.path}: {fault}: no alias moves to a version that is not what its manifest "
-            "names; choose another version, or train again"
-        )
-    release_files.refuse_unsafe(store, folder, release.files)
+# Computes an alias's next state from its present one; None: it stays as it is.
+NextState = Callable[[Alias | None], Alias | None]
 
 
 def read_alias(store: Store, line: str, name: str) -> tuple[Alias | None, str | None]:
@@ -153,6 +65,54 @@ def _alias_document(store: Store, line: str, name: str) -> tuple[Alias | None, s
         return None, None
 
 
+def change_alias(store: Store, line: str, name: str, next_state: NextState) -> Alias | None:
+    """Replace an alias's state in one atomic write, and write the audit entry of the new one.
+
+    An entry that cannot be written after the alias has moved is no error: the state is in the alias, signed as the
+    entry would be, and whoever changes the alias next writes the entry first. So does `models repair`.
+
+    Args:
+        store: The store.
+        line: The line.
+        name: The alias.
+        next_state: Called again where another writer was faster, with the state that is there then.
+
+    Returns:
+        The new state, or None where it stays as it is.
+
+    Raises:
+        TryAgain: If others keep moving the alias.
+    """
+    path = audit.alias_path(line, name)
+    for _ in range(_MAX_SWAP_ATTEMPTS):
+        state, tag = read_alias(store, line, name)
+        if state is not None:
+            # A process without keys could not sign the next state, and would take the signature away.
+            signatures.refuse_unverified(store, path, state.signature)
+            # The writer of this state may have died before it wrote the audit entry.
+            audit.write_entry(store, line, name, state)
+        new = next_state(state)
+        if new is None:
+            return None
+        new = signatures.sign(store, path, new, keys.publish_role(line))
+        try:
+            store.swap(path, new.model_dump_json(indent=1).encode(), tag)
+        except Conflict:
+            continue  # another writer moved it: decide again from its new state
+        try:
+            audit.write_entry(store, line, name, new)
+        except Problem as problem:
+            # On the other stream, since programs read the result.
+            print(
+                f"warning: {line}@{name} names {new.version} now, and the audit entry of this move could not be "
+                f"written: {problem}; nothing is to be repeated: the next move writes it first, and so does: "
+                f"qlora-retrain models repair {line} --root {store.uri}",
+                file=sys.stderr,
+            )
+        return new
+    raise TryAgain(f"{line}@{name}: other writers keep moving it; run the same command again", cause=Cause.CONFLICT)
+
+
 def move_alias(
     store: Store,
     line: str,
@@ -162,7 +122,7 @@ def move_alias(
     reason: str,
     expected: str | None = "",
     override: bool = False,
-    reject_current: bool = False,
+    action: Action = "promote",
     is_verified: bool = False,
     request_id: str | None = None,
 ) -> Alias | None:
@@ -175,61 +135,54 @@ def move_alias(
         release: The version that the alias will name.
         reason: The reason, for the audit trail.
         expected: The version that the alias must name now (None: none); "" accepts any.
-        override: Allow a version whose content a rollback has rejected.
-        reject_current: Add the content that the alias leaves to its rejected contents, as a rollback does.
-        is_verified: Whether the caller has just called `verify_version`, which reads every byte.
+        override: Allow a version that was rejected; it is rejected no longer then.
+        action: What the move is. A rollback rejects the version that it leaves.
+        is_verified: Whether the caller has just verified every byte of the version.
         request_id: The id of the new state, by which a repeated request finds what it did; None: a new one.
 
     Returns:
-        The alias's new state. None where it names that version already, or `latest` would go back in time.
+        The alias's new state. None where it names that version already, or `latest` would go back to an older one.
 
     Raises:
         TryAgain: If the alias does not name the expected version, or others keep moving it.
-        QualityRefused: If the version's content was rejected and there is no override.
-        IntegrityError: If a byte of the version differs from its manifest.
+        QualityRefused: If the version was rejected and there is no override.
+        IntegrityError: If a byte of the version differs from its manifest, and no artifact has it any more.
         UsageError: If an alias cannot have that name.
     """
     if not aliases.is_alias_name(name):
         raise UsageError(f"{name!r}: an alias is a lower-case letter, then letters, digits and -, 32 in all at most")
+    signatures.refuse_unverified(store, audit.alias_path(line, name), release.signature)
 
-    path = audit.alias_path(line, name)
-    for _ in range(_MAX_SWAP_ATTEMPTS):
-        state, tag = read_alias(store, line, name)
-        # A process without keys could not sign the next state, and would take the signature away.
-        signatures.refuse_unverified(store, path, release.signature or (state.signature if state else None))
+    def next_state(state: Alias | None) -> Alias | None:
+        nonlocal is_verified
         current = state.version if state else None
-        if state is not None:
-            # The writer of this state may have died before it wrote the audit entry.
-            audit.write_entry(store, line, name, state)
-
         # An older run that ends after a newer one must not take `latest` back.
-        if current == release.version or (name == LATEST and current is not None and current > release.version):
+        if current == release.version or (
+            name == LATEST and action != "repair" and current and not _is_newer(store, release, current)
+        ):
             return None
         if expected not in ("", current):
             raise TryAgain(
                 f"{name} named {expected or 'nothing'} when the plan was made and {current} now; plan again",
                 cause=Cause.CONFLICT,
             )
-
-        # By content and not by version, so that the same model under a new version is refused too.
-        rejected = list(state.rejected) if state else []
-        if not override:
-            refuse_rejected(line, name, state, release)
-        if reject_current and current is not None:
-            rejected.append(read_release(store, line, current).content_hash)
+        # What goes back goes to a version that was in this place, and may have the recipe of the one that it leaves.
+        if not override and action == "promote":
+            rejections.refuse(store, line, name, state, release)
         if not is_verified:
-            verify_version(store, release)
+            verify_or_repair(store, release)
             is_verified = True
 
-        new = _next_state(state, release, reason, rejected, actor.describe(store), request_id)
-        new = signatures.sign(store, path, new, keys.publish_role(line))
-        try:
-            store.swap(path, new.model_dump_json(indent=1).encode(), tag)
-        except Conflict:
-            continue  # another writer moved it: decide again from its new state
-        audit.write_entry(store, line, name, new)
-        return new
-    raise TryAgain(f"{line}@{name}: other writers keep moving it; run the same command again", cause=Cause.CONFLICT)
+        actor_name, run_reason = actor.describe(store), actor.with_run_reason(reason)
+        new = _moved(state, release)
+        if action == "rollback" and current is not None:
+            rejection = rejections.of_version(store, line, current, reason=run_reason, actor=actor_name)
+            new = rejections.add(new, rejection)
+        elif override:
+            new = rejections.remove(store, name, new, release)
+        return stamped(new, state, action, run_reason, actor_name, request_id)
+
+    return change_alias(store, line, name, next_state)
 
 
 def rollback(
@@ -242,59 +195,88 @@ def rollback(
     version: str | None = None,
     request_id: str | None = None,
 ) -> Alias:
-    """Move an alias back to the newest earlier version that was not rejected, and reject the content that it leaves.
+    """Move an alias back to the newest earlier version that was not rejected, and reject the version that it leaves.
 
-    The rejected content can come back only with `promote --override`, so that the next run does not promote it again.
+    What is rejected can come back only with `promote --override`, so that the next run does not promote it again.
     Where `current` is given, the alias must name it.
 
     Raises:
         UsageError: If there is nothing to go back to, or it is another version than `version`.
+        IntegrityError: If that version is not what it was, and cannot be mended.
         TryAgain: If the alias moved meanwhile.
     """
     if name == LATEST:
         raise UsageError(f"{line}@{LATEST}: always names the newest version, promoted or not; roll back {PRODUCTION}")
     state, _ = read_alias(store, line, name)
-    for earlier in reversed(state.moves if state else ()):
-        release = read_release(store, line, earlier.version)
-        if state and release.version != state.version and release.content_hash not in state.rejected:
-            if version not in (None, release.version):
-                raise UsageError(f"{line}@{name}: goes back to {release.version}, and {version} was asked for")
-            moved = move_alias(
-                store, line, name, release, reason=reason, expected=current or state.version, reject_current=True,
-                request_id=request_id,
-            )  # fmt: skip
-            if moved is None:  # another writer has moved the alias there already
-                break
-            return moved
-    raise UsageError(f"{line}@{name}: names no earlier version to go back to")
+    earlier = earlier_move(state) if state else None
+    if state is None or earlier is None:
+        raise UsageError(f"{line}@{name}: names no earlier version to go back to")
+    if version not in (None, earlier.version):
+        raise UsageError(f"{line}@{name}: goes back to {earlier.version}, and {version} was asked for")
+
+    release = read_remembered(store, line, earlier.version, sha256=earlier.manifest_sha256)
+    moved = move_alias(
+        store, line, name, release, reason=reason, expected=current or state.version, action="rollback",
+        request_id=request_id,
+    )  # fmt: skip
+    if moved is None:  # another writer has moved the alias there already
+        raise TryAgain(f"{line}@{name}: somebody else has just moved it to {release.version}", cause=Cause.CONFLICT)
+    return moved
 
 
-def refuse_rejected(line: str, name: str, state: Alias | None, release: Release) -> None:
-    """Raise QualityRefused for a version whose content a rollback of the alias has rejected."""
-    if state is not None and release.content_hash in state.rejected:
-        raise QualityRefused(
-            f"{release.version}: its content was rolled back from {name}; to promote it all the same, run: "
-            f"qlora-retrain promote {line} {release.version} --alias {name} --override --reason ..."
-        )
+def earlier_move(state: Alias) -> Move | None:
+    """Return the newest earlier state of an alias whose version was not rejected: where a rollback goes."""
+    candidates = (move for move in reversed(state.moves) if move.version != state.version)
+    return next((move for move in candidates if not rejections.is_rejected_name(state, move.version)), None)
 
 
-def _next_state(
-    state: Alias | None, release: Release, reason: str, rejected: list[str], actor_name: str, request_id: str | None
+def next_sequence(store: Store, line: str) -> int:
+    """Return the `sequence` of a version whose run is planned now."""
+    try:
+        state, _ = read_alias(store, line, LATEST)
+    except IntegrityError:
+        # It orders versions and decides nothing, so a line may be planned whose publisher's key was stolen.
+        return 1 + audit.newest_generation(store, line, LATEST)
+    return 1 + (state.generation if state else 0)
+
+
+def stamped(
+    new: Alias, state: Alias | None, action: Action, reason: str, actor_name: str, request_id: str | None = None
 ) -> Alias:
-    """Return the state of an alias after a move."""
-    # The current state becomes the newest of the earlier ones.
-    moves = list(state.moves) if state else []
-    if state:
-        moves.append(Move(version=state.version, generation=state.generation, at=state.at))
-    return Alias(
-        version=release.version,
-        manifest_sha256=release.sha256,
-        generation=state.generation + 1 if state else 1,
-        moves=tuple(moves[-_MAX_MOVES:]),
-        # Each content once, in order; with an override the content that comes back is no longer rejected.
-        rejected=tuple(dict.fromkeys(h for h in rejected if h != release.content_hash)),
-        request_id=request_id or uuid.uuid4().hex[:12],
-        reason=actor.with_run_reason(reason),
-        actor=actor_name,
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
+    """Return a new state of an alias with who made it, when and why, as the one that follows `state`."""
+    return new.model_copy(
+        update={
+            "signature": None,
+            "generation": state.generation + 1 if state else 1,
+            "action": action,
+            "request_id": request_id or uuid.uuid4().hex[:12],
+            "reason": reason,
+            "actor": actor_name,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
     )
+
+
+def _is_newer(store: Store, release: Release, current: str) -> bool:
+    """Return whether a version comes after the one that `latest` names; after one that is lost, any does."""
+    try:
+        return release.order > read_release(store, release.line, current).order
+    except (UsageError, IntegrityError):
+        return True
+
+
+def _moved(state: Alias | None, release: Release) -> Alias:
+    """Return a state that names another version; `stamped` says who moved it."""
+    if state is None:
+        moves: tuple[Move, ...] = ()
+    else:
+        # The current state becomes the newest of the earlier ones.
+        last = Move(
+            version=state.version, generation=state.generation, at=state.at, manifest_sha256=state.manifest_sha256
+        )
+        moves = (*state.moves, last)[-_MAX_MOVES:]
+    return Alias(
+        version=release.version, manifest_sha256=release.sha256, generation=0, moves=moves,
+        rejected=state.rejected if state else (), rejections=state.rejections if state else (),
+        request_id="", reason="", actor="", at="",
+    )  # fmt: skip

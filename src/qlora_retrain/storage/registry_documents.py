@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from qlora_retrain.core import graph
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.signatures import Signed
+
+# What a change of an alias was: a move to a version, one back, a change of what is rejected, or the mending of a fault.
+Action = Literal["promote", "rollback", "reject", "unreject", "repair"]
 
 
 class Release(Signed):
@@ -25,6 +28,8 @@ class Release(Signed):
             none, which means the version itself.
         keys: The key of what each step of the run made, by the step's name.
         base: The pins of the base model's files; of an adapter alone also the base's id on the Hub, where it has one.
+        sequence: One more than the generation of `latest` when the run was planned. It orders the versions of a line,
+            whatever the clocks of planners say. Older manifests have none, and come first.
     """
 
     schema_version: Literal[1] = 1
@@ -40,6 +45,7 @@ class Release(Signed):
     base: dict[str, Any]
     numbers: dict[str, Any]
     provenance: dict[str, Any]
+    sequence: int | None = Field(default=None, exclude_if=lambda value: value is None)
     # Of the bytes that it was read from.
     _sha256: str | None = PrivateAttr(default=None)
 
@@ -54,17 +60,44 @@ class Release(Signed):
         """Whether the version has an adapter and no model, so that who uses it needs its base."""
         return any(file.path == graph.BASE_REFERENCE for file in self.files)
 
+    @property
+    def order(self) -> tuple[int, str]:
+        """What sorts the versions of a line, the oldest first; the name decides among runs planned side by side."""
+        return self.sequence or 0, self.version
+
     def parts(self, *names: str) -> tuple[File, ...]:
         """Return the files that have these names or are in folders of these names."""
         return tuple(f for f in self.files if f.path in names or f.path.partition("/")[0] in names)
 
 
 class Move(BaseModel):
-    """One earlier state of an alias."""
+    """One earlier state of an alias; states of before have no `manifest_sha256` here, but in the audit trail."""
 
     model_config = ConfigDict(frozen=True)
     version: str
     generation: int
+    at: str
+    manifest_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class Rejection(BaseModel):
+    """A version that an alias may not name again, and who said so.
+
+    Attributes:
+        version: The version.
+        content_hash: The hash of its content; None where its manifest was lost.
+        recipe: The key of its recipe, see `recipes.py`; None where it states none.
+        reason: The reason, in the words of whoever rejected it.
+        actor: Who rejected it; see `actor.py`.
+        at: The time.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    version: str
+    content_hash: str | None
+    recipe: str | None = None
+    reason: str
+    actor: str
     at: str
 
 
@@ -74,7 +107,9 @@ class Alias(Signed):
     Attributes:
         generation: The number of moves so far.
         moves: The newest earlier states, the last one at the end; a rollback goes back through them.
-        rejected: The content hashes of versions that were rolled back.
+        rejected: The content hashes of versions that were rolled back or rejected by hand.
+        rejections: The same with who and why; states of before have it in the audit trail alone, see `rejections.py`.
+        action: What led to this state; states of before do not say it.
         request_id: Makes every document unique, so that a repeated write is recognised as our own.
     """
 
@@ -83,6 +118,9 @@ class Alias(Signed):
     generation: int
     moves: tuple[Move, ...] = ()
     rejected: tuple[str, ...] = ()
+    # Left out where there are none, so that the signatures of states of before hold.
+    rejections: tuple[Rejection, ...] = Field(default=(), exclude_if=lambda value: not value)
+    action: Action | None = Field(default=None, exclude_if=lambda value: value is None)
     request_id: str
     reason: str
     actor: str

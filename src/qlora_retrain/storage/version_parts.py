@@ -26,12 +26,17 @@ def select(release: Release, parts: Collection[str]) -> tuple[File, ...]:
     if not parts:
         return release.files
     parts_of = {file.path: _parts_of(file.path) for file in release.files}
-    available = sorted({part for parts_of_file in parts_of.values() for part in parts_of_file})
+    available = names(release)
     if unknown := next((part for part in parts if part not in available), None):
         raise UsageError(
             f"{release.line} {release.version}: has no part {unknown}; it has {', '.join(available) or 'none'}"
         )
     return tuple(f for f in release.files if not parts_of[f.path] or parts_of[f.path] & set(parts))
+
+
+def names(release: Release) -> list[str]:
+    """Return the parts that a version has."""
+    return sorted({part for file in release.files for part in _parts_of(file.path)})
 
 
 def refuse_other_content(release: Release, label: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import execute, make_plan
+from qlora_retrain.pipeline import execute, explain, make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, open_store, pull, registry
 from qlora_retrain.storage.store import Store
@@ -451,16 +451,59 @@ def test_a_byte_that_changed_in_an_artifact_after_its_gate_is_not_published(
             registry.read_release(store, "intents", version)
 
 
-def test_a_version_of_before_whose_bytes_changed_gets_no_alias(
+def test_a_version_of_before_whose_bytes_changed_is_mended_from_its_artifacts_or_gets_no_alias(
     new_plan: Callable[..., Plan], run_all: RunAll, store: Store
 ) -> None:
     run_all(new_plan("publish.promote_to=null"))
     (version,) = versions(store)
     release = registry.read_release(store, "intents", version)
-    flip_a_byte(store, f"models/intents/versions/{version}/{release.files[0].path}")
+    path = f"models/intents/versions/{version}/{release.files[0].path}"
 
-    # By a run that makes the same content again, and by hand.
-    assert run_all(new_plan("evaluate.confidence=0.9"))["publish"] == 13
-    with pytest.raises(IntegrityError, match=rf"{release.files[0].path}: its sha256 differs"):
-        registry.move_alias(store, "intents", "production", release, reason="by hand")
-    assert version_of_alias(store, "production") is None
+    # By a run that makes the same content again.
+    flip_a_byte(store, path)
+    assert run_all(new_plan("evaluate.confidence=0.9"))["publish"] == 0
+    registry.verify_version(store, release)
+
+    # By hand, when the artifacts are gone.
+    flip_a_byte(store, path)
+    store.delete([entry.path for entry in store.list("artifacts")])
+    with pytest.raises(IntegrityError, match=rf"{release.files[0].path}: its sha256 differs, and no artifact"):
+        registry.move_alias(store, "intents", "staging", release, reason="by hand")
+    assert version_of_alias(store, "staging") is None
+
+
+def test_a_rejected_recipe_stays_rejected_whatever_bytes_a_retraining_gives(
+    new_plan: Callable[..., Plan], run_all: RunAll, small_steps: Steps, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_all(new_plan("train.learning_rate=1e-3"))
+    run_all(new_plan("train.learning_rate=2e-3"))
+    bad = version_of_alias(store, "production")
+    registry.rollback(store, "intents", "production", reason="it swears")
+
+    # The artifact is gone, and training does not repeat itself to the byte.
+    again = new_plan("train.learning_rate=2e-3")
+    note = next(text for text in explain.as_text(again).split("\n") if text.startswith("rejected for production"))
+    assert f"{bad}, by os:" in note
+    assert "(it swears); this run has the same recipe" in note
+    artifact.drop(store, "adapter", again.step("train_qlora").key)
+    train = small_steps["train_qlora"]
+
+    def train_otherwise(*arguments: Any, **options: Any) -> StepResult:
+        result = train(*arguments, **options)
+        (options["adapter"] / "adapter_model.safetensors").write_text("other bytes")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setitem(small_steps, "train_qlora", functools.wraps(train)(train_otherwise))
+        assert run_all(again)["publish"] == 11
+    manifest = artifact.find_manifest(store, "release", again.step("publish").key)
+    assert manifest is not None
+    assert manifest.numbers["version"] != bad
+    assert f"{bad}, which the same recipe made, was rejected for production by os:" in str(manifest.reason)
+
+    # Another recipe may ship, and the plan says what is other.
+    changed = new_plan("train.learning_rate=3e-3")
+    assert "this run may be promoted, since it differs: train_qlora.learning_rate: 0.002 -> 0.003" in explain.as_text(
+        changed
+    )
+    assert run_all(changed)["publish"] == 0

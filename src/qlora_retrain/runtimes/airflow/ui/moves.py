@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
 from qlora_retrain.runtimes.airflow.ui.access import VERSION_PATTERN
-from qlora_retrain.storage.registry import PRODUCTION, Alias, Release, read_release
+from qlora_retrain.storage.registry import PRODUCTION, Alias, Release, earlier_move, read_release
 from qlora_retrain.storage.store import Store
 
 MOVE_DAG = "qlora-retrain-move"
@@ -111,12 +111,9 @@ def recent_runs(session: Any, line: str) -> list[MoveRun]:
 
 
 def rollback_target(store: Store, line: str, state: Alias) -> Release | None:
-    """Return the version to which a rollback goes back: the newest earlier one whose content was not rejected."""
-    for earlier in reversed(state.moves):
-        release = read_release(store, line, earlier.version)
-        if release.version != state.version and release.content_hash not in state.rejected:
-            return release
-    return None
+    """Return the version to which a rollback goes back: the newest earlier one that was not rejected."""
+    earlier = earlier_move(state)
+    return read_release(store, line, earlier.version, sha256=earlier.manifest_sha256) if earlier else None
 
 
 @cache

@@ -1,0 +1,123 @@
+"""A store's published models from Python: the verbs of `qlora-retrain models`, under the same names.
+
+    from qlora_retrain.registry import Registry
+
+    models = Registry("s3://models/qlora")
+    release = models.pull("support-intents@production", "./model")
+
+A version is named by `LINE@ALIAS` or `LINE@VERSION`. Errors are those of `qlora_retrain.core.errors`, with the exit
+code that the command would end with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_retrain.core import aliases
+from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.pipeline import version_details, version_diff, version_summary
+from qlora_retrain.pipeline.version_details import VersionDetails
+from qlora_retrain.pipeline.version_diff import VersionDiff
+from qlora_retrain.pipeline.version_summary import LineSummary
+from qlora_retrain.storage import audit, export, moves, open_store, pull, registry, reject, repair, version_repair
+from qlora_retrain.storage.moves import Request
+from qlora_retrain.storage.registry import PRODUCTION, Alias, Release
+from qlora_retrain.storage.repair import Finding
+
+__all__ = ["Alias", "Finding", "LineSummary", "Registry", "Release", "VersionDetails", "VersionDiff"]
+
+
+class Registry:
+    """The published models of a store.
+
+    Args:
+        root: The store: `file:///folder` or `s3://bucket/prefix`.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.store = open_store(root)
+
+    def list(self, line: str) -> LineSummary:
+        """Return a line's aliases and its newest versions, with their verdicts."""
+        return version_summary.read_line(self.store, line)
+
+    def show(self, reference: str) -> VersionDetails:
+        """Return who published a version, when, why and from which run; its verdicts; and what holds for it now."""
+        return version_details.read(self.store, pull.resolve(self.store, reference)[0])
+
+    def diff(self, first: str, second: str) -> VersionDiff:
+        """Return what differs between two versions: data, recipe, base, code, and metrics with their intervals."""
+        return version_diff.compare(self.store, *(pull.resolve(self.store, name)[0] for name in (first, second)))
+
+    def history(self, line: str) -> Sequence[tuple[str, Alias]]:
+        """Return (alias, state) of every move of a line, the oldest first.
+
+        Raises:
+            IntegrityError: If the audit trail was changed.
+        """
+        states, faults = audit.history(self.store, line)
+        if faults:
+            raise IntegrityError("\n".join(["the audit trail was changed:", *faults]))
+        return states
+
+    def verify(self, reference: str) -> Release:
+        """Read every byte of a version and compare it with its manifest, and that with the audit trail.
+
+        Raises:
+            IntegrityError: If one differs.
+        """
+        line, _, version = reference.partition("@")
+        # A version whose manifest is lost is one that differs, and none that never was.
+        if aliases.is_alias_name(version) or not version:
+            version = pull.resolve(self.store, reference)[0].version
+        release = version_repair.read_remembered(self.store, line, version)
+        registry.verify_version(self.store, release)
+        return release
+
+    def versions(self, line: str) -> Sequence[str]:
+        """Return the names of a line's versions, those of attempts that published nothing left out."""
+        names = self.store.children(f"models/{line}/versions")
+        # One whose manifest is lost counts where an alias has named it.
+        remembered = {state.version for _, state in audit.history(self.store, line)[0]}
+        return [n for n in names if n in remembered or version_summary.has_manifest(self.store, line, n)]
+
+    def pull(self, reference: str, destination: Path | str, *, parts: Sequence[str] = (), sha256: str | None = None,
+             min_generation: int = 0, verify_key: str | None = None) -> Release:  # fmt: skip
+        """Put a verified version, or some parts of it, at a folder; `pull.pull` explains each argument."""
+        return pull.pull(
+            self.store, reference, Path(destination), parts=parts, sha256=sha256, min_generation=min_generation,
+            verify_key=verify_key,
+        )  # fmt: skip
+
+    def export(self, reference: str, name: str, destination: Path | str) -> Sequence[Path]:
+        """Bring one export of a version, such as `gguf-q8_0`, to a file or a folder."""
+        return export.export(self.store, reference, name, Path(destination))
+
+    def promote(self, line: str, version: str, *, reason: str, alias: str = PRODUCTION, current: str | None = None,
+                override: bool = False, request_id: str | None = None) -> Alias | None:  # fmt: skip
+        """Point an alias at a version; return its new state, or None where it named that version already."""
+        request = Request(line, alias, reason, current, request_id)
+        return moves.promote(self.store, request, version, override=override)
+
+    def rollback(self, line: str, *, reason: str, alias: str = PRODUCTION, current: str | None = None,
+                 to: str | None = None, request_id: str | None = None) -> Alias:  # fmt: skip
+        """Leave the version `current`: move an alias back and reject what it leaves; the same again does nothing."""
+        return moves.rollback(self.store, Request(line, alias, reason, current, request_id), to)
+
+    def reject(self, line: str, version: str, *, reason: str, alias: str = PRODUCTION) -> Alias | None:
+        """Keep an alias from naming a version, its content and what its recipe makes; None where it is rejected."""
+        return reject.reject(self.store, Request(line, alias, reason), version)
+
+    def unreject(self, line: str, version: str, *, reason: str, alias: str = PRODUCTION) -> Alias | None:
+        """Allow an alias to name a version again; None where nothing had rejected it."""
+        return reject.unreject(self.store, Request(line, alias, reason), version)
+
+    def repair(self, line: str, versions: Sequence[str] = (), *, reason: str = "repaired by hand",
+               is_dry_run: bool = False) -> Sequence[Finding]:  # fmt: skip
+        """Mend what is stuck in a line; return every fault with what became of it."""
+        return repair.repair(self.store, line, versions, reason=reason, is_dry_run=is_dry_run)
+
+    def probe(self) -> None:
+        """Check that the store honours conditional writes, without which no alias moves safely."""
+        self.store.probe()
