@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from qlora_retrain.core import aliases, hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import actor, audit, keys, release_files, signatures
+from qlora_retrain.storage import actor, audit, collection_mark, keys, release_files, signatures
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
@@ -224,7 +224,7 @@ def move_alias(
         new = _next_state(state, release, reason, rejected, actor.describe(store), request_id)
         new = signatures.sign(store, path, new, keys.publish_role(line))
         try:
-            store.swap(path, new.model_dump_json(indent=1).encode(), tag)
+            collection_mark.swap_alias(store, release, path, new.model_dump_json(indent=1).encode(), tag)
         except Conflict:
             continue  # another writer moved it: decide again from its new state
         audit.write_entry(store, line, name, new)
