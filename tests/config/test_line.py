@@ -297,3 +297,11 @@ def test_what_two_sections_say_together_is_named_by_the_field_that_the_message_b
         "line.yaml:6: train.method: qdylora trains over nf4, fp4, int4 or nf4-shifted, and quantize.format is none; "
         "set quantize.format: nf4, or train.method: dylora"
     )
+
+
+def test_a_version_is_not_locked_for_longer_than_it_is_kept(write) -> None:  # type: ignore[no-untyped-def]
+    text = f"line: intents\n{SOURCES}publish:\n  keep: {{days: 10}}\n"
+    assert "keep.days is 10 and retention_days is 14" in refusal(write(text))
+    keep = load(write(f"{text}  retention_days: 10\n"), ["publish.keep.versions=3"]).publish.keep
+    assert (keep.days, keep.versions) == (10, 3)
+    assert "publish.keep.version" in refusal(write(text), ["publish.keep.version=3"])

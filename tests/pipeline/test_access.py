@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -26,7 +27,7 @@ from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import access, execute, make_plan, policies, run_endings, status
+from qlora_retrain.pipeline import access, collect, execute, make_plan, policies, run_endings, status
 from qlora_retrain.storage import artifact, open_store, pull
 from qlora_retrain.storage.s3 import S3Store
 from tests.conftest import ticket_rows, write_jsonl
@@ -91,14 +92,19 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"{VERSION}/recipe.json": ("Ppc", "p", "g"),
     f"{VERSION}/adapter/adapter_model.safetensors": ("epc", "p", "g"),
     "qlora/models/tickets/aliases/production.json": ("Ppgc", "p", ""),
-    "qlora/models/tickets/audit/00000001-production-0123.json": ("Ppc", "p", ""),
-    f"qlora/models/others/versions/{STAMPED}/manifest.json": ("", "", ""),
-    "qlora/models/others/aliases/production.json": ("", "", ""),
-    "qlora/models/ticketsx/aliases/production.json": ("", "", ""),
+    "qlora/models/tickets/audit/00000001-production-0123.json": ("Ppgc", "p", ""),
+    f"qlora/models/tickets/moving/{STAMPED}.json": ("pc", "p", "pg"),
+    # The collector sees what every line names, since artifacts are shared; it removes versions of this line alone.
+    f"qlora/models/others/versions/{STAMPED}/manifest.json": ("g", "", ""),
+    f"qlora/models/others/versions/{STAMPED}/model/model.safetensors": ("", "", ""),
+    "qlora/models/others/aliases/production.json": ("g", "", ""),
+    "qlora/models/ticketsx/aliases/production.json": ("g", "", ""),
     f"qlora/histories/tickets/{KEY}.txt": ("Pv", "P", ""),
-    f"qlora/histories/tickets/datasets/20260131T030000Z-{KEY}.json": ("P", "P", ""),
+    f"qlora/histories/tickets/datasets/20260131T030000Z-{KEY}.json": ("Pg", "P", ""),
     f"qlora/histories/others/{KEY}.txt": ("", "", ""),
-    f"qlora/histories/ticketsx/datasets/20260131T030000Z-{KEY}.json": ("", "", ""),
+    f"qlora/histories/ticketsx/datasets/20260131T030000Z-{KEY}.json": ("g", "", ""),
+    "qlora/gc/mark.json": ("Ppg", "g", ""),
+    f"qlora/runs/{RUN}/renewed/20260131T030000Z.json": ("", "P", "g"),
     "qlora/.probe/0123": ("Pp", "Pp", "Pp"),
     "other/runs/x/plan.json": ("", "", ""),
 }
@@ -195,6 +201,7 @@ def test_no_role_has_an_action_that_nothing_needs_and_none_is_a_pattern(document
         "s3:GetObjectVersion",
         "s3:PutObject",
         "s3:AbortMultipartUpload",
+        "s3:ListBucketMultipartUploads",
         "s3:DeleteObject",
         "s3:PutObjectRetention",
         "s3:GetObjectRetention",
@@ -213,9 +220,11 @@ def test_a_role_lists_what_it_may_read_and_no_more(documents: dict[str, Document
         f"qlora/artifacts/dataset/{KEY}/a/": "Pvtempg",
         f"qlora/scratch/train_qlora/{KEY}/": "tg",
         "qlora/models/tickets/versions/": "pgc",
-        "qlora/models/others/versions/": "",
-        "qlora/histories/": "P",
-        "qlora/histories/tickets/datasets/": "P",
+        "qlora/models/": "g",
+        "qlora/models/others/versions/": "g",
+        "qlora/histories/": "Pg",
+        "qlora/histories/tickets/datasets/": "Pg",
+        "qlora/gc/mark.json": "Ppg",
         "": "",
     }
     for prefix, expected in prefixes.items():
@@ -281,6 +290,9 @@ def test_a_step_that_the_graph_gets_has_its_policy_by_itself(
         ("models/tickets/aliases/production.json", {}, True),
         ("models/tickets/aliases/production.json", {"s3:if-match": "e"}, False),
         ("models/tickets/aliases/production.json", {"s3:if-none-match": "*"}, False),
+        ("gc/mark.json", {}, True),
+        ("gc/mark.json", {"s3:if-match": "e"}, False),
+        (f"models/tickets/moving/{STAMPED}.json", {}, False),
     ],
 )
 def test_the_bucket_denies_an_unconditional_write_of_what_decides(
@@ -417,6 +429,8 @@ IAM_ACTIONS = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
     "DeleteObjects": "s3:DeleteObject",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
     "PutObjectRetention": "s3:PutObjectRetention",
 }
 IS_PART = ("CreateMultipartUpload", "UploadPart")
@@ -439,7 +453,9 @@ def as_requests(operation: str, message: Any) -> list[Request]:
     bucket_arn = f"arn:aws:s3:::{url.path.strip('/').partition('/')[0]}"
     headers = {f"s3:{name}": "x" for name in ("if-match", "if-none-match") if name in message.headers}
     context = {**headers, "s3:ObjectCreationOperation": str(operation not in IS_PART).lower()}
-    if operation == "ListObjectsV2":
+    if operation == "ListMultipartUploads":
+        arns = [bucket_arn]
+    elif operation == "ListObjectsV2":
         context["s3:prefix"] = parse_qs(url.query)["prefix"][0]
         arns = [bucket_arn]
     elif operation == "DeleteObjects":
@@ -507,6 +523,16 @@ def test_a_whole_run_needs_no_more_than_its_roles_have_and_a_step_cannot_publish
     assert later.history is not None
     aws.become(sessions["validate_data"])
     assert execute.run_step(later, "validate_data", lambda: small_steps["validate_data"]).code == 0
+
+    # What a step that was killed has left. All else is named by production or by the line's newest plan.
+    store = S3Store(root)
+    store.write_if_absent(f"artifacts/dataset/{KEY}/lost/train.jsonl", b"{}")
+    bucket, prefix = root.removeprefix("s3://").split("/", 1)
+    store.client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/artifacts/dataset/{KEY}/lost/big")
+    aws.become(sessions["gc"])
+    at = datetime.now(UTC) + timedelta(days=400)
+    collection = collect.collect(S3Store(root), is_dry_run=False, at=at)
+    assert [item.kind for item in collection.items] == ["attempt", "upload"]
 
     # What moto's IAM does not know: each role's conditions, and the bucket's own policy.
     own = {sessions[role]["AWS_ACCESS_KEY_ID"]: document for role, document in documents.items()}

@@ -1,6 +1,6 @@
 """The verbs of `qlora-retrain models`: look at a store's published models, check them, move them and mend them.
 
-`pull`, `promote`, `rollback` and `history` are the verbs of the same name at the top level. All take `--json`. Exit
+`pull`, `promote`, `rollback`, `history` and `gc` are the verbs of the same name at the top level. All take `--json`. Exit
 codes are those of `core/errors.py`: 12 for what does not exist or may not be, 13 for bytes that differ, 75 to repeat.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_retrain.cli import versions
+from qlora_retrain.cli import gc, versions
 from qlora_retrain.cli.options import Options
 from qlora_retrain.cli.versions import add_json, open_registry, print_json
 from qlora_retrain.core import visible_text
@@ -29,6 +29,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
     """Add the verbs below `models`."""
     verbs = models.add_subparsers(required=True, metavar="VERB")
     versions.add_shared_verbs(verbs, options)
+    gc.add_verbs(verbs, options)
     parents = [options.stored]
 
     verb = verbs.add_parser("list", help="print a line's versions and aliases, with their verdicts", parents=parents)

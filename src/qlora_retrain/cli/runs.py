@@ -202,12 +202,14 @@ def _find_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
 
 def _run(args: argparse.Namespace) -> int:
     from qlora_retrain.config import platform
-    from qlora_retrain.pipeline import explain, make_plan, status
+    from qlora_retrain.pipeline import explain, make_plan, plan_hold, status
     from qlora_retrain.pipeline.plan import Plan
     from qlora_retrain.runtimes import local
+    from qlora_retrain.storage import open_store
 
     if args.plan is not None:
         plan = Plan.load(args.plan)
+        plan_hold.hold(open_store(plan.root), plan)
     elif args.config is not None:
         by_schedule = args.started_by == "schedule"
         plan = make_plan.make_plan(

@@ -13,6 +13,13 @@ from qlora_retrain.core import aliases, uris
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
+class KeepConfig(Section):
+    """Which versions of a line `qlora-retrain gc` leaves, beside those that something still names."""
+
+    versions: int = operational(10, "the newest so many versions of the line stay", ge=1, le=1_000_000)
+    days: int = operational(180, "younger versions stay", ge=1, le=36_500)
+
+
 class PublishConfig(Section):
     """What consumers see."""
 
@@ -40,6 +47,11 @@ class PublishConfig(Section):
         ge=0,
         le=29,
     )
+    keep: KeepConfig = operational(
+        KeepConfig(),
+        "versions that `qlora-retrain gc` leaves: the newest `versions`, those younger than `days`, and each that an "
+        "alias, a rollback or a plan needs",
+    )
 
     @field_validator("licence")
     @classmethod
@@ -60,6 +72,15 @@ class PublishConfig(Section):
             raise ValueError(
                 f"approval is for the alias production, and promote_to is {self.promote_to}; set promote_to: "
                 "production, or approval: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _garbage_is_not_retained(self) -> PublishConfig:
+        if self.retention_days > self.keep.days:
+            raise ValueError(
+                f"keep.days is {self.keep.days} and retention_days is {self.retention_days}: a version that may be "
+                "collected would still be locked, and its bytes paid for; set keep.days to as many or more"
             )
         return self
 

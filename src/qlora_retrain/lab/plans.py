@@ -23,6 +23,7 @@ from qlora_retrain.pipeline import base_model, make_plan
 from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
 from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
+from qlora_retrain.pipeline.plan_hold import write_plan
 from qlora_retrain.pipeline.planned_steps import PinnedVersion, judgement_hash, plan_steps
 from qlora_retrain.storage import keys, open_store, signatures
 from qlora_retrain.storage.store import AlreadyExists, Store
@@ -158,11 +159,11 @@ class LabPlanner:
     def _write(self, plan: Plan, run: str | None) -> Plan:
         path = plan_path(run or plan.run_id)
         if run is not None and "plan.json" in self.store.children(f"runs/{run}"):
-            return Plan.of_run(self.store.uri, run)
+            return make_plan.find_plan(self.store, run)
         plan = signatures.sign(self.store, path, plan, keys.PLANNER)
         self.history.lend(self.store, self.draft.line, plan)
         with contextlib.suppress(AlreadyExists):  # a lab with the same arguments runs beside this one
-            self.store.write_if_absent(path, plan.to_bytes())
+            write_plan(self.store, plan)
         return Plan.of_run(self.store.uri, plan.run_id)
 
     def _draft_section(self, artifact: str) -> Section:

@@ -17,10 +17,10 @@ from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.pipeline.planned_steps import FILE_SETS
+from qlora_retrain.storage.collection_mark import MARK_PATH
 from qlora_retrain.storage.keys import PLANNER, step_role
 
-# Makes plans; under Airflow it also starts the steps and writes the ending of one that could not.
-# Removes artifacts (`drop`), and what nobody needs any more.
+# Removes artifacts (`drop`), and what nobody needs any more (`gc`).
 GC = "gc"
 # A consumer of the line's versions.
 PULL = "pull"
@@ -39,6 +39,7 @@ class Access:
         deletes: Files that it may delete.
         retains: Files whose retention it may set.
         sources: URIs of the files outside of the store that it may read, as patterns.
+        aborts: Whether it may list and abort the uploads that were never finished.
         pins_sources: Whether it also reads old versions of a source, by which the plan remembers hashes.
         signs: Whether it has a key to sign with.
     """
@@ -49,6 +50,7 @@ class Access:
     deletes: tuple[str, ...] = ()
     retains: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    aborts: bool = False
     pins_sources: bool = False
     signs: bool = True
 
@@ -64,14 +66,10 @@ def access(config: LineConfig, role: str) -> Access:
     Raises:
         UsageError: If there is no such role.
     """
-    versions = f"models/{config.line}/versions"
     if role == PLANNER:
         return _planner_access(config)
     if role == GC:
-        # Neither an alias nor the audit trail goes.
-        removable = ("artifacts/*", "scratch/*", "runs/*", f"{versions}/*")
-        reads = (_PLANS, "artifacts/*/_manifest.json", f"models/{config.line}/aliases/*", f"{versions}/*/manifest.json")
-        return Access(reads=reads, lists=removable, deletes=removable, signs=False)
+        return _gc_access(config)
     if role == PULL:
         return Access(reads=(f"models/{config.line}/*",), signs=False)
 
@@ -100,6 +98,28 @@ def _writes(step: graph.Step, line: str) -> tuple[str, ...]:
     )
 
 
+def _gc_access(config: LineConfig) -> Access:
+    # All lines share artifacts and runs, so what any line names must be seen. Neither an alias nor an entry of the
+    # audit trail goes, and of versions those of the line alone.
+    models = f"models/{config.line}"
+    return Access(
+        reads=(
+            _PLANS,
+            "artifacts/*/_manifest.json",
+            "models/*/aliases/*",
+            "models/*/audit/*",
+            "models/*/versions/*/manifest.json",
+            "histories/*/datasets/*",
+            MARK_PATH,
+        ),
+        lists=("artifacts/*", "scratch/*", "runs/*", "models/*", "histories/*"),
+        writes=(MARK_PATH,),
+        deletes=("artifacts/*", "scratch/*", "runs/*", f"{models}/versions/*", f"{models}/moving/*"),
+        aborts=True,
+        signs=False,
+    )
+
+
 def _planner_access(config: LineConfig) -> Access:
     versions = f"models/{config.line}/versions"
     pages = {f"artifacts/{step.makes}/*/{step.report}" for step in graph.STEPS if step.report}
@@ -121,10 +141,11 @@ def _planner_access(config: LineConfig) -> Access:
             *histories,
             f"artifacts/*/{graph.EVALUATED_PROMPTS}",
             ".probe/*",
+            MARK_PATH,
         ),
         # A name in `data.history_of` that no line has is answered with the nearest one.
         lists=("runs/*", "artifacts/*", "histories/*"),
-        writes=(_PLANS, endings, histories[0], ".probe/*"),
+        writes=(_PLANS, "runs/*/renewed/*.json", endings, histories[0], ".probe/*"),
         # An earlier try's ending is removed when the next try begins.
         deletes=(endings, ".probe/*"),
         sources=tuple(f"{_literal(uri)}/*" for uri in config.sources.declared_uris().values()),
@@ -150,19 +171,22 @@ def _step_access(config: LineConfig, step: graph.Step) -> Access:
         elif item.only_with is None or getattr(config.sources, item.only_with) is not None:
             sources += _source_patterns(config, item)
 
+    moves: tuple[str, ...] = ()
     retains: tuple[str, ...] = ()
     probes: tuple[str, ...] = ()
     if step.kind == graph.StepKind.PUBLISH:
         models = f"models/{config.line}"
         # Who moves an alias by hand tries first whether the store honours conditional writes.
         probes = (".probe/*",)
-        reads += [f"{models}/*", *probes]
+        reads += [f"{models}/*", MARK_PATH, *probes]
+        # The document of a move that is over.
+        moves = (f"{models}/moving/*",)
         retains = (f"{models}/versions/*", f"{models}/audit/*") if config.publish.retention_days else ()
     return Access(
         reads=tuple(dict.fromkeys(reads)),
         writes=(*_writes(step, config.line), *probes),
         # Files of attempts, and never a manifest, which lies one folder higher.
-        deletes=(f"{own}/*/*", *scratch, f"runs/*/endings/{step.name}.json", *probes),
+        deletes=(f"{own}/*/*", *scratch, *moves, f"runs/*/endings/{step.name}.json", *probes),
         retains=retains,
         sources=tuple(sources),
     )

@@ -26,6 +26,7 @@ from qlora_retrain.pipeline.auto_settings import Choice, resolve_auto_settings
 from qlora_retrain.pipeline.champion_settings import resolve_split
 from qlora_retrain.pipeline.evaluation_history import EvaluationHistory
 from qlora_retrain.pipeline.plan import Plan, plan_path, run_id, utc_stamp
+from qlora_retrain.pipeline.plan_hold import hold, write_plan
 from qlora_retrain.pipeline.planned_steps import (
     PinnedAdapter,
     PinnedHistory,
@@ -38,7 +39,7 @@ from qlora_retrain.pipeline.planned_steps import (
 from qlora_retrain.pipeline.template_date import resolve_template_date
 from qlora_retrain.storage import audit, key_admin, keys, open_store, registry, signatures, sources
 from qlora_retrain.storage.sources import PinnedSource
-from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, Store
 
 _PINNED_SOURCES = ("raw_data", "base_model", "golden_data", "replay_data", "eval_data", "reference_data")
 
@@ -87,7 +88,7 @@ def make_plan(
     plan = signatures.sign(store, plan_path(run), plan, keys.PLANNER)
     history.write(store, plan)
     try:
-        store.write_if_absent(plan_path(run), plan.to_bytes())
+        write_plan(store, plan)
     except AlreadyExists:  # another try of the same task was faster, and its plan counts
         return find_plan(store, run)
     return plan
@@ -120,11 +121,7 @@ def refuse_without_keys(store: Store) -> None:
 
 
 def _has_plan(store: Store, run: str) -> bool:
-    try:
-        store.read(plan_path(run))
-    except NotFound:
-        return False
-    return True
+    return "plan.json" in store.children(f"runs/{run}")
 
 
 def _existing_plan(store: Store, run: str, line: Path | str, overrides: Sequence[str]) -> Plan:
@@ -148,7 +145,7 @@ def _existing_plan(store: Store, run: str, line: Path | str, overrides: Sequence
 
 
 def find_plan(store: Store, run: str) -> Plan:
-    """Return the plan that a run of the store has already.
+    """Return the plan that a run of the store has already, and let it count again.
 
     Raises:
         UsageError: If the run has none.
@@ -157,9 +154,9 @@ def find_plan(store: Store, run: str) -> Plan:
     plan = Plan.of_run(store.uri, run)
     # It may have been made before the platform's settings.
     access = platform.load().access(store.uri)
-    for source in plan.sources.values():
-        if source is not None:
-            sources.refuse_closed(source, access)
+    for source in filter(None, plan.sources.values()):
+        sources.refuse_closed(source, access)
+    hold(store, plan)
     return plan
 
 

@@ -17,6 +17,7 @@ from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.pipeline.access import Access, access
 from qlora_retrain.pipeline.plan import run_id
+from qlora_retrain.storage.collection_mark import MARK_PATH
 
 Document = dict[str, Any]
 _VERSION = "2012-10-17"
@@ -62,14 +63,19 @@ def bucket_policy(root: str) -> Document:
     # The parts of an upload have no such header, only the request that makes an object of them.
     creates = {"Bool": {"s3:ObjectCreationOperation": "true"}}
     unconditional = {"Null": {"s3:if-none-match": "true"}, **creates}
-    # An alias moves with If-Match, and begins with If-None-Match.
+    # An alias moves with If-Match, and begins with If-None-Match. So does the mark of a collection.
     blind = {"Null": {"s3:if-none-match": "true", "s3:if-match": "true"}, **creates}
     everybody = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
     return {
         "Version": _VERSION,
         "Statement": [
             {"Sid": "WrittenOnce", **everybody, "Resource": _below(store, written_once), "Condition": unconditional},
-            {"Sid": "Compared", **everybody, "Resource": _below(store, ["models/*/aliases/*"]), "Condition": blind},
+            {
+                "Sid": "Compared",
+                **everybody,
+                "Resource": _below(store, ["models/*/aliases/*", MARK_PATH]),
+                "Condition": blind,
+            },
         ],
     }
 
@@ -86,6 +92,12 @@ def _store_statements(rights: Access, store: str) -> list[Document]:
     ):
         if patterns:
             statements.append({"Sid": sid, "Effect": "Allow", "Action": actions, "Resource": _below(store, patterns)})
+    if rights.aborts:
+        # These have no prefix by which they could be narrowed to the store.
+        uploads = ["s3:ListBucketMultipartUploads"]
+        statements.append({"Sid": "Uploads", "Effect": "Allow", "Action": uploads, "Resource": [bucket]})
+        abort = {"Sid": "Abort", "Effect": "Allow", "Action": ["s3:AbortMultipartUpload"]}
+        statements.append({**abort, "Resource": _below(store, ["*"])})
     return statements
 
 

@@ -4,7 +4,7 @@ Pods may share the cache over a network. The files that a step writes are larger
 can be in another folder, on a local disk.
 
 Environment: `QLORA_RETRAIN_CACHE`, the cache's folder; `QLORA_RETRAIN_WORK`, the folder for the steps' own files, else
-`work` in the cache.
+`work` in the cache; `QLORA_RETRAIN_CACHE_GIB`, its size, see `cache_room.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import atomic_files, plain_files
+from qlora_retrain.storage import atomic_files, cache_room, plain_files
 from qlora_retrain.storage.artifact import File
 
 
@@ -31,6 +31,9 @@ def cache_folder() -> Path:
 
 def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[File, ...]) -> Path:
     """Return a local folder with the content `key`, downloading it if the cache does not have it intact.
+
+    It stays until the block of `work_folder` ends in which it was fetched; without such a block, until this process
+    ends. For a download, folders that nobody uses make room.
 
     Args:
         name: The input's name, a folder of the cache.
@@ -44,6 +47,15 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
         UsageError: If somebody else's folder is in its place, and cannot be removed.
     """
     target = cache_folder() / name / key
+    cache_room.use(cache_folder(), target)
+    try:
+        return _fetch(name, target, download, files)
+    except BaseException:
+        cache_room.forget(cache_folder(), target)
+        raise
+
+
+def _fetch(name: str, target: Path, download: Callable[[Path], None], files: tuple[File, ...]) -> Path:
     # What belongs to another user can change after it was hashed.
     owners = (os.geteuid(), 0)
     if os.path.lexists(target):
@@ -52,6 +64,7 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
             return target
         _remove(target)
 
+    cache_room.make_room(cache_folder(), sum(file.size_bytes for file in files))
     atomic_files.make_folder(target.parent)
     # On the cache's own disk, so that one rename puts the complete folder in its place.
     with _folder_in(cache_folder() / "work") as work:
@@ -103,10 +116,13 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def work_folder() -> contextlib.AbstractContextManager[Path]:
+@contextlib.contextmanager
+def work_folder() -> Iterator[Path]:
     """Make an empty folder for the files that a step writes: its output and its checkpoints."""
     configured = os.environ.get("QLORA_RETRAIN_WORK")
-    return _folder_in(Path(configured) if configured else cache_folder() / "work")
+    parent = Path(configured) if configured else cache_folder() / "work"
+    with cache_room.until_the_end_of_a_step(), _folder_in(parent) as folder:
+        yield folder
 
 
 @contextlib.contextmanager

@@ -133,7 +133,8 @@ class LocalStore:
             for file in atomic_files.walk_files(self._folder(prefix)):
                 with contextlib.suppress(FileNotFoundError):  # removed while this walks
                     path = Path(file.path).relative_to(self._root).as_posix()
-                    entries.append(Entry(path, file.stat().st_size))
+                    status = file.stat()
+                    entries.append(Entry(path, status.st_size, modified_at=status.st_mtime))
         return iter(sorted(entries, key=lambda entry: entry.path))
 
     def children(self, prefix: str) -> Iterator[str]:

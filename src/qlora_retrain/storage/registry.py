@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from qlora_retrain.core import aliases
 from qlora_retrain.core.errors import Cause, IntegrityError, Problem, TryAgain, UsageError
-from qlora_retrain.storage import actor, audit, keys, rejections, signatures
+from qlora_retrain.storage import actor, audit, collection_mark, keys, rejections, signatures
 from qlora_retrain.storage.registry_documents import Action as Action
 from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
@@ -95,8 +95,12 @@ def change_alias(store: Store, line: str, name: str, next_state: NextState) -> A
         if new is None:
             return None
         new = signatures.sign(store, path, new, keys.publish_role(line))
+        data = new.model_dump_json(indent=1).encode()
         try:
-            store.swap(path, new.model_dump_json(indent=1).encode(), tag)
+            if state is not None and state.version == new.version:
+                store.swap(path, data, tag)
+            else:
+                collection_mark.swap_alias(store, line, new.version, path, data, tag)
         except Conflict:
             continue  # another writer moved it: decide again from its new state
         try:

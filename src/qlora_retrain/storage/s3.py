@@ -133,7 +133,7 @@ class S3Store:
             )
             # A key that ends with / is the empty object that a console makes for a folder, and no file.
             entries = [
-                Entry(item["Key"][start:], item["Size"], item["ETag"])
+                Entry(item["Key"][start:], item["Size"], item["ETag"], item["LastModified"].timestamp())
                 for page in pages
                 for item in page.get("Contents", ())
                 if not item["Key"].endswith("/")

@@ -10,6 +10,7 @@ Methods raise the three exceptions below, `UsageError` (a path that is not allow
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -54,11 +55,20 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A listed file. `tag` changes with the content; it is empty where the backend would have to read the file."""
+    """A listed file.
+
+    Attributes:
+        path: Its path in the store.
+        size_bytes: Its size.
+        tag: It changes with the content; empty where the backend would have to read the file.
+        modified_at: When it was written, in seconds since 1970 by the store's clock. A copy may have its source's time.
+    """
 
     path: str
     size_bytes: int
     tag: str = ""
+    # Where nobody knows, a file is as good as new: what is old is removed.
+    modified_at: float = math.inf
 
 
 class Store(Protocol):

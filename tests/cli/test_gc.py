@@ -1,0 +1,53 @@
+"""The verb gc: it lists what is garbage, and removes it where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from qlora_retrain.cli import main
+from qlora_retrain.storage import open_store
+from tests.storage.collectable import files_of, write_artifact
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main.main([str(a) for a in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_a_dry_run_lists_and_delete_removes(root_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = open_store(root_uri)
+    assert run("gc", "--root", root_uri) == 0
+    assert capsys.readouterr().out == "garbage: nothing\n"
+    write_artifact(store, "dataset", "a" * 64)
+    write_artifact(store, "dataset", "b" * 64)
+    month_ago = (datetime.now(UTC) - timedelta(days=31)).timestamp()
+    for path in (Path(root_uri.removeprefix("file://")) / "artifacts" / "dataset" / ("a" * 64)).rglob("*"):
+        os.utime(path, (month_ago, month_ago))
+
+    files = files_of(store)
+    assert run("gc", "--root", root_uri) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"would remove artifacts/dataset/{'a' * 64}  0.0 MiB: no plan that counts")
+    assert printed.endswith("garbage: 1 artifact; 0.0 MiB\nremove it with: --delete\n")
+    assert files_of(store) == files
+
+    assert run("gc", "--root", root_uri, "--delete", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["deleted"], [item["kind"] for item in document["items"]]) == (True, ["artifact"])
+    assert document["size_bytes"] == sum(item["size_bytes"] for item in document["items"]) > 0
+    assert {path.split("/")[2] for path in files_of(store)} == {"b" * 64}
+
+
+@pytest.mark.parametrize("days", ["29", "many", "-1"])
+def test_runs_are_kept_for_as_long_as_their_plans_count(
+    root_uri: str, days: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("gc", "--root", root_uri, "--run-days", days) == 12
+    assert "30 at least" in capsys.readouterr().err
