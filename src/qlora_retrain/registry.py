@@ -16,7 +16,8 @@ from pathlib import Path
 
 from qlora_retrain.core import aliases
 from qlora_retrain.core.errors import IntegrityError
-from qlora_retrain.pipeline import version_details, version_diff, version_summary
+from qlora_retrain.pipeline import collect, version_details, version_diff, version_summary
+from qlora_retrain.pipeline.collect import Collection
 from qlora_retrain.pipeline.version_details import VersionDetails
 from qlora_retrain.pipeline.version_diff import VersionDiff
 from qlora_retrain.pipeline.version_summary import LineSummary
@@ -25,7 +26,7 @@ from qlora_retrain.storage.moves import Request
 from qlora_retrain.storage.registry import PRODUCTION, Alias, Release
 from qlora_retrain.storage.repair import Finding
 
-__all__ = ["Alias", "Finding", "LineSummary", "Registry", "Release", "VersionDetails", "VersionDiff"]
+__all__ = ["Alias", "Collection", "Finding", "LineSummary", "Registry", "Release", "VersionDetails", "VersionDiff"]
 
 
 class Registry:
@@ -117,6 +118,10 @@ class Registry:
                is_dry_run: bool = False) -> Sequence[Finding]:  # fmt: skip
         """Mend what is stuck in a line; return every fault with what became of it."""
         return repair.repair(self.store, line, versions, reason=reason, is_dry_run=is_dry_run)
+
+    def gc(self, *, delete: bool = False, run_days: int = 180) -> Collection:
+        """Return what the store does not need any more; remove it if `delete` is set."""
+        return collect.collect(self.store, is_dry_run=not delete, run_days=run_days)
 
     def probe(self) -> None:
         """Check that the store honours conditional writes, without which no alias moves safely."""
