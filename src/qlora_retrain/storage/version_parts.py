@@ -27,6 +27,9 @@ def select(release: Release, parts: Collection[str]) -> tuple[File, ...]:
         return release.files
     parts_of = {file.path: _parts_of(file.path) for file in release.files}
     available = sorted({part for parts_of_file in parts_of.values() for part in parts_of_file})
+    # Its tokenizer alone is no adapter: `publish.parts` may leave that out.
+    if not release.parts(ADAPTER):
+        available = [part for part in available if part != ADAPTER]
     if unknown := next((part for part in parts if part not in available), None):
         raise UsageError(
             f"{release.line} {release.version}: has no part {unknown}; it has {', '.join(available) or 'none'}"
