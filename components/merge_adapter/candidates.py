@@ -2,14 +2,17 @@
 
 Neither base is better in general: the adapter was trained over the 4-bit values, and these approximate the original
 ones. So both are merged and scored. One candidate is in memory at a time, and the unmerged model beside none of them;
-the disk holds two at most. An adapter that cannot be merged is a candidate over either base, and nothing is built.
+the disk holds two at most. An adapter that ships alone is a candidate over either base, and nothing is merged.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from components.merge_adapter import adapter_alone, adapter_forms
@@ -130,16 +133,17 @@ class Workshop:
     def score(self, candidate: Candidate, scorer: FormScorer) -> FormScores:
         """Score a candidate that was built; its model is dropped before another one can be loaded."""
         folder = self._folder(candidate)
-        return scorer.score_candidate(candidate.name, self.load(folder, scorer.load_options), folder)
+        loaded = self.load(folder, self.adapter_of(candidate), scorer.load_options)
+        return scorer.score_candidate(candidate.name, loaded, folder)
 
-    def load(self, folder: Path, options: LoadOptions) -> Any:
-        """Load the form in a folder: a merged model, or the adapter as it was trained over the base of the form."""
-        return served_model.load(folder, self.adapter, self.base_model, self.base_nf4, **options)
+    def load(self, folder: Path, adapter: Path, options: LoadOptions) -> Any:
+        """Load the form in a folder: a merged model, or the adapter over the base of the form."""
+        return served_model.load(folder, adapter, self.base_model, self.base_nf4, **options)
 
     @property
     def is_alone(self) -> bool:
-        """Whether the adapter ships without a merged model."""
-        return ships_alone(self.adapter)
+        """Whether the adapter ships without a merged model: it cannot be merged, or the line wants none."""
+        return not self.config.ships_model or ships_alone(self.adapter)
 
     def drop(self, candidate: Candidate) -> None:
         """Remove a candidate's files."""
@@ -162,6 +166,31 @@ class Workshop:
             adapter = merged
         shutil.rmtree(self.model / _FOLDER)
         return adapter
+
+    @contextmanager
+    def merged_model(self, candidate: Candidate, adapter: Path) -> Iterator[Path]:
+        """Yield the merged model of the form that ships, of which exports are made; it is built where it does not ship.
+
+        Args:
+            candidate: The form that ships.
+            adapter: Its adapter.
+        """
+        if not self.is_alone or self.config.exports == ["bf16"]:
+            yield self.model
+            return
+        # Beside the model folder, so that it never becomes a part of the artifact.
+        with TemporaryDirectory(dir=self.model.parent) as name:
+            folder = Path(name)
+            merge(
+                self.base_model,
+                self.base_nf4,
+                adapter,
+                folder,
+                dequantized=candidate.base == "dequantized",
+                max_shard_gib=self.config.max_shard_gib,
+            )
+            write_chat_files(folder, self.tokenizer)
+            yield folder
 
     def adapter_of(self, candidate: Candidate) -> Path:
         """Return the folder of the adapter that a candidate merges; it is made the first time."""

@@ -47,6 +47,7 @@ class Certificate:
         compared_positions: On how many of how many supervised tokens KL and agreement rest: `compared`, `of`.
         stats: The statistics of the merge.
         exports: Every form that ships: its path below `model/`, its size and its numbers.
+        served_adapter: The adapter's numbers over each base that a server may load it on, by the base's name.
         serving_warnings: Known problems of serving the adapter without merging.
     """
 
@@ -60,6 +61,7 @@ class Certificate:
     compared_positions: dict[str, int]
     stats: MergeStats
     exports: dict[str, dict[str, Any]]
+    served_adapter: dict[str, Numbers]
     serving_warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -90,6 +92,7 @@ class Certificate:
             "compared_positions": self.compared_positions,
             "built": asdict(self.stats),
             "exports": self.exports,
+            "served_adapter": self.served_adapter,
             "serving_warnings": self.serving_warnings,
         }
 
@@ -119,6 +122,7 @@ class Certificate:
             ),
             html.section(
                 "Serving the adapter without merging",
+                *self._served_table(),
                 *(self.serving_warnings or ["No problem is known with vLLM, TGI and llama.cpp."]),
             ),
             html.section(
@@ -152,6 +156,11 @@ class Certificate:
             [[name, *location_cells[name], *cells] for name, *cells in rows],
             caption=f"on the {self._size('certification')} that certify",
         )
+
+    def _served_table(self) -> list[html.Html]:
+        table = verdict.metrics_table(self.served_adapter, "over", _CANDIDATE_COLUMNS)
+        caption = f"the adapter over each base, on the {self._size('certification')} that certify"
+        return [html.table(*table, caption=caption)] if self.served_adapter else []
 
     def _size(self, half: str) -> str:
         return describe_counts(self.row_counts[half], self.prompt_counts[half])

@@ -61,9 +61,25 @@ def refuse_unsupported(config: MergeConfig, base_model: Path) -> None:
 
 
 def build_exports(
-    config: MergeConfig, scorer: FormScorer, base_model: Path, base_nf4: Path, adapter: Path, model: Path
+    config: MergeConfig,
+    scorer: FormScorer,
+    base_model: Path,
+    base_nf4: Path,
+    adapter: Path,
+    model: Path,
+    merged_model: Path,
 ) -> dict[str, Export]:
-    """Build and score every export but bf16, one in memory at a time."""
+    """Build and score every export but bf16, one in memory at a time.
+
+    Args:
+        config: Which exports there are.
+        scorer: Scores them.
+        base_model: The original base.
+        base_nf4: The base that was trained over.
+        adapter: The adapter that was merged.
+        model: The folder of the result.
+        merged_model: The merged model: that folder too, unless the merged model does not ship.
+    """
     exports: dict[str, Export] = {}
     # An export takes no part in the selection, so only the rows that certify are scored.
     compared_ids = set(scorer.unmerged_logits.row_ids)
@@ -80,21 +96,21 @@ def build_exports(
             with TemporaryDirectory(dir=model.parent) as merged:
                 source = Path(merged)
                 merge(base_model, base_nf4, adapter, source, dequantized=False, max_shard_gib=config.max_shard_gib)
-                _quantize(source, model, base_nf4, folder, config.max_shard_gib)
+                _quantize(source, merged_model, base_nf4, folder, config.max_shard_gib)
             loaded: Any = loading.load_nf4(folder, **scorer.load_options)
         elif name == ADAPTER:
             path = folder / "adapter.gguf"
             loaded = _build_adapter(base_model, adapter, path, scorer.load_options)
         else:
             path = folder / f"model-{name.removeprefix('gguf-')}.gguf"
-            loaded, notes = _build_gguf(name, base_model, base_nf4, adapter, model, path, scorer.load_options)
+            loaded, notes = _build_gguf(name, base_model, base_nf4, adapter, merged_model, path, scorer.load_options)
 
         size_bytes = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf"))
         progress.say(f"{name}: {size_bytes / 2**30:.2f} GiB")
         exports[name] = Export(
             path.relative_to(model).as_posix(),
             size_bytes,
-            scorer.score(name, loaded, model, rows, measure_endings=True),
+            scorer.score(name, loaded, merged_model, rows, measure_endings=True),
             tuple(notes),
         )
         del loaded  # before the next one is loaded

@@ -4,8 +4,8 @@ Chooses by measurement which base the adapter is merged into, with which rank an
 also whether its mean with earlier versions' adapters is better.
 Reads `dataset/{eval,golden}.jsonl`, `base_model`, `base_nf4`, `adapter`, the scores of `evaluation`, and where the line
 has them `reference_data` and `earlier_adapters`. Makes `model/`: a plain transformers folder in bf16, with
-`certificate.json`, `report.html` and, where the config asks for more forms, `exports/`. An adapter that cannot be
-merged is certified over the base that it will be served on, and `model/` says which one that is.
+`certificate.json`, `report.html` and, where the config asks for more forms, `exports/`. An adapter that ships alone is
+certified over the base that it will be served on, and `model/` says which one that is.
 Refuses (11) a merged form that a rule fails, or that costs more than `merge.max_loss_increase_nats` against the
 unmerged model.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from components.merge_adapter import certificate, choice, exports, serving_warnings, unmerged
+from components.merge_adapter import certificate, choice, exports, served_adapter, serving_warnings, unmerged
 from components.merge_adapter.candidates import BASES, Workshop
 from components.merge_adapter.certificate import Certificate
 from components.merge_adapter.choice import Chooser
@@ -87,9 +87,13 @@ def run(
         merged_adapter = workshop.keep(selected.winner.candidate)
 
         # Certify the winner, and every further form, on the other half, the golden rows and the reference text.
-        suite_scores, answers = _score_other_suites(scorer, inputs, workshop)
+        suite_scores, answers = _score_other_suites(scorer, inputs, workshop, merged_adapter)
         merged = selected.winner.scores.with_endings(answers)
-        built_exports = exports.build_exports(config, scorer, base_model, base_nf4, merged_adapter, model)
+        with workshop.merged_model(selected.winner.candidate, merged_adapter) as merged_model:
+            built_exports = exports.build_exports(
+                config, scorer, base_model, base_nf4, merged_adapter, model, merged_model
+            )
+        served = served_adapter.measure(config, scorer, selected, base_model, base_nf4, merged_adapter, model)
     contestants = _with_shipped_form(inputs, merged, suite_scores, parts)
     merge_certificate = _certify(
         config,
@@ -101,6 +105,7 @@ def run(
         workshop.stats[selected.winner.candidate],
         suite_scores,
         built_exports,
+        served,
         scorer.unmerged_logits.positions,
         serving_warnings.read_warnings(merged_adapter),
         is_alone=workshop.is_alone,
@@ -135,7 +140,7 @@ def _with_shipped_form(
 
 
 def _score_other_suites(
-    scorer: FormScorer, inputs: EvaluationInputs, workshop: Workshop
+    scorer: FormScorer, inputs: EvaluationInputs, workshop: Workshop, adapter: Path
 ) -> tuple[dict[str, list[RowScore]], dict[str, Completion]]:
     """Measure of the form that ships what took no part in the selection.
 
@@ -148,7 +153,7 @@ def _score_other_suites(
     answers: dict[str, Completion] = {}
     measures_endings = inputs.settings.stop_rows > 0 and not completion_metrics.needs_completions(inputs.settings)
     if golden or passages or measures_endings:
-        loaded = workshop.load(workshop.model, scorer.load_options)
+        loaded = workshop.load(workshop.model, adapter, scorer.load_options)
         tokenizer = chat.load_tokenizer(workshop.model)
         description, total = "scoring the form that ships", len(golden) + len(passages)
         suite_scores["golden"], _ = scoring.score_and_generate(
@@ -183,6 +188,7 @@ def _certify(
     stats: MergeStats,
     suite_scores: Mapping[str, list[RowScore]],
     built_exports: Mapping[str, Export],
+    served: Mapping[str, FormScores],
     compared_positions: dict[str, int],
     warnings: list[str],
     *,
@@ -234,6 +240,10 @@ def _certify(
         compared_positions=compared_positions,
         stats=stats,
         exports=listed,
+        served_adapter={
+            base: certificate.form_numbers(scores.subset(parts.rows.certification), settings, answers)
+            for base, scores in served.items()
+        },
         serving_warnings=warnings,
     )
 

@@ -1,4 +1,4 @@
-"""Write a model card's parts so that no text of a line can break them: front matter, paragraphs, cells, code blocks.
+"""Write a model card's parts so that no text of a line can break them: paragraphs, cells, code blocks.
 
 What a line says is text and not Markdown: a description with `---`, a rule named after a label with `|`, or `<script>`
 is shown as it is written.
@@ -8,36 +8,13 @@ from __future__ import annotations
 
 import re
 
-import yaml
-
 from qlora_retrain.config.publish import PublishConfig
-from qlora_retrain.core.licences import HUB_LICENCES
 
-# SPDX says more of these than the Hub's list does.
-_HUB_NAMES = {
-    "C-UDA-1.0": "c-uda",
-    "LGPLLR": "lgpl-lr",
-    "ODC-By-1.0": "odc-by",
-    "ODbL-1.0": "odbl",
-    "PDDL-1.0": "pddl",
-}
 # An underscore within a word is no mark.
 _MARKS = re.compile(r"([\\`*\[\]{}<>|~#&$]|(?<![^\W_])_|_(?![^\W_]))")
 # At the beginning of a paragraph these make it a list, a quotation or a heading.
 _FIRST_MARKS = re.compile(r"^([-+=:]|\d+(?=[.)]))")
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def front_matter(config: PublishConfig) -> str:
-    """Return what a model hub reads: YAML between two lines of `---`."""
-    fields = {**_licence(config), "library_name": "transformers"}
-    # Some line breaks within single quotes are read back as spaces.
-    style = None if all(map(str.isprintable, fields.values())) else '"'
-    # A hub reads UTF-8, and a person reads names more easily than escapes.
-    text = yaml.safe_dump(
-        fields, allow_unicode=True, sort_keys=False, default_flow_style=False, default_style=style, width=10_000
-    )
-    return f"---\n{text}---"
 
 
 def paragraph(text: str) -> str:
@@ -66,19 +43,3 @@ def licence_text(config: PublishConfig) -> str:
     """Return the licence as a person reads it."""
     name = f"{config.licence_name} (other)" if config.licence == "other" else config.licence
     return f"{name}, {config.licence_link}" if config.licence_link else name
-
-
-def _licence(config: PublishConfig) -> dict[str, str]:
-    """Return the fields of the licence as the Hub's list has them."""
-    link = {"license_link": config.licence_link} if config.licence_link else {}
-    if config.licence == "unspecified":
-        return {"license": "unknown", **link}
-    if config.licence == "other":
-        return {"license": "other", "license_name": str(config.licence_name), **link}
-
-    # The Hub names the GNU licences without what SPDX says of later versions.
-    base = re.sub(r"^([AL]?GPL-\d\.\d)-(only|or-later)$", r"\1", config.licence)
-    name = _HUB_NAMES.get(base, base.lower())
-    if name in HUB_LICENCES:
-        return {"license": name, **link}
-    return {"license": "other", "license_name": config.licence, **link}

@@ -13,17 +13,20 @@ Command: `python -m components.publish --plan URI`
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.publish.documents import model_card, recipe, sbom
-from components.publish.markdown import inline, licence_text
+from components.publish import base_model, contents
+from components.publish.contents import Copy
+from components.publish.documents import documents
+from components.publish.facts import VersionFacts
 from components.publish.model_signature import SIGNATURE_FILE, is_signature, sign_model
 from qlora_retrain.config.publish import PublishConfig
-from qlora_retrain.core import aliases, graph, hashing
+from qlora_retrain.core import aliases, hashing, json_depth
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import Number, StepResult
+from qlora_retrain.pipeline import cost
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import (
     artifact,
@@ -42,24 +45,7 @@ from qlora_retrain.storage.pinned_source import PinnedSource
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import AlreadyExists, Store
 
-# The files of each artifact that have another path in the version. These paths are part of every published version.
-_RENAMED_FILES = {
-    "dataset": {"profile.json": "data/profile.json", "report.html": "reports/data.html"},
-    "adapter": {
-        "training.json": "training/training.json",
-        "loss.jsonl": "training/loss.jsonl",
-        "events.out.tfevents.0.train": "training/events.out.tfevents.0.train",
-        "report.html": "reports/training.html",
-    },
-    "evaluation": {"evaluation.json": "evaluation/evaluation.json", "report.html": "reports/evaluation.html"},
-    "model": {"certificate.json": "evaluation/certificate.json", "report.html": "reports/merge.html"},
-}
-# The other files of these two artifacts go into a folder of the same name, and their hash is the version's content. The
-# other files of the remaining two artifacts are not published.
-_CONTENT_ARTIFACTS = ("adapter", "model")
-_CONTENT_FOLDERS = tuple(f"{name}/" for name in _CONTENT_ARTIFACTS)
-# Below `model`: the adapter that was merged, where it is not the one that was trained. A version has it in its place.
-_MERGED_ADAPTER = "adapter/"
+_GENERATION_CONFIG = "generation_config.json"
 
 
 def run(
@@ -79,19 +65,14 @@ def run(
             f"run {plan.run_id} is a lab's: its model was judged by training rows, so it is not published; set what "
             "the lab recommends in the line's file, and run the line"
         )
-    # Only the adapter and the model are a version's content, so a new report of the same model makes no new version.
     inputs = {"dataset": dataset, "adapter": adapter, "evaluation": evaluation, "model": model}
-    copies = _with_merged_adapter({name: _targets(name, manifest) for name, manifest in inputs.items()})
-    content = hashing.content_hash(
-        (target, file.sha256)
-        for name in _CONTENT_ARTIFACTS
-        for file, target in copies[name]
-        if target.startswith(_CONTENT_FOLDERS)
-    )
+    copies = contents.choose(inputs, config.parts)
+    written = _written_content(config, plan, store, inputs, copies)
+    content = contents.content_hash(copies, written)
 
     version = versions.find_by_content(store, plan.line, content)
     if version is None:
-        version = _publish(config, plan, store, inputs, copies, content, release)
+        version = _publish(config, plan, store, inputs, copies, written, content, release)
     else:
         version = version_repair.read_remembered(store, plan.line, version.version)
         version_repair.verify_or_repair(store, version)
@@ -125,6 +106,7 @@ def run(
     retention.retain(store, entries, config.retention_days)
 
     # Computed from the plan and not from what this attempt did, so that a retry after a crash reports the same numbers.
+    costs = cost.read(inputs.values())
     numbers: dict[str, Number] = {
         "version": version.version,
         "published": version.provenance["run_id"] == plan.run_id,
@@ -132,28 +114,23 @@ def run(
         "promoted_to": alias if refusal is None else None,
         "files": len(version.files),
         "size_mib": round(sum(f.size_bytes for f in version.files) / 2**20, 1),
+        **{f"run_{name}": value for name, value in cost.total(cost.of_run(costs, plan.run_id).values()).items()},
+        **{f"version_{name}": value for name, value in cost.total(costs.values()).items()},
     }
     (release / "release.json").write_text(json.dumps({"line": plan.line, **numbers}, indent=1) + "\n")
     return StepResult(numbers, refused=refusal)
 
 
-def _targets(name: str, manifest: Manifest) -> list[tuple[File, str]]:
-    """Return (file, path in the version) for each file of an artifact that is published."""
-    renamed = _RENAMED_FILES[name]
-    # Where all weights trained, `model` has the same weights, and a version has them once.
-    is_whole_model = name == "adapter" and any(file.path == "config.json" for file in manifest.files)
-    if name in _CONTENT_ARTIFACTS and not is_whole_model:
-        return [
-            (f, f.path if f.path.startswith(_MERGED_ADAPTER) else renamed.get(f.path, f"{name}/{f.path}"))
-            for f in manifest.files
-        ]
-    return [(f, renamed[f.path]) for f in manifest.files if f.path in renamed]
-
-
-def _with_merged_adapter(copies: dict[str, list[tuple[File, str]]]) -> dict[str, list[tuple[File, str]]]:
-    """Leave out the files of the trained adapter that the merge replaced."""
-    replaced = {target for file, target in copies["model"] if file.path.startswith(_MERGED_ADAPTER)}
-    return {**copies, "adapter": [pair for pair in copies["adapter"] if pair[1] not in replaced]}
+def _written_content(
+    config: PublishConfig, plan: Plan, store: Store, inputs: Mapping[str, Manifest], copies: Sequence[Copy]
+) -> dict[str, str]:
+    """Return the texts that are a part of the version's content and are not copied, by path."""
+    base_id = base_model.find(config, plan)
+    settings = next((copy for copy in copies if copy.target == contents.ADAPTER_CONFIG), None)
+    if base_id is None or settings is None:
+        return {}
+    document = _read_document(store, inputs[settings.artifact], settings.file.path)
+    return {contents.ADAPTER_CONFIG: contents.adapter_config(document, base_id)}
 
 
 def _publish(
@@ -161,7 +138,8 @@ def _publish(
     plan: Plan,
     store: Store,
     inputs: dict[str, Manifest],
-    copies: dict[str, list[tuple[File, str]]],
+    copies: Sequence[Copy],
+    written: Mapping[str, str],
     content: str,
     release_folder: Path,
 ) -> Release:
@@ -169,35 +147,19 @@ def _publish(
     # The plan's time and not the present time, so that a retry after a crash writes the same version.
     name = f"{plan.stamp}-{content[:12]}"
     folder = versions.version_folder(plan.line, name)
-    verdict = _read_document(store, inputs["evaluation"], "evaluation.json")
-    certificate = _read_document(store, inputs["model"], "certificate.json")
-    numbers = {artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()}
-    is_alone = any(target == graph.BASE_REFERENCE for _, target in copies["model"])
-
-    documents = {
-        "README.md": model_card(config, plan, name, verdict, numbers, certificate, is_alone=is_alone),
-        "recipe.json": json.dumps(recipe(plan), indent=1) + "\n",
-        "sbom.json": json.dumps(sbom(plan, name), indent=1) + "\n",
-        "LICENCE.md": (
-            f"The model is published under: {inline(licence_text(config))}. Its software is listed in `sbom.json`.\n"
-        ),
-    }
+    is_alone = contents.is_adapter_alone(copies)
+    texts = {**documents(_facts(config, plan, name, store, inputs, is_alone=is_alone)), **written}
     document_folder = release_folder / "version"
-    document_folder.mkdir()
-    for path, text in documents.items():
+    for path, text in texts.items():
+        (document_folder / path).parent.mkdir(parents=True, exist_ok=True)
         (document_folder / path).write_text(text, encoding="utf-8")
 
     # Copied inside the store, so that gigabytes do not pass through this machine. Another attempt at the same version
     # copies the same bytes, so overwriting is harmless.
-    store.copy(
-        [
-            (f"{inputs[artifact_name].prefix}/{file.path}", f"{folder}/{target}")
-            for artifact_name, pairs in copies.items()
-            for file, target in pairs
-        ]
-    )
-    store.upload(document_folder, folder, documents)
-    copied = [f.model_copy(update={"path": target}) for pairs in copies.values() for f, target in pairs]
+    copies = [copy for copy in copies if copy.target not in written]
+    store.copy([(f"{inputs[copy.artifact].prefix}/{copy.file.path}", f"{folder}/{copy.target}") for copy in copies])
+    store.upload(document_folder, folder, texts)
+    copied = [copy.copied for copy in copies]
     files = (*copied, *artifact.list_files(document_folder))
     keyring = keys.find_keyring(store.uri)
     if keyring is not None:
@@ -224,10 +186,35 @@ def _publish(
             anchor=_anchor(plan, name, inputs["model"]),
             keys={s.name: s.key for s in plan.steps},
             base=_base(base, is_alone=is_alone),
-            numbers=numbers,
             sequence=plan.sequence,
-            provenance={"run_id": plan.run_id, "steps": {n: m.provenance for n, m in inputs.items()}},
+            numbers={artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()},
+            # What the steps cost is in cost.json.
+            provenance={
+                "run_id": plan.run_id,
+                "steps": {n: {k: v for k, v in m.provenance.items() if k != cost.COSTS} for n, m in inputs.items()},
+            },
         ),
+    )
+
+
+def _facts(
+    config: PublishConfig, plan: Plan, name: str, store: Store, inputs: Mapping[str, Manifest], *, is_alone: bool
+) -> VersionFacts:
+    """Return what the version's documents are written from."""
+    generation = _read_document(store, inputs["model"], _GENERATION_CONFIG, is_optional=True)
+    stop_ids = generation.get("eos_token_id")
+    return VersionFacts(
+        config=config,
+        plan=plan,
+        version=name,
+        verdict=_read_document(store, inputs["evaluation"], "evaluation.json"),
+        numbers={artifact_name: dict(m.numbers) for artifact_name, m in inputs.items()},
+        certificate=_read_document(store, inputs["model"], "certificate.json"),
+        profile=_read_document(store, inputs["dataset"], "profile.json", is_optional=True),
+        stop_ids=stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids],
+        cost=cost.as_document(cost.read(inputs.values()), plan.run_id),
+        base_id=base_model.find(config, plan),
+        is_alone=is_alone,
     )
 
 
@@ -261,22 +248,34 @@ def _anchor(plan: Plan, version: str, model: Manifest) -> str:
     return plan.champion.version if model.numbers.get("best") == "champion" and plan.champion else version
 
 
-def _read_document(store: Store, source: Manifest, path: str) -> dict[str, Any]:
-    """Return a document of an artifact after checking its hash, because the model card repeats its numbers."""
+def _read_document(store: Store, source: Manifest, path: str, *, is_optional: bool = False) -> dict[str, Any]:
+    """Return a document of an artifact after checking its hash, because the version repeats what it says.
+
+    Of an optional one that is not there, or that is no object, an empty one is returned.
+    """
+    expected = next((f.sha256 for f in source.files if f.path == path), None)
+    if expected is None and is_optional:
+        return {}
     data = store.read(f"{source.prefix}/{path}").data
-    expected = next(f.sha256 for f in source.files if f.path == path)
     if hashing.sha256_bytes(data) != expected:
         raise artifact.corruption_error(store, source, f"{path}: its sha256 differs from the manifest's")
-    document: dict[str, Any] = json.loads(data)
-    return document
+    try:
+        document = json_depth.loads(data)
+    except ValueError as error:
+        raise artifact.corruption_error(store, source, f"{path}: is no JSON: {error}") from error
+    if isinstance(document, dict):
+        return document
+    if is_optional:
+        return {}
+    raise artifact.corruption_error(store, source, f"{path}: expected a JSON object")
 
 
 def _copy_error(
-    store: Store, inputs: dict[str, Manifest], copies: dict[str, list[tuple[File, str]]], file: File, fault: str
+    store: Store, inputs: Mapping[str, Manifest], copies: Sequence[Copy], file: File, fault: str
 ) -> IntegrityError:
     """Return the error for a file of the version that differs from the artifact's manifest."""
-    for name, pairs in copies.items():
-        for source, target in pairs:
-            if target == file.path:
-                return artifact.corruption_error(store, inputs[name], f"{source.path}, copied to be published: {fault}")
+    for copy in copies:
+        if copy.target == file.path:
+            text = f"{copy.file.path}, copied to be published: {fault}"
+            return artifact.corruption_error(store, inputs[copy.artifact], text)
     return IntegrityError(f"{store.uri}: {file.path}: {fault}; run the step again")

@@ -14,7 +14,7 @@ from components.evaluate import intruders
 from components.evaluate.contestants import ContestantFolders, load_contestants
 from components.merge_adapter import choice, exports, serving_warnings
 from components.merge_adapter.merge import merge
-from components.publish.step import _targets
+from components.publish import contents
 from components.quantize_model.step import run as quantize
 from qlora_retrain.config.evaluate import EvaluateConfig
 from qlora_retrain.config.sections import MergeConfig, QuantizeConfig
@@ -125,6 +125,6 @@ def test_a_version_has_trained_weights_once(trained: Path, tiny_adapter: Path, t
         copy = Path(shutil.copytree(folder, tmp_path / folder.name))
         (copy / "training.json").write_text(json.dumps({}))
         manifest = Manifest.model_construct(files=tuple(list_files(copy)))
-        targets = {target for _, target in _targets("adapter", manifest)}
+        targets = {copy.target for copy in contents.choose({"adapter": manifest}, ["adapter"])}
         assert {target for target in targets if target.endswith(".safetensors")} == expected
         assert "training/training.json" in targets

@@ -34,7 +34,8 @@ def test_a_prompt_is_published_alone_pulled_and_asked_and_then_is_the_champion(
 
     # No weights but the adapter's, and what a consumer needs to find the base and to render chats.
     version = tmp_path / "m"
-    weights = [path.relative_to(version).as_posix() for path in version.rglob("*.safetensors")]
+    files = (version / "current").resolve()
+    weights = [path.relative_to(files).as_posix() for path in files.rglob("*.safetensors")]
     assert weights == ["adapter/adapter_model.safetensors"]
     reference = json.loads((version / "model/base.json").read_text())
     assert set(reference["files"]) == {"config.json", "model.safetensors"}
@@ -101,6 +102,47 @@ def test_an_adapter_over_4_bits_finds_its_base_in_the_store_and_several_answer_o
     several = project.cli("ask", tiny_model, *words, QUESTION)
     assert several.exit_code == 0, several.text
     assert several.out.splitlines() == [f"{name}: {answers[0].out.strip()}" for name in ("here", "there")]
+
+
+def test_a_lora_without_its_merged_model_is_pulled_asked_and_then_is_the_champion(
+    make_project: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    parts = {"publish": {"parts": ["adapter"], "base_model_id": "acme/tiny"}, "merge": {"base": "original"}}
+    project = make_project(rows=180, evaluate={"min_gain_over_base": 0.0}, **parts)
+    result = project.run()
+    assert result.exit_code == 0, result.text
+    version = tmp_path / "m"
+    pulled = project.cli("pull", "tiny@production", version, "--root", project.root)
+    assert pulled.exit_code == 0, pulled.text
+    files = (version / "current").resolve()
+    weights = [path.relative_to(files).as_posix() for path in files.rglob("*.safetensors")]
+    assert weights == ["adapter/adapter_model.safetensors"]
+    assert json.loads((version / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
+
+    # The quality over either base is on the certificate, and the card repeats it.
+    certificate = json.loads((version / "evaluation/certificate.json").read_text())
+    served = certificate["served_adapter"]
+    assert served["original"]["loss"] == certificate["exports"]["adapter"]["loss"]
+    card = (version / "README.md").read_text()
+    for base, title in (("original", "16 bits"), ("packed", "packed")):
+        row = next(line for line in card.splitlines() if line.startswith(f"| {title} "))
+        assert f"{served[base]['loss']:.4f}" in row
+    cost = json.loads((version / "cost.json").read_text())
+    assert cost["steps"]["train_qlora"]["tokens"] > 0
+    assert cost["steps"]["train_qlora"]["peak_memory_mib"] > 100
+
+    # It answers over its base.
+    answer = project.cli("ask", version, "--base", tiny_model, QUESTION)
+    assert answer.exit_code == 0, answer.text
+    assert answer.out.strip() in LABELS
+
+    # The next run compares its model with it, as it was certified.
+    again = project.run("--set", "train.seed=1")
+    assert again.exit_code in (0, 11), again.text
+    evaluations = sorted((project.folder / "store/artifacts/evaluation").glob("*/*/evaluation.json"))
+    documents = [json.loads(path.read_text())["contestants"] for path in evaluations]
+    champion = next(contestants["champion"] for contestants in documents if "champion" in contestants)
+    assert champion["loss"] == pytest.approx(served["original"]["loss"], abs=1e-6)
 
 
 @pytest.mark.soak

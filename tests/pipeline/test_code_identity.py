@@ -126,7 +126,7 @@ def test_a_change_of_the_tokenizer_files_changes_the_steps_that_copy_them(edit: 
 
 
 def test_a_changed_constant_counts(edit: Edit) -> None:
-    changed = edit("components/publish/step.py", lambda text: text.replace('("adapter", "model")', "('adapter',)"))
+    changed = edit("components/publish/contents.py", lambda text: text.replace('("adapter", "model")', "('adapter',)"))
     assert changed == {"publish"}
 
 
@@ -227,6 +227,7 @@ UNHASHED = {
     "core.supervisor": "ends processes",
     "core.uris": "masks secrets in a message of the log",
     "pipeline.code_identity": "the project's folder, whose pins and code the key covers",
+    "pipeline.cost": "adds what manifests say that steps cost; no part of a version's content",
     "pipeline.plan": "the plan as it is, for `publish`",
     "pipeline.step_main": "a step's command line",
     "storage.artifact": "manifests as they are, for `publish`",

@@ -97,7 +97,8 @@ class Adapter:
 
         if not (folder / "adapter" / CONFIG_FILE).is_file():
             raise UsageError(
-                f"--adapter {name}: {folder} has no adapter, since all of its weights trained; ask it alone"
+                f"--adapter {name}: {folder} has no adapter, since all of its weights trained or publish.parts leaves "
+                "it out; ask it alone"
             )
         reference = BaseReference.read(folder / "model")
         pins = base.get("files", {})

@@ -1,7 +1,8 @@
 """The verbs of `qlora-retrain models`: look at a store's published models, check them, move them and mend them.
 
-`pull`, `promote`, `rollback`, `history` and `gc` are the verbs of the same name at the top level. All take `--json`. Exit
-codes are those of `core/errors.py`: 12 for what does not exist or may not be, 13 for bytes that differ, 75 to repeat.
+`pull`, `promote`, `rollback`, `history` and `gc` are the verbs of the same name at the top level. All take `--json`.
+Exit codes are those of `core/errors.py`: 12 for what does not exist or may not be, 13 for bytes that differ, 75 to
+repeat.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from qlora_retrain.config import bounded_yaml, line_sources, method_checks, platform, schedule, sections
+from qlora_retrain.config import bounded_yaml, line_sources, method_checks, part_checks, platform, schedule, sections
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.line_sources import SourcesConfig
 from qlora_retrain.config.methods import METHODS
@@ -108,6 +108,12 @@ class LineConfig(Section):
     @model_validator(mode="after")
     def _method_has_the_exports(self) -> LineConfig:
         if refusal := method_checks.export_refusal(self.train, self.merge.exports):
+            raise ValueError(refusal)
+        return self
+
+    @model_validator(mode="after")
+    def _parts_can_ship(self) -> LineConfig:
+        if refusal := part_checks.refusal(self.train, self.merge, self.publish):
             raise ValueError(refusal)
         return self
 

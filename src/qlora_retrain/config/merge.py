@@ -66,6 +66,9 @@ class MergeConfig(Section):
     exports: list[Export] = identity(
         ["bf16"], "forms that ship; bf16 must be among them, since the rules apply to it. Other forms are scored too"
     )
+    ships_model: bool = identity(
+        True, "set by the plan: whether a version holds the merged model, as publish.parts says"
+    )
     max_export_loss_increase_nats: float | None = identity(
         0.1, "refuse when another export costs more loss per token than this; null: only reported", gt=0.0
     )

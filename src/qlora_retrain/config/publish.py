@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,6 +10,7 @@ from qlora_retrain.config import licences
 from qlora_retrain.config.fields import Section, identity, operational
 from qlora_retrain.core import aliases, uris
 
+Part = Literal["adapter", "model", "exports"]
 Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
@@ -40,6 +41,17 @@ class PublishConfig(Section):
     licence_name: str | None = identity(None, "with licence: other, the licence's own name")
     licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
     description: str = identity("", "a sentence for the model card")
+    parts: list[Part] = identity(
+        ["adapter", "model", "exports"],
+        "what a version holds; without model there is no merged copy, and the adapter is certified over its base, on "
+        "which a server loads it",
+    )
+    base_model_id: str | None = identity(
+        None,
+        "the base's id on the Hugging Face Hub, where sources.base_model is a copy of it; null: that of an hf:// "
+        "source",
+        pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$",
+    )
     retention_days: int = operational(
         14,
         "days in which nobody can delete or replace a version and its audit entries, in a bucket with object lock; "
@@ -63,6 +75,15 @@ class PublishConfig(Section):
     def _no_secrets(cls, value: str | None) -> str | None:
         if value is not None:
             uris.refuse_secrets(value)
+        return value
+
+    @field_validator("parts")
+    @classmethod
+    def _can_be_compared_with(cls, value: list[Part]) -> list[Part]:
+        if len(set(value)) != len(value) or not {"adapter", "model"} & set(value):
+            raise ValueError(
+                "name each part once, and adapter or model among them: the next run compares its model with one of them"
+            )
         return value
 
     @model_validator(mode="after")

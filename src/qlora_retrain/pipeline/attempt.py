@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +15,11 @@ from qlora_retrain.config.line import section_model
 from qlora_retrain.core import graph, signals
 from qlora_retrain.core.errors import Exit
 from qlora_retrain.core.outcome import StepResult
-from qlora_retrain.pipeline import checkpoint_sync, fetch
+from qlora_retrain.pipeline import attempt_costs, checkpoint_sync, cost, fetch
+from qlora_retrain.pipeline.cost import StepCost
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.pipeline.planned_steps import PlannedStep
+from qlora_retrain.pipeline.step_meter import StepMeter
 from qlora_retrain.storage import artifact, cache, keys, signatures
 from qlora_retrain.storage.artifact import Manifest
 from qlora_retrain.storage.store import Store
@@ -55,10 +56,17 @@ def run_attempt(
             arguments |= {i.name: fetch.fetch_input(plan, planned, store, i, inputs) for i in step.reads}
 
         # Fetching and uploading are not counted: they depend on the network, not on the step.
-        clock = time.monotonic()
-        with _scratch_folder(store, step, planned.key, attempt, work) as scratch:
-            result = _call(run, step, {**arguments, **scratch})
-        seconds = round(time.monotonic() - clock, 1)
+        meter, scratch_prefix = StepMeter(planned.config), f"scratch/{step.name}/{planned.key}"
+        try:
+            with meter, _scratch_folder(store, step, scratch_prefix, attempt, work) as scratch:
+                result = _call(run, step, {**arguments, **scratch})
+        except BaseException:
+            if step.scratch:
+                attempt_costs.save(store, scratch_prefix, attempt, meter.cost(plan.run_id, {}))
+            raise
+        step_cost = meter.cost(plan.run_id, result.numbers)
+        if step.scratch:
+            step_cost = attempt_costs.add_earlier(store, scratch_prefix, step_cost)
 
         # A library can swallow the exception by which a signal stops a step. What came after is no result.
         if signals.stop_requested() and not step.scratch:
@@ -73,23 +81,23 @@ def run_attempt(
             exit_code=refusal.exit_code if refusal else Exit.DONE,
             # A refusal is a complete artifact: its report is kept, and a retry finds it.
             reason=str(refusal) if refusal else None,
-            numbers={**result.numbers, "seconds": seconds},
+            numbers={**result.numbers, "seconds": meter.seconds},
             files=artifact.list_files(output),
             inputs=planned.inputs,
             read={name: manifest.content_hash for name, manifest in inputs.items()},
             config=planned.identity,
             code=planned.code,
-            provenance=_provenance(plan, started_at),
+            provenance=_provenance(plan, started_at) | {cost.COSTS: _costs(inputs, step, step_cost)},
         )
         manifest = artifact.complete(store, output, manifest, line=plan.line)
     # Only now, because until the manifest exists the next try may need the checkpoints.
     if step.scratch:
-        checkpoint_sync.remove(store, f"scratch/{step.name}/{planned.key}")
+        checkpoint_sync.remove(store, scratch_prefix)
     return manifest
 
 
 @contextlib.contextmanager
-def _scratch_folder(store: Store, step: graph.Step, key: str, attempt: str, work: Path) -> Iterator[dict[str, Path]]:
+def _scratch_folder(store: Store, step: graph.Step, prefix: str, attempt: str, work: Path) -> Iterator[dict[str, Path]]:
     """Yield a step's scratch folder, if it has one: restored before, uploaded while it runs and after a failure."""
     if not step.scratch:
         yield {}
@@ -97,7 +105,6 @@ def _scratch_folder(store: Store, step: graph.Step, key: str, attempt: str, work
 
     folder = work / "scratch"
     folder.mkdir()
-    prefix = f"scratch/{step.name}/{key}"
     checkpoint_sync.restore(store, prefix, folder)
     uploader = checkpoint_sync.CheckpointUploader(store, prefix, attempt, folder)
     uploader.start()
@@ -124,6 +131,11 @@ def _call(run: StepFunction, step: graph.Step, arguments: Mapping[str, Any]) -> 
     if not isinstance(result, StepResult):
         raise TypeError(f"components.{step.name}.step.run: expected a StepResult, found {type(result).__name__}")
     return result
+
+
+def _costs(inputs: Mapping[str, Manifest], step: graph.Step, own: StepCost) -> dict[str, Any]:
+    """Return what the step cost, and what those cost whose artifacts it read, so that a version's cost is known."""
+    return {name: entry.model_dump() for name, entry in {**cost.read(inputs.values()), step.name: own}.items()}
 
 
 def _provenance(plan: Plan, started_at: datetime) -> dict[str, Any]:

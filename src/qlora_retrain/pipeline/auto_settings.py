@@ -54,6 +54,11 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
     for name, value, reason in _evidence(config):
         choose("data", name, value, reason)
 
+    if "ships_model" in config.merge.model_fields_set:
+        raise UsageError("merge.ships_model: the plan sets it by publish.parts; leave it out")
+    ships_model = "model" in config.publish.parts
+    sections["merge"] = sections["merge"].model_copy(update={"ships_model": ships_model})
+
     train = config.train
     rate = METHODS[train.method].learning_rate
     if "learning_rate" not in train.model_fields_set and rate != train.learning_rate:

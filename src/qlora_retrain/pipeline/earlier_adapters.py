@@ -129,7 +129,8 @@ def _accepted(store: Store, line: str, *further: str) -> Iterator[Release]:
             release = registry.read_release(store, line, name)
         except (UsageError, IntegrityError):
             continue  # an attempt that died before it wrote its manifest, or what somebody else put there
-        if release.content_hash not in rejected:
+        has_adapter = any(file.path == _CONFIG_FILE for file in release.files)  # publish.parts may leave it out
+        if release.content_hash not in rejected and has_adapter:
             yield release
 
 
@@ -148,6 +149,8 @@ def _joins(recipe: Recipe, steps: Steps) -> bool:
 def _start_fault(champion: Release, recipe: Recipe, train: TrainConfig, steps: Steps) -> str | None:
     """Return why training cannot go on from the champion's adapter, and what to set; None where it can."""
     earlier = _identity(recipe, "adapter")
+    if "adapter" not in _identity(recipe, "release").get("parts", ["adapter"]):
+        return "it was published without its adapter (publish.parts); promote a version that has one"
     if earlier.get("method") != train.method or not any(file.path == _CONFIG_FILE for file in champion.files):
         return f"it was trained with another method; set train.method: {earlier.get('method')}"
     if _base(recipe)[0] != _planned_base(steps)[0]:

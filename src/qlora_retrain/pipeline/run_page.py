@@ -9,7 +9,7 @@ from qlora_retrain.core import graph, html, progress
 from qlora_retrain.core.aliases import PRODUCTION, STAGING
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import IntegrityError, describe, is_refusal
-from qlora_retrain.pipeline import new_rows, run_endings, status
+from qlora_retrain.pipeline import cost, new_rows, run_endings, status
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import artifact, moves, open_store, verified_files
 from qlora_retrain.storage.artifact import Manifest
@@ -32,6 +32,7 @@ def page(plan: Plan) -> str:
         f"Run {plan.run_id} of {plan.line}",
         sentence(plan),
         html.table(("step", "state", "result"), rows),
+        html.section("Cost", *_cost(plan)),
         html.section("Files", *folders),
         html.section("What the run is about", *_pinned_files(plan)),
         html.section("Plan", plan.uri),
@@ -46,6 +47,13 @@ def _state_without_artifact(plan: Plan, step_name: str) -> tuple[str, str]:
     last_report = status.progress_text(plan, step_name)
     # A step that was killed says nothing any more, so this is no proof that it still runs.
     return ("not made yet", f"last report: {last_report}") if last_report else ("not made", "")
+
+
+def _cost(plan: Plan) -> list[html.Html | str]:
+    """Return what the run and the steps before it cost; older releases measured nothing."""
+    manifests = [status.find_manifest(plan, step.name) for step in graph.STEPS]
+    costs = cost.read(manifest for manifest in manifests if manifest is not None)
+    return [html.table(cost.HEADERS, cost.rows(costs, plan.run_id))] if costs else ["It was not measured."]
 
 
 def _pinned_files(plan: Plan) -> list[html.Html]:

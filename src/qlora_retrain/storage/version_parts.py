@@ -36,7 +36,9 @@ def select(release: Release, parts: Collection[str]) -> tuple[File, ...]:
 
 def names(release: Release) -> list[str]:
     """Return the parts that a version has."""
-    return sorted({part for file in release.files for part in _parts_of(file.path)})
+    parts = {part for file in release.files for part in _parts_of(file.path)}
+    # Its tokenizer alone is no adapter: `publish.parts` may leave that out.
+    return sorted(parts if release.parts(ADAPTER) else parts - {ADAPTER})
 
 
 def refuse_other_content(release: Release, label: str) -> None:

@@ -9,8 +9,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from components.publish import documents, markdown
+from components.publish import hub_metadata, markdown
 from components.publish.export_table import export_lines
+from components.publish.facts import VersionFacts
+from components.publish.model_card import model_card
 from qlora_retrain.config.sections import PublishConfig
 from qlora_retrain.pipeline.plan import Plan
 
@@ -66,18 +68,15 @@ def card(made_plan: Plan, text: str, **fields: Any) -> tuple[dict[str, Any], str
         for step in made_plan.steps
     ]
     plan = made_plan.model_copy(update={"steps": tuple(steps)})
-    return parse(documents.model_card(config, plan, "20260131T000000Z-0123456789ab", verdict, numbers, {}))
+    return parse(model_card(VersionFacts(config, plan, "20260131T000000Z-0123456789ab", verdict, numbers, {})))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_whatever_a_line_says_is_shown_as_text(made_plan: Plan, text: str) -> None:
     fields, body = card(made_plan, text, licence="other", licence_name=text, licence_link="https://x/y")
-    assert fields == {
-        "license": "other",
-        "license_name": text,
-        "license_link": "https://x/y",
-        "library_name": "transformers",
-    }
+    licence = {"license": "other", "license_name": text, "license_link": "https://x/y"}
+    assert {name: fields.get(name) for name in licence} == licence
+    assert fields["library_name"] == "transformers"
 
     # The same elements as in a card of plain words: no text became a heading, a list, a link or a script.
     _, expected = card(made_plan, "plain words")
@@ -86,7 +85,7 @@ def test_whatever_a_line_says_is_shown_as_text(made_plan: Plan, text: str) -> No
     assert paragraphs[:2] == [visible(text), f"Verdict: {visible(text)}"]
     cells = [plain_text(c) for c in re.findall(r"<td>(.*?)</td>", body, re.DOTALL)]
     assert cells[:5] == [visible(text), "0.5", "0.4 to -", "0.3", "yes"]
-    assert cells[10:] == ["base", "-", "-", "2", visible(text), "0.9", "-", "-"]
+    assert cells[10:18] == ["base", "-", "-", "2", visible(text), "0.9", "-", "-"]
     (block,) = re.findall(r"<pre><code[^>]*>(.*?)</code></pre>", body, re.DOTALL)
     assert plain_text(block) == visible(text)
 
@@ -111,8 +110,7 @@ def test_whatever_a_line_says_is_shown_as_text(made_plan: Plan, text: str) -> No
     ],
 )
 def test_a_licence_is_written_as_a_card_has_it(licence: str, expected: dict[str, str]) -> None:
-    text = markdown.front_matter(PublishConfig(licence=licence))
-    assert yaml.safe_load(text.removeprefix("---").removesuffix("---")) == {**expected, "library_name": "transformers"}
+    assert hub_metadata.licence_fields(PublishConfig(licence=licence)) == expected
 
 
 def test_the_licence_for_people_has_its_name_and_where_to_read_it() -> None:
@@ -139,7 +137,8 @@ def test_the_card_says_how_many_answers_ended_and_which_variables_the_template_r
         for step in made_plan.steps
     ]
     plan = made_plan.model_copy(update={"steps": tuple(steps)})
-    _, body = parse(documents.model_card(PublishConfig(), plan, "v", verdict, {"adapter": {}, "dataset": {}}, {}))
+    facts = VersionFacts(PublishConfig(), plan, "v", verdict, {"adapter": {}, "dataset": {}}, {})
+    _, body = parse(model_card(facts))
     assert f"Ends of answers: {text}." in plain_text(body)
     cells = [plain_text(c) for c in re.findall(r"<td>(.*?)</td>", body, re.DOTALL)]
     assert (cells[4], cells[9]) == ("yes" if is_measured else "not measured", "yes")

@@ -71,6 +71,7 @@ def test_a_version_holds_what_a_consumer_needs_each_file_by_its_hash(
         "LICENCE.md",
         "recipe.json",
         "sbom.json",
+        "cost.json",
         "model.sig",
         "adapter/adapter_model.safetensors",
         "model/model.safetensors",

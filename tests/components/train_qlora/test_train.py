@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.publish import step as publish
+from components.publish import contents
 from components.quantize_model.step import run as quantize
 from components.train_qlora import train as train_module
 from components.train_qlora.data import IGNORE_INDEX, LengthGroupedSampler, PaddingCollator, load_tokenized_dataset
@@ -303,7 +303,7 @@ def test_the_adapter_folder_has_its_documented_files_and_no_path_of_this_machine
     ]  # fmt: skip
 
     # Files with times and speeds are published beside the adapter, so that the same adapter is the same version.
-    published_beside = set(publish._RENAMED_FILES["adapter"])
+    published_beside = set(contents._RENAMED_FILES["adapter"])
     assert {path.name for path in train.adapter.iterdir()} - published_beside == {
         "adapter_config.json",
         "adapter_model.safetensors",
