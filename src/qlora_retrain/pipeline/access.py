@@ -17,7 +17,7 @@ from qlora_retrain.config.line import LineConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.pipeline.planned_steps import FILE_SETS
-from qlora_retrain.storage.keys import PLANNER, step_role
+from qlora_retrain.storage.keys import MIRROR, PLANNER, step_role
 
 # Makes plans; under Airflow it also starts the steps and writes the ending of one that could not.
 # Removes artifacts (`drop`), and what nobody needs any more.
@@ -55,7 +55,7 @@ class Access:
 
 def roles(line: str) -> tuple[str, ...]:
     """Return every role of a line."""
-    return (PLANNER, *(step_role(step, line) for step in graph.STEPS), GC, PULL)
+    return (PLANNER, *(step_role(step, line) for step in graph.STEPS), GC, PULL, MIRROR)
 
 
 def access(config: LineConfig, role: str) -> Access:
@@ -72,7 +72,7 @@ def access(config: LineConfig, role: str) -> Access:
         removable = ("artifacts/*", "scratch/*", "runs/*", f"{versions}/*")
         reads = (_PLANS, "artifacts/*/_manifest.json", f"models/{config.line}/aliases/*", f"{versions}/*/manifest.json")
         return Access(reads=reads, lists=removable, deletes=removable, signs=False)
-    if role == PULL:
+    if role in (PULL, MIRROR):
         return Access(reads=(f"models/{config.line}/*",), signs=False)
 
     step = next((step for step in graph.STEPS if step_role(step, config.line) == role), None)
