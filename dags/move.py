@@ -18,7 +18,7 @@ from typing import Any
 
 from airflow.sdk import DAG, Param
 
-from qlora_retrain.runtimes.airflow import notifications
+from qlora_retrain.runtimes.airflow import mirrors, notifications
 from qlora_retrain.runtimes.airflow.approval import ApprovalOperator
 from qlora_retrain.runtimes.airflow.move import MoveOperator
 from qlora_retrain.runtimes.airflow.move_request import (
@@ -57,9 +57,13 @@ def hand_dag(dag_id: str, description: str, required: Mapping[str, Any], optiona
 with hand_dag(
     MOVE_DAG, "Moves an alias of a line: promotes a version, or rolls back.", MOVE_FIELDS, OPTIONAL_MOVE_FIELDS
 ) as move_dag:
-    notifications.add_move_hooks(move_dag, MoveOperator(task_id="move", pipelines=PIPELINES))
+    move = MoveOperator(task_id="move", pipelines=PIPELINES)
+    notifications.add_move_hooks(move_dag, move)
+    mirrors.add_move_tasks(move_dag, move, PIPELINES)
 
 with hand_dag(
     APPROVAL_DAG, "Asks whether the version in staging may become production.", APPROVAL_FIELDS, {}
 ) as approval_dag:
-    notifications.add_move_hooks(approval_dag, ApprovalOperator(task_id="approve", pipelines=PIPELINES))
+    approve = ApprovalOperator(task_id="approve", pipelines=PIPELINES)
+    notifications.add_move_hooks(approval_dag, approve)
+    mirrors.add_move_tasks(approval_dag, approve, PIPELINES)

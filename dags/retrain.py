@@ -29,7 +29,7 @@ from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, PLAN_TITLE, STEPS, upstream_steps
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import notifications, params, schedules, task_docs
+from qlora_retrain.runtimes.airflow import mirrors, notifications, params, schedules, task_docs
 from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, DAG_IDS
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 from qlora_retrain.runtimes.airflow.request_approval import RequestApprovalOperator
@@ -90,6 +90,7 @@ def line_dag(path: Path) -> DAG:
     for step in STEPS:
         tasks[step.name].set_upstream([tasks[name] for name in upstream_steps(step) or (PLAN_TASK,)])
     notifications.add_tasks(dag, config.line, last=tasks[STEPS[-1].name])
+    mirrors.add_tasks(dag, config, last=tasks[STEPS[-1].name])
     if config.publish.approval:
         RequestApprovalOperator(line=config.line, doc_md=REQUEST_DOC, dag=dag).set_upstream(tasks[STEPS[-1].name])
     return dag

@@ -325,12 +325,12 @@ def test_the_rule_of_digests_is_asked_for_every_pod_of_production_and_for_what_c
     assert set(rule["operations"]) == {"CREATE", "UPDATE"}
 
 
-def test_every_step_of_production_has_an_account_and_a_role_of_its_own() -> None:
+def test_every_step_of_production_and_its_mirrors_have_an_account_and_a_role_of_their_own() -> None:
     roles = {
         account["metadata"]["name"]: account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
         for account in documents_of_kind("production", "ServiceAccount")
     }
-    assert len(set(roles.values())) == len(roles) == len(graph.STEPS)
+    assert len(set(roles.values())) == len(roles) == len(graph.STEPS) + 1
 
 
 def test_airflow_finds_the_dags_the_profile_and_a_pool_that_counts_what_waits() -> None:

@@ -52,6 +52,7 @@ ROLES = {
     "p": "publish-tickets",
     "g": "gc",
     "c": "pull",
+    "x": "mirror",
 }
 KEY, RUN = "0" * 64, "20260131T030000Z-0123456789ab"
 STAMPED = "20260131T030000Z-fedcba987654"
@@ -86,14 +87,14 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"qlora/artifacts/other/{KEY}/_manifest.json": ("Pg", "", "g"),
     f"qlora/scratch/train_qlora/{KEY}/a/checkpoint-1/state.pt": ("t", "t", "tg"),
     f"qlora/scratch/evaluate/{KEY}/a/checkpoint-1/state.pt": ("", "", "g"),
-    f"{VERSION}/manifest.json": ("Pvepgc", "p", "g"),
-    f"{VERSION}/model/model.safetensors": ("epc", "p", "g"),
-    f"{VERSION}/data/profile.json": ("vepc", "p", "g"),
-    f"{VERSION}/recipe.json": ("Ppc", "p", "g"),
-    f"{VERSION}/adapter/adapter_model.safetensors": ("epc", "p", "g"),
-    "qlora/models/tickets/aliases/production.json": ("Ppgc", "p", ""),
-    "qlora/models/tickets/audit/00000001-production-0123.json": ("Ppgc", "p", ""),
-    f"qlora/models/tickets/moving/{STAMPED}.json": ("pc", "p", "pg"),
+    f"{VERSION}/manifest.json": ("Pvepgcx", "p", "g"),
+    f"{VERSION}/model/model.safetensors": ("epcx", "p", "g"),
+    f"{VERSION}/data/profile.json": ("vepcx", "p", "g"),
+    f"{VERSION}/recipe.json": ("Ppcx", "p", "g"),
+    f"{VERSION}/adapter/adapter_model.safetensors": ("epcx", "p", "g"),
+    "qlora/models/tickets/aliases/production.json": ("Ppgcx", "p", ""),
+    "qlora/models/tickets/audit/00000001-production-0123.json": ("Ppgcx", "p", ""),
+    f"qlora/models/tickets/moving/{STAMPED}.json": ("pcx", "p", "pg"),
     # The collector sees what every line names, since artifacts are shared; it removes versions of this line alone.
     f"qlora/models/others/versions/{STAMPED}/manifest.json": ("g", "", ""),
     f"qlora/models/others/versions/{STAMPED}/model/model.safetensors": ("", "", ""),
@@ -219,7 +220,7 @@ def test_a_role_lists_what_it_may_read_and_no_more(documents: dict[str, Document
         "qlora/runs/": "Pg",
         f"qlora/artifacts/dataset/{KEY}/a/": "Pvtempg",
         f"qlora/scratch/train_qlora/{KEY}/": "tg",
-        "qlora/models/tickets/versions/": "pgc",
+        "qlora/models/tickets/versions/": "pgcx",
         "qlora/models/": "g",
         "qlora/models/others/versions/": "g",
         "qlora/histories/": "Pg",
@@ -311,7 +312,7 @@ def test_a_role_signs_with_its_own_key_alone(config: LineConfig) -> None:
         document = policies.role_policy(config, role, ROOT, f"{head}:alias/qlora-{{role}}")
         own = {"kms:ResourceAliases": f"alias/qlora-{role.replace('.', '-')}"}
         another = {"kms:ResourceAliases": "alias/qlora-another"}
-        signs = role not in ("gc", "pull")
+        signs = role not in ("gc", "pull", "mirror")
         assert is_allowed(document, "kms:Sign", f"{head}:key/1", own) is signs
         assert not is_allowed(document, "kms:Sign", f"{head}:key/1", another)
 

@@ -42,7 +42,7 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
     verb.set_defaults(run=_accept)
 
     verb = verbs.add_parser("export", help="write the keys that a step needs to a new folder", parents=[options.stored])
-    verb.add_argument("role", nargs="+", help="as `keys show` lists them")
+    verb.add_argument("role", nargs="+", help="as `keys show` lists them; mirror: without a private key")
     verb.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder, for a secret or a mount")
     verb.set_defaults(run=_export)
 

@@ -143,9 +143,16 @@ class ClusterProfile(ImagesConfig):
         "Airflow: instead of both, an account for each step, <service_account>-<step>; publish has one for each line, "
         "<service_account>-publish-<line>",
     )
+    mirror_service_account: Name | None = operational(
+        None,
+        "Airflow: the service account of mirrors; null: as the others, with account_per_step <service_account>-mirror",
+    )
     egress: tuple[Destination, ...] = operational(
         (),
         "what pods may connect to besides DNS: the store, STS, KMS, trackers, a Hub; `qlora-retrain egress` renders it",
+    )
+    mirror_egress: tuple[Destination, ...] = operational(
+        (), "what the pods of mirrors may connect to besides: the Hub, an MLflow server, or a proxy that knows them"
     )
     namespace: Namespace = operational("qlora-retrain", "Airflow: where the pods are; KFP uses its own")
     priority_class: Name | None = operational(
@@ -231,6 +238,11 @@ class ClusterProfile(ImagesConfig):
             name = f"{self.service_account}-{step.name.replace('_', '-')}"
             return f"{name}-{line}" if is_publish else name
         return (self.publish_service_account if is_publish else None) or self.service_account
+
+    def mirror_account(self) -> str | None:
+        """Return the service account of a mirror's pod."""
+        own = f"{self.service_account}-mirror" if self.account_per_step else self.service_account
+        return self.mirror_service_account or own
 
     def key_secret(self, role: str) -> str | None:
         """Return the name of the secret with a role's keys."""

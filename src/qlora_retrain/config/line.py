@@ -187,7 +187,7 @@ def load(source: Path | str, overrides: Sequence[str] = ()) -> LineConfig:
     def prepare(document: dict[str, Any]) -> dict[str, Any]:
         return _with_template_text(_with_absolute_sources(document, folder), folder, limits.access(own_folder=folder))
 
-    return limits.with_approval(load_section(LineConfig, source, overrides, prepare, {"access": limits.access()}))
+    return limits.accept(load_section(LineConfig, source, overrides, prepare, {"access": limits.access()}))
 
 
 def document(config: LineConfig) -> dict[str, Any]:

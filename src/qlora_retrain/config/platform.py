@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.gpus import CardName, GpuConfig
+from qlora_retrain.config.mirrors import MirrorConfig
 from qlora_retrain.config.notify import HookConfig, LineName, NotifyConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, source_access
@@ -165,6 +166,9 @@ class PlatformConfig(Section):
     hooks: tuple[HookConfig, ...] = operational(
         (), "Airflow: servers that are told to load the new model, after `production` moved"
     )
+    mirrors: tuple[MirrorConfig, ...] = operational(
+        (), "Airflow: where a line may mirror its versions to (publish.mirror), and where the tokens are"
+    )
     approvers: dict[LineName, Annotated[tuple[UserName, ...], Field(min_length=1)]] = operational(
         {},
         "by a line's name: the users of Airflow who may approve and promote its versions, which then must ask "
@@ -175,12 +179,15 @@ class PlatformConfig(Section):
     )
     _origin: Path | None = PrivateAttr(None)
 
-    def with_approval(self, config: LineConfig) -> LineConfig:
+    def accept(self, config: LineConfig) -> LineConfig:
         """Return a line.
 
         Raises:
-            UsageError: If it has approvers, and its runs would move production without asking them.
+            UsageError: If it has approvers, and its runs would move production without asking them; or if it names a
+                mirror that the file does not allow.
         """
+        if self._origin is not None:
+            self.mirrors_of(config)
         if config.line in self.approvers and not config.publish.approval and config.publish.promote_to == PRODUCTION:
             raise UsageError(
                 f"{self._origin}: approvers of line {config.line}: its runs move production without asking; set "
@@ -199,6 +206,25 @@ class PlatformConfig(Section):
     def hooks_of(self, line: str) -> tuple[HookConfig, ...]:
         """Return the servers that load a line's models."""
         return tuple(entry for entry in self.hooks if entry.line in ("*", line))
+
+    def mirrors_of(self, config: LineConfig) -> tuple[MirrorConfig, ...]:
+        """Return the entries of the mirrors that a line names.
+
+        Raises:
+            UsageError: If one is not allowed, or its entry does not say where the line's runtime gets the token.
+        """
+        allowed = {entry.to: entry for entry in self.mirrors if entry.line in ("*", config.line)}
+        place = self._origin or default_path()
+        for uri in config.publish.mirror:
+            if uri not in allowed:
+                raise UsageError(
+                    f"publish.mirror: {uri}: line {config.line} may have "
+                    f"{', '.join(allowed) or 'no mirror'}, as {place} says; ask the owner of that file"
+                )
+            name = "secret" if self.runtime_of(config.line).kind == "kubernetes" else "connection"
+            if getattr(allowed[uri], name) is None:
+                raise UsageError(f"{place}: mirrors: {uri}: needs {name}, by which line {config.line} gets its token")
+        return tuple(allowed[uri] for uri in config.publish.mirror)
 
     def priority_of(self, line: str) -> int:
         """Return the priority of a line's tasks."""

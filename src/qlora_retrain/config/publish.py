@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain.config import licences
 from qlora_retrain.config.fields import Section, identity, operational
+from qlora_retrain.config.mirrors import MirrorUri
 from qlora_retrain.core import aliases, uris
 
 Part = Literal["adapter", "model", "exports"]
@@ -32,6 +33,11 @@ class PublishConfig(Section):
     )
     approval_hours: float = operational(
         72.0, "Airflow: a request that nobody has answered after this long is rejected", gt=0.0, le=720.0
+    )
+    mirror: tuple[MirrorUri, ...] = operational(
+        (),
+        "Airflow: where the version that `production` names is copied to after each run, of the mirrors that "
+        "platform.yaml allows: hf://owner/name, mlflow",
     )
     licence: str = identity(
         "unspecified",

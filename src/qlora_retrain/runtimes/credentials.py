@@ -46,10 +46,14 @@ def step_environment(environment: Mapping[str, str], step: graph.Step, line: str
     Raises:
         UsageError: If the folder has no file for the role, or AWS's file of settings has other credentials.
     """
+    return role_environment(environment, step_role(step, line))
+
+
+def role_environment(environment: Mapping[str, str], role: str) -> dict[str, str]:
+    """Return the environment of a process with a role's credentials alone; raises what `step_environment` does."""
     folder = environment.get(FOLDER_VARIABLE)
     if not folder:
         return dict(environment)
-    role = step_role(step, line)
     file = Path(folder) / role
     if not file.is_file():
         raise UsageError(f"{FOLDER_VARIABLE}: {file} is not there; expected a file with the credentials of role {role}")

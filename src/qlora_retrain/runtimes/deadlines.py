@@ -2,6 +2,7 @@
 
     training           train.max_hours (a week where it is null), and two hours to fetch, to start and to upload
     every other task   runtime.max_step_hours of platform.yaml
+    a mirror           4 hours a try, of three
     the whole run      all of them one after another; in Kubeflow the profile has the hours, since it knows no line
 
 Training stops by itself when its budget is used up, and saves. The deadline is for one that does not come so far.
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 TRAINING_HOURS = 168.0
 # Gigabytes of a base are fetched before the budget begins, and a checkpoint is uploaded after it.
 MARGIN_HOURS = 2.0
+# Of a version that goes to another registry: gigabytes over a slow line.
+MIRROR_TIMEOUT, MIRROR_RETRIES = timedelta(hours=4), 2
 
 
 def task_timeout(
@@ -57,7 +60,9 @@ def run_timeout(config: LineConfig) -> timedelta:
     """Return how long a run may take: every task its full time, and training what the form allows."""
     training_hours = max_form_hours(config.train.max_hours)
     tasks = (graph.PLAN_TASK, *(step.name for step in graph.STEPS))
-    return sum((task_timeout(task, _max_step_hours(config), training_hours) for task in tasks), timedelta())
+    # Mirrors run beside each other.
+    mirrors = MIRROR_TIMEOUT * (MIRROR_RETRIES + 1) if config.publish.mirror else timedelta()
+    return sum((task_timeout(task, _max_step_hours(config), training_hours) for task in tasks), mirrors)
 
 
 def max_form_hours(line_hours: float | None) -> float:

@@ -33,6 +33,8 @@ KEYS_VARIABLE = "QLORA_RETRAIN_KEYS"
 TRUST_FILE = "trust.json"
 # Makes every plan.
 PLANNER = "planner"
+# Copies versions to other registries: it checks signatures, and has no key of its own.
+MIRROR = "mirror"
 _PUBLISH = next(step for step in graph.STEPS if step.kind == graph.StepKind.PUBLISH)
 
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
+from tests import hub_repository
+from tests.hub_repository import HubRepository
 
 pytestmark = [pytest.mark.airflow, pytest.mark.slow]
 KEY = "whsec_" + "QUJD" * 10
@@ -23,6 +25,7 @@ LABELS = {
     "evaluate": {"allow_first_release": True, "bootstrap_samples": 200, "stop_rows": 0, "train_rows": 0},
     "merge": {"max_loss_increase_nats": 2.0, "min_prompts": 10},
 }
+MIRROR = {"publish": {"mirror": [f"hf://{hub_repository.NAME}", "mlflow"]}}
 PLATFORM = {
     # A deadline of some seconds, which every run misses.
     "lines": {"tickets": {"deadline_hours": 0.001, "pause_after_failures": 1}},
@@ -31,7 +34,17 @@ PLATFORM = {
         {"events": ["refused"], "connection": "absent", "kind": "webhook"},
     ],
     "hooks": [{"line": "letters", "connection": "server"}],
+    "mirrors": [
+        {"line": "letters", "to": f"hf://{hub_repository.NAME}", "connection": "hub"},
+        {"line": "*", "to": "mlflow", "connection": "absent"},
+    ],
 }
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubRepository]:
+    with pytest.MonkeyPatch.context() as patch, hub_repository.serve(patch) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +53,12 @@ def airflow(
     tiny_model: Path,
     write_tickets: Callable[[Path, int], Path],
     shared_receiver: Any,
+    hub: HubRepository,
 ) -> Iterator[StandaloneAirflow]:
     folder = tmp_path_factory.mktemp("live")
     (folder / "lines").mkdir()
     sources = {"raw_data": str(write_tickets(folder / "rows.jsonl", 200)), "base_model": str(tiny_model)}
-    lines = {"tickets": {"data": {"min_train_rows": 100_000}}, "letters": LABELS}
+    lines = {"tickets": {"data": {"min_train_rows": 100_000}}, "letters": LABELS | MIRROR}
     for name, sections in lines.items():
         document = {"line": name, "sources": sources, **sections}
         (folder / "lines" / f"{name}.yaml").write_text(yaml.safe_dump(document))
@@ -58,6 +72,8 @@ def airflow(
         "QLORA_RETRAIN_CACHE": str(folder / "cache"),
         "AIRFLOW_CONN_OPS": json.dumps(connection),
         "AIRFLOW_CONN_SERVER": json.dumps(connection | {"host": f"{shared_receiver.url}/reload"}),
+        "AIRFLOW_CONN_HUB": json.dumps({"conn_type": "http", "host": hub.url, "password": hub_repository.TOKEN}),
+        "HF_HUB_DISABLE_XET": "1",
         "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps(transport),
         "AIRFLOW__OPENLINEAGE__NAMESPACE": "retrain",
     }
@@ -120,6 +136,22 @@ def documents(receiver: Any, kind: str) -> list[tuple[str, Any]]:
     """What the receiver got of this kind, with the path that it came by."""
     pairs = zip(receiver.requests, receiver.documents, strict=True)
     return [(path, document["data"]) for (path, _, _), document in pairs if document["type"] == kind]
+
+
+def test_a_published_version_is_mirrored_and_a_mirror_that_fails_changes_no_run(
+    airflow: StandaloneAirflow, published: str, hub: HubRepository
+) -> None:
+    tasks = states(airflow, "letters", published)
+    assert (tasks["mirror_hf-owner-model"], tasks["mirror_mlflow"]) == (("success", 1), ("failed", 1))
+    assert airflow.api.failure_message("letters", published, "mirror_mlflow").endswith(
+        "connection absent: not defined in Airflow; `airflow connections add absent ...`"
+    )
+    assert set(hub.branches) == {"main"}
+    (tag,) = hub.tags
+    files = hub.content(tag)
+    assert hub.content("main") == files
+    assert json.loads(files["manifest.json"])["version"] == tag
+    assert {"README.md", "model/config.json", "model/model.safetensors"} <= set(files)
 
 
 def test_a_missed_deadline_is_told(airflow: StandaloneAirflow, refused: str, shared_receiver: Any) -> None:

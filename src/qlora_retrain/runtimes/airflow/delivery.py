@@ -67,7 +67,7 @@ def post_json(connection_name: str, document: Mapping[str, Any], event_id: str, 
     now = int(time.time())
     timestamp = datetime.fromtimestamp(now, UTC).isoformat()
     body = json.dumps({**document, "timestamp": timestamp}, ensure_ascii=False).encode()
-    connection = _connection(connection_name)
+    connection = find_connection(connection_name)
     headers = {"content-type": "application/json", "user-agent": "qlora-retrain", **_extra_headers(connection)}
     if connection.password or must_sign:
         try:
@@ -120,7 +120,12 @@ def _extra_headers(connection: Connection) -> dict[str, str]:
     return {str(name).lower(): str(value) for name, value in headers.items()} if isinstance(headers, dict) else {}
 
 
-def _connection(name: str) -> Connection:
+def find_connection(name: str) -> Connection:
+    """Return an Airflow connection.
+
+    Raises:
+        UsageError: If there is none of that name.
+    """
     from airflow.sdk import Connection
     from airflow.sdk.exceptions import AirflowNotFoundException
 
@@ -132,7 +137,7 @@ def _connection(name: str) -> Connection:
 
 def _deliver_by(connection_name: str, provider: str, send: Callable[[], None]) -> None:
     """Call `send`, which uses an optional provider, and turn every error into one of ours."""
-    _connection(connection_name)
+    find_connection(connection_name)
     try:
         send()
     except Problem:

@@ -45,7 +45,7 @@ class LocalStepOperator(StepOperator):
         with subprocess.Popen(
             supervisor.supervised_command(command, grace_seconds=GRACE_SECONDS),
             cwd=code_identity.project_root(),
-            env=credentials.step_environment(_environment_without_airflow(), graph.step(self.step), self.line),
+            env=self.process_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -69,13 +69,17 @@ class LocalStepOperator(StepOperator):
 
         return output, self._process.returncode
 
+    def process_environment(self) -> dict[str, str]:
+        """Return what the process sees: nothing of Airflow's own, and of credentials the step's alone."""
+        return credentials.step_environment(environment_without_airflow(), graph.step(self.step), self.line)
+
     def on_kill(self) -> None:
         """Request the step to stop; the supervisor allows it `GRACE_SECONDS`, longer than Airflow allows this task."""
         if self._process is not None:
             self._process.terminate()
 
 
-def _environment_without_airflow() -> dict[str, str]:
+def environment_without_airflow() -> dict[str, str]:
     """Copy this process's environment without Airflow's own settings, which hold its database and signing keys."""
     # A step runs code and loads files that Airflow does not control; it must not see Airflow's keys.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}

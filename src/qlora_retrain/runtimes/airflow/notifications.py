@@ -69,11 +69,11 @@ def add_tasks(dag: DAG, line: str, last: BaseOperator) -> None:
     for entry in notify:
         # A deadline is told while the run goes on, so no task does it.
         if set(entry.events) != {"deadline"}:
-            task_id = next(_free_ids(dag, f"notify_{entry.connection}"))
+            task_id = next(free_ids(dag, f"notify_{entry.connection}"))
             task = NotifyOperator(entry=entry, line=line, pause_after=pause_after, task_id=task_id, dag=dag)
             last >> task.as_teardown()
     for hook in hooks:
-        task_id = next(_free_ids(dag, f"hook_{hook.connection}"))
+        task_id = next(free_ids(dag, f"hook_{hook.connection}"))
         last >> ReloadHookOperator(entry=hook, line=line, task_id=task_id, dag=dag).as_teardown()
 
 
@@ -85,7 +85,7 @@ def add_move_hooks(dag: DAG, last: BaseOperator) -> None:
         last >> MoveHooksOperator(task_id="hooks", dag=dag).as_teardown()
 
 
-def _free_ids(dag: DAG, name: str) -> Iterator[str]:
+def free_ids(dag: DAG, name: str) -> Iterator[str]:
     """Yield ids that no task of the DAG has: two emails to different people use one connection."""
     candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
     return (task_id for task_id in candidates if not dag.has_task(task_id))

@@ -65,10 +65,12 @@ def publish_command(config: LineConfig) -> PublishCommand:
 class LocalCommand(LocalStepOperator):
     """A subprocess of the worker."""
 
+    command = MOVE
+
     def run_command(self, arguments: list[str], run_id: str, timeout: timedelta) -> Ending:
         """Run the command; its output goes to the task's log."""
         output, exit_code = self.run_process([sys.executable, "-m", CLI_MODULE, *arguments])
-        return with_reason_first(Ending.from_process(MOVE, exit_code, None, output.last_lines))
+        return with_reason_first(Ending.from_process(self.command, exit_code, None, output.last_lines))
 
 
 def with_reason_first(ending: Ending) -> Ending:

@@ -25,6 +25,11 @@ _POLL_SECONDS = 1.0
 class KubernetesCommand(KubernetesStepOperator):
     """A pod like that of `publish`, which the task follows to its end without the triggerer."""
 
+    command = MOVE
+    # Set apart the pods of one DAG run, and say what they do.
+    suffix = ""
+    label: str | None = None
+
     def run_command(self, arguments: list[str], run_id: str, timeout: timedelta) -> Ending:
         """Create the pod, or follow the one of an earlier try of the same DAG run; copy its log and delete it."""
         self.prepare_command(arguments, run_id, timeout)
@@ -34,15 +39,16 @@ class KubernetesCommand(KubernetesStepOperator):
             self._pod_api.delete()
         except HTTPError as error:
             raise TryAgain(f"the Kubernetes API does not answer: {error}", cause=Cause.THROTTLED) from error
-        return with_reason_first(ending.as_ending(MOVE, log_lines=output.last_lines if output else ""))
+        return with_reason_first(ending.as_ending(self.command, log_lines=output.last_lines if output else ""))
 
     def prepare_command(self, arguments: list[str], run_id: str, timeout: timedelta) -> None:
         """Fill in the pod's name, command, labels and deadline; everything else is as in the pod of `publish`."""
         self.active_deadline_seconds = math.ceil(timeout.total_seconds())
-        self.name = pod_spec.pod_name(MOVE, hashlib.sha256(run_id.encode()).hexdigest(), run_id)
+        key = hashlib.sha256(f"{run_id}{self.suffix}".encode()).hexdigest()
+        self.name = pod_spec.pod_name(self.command, key, run_id)
         # Kubernetes replaces `$(NAME)` in arguments by a variable of the container, and `$$` by `$`.
         self.arguments = ["python", "-m", CLI_MODULE, *(argument.replace("$", "$$") for argument in arguments)]
-        self.labels = {**pod_spec.labels(self.step, self.line, self.profile), "qlora-retrain.run": run_id}
+        self.labels = {**pod_spec.labels(self.label or self.step, self.line, self.profile), "qlora-retrain.run": run_id}
         # With `auto` no plan says what it needs, so it gets the profile's.
         if self.runtime.memory_gib == "auto" or self.profile.pod(graph.step(self.step)).memory_gib == "auto":
             runtime = self.runtime.model_copy(update={"memory_gib": None})

@@ -7,7 +7,10 @@ Command: `qlora-retrain egress PROFILE`
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from qlora_retrain.runtimes.docker import container_spec
 
 if TYPE_CHECKING:
     from qlora_retrain.config.cluster_profile import ClusterProfile, Destination
@@ -15,17 +18,27 @@ if TYPE_CHECKING:
 # The label of every pod that Airflow starts, as `pod_spec.LABELS`; Kubeflow labels its pods itself, and an overlay
 # replaces this selector.
 _SELECTOR = {"matchLabels": {"app.kubernetes.io/name": "qlora-retrain"}}
+# Of the pods of mirrors, in place of a step's name.
+MIRROR_LABEL = "mirror"
 
 
 def network_policies(profile: ClusterProfile) -> list[dict[str, Any]]:
-    """Render a policy for each destination of the profile."""
+    """Render a policy for each destination of the profile; those of mirrors are for their pods alone."""
+    mirror_selector = {"matchLabels": {**_SELECTOR["matchLabels"], container_spec.STEP_LABEL: MIRROR_LABEL}}
+    return [
+        *_policies(profile.egress, "egress", _SELECTOR),
+        *_policies(profile.mirror_egress, "mirror-to", mirror_selector),
+    ]
+
+
+def _policies(destinations: Iterable[Destination], prefix: str, selector: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": {"name": f"egress-{destination.name}"},
+            "metadata": {"name": f"{prefix}-{destination.name}"},
             "spec": {
-                "podSelector": _SELECTOR,
+                "podSelector": selector,
                 "policyTypes": ["Egress"],
                 "egress": [
                     {
@@ -35,7 +48,7 @@ def network_policies(profile: ClusterProfile) -> list[dict[str, Any]]:
                 ],
             },
         }
-        for destination in profile.egress
+        for destination in destinations
     ]
 
 

@@ -154,7 +154,8 @@ def pod_name(step: str, key: str, run_id: str) -> str:
 
 def service_account_names(profile: ClusterProfile, line: str) -> set[str]:
     """Return every service account that a pod of this profile runs as."""
-    return {name for step in graph.STEPS if (name := profile.account(step, line))}
+    names = (*(profile.account(step, line) for step in graph.STEPS), profile.mirror_account())
+    return {name for name in names if name}
 
 
 def _work_volume_gib(profile: ClusterProfile, runtime: RuntimeConfig) -> float:
