@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from qlora_retrain.cli import keys, kfp, lab, methods, policies, runs, versions
+from qlora_retrain.cli import golden, keys, kfp, lab, methods, policies, runs, versions
 from qlora_retrain.cli.options import shared_options
 from qlora_retrain.core import uris, visible_text
 from qlora_retrain.core.arguments import Parser
@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_verbs(verbs, options)
     lab.add_verbs(verbs, options)
     versions.add_verbs(verbs, options)
+    golden.add_verbs(verbs, options)
     methods.add_verbs(verbs, options)
     keys.add_verbs(verbs.add_parser("keys", help="the keys that sign a store's documents"), options)
     policies.add_verbs(verbs, options)
