@@ -32,10 +32,13 @@ from qlora_retrain.runtimes.airflow.move_request import (
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or Path(__file__).resolve().parents[1] / "pipelines")
 
 
-def hand_dag(dag_id: str, description: str, required: Mapping[str, Any], optional: Mapping[str, Any]) -> DAG:
+def hand_dag(
+    dag_id: str, title: str, description: str, required: Mapping[str, Any], optional: Mapping[str, Any]
+) -> DAG:
     """Make a DAG that people start; `required` and `optional` are the JSON schemas of its form's fields."""
     return DAG(
         dag_id,
+        dag_display_name=title,
         description=description,
         doc_md=__doc__,
         schedule=None,
@@ -55,15 +58,23 @@ def hand_dag(dag_id: str, description: str, required: Mapping[str, Any], optiona
 
 
 with hand_dag(
-    MOVE_DAG, "Moves an alias of a line: promotes a version, or rolls back.", MOVE_FIELDS, OPTIONAL_MOVE_FIELDS
+    MOVE_DAG,
+    "Promote or roll back",
+    "Moves an alias of a line: promotes a version, or rolls back.",
+    MOVE_FIELDS,
+    OPTIONAL_MOVE_FIELDS,
 ) as move_dag:
-    move = MoveOperator(task_id="move", pipelines=PIPELINES)
+    move = MoveOperator(task_id="move", task_display_name="Move the alias", pipelines=PIPELINES)
     notifications.add_move_hooks(move_dag, move)
     mirrors.add_move_tasks(move_dag, move, PIPELINES)
 
 with hand_dag(
-    APPROVAL_DAG, "Asks whether the version in staging may become production.", APPROVAL_FIELDS, {}
+    APPROVAL_DAG,
+    "Approval of a version",
+    "Asks whether the version in staging may become production.",
+    APPROVAL_FIELDS,
+    {},
 ) as approval_dag:
-    approve = ApprovalOperator(task_id="approve", pipelines=PIPELINES)
+    approve = ApprovalOperator(task_id="approve", task_display_name="Ask an approver, then move", pipelines=PIPELINES)
     notifications.add_move_hooks(approval_dag, approve)
     mirrors.add_move_tasks(approval_dag, approve, PIPELINES)

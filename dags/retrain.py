@@ -29,8 +29,8 @@ from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import PLAN_TASK, PLAN_TITLE, STEPS, upstream_steps
 from qlora_retrain.runtimes import deadlines
-from qlora_retrain.runtimes.airflow import mirrors, notifications, params, schedules, task_docs
-from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, DAG_IDS
+from qlora_retrain.runtimes.airflow import dag_ids, mirrors, notifications, params, schedules, task_docs
+from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG
 from qlora_retrain.runtimes.airflow.operators import BrokenLineOperator, PlanOperator
 from qlora_retrain.runtimes.airflow.request_approval import RequestApprovalOperator
 from qlora_retrain.runtimes.airflow.step_tasks import step_operator
@@ -40,6 +40,8 @@ REQUEST_DOC = f"Starts `{APPROVAL_DAG}`, which asks whether the version in `stag
 # Airflow gives up on this file, and so on every line, after 50 seconds. It needs four times as long for what it gets.
 READING_CPU_SECONDS = 6.0
 PIPELINES = Path(os.environ.get("QLORA_RETRAIN_PIPELINES") or PROJECT / "pipelines")
+# The ids of DAGs that are no line's own.
+RESERVED_IDS = dag_ids.reserved()
 
 
 def line_dag(path: Path) -> DAG:
@@ -52,7 +54,7 @@ def line_dag(path: Path) -> DAG:
     # Otherwise a new file could take over the DAG of a line that exists.
     if path.name != f"{config.line}.yaml":
         raise UsageError(f"{path}: is of line {config.line}, whose file is {config.line}.yaml; rename one of them")
-    if config.line in DAG_IDS:
+    if config.line in RESERVED_IDS:
         raise UsageError(f"{path}: line {config.line}: Airflow has another DAG of that name; give the line another one")
     dag = DAG(
         config.line,
@@ -138,7 +140,7 @@ def broken_id(path: Path) -> str:
     # Airflow refuses other characters in an id.
     name = re.sub(r"[^\w.-]", "-", path.stem)[:200]
     candidates = itertools.chain([name], (f"{name}.{path.suffix[1:]}.{i}" for i in itertools.count(1)))
-    return next(dag_id for dag_id in candidates if dag_id not in {*DAGS, *DAG_IDS})
+    return next(dag_id for dag_id in candidates if dag_id not in {*DAGS, *RESERVED_IDS})
 
 
 DAGS: dict[str, DAG] = {}

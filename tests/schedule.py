@@ -1,8 +1,8 @@
 """Which tests run one after the other in one process, and which of them begin first.
 
-Two processes share the tests. Those of a file stay together, for they share models and stores. Those that run
-containers stay together too, for they share an engine and its images. Whatever takes long begins first, so that at
-the end only short ones are left and both processes finish together.
+Two processes share the tests. Those of a file stay together, for they share models and stores. So do those that run
+containers, for they share an engine and its images, and files that share an Airflow. Whatever takes long begins first,
+so that at the end only short ones are left and both processes finish together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECONDS = {
     "components/train_qlora/test_processes": 130,
     "e2e/test_pipeline": 130,
     "components/train_qlora/test_survival": 100,
-    "dags/test_moves_in_airflow": 90,
+    "dags/test_moves_in_airflow": 130,
     "demo/test_standalone_airflow": 80,
     "runtimes/airflow/test_live": 70,
     "demo/test_watched_data": 75,
@@ -44,12 +44,14 @@ SECONDS = {
     "runtimes/airflow/test_local": 20,
     "runtimes/kubernetes/test_following": 20,
 }
+# Modules that share a fixture of the whole session, such as an Airflow, run with the first of them.
+SHARING = {"dags/test_consumer_in_airflow": "dags/test_moves_in_airflow"}
 
 
 def group_of(nodeid: str) -> str:
     """Return the name of the tests that this one runs together with."""
     name = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
-    return CONTAINERS if name.startswith(f"{CONTAINERS}/") else name
+    return CONTAINERS if name.startswith(f"{CONTAINERS}/") else SHARING.get(name, name)
 
 
 def start_order(nodeid: str) -> tuple[float, str]:

@@ -1,17 +1,22 @@
-"""An AIRFLOW_HOME for the tests, set before anything imports Airflow; the Kubeflow pipeline, compiled once."""
+"""An AIRFLOW_HOME for the tests, set before anything imports Airflow; one Airflow for several modules; the pipeline."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from qlora_retrain.demo.airflow_api import AirflowApi
+from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
+from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, MOVE_DAG
 
 os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-home-")
 os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
@@ -34,6 +39,17 @@ PROFILE = {
         "node_selector": {"gpu": "h100"},
         "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}],
     },
+}
+
+
+USERS = ("alice", "bob", "carol")
+CHAT = '{{"messages": [{{"role": "user", "content": "order {0}"}}, {{"role": "assistant", "content": "a"}}]}}\n'
+# A line that trains, for tests that take minutes.
+TRAINED_LINE = {
+    "data": {"task": "labels", "eval_fraction": 0.3, "max_length_tokens": 256},
+    "train": {"learning_rate": 5e-3, "epochs": 6, "micro_batch_size": 16, "dropout": 0.0, "rank": 8},
+    "evaluate": {"allow_first_release": True, "bootstrap_samples": 200, "stop_rows": 0, "train_rows": 0},
+    "merge": {"max_loss_increase_nats": 2.0, "min_prompts": 10},
 }
 
 
@@ -109,3 +125,73 @@ def compiled(
     assert completed.returncode == 0, completed.stderr
     pipeline, platform = yaml.safe_load_all(out.read_text())
     return CompiledPipeline(pipeline, platform, out.read_text())
+
+
+@pytest.fixture(scope="session")
+def site_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_tickets: Callable[[Path, int], Path]
+) -> Path:
+    """Lines with and without approval, of which one has approvers, and two that are followed by a consumer."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "pipelines" / "base").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / "pipelines" / "base" / name).write_text("{}")
+    (folder / "pipelines" / "rows.jsonl").write_text("".join(CHAT.format(i) for i in range(30)))
+    sources = {"raw_data": "rows.jsonl", "base_model": "base"}
+    lines: dict[str, dict[str, Any]] = {
+        line: {"publish": {"approval": line != "mails"}} for line in ("mails", "tickets", "notes", "letters", "parcels")
+    }
+    lines["bulletins"] = {"sources": {**sources, "base_model": str(tiny_model)}}
+    tickets = str(write_tickets(folder / "tickets.jsonl", 200))
+    lines["chronicles"] = {**TRAINED_LINE, "sources": {"raw_data": tickets, "base_model": str(tiny_model)}}
+    for line, sections in lines.items():
+        document = {"line": line, "sources": sources, **sections}
+        (folder / "pipelines" / f"{line}.yaml").write_text(yaml.safe_dump(document))
+    questions = folder / "questions.jsonl"
+    questions.write_text('{"question": "where is the parcel of order 7", "contains": "delivery"}\n')
+    consumers = {
+        line: {
+            "folder": str(folder / "served" / line),
+            "questions": str(questions),
+            "answers": str(folder / f"{line}-answers.jsonl"),
+            "min_right_fraction": 0.0,
+        }
+        for line in ("bulletins", "chronicles")
+    }
+    approvers = {"tickets": ["alice", "bob"], "letters": ["bob"]}
+    (folder / "platform.yaml").write_text(yaml.safe_dump({"approvers": approvers, "consumers": consumers}))
+    (folder / "served").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_airflow(site_folder: Path) -> Iterator[StandaloneAirflow]:
+    """A real Airflow with four users, which several modules share: `tests/schedule.py` keeps them in one process."""
+    environment = {
+        "QLORA_RETRAIN_PIPELINES": str(site_folder / "pipelines"),
+        "QLORA_RETRAIN_PLATFORM": str(site_folder / "platform.yaml"),
+        "QLORA_RETRAIN_ROOT": (site_folder / "store").as_uri(),
+        "QLORA_RETRAIN_CACHE": str(site_folder / "cache"),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{user}:admin" for user in ("admin", *USERS)),
+    }
+    with StandaloneAirflow(site_folder / "home", environment=environment, parallelism=3) as airflow:
+        for dag_id in (MOVE_DAG, APPROVAL_DAG):
+            airflow.wait_for_dag(dag_id)
+        yield airflow
+
+
+@pytest.fixture(scope="module")
+def airflow(shared_airflow: StandaloneAirflow, request: pytest.FixtureRequest) -> Iterator[StandaloneAirflow]:
+    """The shared Airflow; it is stopped after the last module that uses it, and not beside all tests that follow."""
+    yield shared_airflow
+    users = [item.path for item in request.session.items if "shared_airflow" in getattr(item, "fixturenames", ())]
+    if users[-1] == request.path:
+        shared_airflow.stop()
+
+
+@pytest.fixture(scope="module")
+def user_api(airflow: StandaloneAirflow) -> Callable[[str], AirflowApi]:
+    """Sign in as one of the users, whose passwords Airflow made when it started."""
+    passwords = json.loads((airflow.home / "passwords.json").read_text())
+    apis = {user: AirflowApi(airflow.url, passwords[user], user) for user in ("admin", *USERS)}
+    return apis.__getitem__

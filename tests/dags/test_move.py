@@ -36,11 +36,15 @@ def test_both_dags_wait_for_a_person_beside_all_others_and_render_nothing(pipeli
     from airflow.serialization.serialized_objects import DagSerialization
 
     module = load("move.py")
-    for dag, task_id in ((module.move_dag, "move"), (module.approval_dag, "approve")):
+    for dag, task_id, titles in (
+        (module.move_dag, "move", ("Promote or roll back", "Move the alias")),
+        (module.approval_dag, "approve", ("Approval of a version", "Ask an approver, then move")),
+    ):
         assert (dag.schedule, dag.catchup, dag.is_paused_upon_creation) == (None, False, False)
         assert dag.max_active_runs == 1000
         (task,) = dag.tasks
         assert (task.task_id, task.template_fields, task.retries) == (task_id, (), 2)
+        assert (dag.dag_display_name, task.task_display_name) == titles
         assert task.execution_timeout <= timedelta(hours=1)
         assert DagSerialization.to_dict(dag)
     assert (module.move_dag.dag_id, module.approval_dag.dag_id) == (MOVE_DAG, APPROVAL_DAG)

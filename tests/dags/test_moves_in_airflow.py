@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,53 +22,12 @@ from qlora_retrain.storage.registry import PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import Store
 
 pytestmark = [pytest.mark.airflow, pytest.mark.slow]
-USERS = ("alice", "bob", "carol")
 WAIT_SECONDS = 400.0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lines with and without approval, of which one has approvers."""
-    folder = tmp_path_factory.mktemp("moves")
-    (folder / "pipelines" / "base").mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / "pipelines" / "base" / name).write_text("{}")
-    chat = '{{"messages": [{{"role": "user", "content": "order {0}"}}, {{"role": "assistant", "content": "a"}}]}}\n'
-    (folder / "pipelines" / "rows.jsonl").write_text("".join(chat.format(i) for i in range(30)))
-    for line in ("mails", "tickets", "notes", "letters", "parcels"):
-        publish = "false" if line == "mails" else "true"
-        (folder / "pipelines" / f"{line}.yaml").write_text(
-            f"line: {line}\nsources: {{raw_data: rows.jsonl, base_model: base}}\npublish: {{approval: {publish}}}\n"
-        )
-    (folder / "platform.yaml").write_text("approvers: {tickets: [alice, bob], letters: [bob]}\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def airflow(folder: Path) -> Iterator[StandaloneAirflow]:
-    environment = {
-        "QLORA_RETRAIN_PIPELINES": str(folder / "pipelines"),
-        "QLORA_RETRAIN_PLATFORM": str(folder / "platform.yaml"),
-        "QLORA_RETRAIN_ROOT": (folder / "store").as_uri(),
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{user}:admin" for user in ("admin", *USERS)),
-    }
-    with StandaloneAirflow(folder / "home", environment=environment, parallelism=3) as airflow:
-        for dag_id in (MOVE_DAG, APPROVAL_DAG):
-            airflow.wait_for_dag(dag_id)
-        yield airflow
-
-
-@pytest.fixture(scope="module")
-def user_api(airflow: StandaloneAirflow) -> Callable[[str], AirflowApi]:
-    """Sign in as one of the users, whose passwords Airflow made when it started."""
-    passwords = json.loads((airflow.home / "passwords.json").read_text())
-    apis = {user: AirflowApi(airflow.url, passwords[user], user) for user in ("admin", *USERS)}
-    return apis.__getitem__
-
-
 @pytest.fixture
-def store(folder: Path) -> Store:
-    return open_store((folder / "store").as_uri())
+def store(site_folder: Path) -> Store:
+    return open_store((site_folder / "store").as_uri())
 
 
 def version(store: Store, line: str, number: int) -> Release:
@@ -155,7 +113,7 @@ def test_a_move_by_rest_is_made_and_audited_and_emits_the_lines_asset(
     assert alias.reason == f"{reason} (DAG run {MOVE_DAG} {run_id})"
     events = alice.request("GET", f"assets/events?source_dag_id={MOVE_DAG}&source_run_id={quote(run_id)}")
     (event,) = events["asset_events"]
-    assert event["extra"] == {"version": second.version, "published": False, "moved": True}
+    assert event["extra"] == {"version": second.version, "published": False, "moved": True, "alias": PRODUCTION}
     assert event["uri"].rstrip("/").endswith("/models/mails")
 
     # Somebody decided by what production named before.
@@ -249,12 +207,12 @@ def test_a_request_is_void_once_production_has_moved(
 def test_a_run_of_a_line_ends_while_its_request_waits_and_another_run_asks_nobody_again(
     airflow: StandaloneAirflow,
     user_api: Callable[[str], AirflowApi],
-    folder: Path,
+    site_folder: Path,
+    store: Store,
     run_all: Callable[[Plan], dict[str, int]],
 ) -> None:
-    store = open_store((folder / "store").as_uri())
     # The steps are made already, so the run in Airflow publishes nothing new.
-    run_all(make_plan.make_plan(folder / "pipelines" / "parcels.yaml", store.uri))
+    run_all(make_plan.make_plan(site_folder / "pipelines" / "parcels.yaml", store.uri))
     alice = user_api("alice")
     airflow.wait_for_dag("parcels")
     alice.unpause("parcels")

@@ -10,6 +10,7 @@ import pytest
 from qlora_retrain.config.platform import RuntimeConfig
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.pipeline import access
 from qlora_retrain.runtimes import credentials
 from qlora_retrain.runtimes.docker import container_spec
 
@@ -87,3 +88,13 @@ def test_a_container_sees_its_own_steps_file_alone(folder: Path) -> None:
     target = {host: container for host, container, _ in mounts}[f"{folder}/train_qlora"]
     assert variables["AWS_SHARED_CREDENTIALS_FILE"] == target
     assert "AWS_ROLE_ARN" not in variables
+
+
+def test_a_consumer_has_the_role_that_pulls_alone(folder: Path) -> None:
+    environment = {"QLORA_RETRAIN_CREDENTIALS": str(folder), "AWS_ACCESS_KEY_ID": "of-the-worker"}
+    with pytest.raises(UsageError, match="pull is not there"):
+        credentials.role_environment(environment, access.PULL)
+    (folder / "pull").write_text("[default]\n")
+    assert credentials.role_environment(environment, access.PULL) == {
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "pull")
+    }

@@ -76,6 +76,21 @@ def answers(folder: Path, questions: Questions, base: Path | None = None, root: 
     Raises:
         UsageError: If the folder is no model, or the base is missing or another one.
     """
+    model, tokenizer, system = load(folder, base, root)
+    return questions.answers(model, tokenizer, system, str(folder))
+
+
+def load(folder: Path, base: Path | None = None, root: str | None = None) -> tuple[Any, ChatTokenizer, str | None]:
+    """Load a pulled version or a model folder: the model, its tokenizer, and the system turn of its training.
+
+    Args:
+        folder: A pulled version, or a model folder.
+        base: The base of a version that is an adapter alone.
+        root: The store's URI, where that base may be.
+
+    Raises:
+        UsageError: If the folder is no model, or the base is missing or another one.
+    """
     model_folder, system = find_model(folder)
     _refuse_parts_without_model(folder)
     if base is not None and model_folder == folder:
@@ -83,8 +98,7 @@ def answers(folder: Path, questions: Questions, base: Path | None = None, root: 
             f"--base: {folder} is a model folder, and needs no base; for adapters over it, give each with --adapter"
         )
     tokenizer = chat.load_tokenizer(model_folder)
-    model = load_version(folder, base, root)
-    return questions.answers(model, tokenizer, system, str(model_folder))
+    return load_version(folder, base, root), tokenizer, system or tokenizer.chat_format.system
 
 
 def answers_of_adapters(base: Path, adapters: Sequence[Adapter], questions: Questions) -> dict[str, list[Completion]]:

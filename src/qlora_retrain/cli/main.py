@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from qlora_retrain.cli import clusters, gc, keys, kfp, lab, methods, mirrors, models, policies, runs, versions
+from qlora_retrain.cli import clusters, gc, golden, keys, kfp, lab, methods, mirrors, models, policies, runs, versions
 from qlora_retrain.cli.options import shared_options
 from qlora_retrain.core import uris, visible_text
 from qlora_retrain.core.arguments import Parser
@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_verbs(verbs.add_parser("models", help="look at published models, check, move and mend them"), options)
     gc.add_verbs(verbs, options)
     mirrors.add_verbs(verbs, options)
+    golden.add_verbs(verbs, options)
     methods.add_verbs(verbs, options)
     keys.add_verbs(verbs.add_parser("keys", help="the keys that sign a store's documents"), options)
     policies.add_verbs(verbs, options)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
+from qlora_retrain.config.consumers import ConsumerConfig
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.gpus import CardName, GpuConfig
 from qlora_retrain.config.mirrors import MirrorConfig
@@ -161,6 +162,9 @@ class PlatformConfig(Section):
     )
     labs: tuple[LineName, ...] = operational(
         (), "lines that Airflow may train with several settings: each has a DAG LINE-lab, started by hand"
+    )
+    consumers: dict[LineName, ConsumerConfig] = operational(
+        {}, "by a line's name: Airflow pulls and tries its new versions, in a DAG LINE-consume"
     )
     notify: tuple[NotifyConfig, ...] = operational((), "Airflow: who is told how a run ended, by which connection")
     hooks: tuple[HookConfig, ...] = operational(

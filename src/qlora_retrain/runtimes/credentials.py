@@ -1,7 +1,8 @@
 """A step's own credentials for the store, on a machine whose steps are subprocesses or containers.
 
-Environment: `QLORA_RETRAIN_CREDENTIALS`, a folder with a credentials file of AWS for each role, `<step>` and
-`publish-<line>`, whose policies `qlora-retrain policy` renders. Without it every step has this process's credentials.
+Environment: `QLORA_RETRAIN_CREDENTIALS`, a folder with a credentials file of AWS for each role, `<step>`,
+`publish-<line>` and, for a consumer, `pull`, whose policies `qlora-retrain policy` renders. Without it every step has
+this process's credentials.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def step_environment(environment: Mapping[str, str], step: graph.Step, line: str
 
 
 def role_environment(environment: Mapping[str, str], role: str) -> dict[str, str]:
-    """Return the environment of a process with a role's credentials alone; raises what `step_environment` does."""
+    """Return the environment of a process, with a role's credentials alone where there is a folder of them.
+
+    Raises:
+        UsageError: If the folder has no file for the role, or AWS's file of settings has other credentials.
+    """
     folder = environment.get(FOLDER_VARIABLE)
     if not folder:
         return dict(environment)

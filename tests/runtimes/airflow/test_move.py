@@ -110,7 +110,7 @@ def test_the_form_moves_production_as_publish_would_and_a_second_try_finds_it_do
         task, ran = move_task(line), context("al ice", **form)
         task.execute(ran)
         ((event,),) = [events.asset_alias_events for events in ran["outlet_events"]._dict.values()]
-        assert event.extra == {"version": release.version, "published": False, "moved": True}
+        assert event.extra == {"version": release.version, "published": False, "moved": True, "alias": PRODUCTION}
         assert task.outlets == [AssetAlias(LINE)]
     state, _ = registry.read_alias(store, LINE, PRODUCTION)
     assert state is not None

@@ -158,3 +158,15 @@ def test_only_true_is_a_dry_run(value: object) -> None:
     assert not form_fields.is_dry_run({"dry_run": value})
     assert not accepts(form_fields.DRY_RUN_SCHEMA, value)
     assert form_fields.is_dry_run({"dry_run": True})
+
+
+def test_the_schema_of_a_line_is_made_once_in_a_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task of a run parses the DAG's file anew, and the schema was most of that work."""
+    calls: list[int] = []
+    make_schema = LineConfig.model_json_schema
+    monkeypatch.setattr(LineConfig, "model_json_schema", lambda: calls.append(1) or make_schema())
+    params.knob_schema.cache_clear()
+    params._line_schema.cache_clear()
+    for _ in range(2):
+        assert len(params.form_fields(load(path))) > len(params.KNOBS)
+    assert len(calls) == 1

@@ -6,25 +6,18 @@ it a minute to save its work. No command goes through a shell.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk.exceptions import AirflowTaskTimeout
-
-from qlora_retrain.core import errors, graph, supervisor
+from qlora_retrain.core import errors, graph
 from qlora_retrain.core.endings import Ending
-from qlora_retrain.pipeline import code_identity
 from qlora_retrain.runtimes import credentials, local
 from qlora_retrain.runtimes.airflow.operators import StepOperator, StepOutput, fail_task
+from qlora_retrain.runtimes.airflow.supervised_process import SupervisedProcess, environment_without_airflow
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from qlora_retrain.pipeline.plan import Plan
-
-GRACE_SECONDS = 60.0
-_MAX_LINE_CHARACTERS = 64 * 1024
 
 
 class LocalStepOperator(StepOperator):
@@ -32,7 +25,7 @@ class LocalStepOperator(StepOperator):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._process: subprocess.Popen[str] | None = None
+        self._process = SupervisedProcess()
 
     def run_step(self, plan: Plan, context: Context) -> None:
         """Run the step under the supervisor, and copy its output to the task's log."""
@@ -42,45 +35,12 @@ class LocalStepOperator(StepOperator):
 
     def run_process(self, command: list[str]) -> tuple[StepOutput, int]:
         """Run a command with the step's credentials; return its output and its exit code."""
-        with subprocess.Popen(
-            supervisor.supervised_command(command, grace_seconds=GRACE_SECONDS),
-            cwd=code_identity.project_root(),
-            env=self.process_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        ) as self._process:
-            stream = self._process.stdout
-            assert stream is not None
-
-            # `readline` with a limit: output without a line break must not fill the worker's memory.
-            lines = iter(lambda: stream.readline(_MAX_LINE_CHARACTERS), "")
-            try:
-                output = self.copy_output(lines)
-            except AirflowTaskTimeout:
-                # Read on to the end, because a step whose output nobody reads cannot save its work.
-                self._process.terminate()
-                self.copy_output(lines)
-                raise
-
-        return output, self._process.returncode
+        return self._process.run(command, self.process_environment(), self.copy_output)
 
     def process_environment(self) -> dict[str, str]:
         """Return what the process sees: nothing of Airflow's own, and of credentials the step's alone."""
         return credentials.step_environment(environment_without_airflow(), graph.step(self.step), self.line)
 
     def on_kill(self) -> None:
-        """Request the step to stop; the supervisor allows it `GRACE_SECONDS`, longer than Airflow allows this task."""
-        if self._process is not None:
-            self._process.terminate()
-
-
-def environment_without_airflow() -> dict[str, str]:
-    """Copy this process's environment without Airflow's own settings, which hold its database and signing keys."""
-    # A step runs code and loads files that Airflow does not control; it must not see Airflow's keys.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "_AIRFLOW"))}
-    return {**inherited, "PYTHONUNBUFFERED": "1"}
+        """Request the step to stop; the supervisor allows it a minute, longer than Airflow allows this task."""
+        self._process.terminate()

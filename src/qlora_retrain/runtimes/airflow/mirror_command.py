@@ -16,8 +16,8 @@ from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.runtimes import credentials
 from qlora_retrain.runtimes.airflow.delivery import find_connection
-from qlora_retrain.runtimes.airflow.local import environment_without_airflow
 from qlora_retrain.runtimes.airflow.publish_command import LocalCommand
+from qlora_retrain.runtimes.airflow.supervised_process import environment_without_airflow
 from qlora_retrain.storage import mirror_access
 from qlora_retrain.storage.keys import MIRROR
 

@@ -133,7 +133,7 @@ class Mover:
         # Which line it is, is known only now; Airflow reads the outlets when the task has ended.
         task.outlets = [AssetAlias(line)]
         asset = Asset(f"{root}/models/{line}", group="model")
-        extra = {"version": version, "published": False, "moved": True}
+        extra = {"version": version, "published": False, "moved": True, "alias": self.movement.alias}
         context["outlet_events"][AssetAlias(line)].add(asset, extra=extra)
 
 

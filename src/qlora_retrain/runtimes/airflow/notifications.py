@@ -70,11 +70,20 @@ def add_tasks(dag: DAG, line: str, last: BaseOperator) -> None:
         # A deadline is told while the run goes on, so no task does it.
         if set(entry.events) != {"deadline"}:
             task_id = next(free_ids(dag, f"notify_{entry.connection}"))
-            task = NotifyOperator(entry=entry, line=line, pause_after=pause_after, task_id=task_id, dag=dag)
+            task = NotifyOperator(
+                entry=entry,
+                line=line,
+                pause_after=pause_after,
+                task_id=task_id,
+                task_display_name=f"Tell {entry.connection} how it ended",
+                dag=dag,
+            )
             last >> task.as_teardown()
     for hook in hooks:
         task_id = next(free_ids(dag, f"hook_{hook.connection}"))
-        last >> ReloadHookOperator(entry=hook, line=line, task_id=task_id, dag=dag).as_teardown()
+        title = f"Tell {hook.connection} to load it"
+        task = ReloadHookOperator(entry=hook, line=line, task_id=task_id, task_display_name=title, dag=dag)
+        last >> task.as_teardown()
 
 
 def add_move_hooks(dag: DAG, last: BaseOperator) -> None:
@@ -82,7 +91,7 @@ def add_move_hooks(dag: DAG, last: BaseOperator) -> None:
     if platform.load().hooks:
         from qlora_retrain.runtimes.airflow.notify_operators import MoveHooksOperator
 
-        last >> MoveHooksOperator(task_id="hooks", dag=dag).as_teardown()
+        last >> MoveHooksOperator(task_id="hooks", task_display_name="Tell the servers", dag=dag).as_teardown()
 
 
 def free_ids(dag: DAG, name: str) -> Iterator[str]:

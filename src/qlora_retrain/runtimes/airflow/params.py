@@ -127,7 +127,7 @@ def knob_schema(knob: str) -> dict[str, Any]:
     """Return the knob's JSON schema, in the flat shape that Airflow's form understands (no `$ref`, no `anyOf`)."""
     # Airflow's form shows one plain input for each field, so references and unions are resolved here.
     section, name = knob.split(".")
-    document = LineConfig.model_json_schema()
+    document = _line_schema()
     section_schema = _resolve_refs(document, document["properties"][section])
     flat = _flatten_schema(document, section_schema["properties"][name])
     # The default is the line's own value, which `form_fields` gives; `operational` is a key of ours.
@@ -141,6 +141,12 @@ def knob_schema(knob: str) -> dict[str, Any]:
         "description": f"{flat['description']} ({knob})",
         "section": field.section,
     }
+
+
+@cache
+def _line_schema() -> dict[str, Any]:
+    """Return the JSON schema of a line, which takes long to make, and every task of a run parses the DAG's file."""
+    return LineConfig.model_json_schema()
 
 
 def _resolve_refs(document: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
