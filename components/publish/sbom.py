@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -35,7 +36,8 @@ def sbom(facts: VersionFacts) -> dict[str, Any]:
         "serialNumber": uuid.uuid5(uuid.NAMESPACE_URL, f"{plan.line}/{facts.version}").urn,
         "version": 1,
         "metadata": {
-            "timestamp": plan.created_at,
+            # The format wants RFC 3339's form of a time.
+            "timestamp": datetime.strptime(plan.created_at, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).isoformat(),
             "tools": {"components": [{"type": "application", "name": "qlora-retrain"}]},
             "component": _model(facts, [component["bom-ref"] for component in data]),
         },
