@@ -215,6 +215,6 @@ def test_who_needs_a_part_gets_that_part_and_the_papers(
 
 def test_a_part_that_the_version_has_not_is_refused_by_name(store: Store, tmp_path: Path) -> None:
     publish(store, 1, {path: data for path, data in files_of(1).items() if path in (*SHARED, WEIGHTS)})
-    with pytest.raises(UsageError, match="has no part exports/gguf-q4_k_m; it has adapter, model"):
+    with pytest.raises(UsageError, match="has no part exports/gguf-q4_k_m; it has model"):
         pull.pull(store, REFERENCE, tmp_path / "model", parts=["exports/gguf-q4_k_m"])
     assert not (tmp_path / "model").exists()

@@ -211,6 +211,7 @@ def test_a_disk_without_room_is_refused_before_it_is_full(
     store: Store, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(store, 1)
+    ranges.clear()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(range_download.shutil, "disk_usage", lambda path: usage._replace(free=2000))
     with pytest.raises(TryAgain, match="expected room for") as caught:

@@ -29,14 +29,14 @@ def requests_of(s3_uri: str, tmp_path: Path) -> Callable[[], list[Request]]:
 
         store.client.meta.events.register_first("before-send.s3", handler)
         (tmp_path / "small").write_bytes(b"small")
-        (tmp_path / "large").write_bytes(bytes(6 * MIB))
+        (tmp_path / "large").write_bytes(bytes(21 * MIB))
         tag = store.write_if_absent("document", b"first")
         store.swap("document", b"second", tag)
         store.upload(tmp_path, "up", ["small", "large"])
         assert store.read_start("up/small", 3) == b"sma"
         store.copy([("up/small", "copy/small"), ("up/large", "copy/large")])
         store.download("copy", ["small", "large"], tmp_path / "down")
-        assert (tmp_path / "down" / "large").read_bytes() == bytes(6 * MIB)
+        assert (tmp_path / "down" / "large").read_bytes() == bytes(21 * MIB)
         assert store.read("document").data == b"second"
         assert len(list(store.list(""))) == 5
         store.delete(["document"])
