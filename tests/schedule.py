@@ -14,7 +14,7 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 CONTAINERS = "containers"
 # About how long the longest take, in seconds. A wrong number costs idle time at the end and nothing else.
 SECONDS = {
-    CONTAINERS: 800,
+    CONTAINERS: 650,
     "e2e/test_smollm2": 350,
     "demo/test_run": 230,
     "e2e/test_kubernetes": 150,

@@ -217,6 +217,7 @@ def production(root: str) -> tuple[str, str]:
     return release.version, release.provenance["run_id"]
 
 
+@pytest.mark.soak  # the tests below run the pipeline by both; those of the Docker runtime stop and follow containers
 def test_a_run_whose_container_is_stopped_and_whose_worker_is_killed_ends_with_the_keys_of_any_runtime(
     orchestrators: Orchestrators, tmp_path: Path
 ) -> None:

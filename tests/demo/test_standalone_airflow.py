@@ -144,7 +144,7 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(airflow: StandaloneAir
 
 
 @pytest.mark.airflow
-@pytest.mark.slow
+@pytest.mark.soak  # what it maps, and its form, are tested without a scheduler
 def test_a_lab_maps_its_steps_over_the_points(airflow: StandaloneAirflow) -> None:
     airflow.wait_for_dag("letters-lab")
     airflow.api.unpause("letters-lab")
