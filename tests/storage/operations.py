@@ -12,7 +12,7 @@ import pytest
 
 from qlora_retrain.core.errors import Exit, TryAgain, UsageError
 from qlora_retrain.pipeline import execute, make_plan
-from qlora_retrain.storage import moves
+from qlora_retrain.storage import audit, moves, repair
 from qlora_retrain.storage.moves import Request
 from qlora_retrain.storage.store import Store
 from tests.storage import small_versions
@@ -98,6 +98,14 @@ def roll_back(store: Store, request: pytest.FixtureRequest) -> Operation:
     return operation
 
 
+def repair_alias(store: Store, request: pytest.FixtureRequest) -> Operation:
+    """`qlora-retrain models repair`, where an alias's file is lost."""
+    for number in (1, 2, 3):
+        small_versions.publish(store, number)
+    store.delete([audit.alias_path(LINE, "production")])
+    return lambda store: repair.repair(store, LINE, reason="a test")
+
+
 # A further operation, such as one that removes or mends, is a function and a line here.
 OPERATIONS: dict[str, Begin] = {
     "publish": publish,
@@ -107,4 +115,5 @@ OPERATIONS: dict[str, Begin] = {
     "rollback --from --request": roll_back_once,
     "rollback --from": roll_back_from,
     "rollback": roll_back,
+    "repair": repair_alias,
 }

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from hypothesis.stateful import (
 )
 
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import audit, moves, open_store, pull, registry
+from qlora_retrain.pipeline.collect import collect
+from qlora_retrain.storage import audit, collection_mark, moves, open_store, pull, registry
 from qlora_retrain.storage.moves import Request
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import NotFound, Store
@@ -39,8 +41,6 @@ NUMBERS = st.integers(1, LAST)
 TWO = st.sampled_from(["first", "second"])
 # The write of an operation at which its process dies, and whether after it; None: at none.
 DEATHS = st.none() | st.none() | st.tuples(st.integers(1, 12), st.booleans())
-# Removes what nobody needs any more. Whoever collects puts a function of a store here.
-COLLECTORS: list[Callable[[Store], object]] = []
 # The versions' names by number, and the hashes of their contents by name; a version may have been collected.
 RELEASES = {number: small_versions.release_of(listed(files_of(number)), number) for number in range(1, LAST + 1)}
 NAMES = {number: release.version for number, release in RELEASES.items()}
@@ -49,6 +49,13 @@ ROUNDS = settings(
     max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 MANY_ROUNDS = settings(ROUNDS, max_examples=300, stateful_step_count=50)
+
+
+@pytest.fixture(autouse=True)
+def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection that died holds the next one up for a moment and not for minutes."""
+    monkeypatch.setattr(collection_mark, "LEASE_SECONDS", 0.04)
+    monkeypatch.setattr(collection_mark.Marker, "may_remove", lambda self: True)
 
 
 def artifact_path(number: int, path: str) -> str:
@@ -81,6 +88,7 @@ class Line(RuleBasedStateMachine):
         # The aliases whose last writer may have died before it wrote the audit entry.
         self.unfinished: set[str] = set()
         self.damaged: set[str] = set()
+        self.has_collected = False
 
     def new_store(self) -> Store:
         return open_store((self.folder / "store").as_uri())
@@ -121,7 +129,7 @@ class Line(RuleBasedStateMachine):
         except IntegrityError:
             assert self.damaged
         except NotFound:
-            assert COLLECTORS
+            assert self.has_collected
         except TryAgain:
             assert named != target
         except QualityRefused:
@@ -187,11 +195,11 @@ class Line(RuleBasedStateMachine):
         assert self.pulled.get(consumer, 0) <= alias.generation
         self.pulled[consumer] = alias.generation
 
-    @precondition(lambda self: COLLECTORS)
-    @rule(death=DEATHS, data=st.data())
-    def collect(self, death: tuple[int, bool] | None, data: st.DataObject) -> None:
-        collector = data.draw(st.sampled_from(COLLECTORS))
-        self.run(lambda: collector(self.store), death)
+    @rule(death=DEATHS)
+    def collect(self, death: tuple[int, bool] | None) -> None:
+        self.has_collected = True
+        long_after = datetime.now(UTC) + timedelta(days=400)
+        self.run(lambda: collect(self.store, is_dry_run=False, at=long_after), death)
 
     @invariant()
     def aliases_name_whole_versions(self) -> None:
