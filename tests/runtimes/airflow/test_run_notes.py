@@ -71,7 +71,7 @@ def test_the_plugin_listens_and_imports_nothing_heavy() -> None:
 
     program = (
         "import sys, qlora_retrain.runtimes.airflow.run_notes as notes\n"
-        "assert notes.RunNotes.listeners == [notes]\n"
+        "assert notes.RunNotes.listeners == [notes, notes.preload]\n"
         "print(sorted({'torch', 'pandas', 'boto3', 'transformers', 'qlora_retrain.config.line'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

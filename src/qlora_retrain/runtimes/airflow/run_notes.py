@@ -21,6 +21,7 @@ from airflow.listeners import hookimpl
 from airflow.plugins_manager import AirflowPlugin
 
 from qlora_retrain.core import visible_text
+from qlora_retrain.runtimes.airflow import preload
 from qlora_retrain.runtimes.airflow.form_fields import NOTE_KEY, stated_reason
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def escape_markdown(text: str) -> str:
 
 
 class RunNotes(AirflowPlugin):  # type: ignore[misc]
-    """The plugin; its listener is this module."""
+    """The plugin; its listeners are this module and the one that lets tasks begin earlier."""
 
     name = "qlora_retrain_run_notes"
-    listeners: ClassVar = [sys.modules[__name__]]
+    listeners: ClassVar = [sys.modules[__name__], preload]
