@@ -17,6 +17,7 @@ import yaml
 from qlora_retrain.demo.airflow_api import AirflowApi
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 from qlora_retrain.runtimes.airflow.move_request import APPROVAL_DAG, MOVE_DAG
+from qlora_retrain.storage import key_admin, open_store
 
 os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-home-")
 os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
@@ -161,6 +162,8 @@ def site_folder(
     approvers = {"tickets": ["alice", "bob"], "letters": ["bob"]}
     (folder / "platform.yaml").write_text(yaml.safe_dump({"approvers": approvers, "consumers": consumers}))
     (folder / "served").mkdir()
+    # Signed from the start, whichever module comes first: a run's first plan would make the keys of its line alone.
+    key_admin.create(open_store((folder / "store").as_uri()), lines)
     return folder
 
 
