@@ -144,8 +144,8 @@ def _existing_plan(store: Store, run: str, line: Path | str, overrides: Sequence
     return plan
 
 
-def find_plan(store: Store, run: str) -> Plan:
-    """Return the plan that a run of the store has already, and let it count again.
+def find_plan(store: Store, run: str, *, only_look: bool = False) -> Plan:
+    """Return the plan that a run of the store has already; let it count again, unless somebody only looks at it.
 
     Raises:
         UsageError: If the run has none.
@@ -156,7 +156,8 @@ def find_plan(store: Store, run: str) -> Plan:
     access = platform.load().access(store.uri)
     for source in filter(None, plan.sources.values()):
         sources.refuse_closed(source, access)
-    hold(store, plan)
+    if not only_look:
+        hold(store, plan)
     return plan
 
 

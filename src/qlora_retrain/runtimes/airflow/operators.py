@@ -103,7 +103,8 @@ class PlanOperator(BaseOperator):  # type: ignore[misc]
         # Read again for each run: the DAG file was parsed by another process, perhaps before the YAML changed.
         config = load(Path(self.config_path), [])
         if context["params"].get(form_fields.RESUME_RUN):
-            resumed = find_plan(open_store(store_root()), plan_run_id(context))
+            only_look = form_fields.is_dry_run(context["params"])
+            resumed = find_plan(open_store(store_root()), plan_run_id(context), only_look=only_look)
             if resumed.line != config.line:
                 raise UsageError(f"run {resumed.run_id} is of line {resumed.line}; trigger that DAG, not {config.line}")
             params.refuse_other_judgement(resumed.run_id, explain.setting_changes(resumed, config))
