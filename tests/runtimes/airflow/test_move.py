@@ -21,6 +21,7 @@ from qlora_retrain.runtimes.airflow.move_request import Movement, request_id
 from qlora_retrain.storage import actor, registry
 from qlora_retrain.storage.registry import PRODUCTION, Release
 from qlora_retrain.storage.store import Store
+from tests.published import publish_version
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
 LINE = "intents"
@@ -363,6 +364,13 @@ def test_the_question_is_one_block_of_text_that_no_report_can_end(line: Path, st
     assert re.search(r"evaluation\.accuracy +0\.9 +0\.8125", text)
     assert "settings: cannot be compared, since a version has no recipe" in text
     assert "nothing to compare with" in approval_text.body(store, LINE, release.version, "none", None)
+
+
+def test_an_approver_reads_both_verdicts_first(store: Store, tmp_path: Path) -> None:
+    release = publish_version(store, tmp_path / "version", 1, accuracy=0.9)
+    _, first, second, *_ = approval_text.body(store, release.line, release.version, "none", "alice").split("\n")
+    assert first == "verdict     pass: passed 8 rules: accuracy 0.9"
+    assert second == "as shipped  pass: passed 10 rules"
 
 
 def test_kubeflow_may_move_staging_alone(approved_line: Path, root_uri: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import Problem
+from qlora_retrain.pipeline import version_summary
 from qlora_retrain.pipeline.champion_settings import read_recipe
 from qlora_retrain.storage import moves, registry
 from qlora_retrain.storage.registry import Release
@@ -21,8 +22,8 @@ from qlora_retrain.storage.store import Store
 # Airflow keeps the text in its database, and a person reads it on one page.
 _MAX_CHARACTERS = 12_000
 _NAME_WIDTH = 34
-# The artifacts whose numbers are the verdict, in the order of the pipeline.
-_JUDGED = ("dataset", "evaluation", "model")
+# The artifacts whose numbers count for the decision, the most important first.
+_JUDGED = ("evaluation", "model", "dataset")
 
 
 def body(store: Store, line: str, version: str, current: str, requester: str | None) -> str:
@@ -41,7 +42,11 @@ def body(store: Store, line: str, version: str, current: str, requester: str | N
     release = registry.read_release(store, line, version)
     judged_against = read_recipe(store, release).get("champion")
     champion = None if current == moves.NOTHING else registry.read_release(store, line, current)
+    summary = version_summary.summarize(store, release)
     lines = [
+        f"verdict     {': '.join(filter(None, summary.verdict))}",
+        f"as shipped  {': '.join(filter(None, summary.merged_verdict))}",
+        "",
         f"line        {line}",
         f"version     {version}",
         f"production  {current}",
