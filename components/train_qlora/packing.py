@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 from components.train_qlora import varlen
 from components.train_qlora.attention import BACKENDS, Backend
 from components.train_qlora.data import IGNORE_INDEX, Batch
-from qlora_retrain.lm import label_by_label
+from qlora_retrain.lm import learnt_prefix
 
 PACKED = "packed_"  # before a backend's name: its name among the attention implementations of transformers
 # Config fields of attention that no backend computes.
@@ -74,7 +74,7 @@ def backend(model: Any) -> Backend:
 def obstacle(model: Any) -> str | None:
     """Return why the model's rows cannot be packed, as the predicate of a sentence; None where they can."""
     config, name = model.config.get_text_config(), backend_name(model)
-    if label_by_label.has_learnt_prefix(model):
+    if learnt_prefix.is_learnt(model):
         return "reads a learnt prefix from a cache, which packed rows have not"
     if name not in BACKENDS:
         return f"computes {name} attention, which takes padded rows"

@@ -2,16 +2,16 @@
 
 `label_ranking` is many times faster, but it reads the tokens of all labels side by side under a mask of its own. That
 is exact only where attention follows mask and positions alone: not beyond a sliding window, and not in families that
-measure distances by the place in the cache (ALiBi) or build their masks themselves. And PEFT's models with a prefix
-bring a cache of their own.
+measure distances by the place in the cache (ALiBi) or build their masks themselves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qlora_retrain.lm import learnt_prefix
 from qlora_retrain.lm.forward import TargetSequence, score_sequences
 from qlora_retrain.lm.virtual_tokens import prefix_ids
 
@@ -24,8 +24,6 @@ _WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "window_size", "local
 
 def max_tree_tokens(model: PreTrainedModel) -> float:
     """Return the longest prompt with a label that `label_ranking` ranks exactly; 0 where it never does."""
-    if has_learnt_prefix(model):
-        return 0
     # Families without it compute attention in code of their own.
     if not getattr(model, "_supports_attention_backend", False):
         return 0
@@ -33,14 +31,9 @@ def max_tree_tokens(model: PreTrainedModel) -> float:
     if set(getattr(config, "layer_types", None) or ()) == {"full_attention"}:
         return math.inf
     windows = [getattr(config, name, None) for name in _WINDOW_NAMES]
-    # A learnt prompt is before the row, in the window too.
-    virtual_tokens = len(prefix_ids(model))
-    return min((window - virtual_tokens for window in windows if isinstance(window, int)), default=math.inf)
-
-
-def has_learnt_prefix(model: Any) -> bool:
-    """Return whether PEFT's forward pass begins with keys and values that were trained (prefix tuning)."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+    # A layer with a window keeps a part of a learnt prefix; a learnt prompt is before the row, in the window too.
+    virtual_tokens = math.inf if learnt_prefix.is_learnt(model) else len(prefix_ids(model))
+    return max(0, min((window - virtual_tokens for window in windows if isinstance(window, int)), default=math.inf))
 
 
 def rank_labels(

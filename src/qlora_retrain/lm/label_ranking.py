@@ -11,10 +11,12 @@ of reading all labels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.lm import learnt_prefix
 from qlora_retrain.lm.forward import length_grouped_batches, target_logprobs
 from qlora_retrain.lm.trie import Trie
 from qlora_retrain.lm.virtual_tokens import prefix_ids
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FIRST_NODES = 8  # about two labels of a few tokens
+_PLACEHOLDER = -1  # is never read: the cache has its keys and values
 
 
 @dataclass(slots=True)
@@ -33,7 +36,7 @@ class _RowState:
 
     Attributes:
         index: The row's index among the prompts.
-        prompt: The tokens of its prompt.
+        prompt: The tokens of its prompt, after a placeholder for each column that a learnt prefix has in the cache.
         target: A label whose log-likelihood is needed, whether it can win or not.
         edge_logprobs: (edges,), the log-probability of each edge; 0 before the edge is scored.
         is_scored: (edges,), whether the edge is scored. It is a mask of its own, since a broken model may score NaN.
@@ -75,14 +78,17 @@ def rank_labels(
     import torch
 
     results: list[tuple[int, float | None]] = [(0, None)] * len(prompts)
-    prompts = [[*prefix_ids(model), *prompt] for prompt in prompts]
+    with torch.inference_mode():
+        reader, start = learnt_prefix.split(model)
+    before = [_PLACEHOLDER] * start.get_seq_length() + prefix_ids(model)
+    prompts = [[*before, *prompt] for prompt in prompts]
     for batch in length_grouped_batches([len(p) for p in prompts], batch_tokens):
         edges = len(trie.edges)
         rows = [
             _RowState(i, list(prompts[i]), targets[i], np.zeros(edges), np.zeros(edges, dtype=bool), {}) for i in batch
         ]
         with torch.inference_mode():
-            _search(model, trie, rows, batch_tokens)
+            _search(reader, trie, rows, batch_tokens, copy.deepcopy(start))
 
         for row in rows:
             bounds, is_complete = _logprob_bounds(trie, row)
@@ -92,17 +98,17 @@ def rank_labels(
     return results
 
 
-def _search(model: PreTrainedModel, trie: Trie, rows: list[_RowState], batch_tokens: int) -> None:
-    """Read prompts, then nodes, until no incomplete label of any row could win."""
+def _search(model: PreTrainedModel, trie: Trie, rows: list[_RowState], batch_tokens: int, cache: Any) -> None:
+    """Read prompts into the cache, then nodes, until no incomplete label of any row could win."""
     import torch
-    from transformers import DynamicCache
 
     # The shared prefix is read as a batch of one, and its cache then copied to every row.
-    cache = DynamicCache()
-    prefix_len = _shared_prefix_len(rows)
+    learnt_len = cache.get_seq_length()
+    prefix_len = max(learnt_len, _shared_prefix_len(rows))
+    if prefix_len > learnt_len:
+        ids = torch.tensor([rows[0].prompt[learnt_len:prefix_len]])
+        target_logprobs(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True}, [(0, 0)], [(0, 0)])
     if prefix_len:
-        inputs = {"input_ids": torch.tensor([rows[0].prompt[:prefix_len]]), "past_key_values": cache, "use_cache": True}
-        target_logprobs(model, inputs, [(0, 0)], [(0, 0)])
         cache.batch_repeat_interleave(len(rows))
 
     # Which of the cached columns belong to a row's own prompt. The others are padding or trie nodes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,12 @@ def test_only_a_prefix_keeps_rows_from_being_packed(nf4: Path) -> None:
     assert is_packed == {"ia3": True, "prompt": True, "prefix": False, "bottleneck": True}
 
 
+def assert_same_ranks(at_once: Any, one_by_one: Any) -> None:
+    assert [best for best, _ in at_once] == [best for best, _ in one_by_one]
+    for (_, value), (_, expected) in zip(at_once, one_by_one, strict=True):
+        assert value == (None if expected is None else pytest.approx(expected, abs=1e-4))
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_scores_ranks_and_answers_are_those_of_training(nf4: Path, tmp_path: Path, batch: Any, method: str) -> None:
     model = attached(loading.load_nf4(nf4), method).eval()
@@ -167,12 +174,22 @@ def test_scores_ranks_and_answers_are_those_of_training(nf4: Path, tmp_path: Pat
     # Labels are ranked as one after the other would be.
     labels, targets = [[44, 45, 2], [44, 46, 2], [50, 2]], [0, 1, None, 2]
     prompts = [row[:3] + [7] * i for i, row in enumerate(rows)]
-    one_by_one = label_by_label.rank_labels(loaded, labels, prompts, targets, 64, lambda _: None)
-    if label_by_label.max_tree_tokens(loaded):
-        at_once = label_ranking.rank_labels(loaded, Trie.from_sequences(labels), prompts, targets, 64, lambda _: None)
-        assert [best for best, _ in at_once] == [best for best, _ in one_by_one]
-        for (_, value), (_, expected) in zip(at_once, one_by_one, strict=True):
-            assert value == (None if expected is None else pytest.approx(expected, abs=1e-4))
+    assert label_by_label.max_tree_tokens(loaded) == math.inf
+
+    def rank_both(tokens: int = 128) -> tuple[Any, Any]:
+        return (
+            label_ranking.rank_labels(loaded, Trie.from_sequences(labels), prompts, targets, tokens, lambda _: None),
+            label_by_label.rank_labels(loaded, labels, prompts, targets, 64, lambda _: None),
+        )
+
+    # All in a batch, and each alone; then the base that shares the model.
+    for tokens in (128, 1):
+        assert_same_ranks(*rank_both(tokens))
+    trained_ranks = rank_both()[0]
+    with own_adapter.disabled(loaded):
+        base_ranks = rank_both()
+    assert_same_ranks(*base_ranks)
+    assert trained_ranks != base_ranks[0]
 
     # Greedy decoding by definition, from the model as it was trained.
     tokenizer: Any = type("Tokenizer", (), {"stop_ids": [2], "pad_token_id": 0, "decode": lambda *_, **__: ""})()
