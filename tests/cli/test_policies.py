@@ -62,3 +62,19 @@ def test_a_profiles_egress_is_printed_as_kubernetes_takes_it(capsys: pytest.Capt
     assert run("egress", PROFILE) == 0
     (policy,) = yaml.safe_load_all(capsys.readouterr().out)
     assert (policy["kind"], policy["metadata"]["name"]) == ("NetworkPolicy", "egress-store")
+
+
+def test_the_policy_of_messages_is_printed_alone_and_without_the_section_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("messages: {service_account: tell, egress: [{name: ops, blocks: [192.0.2.20/32]}]}\n")
+    assert run("egress", profile, "--messages") == 0
+    (policy,) = yaml.safe_load_all(capsys.readouterr().out)
+    assert policy["metadata"] == {"name": "qlora-retrain-messages", "namespace": "airflow"}
+
+    profile.write_text("messages: {service_account: tell, egress: []}\n")
+    assert run("egress", profile, "--messages") == 12
+    assert "messages.egress" in capsys.readouterr().err
+    assert run("egress", PROFILE, "--messages") == 12
+    assert "has no section messages" in capsys.readouterr().err

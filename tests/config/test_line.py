@@ -227,7 +227,7 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
 def test_every_field_says_what_it_does() -> None:
     everything = {**vars(sections), **vars(cluster_profile), **vars(platform), **vars(schedule)}.values()
     models = [v for v in everything if isinstance(v, type) and issubclass(v, Section) and v is not Section]
-    assert len(models) == 8 + 5 + 7 + 1
+    assert len(models) == 8 + 6 + 7 + 1
     assert all(field.description for model in models for field in model.model_fields.values())
 
 

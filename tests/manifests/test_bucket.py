@@ -35,7 +35,7 @@ else:
 
 
 def subjects_by_role() -> dict[str, set[str]]:
-    """Return the accounts that name each role: those of the overlays, and those of Airflow's chart.
+    """Return the accounts that name each role: those of the overlays, of Airflow's chart, and of messages.
 
     The chart names an account `<release>-<component>`, in the release's namespace.
     """
@@ -49,6 +49,9 @@ def subjects_by_role() -> dict[str, set[str]]:
     for component in (name for name, value in values.items() if isinstance(value, dict)):
         if role := values[component].get("serviceAccount", {}).get("annotations", {}).get(ROLE_ANNOTATION):
             subjects.setdefault(role, set()).add(f"system:serviceaccount:airflow:airflow-{component}")
+    account = yaml.safe_load((ROOT / "airflow" / "messages.yaml").read_text())["metadata"]
+    role = account["annotations"][ROLE_ANNOTATION]
+    subjects[role] = {f"system:serviceaccount:{account['namespace']}:{account['name']}"}
     return subjects
 
 

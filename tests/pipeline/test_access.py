@@ -53,38 +53,39 @@ ROLES = {
     "g": "gc",
     "c": "pull",
     "x": "mirror",
+    "s": "message",
 }
 KEY, RUN = "0" * 64, "20260131T030000Z-0123456789ab"
 STAMPED = "20260131T030000Z-fedcba987654"
 VERSION = f"qlora/models/tickets/versions/{STAMPED}"
 # Of each file: the roles that may read it, write it, delete it.
 TABLE: dict[str, tuple[str, str, str]] = {
-    f"qlora/runs/{RUN}/plan.json": ("Pvqtempg", "P", "g"),
+    f"qlora/runs/{RUN}/plan.json": ("Pvqtempgs", "P", "g"),
     f"qlora/runs/{RUN}/endings/plan.json": (
-        "Pvqtempg",
+        "Pvqtempgs",
         "P",
         "Pg",
     ),  # `*` in a pattern matches slashes: harmless to read
-    f"qlora/runs/{RUN}/endings/train_qlora.json": ("P", "Pt", "Ptg"),
-    f"qlora/runs/{RUN}/endings/publish.json": ("P", "Pp", "Ppg"),
+    f"qlora/runs/{RUN}/endings/train_qlora.json": ("Ps", "Pt", "Ptg"),
+    f"qlora/runs/{RUN}/endings/publish.json": ("Ps", "Pp", "Ppg"),
     f"qlora/runs/{RUN}/status/evaluate.json": ("P", "e", "g"),
     f"qlora/runs/{RUN}/logs/validate_data-01234567.log": ("", "v", "g"),
-    f"qlora/runs/{RUN}/logs/validate_data-0/plan.json": ("Pvqtempg", "P", "g"),
+    f"qlora/runs/{RUN}/logs/validate_data-0/plan.json": ("Pvqtempgs", "P", "g"),
     f"qlora/runs/{RUN}/report.html": ("", "", "g"),
-    f"qlora/artifacts/dataset/{KEY}/_manifest.json": ("Pvtempg", "v", "g"),
+    f"qlora/artifacts/dataset/{KEY}/_manifest.json": ("Pvtempgs", "v", "g"),
     f"qlora/artifacts/dataset/{KEY}/a/train.jsonl": ("vtemp", "v", "vg"),
     f"qlora/artifacts/dataset/{KEY}/a/evaluated_prompts.txt": ("Pvtemp", "v", "vg"),
-    f"qlora/artifacts/base_nf4/{KEY}/_manifest.json": ("Pqtemg", "q", "g"),
+    f"qlora/artifacts/base_nf4/{KEY}/_manifest.json": ("Pqtemgs", "q", "g"),
     f"qlora/artifacts/base_nf4/{KEY}/a/model.safetensors": ("qtem", "q", "qg"),
-    f"qlora/artifacts/adapter/{KEY}/_manifest.json": ("Ptempg", "t", "g"),
+    f"qlora/artifacts/adapter/{KEY}/_manifest.json": ("Ptempgs", "t", "g"),
     f"qlora/artifacts/adapter/{KEY}/a/report.html": ("Ptemp", "t", "tg"),
-    f"qlora/artifacts/evaluation/{KEY}/_manifest.json": ("Pempg", "e", "g"),
+    f"qlora/artifacts/evaluation/{KEY}/_manifest.json": ("Pempgs", "e", "g"),
     f"qlora/artifacts/evaluation/{KEY}/a/evaluation.json": ("emp", "e", "eg"),
-    f"qlora/artifacts/model/{KEY}/_manifest.json": ("Pmpg", "m", "g"),
+    f"qlora/artifacts/model/{KEY}/_manifest.json": ("Pmpgs", "m", "g"),
     f"qlora/artifacts/model/{KEY}/a/model.safetensors": ("mp", "m", "mg"),
-    f"qlora/artifacts/release/{KEY}/_manifest.json": ("Ppg", "p", "g"),
+    f"qlora/artifacts/release/{KEY}/_manifest.json": ("Ppgs", "p", "g"),
     f"qlora/artifacts/release/{KEY}/a/release.json": ("p", "p", "pg"),
-    f"qlora/artifacts/other/{KEY}/_manifest.json": ("Pg", "", "g"),
+    f"qlora/artifacts/other/{KEY}/_manifest.json": ("Pgs", "", "g"),
     f"qlora/scratch/train_qlora/{KEY}/a/checkpoint-1/state.pt": ("t", "t", "tg"),
     f"qlora/scratch/evaluate/{KEY}/a/checkpoint-1/state.pt": ("", "", "g"),
     f"{VERSION}/manifest.json": ("Pvepgcx", "p", "g"),
@@ -92,7 +93,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     f"{VERSION}/data/profile.json": ("vepcx", "p", "g"),
     f"{VERSION}/recipe.json": ("Ppcx", "p", "g"),
     f"{VERSION}/adapter/adapter_model.safetensors": ("epcx", "p", "g"),
-    "qlora/models/tickets/aliases/production.json": ("Ppgcx", "p", ""),
+    "qlora/models/tickets/aliases/production.json": ("Ppgcxs", "p", ""),
     "qlora/models/tickets/audit/00000001-production-0123.json": ("Ppgcx", "p", ""),
     f"qlora/models/tickets/moving/{STAMPED}.json": ("pcx", "p", "pg"),
     # The collector sees what every line names, since artifacts are shared; it removes versions of this line alone.
@@ -312,7 +313,7 @@ def test_a_role_signs_with_its_own_key_alone(config: LineConfig) -> None:
         document = policies.role_policy(config, role, ROOT, f"{head}:alias/qlora-{{role}}")
         own = {"kms:ResourceAliases": f"alias/qlora-{role.replace('.', '-')}"}
         another = {"kms:ResourceAliases": "alias/qlora-another"}
-        signs = role not in ("gc", "pull", "mirror")
+        signs = role not in ("gc", "pull", "mirror", "message")
         assert is_allowed(document, "kms:Sign", f"{head}:key/1", own) is signs
         assert not is_allowed(document, "kms:Sign", f"{head}:key/1", another)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from qlora_retrain.config.cluster_profile import ClusterProfile
 
 
 def add_verbs(verbs: Any, options: Options) -> None:
@@ -32,6 +35,9 @@ def add_verbs(verbs: Any, options: Options) -> None:
     description = "print the network policies of a cluster's profile, as YAML"
     verb = verbs.add_parser("egress", help=description, parents=[options.common])
     verb.add_argument("profile", type=Path, help="e.g. manifests/profiles/production.yaml")
+    verb.add_argument(
+        "--messages", action="store_true", help="the policy of Airflow's namespace for `messages` instead"
+    )
     verb.set_defaults(run=_egress)
 
 
@@ -68,7 +74,18 @@ def _egress(args: argparse.Namespace) -> int:
     from qlora_retrain.config import cluster_profile
     from qlora_retrain.runtimes.kubernetes import egress
 
-    policies = egress.network_policies(cluster_profile.load(args.profile))
-    print(f"# qlora-retrain egress {args.profile}")
+    profile = cluster_profile.load(args.profile)
+    policies = [_message_policy(args.profile, profile)] if args.messages else egress.network_policies(profile)
+    print(f"# qlora-retrain egress {args.profile}{' --messages' if args.messages else ''}")
     print(yaml.safe_dump_all(policies, sort_keys=False), end="")
     return 0
+
+
+def _message_policy(path: Path, profile: ClusterProfile) -> dict[str, Any]:
+    from qlora_retrain.runtimes.kubernetes import egress
+
+    if profile.messages is None:
+        raise UsageError(
+            f"{path}: has no section messages, by which they get pods of their own; see docs/airflow.md"
+        )
+    return egress.message_policy(profile.messages)

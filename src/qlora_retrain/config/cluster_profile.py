@@ -9,7 +9,6 @@ Environment: `QLORA_RETRAIN_PROFILE`, the file that Airflow uses.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import re
@@ -20,7 +19,9 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.gpus import CardName
+from qlora_retrain.config.kubernetes_names import LabelKey, LabelValue, Name, Namespace
 from qlora_retrain.config.platform import DiskGib, ImagesConfig, MemoryGib
+from qlora_retrain.config.pod_network import Destination, MessagePods
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, uris
 from qlora_retrain.core.errors import UsageError
@@ -28,25 +29,10 @@ from qlora_retrain.core.graph import Step, StepKind
 
 PROFILE_VARIABLE = "QLORA_RETRAIN_PROFILE"
 DEFAULT_DISK_GIB = 100.0
-# Names of Kubernetes objects (RFC 1123) and a node's labels, as the cluster's server checks them.
-_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
-Namespace = Annotated[str, Field(pattern=rf"^{_PART}$", max_length=63)]
-Name = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=253)]
-LabelKey = Annotated[str, Field(pattern=rf"^({_PART}(\.{_PART})*/)?{_LABEL}$")]
-LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Port = Annotated[int, Field(ge=1, le=65_535)]
 Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
 # Environment variables of these names hold secrets in most tools.
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE|CREDENTIAL", re.IGNORECASE)
-
-# Of addresses: the widest block that a destination may be, and where nodes keep what is theirs.
-_SHORTEST_PREFIX = {4: 8, 6: 24}
-_METADATA = {
-    4: [ipaddress.ip_network("169.254.0.0/16")],
-    6: [ipaddress.ip_network("fe80::/10"), ipaddress.ip_network("fd00:ec2::/32")],
-}
 
 
 class Toleration(Section):
@@ -94,37 +80,6 @@ class SecretMount(Section):
     mount: Folder = operational(..., "the folder in which each of its keys is a file")
 
 
-class Destination(Section):
-    """What the steps' pods may connect to: blocks of addresses, or pods of the cluster."""
-
-    name: Name = operational(..., "what is there, e.g. store, sts, kms")
-    blocks: tuple[str, ...] = operational((), "address blocks, e.g. 10.0.3.17/32; Kubernetes' policies know no names")
-    namespace: Namespace | None = operational(None, "instead of blocks: a namespace, e.g. that of MinIO or of a proxy")
-    pods: dict[LabelKey, LabelValue] = operational({}, "with namespace: labels of the pods in it")
-    # A policy with no port would open all of them.
-    ports: Annotated[tuple[Port, ...], Field(min_length=1)] = operational((443,), "TCP ports")
-
-    @field_validator("blocks")
-    @classmethod
-    def _narrow(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            block = ipaddress.ip_network(text)
-            # There a node gives its own credentials to whoever asks.
-            if block.prefixlen < _SHORTEST_PREFIX[block.version] or any(
-                block.overlaps(own) for own in _METADATA[block.version]
-            ):
-                raise ValueError(
-                    f"{text}: is open to too much; expected blocks of /8 (IPv6: /24) at most, without node metadata"
-                )
-        return value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Destination:
-        if bool(self.blocks) == bool(self.namespace) or (self.pods and not self.namespace):
-            raise ValueError(f"{self.name}: expected either blocks, or a namespace and the labels of pods in it")
-        return self
-
-
 class ClusterProfile(ImagesConfig):
     """Everything about a cluster that a pipeline needs.
 
@@ -146,6 +101,11 @@ class ClusterProfile(ImagesConfig):
     mirror_service_account: Name | None = operational(
         None,
         "Airflow: the service account of mirrors; null: as the others, with account_per_step <service_account>-mirror",
+    )
+    messages: MessagePods | None = operational(
+        None,
+        "Airflow: the tasks of `notify` and `hooks` run in pods of their own, by Airflow's KubernetesExecutor; null: "
+        "where its other tasks run",
     )
     egress: tuple[Destination, ...] = operational(
         (),

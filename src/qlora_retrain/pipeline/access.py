@@ -18,7 +18,7 @@ from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.pipeline.planned_steps import FILE_SETS
 from qlora_retrain.storage.collection_mark import MARK_PATH
-from qlora_retrain.storage.keys import MIRROR, PLANNER, step_role
+from qlora_retrain.storage.keys import MESSAGE, MIRROR, PLANNER, step_role
 
 # Removes artifacts (`drop`), and what nobody needs any more (`gc`).
 GC = "gc"
@@ -57,7 +57,7 @@ class Access:
 
 def roles(line: str) -> tuple[str, ...]:
     """Return every role of a line."""
-    return (PLANNER, *(step_role(step, line) for step in graph.STEPS), GC, PULL, MIRROR)
+    return (PLANNER, *(step_role(step, line) for step in graph.STEPS), GC, PULL, MIRROR, MESSAGE)
 
 
 def access(config: LineConfig, role: str) -> Access:
@@ -72,6 +72,9 @@ def access(config: LineConfig, role: str) -> Access:
         return _gc_access(config)
     if role in (PULL, MIRROR):
         return Access(reads=(f"models/{config.line}/*",), signs=False)
+    if role == MESSAGE:
+        endings, manifests = "runs/*/endings/*.json", "artifacts/*/_manifest.json"
+        return Access(reads=(_PLANS, endings, manifests, f"models/{config.line}/aliases/*"), signs=False)
 
     step = next((step for step in graph.STEPS if step_role(step, config.line) == role), None)
     if step is None:

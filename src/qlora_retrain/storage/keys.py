@@ -35,6 +35,9 @@ TRUST_FILE = "trust.json"
 PLANNER = "planner"
 # Copies versions to other registries: it checks signatures, and has no key of its own.
 MIRROR = "mirror"
+# Tells people and servers how a run ended; it has no key either.
+MESSAGE = "message"
+KEYLESS = (MIRROR, MESSAGE)
 _PUBLISH = next(step for step in graph.STEPS if step.kind == graph.StepKind.PUBLISH)
 
 

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
+from qlora_retrain.config.line import load as load_line
 from qlora_retrain.config.notify import HookConfig, NotifyConfig
 from qlora_retrain.config.platform import PlatformConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import graph
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause, Exit, UsageError
-from qlora_retrain.pipeline import make_plan, run_endings, status
+from qlora_retrain.pipeline import make_plan, policies, run_endings, status
 from qlora_retrain.pipeline.plan import Plan
+from qlora_retrain.storage.local import LocalStore
+from tests.policies import is_allowed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Airflow's own, while it is imported
 DAG_FILE = Path(__file__).resolve().parents[3] / "dags" / "retrain.py"
@@ -89,6 +92,34 @@ def test_a_published_version_is_told_with_its_numbers_and_the_server_with_its_na
     }  # fmt: skip
     ids = [headers["webhook-id"] for _, headers, _ in ops.requests]
     assert ids[1] == ids[2] != ids[0]
+
+
+def test_the_role_of_messages_may_read_all_that_they_read(
+    made_plan: Plan, run_all: RunAll, ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_all(made_plan)
+    reads: set[str] = set()
+
+    def spy(name: str) -> None:
+        original = getattr(LocalStore, name)
+
+        def read(store: LocalStore, path: str, *arguments: Any) -> Any:
+            reads.add(f"{store.uri}/{path}".removeprefix(f"{made_plan.root}/"))
+            return original(store, path, *arguments)
+
+        monkeypatch.setattr(LocalStore, name, read)
+
+    for name in ("read", "read_start", "read_range", "sha256", "list", "children"):
+        spy(name)
+    tell(context_of(made_plan))
+    call_hook(context_of(made_plan))
+    tell(context_of(made_plan, evaluate="failed"))
+
+    line = "line: tickets\nsources: {raw_data: s3://data/tickets, base_model: s3://data/base}\n"
+    document = policies.role_policy(load_line(line), "message", "s3://bucket/store")
+    refused = {path for path in reads if not is_allowed(document, "s3:GetObject", f"arn:aws:s3:::bucket/store/{path}")}
+    assert refused == set()
+    assert {path.partition("/")[0] for path in reads} == {"runs", "artifacts"}
 
 
 def test_a_move_by_hand_tells_every_server_of_the_line_and_one_that_fails_keeps_no_other_from_it(

@@ -63,8 +63,10 @@ def add_tasks(dag: DAG, line: str, last: BaseOperator) -> None:
     if not notify and not hooks:
         return
 
+    from qlora_retrain.runtimes.airflow import message_pod
     from qlora_retrain.runtimes.airflow.notify_operators import NotifyOperator, ReloadHookOperator
 
+    pod = message_pod.task_arguments()
     pause_after = settings.runtime_of(line).pause_after_failures
     for entry in notify:
         # A deadline is told while the run goes on, so no task does it.
@@ -77,21 +79,24 @@ def add_tasks(dag: DAG, line: str, last: BaseOperator) -> None:
                 task_id=task_id,
                 task_display_name=f"Tell {entry.connection} how it ended",
                 dag=dag,
+                **pod,
             )
             last >> task.as_teardown()
     for hook in hooks:
         task_id = next(free_ids(dag, f"hook_{hook.connection}"))
         title = f"Tell {hook.connection} to load it"
-        task = ReloadHookOperator(entry=hook, line=line, task_id=task_id, task_display_name=title, dag=dag)
+        task = ReloadHookOperator(entry=hook, line=line, task_id=task_id, task_display_name=title, dag=dag, **pod)
         last >> task.as_teardown()
 
 
 def add_move_hooks(dag: DAG, last: BaseOperator) -> None:
     """Add the task of `hooks` to a DAG in which a person moves an alias of any line, after the move."""
     if platform.load().hooks:
+        from qlora_retrain.runtimes.airflow import message_pod
         from qlora_retrain.runtimes.airflow.notify_operators import MoveHooksOperator
 
-        last >> MoveHooksOperator(task_id="hooks", task_display_name="Tell the servers", dag=dag).as_teardown()
+        pod = message_pod.task_arguments()
+        last >> MoveHooksOperator(task_id="hooks", task_display_name="Tell the servers", dag=dag, **pod).as_teardown()
 
 
 def free_ids(dag: DAG, name: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The tasks after a run's last step: tell people how it ended, and tell a server to load the new model.
 
-They run in Airflow's own worker, because the connections are there. Each is a teardown: it runs however the run ended,
-and its own failure never changes the run's state. It is tried again with a growing delay.
+They are tasks of Airflow and not steps, because the connections are there; `message_pod.py` says where they run. Each
+is a teardown: it runs however the run ended, and its own failure never changes the run's state. It is tried again with
+a growing delay.
 """
 
 from __future__ import annotations

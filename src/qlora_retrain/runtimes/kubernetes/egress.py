@@ -2,7 +2,10 @@
 
 `manifests/base/network.yaml` closes everything and opens DNS; these open what the profile lists, and nothing else.
 
-Command: `qlora-retrain egress PROFILE`
+The pods of messages are in Airflow's namespace, where nothing is closed. One policy selects them, and closes for them
+what it does not open.
+
+Command: `qlora-retrain egress PROFILE [--messages]`
 """
 
 from __future__ import annotations
@@ -13,13 +16,24 @@ from typing import TYPE_CHECKING, Any
 from qlora_retrain.runtimes.docker import container_spec
 
 if TYPE_CHECKING:
-    from qlora_retrain.config.cluster_profile import ClusterProfile, Destination
+    from qlora_retrain.config.cluster_profile import ClusterProfile
+    from qlora_retrain.config.pod_network import Destination, MessagePods
 
 # The label of every pod that Airflow starts, as `pod_spec.LABELS`; Kubeflow labels its pods itself, and an overlay
 # replaces this selector.
 _SELECTOR = {"matchLabels": {"app.kubernetes.io/name": "qlora-retrain"}}
-# Of the pods of mirrors, in place of a step's name.
+# Of the pods of mirrors and of messages, in place of a step's name.
 MIRROR_LABEL = "mirror"
+MESSAGE_LABEL = "message"
+_DNS = {
+    "to": [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+        }
+    ],
+    "ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}],
+}
 
 
 def network_policies(profile: ClusterProfile) -> list[dict[str, Any]]:
@@ -31,6 +45,20 @@ def network_policies(profile: ClusterProfile) -> list[dict[str, Any]]:
     ]
 
 
+def message_policy(pods: MessagePods) -> dict[str, Any]:
+    """Render the policy of the pods of messages: DNS and what the profile lists for them, and nothing else."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "qlora-retrain-messages", "namespace": pods.namespace},
+        "spec": {
+            "podSelector": {"matchLabels": {container_spec.STEP_LABEL: MESSAGE_LABEL}},
+            "policyTypes": ["Ingress", "Egress"],
+            "egress": [_DNS, *(_rule(destination) for destination in pods.egress)],
+        },
+    }
+
+
 def _policies(destinations: Iterable[Destination], prefix: str, selector: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
@@ -40,16 +68,16 @@ def _policies(destinations: Iterable[Destination], prefix: str, selector: Mappin
             "spec": {
                 "podSelector": selector,
                 "policyTypes": ["Egress"],
-                "egress": [
-                    {
-                        "to": _peers(destination),
-                        "ports": [{"protocol": "TCP", "port": port} for port in destination.ports],
-                    }
-                ],
+                "egress": [_rule(destination)],
             },
         }
         for destination in destinations
     ]
+
+
+def _rule(destination: Destination) -> dict[str, Any]:
+    ports = [{"protocol": "TCP", "port": port} for port in destination.ports]
+    return {"to": _peers(destination), "ports": ports}
 
 
 def _peers(destination: Destination) -> list[dict[str, Any]]:
