@@ -85,7 +85,5 @@ def _message_policy(path: Path, profile: ClusterProfile) -> dict[str, Any]:
     from qlora_retrain.runtimes.kubernetes import egress
 
     if profile.messages is None:
-        raise UsageError(
-            f"{path}: has no section messages, by which they get pods of their own; see docs/airflow.md"
-        )
+        raise UsageError(f"{path}: has no section messages, by which they get pods of their own; see docs/airflow.md")
     return egress.message_policy(profile.messages)
