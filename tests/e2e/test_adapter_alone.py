@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 QUESTION = "I want my money back for order number 1003"
 BOTTLENECK = {"method": "bottleneck", "learning_rate": 2e-2, "epochs": 4}
@@ -135,6 +139,7 @@ def test_a_lora_without_its_merged_model_is_pulled_asked_and_then_is_the_champio
     answer = project.cli("ask", version, "--base", tiny_model, QUESTION)
     assert answer.exit_code == 0, answer.text
     assert answer.out.strip() in LABELS
+    assert answer_as_documented(tiny_model, version) == answer.out.strip()
 
     # The next run compares its model with it, as it was certified.
     again = project.run("--set", "train.seed=1")
@@ -143,6 +148,17 @@ def test_a_lora_without_its_merged_model_is_pulled_asked_and_then_is_the_champio
     documents = [json.loads(path.read_text())["contestants"] for path in evaluations]
     champion = next(contestants["champion"] for contestants in documents if "champion" in contestants)
     assert champion["loss"] == pytest.approx(served["original"]["loss"], abs=1e-6)
+
+
+def answer_as_documented(base: Path, version: Path) -> str:
+    """Run the program of docs/training.md in the folder of a version; return what it answers to the question."""
+    (program,) = re.findall(r"```python\n(import json.*?PeftModel.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    for documented, own in [('"owner/name"', repr(str(base))), ('"I want my money back"', repr(QUESTION))]:
+        assert program.count(documented) == 1
+        program = program.replace(documented, own)
+    completed = subprocess.run([sys.executable, "-c", program], cwd=version, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout.strip()
 
 
 @pytest.mark.soak
