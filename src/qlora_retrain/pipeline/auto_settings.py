@@ -21,8 +21,8 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
 # LoftQ's as in the experiments of arXiv 2310.08659. LQ-LoRA's error falls by less than 1 % a round after 10.
 DEFAULT_ITERATIONS = {"loftq": 5, "lq-lora": 10}
-# CPUs with one of these (Intel's tiles, Arm's BF16) multiply bf16 matrices faster than fp32 in torch. AVX-512 alone does
-# not: with its bf16 instructions a product takes 1.8 times as long as in fp32, and without them 10 times.
+# CPUs with one of these (Intel's tiles, Arm's BF16) multiply bf16 matrices faster than fp32 in torch. AVX-512 alone is
+# not enough: with its bf16 instructions a product takes 1.8 times as long as in fp32, and without them 10 times.
 _BF16_FLAGS = ("amx_bf16", "bf16")
 
 
