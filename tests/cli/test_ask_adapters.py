@@ -108,7 +108,7 @@ def test_adapters_over_several_forms_of_the_base_are_asked_by_themselves(
     quantization |= {"quant_method": "bitsandbytes", "bnb_4bit_use_double_quant": True}
     BaseReference("dequantized", served_model.hashes(tiny_model), quantization).write(packed / "model")
     assert ask(tiny_model, "--adapter", versions["a"], "--adapter", packed, "--", QUESTION) == 12
-    assert "served over several forms of the base" in capsys.readouterr().err
+    assert "others over a packed base" in capsys.readouterr().err
     assert ask(tiny_model, "--adapter", packed, "--max-new-tokens", "3", "--", QUESTION) == 0
     alone = capsys.readouterr().out
     assert ask(packed, "--base", tiny_model, "--max-new-tokens", "3", "--", QUESTION) == 0

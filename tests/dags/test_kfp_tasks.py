@@ -137,7 +137,7 @@ def test_task_zero_passes_the_plan_of_another_run_on(tasks: Tasks) -> None:
     assert tasks.plan("run-2", resume_run=run_of(first)) == first
     wrong_line = tasks.run_task("plan", "run-3", resume_run=run_of(first), line="refunds")
     assert (wrong_line.returncode, (tasks.outputs / "uri").exists()) == (Exit.USAGE, False)
-    assert "is of line tickets" in wrong_line.stderr
+    assert "belongs to line tickets" in wrong_line.stderr
     both = tasks.run_task("plan", "run-3", resume_run=run_of(first), overrides=("train.rank=8",))
     assert both.returncode == Exit.USAGE
 

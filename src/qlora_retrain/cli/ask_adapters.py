@@ -150,8 +150,8 @@ def answer_over_base(base: Path, adapters: Sequence[Adapter], ask: Ask) -> dict[
     forms = {str(reference and reference.quantization) for reference in references.values()}
     if len(forms) > 1:
         raise UsageError(
-            "--adapter: they are served over several forms of the base, in 16 bits and in 4; ask those of each form by "
-            "themselves"
+            "--adapter: some are served over the base in 16 bits and others over a packed base; ask those of each form "
+            "in a command of its own"
         )
 
     reference = next((reference for reference in references.values() if reference), None)

@@ -25,9 +25,9 @@ def add_verbs(verbs: Any, options: Options) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a line that is to run there (repeatable)",
+        help="a line that will run on the cluster (repeatable)",
     )
-    shared.add_argument("--json", action="store_true", help="print JSON instead of a page")
+    shared.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     description = "check the manifests, a profile and its pods, without a cluster"
     verb = verbs.add_parser("deploy-check", help=description, parents=[options.common, shared])
@@ -45,17 +45,22 @@ def add_verbs(verbs: Any, options: Options) -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="default: that of the profile's name, and Kubeflow's where it was made for the profile (repeatable)",
+        help="an overlay (repeatable); default: the one with the profile's name, and Kubeflow's if it fits the profile",
     )
-    verb.add_argument("--kubernetes", default="1.32", metavar="VERSION", help="the version whose schemas are used")
+    verb.add_argument(
+        "--kubernetes",
+        default="1.32",
+        metavar="VERSION",
+        help="the Kubernetes version whose schemas are used; default: 1.32",
+    )
     verb.set_defaults(run=_deploy_check)
 
-    description = "run inside a cluster: tell whether store, roles, quota, nodes and images would let a run through"
+    description = "check inside a cluster whether store, roles, quota, nodes and images would let a run succeed"
     verb = verbs.add_parser("doctor", help=description, parents=[options.stored, shared])
     verb.add_argument(
         "--profile", type=Path, metavar="FILE", help="the cluster's profile (YAML); default: QLORA_RETRAIN_PROFILE"
     )
-    verb.add_argument("--airflow", metavar="URL", help="Airflow's API, to check the pool; without it that is not known")
+    verb.add_argument("--airflow", metavar="URL", help="Airflow's API; without it the pool is not checked")
     verb.set_defaults(run=_doctor)
 
 

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 def add_verbs(verbs: Any, options: Options) -> None:
     """Add the verb to a parser's subparsers."""
     verb = verbs.add_parser(
-        "gc", help="list what the store does not need any more; --delete removes it", parents=[options.stored]
+        "gc", help="list what the store no longer needs; --delete removes it", parents=[options.stored]
     )
-    verb.add_argument("--delete", action="store_true", help="remove it; without this, nothing is changed")
+    verb.add_argument(
+        "--delete", action="store_true", help="remove what is listed; without this option nothing is changed"
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     verb.add_argument(
         "--run-days",

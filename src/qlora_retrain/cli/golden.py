@@ -174,10 +174,16 @@ def add_verbs(verbs: Any, options: Options) -> None:
         type=float,
         default=1.0,
         metavar="FRACTION",
-        help="end with 11 where a smaller share of the answers is right; default: 1.0",
+        help="end with exit code 11 if a smaller share of the answers is right; default: 1.0",
     )
-    verb.add_argument("--max-new-tokens", type=int, default=64, metavar="TOKENS", help="default: 64")
-    verb.add_argument("--no-text", action="store_true", help="print numbers of lines alone, for a log that others read")
+    verb.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="TOKENS", help="cut longer answers; default: 64"
+    )
+    verb.add_argument(
+        "--no-text",
+        action="store_true",
+        help="print the line numbers of wrong answers and no text, for a log that others read",
+    )
     verb.add_argument("--report", type=Path, metavar="FILE", help="write every answer to this file, as JSON lines")
     verb.set_defaults(run=_ask_golden)
 

@@ -13,7 +13,7 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
     """Add the verbs below `keys`."""
     verbs = keys.add_subparsers(required=True, metavar="VERB")
 
-    verb = verbs.add_parser("create", help="make the keys of a store, or a further line's", parents=[options.stored])
+    verb = verbs.add_parser("create", help="make the keys of a store, or of a further line", parents=[options.stored])
     verb.add_argument(
         "--line", action="append", default=[], metavar="NAME", help="make the key of this line's publisher (repeatable)"
     )
@@ -30,7 +30,7 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
     verb.set_defaults(run=_show)
 
     verb = verbs.add_parser("rotate", help="replace a role's key", parents=[options.stored])
-    verb.add_argument("role", help="as `keys show` lists it")
+    verb.add_argument("role", help="the role, as `keys show` lists it")
     verb.add_argument("--stolen", action="store_true", help="accept nothing that the old key signed")
     verb.add_argument("--kms", metavar="ID", help="the new key in AWS KMS")
     verb.set_defaults(run=_rotate)
@@ -38,11 +38,13 @@ def add_verbs(keys: argparse.ArgumentParser, options: Options) -> None:
     verb = verbs.add_parser(
         "accept", help="accept documents as they are now, whoever signed them", parents=[options.stored]
     )
-    verb.add_argument("path", nargs="+", help="in the store, e.g. models/my-line/aliases/production.json")
+    verb.add_argument(
+        "path", nargs="+", help="the document's path in the store, e.g. models/my-line/aliases/production.json"
+    )
     verb.set_defaults(run=_accept)
 
     verb = verbs.add_parser("export", help="write the keys that a step needs to a new folder", parents=[options.stored])
-    verb.add_argument("role", nargs="+", help="as `keys show` lists them; mirror: without a private key")
+    verb.add_argument("role", nargs="+", help="roles, as `keys show` lists them; mirror: without a private key")
     verb.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder, for a secret or a mount")
     verb.set_defaults(run=_export)
 

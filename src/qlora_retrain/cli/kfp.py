@@ -31,13 +31,16 @@ def add_verbs(kfp: argparse.ArgumentParser, options: Options) -> None:
     server = Parser(add_help=False)
     server.add_argument("--endpoint", metavar="URL", help="KFP's API; default: KF_PIPELINES_ENDPOINT")
     server.add_argument(
-        "--namespace", default="kubeflow", metavar="NAME", help="the user's namespace, where KFP serves several users"
+        "--namespace",
+        default="kubeflow",
+        metavar="NAME",
+        help="the user's namespace, if KFP serves several users; default: kubeflow",
     )
     plan = Parser(add_help=False)
     plan.add_argument("--resume", default="", metavar="RUN", help="finish this run of the store instead of a new one")
 
-    verb = verbs.add_parser("compile", help="write the YAML that KFP takes", parents=[options.common, cluster])
-    verb.add_argument("--out", type=Path, metavar="FILE", help="default: .state/kfp/retrain.yaml")
+    verb = verbs.add_parser("compile", help="write the pipeline as YAML for KFP", parents=[options.common, cluster])
+    verb.add_argument("--out", type=Path, metavar="FILE", help="where it is written; default: .state/kfp/retrain.yaml")
     verb.set_defaults(run=_compile)
 
     parents = [options.stored, cluster, line, options.settings]

@@ -22,7 +22,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     """Add the verb to a parser's subparsers."""
     verb = verbs.add_parser(
         "lab",
-        help="train with several settings, judge them by the same rows, and say which to take",
+        help="train with several settings, score them on the same rows, and say which to take",
         parents=[options.stored, options.settings],
     )
     verb.add_argument("config", type=Path, help="the line's YAML file")
@@ -31,7 +31,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
         action="append",
         default=[],
         metavar="SECTION.KNOB=V1,V2",
-        help="train with each of these values; several --vary are multiplied (repeatable)",
+        help="train with each of these values; several --vary give all combinations (repeatable)",
     )
     verb.add_argument(
         "--points",
@@ -48,15 +48,17 @@ def add_verbs(verbs: Any, options: Options) -> None:
         type=_judge_fraction,
         default=0.1,
         metavar="F",
-        help="the share of the training prompts that judges and is not trained on (0.1)",
+        help="the share of the training prompts that scores the points and is not trained on; default: 0.1",
     )
-    verb.add_argument("--parallel", type=_positive, default=1, metavar="N", help="run so many points at once (1)")
+    verb.add_argument(
+        "--parallel", type=_positive, default=1, metavar="N", help="run N points at the same time; default: 1"
+    )
     verb.add_argument(
         "--search", choices=["optuna"], help="propose points instead of combining all values; takes ranges, LOW..HIGH"
     )
-    verb.add_argument("--trials", type=_positive, metavar="N", help="how many points a search tries (20)")
+    verb.add_argument("--trials", type=_positive, metavar="N", help="how many points a search tries; default: 20")
     verb.add_argument("--merge", action="store_true", help="merge every adapter too, and measure what merging costs")
-    verb.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes (lab-LINE)")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="where the report is written; default: lab-LINE")
     verb.add_argument("--json", action="store_true", help="print lab.json instead of the recommendation")
     verb.set_defaults(run=_lab)
 

@@ -20,22 +20,25 @@ from qlora_retrain.core.errors import Exit, Problem
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="qlora-retrain", description="Retrain with QLoRA, judge by measurement, publish what others can trust."
+        prog="qlora-retrain",
+        description="Retrain a language model with QLoRA, decide by measurement whether it may ship, and publish it.",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     options = shared_options()
     runs.add_verbs(verbs, options)
     lab.add_verbs(verbs, options)
     versions.add_verbs(verbs, options)
-    models.add_verbs(verbs.add_parser("models", help="look at published models, check, move and mend them"), options)
+    models.add_verbs(verbs.add_parser("models", help="list, verify, move and repair published models"), options)
     gc.add_verbs(verbs, options)
     mirrors.add_verbs(verbs, options)
     golden.add_verbs(verbs, options)
     methods.add_verbs(verbs, options)
-    keys.add_verbs(verbs.add_parser("keys", help="the keys that sign a store's documents"), options)
+    keys.add_verbs(
+        verbs.add_parser("keys", help="create, show and rotate the keys that sign a store's documents"), options
+    )
     policies.add_verbs(verbs, options)
     clusters.add_verbs(verbs, options)
-    kfp.add_verbs(verbs.add_parser("kfp", help="the pipeline on Kubeflow Pipelines"), options)
+    kfp.add_verbs(verbs.add_parser("kfp", help="run the pipeline on Kubeflow Pipelines"), options)
     return parser
 
 

@@ -37,7 +37,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
     verb.add_argument("line", help="the line's name")
     _finish(verb, _list)
 
-    verb = verbs.add_parser("show", help="print who published a version, when, why, by which verdict", parents=parents)
+    verb = verbs.add_parser("show", help="print who published a version, when, why, and its verdict", parents=parents)
     verb.add_argument("reference", metavar="LINE@ALIAS", help=_REFERENCE)
     _finish(verb, _show)
 
@@ -48,20 +48,28 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
 
     verb = verbs.add_parser("verify", help="read every byte of a version, or of all (--all)", parents=parents)
     verb.add_argument("reference", metavar="LINE@ALIAS", help=f"{_REFERENCE}; with --all: LINE")
-    verb.add_argument("--all", action="store_true", help="every version of the line")
+    verb.add_argument("--all", action="store_true", help="verify every version of the line")
     _finish(verb, _verify)
 
-    for name, action in (("reject", "keep an alias from naming"), ("unreject", "allow an alias to name")):
-        verb = verbs.add_parser(name, help=f"{action} a version, its content and its recipe", parents=parents)
+    for name, action in (("reject", "reject"), ("unreject", "lift the rejection of")):
+        verb = verbs.add_parser(
+            name, help=f"{action} a version for an alias, by its content and its recipe", parents=parents
+        )
         verb.add_argument("line", help="the line's name")
         verb.add_argument("version", help="a published version of the line")
         verb.add_argument("--alias", default="production", help="default: production")
         verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
         _finish(verb, _reject if name == "reject" else _unreject)
 
-    verb = verbs.add_parser("repair", help="mend what is stuck in a line, and say what cannot be", parents=parents)
+    verb = verbs.add_parser(
+        "repair",
+        help="repair a line's aliases, audit trail and files, and say what cannot be repaired",
+        parents=parents,
+    )
     verb.add_argument("line", help="the line's name")
-    verb.add_argument("version", nargs="*", help="also mend these; default: the versions that aliases name")
+    verb.add_argument(
+        "version", nargs="*", help="repair the files of these versions, too; default: those that aliases name"
+    )
     verb.add_argument("--reason", default="repaired by hand", help="a sentence for the audit trail")
     verb.add_argument("--dry-run", action="store_true", help="only print what would be done")
     _finish(verb, _repair)
@@ -69,7 +77,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
     verb = verbs.add_parser("probe", help="check that the store honours conditional writes", parents=parents)
     _finish(verb, _probe)
 
-    verb = verbs.add_parser("export", help="bring one export of a version, verified", parents=parents)
+    verb = verbs.add_parser("export", help="download one export of a version and verify it", parents=parents)
     verb.add_argument("reference", metavar="LINE@ALIAS", help=_REFERENCE)
     verb.add_argument("name", help="the export, e.g. gguf-q8_0")
     verb.add_argument("destination", metavar="DEST", type=Path, help="a file, e.g. ./model.gguf, or a folder")

@@ -21,10 +21,10 @@ def add_verbs(verbs: Any, options: Options) -> None:
     verb = verbs.add_parser("policy", help=description, parents=[options.stored, options.settings])
     verb.add_argument("config", type=Path, help="the line's YAML file")
     verb.add_argument(
-        "--role", action="append", default=[], metavar="NAME", help="this role's policy alone (repeatable)"
+        "--role", action="append", default=[], metavar="NAME", help="print only this role's policy (repeatable)"
     )
     verb.add_argument(
-        "--bucket", action="store_true", help="the policy of the store's bucket, which holds for all roles"
+        "--bucket", action="store_true", help="print the policy of the store's bucket, which holds for all roles"
     )
     verb.add_argument(
         "--kms", metavar="ARN", help="the key or alias in KMS that a role signs with; {role} stands for the role"
@@ -34,9 +34,11 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
     description = "print the network policies of a cluster's profile, as YAML"
     verb = verbs.add_parser("egress", help=description, parents=[options.common])
-    verb.add_argument("profile", type=Path, help="e.g. manifests/profiles/production.yaml")
+    verb.add_argument("profile", type=Path, help="the cluster's profile, e.g. manifests/profiles/production.yaml")
     verb.add_argument(
-        "--messages", action="store_true", help="the policy of Airflow's namespace for `messages` instead"
+        "--messages",
+        action="store_true",
+        help="print the policy for the pods of `messages` in Airflow's namespace instead",
     )
     verb.set_defaults(run=_egress)
 

@@ -25,19 +25,23 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
     parents = [options.common, options.settings]
     verb = verbs.add_parser("check", help="check a line's YAML: all errors at once", parents=parents)
-    verb.add_argument("config", type=Path)
-    verb.add_argument("--data", action="store_true", help="read the data too, and say what validate_data would")
+    verb.add_argument("config", type=Path, help="the line's YAML file")
+    verb.add_argument(
+        "--data", action="store_true", help="read the data too, and print what validate_data would report"
+    )
     verb.set_defaults(run=_check)
 
     verb = verbs.add_parser(
         "preview", help="print rows as the model sees them, before anything is planned", parents=parents
     )
-    verb.add_argument("config", type=Path)
-    verb.add_argument("--rows", type=int, default=5, metavar="N", help="how many rows (5)")
+    verb.add_argument("config", type=Path, help="the line's YAML file")
+    verb.add_argument("--rows", type=int, default=5, metavar="N", help="how many rows; default: 5")
     verb.set_defaults(run=_preview)
 
     parents = [options.stored, options.settings, options.orchestrator]
-    verb = verbs.add_parser("plan", help="print what exists already, what would run, and why", parents=parents)
+    verb = verbs.add_parser(
+        "plan", help="print what exists already, what would run, why, and whether it fits", parents=parents
+    )
     # An orchestrator passes the line as text, because a cluster has no copy of the checkout that submits it.
     line = verb.add_mutually_exclusive_group(required=True)
     line.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
@@ -56,15 +60,15 @@ def add_verbs(verbs: Any, options: Options) -> None:
         action="append",
         default=[],
         metavar=("STEP", "MAX_GIB", "FILE"),
-        help="write there the memory that the step's pod needs, as Kubernetes writes it; what cannot be estimated: MAX",
+        help="write the memory that the step's pod needs to FILE, as a Kubernetes quantity; MAX_GIB if not estimated",
     )
     verb.add_argument("--gpu", metavar="NAME", help="estimate memory, time and cost for this card, e.g. h100")
-    verb.add_argument("--memory", action="store_true", help="print the parts of the memory, too")
+    verb.add_argument("--memory", action="store_true", help="also print what the memory consists of")
     verb.set_defaults(run=_plan)
 
     parents = [options.stored, options.settings]
     verb = verbs.add_parser("run", help="run the whole pipeline here, each step as a subprocess", parents=parents)
-    verb.add_argument("config", type=Path, nargs="?")
+    verb.add_argument("config", type=Path, nargs="?", help="the line's YAML file")
     verb.add_argument("--plan", metavar="URI", help="finish this plan instead of making one")
     _add_started_by(verb)
     verb.add_argument(
@@ -79,7 +83,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     run.add_argument(
         "--document", metavar="TEXT", help="the line itself, as YAML or JSON text; its run is that of --orchestrator-id"
     )
-    verb.add_argument("--resume", metavar="RUN", help="this run of the store, whatever else names one")
+    verb.add_argument("--resume", metavar="RUN", help="a run of the store, used instead of any other that is named")
     verb.add_argument("--page", type=Path, metavar="FILE", help="write the state as an HTML page there")
     verb.set_defaults(run=_status)
 
@@ -89,7 +93,7 @@ def _add_started_by(verb: argparse.ArgumentParser) -> None:
         "--started-by",
         choices=("hand", "schedule"),
         default="hand",
-        help="schedule: a timer starts this run, which needs schedule.min_new_rows new rows (hand: any number will do)",
+        help="schedule: the run needs schedule.min_new_rows new rows; hand (default): any number is enough",
     )
 
 
@@ -196,7 +200,7 @@ def _find_plan_of_line(args: argparse.Namespace, overrides: list[str]) -> Plan:
         raise UsageError(f"--resume with {names}: a plan's settings are fixed; leave out --resume to change settings")
     line, plan = load(_line(args)).line, make_plan.find_plan(open_store(store_root(args)), args.resume)
     if plan.line != line:
-        raise UsageError(f"run {plan.run_id} is of line {plan.line}; expected one of line {line}")
+        raise UsageError(f"run {plan.run_id} belongs to line {plan.line}; expected a run of line {line}")
     return plan
 
 

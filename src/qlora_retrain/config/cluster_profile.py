@@ -59,7 +59,7 @@ class PodConfig(Section):
         le=4096,
     )
     node_selector: dict[LabelKey, LabelValue] = operational({}, "labels that a node must have")
-    tolerations: tuple[Toleration, ...] = operational((), "taints of nodes where the pod may run all the same")
+    tolerations: tuple[Toleration, ...] = operational((), "taints of nodes that the pod tolerates")
 
     @model_validator(mode="after")
     def _auto_has_a_bound(self) -> PodConfig:

@@ -23,13 +23,13 @@ class ConsumerConfig(Section):
 
     alias: AliasName = operational(PRODUCTION, "the alias that is followed")
     folder: AbsolutePath = operational(
-        ..., "the folder of `pull`: an absolute path, of this line alone, which every worker sees"
+        ..., "the folder that `pull` writes to: an absolute path, for this line alone, that every worker can see"
     )
     questions: AbsolutePath = operational(
         ..., "an absolute path of a file with golden questions, as `qlora-retrain ask-golden` reads them"
     )
     min_right_fraction: float = operational(
-        1.0, "the run fails (11) where a smaller share of the answers is right", ge=0.0, le=1.0
+        1.0, "the run fails (11) if a smaller share of the answers is right", ge=0.0, le=1.0
     )
     answers: AbsolutePath | None = operational(
         None, "an absolute path of a file that gets every answer of the last run; null: none, and no log has their text"

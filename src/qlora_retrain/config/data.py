@@ -35,7 +35,7 @@ class DataConfig(Section):
     prompt_field: str | None = identity(None, "field that holds the user's text; null: recognised, e.g. instruction")
     prompt_template: str | None = identity(
         None,
-        "the user's text from several fields, e.g. '{instruction}\\n\\n{input}'; a line whose fields are empty goes",
+        "the user's text from several fields, e.g. '{instruction}\\n\\n{input}'; a line with empty fields is left out",
     )
     response_field: str | None = identity(None, "field that holds the answer; null: recognised, e.g. output")
     system_field: str | None = identity(None, "field that holds a row's own system turn; null: recognised")
@@ -50,7 +50,9 @@ class DataConfig(Section):
         (),
         "fields that nothing reads on purpose; others that vary by row may be refused, since their text would be lost",
     )
-    language_field: str | None = identity(None, "field that holds a row's language, for slices; null: by its script")
+    language_field: str | None = identity(
+        None, "field that holds a row's language, for slices; null: the script of its letters"
+    )
     group_field: str | None = identity(
         None, "field whose value puts rows on one side of the split: a document, a user, a template; null: the prompt"
     )
@@ -84,7 +86,10 @@ class DataConfig(Section):
         0.8, "training rows whose words have at least this Jaccard similarity are near-duplicates", ge=0.5, le=1.0
     )
     near_evaluation_threshold: float = identity(
-        0.7, "the same of a training row and an evaluation or golden row", ge=0.5, le=1.0
+        0.7,
+        "training rows with at least this similarity to an evaluation or golden row are near-copies of it",
+        ge=0.5,
+        le=1.0,
     )
     label_error_threshold: float = identity(
         0.1, "rows whose label is wrong with at least this probability are found by label_errors", gt=0.0, le=1.0
@@ -104,7 +109,7 @@ class DataConfig(Section):
         None, "version to compare the data with: refuse drift before training; null: only `evaluate` checks drift"
     )
     max_drift_psi: float = identity(
-        0.25, "with reference_version: refuse when the data has certainly drifted further (PSI)", gt=0.0
+        0.25, "with reference_version: refuse when the data has certainly drifted by more (PSI)", gt=0.0
     )
 
     # The split and the limits.

@@ -48,10 +48,10 @@ class EvaluateConfig(Section):
     )
     max_new_tokens: int = identity(128, "a generated answer is cut after this many tokens", ge=1, le=32_768)
     stop_rows: int = identity(
-        200, "rows, at most, whose answer is generated to see whether it ends by itself; 0: none", ge=0, le=100_000
+        200, "how many rows, at most, are answered to see whether answers end by themselves; 0: none", ge=0, le=100_000
     )
     min_stopped_fraction: Fraction | None = identity(
-        None, "refuse when fewer greedy answers end by themselves; null: 0.9 for labels, 0.8 for text"
+        None, "refuse when a smaller share of greedy answers ends by itself; null: 0.9 for labels, 0.8 for text"
     )
 
     # How much evidence the rules need.
@@ -67,7 +67,7 @@ class EvaluateConfig(Section):
 
     base_rows: int | None = identity(
         None,
-        "evaluation rows, at most and chosen by hash, on which the base is scored without the adapter; an untrained "
+        "on how many evaluation rows, at most, the base is scored without the adapter (chosen by hash); an untrained "
         "model takes long where there are many labels. null: all",
         ge=1,
     )
@@ -76,7 +76,7 @@ class EvaluateConfig(Section):
     min_gain_over_base: float = identity(
         0.0, "the gain's lower bound must lie above this (accuracy points/100, or nats)", ge=0.0
     )
-    max_loss_to_champion: float = identity(0.02, "refuse when the champion may be better by more", ge=0.0)
+    max_loss_to_champion: float = identity(0.02, "refuse when the champion may be better by more than this", ge=0.0)
     max_loss_to_anchor: float | None = identity(
         None, "the same for the line's best version so far, against slow decline; null: as for the champion", ge=0.0
     )

@@ -149,7 +149,7 @@ class LineConfig(Section):
     def _replay_has_rows(self) -> LineConfig:
         if self.data.replay_fraction is not None and self.sources.replay_data is None:
             raise ValueError(
-                f"data.replay_fraction: {self.data.replay_fraction:g} of the training rows shall be replay rows, and "
+                f"data.replay_fraction: {self.data.replay_fraction:g} of the training rows are to be replay rows, and "
                 "sources.replay_data is not set; name general examples there, or leave replay_fraction out"
             )
         return self

@@ -37,7 +37,10 @@ class NotifyConfig(Section):
     @model_validator(mode="after")
     def _only_emails_have_addresses(self) -> NotifyConfig:
         if (self.kind == "email") != bool(self.to):
-            raise ValueError(f"{self.connection}: `to` lists the addresses of kind: email, and is of no other kind")
+            raise ValueError(
+                f"{self.connection}: `to` lists the addresses for kind: email, which needs them; leave it out for any "
+                "other kind"
+            )
         return self
 
 

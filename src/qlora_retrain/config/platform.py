@@ -158,7 +158,7 @@ class PlatformConfig(Section):
         "may read",
     )
     gpus: dict[CardName, GpuConfig] = operational(
-        {}, "by a card's name: its price an hour, and its memory where the list of cards has not got it"
+        {}, "by a card's name: its price an hour, and its memory if the built-in list lacks the card"
     )
     labs: tuple[LineName, ...] = operational(
         (), "lines that Airflow may train with several settings: each has a DAG LINE-lab, started by hand"

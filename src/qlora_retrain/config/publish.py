@@ -18,8 +18,8 @@ Alias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 class KeepConfig(Section):
     """Which versions of a line `qlora-retrain gc` leaves, beside those that something still names."""
 
-    versions: int = operational(10, "the newest so many versions of the line stay", ge=1, le=1_000_000)
-    days: int = operational(180, "younger versions stay", ge=1, le=36_500)
+    versions: int = operational(10, "this many of the line's newest versions are kept", ge=1, le=1_000_000)
+    days: int = operational(180, "versions younger than this many days are kept", ge=1, le=36_500)
 
 
 class PublishConfig(Section):

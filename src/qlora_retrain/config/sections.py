@@ -68,7 +68,12 @@ class TrainConfig(Section):
         "base: a new adapter, which changes nothing yet; champion: the adapter of the version in production, so that "
         "training goes on from it (docs/training.md says when); lora, rslora and lora+ alone",
     )
-    rank: int = identity(16, "higher: more capacity, memory, forgetting; of bottleneck: its width", ge=1, le=1024)
+    rank: int = identity(
+        16,
+        "higher: more capacity, memory and forgetting; with method: bottleneck the width of its network",
+        ge=1,
+        le=1024,
+    )
     alpha: float | None = identity(
         None,
         "scales the adapter by alpha/rank; acts like a learning rate; null: 2 x rank (rslora: 2 x sqrt(rank)), so the "
