@@ -37,7 +37,12 @@ CLAIMS = (
     Claim("lora", "4 bits cost nothing: as good as LoRA over 16 bits (arXiv 2305.14314)", "lora over 16 bits"),
     Claim("lora over 16 bits", "within 1.2 points of full fine-tuning (arXiv 2106.09685)", "full"),
     Claim("lora", "NF4 is better than FP4 (arXiv 2305.14314)", "lora over fp4", 0.0),
-    Claim("rslora, rank 64", "better than LoRA at high ranks (arXiv 2312.03732)", "lora, rank 64", 0.0),
+    Claim(
+        "rslora, rank 64, alpha 8",
+        "better than LoRA at high ranks, with the alpha of a low one (arXiv 2312.03732)",
+        "lora, rank 64, alpha 32",
+        0.0,
+    ),
     Claim("lora+", "1 to 2 points better than LoRA at equal steps (arXiv 2402.12354)", "lora", 0.0),
     Claim("dora", "better than LoRA at equal rank (arXiv 2402.09353)", "lora", 0.0),
     Claim("adalora", "better than LoRA at an equal budget (arXiv 2303.10512)", "lora", 0.0),
