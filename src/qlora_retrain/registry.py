@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_retrain.core import aliases
-from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.pipeline import collect, version_details, version_diff, version_summary
 from qlora_retrain.pipeline.collect import Collection
 from qlora_retrain.pipeline.version_details import VersionDetails
@@ -55,9 +55,12 @@ class Registry:
         """Return (alias, state) of every move of a line, the oldest first.
 
         Raises:
+            UsageError: If the line has published nothing.
             IntegrityError: If the audit trail was changed.
         """
         states, faults = audit.history(self.store, line)
+        if not states and not faults:
+            raise UsageError(f"{self.store.uri}: line {line} has published nothing")
         if faults:
             raise IntegrityError("\n".join(["the audit trail was changed:", *faults]))
         return states
@@ -86,6 +89,7 @@ class Registry:
     def pull(self, reference: str, destination: Path | str, *, parts: Sequence[str] = (), sha256: str | None = None,
              min_generation: int = 0, verify_key: str | None = None) -> Release:  # fmt: skip
         """Put a verified version, or some parts of it, at a folder; `pull.pull` explains each argument."""
+        parts = [parts] if isinstance(parts, str) else parts
         return pull.pull(
             self.store, reference, Path(destination), parts=parts, sha256=sha256, min_generation=min_generation,
             verify_key=verify_key,
@@ -117,6 +121,7 @@ class Registry:
     def repair(self, line: str, versions: Sequence[str] = (), *, reason: str = "repaired by hand",
                is_dry_run: bool = False) -> Sequence[Finding]:  # fmt: skip
         """Mend what is stuck in a line; return every fault with what became of it."""
+        versions = [versions] if isinstance(versions, str) else versions
         return repair.repair(self.store, line, versions, reason=reason, is_dry_run=is_dry_run)
 
     def gc(self, *, delete: bool = False, run_days: int = 180) -> Collection:

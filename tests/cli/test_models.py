@@ -100,6 +100,7 @@ def test_moves_and_rejections_are_the_same_below_models_and_say_so_to_programs(
 
     assert models("list", LINE) == 0
     assert "generation 3, 1 rejected" in models.out
+    assert [line.split()[0] for line in models.out.splitlines() if "  rejected for production" in line] == [second]
     assert models("show", f"{LINE}@{second}") == 0
     assert "rejected for production: os:" in models.out
     assert models.document("unreject", LINE, second, "--reason", "x")["changed"] is True

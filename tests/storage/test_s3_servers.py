@@ -161,3 +161,21 @@ def test_a_range_that_the_server_ignores_is_cut_out_of_the_whole(store: S3Store)
     assert store.read_range("a", 10, 20) == data[10:30]
     assert store.read_range("a", 90, 20) == data[90:]
     assert store.read_range("a", 100, 20) == b""
+
+
+def test_the_page_of_a_proxy_is_no_document(store: S3Store) -> None:
+    on(store, "GetObject", lambda _: answer(200, Body(b"<html>Log in</html>"), Content_Type="text/html"))
+    on(store, "PutObject", lambda _: answer(200, Body(b"<html>Log in</html>"), Content_Type="text/html"))
+    for call in (lambda: store.read("a"), lambda: store.write_if_absent("a", b"x")):
+        with pytest.raises(TryAgain, match=r"found one without ETag.*AWS_ENDPOINT_URL"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"), [("ExpiredToken", "get new ones"), ("RequestTimeTooSkewed", "the clock of this machine")]
+)
+def test_a_refusal_that_no_permission_cures_asks_for_none(store: S3Store, code: str, remedy: str) -> None:
+    on(store, "GetObject", lambda _: refusal(403, code))
+    with pytest.raises(UsageError, match=remedy) as caught:
+        store.read("a")
+    assert "permission" not in str(caught.value)

@@ -47,15 +47,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
     visible_text.protect_output()
     args = _parser().parse_args(argv)
     try:
-        sys.exit(args.run(args))
+        code = args.run(args)
+        # Here, since an error at the end of the process has no exit code of ours.
+        sys.stdout.flush()
+        sys.exit(code)
     except Problem as problem:
         if args.debug:
             raise
         print(f"qlora-retrain: {uris.mask_secrets_of_errors(str(problem))}", file=sys.stderr)
+        _drop_unwritable_output()
         sys.exit(problem.exit_code)
     # `qlora-retrain status latest | head -1` must not end in a traceback.
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritable_output()
         sys.exit(Exit.DONE)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -65,3 +69,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
         text = uris.mask_secrets_of_errors(f"{type(error).__name__}: {error}")
         print(f"qlora-retrain: internal error: {text}; run it with --debug to see where", file=sys.stderr)
         sys.exit(Exit.BUG)
+
+
+def _drop_unwritable_output() -> None:
+    """Lead what could not be written nowhere, or Python would try again at its end, and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except (Problem, OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

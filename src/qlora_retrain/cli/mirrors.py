@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from qlora_retrain.cli.options import Options
+from qlora_retrain.cli.options import Options, line_name
 from qlora_retrain.core.arguments import store_root
 
 
@@ -14,7 +14,7 @@ def add_verbs(verbs: Any, options: Options) -> None:
     """Add the verb to a parser's subparsers."""
     description = "copy a published version to the Hugging Face Hub, or register it in MLflow"
     verb = verbs.add_parser("mirror", help=description, parents=[options.stored])
-    verb.add_argument("line", help="the line's name")
+    verb.add_argument("line", type=line_name, help="the line's name")
     verb.add_argument("version", help="a version, or an alias such as production")
     verb.add_argument(
         "--to", required=True, metavar="URI", help="hf://owner/name (a repository that exists), or mlflow"

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_retrain.cli import gc, versions
-from qlora_retrain.cli.options import Options
+from qlora_retrain.cli.options import Options, destination, line_name
 from qlora_retrain.cli.versions import add_json, open_registry, print_json
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import Exit, IntegrityError, UsageError
@@ -34,7 +33,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
     parents = [options.stored]
 
     verb = verbs.add_parser("list", help="print a line's versions and aliases, with their verdicts", parents=parents)
-    verb.add_argument("line", help="the line's name")
+    verb.add_argument("line", type=line_name, help="the line's name")
     _finish(verb, _list)
 
     verb = verbs.add_parser("show", help="print who published a version, when, why, and its verdict", parents=parents)
@@ -55,7 +54,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
         verb = verbs.add_parser(
             name, help=f"{action} a version for an alias, by its content and its recipe", parents=parents
         )
-        verb.add_argument("line", help="the line's name")
+        verb.add_argument("line", type=line_name, help="the line's name")
         verb.add_argument("version", help="a published version of the line")
         verb.add_argument("--alias", default="production", help="default: production")
         verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
@@ -66,7 +65,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
         help="repair a line's aliases, audit trail and files, and say what cannot be repaired",
         parents=parents,
     )
-    verb.add_argument("line", help="the line's name")
+    verb.add_argument("line", type=line_name, help="the line's name")
     verb.add_argument(
         "version", nargs="*", help="repair the files of these versions, too; default: those that aliases name"
     )
@@ -80,7 +79,7 @@ def add_verbs(models: argparse.ArgumentParser, options: Options) -> None:
     verb = verbs.add_parser("export", help="download one export of a version and verify it", parents=parents)
     verb.add_argument("reference", metavar="LINE@ALIAS", help=_REFERENCE)
     verb.add_argument("name", help="the export, e.g. gguf-q8_0")
-    verb.add_argument("destination", metavar="DEST", type=Path, help="a file, e.g. ./model.gguf, or a folder")
+    verb.add_argument("destination", metavar="DEST", type=destination, help="a file, e.g. ./model.gguf, or a folder")
     _finish(verb, _export)
 
 
@@ -117,7 +116,7 @@ def _show(args: argparse.Namespace) -> int:
         print_json(details)
     else:
         _print(models_text.version(details))
-    return 0
+    return int(Exit.INTEGRITY) if details.faults else 0
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -132,26 +131,32 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from qlora_retrain.storage import audit
+
     registry = open_registry(args)
     references = _all_references(registry, args.reference) if args.all else [args.reference]
     faults: dict[str, str | None] = {}
+    exit_code = Exit.DONE
     for reference in references:
         try:
             release = registry.verify(reference)
             faults[reference] = None
             text = f"{reference}: {release.version}: {len(release.files)} files are what was published"
-        except IntegrityError as error:
+        except (IntegrityError, UsageError) as error:
+            # Of several versions, one that this user may not read hides no other one.
+            if isinstance(error, UsageError) and not args.all:
+                raise
             faults[reference] = str(error)
+            exit_code = max(exit_code, error.exit_code)
             text = f"{reference}: {error}"
         if not args.json:
             _print(iter([text]))
     if args.json:
         print_json([{"reference": name, "fault": fault} for name, fault in faults.items()])
-    if any(faults.values()):
-        line = args.reference.partition("@")[0]
-        print(f"to mend what can be mended: qlora-retrain models repair {line} --root ...", file=sys.stderr)
-        return int(Exit.INTEGRITY)
-    return 0
+    if exit_code == Exit.INTEGRITY:
+        command = audit.repair_command(registry.store, args.reference.partition("@")[0])
+        print(f"to mend what can be mended: {command}", file=sys.stderr)
+    return int(exit_code)
 
 
 def _all_references(registry: Registry, line: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_retrain.storage import version_parts
+from qlora_retrain.storage.rejections import is_rejected_name
 
 if TYPE_CHECKING:
     from qlora_retrain.pipeline.version_details import VersionDetails
@@ -21,7 +22,9 @@ def line(summary: LineSummary) -> Iterator[str]:
         yield f"{summary.line}@{name}: {state.version}, generation {state.generation}{rejected}"
     for entry in summary.versions:
         aliases = ", ".join(summary.alias_names(entry.release.version))
-        yield f"{entry.release.version}  {_measured(entry)}  {aliases}".rstrip()
+        rejecting = [n for n, state in summary.aliases.items() if is_rejected_name(state, entry.release.version)]
+        rejected = f"  rejected for {', '.join(rejecting)}" if rejecting else ""
+        yield f"{entry.release.version}  {_measured(entry)}  {aliases}".rstrip() + rejected
     hidden = summary.num_versions - len(summary.versions)
     if hidden:
         yield f"{hidden} further folders of versions: older ones, unfinished ones, and those that cannot be read"
@@ -49,6 +52,7 @@ def version(details: VersionDetails) -> Iterator[str]:
         yield f"rejected for {name}{own}: {rejection.actor} at {rejection.at} ({rejection.reason})"
     yield f"content {release.content_hash}"
     yield f"manifest {release.sha256}"
+    yield from details.faults
 
 
 def difference(diff: VersionDiff) -> Iterator[str]:

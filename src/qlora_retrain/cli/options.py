@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,29 @@ def _orchestrator_id(text: str) -> str:
             f"expected the id of a run, found {text!r}, which the orchestrator did not fill in"
         )
     return text
+
+
+def line_name(text: str) -> str:
+    """Return the name of a line; refuse what no line is called, such as `LINE@ALIAS`."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", text):
+        raise argparse.ArgumentTypeError(
+            f"expected the name of a line alone (small letters, digits and hyphens), found {text!r}"
+        )
+    return text
+
+
+def destination(text: str) -> Path:
+    """Return the path; refuse an empty text, which would mean the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty text; the working directory is .")
+    return Path(text)
+
+
+def generation(text: str) -> int:
+    """Return the number of moves of an alias."""
+    if not re.fullmatch("[0-9]{1,12}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
+    return int(text)
 
 
 def json_list(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.cli.options import Options
+from qlora_retrain.cli.options import Options, destination, generation, line_name
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.arguments import store_root
 from qlora_retrain.core.errors import IntegrityError, UsageError
@@ -62,9 +62,13 @@ def add_shared_verbs(verbs: Any, options: Options) -> None:
     """Add the verbs that are also below `models`: pull, promote, rollback, history."""
     verb = verbs.add_parser("pull", help="download a published version and verify every file", parents=[options.stored])
     verb.add_argument("reference", metavar="LINE@ALIAS", help="or LINE@VERSION")
-    verb.add_argument("destination", metavar="DEST", type=Path, help="a new folder, or that of an earlier pull")
+    verb.add_argument("destination", metavar="DEST", type=destination, help="a new folder, or that of an earlier pull")
     verb.add_argument(
-        "--min-generation", type=int, default=0, metavar="N", help="refuse an alias that moved fewer times than this"
+        "--min-generation",
+        type=generation,
+        default=0,
+        metavar="N",
+        help="refuse an alias that moved fewer times than this",
     )
     verb.add_argument(
         "--verify-key",
@@ -83,7 +87,7 @@ def add_shared_verbs(verbs: Any, options: Options) -> None:
     verb.set_defaults(run=_pull)
 
     verb = verbs.add_parser("promote", help="point an alias at a version", parents=[options.stored])
-    verb.add_argument("line", help="the line's name")
+    verb.add_argument("line", type=line_name, help="the line's name")
     verb.add_argument("version", help="a published version of the line")
     verb.add_argument("--alias", default="production", help="default: production")
     verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
@@ -95,7 +99,7 @@ def add_shared_verbs(verbs: Any, options: Options) -> None:
     verb = verbs.add_parser(
         "rollback", help="move an alias back, and reject the version that it leaves", parents=[options.stored]
     )
-    verb.add_argument("line", help="the line's name")
+    verb.add_argument("line", type=line_name, help="the line's name")
     verb.add_argument("--alias", default="production", help="default: production")
     verb.add_argument("--reason", required=True, help="a sentence for the audit trail")
     verb.add_argument("--to", metavar="VERSION", help="refuse to go back to another version")
@@ -104,7 +108,7 @@ def add_shared_verbs(verbs: Any, options: Options) -> None:
     verb.set_defaults(run=_rollback)
 
     verb = verbs.add_parser("history", help="print who moved an alias of a line, and when", parents=[options.stored])
-    verb.add_argument("line", help="the line's name")
+    verb.add_argument("line", type=line_name, help="the line's name")
     add_json(verb)
     verb.set_defaults(run=_history)
 
@@ -223,15 +227,20 @@ def request_of(args: argparse.Namespace) -> Request:
 def _history(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import audit
 
-    states, faults = audit.history(open_registry(args).store, args.line)
+    store = open_registry(args).store
+    states, faults = audit.history(store, args.line)
     if args.json:
         print_json([{"alias": name, **state.model_dump(exclude={"signature", "moves"})} for name, state in states])
+    if not states and not faults:
+        raise UsageError(f"line {args.line}: has published nothing in this store")
     for name, state in states if not args.json else ():
-        move = f"{state.at}  {name} {state.generation}: {state.version}  {state.actor}  {state.reason}"
+        # What most moves are is left out; else a rejection would look like one more move to the same version.
+        action = "" if state.action in (None, "promote") else f" ({state.action})"
+        move = f"{state.at}  {name} {state.generation}: {state.version}{action}  {state.actor}  {state.reason}"
         # One line a move, so that no reason can pass for a further one.
         visible_text.write_controls(f"{escape_controls(move.replace(chr(10), ' '))}\n")
     if faults:
-        hint = f"an entry that its writer could not write is written by: qlora-retrain models repair {args.line}"
+        hint = f"an entry that its writer could not write is written by: {audit.repair_command(store, args.line)}"
         raise IntegrityError("\n".join(["the audit trail was changed:", *faults, hint]))
     return 0
 

@@ -31,6 +31,9 @@ def store_root(args: argparse.Namespace) -> str:
     Raises:
         UsageError: If neither names a store.
     """
+    # Of a shell's unset variable. The environment's store would be another one than the person meant.
+    if args.root == "":
+        raise UsageError("--root: expected file:///folder or s3://bucket/prefix, found an empty text")
     root = args.root or os.environ.get("QLORA_RETRAIN_ROOT")
     if not root:
         raise UsageError("no store: pass --root URI (file:///folder or s3://bucket/prefix) or set QLORA_RETRAIN_ROOT")

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_retrain.core import aliases as alias_names
 from qlora_retrain.core import json_depth
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import open_store, registry, verified_files
+from qlora_retrain.storage import audit, open_store, registry, verified_files
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry import Alias, Release
 from qlora_retrain.storage.store import NotFound, Store
@@ -94,7 +94,7 @@ class LineSummary:
 
 def read_line(store: Store, line: str, *, is_brief: bool = False) -> LineSummary:
     """Read a line's aliases and its newest versions; a brief summary has only the versions that aliases name."""
-    aliases, faults = _read_aliases(store, line)
+    aliases, faults = read_aliases(store, line)
     names = sorted(store.children(f"models/{line}/versions"), reverse=True)
     chosen_names = [name for name in names if not is_brief or any(name == state.version for state in aliases.values())]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
@@ -184,13 +184,12 @@ def _read_version(store: Store, line: str, version: str) -> VersionSummary | str
         return f"version {version} cannot be shown: {error}"
 
 
-def _read_aliases(store: Store, line: str) -> tuple[dict[str, Alias], list[str]]:
+def read_aliases(store: Store, line: str) -> tuple[dict[str, Alias], list[str]]:
+    """Return a line's aliases by name, and a sentence for each that cannot be read or whose file is lost."""
     aliases: dict[str, Alias] = {}
     faults: list[str] = []
-    for file_name in store.children(f"models/{line}/aliases"):
-        name = file_name.removesuffix(".json")
-        if name == file_name or not alias_names.is_alias_name(name):
-            continue
+    files = {name.removesuffix(".json") for name in store.children(f"models/{line}/aliases") if name.endswith(".json")}
+    for name in sorted(filter(alias_names.is_alias_name, files | audit.alias_names(store, line))):
         try:
             state, _ = registry.read_alias(store, line, name)
         except IntegrityError as error:

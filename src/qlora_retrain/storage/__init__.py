@@ -15,6 +15,9 @@ def open_store(uri: str) -> Store:
     Raises:
         UsageError: For another scheme, or a URI with a secret in it.
     """
+    if not uri:
+        # As a path it would be the working directory.
+        raise UsageError("expected the URI of a store (file:///folder or s3://bucket/prefix), found an empty text")
     uri = uris.absolute(uri)
     scheme = urlsplit(uri).scheme
     # Each backend is imported where it is used: boto3 takes a second and is not installed everywhere.

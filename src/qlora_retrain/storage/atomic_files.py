@@ -51,6 +51,26 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def destination_errors(folder: Path) -> Iterator[None]:
+    """Translate the operating system's errors about a folder that a person named, into which this process writes.
+
+    Raises:
+        TryAgain: If the disk is full.
+        UsageError: If the folder cannot be made, or something else has its place.
+    """
+    try:
+        with disk_errors(folder):
+            yield
+    except (FileExistsError, FileNotFoundError) as error:
+        obstacle = (
+            "something that is no folder" if isinstance(error, FileExistsError) else "nothing, and it cannot be made"
+        )
+        raise UsageError(
+            f"{folder}: expected a folder at {error.filename}, found {obstacle}; choose another destination"
+        ) from error
+
+
 def write_atomically(target: Path, fill: Callable[[Path], object], publish: Callable[[Path, Path], object]) -> None:
     """Fill a hidden file beside `target`, then publish it; the hidden file is removed whatever happens.
 

@@ -6,6 +6,7 @@ models/<line>/audit/<generation>-<alias>-<id>.json  one entry per move
 from __future__ import annotations
 
 import contextlib
+import heapq
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -109,7 +110,10 @@ def read_alias(store: Store, line: str, name: str) -> tuple[Alias, str]:
     try:
         return signatures.parse(store, path, stored.data, Alias, keys.publish_role(line)), stored.tag
     except ValueError as error:
-        raise IntegrityError(f"{store.uri}/{path}: not an alias") from error
+        raise IntegrityError(
+            f"{store.uri}/{path}: not an alias: expected the JSON document of one, found {len(stored.data):,} bytes "
+            f"that are none; to put the newest state of the audit trail back, run: {repair_command(store, line)}"
+        ) from error
 
 
 def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]]:
@@ -119,7 +123,7 @@ def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]
         (alias, state) of every valid entry, the oldest first, and a sentence for each fault: an entry that is none or
         that the line's publisher did not sign, and a move that has no entry, up to the alias's present state.
     """
-    states: list[tuple[str, Alias]] = []
+    states: dict[str, list[Alias]] = defaultdict(list)
     generations: dict[str, set[int]] = defaultdict(set)
     faults: list[str] = []
     folder = f"models/{line}/audit"
@@ -129,7 +133,7 @@ def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]
             if entry is None:
                 raise IntegrityError(f"{store.uri}/{folder}/{file_name}: no name of an entry")
             generations[entry[2]].add(int(entry[1]))
-            states.append((entry[2], read_entry(store, f"{folder}/{file_name}")))
+            states[entry[2]].append(read_entry(store, f"{folder}/{file_name}"))
         except (IntegrityError, NotFound) as error:
             faults.append(str(error))
 
@@ -144,7 +148,10 @@ def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]
                 generations[name].add(read_alias(store, line, name)[0].generation + 1)
             except IntegrityError as error:
                 faults.append(str(error))
-    return states, faults + [f"{line}@{n}: {gap}" for n in sorted(generations) for gap in _gaps({0, *generations[n]})]
+    faults += [f"{line}@{n}: {gap}" for n in sorted(generations) for gap in _gaps({0, *generations[n]})]
+    # By time across the aliases, and by generation within each, since the clocks of those who move it may differ.
+    by_alias = ([(name, state) for state in states[name]] for name in sorted(states))
+    return list(heapq.merge(*by_alias, key=lambda move: move[1].at)), faults
 
 
 def _gaps(generations: set[int]) -> Iterator[str]:
@@ -178,5 +185,10 @@ def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) 
     raise IntegrityError(
         f"{store.uri}/{alias_path(line, name)}: {actual}, and the audit trail has generation {newest.generation} with "
         f"{newest.version}: somebody put an old alias back or removed it; to put the state of that entry back, run: "
-        f"qlora-retrain models repair {line} --root {store.uri}"
+        f"{repair_command(store, line)}"
     )
+
+
+def repair_command(store: Store, line: str) -> str:
+    """Return the command line that mends what is stuck in a line."""
+    return f"qlora-retrain models repair {line} --root {store.uri}"

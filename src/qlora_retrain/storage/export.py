@@ -13,7 +13,7 @@ from qlora_retrain.core import hashing, safety
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.storage import pull, range_download, registry, version_parts
 from qlora_retrain.storage.artifact import File
-from qlora_retrain.storage.atomic_files import disk_errors
+from qlora_retrain.storage.atomic_files import destination_errors
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
 
@@ -42,13 +42,13 @@ def export(store: Store, reference: str, name: str, destination: Path) -> tuple[
     safety.refuse_foreign((file.path for file in release.files), f"{reference}: {release.version}")
     version_parts.refuse_other_content(release, f"{reference}: {release.version}")
     targets = _targets(release, name, destination)
-    missing = [file for file, path in targets if not _has(path, file)]
-    if occupied := next((path for file, path in targets if file in missing and path.exists()), None):
-        raise UsageError(f"{occupied}: is there and has other bytes; remove it, or choose another destination")
-
-    folder = registry.version_folder(release.line, release.version)
     parent = targets[0][1].parent
-    with disk_errors(parent):
+    with destination_errors(parent):
+        missing = [file for file, path in targets if not _has(path, file)]
+        if occupied := next((path for file, path in targets if file in missing and path.exists()), None):
+            raise UsageError(f"{occupied}: is there and has other bytes; remove it, or choose another destination")
+
+        folder = registry.version_folder(release.line, release.version)
         parent.mkdir(parents=True, exist_ok=True)
         # Beside the destination, so that each file appears whole, by a rename.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as temporary:

@@ -70,7 +70,10 @@ def promote(store: Store, request: Request, version: str, *, override: bool = Fa
     # `latest` names the newest version. Moved by hand, it would be wrong until the next publication.
     if request.alias == LATEST:
         raise UsageError(f"{LATEST} names the newest version by itself; promote another alias")
+    refuse_empty_reason(request)
     if done := find_done(store, request):
+        if done.version != version:
+            raise _used_for_another_move(request, done)
         return done
     state, _ = registry.read_alias(store, request.line, request.alias)
     if state is not None and state.version == version and _has_left(state, request.current):
@@ -108,7 +111,10 @@ def rollback(store: Store, request: Request, version: str | None = None) -> Alia
         IntegrityError: If the earlier version is not what it was, and cannot be mended.
         TryAgain: With the command that repeats this rollback, and ends in the same state whether this try moved or not.
     """
+    refuse_empty_reason(request)
     if done := find_done(store, request):
+        if not is_rollback(done):
+            raise _used_for_another_move(request, done)
         return done
     state, _ = registry.read_alias(store, request.line, request.alias)
     if state is not None and is_rollback(state):
@@ -192,6 +198,23 @@ def find_done(store: Store, request: Request) -> Alias | None:
     with contextlib.suppress(IntegrityError, NotFound):
         return audit.read_entry(store, f"{folder}/{name}")
     return None
+
+
+def refuse_empty_reason(request: Request) -> None:
+    """Refuse a move without a reason: who reads the audit trail later has nothing else."""
+    if not request.reason.strip():
+        raise UsageError(
+            f"{request.line}@{request.alias}: expected a reason for the audit trail, found an empty text; say it with "
+            "--reason"
+        )
+
+
+def _used_for_another_move(request: Request, done: Alias) -> UsageError:
+    """Return the error of a request whose id another move has."""
+    return UsageError(
+        f"{request.line}@{request.alias}: the request {request.request_id} was used before, for another move, to "
+        f"{done.version} at {done.at}; nothing was moved: give a request of your own another id"
+    )
 
 
 def requesters(store: Store, line: str, version: str) -> set[str]:

@@ -39,7 +39,7 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
     """
     line, at, name = reference.partition("@")
     if not at or not line or not name:
-        raise UsageError(f"{reference}: expected LINE@ALIAS, e.g. support-intents@production")
+        raise UsageError(f"{reference}: expected LINE@ALIAS or LINE@VERSION, e.g. support-intents@production")
 
     # A version's name is none of an alias, so nobody can put an alias in its place.
     if not aliases.is_alias_name(name):
@@ -51,7 +51,10 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
 
     alias = registry.read_alias(store, line, name)[0]
     if alias is None:
-        raise UsageError(f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it")
+        raise UsageError(
+            f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it; to see what the "
+            f"line has, run: qlora-retrain models list {line} --root {store.uri}"
+        )
     if not pull_checks.is_version_name(alias.version):
         raise IntegrityError(
             f"{reference}: names {alias.version!r}, which is no version's name; somebody else wrote it"

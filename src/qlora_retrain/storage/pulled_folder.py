@@ -26,7 +26,7 @@ from typing import Any
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.storage import plain_files
 from qlora_retrain.storage.artifact import File
-from qlora_retrain.storage.atomic_files import disk_errors, link_or_copy
+from qlora_retrain.storage.atomic_files import destination_errors, disk_errors, link_or_copy
 from qlora_retrain.storage.store import is_valid_path
 
 # In every version's folder: what was pulled, and the newest generation of every reference pulled into DEST.
@@ -51,8 +51,9 @@ class PulledFolder:
         self.path = Path(os.path.realpath(destination))
         self._inner = self.path / _INNER
         self._is_new = False
-        if self.path.is_symlink():
-            raise UsageError(f"{destination}: is a link that leads back to itself; choose another folder")
+        with disk_errors(self.path):
+            if self.path.is_symlink():
+                raise UsageError(f"{destination}: is a link that leads back to itself; choose another folder")
 
     def current(self) -> Path | None:
         """Return the folder of the current version; None where there is none."""
@@ -70,7 +71,9 @@ class PulledFolder:
             UsageError: If the folder holds something that no pull made.
         """
         with disk_errors(self.path):
-            names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else [""] * self.path.exists()
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"{self.path}: expected a folder, found a file, and no pull made it; choose a folder")
+            names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         # What a first pull leaves when it is killed, or when somebody removed the versions to make room.
         current = self.current()
         if current is None and all(n in (_INNER, *_OF_FILE_SYSTEM) or self._is_dangling(n) for n in names):
@@ -80,7 +83,11 @@ class PulledFolder:
             # A file of that name that no pull wrote lacks these fields.
             record["seen"], record["version"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{self.path}: is not empty and no pull made it; choose another folder") from error
+            if current is None:
+                raise UsageError(f"{self.path}: is not empty and no pull made it; choose another folder") from error
+            hint = "an empty folder remembers nothing, so pull with --verify-key and --min-generation"
+            text = f"{current / RECORD}: expected the record of a pull, and cannot read it; empty {self.path}; {hint}"
+            raise UsageError(text) from error
         return dict(record)
 
     def _is_dangling(self, name: str) -> bool:
@@ -90,7 +97,7 @@ class PulledFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Wait for the pulls that other processes make into this folder, and keep further ones waiting."""
-        with disk_errors(self.path):
+        with destination_errors(self.path):
             self._is_new = not self.path.exists()
             handle = self._lock()
         try:

@@ -212,9 +212,14 @@ def rollback(
     if name == LATEST:
         raise UsageError(f"{line}@{LATEST}: always names the newest version, promoted or not; roll back {PRODUCTION}")
     state, _ = read_alias(store, line, name)
-    earlier = earlier_move(state) if state else None
-    if state is None or earlier is None:
-        raise UsageError(f"{line}@{name}: names no earlier version to go back to")
+    if state is None:
+        raise UsageError(f"{store.uri}: line {line} has no alias {name}, so there is no earlier version to go back to")
+    earlier = earlier_move(state)
+    if earlier is None:
+        raise UsageError(
+            f"{line}@{name}: names {state.version}, and no earlier version to go back to that was not rejected; "
+            f"promote a version that is right: qlora-retrain promote {line} VERSION --reason ... --root {store.uri}"
+        )
     if version not in (None, earlier.version):
         raise UsageError(f"{line}@{name}: goes back to {earlier.version}, and {version} was asked for")
 

@@ -65,6 +65,7 @@ def unreject(store: Store, request: Request, version: str) -> Alias | None:
 def _change(store: Store, request: Request, action: Action, change: Callable[[Alias], Alias | None]) -> Alias | None:
     if request.alias == LATEST:
         raise UsageError(f"{LATEST} names the newest version by itself; reject a version for another alias")
+    moves.refuse_empty_reason(request)
     probes.ensure_conditional_writes(store)
     reason, actor_name = actor.with_run_reason(request.reason), actor.describe(store)
 

@@ -4,6 +4,7 @@
 - a move that has no audit entry, since its writer died
 - a version with missing or changed files that an alias names: copied again from its run's artifacts
 - an alias whose version is lost for good: it goes back to the newest earlier version that verifies
+- an audit trail that was changed: said, and never mended
 - `latest` on a version of a clock that ran ahead, published before versions were ordered by their `sequence`
 
 Command: `qlora-retrain models repair LINE [VERSION ...]`
@@ -59,8 +60,13 @@ def repair(
         Every fault, with what became of it; none of a line that is whole.
 
     Raises:
-        UsageError: If the line has no aliases and no versions.
+        UsageError: If the line has no aliases and no versions, there is no such version, or this user may not read a
+            file.
     """
+    if not reason.strip():
+        raise UsageError(
+            f"line {line}: expected a reason for the audit trail, found an empty text; say it with --reason"
+        )
     names = sorted(_alias_names(store, line))
     if not names and not list(store.children(f"models/{line}/versions")):
         raise UsageError(f"{store.uri}: line {line} has published nothing; expected the name of a line")
@@ -72,6 +78,10 @@ def repair(
         findings += mender.mend_alias(name)
     for version in versions:
         findings += mender.mend_version(version)
+    # After a dry run the trail has faults that would be mended too.
+    if not (is_dry_run and findings):
+        remedy = "the entry lies nowhere else; find out who can write there"
+        findings += [Finding("audit trail", fault, remedy, False) for fault in audit.history(store, line)[1]]
     return findings
 
 
@@ -108,7 +118,7 @@ class _Mender:
             release = version_repair.read_remembered(self._store, self._line, version, sha256=sha256)
             for path in version_repair.verify_or_repair(self._store, release, is_dry_run=self._is_dry_run):
                 yield Finding(version, f"{path} was missing or changed", "copied it again from its artifact", True)
-        except (IntegrityError, UsageError) as error:
+        except IntegrityError as error:
             yield Finding(version, str(error), "no artifact has it any more", False)
 
     def _read(self, name: str) -> tuple[Alias | None, str]:
@@ -178,8 +188,13 @@ class _Mender:
         return None
 
     def _whole(self, version: str, sha256: str | None = None) -> Release | None:
+        release = None
         with contextlib.suppress(IntegrityError, UsageError):
             release = version_repair.read_remembered(self._store, self._line, version, sha256=sha256)
+        if release is None:
+            return None
+        # Not what this user may not read, which is whole perhaps.
+        with contextlib.suppress(IntegrityError):
             version_repair.verify_or_repair(self._store, release, is_dry_run=self._is_dry_run)
             return release
         return None

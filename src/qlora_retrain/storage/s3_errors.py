@@ -20,6 +20,17 @@ TEMPORARY_CODES = (
     "ThrottlingException",
 )
 
+# What a person does about a 403 that no permission cures.
+_CREDENTIAL_HINTS = {
+    "ExpiredToken": "the credentials of this process have expired: get new ones",
+    "InvalidAccessKeyId": "the server does not know this access key: set the one of this store",
+    "InvalidToken": "the session token is none of this access key: get new credentials",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
+    "SignatureDoesNotMatch": "the secret key is none of this access key, or a proxy changed the request",
+}
+# What every answer of S3 has, and that of a proxy lacks.
+_FIELDS = ("ETag", "Body", "ContentLength", "ContentRange")
+
 
 @contextlib.contextmanager
 def translate_errors(where: str, no_bucket: Callable[[], bool]) -> Iterator[None]:
@@ -51,6 +62,14 @@ def translate_errors(where: str, no_bucket: Callable[[], bool]) -> Iterator[None
         raise UsageError(f"{where}: {_text(error)}; AWS_CA_BUNDLE names the certificates to trust") from error
     except (*connection_errors, *failed_transfers, transfer.RetriesExceededError, transfer.CancelledError) as error:
         raise TryAgain(f"{where}: {_text(error)}", cause=Cause.THROTTLED) from error
+    except KeyError as error:
+        if error.args[0] not in _FIELDS:
+            raise
+        raise TryAgain(
+            f"{where}: expected the answer of an S3 server, found one without {error.args[0]}; if that stays so, look "
+            "whether AWS_ENDPOINT_URL names the server, and HTTPS_PROXY a proxy that lets it through",
+            cause=Cause.THROTTLED,
+        ) from error
     except (boto.BotoCoreError, Boto3Error, transfer.S3ValidationError, ResponseParserError) as error:
         raise UsageError(f"{where}: {_text(error)}") from error
 
@@ -72,6 +91,8 @@ def to_problem(where: str, code: str, text: str, http: int) -> Exception:
         return UsageError(f"{message}; create the bucket, or correct the root's URI")
     if code in ("NoSuchKey", "404"):
         return NotFound(where)
+    if code in _CREDENTIAL_HINTS:
+        return UsageError(f"{message}; {_CREDENTIAL_HINTS[code]}")
     # A server answers 403 for a missing key where the role may not list the bucket, so that nobody can probe for keys.
     if http == 403 or code == "AccessDenied":
         hint = "S3 says so of a missing file too, where s3:ListBucket is not allowed"

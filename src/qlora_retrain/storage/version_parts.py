@@ -27,9 +27,12 @@ def select(release: Release, parts: Collection[str]) -> tuple[File, ...]:
         return release.files
     parts_of = {file.path: _parts_of(file.path) for file in release.files}
     available = names(release)
-    if unknown := next((part for part in parts if part not in available), None):
+    # A shell's unset variable is an empty name, and no file belongs to that.
+    unknown = [part for part in parts if part not in available]
+    if unknown:
         raise UsageError(
-            f"{release.line} {release.version}: has no part {unknown}; it has {', '.join(available) or 'none'}"
+            f"{release.line} {release.version}: has no part {unknown[0] or 'with an empty name'}; it has "
+            f"{', '.join(available) or 'none'}"
         )
     return tuple(f for f in release.files if not parts_of[f.path] or parts_of[f.path] & set(parts))
 

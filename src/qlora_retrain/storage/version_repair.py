@@ -40,7 +40,10 @@ def read_remembered(store: Store, line: str, version: str, *, sha256: str | None
     except UsageError as error:
         if sha256 is None:
             raise
-        raise IntegrityError(f"{error}, and the audit trail says that it had one: {hint}") from error
+        raise IntegrityError(
+            f"{store.uri}: version {version} of line {line} has no manifest, and the audit trail says that it had one: "
+            f"{hint}"
+        ) from error
 
 
 def verify_or_repair(store: Store, release: Release, *, is_dry_run: bool = False) -> tuple[str, ...]:

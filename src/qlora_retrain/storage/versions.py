@@ -42,16 +42,25 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
     try:
         data = store.read(path).data
     except NotFound as error:
-        raise UsageError(f"{store.uri}: line {line} has no version {version}") from error
+        raise UsageError(
+            f"{store.uri}: line {line} has no version {version}; to see those that it has, run: qlora-retrain models "
+            f"list {line} --root {store.uri}"
+        ) from error
 
     actual = hashing.sha256_bytes(data)
     if sha256 not in (None, actual):
-        raise IntegrityError(f"{store.uri}/{path}: expected sha256 {sha256[:12]}, found {actual[:12]}")
+        raise IntegrityError(
+            f"{store.uri}/{path}: expected sha256 {sha256[:12]}, as the alias or the audit trail says, found "
+            f"{actual[:12]}; the manifest is damaged, or somebody changed it"
+        )
 
     try:
         release = signatures.parse(store, path, data, Release, keys.publish_role(line))
     except ValueError as error:
-        raise IntegrityError(f"{store.uri}/{path}: not a version's manifest") from error
+        raise IntegrityError(
+            f"{store.uri}/{path}: not a version's manifest: expected the JSON document of one, found {len(data):,} "
+            "bytes that are none; the manifest is damaged, or somebody changed it"
+        ) from error
     if (release.line, release.version) != (line, version):
         raise IntegrityError(f"{store.uri}/{path}: is the manifest of {release.line} {release.version}")
     release_files.refuse_hostile_list(release.files, f"{store.uri}/{path}")
