@@ -23,10 +23,10 @@ def run(*arguments: object) -> int:
 
 def test_a_dry_run_lists_and_delete_removes(root_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(root_uri)
+    write_artifact(store, "dataset", "b" * 64)
     assert run("gc", "--root", root_uri) == 0
     assert capsys.readouterr().out == "garbage: nothing\n"
     write_artifact(store, "dataset", "a" * 64)
-    write_artifact(store, "dataset", "b" * 64)
     month_ago = (datetime.now(UTC) - timedelta(days=31)).timestamp()
     for path in (Path(root_uri.removeprefix("file://")) / "artifacts" / "dataset" / ("a" * 64)).rglob("*"):
         os.utime(path, (month_ago, month_ago))
@@ -51,3 +51,10 @@ def test_runs_are_kept_for_as_long_as_their_plans_count(
 ) -> None:
     assert run("gc", "--root", root_uri, "--run-days", days) == 12
     assert "30 at least" in capsys.readouterr().err
+
+
+def test_a_misspelled_root_is_no_store_without_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "sotre"
+    assert run("gc", "--root", root.as_uri(), "--delete") == 12
+    assert "expected the root of a store, found nothing there" in capsys.readouterr().err
+    assert not root.exists()

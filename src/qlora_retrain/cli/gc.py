@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options
 from qlora_retrain.core.arguments import store_root
+from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.visible_text import escape_controls
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def _gc(args: argparse.Namespace) -> int:
     from qlora_retrain.storage import open_store
 
     store = open_store(store_root(args))
+    # A timer with a misspelled root would otherwise report for years that there is nothing to do.
+    if next(iter(store.children("")), None) is None:
+        raise UsageError(f"{store.uri}: expected the root of a store, found nothing there; correct --root")
 
     def print_item(item: Item) -> None:
         if not args.json:
