@@ -35,6 +35,7 @@ class Claim:
 
 CLAIMS = (
     Claim("lora", "4 bits cost nothing: as good as LoRA over 16 bits (arXiv 2305.14314)", "lora over 16 bits"),
+    Claim("lora", "as good as full fine-tuning in 16 bits (arXiv 2305.14314)", "full"),
     Claim("lora over 16 bits", "within 1.2 points of full fine-tuning (arXiv 2106.09685)", "full"),
     Claim("lora", "NF4 is better than FP4 (arXiv 2305.14314)", "lora over fp4", 0.0),
     Claim(

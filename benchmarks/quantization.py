@@ -5,8 +5,9 @@
                      Written here: bitsandbytes quantizes to NF4 and FP4 alone
     nf4-shifted      NF4 of what the constant of greatest entropy leaves of a block
     mixed            NF4 or 8 bits by layer, for so many bits on average
+    int4, groups     the format `int4`, over which QA-LoRA trains: 16 levels with an offset, in groups of 32
 
-All have blocks of 64 weights with an fp32 scale, the last two with scales of 8 bits, and leave embeddings, norms and
+All have blocks of 64 weights with an fp32 scale, the last three with smaller scales, and leave embeddings, norms and
 the output layer in 16 bits. The texts are the reference text that forgetting is measured on, and those of BANKING77's
 test.csv without a template: each alone, and joined, 20 in a passage. Prints bits per weight, the error of the weights,
 and that of normally distributed numbers, on which NF4's levels are built. Then perplexity, and the difference to NF4 in
@@ -41,6 +42,7 @@ FORMS = {
     "nf4-shifted": {"format": "nf4-shifted"},
     "mixed 5": {"format": "mixed", "bits_per_weight": 5.0},
     "mixed 6": {"format": "mixed", "bits_per_weight": 6.0},
+    "int4, groups": {"format": "int4"},
 }
 BLOCK = 64  # weights that share a scale
 MAX_INT4 = 7  # -8 is not used, so that the code is symmetric
@@ -189,11 +191,11 @@ def print_table(suite: str, results: dict[str, dict[str, Any]]) -> None:
     tokens = [count for _, count in results["nf4"][suite]]
     print(f"\n{suite}: {len(tokens)} texts, {sum(tokens)} tokens")
     print(
-        "form         bits a weight   weights' error   of normal numbers   perplexity   loss - nf4's, nats/token (95 %)"
+        "form          bits a weight  weights' error   of normal numbers   perplexity   loss - nf4's, nats/token (95 %)"
     )
     for name, form in results.items():
         loss = sum(nats for nats, _ in form[suite]) / sum(tokens)
-        line = f"{name:11}  {form['bits']:13.3f}  {form['error']:15.2%}  {form['normal']:18.2%}  {math.exp(loss):11.2f}"
+        line = f"{name:12}  {form['bits']:13.3f}  {form['error']:14.2%}  {form['normal']:18.2%}  {math.exp(loss):11.2f}"
         if name != "nf4":
             # Paired by text: what makes a text hard makes it hard for both forms.
             differences = [a - b for (a, _), (b, _) in zip(form[suite], results["nf4"][suite], strict=True)]
