@@ -185,8 +185,9 @@ class ModelShape:
 
     @property
     def norm_weights(self) -> int:
-        """The weights of the norms."""
-        return self.width * (self.layers * self.norms_per_layer + 1)
+        """The weights of the norms; those of queries and keys are as wide as a head."""
+        per_layer = self.width * self.norms_per_layer + 2 * self.head_width * self.has_query_key_norm
+        return self.layers * per_layer + self.width
 
     @property
     def weights(self) -> int:
