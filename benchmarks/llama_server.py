@@ -30,6 +30,9 @@ class LlamaServer:
         if adapter:
             options.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(options)
+        # A server that is closed before its loop has begun never ends: the request to end is lost. An answer comes from
+        # the loop.
+        self._post("/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False})
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text that may hold special tokens."""
