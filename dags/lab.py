@@ -38,7 +38,7 @@ FORM = {
     "seeds": Param(1, type="integer", minimum=1, maximum=20, description="train each point with so many seeds"),
     "judge_fraction": Param(
         0.1, type="number", exclusiveMinimum=0.0, maximum=0.5,
-        description="the share of the training prompts that judges and is not trained on",
+        description="the share of the training prompts that is not trained on, and on which the points are judged",
     ),
     "skip_impossible": Param(False, type="boolean", description="leave out combinations that the line refuses"),
     "merge": Param(False, type="boolean", description="merge every adapter too, and measure what merging costs"),
