@@ -176,13 +176,14 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         return {v: sorted((float(part), n[name]) for part, n in parts.items()) for v, parts in results.items()}
 
     points = [
-        ScatterPoint(f"{variant}, part {part}", numbers["forgotten_nats"], numbers["accuracy"])
+        ScatterPoint(f"{variant}, part {part}", numbers["forgotten_nats"], numbers["loss"])
         for variant, parts in results.items()
         for part, numbers in parts.items()
     ]
     last = {v: parts[max(parts, key=int)] for v, parts in results.items() if parts}
     sentence = "; ".join(
-        f"{v}: {n['accuracy']:.3f} accuracy, {n['forgotten_nats']:.3f} nats forgotten" for v, n in last.items()
+        f"{v}: a task loss of {n['loss']:.3f}, {n['accuracy']:.3f} accuracy, {n['forgotten_nats']:.3f} nats forgotten"
+        for v, n in last.items()
     )
     return html.page(
         "Forgetting over successive retrainings",
@@ -190,9 +191,10 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         html.section(
             "Over the retrainings",
             html.line_chart(curves("forgotten_nats"), "part", "nats per token forgotten"),
+            html.line_chart(curves("loss"), "part", "task loss, nats per token"),
             html.line_chart(curves("accuracy"), "part", "accuracy"),
         ),
-        html.section("What each version knows and forgets", scatter_chart(points, "nats forgotten", "accuracy")),
+        html.section("What each version knows and forgets", scatter_chart(points, "nats forgotten", "task loss")),
     )
 
 

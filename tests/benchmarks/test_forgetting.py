@@ -77,5 +77,5 @@ def test_the_results_are_a_table_and_a_page(benchmark: Any) -> None:
         "| soup | 2 | 0.500 | 1.2500 | 0.1250 | dequantized, soup of 2 |",
     ]
     page = benchmark.page(results)
-    assert page.count("<svg") == 3
-    assert "base: 0.750 accuracy, 0.125 nats forgotten" in page
+    assert page.count("<svg") == 4
+    assert "base: a task loss of 1.250, 0.750 accuracy, 0.125 nats forgotten" in page
