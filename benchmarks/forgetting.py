@@ -101,7 +101,7 @@ def write_line(options: argparse.Namespace, folder: Path) -> None:
     if not options.replay:
         write_jsonl(replay / "general.jsonl", map(as_chat, passages[1::2]))
 
-    write_rows(folder / "test" / "test.csv", read_rows(options.data / "test.csv")[: options.eval_rows])
+    write_rows(folder / "test" / "test.csv", shuffled_rows(options.data / "test.csv")[: options.eval_rows])
     sources = {"raw_data": "raw", "eval_data": "test", "base_model": str(options.base.resolve())}
     document = {**LINE, "sources": {**sources, "reference_data": str(reference)}}
     document["train"] = {**document["train"], "max_steps": options.steps}
@@ -110,9 +110,7 @@ def write_line(options: argparse.Namespace, folder: Path) -> None:
 
 def write_part(options: argparse.Namespace, folder: Path, part: int) -> None:
     """Write the rows of the first parts, always the same ones."""
-    rows = read_rows(options.data / "train.csv")
-    random.Random(0).shuffle(rows)
-    rows = rows[: options.rows]
+    rows = shuffled_rows(options.data / "train.csv")[: options.rows]
     write_rows(folder / "raw" / "train.csv", rows[: round(len(rows) * part / options.parts)])
 
 
@@ -211,6 +209,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read a CSV file with the columns text and category."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def shuffled_rows(path: Path) -> list[dict[str, str]]:
+    """Read such a file in an order that is always the same: BANKING77's files are sorted by label."""
+    rows = read_rows(path)
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
