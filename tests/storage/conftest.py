@@ -1,8 +1,14 @@
-"""A real S3 server on loopback (moto's), and `store`: every test that takes it runs on both backends."""
+"""A real S3 server on loopback (moto's), and `store`: every test that takes it runs on both backends.
+
+`TEST_S3_ENDPOINT=http://127.0.0.1:7480` leads the same tests to another server, with the credentials and the checksum
+settings of the environment: `pytest tests/storage/test_store_contract.py` against a Ceph, a Swift or a MinIO.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +33,13 @@ BUCKET = "retraining"
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of a server with one empty bucket; while it runs, the environment leads every S3 client to it."""
+    if endpoint := os.environ.get("TEST_S3_ENDPOINT"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", endpoint)
+            create_bucket()
+            yield endpoint
+        return
+
     from moto.server import ThreadedMotoServer
 
     # A line of a log for each request takes as long as many a request.
@@ -40,13 +53,16 @@ def s3_server() -> Iterator[str]:
         patch.delenv("AWS_PROFILE", raising=False)
         patch.delenv("AWS_SESSION_TOKEN", raising=False)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        import boto3.session
-
-        client = boto3.session.Session().client("s3")
-        client.create_bucket(Bucket=BUCKET)
-        client.close()
+        create_bucket()
         yield f"http://{host}:{port}"
     server.stop()
+
+
+def create_bucket() -> None:
+    import boto3.session
+
+    with contextlib.closing(boto3.session.Session().client("s3")) as client:
+        client.create_bucket(Bucket=BUCKET)
 
 
 @pytest.fixture

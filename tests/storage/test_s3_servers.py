@@ -12,7 +12,7 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from urllib3.exceptions import ProtocolError
 
-from qlora_retrain.core.errors import TryAgain, UsageError
+from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.storage import s3, s3_ranges
 from qlora_retrain.storage.s3 import S3Store
 from qlora_retrain.storage.store import Conflict
@@ -48,8 +48,8 @@ def answer(status: int, body: Body, **headers: str) -> AWSResponse:
     return AWSResponse("http://made.up", status, {name.replace("_", "-"): v for name, v in headers.items()}, body)
 
 
-def refusal(status: int, code: str) -> AWSResponse:
-    return answer(status, Body(f"<Error><Code>{code}</Code><Message>made up</Message></Error>".encode()))
+def refusal(status: int, code: str, message: str = "made up") -> AWSResponse:
+    return answer(status, Body(f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()))
 
 
 def on(store: S3Store, operation: str, handler: Answer) -> list[Any]:
@@ -179,3 +179,54 @@ def test_a_refusal_that_no_permission_cures_asks_for_none(store: S3Store, code: 
     with pytest.raises(UsageError, match=remedy) as caught:
         store.read("a")
     assert "permission" not in str(caught.value)
+
+
+def test_an_error_without_a_text_is_printed_without_one(store: S3Store) -> None:
+    # As Ceph sends most of its errors.
+    on(store, "GetObject", lambda _: refusal(403, "AccessDenied", ""))
+    with pytest.raises(UsageError, match="AccessDenied; give this role") as caught:
+        store.read("a")
+    assert "None" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "QuotaExceeded"), (400, "XMinioAdminBucketQuotaExceeded"), (507, "XMinioStorageFull")],
+)
+def test_a_full_store_asks_for_room_and_not_for_a_permission(store: S3Store, status: int, code: str) -> None:
+    on(store, "PutObject", lambda _: refusal(status, code, ""))
+    with pytest.raises(TryAgain, match=rf"{code}; the store is full: make room") as caught:
+        store.write_if_absent("a", b"x")
+    assert caught.value.cause == Cause.DISK_FULL
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (411, "MissingContentLength", ""),  # Ceph 16 over TLS
+        (400, "InvalidRequest", "Missing required header for this request: Content-MD5"),  # Swift
+    ],
+)
+def test_a_server_that_does_not_take_the_checksums_asks_for_the_setting(
+    store: S3Store, status: int, code: str, message: str
+) -> None:
+    for operation in ("PutObject", "DeleteObjects"):
+        on(store, operation, lambda _: refusal(status, code, message))
+    for call in (lambda: store.write_if_absent("a", b"x"), lambda: store.delete(["a"])):
+        with pytest.raises(UsageError, match=f"{code}.*AWS_REQUEST_CHECKSUM_CALCULATION to when_required"):
+            call()
+
+
+def test_a_bucket_whose_versions_take_its_conditions_away_is_refused_with_the_reason(store: S3Store) -> None:
+    """A Ceph 16 overwrites under If-None-Match where the bucket has versions, and takes no ETag for the right one."""
+    tag = store.write_if_absent("a", b"old")
+
+    def has_versions(request: Any) -> AWSResponse | None:
+        if if_match(request):
+            return refusal(412, "PreconditionFailed", "")
+        return answer(200, Body(b""), ETag='"of this request"')
+
+    on(store, "PutObject", has_versions)
+    for write in (store.probe, lambda: store.swap("a", b"new", tag)):
+        with pytest.raises(UsageError, match=r"Ceph 16 does so only in a bucket that never had versioning"):
+            write()

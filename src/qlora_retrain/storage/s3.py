@@ -1,9 +1,5 @@
 """The store on S3, or on a server that speaks its protocol, through boto3.
 
-Endpoint, region and credentials come from the environment's own chain (AWS_ENDPOINT_URL, roles, mounted files). So do
-boto3's other settings: AWS_REQUEST_CHECKSUM_CALCULATION, AWS_RESPONSE_CHECKSUM_VALIDATION, AWS_MAX_ATTEMPTS, and so on.
-Where the environment says nothing, a request is tried up to 8 times.
-
 A document is written with one conditional `put_object`. When its answer is lost, boto3 sends it again, and the server
 answers 412 (precondition failed) to our own write. So after a 412 the stored document is read and compared. boto3 does
 not repeat a request after 409, and gives up too early on 503, so `_put` has a loop of its own. Files travel in parts
@@ -22,7 +18,7 @@ from typing import Any
 
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
-from qlora_retrain.storage import s3_errors, s3_hashes, s3_ranges
+from qlora_retrain.storage import s3_client, s3_errors, s3_hashes, s3_ranges
 from qlora_retrain.storage.atomic_files import disk_errors
 from qlora_retrain.storage.store import (
     AlreadyExists,
@@ -40,8 +36,6 @@ from qlora_retrain.storage.store import (
 MIB = 1024**2
 MAX_CONCURRENCY = 16  # connections, and parts that travel at once
 COPIED_PARTS = 4  # that the server copies as one
-DEFAULT_ATTEMPTS = 8  # of a request, where AWS_MAX_ATTEMPTS says nothing
-CONNECT_TIMEOUT_SECONDS = 10
 MAX_ROUNDS = 5  # of a conditional write; boto3 makes several attempts in each
 PAUSE_SECONDS = 0.5  # after the first round; it doubles from round to round
 DELETE_BATCH_SIZE = 1000  # the most files that S3 deletes in one request
@@ -56,18 +50,12 @@ class S3Store:
     """
 
     def __init__(self, uri: str, *, part_bytes: int = 8 * MIB) -> None:
-        import boto3.session
-        import botocore.session
-
         self.uri = uris.absolute(uri)
         self._bucket, self._prefix = uris.bucket_and_prefix(self.uri)
         self._part_bytes = part_bytes
         with self._errors("connect"):
             try:
-                session = botocore.session.get_session()
-                self.client = boto3.session.Session(botocore_session=session).client(
-                    "s3", config=_client_config(session)
-                )
+                self.client = s3_client.connect(MAX_CONCURRENCY)
             except ValueError as error:  # AWS_ENDPOINT_URL is not a URL, or AWS_MAX_ATTEMPTS no number
                 raise UsageError(f"{self.uri}: {error}") from error
 
@@ -284,14 +272,3 @@ class S3Store:
         except ClientError as error:
             return s3_errors.http_status(error) == 404
         return False
-
-
-def _client_config(session: Any) -> Any:
-    """Return the settings of a client; what the environment or its config file sets stays as it is there."""
-    from botocore.config import Config
-
-    retries = {"total_max_attempts": session.get_config_variable("max_attempts") or DEFAULT_ATTEMPTS}
-    # None: that of AWS_DEFAULTS_MODE, whose sets of defaults have timeouts of their own.
-    is_legacy = session.get_config_variable("defaults_mode") in (None, "legacy")
-    timeout = CONNECT_TIMEOUT_SECONDS if is_legacy else None
-    return Config(retries=retries, max_pool_connections=MAX_CONCURRENCY, connect_timeout=timeout)

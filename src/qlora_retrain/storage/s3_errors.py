@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
-from qlora_retrain.storage.store import NotFound
+from qlora_retrain.storage.store import CEPH_HINT, NotFound
 
 # Temporary errors that may come without a 5xx status: in the answer to a batch, or as a 400.
 TEMPORARY_CODES = (
@@ -28,6 +28,17 @@ _CREDENTIAL_HINTS = {
     "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
     "SignatureDoesNotMatch": "the secret key is none of this access key, or a proxy changed the request",
 }
+# No room is left for this user or in this bucket: Ceph's answer, with a 403, and those of MinIO.
+_FULL_CODES = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+# What older servers answer to the checksums that boto3 sends in a trailer, or in the place of an MD5.
+_CHECKSUM_CODES = ("MissingContentLength", "MissingContentMD5", "XAmzContentSHA256Mismatch")
+_CHECKSUM_HINT = (
+    "an older server does not understand the checksums that boto3 sends: set AWS_REQUEST_CHECKSUM_CALCULATION to "
+    "when_required"
+)
+_NO_ANSWER_HINT = (
+    "run the same command again; if that stays so, look whether the server runs and AWS_ENDPOINT_URL, if set, names it"
+)
 # What every answer of S3 has, and that of a proxy lacks.
 _FIELDS = ("ETag", "Body", "ContentLength", "ContentRange")
 
@@ -61,7 +72,7 @@ def translate_errors(where: str, no_bucket: Callable[[], bool]) -> Iterator[None
     except boto.SSLError as error:
         raise UsageError(f"{where}: {_text(error)}; AWS_CA_BUNDLE names the certificates to trust") from error
     except (*connection_errors, *failed_transfers, transfer.RetriesExceededError, transfer.CancelledError) as error:
-        raise TryAgain(f"{where}: {_text(error)}", cause=Cause.THROTTLED) from error
+        raise TryAgain(f"{where}: {_text(error)}; {_NO_ANSWER_HINT}", cause=Cause.THROTTLED) from error
     except KeyError as error:
         if error.args[0] not in _FIELDS:
             raise
@@ -84,15 +95,21 @@ def http_status(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def to_problem(where: str, code: str, text: str, http: int) -> Exception:
+def to_problem(where: str, code: str, text: str | None, http: int) -> Exception:
     """Return the error of ours that a server's error means."""
-    message = f"{where}: {code}: {text}"
+    # Ceph sends many errors without a text; others end it with a full stop.
+    message = f"{where}: {code}: {text.rstrip('.')}" if text else f"{where}: {code}"
     if code == "NoSuchBucket":
         return UsageError(f"{message}; create the bucket, or correct the root's URI")
     if code in ("NoSuchKey", "404"):
         return NotFound(where)
     if code in _CREDENTIAL_HINTS:
         return UsageError(f"{message}; {_CREDENTIAL_HINTS[code]}")
+    if code in _CHECKSUM_CODES or "Content-MD5" in (text or ""):
+        return UsageError(f"{message}; {_CHECKSUM_HINT}")
+    if code in _FULL_CODES:
+        remedy = "make room, e.g. with `qlora-retrain gc --delete`, or raise the quota; then run the same command again"
+        return TryAgain(f"{message}; the store is full: {remedy}", cause=Cause.DISK_FULL)
     # A server answers 403 for a missing key where the role may not list the bucket, so that nobody can probe for keys.
     if http == 403 or code == "AccessDenied":
         hint = "S3 says so of a missing file too, where s3:ListBucket is not allowed"
@@ -100,7 +117,7 @@ def to_problem(where: str, code: str, text: str, http: int) -> Exception:
     if http == 501 or code == "NotImplemented":
         return UsageError(f"{message}; this server lacks a request that a store needs; use another server or a folder")
     if http in (409, 412, 429) or http >= 500 or code in TEMPORARY_CODES:
-        return TryAgain(message, cause=Cause.THROTTLED)
+        return TryAgain(f"{message}; run the same command again", cause=Cause.THROTTLED)
     return UsageError(message)
 
 
@@ -108,6 +125,6 @@ def wrong_precondition(where: str, tag: str | None) -> UsageError:
     """Return the error for a server that refuses a write under a condition that holds."""
     return UsageError(
         f"{where}: this server answers 412 to a write under the condition that the ETag is {tag}, and then says itself "
-        "that this is the ETag; without a working If-Match no alias can move safely: use a server that honours it, or "
-        "a folder"
+        "that this is the ETag; without a working If-Match no alias can move safely: use a server that honours it "
+        f"{CEPH_HINT}, or a folder"
     )

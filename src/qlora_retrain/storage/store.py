@@ -24,6 +24,9 @@ RESERVED_PREFIX = ".store-"
 # The largest document: larger than any that this project writes, and than a tokenizer's file. Somebody else may have
 # written it, and it is in memory as a whole.
 MAX_DOCUMENT_BYTES = 128 * 1024**2
+# For whoever reads that a server does not honour conditions. In a bucket with versions it overwrites under
+# If-None-Match and refuses every ETag; what was written then cannot be swapped after versioning is suspended either.
+CEPH_HINT = "(Ceph 16 does so only in a bucket that never had versioning or object lock)"
 
 
 class NotFound(Exception):
@@ -224,5 +227,5 @@ def _try_writes(store: Store, path: str) -> None:
 def _unconditional(store: Store, fault: str) -> UsageError:
     return UsageError(
         f"{store.uri}: this server ignores conditional writes: it {fault}. Two runs could then overwrite each other's "
-        "work unseen; use a server that honours If-Match and If-None-Match, or a folder"
+        f"work unseen; use a server that honours If-Match and If-None-Match {CEPH_HINT}, or a folder"
     )
