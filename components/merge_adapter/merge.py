@@ -176,6 +176,9 @@ class BaseWeights:
             IntegrityError: If `original` has no such weight.
         """
         file_names = {model_name: name for name, model_name in self.model_names.items()}
+        # The output layer of GPT-NeoX has another name in its files than in the model.
+        if "embed_out.weight" in file_names:
+            file_names.setdefault("lm_head.weight", file_names["embed_out.weight"])
         if missing := sorted(tensors.keys() - file_names.keys()):
             raise IntegrityError(
                 f"adapter: the base has no weight {missing[0]}, which learnt whole; it was trained over another model"

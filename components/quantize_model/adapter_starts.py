@@ -37,8 +37,21 @@ class StartBuilder:
         self._squares = torch.zeros(3, dtype=torch.float64)  # of |W|, and of the errors without and with the start
 
     def select(self, model: PreTrainedModel) -> None:
-        """Find the layers in a model whose weights are not read yet."""
+        """Find the layers in a model whose weights are not read yet.
+
+        Raises:
+            UsageError: If a layer has fewer singular vectors than there are ranks.
+        """
         self.paths = adapted_paths(model, target_modules(model, self.config.target_modules))
+        layers = {path: model.get_submodule(path) for path in sorted(self.paths)}
+        sizes = {path: int(min(layer.in_features, layer.out_features)) for path, layer in layers.items()}
+        narrow = min(sizes, key=lambda path: sizes[path])
+        if self.config.rank > sizes[narrow]:
+            raise UsageError(
+                f"train.rank: {self.config.rank}, and train.method: {self.config.method} begins with as many singular "
+                f"vectors of each layer, of which {narrow} has {sizes[narrow]}; set train.rank to {sizes[narrow]} or "
+                "less, or train.method: lora"
+            )
 
     def adjust(self, name: str, weights: Tensor, quantized: Quantized) -> Tensor:
         """Return what is quantized instead of a layer's weights (out, in), and keep the layer's start.

@@ -72,17 +72,19 @@ def sufficient_coverage(model: PreTrainedModel, layer_type: type[Linear], min_fr
     """
     # bitsandbytes silently leaves layers other than Linear in 16 bits. LoRA does not reach these either.
     result = coverage(model, layer_type)
-    if not result.fraction:
+    if not result.fraction and not result.is_rest_linear:
         raise UsageError(f"base_model: {type(model).__name__} has no linear layer that could be quantized or adapted")
-    if result.fraction < min_fraction:
-        scope, consequence, remedy = "", "and no adapter would reach it", "base"
+    if result.fraction < min_fraction or not result.fraction:
+        scope, consequence = "", "and no adapter would reach it"
+        remedy = "Choose another base, or lower the setting if that is what you want"
         if result.is_rest_linear:
-            scope, consequence, remedy = " that quantize.format packs", "since its width does not fit it", "format"
+            scope, consequence = " that quantize.format packs", "since its width does not fit it"
+            remedy = "Set quantize.format: nf4, which packs every width"
+            remedy += ", or lower the setting if that is what you want" if result.fraction else ""
         raise UsageError(
             f"base_model: only {result.fraction:.1%} of the weights outside embeddings and head are in linear layers"
             f"{scope}, and quantize.min_quantized_fraction is {min_fraction:g}. The largest tensor outside of them is "
-            f"{result.largest_rest}: it would stay in 16 bits, {consequence}. Choose another {remedy}, or lower the "
-            "setting if that is what you want"
+            f"{result.largest_rest}: it would stay in 16 bits, {consequence}. {remedy}"
         )
     return result
 

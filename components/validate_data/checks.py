@@ -53,7 +53,7 @@ REASONS = {
     "ragged_row": "the row has more or fewer fields than the header; quote fields that hold commas or line breaks",
     "not_kept": "the row does not have the values that data.keep names",
     # The chat that its fields should hold.
-    "missing_field": "{field} has no value",
+    "missing_field": "{field}: a value is missing",
     "bad_json": "{field} holds text that is not JSON; expected a list of turns",
     "not_a_list": "{field} is not a list of turns",
     "not_a_turn": "{field} holds something else than a turn; expected an object with a role and a content",

@@ -85,17 +85,18 @@ def test_a_second_lab_does_nothing(lab) -> None:
 def test_a_point_that_fails_is_listed_and_stops_no_other_and_equal_points_are_computed_once(lab) -> None:
     project, _ = lab
     before = manifests(project)
-    vary = ("--vary", "train.rank=2", "--vary", "train.target_modules=all-linear,[no_such_layer]")
+    # The second pattern is left no layer, which the step that trains says.
+    vary = ("--vary", "train.rank=2", "--vary", 'train.rank_pattern={},{q_proj: 2, ".*q_proj": 4}')
     options = ("--judge-fraction", "0.2", "--parallel", "2", "--out", project.folder / "other")
     result = project.cli("lab", project.config, "--root", project.root, *vary, *options)
     assert result.exit_code == 0, result.text
     assert manifests(project) == before
     document = json.loads((project.folder / "other" / "lab.json").read_text())
-    assert [point["label"] for point in document["points"]] == ["rank 2, target_modules all-linear"]
+    assert [point["label"] for point in document["points"]] == ["rank 2, rank_pattern {}"]
     [failed] = document["failed"]
-    assert failed["label"] == 'rank 2, target_modules ["no_such_layer"]'
+    assert failed["label"] == 'rank 2, rank_pattern {"q_proj": 2, ".*q_proj": 4}'
     assert failed["exit_code"] == 12
-    assert "no_such_layer" in failed["message"]
+    assert "'.*q_proj' matches no adapted layer that an earlier pattern leaves" in failed["message"]
 
 
 def test_the_line_itself_is_untouched_and_its_own_evaluation_is_never_seen(lab) -> None:

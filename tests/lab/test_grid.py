@@ -40,6 +40,11 @@ def test_values_are_yaml_and_a_list_stands_in_brackets() -> None:
     assert values == ("all-linear", ["q_proj", "v_proj"])
     assert parse_variation("train.method=lora,lora+").values == ("lora", "lora+")
     assert parse_variation("train.alpha=null,8.5").values == (None, 8.5)
+    assert parse_variation(" train.rank = 4, 8 ") == parse_variation("train.rank=4,8")
+    # A pattern that looks like a range.
+    pattern = r".*\.[0-9]\.self_attn\..*"
+    assert parse_variation(f"train.target_modules='{pattern}',mlp").values == (pattern, "mlp")
+    assert parse_variation("train.target_modules=model.layers.0..*").values == ("model.layers.0..*",)
 
 
 def test_a_label_has_the_settings_in_words() -> None:
@@ -108,6 +113,13 @@ def test_named_settings_are_one_more_variation(tmp_path: Path) -> None:
         ("small: {evaluate.seed: 4}", "all runs of a lab share their data"),
         ("a: {train.rank: 4}\nb: {train.rank: 4}", "a and b have the same settings"),
         ("a: {train.rank: 4", "not valid YAML"),
+        # Of a name that is written twice, YAML keeps the last.
+        ("a: {train.rank: 4}\na: {train.rank: 8}", "a is written twice"),
+        ('4: {train.rank: 4}\n"4": {train.rank: 8}', "4 is written twice"),
+        ("a: {train.rank: 4, train.rank: 8}", "train.rank is written twice"),
+        ('"": {train.rank: 4}', "expected a name in one line that can be printed, found ''"),
+        ('"a\\nb": {train.rank: 4}', r"can be printed, found 'a\\nb'"),
+        ('"\\u202e": {train.rank: 4}', r"can be printed, found '\\u202e'"),
     ],
 )
 def test_a_file_of_points_that_cannot_be_read_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lab import experiment
 from qlora_retrain.lab.grid import Point
+from qlora_retrain.lab.options import LabOptions
 from qlora_retrain.lab.plans import LabPlanner, lab_line
 from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.pipeline.plan import Plan
@@ -136,3 +138,8 @@ def test_a_long_name_of_a_line_stays_a_name() -> None:
     assert lab_line("a" * 63) == "a" * 59 + "-lab"
     assert lab_line("intents") == "intents-lab"
     assert lab_line("a" * 58 + "-bcde") == "a" * 58 + "-lab"
+
+
+def test_a_report_that_cannot_have_its_folder_is_refused(line: Path, root_uri: str) -> None:
+    with pytest.raises(UsageError, match=r"--out .*intents.yaml: cannot be made \(File exists\); name a folder"):
+        experiment.run(LabOptions(line, root_uri, (), out=line))

@@ -92,6 +92,22 @@ def test_a_difference_within_chance_at_the_same_cost_is_called_noise() -> None:
     assert "200 prompts cannot tell it apart from rate 1e-4. None of these costs less" in result.sentence
 
 
+def test_an_equal_value_is_not_called_a_worse_one() -> None:
+    result = answer(candidate("rank 8", right(150)), candidate("rank 64", right(150), mib=8))
+    assert result.sentence == "rank 8 has the best value, as rank 64. None of these costs less: take rank 8."
+
+
+def test_points_without_a_common_seed_are_not_called_worse_or_equal() -> None:
+    best, clear = candidate("rank 8", right(180), right(180)), candidate("rank 4", right(20), right(20))
+    apart = candidate("rank 2", right(20), right(20), right(20))
+    del apart.results[:2]
+    sentence = answer(best, clear, apart).sentence
+    assert "every other point but rank 2, with which it has no seed in common, by more than chance" in sentence
+    assert answer(best, apart).sentence == (
+        "rank 8 has the best value, and no seed in common with another point: take no conclusion."
+    )
+
+
 def test_a_cheaper_point_that_is_far_behind_is_not_taken_where_few_rows_prove_nothing() -> None:
     # 5 of 200 rows are 0.025, beyond the line's margin of 0.02.
     small = candidate("rank 8", right(150, also=[190, 191], without=range(7)))

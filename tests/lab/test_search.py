@@ -9,7 +9,7 @@ import pytest
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lab.grid import points_of
 from qlora_retrain.lab.runs import Outcome
-from qlora_retrain.lab.search import Search, Trial
+from qlora_retrain.lab.search import Search, Trial, exclusive
 from qlora_retrain.lab.variations import NamedSettings, Range, parse_variation
 
 VARY = [
@@ -74,7 +74,10 @@ def test_a_run_that_is_behind_the_others_is_stopped_after_enough_of_them(tmp_pat
     search.tell(behind, STOPPED, None)
     search.tell(ahead, DONE, 0.9)
     assert search.num_ended == 6
-    assert len(search.measured_points()) == 5
+    # The report lists the run that was stopped, also where the search goes on from it.
+    again = Search(tmp_path, VARY, [], 1)
+    assert [outcome.code for _, outcome in again.ended_points()] == [0, 0, 0, 0, 0, 75]
+    assert again.ended_points()[-1] == (behind.point, STOPPED)
 
 
 def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
     again = Search(tmp_path, VARY, [], 1)
     assert again.num_ended == 2
-    assert again.measured_points() == [trial.point for trial in done]
+    assert again.ended_points() == [(trial.point, DONE) for trial in done]
     assert again.propose().point == interrupted
 
 
@@ -95,11 +98,63 @@ def test_a_search_with_more_trials_proposes_other_points(tmp_path: Path) -> None
 
 def test_what_cannot_be_run_or_gave_no_number_counts_as_a_trial(tmp_path: Path) -> None:
     search = Search(tmp_path, VARY, [], 1)
-    search.refuse(search.propose())
-    search.tell(search.propose(), Outcome(14, "diverged"), None)
+    refused, diverged = search.propose(), Outcome(14, "diverged")
+    search.refuse(refused, "the line says no")
+    search.tell(search.propose(), diverged, None)
     search.tell(search.propose(), DONE, float("nan"))
-    assert search.num_ended == 3
-    assert search.measured_points() == []
+    for again in (search, Search(tmp_path, VARY, [], 1)):
+        assert again.num_ended == 3
+        assert [outcome for _, outcome in again.ended_points()] == [diverged, DONE]
+        assert again.refused_points() == {refused.point.label: "the line says no"}
+
+
+def test_what_failed_for_a_reason_that_may_be_gone_is_run_again_by_the_next_search(tmp_path: Path) -> None:
+    search = Search(tmp_path, VARY, [], 1)
+    failed = search.propose()
+    search.tell(failed, Outcome(75, "the disk is full"), None)
+    assert search.num_ended == 1
+    for _ in range(2):  # a failure that comes back is proposed once each time
+        search = Search(tmp_path, VARY, [], 1)
+        assert search.num_ended == 0
+        trial = search.propose()
+        assert trial.point == failed.point
+        search.tell(trial, Outcome(75, "the disk is full"), None)
+    Search(tmp_path, VARY, [], 1)  # stopped before it proposed anything
+    search = Search(tmp_path, VARY, [], 1)
+    search.tell(search.propose(), DONE, 1.0)
+    search = Search(tmp_path, VARY, [], 1)
+    assert search.ended_points() == [(failed.point, DONE)]
+    assert search.propose().point != failed.point
+
+
+def test_a_folder_has_one_search_at_a_time(tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path),
+        pytest.raises(UsageError, match="another search is running in this folder"),
+        exclusive(tmp_path),
+    ):
+        pass
+    with exclusive(tmp_path):
+        pass
+
+
+def test_a_study_whose_last_line_was_cut_off_goes_on_without_it(tmp_path: Path) -> None:
+    points = [trial.point for trial in run(Search(tmp_path, VARY, [], 1), 2)]
+    path = tmp_path / "study.log"
+    path.write_bytes(path.read_bytes()[:-9])
+    search = Search(tmp_path, VARY, [], 1)
+    # The last line said how the second trial ended, so it is proposed again.
+    assert search.num_ended == 1
+    assert search.propose().point == points[1]
+
+
+@pytest.mark.parametrize("text", ["garbage\n", '{"op_code": 0}\n', "[1]\n"])
+def test_a_damaged_study_is_refused_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "study.log").write_text(text)
+    with pytest.raises(
+        UsageError, match=r"study.log: is damaged, or no study .*; remove it, and the search begins anew"
+    ):
+        Search(tmp_path, VARY, [], 1)
 
 
 def test_a_search_of_other_settings_is_refused(tmp_path: Path) -> None:

@@ -105,6 +105,10 @@ def test_a_layer_whose_inputs_do_not_fill_groups_stays_in_16_bits(tiny_model: Pa
     base = write_model(tmp_path / "base", tiny_model, intermediate_size=80)
     with pytest.raises(UsageError, match=r"only 80\.6% .* layers that quantize.format packs.*its width does"):
         write(base, tmp_path / "refused")
+    # Where no layer fits, nothing is packed whatever the setting is.
+    odd = write_model(tmp_path / "odd", tiny_model, hidden_size=40, intermediate_size=72, head_dim=20)
+    with pytest.raises(UsageError, match=r"only 0\.0%.*Set quantize.format: nf4, which packs every width$"):
+        write(odd, tmp_path / "nothing", min_quantized_fraction=0.0)
     folder = write(base, tmp_path / "base_nf4", min_quantized_fraction=0.5)
     stored, original = (load_file(path / "model.safetensors") for path in (folder, base))
     names = [name for name in stored if name.endswith("_proj.weight") and stored[name].dtype != torch.uint8]

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft.utils import constants
 from safetensors.torch import load_file, save_file
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm.tokenizer_files import TOKENIZER_FILES
 from qlora_retrain.pipeline import explain, fetch, make_plan
+from qlora_retrain.pipeline.layer_names import IA3_FAMILIES
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import globs, open_store, sources
 from tests import hub_server
@@ -98,6 +100,20 @@ def shards(*, metadata: bool) -> Edit:
         (folder / "model.safetensors.index.json").write_text(json.dumps(document))
 
     return split
+
+
+def rename(names: dict[str, str], **fields: Any) -> Edit:
+    """Give the weights other names, and config.json other fields."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        for old, new in names.items():
+            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+        save_file(weights, path, metadata={"format": "pt"})
+        change(folder, "config.json", **fields)
+
+    return edit
 
 
 def added_tokens(*tokens: tuple[str, int]) -> Edit:
@@ -190,6 +206,56 @@ UNFIT: dict[str, tuple[Edit, list[str], list[str]]] = {
         ["data.max_length_tokens=64"],
         ["more than the 64 that the base takes (max_position_embeddings); lower evaluate.max_new_tokens"],
     ),
+    "virtual tokens that leave no room": (
+        config(),
+        ["data.max_length_tokens=1910", "train.method=prompt"],
+        ["20 tokens before each row leave 2028 of the 2048", "evaluate.max_new_tokens adds 128"],
+    ),
+    # The layers that `train` names; the tiny model is tied, and its smallest side is 32.
+    "no such layer": (
+        config(),
+        ["train.target_modules=[qproj, down_proj]"],
+        ["no layer is called 'qproj', there are down_proj, gate_proj, k_proj,", "did you mean q_proj?"],
+    ),
+    "no such path": (
+        config(),
+        [r"train.target_modules=.*\.9\.mlp\..*"],
+        ["matches no layer", "such as model.layers.0.mlp.down_proj"],
+    ),
+    "norms by a pattern": (config(), ["train.target_modules=.*(norm|embed_tokens)"], ["matches no layer"]),
+    "no regular expression": (config(), ["train.target_modules=(.*"], ["'(.*' is no regular expression"]),
+    "a rank of no layer": (config(), ["train.rank_pattern={qproj: 4}"], ["'qproj' matches no adapted layer"]),
+    "an alpha of a layer without adapter": (
+        config(),
+        ["train.target_modules=[q_proj]", "train.alpha_pattern={down_proj: 4}"],
+        ["train.alpha_pattern: 'down_proj' matches no adapted layer", "model.layers.0.self_attn.q_proj"],
+    ),
+    "a tied output layer": (config(), ["train.modules_to_save=[lm_head]"], ["share one weight (tie_word_embeddings)"]),
+    "a norm that should learn whole": (
+        config(tie_word_embeddings=False),
+        ["train.modules_to_save=[norm]"],
+        ["norm is none of embed_tokens, the embeddings"],
+    ),
+    "more ranks than singular vectors": (
+        config(),
+        ["train.method=loftq", "train.rank=33"],
+        ["train.rank: 33", "k_proj has 32; set train.rank to 32 or less"],
+    ),
+    "layers that do not fill a format's blocks": (
+        tensors(model__layers__1__mlp__down_proj__weight=(64, 72)),
+        ["train.method=lq-lora", "quantize.format=mixed", "train.rank=8"],
+        ["quantize.format: mixed packs, in blocks of 64 inputs, and model.layers.1.mlp.down_proj has 72"],
+    ),
+    "IA3 without its layers": (
+        rename({"gate_proj": "gate_up_proj", "q_proj": "qkv_proj", "k_proj": "k_map"}, model_type="phi3"),
+        ["train.method=ia3"],
+        ["base (phi3) these are"],
+    ),
+    "a bottleneck without an MLP": (
+        rename({".mlp.": ".net."}),
+        ["train.method=bottleneck"],
+        ["goes behind the MLP of each layer"],
+    ),
     # The precision.
     "float16 over bfloat16": (
         config(),
@@ -241,6 +307,19 @@ def test_a_base_that_does_not_fit_is_refused_by_the_plan(
         (config(n_routed_experts=64, first_k_dense_replace=2), []),
         (config(quantization_config=None), []),
         (config(layer_types=["full_attention", "sliding_attention"]), []),
+        # Layers by name, kind and pattern, also of a file that leaves out the name of the model's body.
+        (config(), ["train.target_modules=[q_proj, up_proj]", "train.rank_pattern={'1\\..*\\.q_proj': 4}"]),
+        (rename({"model.": ""}), [r"train.target_modules=model\.layers\.0\.mlp\..*"]),
+        (shards(metadata=True), ["train.target_modules=[down_proj]", "train.alpha_pattern={down_proj: 4}"]),
+        (config(), ["train.method=loftq", "train.rank=33", "train.target_modules=[q_proj]"]),
+        (
+            tensors(lm_head__weight=(512, 64)),
+            ["train.modules_to_save=[lm_head]", "train.target_modules=attention"],
+        ),
+        (config(), ["train.method=bottleneck"]),
+        (config(tie_word_embeddings=False), ["train.modules_to_save=[lm_head]"]),  # some files call it embed_out
+        # Where the file's names are not those of the model, only the model can tell.
+        (rename({"_proj": "_map"}), ["train.target_modules=[q_proj]"]),
         # Stored in float16, computed in float16, trained in float32.
         (config(dtype="float16"), ["data.max_length_tokens=100"]),
     ],
@@ -323,7 +402,11 @@ def fetch_base(plan: Plan, step: str) -> Path:
 BY_WEIGHTS = {
     "an index without metadata",
     "two candidates", "an adapter left over", "a folder below", "experts by a tensor", "images by a tensor",
-    "a reward model by its tensor", "AWQ by a file", "packed weights by a tensor", "LoRA in the weights",
+    "a reward model by its tensor", "no such layer", "no such path", "norms by a pattern", "no regular expression",
+    "a rank of no layer", "an alpha of a layer without adapter", "a tied output layer",
+    "a norm that should learn whole", "more ranks than singular vectors", "IA3 without its layers",
+    "layers that do not fill a format's blocks", "a bottleneck without an MLP", "AWQ by a file",
+    "packed weights by a tensor", "LoRA in the weights",
     "float16 over bfloat16 by the header",
 }  # fmt: skip
 
@@ -422,3 +505,7 @@ def test_a_file_of_another_form_is_damage_and_not_our_bug(
     change(base, file, **fields)
     with pytest.raises(IntegrityError, match=f"{file}.* has another form than transformers writes"):
         planned("merge.exports=[bf16, gguf-f16]")
+
+
+def test_the_families_of_ia3_are_those_that_peft_knows() -> None:
+    assert set(IA3_FAMILIES) == set(constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)

@@ -60,13 +60,14 @@ class _Survey:
     sample: bytearray = field(default_factory=bytearray)  # the first bad lines
 
 
-def explain(error: UnicodeDecodeError, stream: IO[bytes], name: str, command_input: str) -> str:
+def explain(error: UnicodeDecodeError, stream: IO[bytes], name: str, suffix: str, command_input: str) -> str:
     """Return what is wrong with the bytes of a file and how to mend it.
 
     Args:
         error: The error of the decoder that read the file.
         stream: The file's bytes, from the beginning.
         name: The file's name.
+        suffix: The part of it that names the format, such as `.csv` of `a.csv.gz`.
         command_input: How a shell command gets the file's bytes.
     """
     if not error.encoding.startswith("utf-8") and error.encoding != "utf_8":
@@ -76,7 +77,7 @@ def explain(error: UnicodeDecodeError, stream: IO[bytes], name: str, command_inp
     assert survey.first_bad is not None
     line, column, position, value = survey.first_bad
     location = f"{name}:{line}: byte {position} of the file (0x{value:02x}, byte {column} of the line) is not UTF-8"
-    output = f"> {shlex.quote(f'{name}.utf8')}"
+    output = f"> {shlex.quote(_converted_name(name, suffix))}"
     if survey.has_surrogates:
         return (
             f"{location}: it is half of a surrogate pair, as programs write it that take UTF-16 for UTF-8 (CESU-8); "
@@ -101,6 +102,12 @@ def explain(error: UnicodeDecodeError, stream: IO[bytes], name: str, command_inp
         f"{location}, and the file reads well in no common encoding; ask where it comes from, and convert it with "
         f"`{command_input}iconv -f ENCODING -t UTF-8 {output}`, or leave it out with the source's `files`"
     )
+
+
+def _converted_name(name: str, suffix: str) -> str:
+    """Return a name by which the converted file is read as what it is: `a.utf8.csv` of `a.csv.gz`."""
+    stem, dot, _ = name.rpartition(suffix) if suffix else (name, "", "")
+    return f"{stem if dot else name}.utf8{suffix}"
 
 
 def _survey(stream: IO[bytes]) -> _Survey:

@@ -161,7 +161,7 @@ class SourceFile:
                 yield
             except UnicodeDecodeError as error:
                 with self.open() as stream:
-                    text = encodings.explain(error, stream, self.name, self.command_input)
+                    text = encodings.explain(error, stream, self.name, self.suffix, self.command_input)
                 raise UsageError(text) from None
 
     @contextmanager

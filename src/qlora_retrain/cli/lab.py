@@ -93,8 +93,8 @@ def _lab(args: argparse.Namespace) -> int:
         print(json.dumps(document, indent=1))
     else:
         print(document["recommendation"]["sentence"], *document["recommendation"]["notes"], sep="\n")
-    if document["failed"]:
-        print(f"{len(document['failed'])} runs did not finish; the report says why", file=sys.stderr)
+    if count := len(document["failed"]):
+        print(f"{count} run{'s' if count > 1 else ''} did not finish; the report says why", file=sys.stderr)
     print(f"report: {out / 'report.html'}", file=sys.stderr)
     return 0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_retrain.core.html import Html, axis_ticks, join
 
 # In SVG units: the whole drawing, then the margins around its axes.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 320, 64, 24, 12, 44
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 320, 64, 24, 22, 44
 _LABEL_CHARACTERS = 40
 
 

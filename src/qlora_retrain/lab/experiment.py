@@ -14,7 +14,7 @@ from typing import Any
 import qlora_retrain
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import Exit, UsageError
-from qlora_retrain.lab import grid, recommend, report, summary, trials
+from qlora_retrain.lab import grid, recommend, report, search, summary, trials
 from qlora_retrain.lab.options import LabOptions
 from qlora_retrain.lab.planned import NothingMeasured, PlannedLab, make_shared
 from qlora_retrain.lab.plans import LabPlanner
@@ -33,9 +33,10 @@ def run(options: LabOptions) -> tuple[dict[str, Any], Path]:
     _refuse_unmeasured(options)
     planner = options.planner()
     out = options.out or Path(f"lab-{planner.draft.line}")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     if options.num_trials is not None:
-        planned, outcomes = trials.run_trials(options, planner, out)
+        with search.exclusive(out):
+            planned, outcomes = trials.run_trials(options, planner, out)
     else:
         planned = plan_points(options, planner)
         make_shared(planned, options.parallel, out / "logs")
@@ -83,6 +84,15 @@ def report_on(options: LabOptions, planned: PlannedLab, outcomes: Mapping[str, O
     (out / "lab.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (out / "report.html").write_text(report.render(document), encoding="utf-8")
     return document
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out {out}: cannot be made ({error.strerror}); name a folder, or one that does not exist yet"
+        ) from error
 
 
 def _refuse_unmeasured(options: LabOptions) -> None:
@@ -133,7 +143,7 @@ def _facts(options: LabOptions, line: str) -> dict[str, Any]:
     return {
         "line": line,
         "version": qlora_retrain.__version__,
-        "vary": {variation.knob: list(variation.values) for variation in options.vary},
+        "vary": {v.knob: [str(v.range)] if v.range else list(v.values) for v in options.vary},
         "named": {named.name: dict(named.settings) for named in options.named},
         "seeds": options.num_seeds,
         "judge_fraction": options.judge_fraction,

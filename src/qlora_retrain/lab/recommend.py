@@ -154,12 +154,22 @@ def _sentence(
             f"{take.label} is as good as {best.label} within what {prompts:,} prompts can show ({ahead}), and {price}: "
             f"take {take.label}."
         )
-    equal = [c for c in comparisons if not c.is_worse]
+    equal = [c for c in comparisons if c.is_within_chance]
     if not equal:
-        return f"{best.label} is better than every other point, by more than chance on {prompts:,} prompts: take it."
+        apart = [c.label for c in comparisons if c.gain is None]
+        scope = f" but {'; '.join(apart)}, with which it has no seed in common" if apart else ""
+        if len(apart) == len(comparisons):
+            return f"{best.label} has the best value, and no seed in common with another point: take no conclusion."
+        return (
+            f"{best.label} is better than every other point{scope}, by more than chance on {prompts:,} prompts: take "
+            "it."
+        )
+    rivals, why = "; ".join(c.label for c in equal), _why_not(equal, margin)
+    if all(c.gain is not None and c.gain.value == 0.0 for c in equal):
+        return f"{best.label} has the best value, as {rivals}. {why}: take {best.label}."
     return (
-        f"{best.label} has the best value, but {prompts:,} prompts cannot tell it apart from "
-        f"{'; '.join(c.label for c in equal)}. {_why_not(equal, margin)}: take {best.label}."
+        f"{best.label} has the best value, but {prompts:,} prompts cannot tell it apart from {rivals}. {why}: take "
+        f"{best.label}."
     )
 
 

@@ -18,6 +18,9 @@ _AXES = (
     ("peak_memory_mib", 1, "peak memory of training, MiB"),
     ("training_seconds", 1, "training, seconds"),
 )
+_FRONT = (
+    "Named, and joined by the line, are the points that no other one beats in both. Point at another to see its name."
+)
 Document = Mapping[str, Any]
 
 
@@ -30,7 +33,7 @@ def render(document: Document) -> str:
         *([html.bullets(recommendation["notes"])] if recommendation["notes"] else []),
         html.section("Points", _points_table(document), _explanation(document)),
         *_comparisons(document),
-        html.section("What a better value costs", *(_pareto(document, *axis) for axis in _AXES)),
+        html.section("What a better value costs", _FRONT, *(_pareto(document, *axis) for axis in _AXES)),
         *_seeds(document),
         *_left_out(document),
         html.section("What was measured", html.key_value_table(_facts(document))),

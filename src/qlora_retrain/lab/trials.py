@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_retrain.core.errors import Exit, UsageError
+from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lab.grid import Point
 from qlora_retrain.lab.options import LabOptions
 from qlora_retrain.lab.planned import PlannedLab, make_shared
@@ -27,9 +27,9 @@ def run_trials(options: LabOptions, planner: LabPlanner, out: Path) -> tuple[Pla
     search = Search(out, options.vary, options.named, options.parallel)
     planned: dict[str, tuple[Point, Plan]] = {}
     outcomes: dict[str, Outcome] = {}
-    refused: dict[str, str] = {}
-    for point in search.measured_points():
-        _note(point, _plan(planner, point), Outcome(int(Exit.DONE), ""), options, planned, outcomes)
+    refused = search.refused_points()
+    for point, outcome in search.ended_points():
+        _note(point, _plan(planner, point), outcome, options, planned, outcomes)
 
     while search.num_ended < options.num_trials:
         trials = []
@@ -39,7 +39,7 @@ def run_trials(options: LabOptions, planner: LabPlanner, out: Path) -> tuple[Pla
                 trials.append((trial, _plan(planner, trial.point)))
             except UsageError as error:
                 refused[trial.point.label] = str(error)
-                search.refuse(trial)
+                search.refuse(trial, str(error))
         for trial, plan, outcome in _run(options, planner, trials, out / "logs"):
             search.tell(trial, outcome, _value_to_minimize(trial.point, plan))
             _note(trial.point, plan, outcome, options, planned, outcomes)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qlora_retrain.config import bounded_yaml
 from qlora_retrain.core import uris
 from qlora_retrain.core.errors import UsageError
@@ -69,12 +71,14 @@ def parse_variation(text: str) -> Variation:
             range whose ends are not numbers in their order.
     """
     knob, equals, values_text = text.partition("=")
+    knob = knob.strip()
     _, dot, name = knob.partition(".")
     place = f"--vary {uris.mask_secrets(text)}"
     if not (equals and dot and name and values_text.strip()):
         raise UsageError(f"{place}: expected SECTION.KNOB=VALUE,VALUE, e.g. train.rank=4,16,64")
     _refuse_shared(knob, place)
-    if ".." in values_text:
+    # A pattern has two points, too, as `\..*`, and characters that no number has.
+    if ".." in values_text and re.fullmatch(r"[\w.+ -]+", values_text):
         return Variation(knob, (), _parse_range(values_text, place))
     values, _ = bounded_yaml.parse(f"[{values_text}]", place)
     texts = [json.dumps(value) for value in values]
@@ -103,14 +107,18 @@ def read_named(path: Path) -> tuple[NamedSettings, ...]:
     """Read a YAML file of settings by name: `{name: {section.knob: value, ...}, ...}`.
 
     Raises:
-        UsageError: For another form, for a section that runs must share, and for two names with the same settings.
+        UsageError: For another form, for a section that runs must share, for a name that stands there twice, and for
+            two names with the same settings.
     """
     place = f"--points {path}"
-    document, _ = bounded_yaml.parse(bounded_yaml.read_text(path), str(path))
+    document, node = bounded_yaml.parse(bounded_yaml.read_text(path), str(path))
+    _refuse_repeated(node, place)
     if not isinstance(document, dict) or not document:
         raise UsageError(f"{place}: expected names with settings, e.g. `small: {{train.rank: 4, train.alpha: 8}}`")
     named: dict[str, str] = {}
     for name, settings in document.items():
+        if not (str(name).strip() and str(name).isprintable()):
+            raise UsageError(f"{place}: expected a name in one line that can be printed, found {str(name)!a}")
         if not isinstance(settings, dict) or not all(isinstance(knob, str) and "." in knob for knob in settings):
             raise UsageError(f"{place}: {name}: expected settings as `section.knob: value`, e.g. `train.rank: 4`")
         for knob in settings:
@@ -119,6 +127,20 @@ def read_named(path: Path) -> tuple[NamedSettings, ...]:
         if same != str(name):
             raise UsageError(f"{place}: {same} and {name} have the same settings; leave one of them out")
     return tuple(NamedSettings(str(name), tuple(settings.items())) for name, settings in document.items())
+
+
+def _refuse_repeated(node: yaml.Node | None, place: str) -> None:
+    """Refuse a name, or a setting of one, that stands there twice: only the last one would be trained.
+
+    Names are compared as they are shown, so `4` and `"4"` are one.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        return
+    names = [str(key.value) for key, _ in node.value]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{place}: {repeated} is written twice; give each name and each setting once")
+    for _, value in node.value:
+        _refuse_repeated(value, place)
 
 
 def _refuse_shared(knob: str, place: str) -> None:

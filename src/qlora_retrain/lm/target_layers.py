@@ -51,7 +51,7 @@ def target_modules(model: PreTrainedModel, requested_modules: str | Sequence[str
     elif requested_modules == "mlp":
         selected = sorted(set(names) - attention_names)
     elif isinstance(requested_modules, str):
-        selected = sorted(path for path in paths if _matches(requested_modules, path, "train.target_modules"))
+        selected = sorted(path for path in paths if matches(requested_modules, path, "train.target_modules"))
     else:
         for name in requested_modules:
             if name not in names:
@@ -156,7 +156,7 @@ def _values_by_path(knob: str, patterns: Mapping[str, Number], paths: Collection
     unused = dict.fromkeys(patterns)
     for path in sorted(paths):
         for pattern, value in patterns.items():
-            if _matches(rf"(?:.*\.)?(?:{pattern})", path, knob):
+            if matches(rf"(?:.*\.)?(?:{pattern})", path, knob):
                 values[regex.escape(path)] = value
                 unused.pop(pattern, None)
                 break
@@ -168,7 +168,12 @@ def _values_by_path(knob: str, patterns: Mapping[str, Number], paths: Collection
     return values
 
 
-def _matches(pattern: str, path: str, knob: str) -> bool:
+def matches(pattern: str, path: str, knob: str) -> bool:
+    """Return whether a regular expression of a knob matches a whole path.
+
+    Raises:
+        UsageError: If it is none, or takes too long.
+    """
     import regex
 
     try:

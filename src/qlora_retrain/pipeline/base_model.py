@@ -14,7 +14,8 @@ from qlora_retrain.config.fields import Section
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import bounded, gguf_names, model_files
 from qlora_retrain.lm.context_length import language_config, max_context_tokens
-from qlora_retrain.pipeline import architectures, token_ids
+from qlora_retrain.lm.small_adapters import num_virtual_tokens
+from qlora_retrain.pipeline import architectures, layer_names, token_ids
 from qlora_retrain.pipeline.model_folder import LABEL, ModelFolder
 from qlora_retrain.storage.sources import PinnedSource
 
@@ -32,6 +33,8 @@ class Demands:
         compute_dtype: The type to which the 4-bit weights are dequantized.
         train_precision: The type in which training computes.
         has_gguf: Whether an export is GGUF.
+        train: The values of the section `train`, which names layers.
+        base_format: The form in which the base is stored.
     """
 
     max_row_tokens: int
@@ -39,6 +42,8 @@ class Demands:
     compute_dtype: str
     train_precision: str
     has_gguf: bool
+    train: Mapping[str, Any]
+    base_format: str
 
     @classmethod
     def from_sections(
@@ -63,6 +68,8 @@ class Demands:
             compute_dtype=quantize["compute_dtype"],
             train_precision=train["precision"],
             has_gguf=any(form.startswith("gguf") for form in merge["exports"]),
+            train=train,
+            base_format=quantize["format"],
         )
 
 
@@ -101,6 +108,8 @@ def refuse_unfit(folder: ModelFolder, demands: Demands) -> None:
     index = folder.read_json(model_files.INDEX) if weights and weights != (model_files.SINGLE_FILE,) else None
     tensor_names = {*tensors, *(index["weight_map"] if index else ())}
     reasons = [f"{LABEL}: {fault}" for fault in architectures.faults(config, tensor_names, folder.names)]
+    if not reasons:  # else the names may be those of parts that the line cannot use
+        reasons += layer_names.faults(demands.train, demands.base_format, config, tensors, tensor_names)
     if index and not isinstance(index.get("metadata"), Mapping):
         reasons.append(
             f'{LABEL}: {model_files.INDEX} has no "metadata", without which transformers does not read it; add '
@@ -151,6 +160,14 @@ def _context_faults(config: Mapping[str, Any], demands: Demands) -> list[str]:
     limit, rows, new_tokens = max_context_tokens(config), demands.max_row_tokens, demands.max_new_tokens
     if limit is None:
         return []
+    if virtual_tokens := num_virtual_tokens(demands.train):
+        limit -= virtual_tokens
+        if limit < rows + new_tokens:
+            return [
+                f"train.num_virtual_tokens: {virtual_tokens} tokens before each row leave {max(limit, 0)} of the "
+                f"{limit + virtual_tokens} that the base takes (max_position_embeddings), and rows may have {rows} "
+                f"(data.max_length_tokens), to which evaluate.max_new_tokens adds {new_tokens}; lower one of the three"
+            ]
     if rows > limit:
         return [
             f"data.max_length_tokens: rows may have {rows} tokens, and the base takes {limit} "

@@ -208,3 +208,30 @@ def test_the_planner_counts_them(untied_nf4: Path, precision: str) -> None:
     )
     assert memory.adapter == sum(p.nbytes for _, p in trained) + masters
     assert memory.optimizer == pytest.approx(sum(t.nbytes for t in states.values()) - masters, rel=0.01)
+
+
+def test_an_output_layer_of_another_name_in_the_files_is_merged(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    base, nf4 = tmp_path / "base", tmp_path / "nf4"
+    shutil.copytree(tiny_model, base)
+    config = GPTNeoXConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(base)
+    assert "embed_out.weight" in load_file(base / "model.safetensors")
+    quantize(QuantizeConfig(), base, nf4)
+
+    model, settings = attached(loading.load_nf4(nf4), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1.0)
+    for name in ("adapter", "model"):
+        (tmp_path / name).mkdir()
+    adapter.export(model, tmp_path / "adapter", settings)
+    merge(base, nf4, tmp_path / "adapter", tmp_path / "model", dequantized=True, max_shard_gib=5.0)
+    merged, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", base))
+    expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(merged["embed_out.weight"], expected)
+    assert not torch.equal(merged["embed_out.weight"], original["embed_out.weight"])

@@ -17,7 +17,7 @@ from components.train_qlora import adapter
 from components.train_qlora.methods import method_of
 from qlora_retrain.config.quantize import AdapterStart, QuantizeConfig
 from qlora_retrain.config.sections import TrainConfig
-from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.lm import adapter_start, base_formats, loading
 from qlora_retrain.lm.low_rank import top_singular_triplets
 from tests.components.train_qlora.adapted import SETTINGS
@@ -181,3 +181,9 @@ def test_a_start_of_weights_that_are_not_finite_is_refused_with_the_weights_name
     start = AdapterStart(method=method, rank=2, target_modules="all-linear", iterations=2)
     with pytest.raises(IntegrityError, match=r"base_model: model\.layers\.0\.mlp\.up_proj\.weight holds numbers that"):
         quantize(QuantizeConfig(adapter_start=start), base, tmp_path / "stored")
+
+
+def test_more_ranks_than_singular_vectors_are_refused_before_a_weight_is_read(tiny_model, tmp_path) -> None:
+    start = AdapterStart(method="lora-xs", rank=33, target_modules="all-linear", iterations=1)
+    with pytest.raises(UsageError, match=r"train.rank: 33, .*k_proj has 32; set train.rank to 32 or less"):
+        quantize(QuantizeConfig(adapter_start=start), tiny_model, tmp_path)

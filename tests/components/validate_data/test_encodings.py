@@ -71,7 +71,6 @@ def test_a_file_of_an_older_encoding_is_refused_with_the_command_that_converts_i
     # The command gives back the text.
     run_command(message, tmp_path / "source")
     (tmp_path / "source" / "a.csv").unlink()
-    (tmp_path / "source" / "a.csv.utf8").rename(tmp_path / "source" / "b.csv")
     assert [record.fields for record in read_files({})] == [{"text": sentence, "label": "a"}]
 
 
@@ -85,9 +84,9 @@ def test_a_packed_file_is_converted_through_its_own_program(
     tmp_path: Path, read_files: ReadFiles, refuse_files: RefuseFiles
 ) -> None:
     message = refuse_files({"my data.csv.gz": gzip.compress(LETTER.encode("latin-1"))})
-    assert "`gzip -dc 'my data.csv.gz' | iconv -f WINDOWS-1252 -t UTF-8 > 'my data.csv.gz.utf8'`" in message
+    assert "`gzip -dc 'my data.csv.gz' | iconv -f WINDOWS-1252 -t UTF-8 > 'my data.utf8.csv'`" in message
     run_command(message, tmp_path / "source")
-    assert (tmp_path / "source" / "my data.csv.gz.utf8").read_text(encoding="utf-8") == LETTER
+    assert (tmp_path / "source" / "my data.utf8.csv").read_text(encoding="utf-8") == LETTER
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -107,7 +106,6 @@ def test_a_file_that_is_utf_8_but_for_a_byte_is_mixed_and_never_converted_as_a_w
     # The command mends the odd bytes and leaves the others as they are.
     run_command(message, tmp_path / "source")
     (tmp_path / "source" / "a.jsonl").unlink()
-    (tmp_path / "source" / "a.jsonl.utf8").rename(tmp_path / "source" / "b.jsonl")
     texts[place] = "\u201ccaf\u00e9\u201d"
     assert [record.fields for record in read_files({})] == [{"text": text} for text in texts]
 
@@ -127,7 +125,6 @@ def test_halves_of_pairs_that_are_written_as_characters_are_put_together(
     assert "CESU-8" in message
     run_command(message, tmp_path / "source")
     (tmp_path / "source" / "a.csv").unlink()
-    (tmp_path / "source" / "a.csv.utf8").rename(tmp_path / "source" / "b.csv")
     assert [record.fields for record in read_files({})] == [{"text": "\U0001f600 h\u00e9", "label": "a"}]
 
 
