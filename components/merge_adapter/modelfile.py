@@ -1,4 +1,4 @@
-"""Write an Ollama Modelfile beside a GGUF file: the file, the chat template, and the texts that end an answer.
+"""Write an Ollama Modelfile beside a GGUF file: the file, the chat template, the system turn, and what ends an answer.
 
 Ollama renders chats by a template of Go's language and not by the model's own, which is Jinja. The parts of a turn are
 read off the model's rendering. A template that does more than to put text around turns has no such parts; then the
@@ -48,16 +48,25 @@ class TurnTexts:
         parts = _split(_render(tokenizer, turns), [_USER, _ANSWER, _NEXT])
         if parts is None or not parts[1].startswith(parts[3]):
             return None
-        before_user = _common_end(parts[0].removeprefix(bos), parts[2])
-        opening = parts[0].removesuffix(before_user)
-
-        system = None
         system_parts = _split(_render(tokenizer, [("system", _SYSTEM), ("user", _USER)]), [_SYSTEM, _USER])
-        if system_parts and system_parts[1].endswith(before_user):
+        texts = cls._from_parts(parts, system_parts, bos)
+        if texts._renders_as(tokenizer):
+            return texts
+        # Without its system turn a model that was trained with one answers worse, and nothing would say so.
+        texts = cls._from_parts(parts, None, bos)
+        return texts if tokenizer.chat_format.system is None and texts._renders_as(tokenizer) else None
+
+    @classmethod
+    def _from_parts(cls, parts: Sequence[str], system_parts: Sequence[str] | None, bos: str) -> TurnTexts:
+        """Return the texts of a chat of three turns, and of one that begins with a system turn; None: there is none."""
+        # What stands before a user's text at the beginning, after an answer, and after a system turn.
+        before_user = _common_end(parts[0].removeprefix(bos), parts[2])
+        system = None
+        if system_parts:
+            before_user = _common_end(before_user, system_parts[1])
             system = system_parts[0], system_parts[1].removesuffix(before_user)
         answer = parts[1].removeprefix(parts[3]), parts[2].removesuffix(before_user)
-        texts = cls(opening, system, (before_user, parts[3]), answer)
-        return texts if texts._renders_as(tokenizer) else None
+        return cls(parts[0].removesuffix(before_user), system, (before_user, parts[3]), answer)
 
     def render(self, turns: Sequence[tuple[str, str]]) -> str:
         """Return a chat as the Modelfile's template renders it, by the role and the text of every turn."""
@@ -115,7 +124,13 @@ def write_modelfile(model: Path, gguf_path: Path) -> None:
         lines.append("# The model's chat template has no equal in Ollama's language; Ollama may know it by itself.")
     else:
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f'PARAMETER stop "{text}"' for text in tokenizer.stop_texts if '"' not in text]
+    system = tokenizer.chat_format.system
+    if template is not None and texts is not None and texts.system is None:
+        lines.append("# A system turn has no place in this template, and is left out.")
+    elif system and '"""' not in f'{system}"':
+        lines.append(f'SYSTEM """{system}"""')
+    # Only three quotes in a row would end the text.
+    lines += [f'PARAMETER stop "{text}"' for text in tokenizer.stop_texts if '"""' not in f'"{text}"']
     (gguf_path.parent / NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from qlora_retrain.cli.main import main
+from qlora_retrain.core.errors import TryAgain
 from qlora_retrain.registry import Registry
-from qlora_retrain.storage import open_store, registry
+from qlora_retrain.storage import export_folder, open_store, range_download, registry
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Release
 from tests import published
 from tests.storage import small_versions
@@ -154,6 +155,41 @@ def test_an_export_comes_as_a_file_or_a_folder_whole_or_not_at_all(models: Calle
     assert not list(tmp_path.glob(".export-*"))
 
 
+def test_an_export_that_is_interrupted_goes_on_where_it_stopped_and_leaves_nothing(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(root)
+    release = small_versions.publish(store, 1)
+    right = small_versions.files_of(1)[small_versions.EXPORT]
+    ranges: list[int] = []
+    interruptions: list[BaseException] = [TryAgain("the store is busy"), KeyboardInterrupt()]
+
+    def read_range(self: Any, path: str, start: int, size_bytes: int) -> bytes:
+        ranges.append(start)
+        if start == 300 and interruptions:
+            raise interruptions.pop()
+        return right[start : start + size_bytes]
+
+    monkeypatch.setattr(range_download, "RANGE_BYTES", 100)
+    monkeypatch.setattr(type(store), "read_range", read_range)
+    for error in (KeyboardInterrupt, TryAgain):
+        with pytest.raises(error):
+            Registry(root).export(f"{LINE}@{release.version}", "gguf-q8_0", tmp_path / "model.gguf")
+        assert not (tmp_path / "model.gguf").exists()
+    ranges.clear()
+    Registry(root).export(f"{LINE}@{release.version}", "gguf-q8_0", tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == right
+    assert min(ranges) == 300
+    assert not list(tmp_path.glob(".export-*"))
+
+    # In a folder that somebody else has prepared, nothing is assembled.
+    foreign = export_folder.folder_of(tmp_path, f"{LINE} gguf-q8_0 b.gguf")
+    foreign.symlink_to(tmp_path / "a")
+    Registry(root).export(f"{LINE}@{release.version}", "gguf-q8_0", tmp_path / "b.gguf")
+    assert (tmp_path / "b.gguf").read_bytes() == right
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_probe_and_a_pull_print_one_document(models: Caller, releases: list[Release], tmp_path: Path) -> None:
     assert models.document("probe")["conditional_writes"] is True
     # Of a version without weights, whose content is none.
@@ -161,6 +197,38 @@ def test_a_probe_and_a_pull_print_one_document(models: Caller, releases: list[Re
     release = small_versions.publish(Registry(models.root).store, 3)
     pulled = models.document("pull", f"{LINE}@production", str(tmp_path / "model"))
     assert (pulled["version"], pulled["manifest_sha256"]) == (release.version, release.sha256)
+
+
+def test_the_documents_for_programs_have_the_documented_fields(models: Caller, tmp_path: Path) -> None:
+    store = open_store(models.root)
+    first, _, third = (small_versions.publish(store, number) for number in (1, 2, 3))
+    production, reason = f"{LINE}@production", ("--reason", "x")
+    calls = {
+        "show": (production,),
+        "diff": (f"{LINE}@{first.version}", production),
+        "verify": (production,),
+        "pull": (production, str(tmp_path / "model")),
+        "export": (production, "gguf-q8_0", str(tmp_path / "export")),
+        "promote": (LINE, first.version, "--alias", "staging", *reason),
+        "rollback": (LINE, *reason),
+        "reject": (LINE, first.version, *reason),
+        "unreject": (LINE, first.version, *reason),
+        "gc": (),
+        "probe": (),
+    }
+    rows = re.findall(r"^\| (`[^|]+`) \| (.*`.*) \|$", DOCS.read_text().partition("## For programs")[2], re.MULTILINE)
+    documented = {verb: (text.startswith("a list"), re.findall(r"`([a-z0-9_]+)`", text))
+                  for verbs, text in rows for verb in re.findall("`([a-z]+)`", verbs)}  # fmt: skip
+    for verb, (is_list, names) in documented.items():
+        if verb == "repair":
+            store.delete([f"models/{LINE}/aliases/staging.json"])
+        document = models.document(verb, *calls.get(verb, (LINE,)))
+        fields = document[0] if is_list else document
+        # `null` is a value; a state without rejections has no such field.
+        left_out = {"null", "rejections"} if is_list else {"null"}
+        assert set(fields) - left_out == set(names) - left_out, verb
+    details = models.document("show", f"{LINE}@{third.version}")
+    assert details["summary"]["release"]["manifest_sha256"] == third.sha256
 
 
 def test_a_download_shows_a_bar_on_a_terminal_alone(

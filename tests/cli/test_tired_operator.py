@@ -69,7 +69,7 @@ def file_of(store: Store, release: Release, path: str) -> Path:
         ("models list ../x", "expected the name of a line alone"),
         ("rollback LINE --alias nope --reason x", "has no alias nope"),
         ("promote LINE latest --reason x", "to see those that it has, run: qlora-retrain models list"),
-        ("history another", "line another: has published nothing"),
+        ("history another", "line another has published nothing"),
         ("models verify LINE", "expected LINE@ALIAS or LINE@VERSION"),
         ("models repair LINE 20990101T000000Z-0", "has no version 20990101T000000Z-0"),
         ("pull LINE@production DEST --min-generation -1", "expected a whole number, 0 or more"),
@@ -272,3 +272,17 @@ def test_a_program_that_has_no_output_stream_writes_nowhere(monkeypatch: pytest.
     with contextlib.closing(sys.stdout):
         print("nobody reads this")
         sys.stdout.flush()
+
+
+def test_a_destination_behind_a_folder_that_is_not_there_is_where_the_path_leads(
+    call: Call, releases: list[Release], tmp_path: Path
+) -> None:
+    code, text = call("pull", REFERENCE, str(tmp_path / "nowhere" / ".." / "model"), "--json")
+    assert code == Exit.DONE, text
+    assert f'"destination": "{tmp_path / "model"}"' in text
+
+
+def test_a_recipe_of_another_tool_is_none_of_a_version(call: Call, releases: list[Release], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"recipe": []}')
+    code, text = call("ask", str(tmp_path), "hello")
+    assert (code, "expected the recipe of a pulled version" in text) == (Exit.USAGE, True), text

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from qlora_retrain.core import hashing
-from qlora_retrain.core.errors import QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import actor, audit, moves, registry
+from qlora_retrain.core.errors import IntegrityError, QualityRefused, TryAgain, UsageError
+from qlora_retrain.storage import actor, audit, moves, registry, reject
 from qlora_retrain.storage.registry import PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import Store
 
@@ -111,6 +111,65 @@ def test_a_request_that_is_repeated_moves_once_also_after_others_have_moved_the_
     back = request(third.version, "cd" * 8)
     assert moves.rollback(store, back) == moves.rollback(store, back)
     assert state(store).generation == 4
+
+
+def test_a_request_that_had_nothing_to_move_moves_nothing_later_either(store: Store) -> None:
+    first, second = version(store, 1), version(store, 2)
+    for release in (first, second, first):
+        moves.promote(store, request(), release.version)
+    repeated = request(request_id="ab" * 8)
+    assert moves.promote(store, repeated, first.version) is None
+    assert (state(store).version, state(store).moves[-1].version) == (first.version, second.version)
+    moves.promote(store, request(first.version), second.version)
+    assert moves.promote(store, repeated, first.version) is None
+    assert state(store).version == second.version
+
+    # The same of a rollback, which would reject a version that is right.
+    moves.rollback(store, request(second.version))
+    back = request(second.version, "cd" * 8)
+    assert moves.rollback(store, back).version == first.version
+    assert moves.is_rollback(state(store))
+    with pytest.raises(UsageError, match="the last move was a rollback already"):
+        moves.rollback(store, request())
+    moves.promote(store, request(), second.version, override=True)
+    assert moves.rollback(store, back).version == first.version
+    assert state(store).version == second.version
+    assert audit.history(store, LINE)[1] == []
+
+
+def test_a_promotion_of_what_a_rollback_went_back_to_leaves_the_rollback_the_last_move(store: Store) -> None:
+    first, second = version(store, 1), version(store, 2)
+    for release in (first, second):
+        moves.promote(store, request(), release.version)
+    moves.rollback(store, request(second.version))
+    assert moves.promote(store, request(request_id="ab" * 8), first.version) is None
+    assert moves.rollback(store, request(second.version)).version == first.version
+    with pytest.raises(UsageError, match="was used before, for another move"):
+        moves.rollback(store, request(second.version, "ab" * 8))
+
+
+@pytest.mark.parametrize("request_id", ["monday", "../../../x", "AB" * 8, "ab", ""])
+def test_an_id_that_is_no_name_of_an_audit_entry_is_refused_before_anything_moves(request_id: str) -> None:
+    with pytest.raises(UsageError, match="expected 12 to 64 hexadecimal digits"):
+        request(request_id=request_id)
+
+
+def test_a_version_without_its_manifest_is_rejected_by_name_so_that_a_rollback_passes_it_by(store: Store) -> None:
+    releases = [version(store, number) for number in (1, 2, 3)]
+    for release in releases:
+        moves.promote(store, request(), release.version)
+    lost = releases[1].version
+    store.delete([f"models/{LINE}/versions/{lost}/manifest.json"])
+    with pytest.raises(IntegrityError, match="has no manifest, and the audit trail says that it had one"):
+        moves.rollback(store, request(releases[2].version))
+
+    assert reject.reject(store, request(), lost) is not None
+    assert reject.reject(store, request(), lost) is None
+    with pytest.raises(IntegrityError, match="has no manifest"):
+        reject.unreject(store, request(), lost)
+    with pytest.raises(UsageError, match="has no version v0"):
+        reject.reject(store, request(), "v0")
+    assert moves.rollback(store, request(releases[2].version)).version == releases[0].version
 
 
 def test_a_try_that_died_before_its_audit_entry_is_found_and_the_entry_written(store: Store) -> None:

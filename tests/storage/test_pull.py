@@ -264,7 +264,7 @@ def test_an_empty_destination_may_be_the_working_folder(
         ("intents@2026/0", "neither an alias nor a version"),
         ("intents@../2026", "neither an alias nor a version"),
         ("others@production", "has no alias"),
-        ("../x@production", "not a path in a store"),
+        ("../x@production", "expected the name of a line alone"),
     ],
 )
 def test_a_reference_that_names_nothing_is_refused(

@@ -77,6 +77,16 @@ def test_a_move_without_an_audit_entry_gets_it(local_store: Store, releases: lis
     assert audit.read_entry(local_store, entry) == state(local_store)
 
 
+def test_an_entry_that_is_not_accepted_is_a_fault_of_the_trail_and_never_called_mended(local_store: Store) -> None:
+    key_admin.create(local_store, [LINE])
+    release = small_versions.publish(local_store, 1)
+    key_admin.rotate(local_store, f"publish-{LINE}", is_stolen=True)
+    manifest = f"{registry.version_folder(LINE, release.version)}/manifest.json"
+    key_admin.accept(local_store, [audit.alias_path(LINE, PRODUCTION), manifest])
+    for is_dry_run in (True, False, False):
+        assert mend(local_store, is_dry_run=is_dry_run) == [("audit trail", False)]
+
+
 def keep_artifact(store: Store, release: Release) -> Release:
     """Give a version's model an artifact; return the version as its manifest names that one."""
     files = {path: small_versions.files_of(9)[path] for path in (WEIGHTS, ADAPTER)}

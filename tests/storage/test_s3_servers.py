@@ -103,6 +103,16 @@ def test_a_probe_that_cannot_clean_up_says_what_it_found_all_the_same(store: S3S
         store.probe()
 
 
+def test_a_server_that_redirects_every_request_is_named_with_the_region(store: S3Store) -> None:
+    def redirect(request: Any, **_: object) -> AWSResponse:
+        return answer(301, Body(b""))
+
+    store.client.meta.events.register_first("before-send.s3", redirect)
+    for attempt in (lambda: store.read("a"), lambda: list(store.children("models")), store.probe):
+        with pytest.raises(UsageError, match=r"redirects.* set AWS_REGION"):
+            attempt()
+
+
 def test_a_range_whose_answer_breaks_off_is_read_again(store: S3Store) -> None:
     store.write_if_absent("a", bytes(range(100)))
     broken = [True, True]

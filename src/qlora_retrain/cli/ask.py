@@ -144,7 +144,17 @@ def _refuse_parts_without_model(folder: Path) -> None:
 
 
 def system_turn(recipe: Path) -> str | None:
-    """Return the system turn of a version's training."""
-    steps = json.loads(recipe.read_text(encoding="utf-8"))["steps"]
-    system: str | None = steps[graph.producer_name("dataset")]["system"]
+    """Return the system turn of a version's training.
+
+    Raises:
+        UsageError: If the file is no recipe of this project: other tools write files of that name too.
+    """
+    try:
+        steps = json.loads(recipe.read_text(encoding="utf-8"))["steps"]
+        system: str | None = steps[graph.producer_name("dataset")]["system"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{recipe}: expected the recipe of a pulled version, found something else; pull the version again, or give "
+            "the folder that has the model's config.json"
+        ) from error
     return system

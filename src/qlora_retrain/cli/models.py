@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qlora_retrain.cli import gc, versions
+from qlora_retrain.cli.json_output import add_json, print_json
 from qlora_retrain.cli.options import Options, destination, line_name
-from qlora_retrain.cli.versions import add_json, open_registry, print_json
+from qlora_retrain.cli.versions import open_registry, resumable
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.errors import Exit, IntegrityError, UsageError
 from qlora_retrain.core.visible_text import escape_controls
@@ -98,8 +99,6 @@ def _list(args: argparse.Namespace) -> int:
     from qlora_retrain.cli import models_text
 
     summary = open_registry(args).list(args.line)
-    if not summary.num_versions and not summary.aliases:
-        raise UsageError(f"line {args.line}: has published nothing in this store")
     if args.json:
         print_json(summary)
     else:
@@ -162,10 +161,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _all_references(registry: Registry, line: str) -> list[str]:
     if "@" in line:
         raise UsageError(f"{line}: with --all expected the name of a line alone")
-    references = [f"{line}@{version}" for version in registry.versions(line)]
-    if not references:
-        raise UsageError(f"line {line}: has published nothing in this store")
-    return references
+    return [f"{line}@{version}" for version in registry.versions(line)]
 
 
 def _reject(args: argparse.Namespace) -> int:
@@ -209,7 +205,8 @@ def _probe(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    paths = open_registry(args).export(args.reference, args.name, args.destination)
+    with resumable():
+        paths = open_registry(args).export(args.reference, args.name, args.destination)
     if args.json:
         print_json({"reference": args.reference, "export": args.name, "files": [str(path) for path in paths]})
     else:

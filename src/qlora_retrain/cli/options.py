@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_retrain.core.arguments import Parser
+from qlora_retrain.core.line_names import is_line_name
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _orchestrator_id(text: str) -> str:
 
 def line_name(text: str) -> str:
     """Return the name of a line; refuse what no line is called, such as `LINE@ALIAS`."""
-    if not re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", text):
+    if not is_line_name(text):
         raise argparse.ArgumentTypeError(
             f"expected the name of a line alone (small letters, digits and hyphens), found {text!r}"
         )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import contextlib
 import os
-import re
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_retrain.cli.json_output import add_json, print_json
 from qlora_retrain.cli.options import Options, destination, generation, line_name
 from qlora_retrain.core import visible_text
 from qlora_retrain.core.arguments import store_root
@@ -126,30 +126,24 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from qlora_retrain.core import signals
     from qlora_retrain.storage import open_store, pull, version_parts
     from qlora_retrain.storage.keys import read_fingerprint
 
     # Every file is verified before any of them appears at the destination.
-    try:
-        with signals.terminate_as_interrupt():
-            release = pull.pull(
-                open_store(store_root(args)),
-                args.reference,
-                args.destination,
-                min_generation=args.min_generation,
-                verify_key=None if args.verify_key is None else read_fingerprint(args.verify_key),
-                sha256=args.sha256,
-                parts=args.parts,
-            )
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr, flush=True)
-        # Not `raise`: Python would wait for the threads that read, as long as a server that hangs lets them wait.
-        os._exit(128 + signal.SIGINT)
+    with resumable():
+        release = pull.pull(
+            open_store(store_root(args)),
+            args.reference,
+            args.destination,
+            min_generation=args.min_generation,
+            verify_key=None if args.verify_key is None else read_fingerprint(args.verify_key),
+            sha256=args.sha256,
+            parts=args.parts,
+        )
     num_files = len(version_parts.select(release, args.parts))
     signer = pull.recorded_signer(args.destination)
     if args.json:
-        place = str(args.destination.absolute())
+        place = os.path.realpath(args.destination)
         print_json(
             {"line": release.line, "version": release.version, "files": num_files, "destination": place,
              "manifest_sha256": release.sha256, "signer": signer}
@@ -161,21 +155,18 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_json(verb: argparse.ArgumentParser) -> None:
-    """Add the option `--json`."""
-    verb.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Run a download that the same command continues; after SIGINT or SIGTERM say so, and end the process."""
+    from qlora_retrain.core import signals
 
-
-def print_json(document: Any) -> None:
-    """Print a document for a program."""
-    print(json.dumps(document, indent=1, default=_as_fields))
-
-
-def _as_fields(value: Any) -> Any:
-    """Return an object of ours as JSON has it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+    try:
+        with signals.terminate_as_interrupt():
+            yield
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr, flush=True)
+        # Not `raise`: Python would wait for the threads that read, as long as a server that hangs lets them wait.
+        os._exit(128 + signal.SIGINT)
 
 
 def open_registry(args: argparse.Namespace) -> Registry:
@@ -217,22 +208,20 @@ def request_of(args: argparse.Namespace) -> Request:
     """Return the move that the arguments ask for."""
     from qlora_retrain.storage import actor, moves
 
-    if args.request is not None and not re.fullmatch(moves.REQUEST_PATTERN, args.request):
-        raise UsageError(f"--request {args.request}: expected 12 to 64 hexadecimal digits")
     if args.triggered_by:
         actor.name_orchestrator(args.triggered_by)
     return moves.Request(args.line, args.alias, args.reason, current=args.current, request_id=args.request)
 
 
 def _history(args: argparse.Namespace) -> int:
-    from qlora_retrain.storage import audit
+    from qlora_retrain.storage import audit, published_lines
 
     store = open_registry(args).store
     states, faults = audit.history(store, args.line)
+    if not states and not faults:
+        raise published_lines.no_such_line(store, args.line)
     if args.json:
         print_json([{"alias": name, **state.model_dump(exclude={"signature", "moves"})} for name, state in states])
-    if not states and not faults:
-        raise UsageError(f"line {args.line}: has published nothing in this store")
     for name, state in states if not args.json else ():
         # What most moves are is left out; else a rejection would look like one more move to the same version.
         action = "" if state.action in (None, "promote") else f" ({state.action})"

@@ -6,7 +6,6 @@ Command: `qlora-retrain check CONFIG`
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from qlora_retrain.config.line_sources import SourcesConfig
 from qlora_retrain.config.methods import METHODS
 from qlora_retrain.config.schedule import ScheduleConfig
 from qlora_retrain.config.yaml_reader import load_section
-from qlora_retrain.core import local_files, visible_text
+from qlora_retrain.core import line_names, local_files, visible_text
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.source_access import SourceAccess
 
@@ -45,7 +44,7 @@ class LineConfig(Section):
     @field_validator("line")
     @classmethod
     def _names_a_label(cls, value: str) -> str:
-        if not re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", value):
+        if not line_names.is_line_name(value):
             raise ValueError(
                 "expected 2 to 63 small letters, digits and hyphens, with a letter first and no hyphen last: it "
                 "becomes a DAG id, a folder of the store and a label in Kubernetes"

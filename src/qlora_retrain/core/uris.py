@@ -78,7 +78,11 @@ def absolute(uri: str) -> str:
     if not parts.scheme:
         return Path(uri).expanduser().resolve().as_uri()
     if parts.scheme not in ("file", "s3", "hf"):
-        raise UsageError(f"{mask_secrets(uri)}: unknown scheme {parts.scheme!r}; expected file://, s3:// or a path")
+        hint = "; of a server that speaks S3 give s3://bucket/prefix, and its address in AWS_ENDPOINT_URL"
+        raise UsageError(
+            f"{mask_secrets_of_errors(uri)}: unknown scheme {parts.scheme!r}; expected file://, s3:// or a path"
+            + (hint if parts.scheme in ("http", "https") else "")
+        )
     try:
         return source_access.canonical(uri)
     except ValueError as error:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.pipeline import garbage
 from qlora_retrain.pipeline.garbage import Item
-from qlora_retrain.pipeline.named import read_names
+from qlora_retrain.pipeline.named import PLAN_DAYS, read_names
 from qlora_retrain.pipeline.stored_names import Documents
 from qlora_retrain.storage import unfinished_uploads
 from qlora_retrain.storage.collection_mark import Marker
@@ -64,9 +64,12 @@ def collect(
         on_removed: Is told of each item that is gone.
 
     Raises:
-        UsageError: If plans are signed and this process has no keys of the store, or may not list or remove something.
+        UsageError: If `run_days` is less than a plan counts, plans are signed and this process has no keys of the
+            store, or it may not list or remove something.
         TryAgain: If another collection is under way.
     """
+    if run_days < PLAN_DAYS:
+        raise UsageError(f"run_days: expected {PLAN_DAYS} at least, as long as a plan counts, found {run_days}")
     at, documents = at or datetime.now(UTC), Documents(store)
     names = read_names(documents, at)
     if is_dry_run:

@@ -6,12 +6,11 @@ Command: `qlora-retrain models export LINE@ALIAS NAME DEST`
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path, PurePosixPath
 
 from qlora_retrain.core import hashing, safety
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.storage import pull, range_download, registry, version_parts
+from qlora_retrain.storage import export_folder, pull, range_download, registry, version_parts
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.atomic_files import destination_errors
 from qlora_retrain.storage.registry import Release
@@ -36,28 +35,28 @@ def export(store: Store, reference: str, name: str, destination: Path) -> tuple[
     Raises:
         UsageError: If the version has no such export, or the destination has other files of these names.
         IntegrityError: If a byte differs from what was published, or a file is none that a version may have.
-        TryAgain: If the store is busy or the disk is full.
+        TryAgain: If the store is busy or the disk is full. The next export goes on where this one stopped.
     """
     release, _ = pull.resolve(store, reference)
     safety.refuse_foreign((file.path for file in release.files), f"{reference}: {release.version}")
     version_parts.refuse_other_content(release, f"{reference}: {release.version}")
     targets = _targets(release, name, destination)
     parent = targets[0][1].parent
+    folder = registry.version_folder(release.line, release.version)
     with destination_errors(parent):
-        missing = [file for file, path in targets if not _has(path, file)]
-        if occupied := next((path for file, path in targets if file in missing and path.exists()), None):
-            raise UsageError(f"{occupied}: is there and has other bytes; remove it, or choose another destination")
-
-        folder = registry.version_folder(release.line, release.version)
         parent.mkdir(parents=True, exist_ok=True)
-        # Beside the destination, so that each file appears whole, by a rename.
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as temporary:
-            range_download.download(store, folder, missing, Path(temporary))
-            safety.refuse_unsafe(Path(temporary), f"{release.line} {release.version}")
+        with export_folder.assembling(parent, f"{release.line} {name} {targets[0][1].name}") as temporary:
+            # Another export to the same place may have ended meanwhile.
+            missing = [file for file, path in targets if not _has(path, file)]
+            if occupied := next((path for file, path in targets if file in missing and path.exists()), None):
+                raise UsageError(f"{occupied}: is there and has other bytes; remove it, or choose another destination")
+
+            range_download.download(store, folder, missing, temporary)
+            safety.refuse_unsafe(temporary, f"{release.line} {release.version}")
             for file, path in targets:
                 if file in missing:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.move(Path(temporary) / file.path, path)
+                    shutil.move(temporary / file.path, path)
     return tuple(path for _, path in targets)
 
 

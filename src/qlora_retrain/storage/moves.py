@@ -15,11 +15,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 from urllib.parse import unquote
 
 from qlora_retrain.core.aliases import LATEST, PRODUCTION, STAGING
-from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
-from qlora_retrain.storage import audit, probes, registry, rejections, version_repair
+from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, UsageError
+from qlora_retrain.storage import actor, audit, probes, registry, rejections, version_repair
 from qlora_retrain.storage.registry import Alias
 from qlora_retrain.storage.store import NotFound, Store
 
@@ -49,9 +50,16 @@ class Request:
     current: str | None = None
     request_id: str | None = None
 
+    def __post_init__(self) -> None:
+        # It is a part of the name of the move's audit entry: another one would damage the trail.
+        if self.request_id is not None and not re.fullmatch(REQUEST_PATTERN, self.request_id):
+            raise UsageError(f"--request {self.request_id}: expected 12 to 64 hexadecimal digits in small letters")
+
 
 def promote(store: Store, request: Request, version: str, *, override: bool = False) -> Alias | None:
     """Point the alias at a version; return its new state, or None where it named that version already.
+
+    A request with an id is remembered in either case, so that it moves nothing when it is repeated later.
 
     Args:
         store: The store.
@@ -74,10 +82,10 @@ def promote(store: Store, request: Request, version: str, *, override: bool = Fa
     if done := find_done(store, request):
         if done.version != version:
             raise _used_for_another_move(request, done)
-        return done
+        return done if _has_moved(done) else None
     state, _ = registry.read_alias(store, request.line, request.alias)
     if state is not None and state.version == version and _has_left(state, request.current):
-        audit.write_entry(store, request.line, request.alias, state)
+        _remember(store, request, state, "promote", version)
         return None
     refuse_moved(request, state)
     # What this try saw. Where the alias moves meanwhile, the repeated command says who moved it.
@@ -113,15 +121,14 @@ def rollback(store: Store, request: Request, version: str | None = None) -> Alia
     """
     refuse_empty_reason(request)
     if done := find_done(store, request):
-        if not is_rollback(done):
+        if done.action == "promote" or not is_rollback(done):
             raise _used_for_another_move(request, done)
         return done
     state, _ = registry.read_alias(store, request.line, request.alias)
     if state is not None and is_rollback(state):
         left = state.moves[-1].version
         if request.current == left and version in (None, state.version):
-            audit.write_entry(store, request.line, request.alias, state)
-            return state
+            return _remember(store, request, state, "rollback")
         if request.current is None:
             further, same = (
                 command(store, replace(request, current=current), "rollback") for current in (state.version, left)
@@ -149,7 +156,7 @@ def rollback(store: Store, request: Request, version: str | None = None) -> Alia
 
 def is_rollback(state: Alias) -> bool:
     """Return whether the last move that led to a state was a rollback."""
-    if not state.moves or state.action in ("promote", "repair"):
+    if not state.moves or state.action == "repair" or (state.action == "promote" and _has_moved(state)):
         return False
     # States of before do not say what they are, and a change of what is rejected is no move. What a rollback left is
     # rejected.
@@ -170,8 +177,10 @@ def _repeatable(store: Store, request: Request, verb: str, *arguments: str) -> I
         yield
     except TryAgain as problem:
         again = command(store, request, verb, *arguments)
+        # The command as it was typed might make a further move.
+        reason = str(problem).replace("; run the same command again", "")
         raise TryAgain(
-            f"{problem}; to repeat this move and no other one, run: {again}", cause=problem.cause
+            f"{reason}; to repeat this move and no other one, run: {again}", cause=problem.cause
         ) from problem
 
 
@@ -179,6 +188,33 @@ def _has_left(state: Alias, current: str | None) -> bool:
     """Return whether a state follows the one that a person saw, so that their move is done."""
     before = state.moves[-1].version if state.moves else NOTHING
     return current in (None, before, state.version)
+
+
+def _has_moved(state: Alias) -> bool:
+    """Return whether a state names another version than the one before it."""
+    return state.generation == (state.moves[-1].generation if state.moves else 0) + 1
+
+
+def _remember(
+    store: Store, request: Request, before: Alias, verb: Literal["promote", "rollback"], *words: str
+) -> Alias:
+    """Write the id of a request that has nothing to move into a further state of the alias; return the alias's state.
+
+    Else the same request, repeated after somebody else has moved the alias, would move it.
+    """
+    audit.write_entry(store, request.line, request.alias, before)
+    if request.request_id is None:
+        return before
+    reason, actor_name = actor.with_run_reason(request.reason), actor.describe(store)
+
+    def next_state(state: Alias | None) -> Alias:
+        if state is None or state.request_id != before.request_id:
+            raise TryAgain(f"{request.line}@{request.alias}: somebody else has just moved it", cause=Cause.CONFLICT)
+        return registry.stamped(state, state, verb, reason, actor_name, request.request_id)
+
+    with _repeatable(store, replace(request, current=request.current or before.version), verb, *words):
+        probes.ensure_conditional_writes(store)
+        return registry.change_alias(store, request.line, request.alias, next_state) or before
 
 
 def find_done(store: Store, request: Request) -> Alias | None:

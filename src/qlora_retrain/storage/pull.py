@@ -19,7 +19,15 @@ from typing import Any
 
 from qlora_retrain.core import aliases, hashing, safety
 from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
-from qlora_retrain.storage import artifact, plain_files, pull_checks, range_download, registry, version_parts
+from qlora_retrain.storage import (
+    artifact,
+    plain_files,
+    published_lines,
+    pull_checks,
+    range_download,
+    registry,
+    version_parts,
+)
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.atomic_files import disk_errors
 from qlora_retrain.storage.pull_checks import PullOptions
@@ -30,6 +38,21 @@ from qlora_retrain.storage.store import NotFound, Store
 _NUM_READERS = 8
 
 
+def split(reference: str) -> tuple[str, str]:
+    """Return the line, and the alias or the version, of `LINE@ALIAS` or `LINE@VERSION`.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    line, at, name = reference.partition("@")
+    if not at or not line or not name:
+        raise UsageError(f"{reference}: expected LINE@ALIAS or LINE@VERSION, e.g. support-intents@production")
+    published_lines.refuse_other_name(line)
+    if not aliases.is_alias_name(name) and not pull_checks.is_version_name(name):
+        raise UsageError(f"{reference}: {name!r} can be the name of neither an alias nor a version")
+    return line, name
+
+
 def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
     """Return the version that `LINE@ALIAS` or `LINE@VERSION` names, and the record for the next pull to compare with.
 
@@ -37,14 +60,9 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
         UsageError: If the reference names nothing.
         IntegrityError: If the manifest is not the one that the alias promised.
     """
-    line, at, name = reference.partition("@")
-    if not at or not line or not name:
-        raise UsageError(f"{reference}: expected LINE@ALIAS or LINE@VERSION, e.g. support-intents@production")
-
+    line, name = split(reference)
     # A version's name is none of an alias, so nobody can put an alias in its place.
     if not aliases.is_alias_name(name):
-        if not pull_checks.is_version_name(name):
-            raise UsageError(f"{reference}: {name!r} can be the name of neither an alias nor a version")
         release = registry.read_release(store, line, name)
         record = {"line": line, "alias": None, "version": name, "generation": 0, "manifest_sha256": release.sha256}
         return release, record | {"signer": pull_checks.fingerprint_of(release)}
@@ -120,7 +138,7 @@ def pull(
 
 def recorded_signer(destination: Path) -> str | None:
     """Return the fingerprint of the key that signed what a folder holds; None where nothing was signed."""
-    signer: str | None = json.loads((destination / RECORD).read_text())["signer"]
+    signer: str | None = json.loads((PulledFolder(destination).path / RECORD).read_text())["signer"]
     return signer
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qlora_retrain.core.aliases import LATEST
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import actor, moves, probes, registry, rejections
 from qlora_retrain.storage.moves import Request
 from qlora_retrain.storage.registry import Action, Alias
@@ -19,13 +19,15 @@ from qlora_retrain.storage.store import Store
 def reject(store: Store, request: Request, version: str) -> Alias | None:
     """Keep an alias from naming a version, what has its content, and what its recipe makes.
 
+    One whose manifest was lost or changed is rejected by its name alone, so that no rollback goes back to it.
+
     Returns:
         The alias's new state; None where the version was rejected already.
 
     Raises:
         UsageError: If there is no such version, or the alias names it now: a rollback rejects what it leaves.
     """
-    release = registry.read_release(store, request.line, version)
+    content = _content_hash(store, request.line, version)
 
     def add(state: Alias) -> Alias | None:
         if state.version == version:
@@ -34,7 +36,7 @@ def reject(store: Store, request: Request, version: str) -> Alias | None:
                 f"{request.line}@{request.alias}: names {version} now; a rollback leaves it and rejects it: {command}"
             )
         rejected = rejections.of_alias(store, request.line, request.alias, state)
-        if any(version == r.version or release.content_hash == r.content_hash for r in rejected):
+        if any(version == r.version or (content is not None and content == r.content_hash) for r in rejected):
             return None
         reason, actor_name = actor.with_run_reason(request.reason), actor.describe(store)
         rejection = rejections.of_version(store, request.line, version, reason=reason, actor=actor_name)
@@ -51,8 +53,9 @@ def unreject(store: Store, request: Request, version: str) -> Alias | None:
 
     Raises:
         UsageError: If there is no such version.
+        IntegrityError: If its manifest was lost or changed.
     """
-    release = registry.read_release(store, request.line, version)
+    release = registry.read_remembered(store, request.line, version)
 
     def remove(state: Alias) -> Alias | None:
         if rejections.find(store, request.line, request.alias, state, release) is None:
@@ -60,6 +63,14 @@ def unreject(store: Store, request: Request, version: str) -> Alias | None:
         return rejections.remove(store, request.alias, state, release)
 
     return _change(store, request, "unreject", remove)
+
+
+def _content_hash(store: Store, line: str, version: str) -> str | None:
+    """Return the hash of a version's content; None where its manifest was lost or changed."""
+    try:
+        return registry.read_remembered(store, line, version).content_hash
+    except IntegrityError:
+        return None
 
 
 def _change(store: Store, request: Request, action: Action, change: Callable[[Alias], Alias | None]) -> Alias | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
-from qlora_retrain.storage import audit, recipes, versions
+from qlora_retrain.storage import audit, recipes, version_repair, versions
 from qlora_retrain.storage.registry_documents import Alias, Rejection, Release
 from qlora_retrain.storage.store import Store
 
@@ -63,10 +63,10 @@ def describe(rejection: Rejection) -> str:
 
 
 def of_version(store: Store, line: str, version: str, *, reason: str, actor: str) -> Rejection:
-    """Return the rejection of a version: of its name alone where its manifest was lost."""
+    """Return the rejection of a version: of its name alone where its manifest was lost or changed."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        release = versions.read_release(store, line, version)
+        release = version_repair.read_remembered(store, line, version)
     except (UsageError, IntegrityError):
         return Rejection(version=version, content_hash=None, reason=reason, actor=actor, at=at)
     recipe = recipes.key_of_version(store, release)

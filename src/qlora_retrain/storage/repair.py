@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 
 from qlora_retrain.core import aliases
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import audit, probes, registry, signatures, version_repair
+from qlora_retrain.storage import audit, probes, published_lines, registry, signatures, version_repair
 from qlora_retrain.storage.registry import LATEST, Alias, Release
 from qlora_retrain.storage.store import Conflict, NotFound, Store
 
@@ -69,7 +69,7 @@ def repair(
         )
     names = sorted(_alias_names(store, line))
     if not names and not list(store.children(f"models/{line}/versions")):
-        raise UsageError(f"{store.uri}: line {line} has published nothing; expected the name of a line")
+        raise published_lines.no_such_line(store, line)
     if not is_dry_run:
         probes.ensure_conditional_writes(store)
     mender = _Mender(store, line, reason, is_dry_run)
@@ -102,7 +102,8 @@ class _Mender:
         elif state is None:
             yield Finding(name, fault, "no audit entry has a state of it; promote a version, which sets it", False)
             return
-        elif newest is None or newest.generation < state.generation:
+        # One that is there and not accepted is a fault of the trail, and cannot be written again.
+        elif (newest is None or newest.generation < state.generation) and not self._has_entry(name, state):
             remedy = f"wrote the audit entry of generation {state.generation}"
             if not self._is_dry_run:
                 audit.write_entry(self._store, self._line, name, state)
@@ -129,6 +130,14 @@ class _Mender:
             return None, "its file is lost"
         except IntegrityError as error:
             return None, f"its file is damaged: {error}"
+
+    def _has_entry(self, name: str, state: Alias) -> bool:
+        """Return whether the entry of a state is there, whoever signed it."""
+        try:
+            self._store.read_start(audit.entry_path(self._line, name, state), 1)
+        except NotFound:
+            return False
+        return True
 
     def _put_back(self, name: str, newest: Alias, fault: str) -> Finding:
         """Put the newest audit entry in the place of an alias's file: it is the same document."""

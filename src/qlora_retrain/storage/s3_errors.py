@@ -39,6 +39,7 @@ _CHECKSUM_HINT = (
 _NO_ANSWER_HINT = (
     "run the same command again; if that stays so, look whether the server runs and AWS_ENDPOINT_URL, if set, names it"
 )
+_REDIRECT_HINT = "as one of another region does: set AWS_REGION to the bucket's region, or correct AWS_ENDPOINT_URL"
 # What every answer of S3 has, and that of a proxy lacks.
 _FIELDS = ("ETag", "Body", "ContentLength", "ContentRange")
 
@@ -81,6 +82,9 @@ def translate_errors(where: str, no_bucket: Callable[[], bool]) -> Iterator[None
             "whether AWS_ENDPOINT_URL names the server, and HTTPS_PROXY a proxy that lets it through",
             cause=Cause.THROTTLED,
         ) from error
+    except RecursionError as error:
+        # boto3 asks for a bucket's region after each redirect, and that request is redirected too.
+        raise UsageError(f"{where}: the server redirects every request, {_REDIRECT_HINT}") from error
     except (boto.BotoCoreError, Boto3Error, transfer.S3ValidationError, ResponseParserError) as error:
         raise UsageError(f"{where}: {_text(error)}") from error
 
@@ -103,6 +107,8 @@ def to_problem(where: str, code: str, text: str | None, http: int) -> Exception:
         return UsageError(f"{message}; create the bucket, or correct the root's URI")
     if code in ("NoSuchKey", "404"):
         return NotFound(where)
+    if http in (301, 307, 308):
+        return UsageError(f"{message}; the server redirects, {_REDIRECT_HINT}")
     if code in _CREDENTIAL_HINTS:
         return UsageError(f"{message}; {_CREDENTIAL_HINTS[code]}")
     if code in _CHECKSUM_CODES or "Content-MD5" in (text or ""):

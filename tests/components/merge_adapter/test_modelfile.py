@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -72,6 +73,54 @@ def test_a_template_that_begins_with_bos_leaves_it_to_ollama_where_the_tokenizer
     template, _ = read(tmp_path)
     assert template is not None
     assert "<s>" + render(template, CHAT) == expected(tmp_path, CHAT)
+
+
+INSTRUCTIONS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[S]{{ m.content }}[/S]\n"
+    "{% elif m.role == 'user' %}[I] {{ m.content }} [/I]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+# As Gemma has it: a system turn is the beginning of the first user's.
+MERGED = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+    "{{ messages[0].content + '\n\n' if loop.first and messages[0].role == 'system' else '' }}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat_template", [INSTRUCTIONS, MERGED])
+def test_a_system_turn_is_in_the_template_wherever_the_model_has_it_and_that_of_the_training_is_the_default(
+    tiny_model: Path, tmp_path: Path, chat_template: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    (folder / "chat_format.json").write_text(json.dumps({"system": 'Name the "intent".', "stop_tokens": []}))
+    template, _ = read(folder)
+    assert template is not None
+    for turns in (CHAT, CHAT[:1], [("system", "be brief"), *CHAT]):
+        assert render(template, turns) == expected(folder, turns)
+    assert 'SYSTEM """Name the "intent"."""\n' in (folder / "Modelfile").read_text()
+
+
+def test_a_template_whose_system_turn_has_no_form_is_left_out_where_the_training_had_one(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    # Before the last user's turn, as some of Mistral's do.
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[I]"
+        "{{ messages[0].content + '\n' if loop.last and messages[0].role == 'system' else '' }}{{ m.content }}[/I]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    template, _ = read(folder)
+    assert template is not None
+    assert "# A system turn has no place in this template" in (folder / "Modelfile").read_text()
+    (folder / "chat_format.json").write_text(json.dumps({"system": "Name the intent.", "stop_tokens": []}))
+    assert read(folder)[0] is None
+    assert 'SYSTEM """Name the intent."""' in (folder / "Modelfile").read_text()
 
 
 def test_a_template_that_counts_turns_is_left_out_and_told(
