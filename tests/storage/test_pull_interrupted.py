@@ -224,10 +224,11 @@ def test_a_signal_ends_a_pull_at_once_though_the_store_hangs(tmp_path: Path) -> 
     store = LocalStore((tmp_path / "store").as_uri())
     publish(store, 1)
     program = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from qlora_retrain.storage.local import LocalStore\n"
         "from qlora_retrain.cli.main import main\n"
-        "def hang(*_):\n print('hangs', flush=True)\n time.sleep(300)\n"
+        # In one call, since several threads read.
+        "def hang(*_):\n os.write(1, b'hangs\\n')\n time.sleep(300)\n"
         "LocalStore.read_range = hang\n"
         "main(sys.argv[1:])\n"
     )
