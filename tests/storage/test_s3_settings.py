@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from botocore.awsrequest import AWSResponse
 
 from qlora_retrain.core.errors import Problem, UsageError
-from qlora_retrain.storage import s3
+from qlora_retrain.storage import audit, s3
 from qlora_retrain.storage.s3 import MIB, S3Store
 
 Request = tuple[str, dict[str, str]]
@@ -158,3 +159,8 @@ def test_the_endpoint_of_s3_alone_is_heeded(s3_uri: str, s3_server: str, monkeyp
     store = S3Store(s3_uri)
     store.write_if_absent("a", b"a")
     assert store.read("a").data == b"a"
+
+
+def test_a_printed_command_names_the_store_as_a_shell_needs_it() -> None:
+    store = S3Store("s3://bucket/team a")
+    assert shlex.split(audit.repair_command(store, "intents"))[-2:] == ["--root", store.uri]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -231,7 +232,8 @@ def _run(args: argparse.Namespace) -> int:
     if code == 0:
         print(explain.status_text(plan))
         if args.until:
-            print(f"stopped after {args.until}, as --until says; go on with: qlora-retrain run --plan {plan.uri}")
+            command = f"qlora-retrain run --plan {shlex.quote(plan.uri)}"
+            print(f"stopped after {args.until}, as --until says; go on with: {command}")
     return code
 
 

@@ -24,7 +24,7 @@ from qlora_retrain.pipeline.planned_steps import PinnedHistory
 from qlora_retrain.storage import artifact, keys, signatures
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.signatures import Signed
-from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, root_option
 
 _FOLDER = "histories"
 _DATASET = "dataset"
@@ -104,7 +104,7 @@ class EvaluationHistory:
             raise IntegrityError(
                 f"{store.uri}/{_records_folder(line)}: has no record of the data set {dataset_key[:12]}, which the "
                 "version in production was trained on: what the line has evaluated is forgotten; bring the folder "
-                f"back, or go on without: qlora-retrain drop {_DATASET} {dataset_key} --root {store.uri}"
+                f"back, or go on without: qlora-retrain drop {_DATASET} {dataset_key} {root_option(store)}"
             )
 
     def write(self, store: Store, plan: Plan) -> None:

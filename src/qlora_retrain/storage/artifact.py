@@ -22,7 +22,7 @@ from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, UsageErro
 from qlora_retrain.core.outcome import Number
 from qlora_retrain.storage import keys, signatures
 from qlora_retrain.storage.signatures import Signed
-from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, is_valid_path
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, is_valid_path, root_option
 
 
 class File(BaseModel):
@@ -259,4 +259,4 @@ def summary(manifest: Manifest) -> Mapping[str, Number]:
 
 
 def _drop_hint(store: Store, artifact: str, key: str) -> str:
-    return f"to make it again, run: qlora-retrain drop {artifact} {key} --root {store.uri}"
+    return f"to make it again, run: qlora-retrain drop {artifact} {key} {root_option(store)}"

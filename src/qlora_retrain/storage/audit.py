@@ -15,7 +15,7 @@ from itertools import pairwise
 from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage import keys, signatures
 from qlora_retrain.storage.registry_documents import Alias
-from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, root_option
 
 _NAME = re.compile(r"[a-z0-9-]+")
 _FILE_NAME = re.compile(r"([0-9]{8,12})-([a-z0-9-]+)-[0-9a-f]+\.json")
@@ -191,4 +191,4 @@ def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) 
 
 def repair_command(store: Store, line: str) -> str:
     """Return the command line that mends what is stuck in a line."""
-    return f"qlora-retrain models repair {line} --root {store.uri}"
+    return f"qlora-retrain models repair {line} {root_option(store)}"

@@ -19,7 +19,7 @@ from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.progress import say
 from qlora_retrain.storage import atomic_files, keys, kms, signed_documents
 from qlora_retrain.storage.keys import PLANNER, TRUST_FILE, Keyring, PublicKey, Trust, publish_role
-from qlora_retrain.storage.store import NotFound, Store
+from qlora_retrain.storage.store import NotFound, Store, root_option
 
 _LINE = re.compile(r"[a-z0-9][a-z0-9-]*")
 
@@ -192,7 +192,7 @@ def require_keyring(store: Store) -> Keyring:
     if keyring is None:
         raise UsageError(
             f"{store.uri}: has no keys in {keys.keys_folder(store.uri)}; make them with: "
-            f"qlora-retrain keys create --root {store.uri}"
+            f"qlora-retrain keys create {root_option(store)}"
         )
     return keyring
 

@@ -33,7 +33,7 @@ from qlora_retrain.storage.atomic_files import disk_errors
 from qlora_retrain.storage.pull_checks import PullOptions
 from qlora_retrain.storage.pulled_folder import MANIFEST, RECORD, PulledFolder
 from qlora_retrain.storage.registry import Release
-from qlora_retrain.storage.store import NotFound, Store
+from qlora_retrain.storage.store import NotFound, Store, root_option
 
 _NUM_READERS = 8
 
@@ -71,7 +71,7 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
     if alias is None:
         raise UsageError(
             f"{store.uri}: line {line} has no alias {name}; nothing was published or promoted to it; to see what the "
-            f"line has, run: qlora-retrain models list {line} --root {store.uri}"
+            f"line has, run: qlora-retrain models list {line} {root_option(store)}"
         )
     if not pull_checks.is_version_name(alias.version):
         raise IntegrityError(

@@ -22,7 +22,7 @@ from qlora_retrain.storage.registry_documents import Alias as Alias
 from qlora_retrain.storage.registry_documents import Move as Move
 from qlora_retrain.storage.registry_documents import Rejection as Rejection
 from qlora_retrain.storage.registry_documents import Release as Release
-from qlora_retrain.storage.store import Conflict, NotFound, Store
+from qlora_retrain.storage.store import Conflict, NotFound, Store, root_option
 from qlora_retrain.storage.version_repair import read_remembered as read_remembered
 from qlora_retrain.storage.version_repair import verify_or_repair as verify_or_repair
 from qlora_retrain.storage.versions import complete_version as complete_version
@@ -110,7 +110,7 @@ def change_alias(store: Store, line: str, name: str, next_state: NextState) -> A
             print(
                 f"warning: {line}@{name} names {new.version} now, and the audit entry of this move could not be "
                 f"written: {problem}; nothing is to be repeated: the next move writes it first, and so does: "
-                f"qlora-retrain models repair {line} --root {store.uri}",
+                f"qlora-retrain models repair {line} {root_option(store)}",
                 file=sys.stderr,
             )
         return new
@@ -218,7 +218,7 @@ def rollback(
     if earlier is None:
         raise UsageError(
             f"{line}@{name}: names {state.version}, and no earlier version to go back to that was not rejected; "
-            f"promote a version that is right: qlora-retrain promote {line} VERSION --reason ... --root {store.uri}"
+            f"promote a version that is right: qlora-retrain promote {line} VERSION --reason ... {root_option(store)}"
         )
     if version not in (None, earlier.version):
         raise UsageError(f"{line}@{name}: goes back to {earlier.version}, and {version} was asked for")

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.storage import audit, recipes, version_repair, versions
 from qlora_retrain.storage.registry_documents import Alias, Rejection, Release
-from qlora_retrain.storage.store import Store
+from qlora_retrain.storage.store import Store, root_option
 
 
 def of_alias(store: Store, line: str, name: str, state: Alias | None) -> tuple[Rejection, ...]:
@@ -48,7 +48,7 @@ def refuse(store: Store, line: str, name: str, state: Alias | None, release: Rel
     same = release.version == rejection.version or release.content_hash == rejection.content_hash
     subject = "it" if same else f"{rejection.version}, which the same recipe made,"
     promote = (
-        f"qlora-retrain promote {line} {release.version} --alias {name} --override --reason ... --root {store.uri}"
+        f"qlora-retrain promote {line} {release.version} --alias {name} --override --reason ... {root_option(store)}"
     )
     raise QualityRefused(
         f"{release.version}: {subject} was rejected for {name} by {describe(rejection)}. A run is promoted again "

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from qlora_retrain.core import hashing, json_depth
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import keys
-from qlora_retrain.storage.store import Store
+from qlora_retrain.storage.store import Store, root_option
 
 # Before every signed text, so that a key's signature of something else is never taken for that of a document.
 _PREFIX = b"qlora-retrain document 1\n"
@@ -183,7 +183,7 @@ def describe(store: Store) -> str:
         return (
             "nothing in this store is signed, or its keys are not in "
             f"{keys.keys_folder(store.uri)}: whoever may write to it can change what is published; to sign a store "
-            f"without keys, run: qlora-retrain keys create --root {store.uri}"
+            f"without keys, run: qlora-retrain keys create {root_option(store)}"
         )
     return f"signatures are checked with the keys in {keyring.folder}"
 

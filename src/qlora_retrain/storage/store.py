@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -177,6 +178,11 @@ def is_valid_path(path: str) -> bool:
 def join_path(prefix: str, path: str) -> str:
     """Return `prefix/path`, validated; an empty prefix is the root."""
     return validate_path(f"{prefix}/{path}" if prefix else path)
+
+
+def root_option(store: Store) -> str:
+    """Return the option that names a store in a command that is printed, to be copied into a shell."""
+    return f"--root {shlex.quote(store.uri)}"
 
 
 def read_bounded(file: IO[bytes], place: str) -> bytes:

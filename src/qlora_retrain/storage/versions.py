@@ -14,7 +14,7 @@ from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import keys, release_files, signatures
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry_documents import Release
-from qlora_retrain.storage.store import AlreadyExists, NotFound, Store
+from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, root_option
 
 # Files of a version that are hashed at once.
 _NUM_READERS = 8
@@ -44,7 +44,7 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
     except NotFound as error:
         raise UsageError(
             f"{store.uri}: line {line} has no version {version}; to see those that it has, run: qlora-retrain models "
-            f"list {line} --root {store.uri}"
+            f"list {line} {root_option(store)}"
         ) from error
 
     actual = hashing.sha256_bytes(data)

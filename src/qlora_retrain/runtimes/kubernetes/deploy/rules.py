@@ -7,6 +7,7 @@ could not hold, permissions that Airflow would miss. What only a person can do i
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,8 @@ def network_faults(deployment: Deployment) -> Iterator[Finding]:
         yield fault("network", str(overlay.folder), expected, "none", remedy)
 
     rendered = {p["metadata"]["name"]: p["spec"] for p in egress.network_policies(deployment.profile)}
-    remedy = f"run: qlora-retrain egress {path} > {overlay.folder}/egress.yaml"
+    target = shlex.quote(f"{overlay.folder}/egress.yaml")
+    remedy = f"run: qlora-retrain egress {shlex.quote(str(path))} > {target}"
     if not rendered:
         yield fault("network", f"{path}, egress", "at least the store", "nothing", "list what the pods connect to")
     for name in sorted(rendered.keys() | {name for name in policies if name.startswith("egress-")}):
