@@ -202,6 +202,9 @@ def test_a_run_survives_a_killed_scheduler_and_triggerer_and_an_evicted_pod_and_
             pool = airflow.api.request("GET", "pools/gpu")
             assert pool["open_slots"] == pool["slots"] - 1, "a task that waits for its pod keeps its slot"
 
+            # A trigger that has not begun deletes no pod; the next try would follow the first one's.
+            first_log = airflow.log_file("pods", run, "train_qlora", 1)
+            wait_until(lambda: any(first_log.parent.glob(f"{first_log.name}.trigger.*")))
             cleared, first_pod_uid = clear_task(airflow, run, "train_qlora"), kubelet.held_pod_uid
             assert cleared == ["train_qlora"]
             wait_until(
