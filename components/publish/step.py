@@ -102,7 +102,11 @@ def run(
         except QualityRefused as problem:
             refusal = problem
 
-    entries = [audit.entry_path(plan.line, name, state) for name, state in moves.items() if state is not None]
+    # A move stands though its audit entry failed. It is written here or by the next try, and after that by nobody.
+    states = [(name, state) for name, state in moves.items() if state is not None]
+    for name, state in states:
+        audit.write_entry(store, plan.line, name, state)
+    entries = [audit.entry_path(plan.line, name, state) for name, state in states]
     retention.retain(store, entries, config.retention_days)
 
     # Computed from the plan and not from what this attempt did, so that a retry after a crash reports the same numbers.

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_retrain.storage import open_store, s3
+from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.storage import audit, open_store, s3
 from qlora_retrain.storage.store import Store
 from tests.storage import dying_store, faulty_server
 from tests.storage.dying_store import Interruption
 from tests.storage.operations import OPERATIONS
+from tests.storage.small_versions import LINE
 
 WAYS: dict[str, Interruption] = {
     "dies before a write": dying_store.dies(is_after=False),
@@ -76,6 +78,25 @@ def test_what_a_server_or_the_system_interrupts_is_completed_by_whoever_repeats_
     s3_uri: str, request: pytest.FixtureRequest, operation: str, way: str, every: int
 ) -> None:
     check(open_store(s3_uri), request, operation, way, every)
+
+
+def test_a_publication_ends_with_the_audit_entries_that_failed_at_first(
+    root_uri: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(root_uri)
+    operation = OPERATIONS["publish"](store, request)
+    write_if_absent, failed = store.write_if_absent, set[str]()
+
+    def fail_once(path: str, data: bytes) -> str:
+        if "/audit/" in path and path not in failed:
+            failed.add(path)
+            raise TryAgain("a test's fault")
+        return write_if_absent(path, data)
+
+    monkeypatch.setattr(store, "write_if_absent", fail_once)
+    operation(store)
+    assert len(failed) == 2
+    assert not audit.history(store, LINE)[1]
 
 
 @pytest.mark.soak
