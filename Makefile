@@ -196,10 +196,10 @@ lock: .venv/.made
 	    --torch environment-cpu.lock environment-cuda.lock
 	$(BIN)/python images/lock.py environment-kfp.lock kfp --constraints constraints-kfp.txt --portable --source kfp-server-api
 	$(BIN)/python images/lock.py images/light.lock light
-	$(BIN)/python images/lock.py images/train-cpu.lock train
+	$(BIN)/python images/lock.py images/train-cpu.lock train gguf-k
 
 lock-cuda: .venv/.made
-	$(BIN)/python images/lock.py images/train-cuda.lock train liger \
+	$(BIN)/python images/lock.py images/train-cuda.lock train liger energy gguf-k \
 	    --note "Not built here: resolved on a machine without a GPU, never installed."
 
 clean:

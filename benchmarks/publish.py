@@ -5,6 +5,9 @@
     upload      as a step's artifact is uploaded
     pull        hashes every byte; boto3 hashes none
 
+`publish` stands beside two calls: `copy`, which verifies nothing, and `copy` followed by `download_fileobj` into a
+hash, which is the same work in boto3's words.
+
 The tools take turns, each in a process of its own, and both are warm. Seconds are medians. A ratio is boto3's time by
 ours in the same round, so above 1 we are faster. Memory is what a transfer adds to the peak of its process: it must not
 grow with the file. The server is `s3_server.py`, which is fast, so what we do beside the transfer shows.
@@ -17,6 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -31,6 +36,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from qlora_retrain.core import hashing
 from qlora_retrain.storage import artifact, open_store, pull, registry
@@ -40,7 +46,13 @@ from qlora_retrain.storage.store import Store
 
 _LINE, _ALIAS, _WEIGHTS = "benchmark", "production", "model/model.safetensors"
 # What is measured, and boto3's call that moves the same bytes.
-_PAIRS = {"store_copy": "copy", "publish": "copy", "upload": "upload_file", "pull": "download_file"}
+_PAIRS = (
+    ("store_copy", "copy"),
+    ("publish", "copy"),
+    ("publish", "copy_and_hash"),
+    ("upload", "upload_file"),
+    ("pull", "download_file"),
+)
 _PORT = 5599
 _ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -72,9 +84,8 @@ def server(folder: Path) -> Iterator[None]:
             process.terminate()
 
 
-def publish(root: str, weights: File) -> None:
+def publish(store: Store, weights: File) -> None:
     """Publish a version with the weights, as the step does: the files first, then the manifest, then the alias."""
-    store = open_store(root)
     content = hashing.content_hash([(_WEIGHTS, weights.sha256)])
     release = Release(
         line=_LINE,
@@ -97,6 +108,30 @@ def publish(root: str, weights: File) -> None:
     registry.move_alias(store, _LINE, _ALIAS, release, reason="a benchmark", is_verified=True)
 
 
+class Digest(io.RawIOBase):
+    """Hash what is written, in its order."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        """Say that it takes bytes."""
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        """Hash them."""
+        self.sha256.update(data)
+        return len(data)
+
+
+def copy_and_hash(client: Any, bucket: str, source: str, target: str, sha256: str) -> None:
+    """Copy an object with boto3, and read the copy back to compare its hash."""
+    client.copy({"Bucket": bucket, "Key": source}, bucket, target)
+    digest = Digest()
+    client.download_fileobj(bucket, target, digest)
+    assert digest.sha256.hexdigest() == sha256
+
+
 def measure(tool: str, root: str, folder: Path, weights: File) -> tuple[float, int]:
     """Move the weights with a tool; return the seconds, and the bytes of memory that this added to the peak."""
     import boto3
@@ -110,8 +145,9 @@ def measure(tool: str, root: str, folder: Path, weights: File) -> tuple[float, i
     with tempfile.TemporaryDirectory(dir=folder) as destination:
         calls = {
             "store_copy": lambda: store.copy([(f"artifact/{_WEIGHTS}", f"copy/{_WEIGHTS}")]),
-            "publish": lambda: publish(root, weights),
+            "publish": lambda: publish(store, weights),
             "copy": lambda: client.copy({"Bucket": bucket, "Key": source}, bucket, target),
+            "copy_and_hash": lambda: copy_and_hash(client, bucket, source, target, weights.sha256),
             "upload": lambda: store.upload(folder, "other", [_WEIGHTS]),
             "upload_file": lambda: client.upload_file(str(folder / _WEIGHTS), bucket, target),
             "pull": lambda: pull.pull(store, f"{_LINE}@{_ALIAS}", Path(destination)),
@@ -165,7 +201,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=512, help="of the larger file; the smaller one has a quarter")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="of all files; /dev/shm measures without a disk")
-    parser.add_argument("--only", choices=_PAIRS, help="one comparison")
+    parser.add_argument("--only", choices=sorted({tool for tool, _ in _PAIRS}), help="one tool of ours")
     arguments = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix="benchmark-publish-", dir=arguments.folder))
@@ -177,8 +213,8 @@ def main() -> None:
                 (local / _WEIGHTS).write_bytes(os.urandom(mib * 2**20))
                 (weights,) = artifact.list_files(local)
                 open_store(root).upload(local, "artifact", [_WEIGHTS])
-                publish(root, weights)
-                for tools in _PAIRS.items():
+                publish(open_store(root), weights)
+                for tools in _PAIRS:
                     if arguments.only in (None, tools[0]):
                         compare(tools, root, local, weights, arguments.rounds)
     finally:

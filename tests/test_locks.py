@@ -77,7 +77,7 @@ def test_a_lock_has_the_versions_that_are_pinned(name: str) -> None:
             ["light", "train", "airflow", "search", "lineage", "notify", "postgres", "demo", "dev"],
         ),
         (["images/light"], ["light"]),
-        (["images/train-cpu"], ["train"]),
+        (["images/train-cpu"], ["train", "gguf-k"]),
     ],
 )
 def test_a_lock_has_what_is_needed_and_nothing_else(locks: list[str], extras: list[str]) -> None:

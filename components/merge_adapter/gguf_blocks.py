@@ -17,9 +17,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from qlora_retrain.core.errors import UsageError
+from qlora_retrain.lm import gguf_mixtures
 
-_PACKAGE = "xllamacpp"
 # Where the numbers of type f16 lie in the bytes of a block: the number itself, or the block's scales and minima.
 _F16_BYTES = {
     Type.F16: slice(0, 2),
@@ -64,19 +63,10 @@ def is_finite(stored: NDArray[np.uint8], tensor_type: Type) -> bool:
     return bool(np.isfinite(numbers).all())
 
 
-def refuse_without_llama_cpp(export_type: str) -> None:
-    """Raise `UsageError` where llama.cpp's quantizer is not installed."""
-    if find_spec(_PACKAGE) is None:
-        raise UsageError(
-            f"merge.exports: {export_type} is written by llama.cpp's own quantizer, and {_PACKAGE} is not installed "
-            "where the step runs; install it (pip install 'qlora-retrain[gguf-k]'), or export gguf-q8_0 or gguf-q4_0"
-        )
-
-
 @cache
 def _library() -> ctypes.CDLL:
     """Load llama.cpp's library: the package's extension module, which holds it and shows its functions."""
-    spec = find_spec(_PACKAGE)
+    spec = find_spec(gguf_mixtures.PACKAGE)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     paths = [path for folder in folders for path in sorted(folder.glob("*.so"))]
     library = ctypes.CDLL(str(paths[0]))

@@ -19,7 +19,7 @@ from components.merge_adapter.gguf_layout import Layout
 from components.merge_adapter.gguf_types import TensorTypes
 from components.merge_adapter.moved_minima import Blocks
 from qlora_retrain.core.errors import IntegrityError
-from qlora_retrain.lm import gguf_families, gguf_names, loading
+from qlora_retrain.lm import gguf_families, gguf_mixtures, gguf_names, loading
 from qlora_retrain.lm.weight_files import SafetensorsFolder
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 def refuse_unsupported(base_model: Path, export_types: list[str]) -> None:
     """Raise `UsageError` where the model cannot be written as GGUF; of the weights only the names are read."""
-    for export_type in export_types:
-        if export_type in gguf_types.K_MIXTURES:
-            gguf_blocks.refuse_without_llama_cpp(export_type)
-
+    gguf_mixtures.refuse_without_quantizer(export_types)
     # The plan checks only the files; here the config and the tokenizer are checked as transformers loads them.
     layout = Layout.from_folder(base_model)
     tokenizer = gguf_tokenizer.backend_tokenizer(base_model)
@@ -60,7 +57,7 @@ def write_gguf(model: Path, path: Path, export_type: str, blocks: Blocks = lambd
     writer = gguf.GGUFWriter(None, layout.family.arch)
     gguf_metadata.add_settings(writer, layout, gguf_types.FILE_TYPES[export_type])
     gguf_tokenizer.add_tokenizer(writer, model, layout.config["vocab_size"])
-    quantize = gguf_blocks.quantize_by_llama_cpp if export_type in gguf_types.K_MIXTURES else gguf_blocks.quantize
+    quantize = gguf_blocks.quantize_by_llama_cpp if export_type in gguf_mixtures.EXPORTS else gguf_blocks.quantize
 
     with SafetensorsFolder(model) as weights, contextlib.closing(writer):
         # The header lists every tensor with its size, so it is complete before the first value is computed.

@@ -15,6 +15,7 @@ import gguf
 from gguf import GGMLQuantizationType as Type
 
 from components.merge_adapter.gguf_layout import EMBEDDINGS, OUTPUT
+from qlora_retrain.lm import gguf_mixtures
 
 MATRIX_TYPES = {
     "gguf-f16": Type.F16,
@@ -32,8 +33,6 @@ FILE_TYPES = {
     "gguf-q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
     "gguf-q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
 }
-# The types that the `gguf` package reads and does not write.
-K_MIXTURES = ("gguf-q4_k_m", "gguf-q5_k_m")
 _FOUR_BITS = ("gguf-q4_0", "gguf-q4_1")
 _SMALLER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
@@ -77,7 +76,7 @@ def _matrix_type(name: str, shape: tuple[int, ...], export_type: str, num_layers
     matrix_type = MATRIX_TYPES[export_type]
     if export_type in _FOUR_BITS:
         return Type.Q8_0 if name in (EMBEDDINGS, OUTPUT) else matrix_type
-    if export_type not in K_MIXTURES:
+    if export_type not in gguf_mixtures.EXPORTS:
         return matrix_type
 
     # The output layer, which with tied embeddings is the embeddings, gets the most bits.

@@ -27,6 +27,12 @@ keys = {s.name: code.code_hash(s.name) for s in graph.STEPS}
 print(json.dumps([os.getuid(), sorted(installed), shutil.which("pip"), sorted(os.listdir("/app")), keys]))
 """
 
+QUANTIZE_PROGRAM = """
+import gguf, torch
+from components.merge_adapter import gguf_blocks
+print(gguf_blocks.quantize_by_llama_cpp(torch.ones(2, 256), gguf.GGMLQuantizationType.Q4_K).shape)
+"""
+
 
 @pytest.fixture(scope="module", params=["light", "train"])
 def kind(request: pytest.FixtureRequest, images: None) -> str:
@@ -66,6 +72,12 @@ def test_an_image_holds_the_code_that_the_keys_are_of_and_no_more_than_it_needs(
         ["components", "constraints.txt", "entrypoint", "pyproject.toml", "src"],
         {step.name: code_identity.code_hash(step.name) for step in graph.STEPS},
     ]
+
+
+def test_the_train_image_writes_the_mixtures_of_llama_cpp(images: None, engine: Engine) -> None:
+    """Whoever exports gguf-q4_k_m would otherwise learn after hours of training that the image cannot."""
+    output = engine("run", "--rm", "--network", "none", DEFAULT_IMAGES["train"], "python", "-c", QUANTIZE_PROGRAM)
+    assert output.strip() == "(2, 144)"
 
 
 def test_a_container_ends_soon_when_it_is_asked_to(

@@ -103,6 +103,24 @@ def test_a_step_knows_why_its_automatic_settings_are_what_they_are(made_plan: Pl
     assert set(reasons) == {"alpha", "warmup_ratio", "device", "precision", "attention", "kernels"}
 
 
+def test_a_form_that_needs_llama_cpp_is_refused_before_training_where_it_is_not_installed(
+    line: Path,
+    tiny_model: Path,
+    root_uri: str,
+    small_steps: Steps,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = line.read_text().replace("base_model: base", f"base_model: {tiny_model}")
+    line.write_text(f"{text}merge: {{exports: [bf16, gguf-q4_k_m]}}\n")
+    plan = make_plan.make_plan(line, root_uri)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+
+    execute_steps(plan, small_steps, "validate_data")
+    assert execute.run_step(plan, "quantize_model", load_nothing).code == 12
+    assert "gguf-q4_k_m is written by llama.cpp's own quantizer, and xllamacpp is not" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("refusal", [DataRefused("half of the rows are bad"), QualityRefused("worse than before")])
 def test_a_refusal_is_kept_and_every_retry_and_every_follower_returns_its_code(
     made_plan: Plan, small_steps: Steps, store: Store, capsys: pytest.CaptureFixture[str], refusal: DataRefused

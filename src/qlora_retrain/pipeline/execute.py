@@ -14,6 +14,7 @@ from collections.abc import Callable
 from qlora_retrain.core import graph, progress, signals
 from qlora_retrain.core.endings import Ending, Kind
 from qlora_retrain.core.errors import Cause, Exit, UsageError
+from qlora_retrain.lm import gguf_mixtures
 from qlora_retrain.pipeline import code_identity, failures, fetch, run_endings, runlog, status
 from qlora_retrain.pipeline.attempt import StepFunction as StepFunction
 from qlora_retrain.pipeline.attempt import run_attempt
@@ -67,6 +68,10 @@ def _run_unless_complete(plan: Plan, step: graph.Step, store: Store, load: Calla
         return Ending(int(Exit.DONE), None, "unchanged", step.name, planned.key)
 
     _refuse_changed_code(planned)
+    if step.image == "train":
+        # Before hours of training: the step that exports runs in the same environment as this one.
+        exports = [name for planned_step in plan.steps for name in planned_step.config.get("exports", ())]
+        gguf_mixtures.refuse_without_quantizer(exports)
     # Manifests are small. They decide whether gigabytes have to be fetched at all.
     inputs = fetch.input_manifests(plan, step, store)
     for name, input_manifest in inputs.items():

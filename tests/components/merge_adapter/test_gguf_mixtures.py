@@ -17,7 +17,7 @@ from components.merge_adapter import gguf_blocks, gguf_file, gguf_types
 from components.merge_adapter.step import run
 from qlora_retrain.config.sections import MergeConfig
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.lm import loading
+from qlora_retrain.lm import gguf_mixtures, loading
 from tests.components.merge_adapter import llama_cpp
 from tests.components.merge_adapter.test_gguf_families import random_ids, write_random_model
 
@@ -97,7 +97,7 @@ def example_matrix() -> np.ndarray:
     return matrix
 
 
-@pytest.mark.parametrize("export_type", gguf_types.K_MIXTURES)
+@pytest.mark.parametrize("export_type", gguf_mixtures.EXPORTS)
 def test_llama_cpp_computes_what_the_certificate_scores(tiny_model: Path, tmp_path: Path, export_type: str) -> None:
     llama_cpp.require()
     folder, path = tmp_path / "model", tmp_path / "model.gguf"
