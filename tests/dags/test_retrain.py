@@ -74,7 +74,7 @@ def test_each_file_is_a_dag_with_its_schedule_one_run_at_a_time(pipelines: Path)
     write(pipelines, "mails.yaml", "mails")
     dags = load().DAGS
     assert sorted(dags) == ["mails", "tickets"]
-    assert dags["tickets"].timetable == CronTriggerTimetable("0 3 * * 1", timezone="UTC")
+    assert dags["tickets"].timetable == CronTriggerTimetable("0 3 * * 1", timezone="UTC", run_immediately=timedelta(0))
     assert dags["mails"].schedule is None
     assert {(d.max_active_runs, d.catchup) for d in dags.values()} == {(1, False)}
 

@@ -21,7 +21,7 @@ import pytest
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.demo import airflow_api
+from qlora_retrain.demo import airflow_api, run
 from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
 from qlora_retrain.demo.standalone_airflow import MARKER_VARIABLE, StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
@@ -141,6 +141,18 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(airflow: StandaloneAir
     note = airflow.api.dag_run("tickets", run_id)["note"]
     assert note.startswith("Result: Dry run: no step ran.  \nvalidate\\_data: ")
     assert note.endswith("\n\nReason: only a look")
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_run_that_is_ahead_of_the_demos_is_ended(airflow: StandaloneAirflow) -> None:
+    """Airflow may start a run of its own while the demo asks for one, and a line has one run at a time."""
+    ahead, own = (airflow.api.trigger("tickets", {"dry_run": True}) for _ in range(2))
+    run.end_other_runs(airflow, "tickets", own)
+    assert airflow.api.dag_run("tickets", ahead)["state"] == "failed"
+    assert airflow.api.dag_run("tickets", own)["state"] in ("queued", "running")
+    run.end_other_runs(airflow, "tickets")
+    assert airflow.api.active_run_ids("tickets") == []
 
 
 @pytest.mark.airflow

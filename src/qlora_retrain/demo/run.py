@@ -73,9 +73,7 @@ def run(line: str, params: Mapping[str, Any], home: Path | None = None) -> int:
         seconds, login = time.monotonic() - started, f"{USER}, {airflow.password}"
         print(f"Airflow is up after {seconds:.0f} s: {airflow.url} (user and password: {login})", flush=True)
 
-        # A run that Ctrl-C or a crash left behind would block this one, because a line has one run at a time.
-        for earlier_run_id in airflow.api.active_run_ids(config.line):
-            airflow.api.mark_failed(config.line, earlier_run_id)
+        end_other_runs(airflow, config.line)
         airflow.api.unpause(config.line)
 
         run_id = airflow.api.trigger(config.line, params)
@@ -94,6 +92,16 @@ def run(line: str, params: Mapping[str, Any], home: Path | None = None) -> int:
     return Exit.DONE
 
 
+def end_other_runs(airflow: StandaloneAirflow, line: str, own_run_id: str = "") -> None:
+    """Mark a line's other active runs as failed, because a line has one run at a time, and they would hold up this one.
+
+    Ctrl-C or a crash left them behind, or Airflow started one that was due while it was stopped.
+    """
+    for run_id in airflow.api.active_run_ids(line):
+        if run_id != own_run_id:
+            airflow.api.mark_failed(line, run_id)
+
+
 def watch(
     airflow: StandaloneAirflow, line: str, run_id: str, plan_uri: str
 ) -> tuple[Plan | None, str, list[TaskState]]:
@@ -101,6 +109,8 @@ def watch(
     board = ProgressBoard()
     while True:
         state = airflow.api.dag_run(line, run_id)["state"]
+        if state == "queued":
+            end_other_runs(airflow, line, run_id)
         tasks = airflow.api.task_states(line, run_id)
 
         # The plan exists once its task succeeded; the board needs it to find the steps' numbers in the store.

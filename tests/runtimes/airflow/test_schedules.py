@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,30 @@ def test_check_prints_the_times_at_which_airflow_starts_runs(cron: str, zone: st
     assert [start.astimezone(UTC) for start in schedule.next_starts(cron, after, 12, zone)] == expected
 
 
+@pytest.mark.parametrize("cron", ["{minute} {hour} * * {weekday}", "{minute} {hour} * * *"])
+def test_a_line_that_is_switched_on_soon_after_a_start_waits_for_the_next(cron: str) -> None:
+    """Airflow itself would also start the run of the last time: `make run` on a Monday then waited for that one."""
+    from airflow.serialization.encoders import coerce_to_core_timetable
+    from airflow.timetables.base import TimeRestriction
+
+    now = datetime.now(UTC)
+    last = now - timedelta(minutes=30)
+    text = cron.format(minute=last.minute, hour=last.hour, weekday=last.isoweekday() % 7)
+    timetable: Any = coerce_to_core_timetable(schedules.dag_schedule(line(f"'{text}'")))
+    info = timetable.next_dagrun_info(
+        last_automated_data_interval=None, restriction=TimeRestriction(earliest=None, latest=None, catchup=False)
+    )
+    assert info.run_after > now
+
+
 def test_times_data_or_both_become_airflows_schedules() -> None:
     from airflow.sdk import Asset, AssetOrTimeSchedule, CronTriggerTimetable
 
     assert schedules.dag_schedule(line("null")) is None
     text = schedules.dag_schedule(line("'0 3 * * 1'"))
-    assert text == CronTriggerTimetable("0 3 * * 1", timezone="UTC")
+    assert text == CronTriggerTimetable("0 3 * * 1", timezone="UTC", run_immediately=timedelta(0))
     times = schedules.dag_schedule(line("{cron: '0 3 * * 1', time_zone: Asia/Tokyo}"))
-    assert times == CronTriggerTimetable("0 3 * * 1", timezone="Asia/Tokyo")
+    assert times == CronTriggerTimetable("0 3 * * 1", timezone="Asia/Tokyo", run_immediately=timedelta(0))
 
     data = schedules.dag_schedule(line("{on_new_data: true, check_minutes: 3}"))
     assert isinstance(data, list)
@@ -71,7 +87,7 @@ def test_times_data_or_both_become_airflows_schedules() -> None:
 
     both = schedules.dag_schedule(line("{on_new_data: true, cron: '@daily', time_zone: Asia/Tokyo}"))
     assert isinstance(both, AssetOrTimeSchedule)
-    assert both.timetable == CronTriggerTimetable("0 0 * * *", timezone="Asia/Tokyo")
+    assert both.timetable == CronTriggerTimetable("0 0 * * *", timezone="Asia/Tokyo", run_immediately=timedelta(0))
 
 
 def test_lines_with_the_same_data_are_watched_apart() -> None:
