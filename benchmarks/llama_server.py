@@ -39,6 +39,12 @@ class LlamaServer:
         answer = self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})
         return [int(token) for token in answer["tokens"]]
 
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of a chat with what begins the answer, as the server reads it."""
+        text = self._post("/apply-template", {"messages": list(messages)})["prompt"]
+        answer = self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
+
     def log_probabilities(self, ids: Sequence[int], *, vocabulary: int, any_token: int) -> list[float]:
         """Return the log probability of every token of the vocabulary after `ids`.
 

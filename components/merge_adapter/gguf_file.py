@@ -56,7 +56,7 @@ def write_gguf(model: Path, path: Path, export_type: str, blocks: Blocks = lambd
     layout = Layout.from_folder(model)
     writer = gguf.GGUFWriter(None, layout.family.arch)
     gguf_metadata.add_settings(writer, layout, gguf_types.FILE_TYPES[export_type])
-    gguf_tokenizer.add_tokenizer(writer, model, layout.config["vocab_size"])
+    notes = gguf_tokenizer.add_tokenizer(writer, model, layout.config["vocab_size"])
     quantize = gguf_blocks.quantize_by_llama_cpp if export_type in gguf_mixtures.EXPORTS else gguf_blocks.quantize
 
     with SafetensorsFolder(model) as weights, contextlib.closing(writer):
@@ -86,7 +86,7 @@ def write_gguf(model: Path, path: Path, export_type: str, blocks: Blocks = lambd
                     f"merge.exports: {export_type}: {name} holds numbers too large for f16; leave this export out"
                 )
             writer.write_tensor_data(stored)
-    return [*_type_notes(types), *gguf_families.reading_differences(layout.config)]
+    return [*_type_notes(types), *gguf_families.reading_differences(layout.config), *notes]
 
 
 def load_gguf(model: Path, path: Path, **load_options: Any) -> PreTrainedModel:

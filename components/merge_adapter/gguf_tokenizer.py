@@ -10,7 +10,6 @@ from typing import Any
 
 import gguf
 
-from qlora_retrain.core import progress
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat, gguf_names
 from qlora_retrain.lm.chat import ChatTokenizer, RowRefused
@@ -28,8 +27,12 @@ def backend_tokenizer(model: Path) -> dict[str, Any]:
     return document
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> None:
-    """Add the tokens, the chat template and every token that ends an answer."""
+def add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> list[str]:
+    """Add the tokens, the chat template and every token that ends an answer.
+
+    Returns:
+        What the file's user must know, in one sentence each.
+    """
     document, chat_tokenizer = backend_tokenizer(model), chat.load_tokenizer(model)
     tokenizer = chat_tokenizer.tokenizer
 
@@ -43,14 +46,28 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> None
     ):
         if token is not None:
             add(token)
-    _add_ends(writer, chat_tokenizer)
+    notes = [*_add_ends(writer, chat_tokenizer), *gguf_names.reading_differences(document)]
 
-    # A trial shows whether the tokenizer puts a BOS before plain text.
-    first_token = tokenizer("a")["input_ids"][0]
-    writer.add_add_bos_token(first_token == tokenizer.bos_token_id)
+    writer.add_add_bos_token(_adds_bos(chat_tokenizer))
     template = tokenizer.chat_template
     named = [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else ()
     writer.add_chat_template(named or template)
+    return notes
+
+
+def _adds_bos(tokenizer: ChatTokenizer) -> bool:
+    """Return whether llama.cpp is to put a BOS before every text: where the tokenizer does, and training had one.
+
+    llama.cpp puts it before a chat too, unless the template has it. A template without one, such as Zephyr's, was
+    trained without.
+    """
+    bos = tokenizer.tokenizer.bos_token_id
+    if bos is None or tokenizer.tokenizer("a")["input_ids"][0] != bos:
+        return False
+    try:
+        return bool(tokenizer.prompt_ids([{"role": "user", "content": "a"}])[0] == bos)
+    except RowRefused:
+        return True
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, document: Mapping[str, Any], vocab_size: int) -> None:
@@ -125,8 +142,11 @@ def _tokens(document: Mapping[str, Any], vocab_size: int) -> tuple[list[str], li
     return tokens, types
 
 
-def _add_ends(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> None:
-    """Name the tokens that end an answer: GGUF has a place each for the end of a text, of a turn and of a message."""
+def _add_ends(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> list[str]:
+    """Name the tokens that end an answer, and return a note where GGUF has no place for one.
+
+    It has a place each for the end of a text, of a turn and of a message.
+    """
     ends = list(tokenizer.stop_ids)
     eos, turn_end = tokenizer.tokenizer.eos_token_id, _turn_end(tokenizer)
     eos = eos if eos in ends else ends[0]
@@ -143,9 +163,13 @@ def _add_ends(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> None:
     )
     if others:
         writer.add_eom_token_id(others[0])
-    if others[1:]:
-        text = ", ".join(names[token] for token in others[1:])
-        progress.say(f"GGUF names three ends of an answer; llama.cpp stops at {text} only where it knows the name")
+    if not others[1:]:
+        return []
+    text = ", ".join(names[token] for token in others[1:])
+    return [
+        f"GGUF names three ends of an answer; llama.cpp stops at {text} only where it knows the name: give it as a "
+        "stop text with each request"
+    ]
 
 
 def _turn_end(tokenizer: ChatTokenizer) -> int | None:

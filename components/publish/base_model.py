@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.pipeline.plan import Plan
 
+# What an adapter names as its base where nobody else could find it. With the dot it is a folder for every loader, and
+# never the name of somebody's model on the Hub.
+FOLDER = "./base_model"
+
 
 @dataclass(frozen=True, slots=True)
 class BaseId:

@@ -7,6 +7,7 @@ from typing import Any
 
 from components.publish import markdown
 from components.publish.facts import Document, VersionFacts
+from components.publish.usage import OVER_OWN_BASE
 from qlora_retrain.pipeline import cost
 
 _SPLITS = ("train", "eval", "golden")
@@ -41,9 +42,13 @@ def served_lines(facts: VersionFacts) -> list[str]:
         return []
     forms = (facts.certificate.get("forms") or {}).get("certification") or {}
     served: dict[str, Document] = dict(facts.certificate.get("served_adapter") or {})
+    title_16_bits = "16 bits"
     if not served and _is_adapter_as_trained(facts.certificate) and "live" in forms:
         is_packed = facts.plan.step("quantize_model").identity.get("format") != "none"
         served = {"packed" if is_packed else "original": forms["live"]}
+        # The same sum, rounded to 16 bits.
+        if is_packed and "original" in forms and facts.train["method"] not in OVER_OWN_BASE:
+            served["original"], title_16_bits = forms["original"], "16 bits, merged into it"
     lines = [
         "## The adapter over its base, not merged",
         "",
@@ -52,7 +57,7 @@ def served_lines(facts: VersionFacts) -> list[str]:
         "| base | accuracy | loss (nats per token) |",
         "|---|---|---|",
     ]
-    for name, title in (("original", "16 bits"), ("packed", _packed_name(facts))):
+    for name, title in (("original", title_16_bits), ("packed", _packed_name(facts))):
         if title:
             numbers = served.get(name) or {}
             lines.append(markdown.row(title, _measured(numbers, "accuracy"), _measured(numbers, "loss")))

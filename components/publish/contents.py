@@ -1,7 +1,8 @@
 """Choose the files of a version: which files of the artifacts it has, under which paths, and the hash of its content.
 
 The adapter's config is the one file that a version has otherwise than the artifact: it names the base's id on the
-Hugging Face Hub, so that PEFT and other loaders find the base. Training knows folders alone.
+Hugging Face Hub, so that PEFT and other loaders find the base, or else a folder beside the program that loads it. What
+training names is a folder of its own, which no consumer has.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from components.publish.base_model import BaseId
+from components.publish.base_model import FOLDER, BaseId
 from qlora_retrain.core import graph, hashing
 from qlora_retrain.storage.artifact import File, Manifest
 
@@ -97,9 +98,10 @@ def content_hash(copies: Iterable[Copy], written: Mapping[str, str]) -> str:
     )
 
 
-def adapter_config(document: Mapping[str, object], base: BaseId) -> str:
-    """Return an adapter's config with the base's id on the Hub."""
-    named = {**document, "base_model_name_or_path": base.repository, "revision": base.commit}
+def adapter_config(document: Mapping[str, object], base: BaseId | None) -> str:
+    """Return an adapter's config with the base's id on the Hub, or with the folder where a consumer puts the base."""
+    name, commit = (base.repository, base.commit) if base else (FOLDER, None)
+    named = {**document, "base_model_name_or_path": name, "revision": commit}
     return json.dumps(named, indent=2, sort_keys=True) + "\n"
 
 

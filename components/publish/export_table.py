@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from components.publish import markdown
 
 # The name of the metric in a certificate. The module that computes it needs torch, which is not where a step publishes.
 _ANSWERS_ENDED = "answers_ended"
+_LORA = "gguf-lora"
 
 
 def export_lines(certificate: Mapping[str, Any]) -> list[str]:
@@ -40,7 +41,22 @@ def export_lines(certificate: Mapping[str, Any]) -> list[str]:
         *rows,
         "",
         *([*notes, ""] if notes else []),
+        *_loading_lines(exports),
+        "",
     ]
+
+
+def _loading_lines(exports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Say which program loads each form but the first, whose use has a section of its own."""
+    if "nf4" in exports:
+        yield '- nf4: `AutoModelForCausalLM.from_pretrained("model/exports/nf4")`, with bitsandbytes installed'
+    if any(name.startswith("gguf-") for name in exports if name != _LORA):
+        yield "- gguf: `llama-server -m FILE`, or in the file's folder `ollama create NAME -f Modelfile`"
+    if _LORA in exports:
+        yield (
+            f"- {_LORA}: `llama-server -m BASE.gguf --lora model/{exports[_LORA]['path']}`, over a file of the "
+            "base as it was before training"
+        )
 
 
 def _cost(export: Mapping[str, Any]) -> str:

@@ -32,11 +32,11 @@ def inline(text: str) -> str:
     return _MARKS.sub(r"\\\1", " ".join(_INVISIBLE.sub(" ", text).split()))
 
 
-def code_block(text: str) -> str:
+def code_block(text: str, language: str = "text") -> str:
     """Return a text to the letter, in a block whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{_INVISIBLE.sub(' ', text)}\n{fence}"
+    return f"{fence}{language}\n{_INVISIBLE.sub(' ', text)}\n{fence}"
 
 
 def licence_text(config: PublishConfig) -> str:

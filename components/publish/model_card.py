@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +9,8 @@ from components.publish import card_sections, markdown
 from components.publish.export_table import export_lines
 from components.publish.facts import VersionFacts
 from components.publish.hub_metadata import front_matter
+from components.publish.usage import usage_lines
 from qlora_retrain.lm.adapter_scale import describe_adapter, has_scale
-
-# Methods whose adapters PEFT cannot load (`config/methods.py`).
-WITHOUT_PEFT = ("bottleneck", "full")
 
 
 def model_card(facts: VersionFacts) -> str:
@@ -41,7 +38,7 @@ def model_card(facts: VersionFacts) -> str:
             *card_sections.cost_lines(facts),
             "## How to use it",
             "",
-            *_usage_lines(facts),
+            *usage_lines(facts),
             *card_sections.ending_lines(facts),
             *card_sections.limit_lines(facts),
             *card_sections.licence_lines(facts),
@@ -120,49 +117,6 @@ def _merged_form(facts: VersionFacts) -> str:
         f"{adapter} {verb} the {numbers.get('base')} base with rank {numbers['rank']} at strength "
         f"{numbers['strength']:g}{reduced}{place}. "
     )
-
-
-def _usage_lines(facts: VersionFacts) -> list[str]:
-    data = facts.plan.step("validate_data").identity
-    lines = _alone_lines(facts)
-    if not facts.is_alone:
-        lines = [
-            "`model/` is a plain transformers folder: `AutoModelForCausalLM.from_pretrained('model')`. Its "
-            "`generation_config.json` lists every token at which an answer ends.",
-            "",
-        ]
-    if data["system"]:
-        lines += ["It was trained with this system turn:", "", markdown.code_block(data["system"]), ""]
-    if variables := data.get("template_kwargs"):
-        arguments = json.dumps(variables, ensure_ascii=False)
-        lines += [
-            "It was trained with these variables of the chat template, as arguments of `apply_chat_template`:",
-            "",
-            markdown.code_block(arguments),
-            "",
-        ]
-    return lines
-
-
-def _alone_lines(facts: VersionFacts) -> list[str]:
-    """Say how an adapter is loaded over its base, by this project and by PEFT."""
-    where = f": `{facts.base_id.repository}`" if facts.base_id else ""
-    lines = [
-        f"This version is an adapter alone: it has no merged model, and is used over its base model{where}. "
-        "`model/base.json` has the hashes of the base's files, and `model/` the tokenizer. `qlora-retrain ask VERSION "
-        "--base FOLDER QUESTION` checks the hashes and answers.",
-        "",
-    ]
-    if facts.train["method"] in WITHOUT_PEFT:
-        return lines
-    base = json.dumps(facts.base_id.repository) if facts.base_id else "BASE"
-    commit = f", revision={json.dumps(facts.base_id.commit)}" if facts.base_id and facts.base_id.commit else ""
-    code = (
-        f"base = AutoModelForCausalLM.from_pretrained({base}{commit})",
-        'model = PeftModel.from_pretrained(base, "adapter")',
-        'tokenizer = AutoTokenizer.from_pretrained("model")',
-    )
-    return [*lines, "With PEFT, in the version's folder:", "", markdown.code_block("\n".join(code)), ""]
 
 
 def _with_interval(numbers: dict[str, Any], name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from components.publish import hub_metadata
 from components.publish.facts import VersionFacts
+from qlora_retrain.config.publish import PublishConfig
 from qlora_retrain.pipeline.code_identity import project_root
 from qlora_retrain.storage.pinned_source import PinnedSource
 
@@ -48,13 +49,12 @@ def sbom(facts: VersionFacts) -> dict[str, Any]:
 
 def _model(facts: VersionFacts, data: list[str]) -> dict[str, Any]:
     """Return the published model, with its measurements."""
-    licence = hub_metadata.licence_fields(facts.config)
     return {
         "type": "machine-learning-model",
         "bom-ref": _MODEL,
         "name": facts.plan.line,
         "version": facts.version,
-        "licenses": [{"license": {"name": licence.get("license_name", licence["license"])}}],
+        "licenses": [_licence(_licence_name(facts.config))],
         "modelCard": {
             "modelParameters": {
                 "approach": {"type": "supervised"},
@@ -129,12 +129,30 @@ def _licences(name: str, version: str) -> dict[str, Any]:
     def field(key: str) -> str:
         return str(facts[key]).strip() if key in facts else ""
 
-    if field("Version") != version:
+    # A build for one kind of device is the same software: torch 2.13.0+cpu.
+    if version not in (field("Version"), field("Version").partition("+")[0]):
         return {}
     if expression := field("License-Expression"):
-        return {"licenses": [{"expression": expression}]}
+        return {"licenses": [_licence(expression)]}
     text = field("License")
     if not text or "\n" in text or len(text) > _MAX_LICENCE_CHARS:
         classifiers = [c for c in facts.get_all("Classifier") or [] if c.startswith("License ::")]
         text = " / ".join(dict.fromkeys(c.rpartition(" :: ")[2] for c in classifiers))
-    return {"licenses": [{"license": {"name": text}}]} if text else {}
+    return {"licenses": [_licence(text)]} if text else {}
+
+
+def _licence(text: str) -> dict[str, Any]:
+    """Return a licence as SPDX writes it, which programs compare; what SPDX does not know has a name alone."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        return {"expression": str(canonicalize_license_expression(text))}
+    except InvalidLicenseExpression:
+        return {"license": {"name": text}}
+
+
+def _licence_name(config: PublishConfig) -> str:
+    """Return the licence of the model."""
+    if config.licence == "unspecified":
+        return "unknown"
+    return str(config.licence_name) if config.licence == "other" else config.licence

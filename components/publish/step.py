@@ -129,12 +129,11 @@ def _written_content(
     config: PublishConfig, plan: Plan, store: Store, inputs: Mapping[str, Manifest], copies: Sequence[Copy]
 ) -> dict[str, str]:
     """Return the texts that are a part of the version's content and are not copied, by path."""
-    base_id = base_model.find(config, plan)
     settings = next((copy for copy in copies if copy.target == contents.ADAPTER_CONFIG), None)
-    if base_id is None or settings is None:
+    if settings is None:
         return {}
     document = _read_document(store, inputs[settings.artifact], settings.file.path)
-    return {contents.ADAPTER_CONFIG: contents.adapter_config(document, base_id)}
+    return {contents.ADAPTER_CONFIG: contents.adapter_config(document, base_model.find(config, plan))}
 
 
 def _publish(

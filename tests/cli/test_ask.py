@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_retrain.cli import main
 from qlora_retrain.lm import chat, loading
@@ -36,8 +38,6 @@ def ask(*arguments: object) -> int:
 
 def greedy_ids(model_folder: Path, prompt: list[int], count: int) -> list[int]:
     """Decode by definition, in the precision of the folder."""
-    import torch
-
     model: Any = loading.load_base(model_folder, dtype="auto")
     ids: list[int] = []
     with torch.inference_mode():
@@ -87,6 +87,22 @@ def test_the_versions_own_chat_format_renders_the_question_and_ends_the_answer(
     assert printed.err == ""
 
 
+def test_an_export_in_4_bits_is_asked_as_it_lies_in_the_version(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed: Any = loading.load_base(tiny_model, quantization=settings)
+    packed.save_pretrained(tmp_path)
+    tokenizer = chat.load_tokenizer(tiny_model)
+    tokenizer.tokenizer.save_pretrained(tmp_path)
+    assert ask(tmp_path, "--max-new-tokens", "2", "--", QUESTION) == 0
+    prompt = tokenizer.prompt_ids([{"role": "user", "content": QUESTION}])
+    expected = packed.generate(torch.tensor([prompt]), max_new_tokens=2, do_sample=False)[0, len(prompt) :]
+    assert capsys.readouterr().out == tokenizer.decode(expected.tolist(), skip_special_tokens=True).strip() + "\n"
+
+
 def test_a_question_that_the_template_refuses_is_an_error_with_its_words(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +110,18 @@ def test_a_question_that_the_template_refuses_is_an_error_with_its_words(
     ChatFormat().write(folder / "model")
     assert ask(folder, "--", QUESTION) == 12
     assert "ask politely" in capsys.readouterr().err
+
+
+def test_a_question_that_the_model_cannot_read_is_refused_with_the_reason(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(folder, "--", QUESTION, "a " * 1500) == 12
+    assert re.search(
+        r"question 2 has \d{4} tokens with its chat, and the model reads at most 2048", capsys.readouterr().err
+    )
+    # As Python gives an argument that is no UTF-8.
+    assert ask(folder, "--", b"caf\xe9".decode("utf-8", "surrogateescape")) == 12
+    assert r"'caf\udce9': expected text in UTF-8" in capsys.readouterr().err
 
 
 def test_a_part_that_is_no_model_is_refused_with_the_way_to_ask_it(

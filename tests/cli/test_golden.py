@@ -103,6 +103,16 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert run(tmp_path, empty, "--min-right-fraction", 2) == 12
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write(tmp_path / "questions.jsonl", {"question": ASK, "answer": "x"})
+    for report in (tmp_path / "missing/report.jsonl", tmp_path):
+        # There is no model either, and that would be said later.
+        assert run(tmp_path / "no-model", questions, "--report", report) == 12
+        assert "expected a file in a folder that exists" in capsys.readouterr().err
+
+
 def test_white_space_does_not_count_and_case_does_only_for_a_whole_answer() -> None:
     whole = GoldenQuestion(1, (), "In  transit\n")
     assert [whole.is_right(text) for text in (" In transit", "in transit", "In transit.")] == [True, False, False]

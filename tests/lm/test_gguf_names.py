@@ -47,6 +47,19 @@ def test_a_tokenizer_is_refused_only_where_its_file_is_what_will_be_loaded(
         gguf_names.refuse_unsupported(files)
 
 
+def test_a_tokenizer_that_changes_text_is_refused_unless_llama_cpp_can_be_given_the_changed_text() -> None:
+    files = {"config.json": LLAMA, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    small = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    with pytest.raises(UsageError, match=r"changes text before it cuts it \(Lowercase\)"):
+        gguf_names.refuse_unsupported({**files, "tokenizer.json": {**GPT2, "normalizer": small}})
+    # Qwen's; whoever uses the file is told.
+    composed = {**GPT2, "normalizer": {"type": "NFC"}}
+    gguf_names.refuse_unsupported({**files, "tokenizer.json": composed})
+    (text,) = gguf_names.reading_differences(composed)
+    assert "does not compose characters" in text
+    assert gguf_names.reading_differences(GPT2) == []
+
+
 @pytest.mark.parametrize(
     "fields",
     [

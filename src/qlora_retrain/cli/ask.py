@@ -20,6 +20,7 @@ from qlora_retrain.cli.ask_base import load_version
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.lm import chat, generation
+from qlora_retrain.lm.context_length import max_context_tokens
 from qlora_retrain.lm.generation import Completion
 from qlora_retrain.storage.pulled_folder import RECORD
 from qlora_retrain.storage.version_parts import MODEL
@@ -52,14 +53,25 @@ class Questions:
             label: What the model is, for messages.
 
         Raises:
-            UsageError: If its chat template refuses a question.
+            UsageError: If a question is no text, too long, or one that the chat template refuses.
         """
+        for text in (self.system or "", *self.texts):
+            # An argument of a command line that is no UTF-8 has such characters in their place.
+            if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError(f"{ascii(text)[:80]}: expected text in UTF-8, found other bytes")
         system = self.system or system or tokenizer.chat_format.system
         turns = [{"role": "system", "content": system}] if system else []
         try:
             prompts = [tokenizer.prompt_ids([*turns, {"role": "user", "content": text}]) for text in self.texts]
         except chat.RowRefused as refusal:
             raise UsageError(f"{label}: {refusal.detail}") from refusal
+        limit = max_context_tokens(model.config.to_dict())
+        for number, prompt in enumerate(prompts, start=1):
+            if limit is not None and len(prompt) > limit:
+                raise UsageError(
+                    f"{label}: question {number} has {len(prompt)} tokens with its chat, and the model reads at most "
+                    f"{limit}; shorten it"
+                )
         # One question at a time: batches would need padding, which changes answers in 16 bits.
         return [generation.generate_batch(model, tokenizer, [prompt], self.max_new_tokens)[0] for prompt in prompts]
 

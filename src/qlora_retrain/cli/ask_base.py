@@ -36,7 +36,9 @@ def load_version(folder: Path, base: Path | None, root: str | None) -> Any:
     if reference is None:
         if base is not None:
             raise UsageError(f"--base: {folder} has a model of its own, and needs no base; leave --base out")
-        return loading.load_base(model, **OPTIONS)
+        # The export of `merge.exports: [nf4]` is a model folder too.
+        is_packed = base_formats.from_folder(model).is_packed
+        return (loading.load_nf4 if is_packed else loading.load_base)(model, **OPTIONS)
     # A store that the caller names comes before the Hub, which may be out of reach.
     if base is None and root is not None and (stored := _base_of_the_store(folder, reference, root)):
         return loading.attach_adapter(loading.load_nf4(stored, **OPTIONS), adapter)

@@ -196,6 +196,9 @@ def _ask_golden(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
     questions = read_questions(args.questions)
+    # Before the answers, which may take hours.
+    if args.report is not None and (args.report.is_dir() or not args.report.absolute().parent.is_dir()):
+        raise UsageError(f"--report {args.report}: expected a file in a folder that exists; create the folder")
     # The next pull leaves this version where it is until the answers are there.
     with reading(args.folder) as folder:
         answered = ask_golden(folder, questions, args.max_new_tokens, args.base, args.root)

@@ -32,6 +32,8 @@ _PRE_TOKENIZERS = {
     (("Split", _CASED.replace("@", "") + r"\p{N}" + _SPACE_AFTER_CASED), ("ByteLevel", False)): "tekken",
     (("Split", _CASED.replace("@", _SUFFIX) + r"\p{N}{1,3}" + _SPACE_AFTER_CASED), ("ByteLevel", False)): "gpt-4o",
 }
+# The normalizer of Qwen's tokenizers, which llama.cpp leaves out.
+_COMPOSE = "NFC"
 # SentencePiece writes a space as this mark.
 SPACE_MARK = "\u2581"
 SENTENCEPIECE = "default"
@@ -64,6 +66,11 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     """
     if sentencepiece_prefix(tokenizer):
         return SENTENCEPIECE
+    if unknown := set(_normalizers(tokenizer)) - {_COMPOSE}:
+        raise UsageError(
+            f"merge.exports: the base's tokenizer changes text before it cuts it ({', '.join(sorted(unknown))}), which "
+            "llama.cpp does not do; remove the gguf exports from the list"
+        )
     node = tokenizer.get("pre_tokenizer") or {}
     parts = node.get("pretokenizers", [node])
     signature = tuple((part.get("type"), _setting(part)) for part in parts)
@@ -78,6 +85,16 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     return "dbrx" if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges") else name
 
 
+def reading_differences(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Return in one sentence each how llama.cpp cuts text otherwise than a tokenizer.json, for the certificate."""
+    if sentencepiece_prefix(tokenizer) or _COMPOSE not in _normalizers(tokenizer):
+        return []
+    return [
+        "llama.cpp does not compose characters (NFC), and the tokenizer does: text with a letter and its accent as two "
+        "characters is read as other tokens than in training; normalize it before it is sent"
+    ]
+
+
 def sentencepiece_prefix(tokenizer: Mapping[str, Any]) -> str | None:
     """Return where a SentencePiece tokenizer puts a space before text: `always`, `first` or `never`.
 
@@ -87,8 +104,7 @@ def sentencepiece_prefix(tokenizer: Mapping[str, Any]) -> str | None:
     model, pre_tokenizer = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer")
     if _model_type(model) != "BPE" or not model.get("byte_fallback"):
         return None
-    normalizer = tokenizer.get("normalizer") or {}
-    normalizers = [_space_rule(part) for part in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    normalizers = [_space_rule(part) for part in _normalizer_parts(tokenizer)]
     if normalizers in (["prepend", "replace"], ["replace"]) and _cuts_nothing(pre_tokenizer):
         return "always" if "prepend" in normalizers else "never"
     if normalizers or not pre_tokenizer or pre_tokenizer.get("type") != "Metaspace":
@@ -98,6 +114,17 @@ def sentencepiece_prefix(tokenizer: Mapping[str, Any]) -> str | None:
         return None
     scheme: str = pre_tokenizer.get("prepend_scheme", "always")
     return scheme if pre_tokenizer.get("replacement") == SPACE_MARK else None
+
+
+def _normalizer_parts(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    normalizer = tokenizer.get("normalizer") or {}
+    parts: list[Mapping[str, Any]] = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    return parts
+
+
+def _normalizers(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Return the types of what changes a text before it is cut."""
+    return [str(part.get("type")) for part in _normalizer_parts(tokenizer)]
 
 
 def _space_rule(part: Mapping[str, Any]) -> str | None:

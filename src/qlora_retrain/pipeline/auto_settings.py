@@ -55,9 +55,10 @@ def resolve_auto_settings(config: LineConfig) -> tuple[dict[str, Section], tuple
     for name, value, reason in _evidence(config):
         choose("data", name, value, reason)
 
-    if "ships_model" in config.merge.model_fields_set:
-        raise UsageError("merge.ships_model: the plan sets it by publish.parts; leave it out")
+    # The recipe of a version has the field, and is a line's file as it is.
     ships_model = "model" in config.publish.parts
+    if "ships_model" in config.merge.model_fields_set and config.merge.ships_model != ships_model:
+        raise UsageError("merge.ships_model: the plan sets it by publish.parts; leave it out")
     sections["merge"] = sections["merge"].model_copy(update={"ships_model": ships_model})
 
     train = config.train

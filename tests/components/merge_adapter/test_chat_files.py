@@ -188,7 +188,7 @@ def test_plain_transformers_stops_at_every_end_of_the_list(
 
 
 def test_a_gguf_file_names_the_ends_of_text_turn_and_message(
-    base: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     merged = tmp_path / "merged"
     merged.mkdir()
@@ -202,7 +202,7 @@ def test_a_gguf_file_names_the_ends_of_text_turn_and_message(
     ):
         tokenizer = chat.load_tokenizer(base, ChatFormat(stop_tokens=stops, template=template))
         write_chat_files(merged, tokenizer)
-        gguf_file.write_gguf(merged, tmp_path / "model.gguf", "gguf-q8_0")
+        notes = gguf_file.write_gguf(merged, tmp_path / "model.gguf", "gguf-q8_0")
         fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
         named = {
             name: int(fields[f"tokenizer.ggml.{name}_token_id"].contents())
@@ -211,7 +211,8 @@ def test_a_gguf_file_names_the_ends_of_text_turn_and_message(
         }
         vocabulary = tokenizer.tokenizer.get_vocab()
         assert named == {name: vocabulary[end] if isinstance(end, str) else end for name, end in ends.items()}
-        assert (f"stops at {left} only" in capsys.readouterr().out) is (left is not None)
+        # On the card, where whoever runs the file reads it.
+        assert any(f"stops at {left} only" in note for note in notes) is (left is not None)
 
 
 def test_a_merged_form_that_repeats_itself_is_refused_though_the_unmerged_model_ended(

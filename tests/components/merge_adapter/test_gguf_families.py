@@ -115,6 +115,29 @@ def test_llama_cpp_cuts_a_chat_into_the_tokens_of_a_sentencepiece_tokenizer(tmp_
         assert llama.tokenize(rendered) == ids
 
 
+@pytest.mark.parametrize("begins_chats", [True, False])
+def test_llama_cpp_begins_a_chat_with_the_token_of_the_beginning_only_where_training_did(
+    tmp_path: Path, begins_chats: bool
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    # The tokenizer puts <s> before plain text; Zephyr's template, which is rendered without that, has none.
+    write_sentencepiece(tmp_path, "always")
+    inner = AutoTokenizer.from_pretrained(tmp_path)
+    inner.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    marks = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}<|assistant|>\n"
+    inner.chat_template = ("{{ bos_token }}" if begins_chats else "") + marks
+    inner.save_pretrained(tmp_path)
+    write_random_model("llama", {}, tmp_path)
+    gguf_file.write_gguf(tmp_path, tmp_path / "model.gguf", "gguf-f16")
+
+    ids = chat.load_tokenizer(tmp_path).prompt_ids([{"role": "user", "content": "where is my card"}])
+    assert (ids[0] == 1) is begins_chats
+    llama = llama_cpp.start_server(tmp_path / "model.gguf")
+    assert llama.chat_ids([{"role": "user", "content": "where is my card"}]) == list(ids)
+
+
 def test_a_byte_level_tokenizer_is_cut_as_before(tiny_model: Path, tmp_path: Path) -> None:
     gguf_file.write_gguf(tiny_model, tmp_path / "model.gguf", "gguf-f16")
     tokenizer, llama = chat.load_tokenizer(tiny_model).tokenizer, llama_cpp.start_server(tmp_path / "model.gguf")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 
 from components.publish.base_model import BaseId, find
+from components.publish.documents import recipe
 from components.publish.facts import VersionFacts
-from components.publish.model_card import WITHOUT_PEFT, model_card
+from components.publish.model_card import model_card
 from components.publish.sbom import sbom
+from components.publish.usage import WITHOUT_PEFT
 from qlora_retrain.config.methods import METHODS
 from qlora_retrain.config.sections import PublishConfig
-from qlora_retrain.pipeline import cost
+from qlora_retrain.core import graph
+from qlora_retrain.pipeline import cost, make_plan
 from qlora_retrain.pipeline.cost import StepCost
 from qlora_retrain.pipeline.plan import Plan
 
@@ -106,6 +111,11 @@ def test_the_card_tells_data_ends_limits_cost_and_licences(made_plan: Plan) -> N
     assert "| 16 bits | not measured | not measured |" in text
     assert "| packed (nf4) | 0.8300 (0.7000 to 0.9000) | 0.1500 |" in text.replace("\\(", "(").replace("\\)", ")")
 
+    # Where both bases were tried, the other one has the same sum.
+    forms = CERTIFICATE["forms"]["certification"] | {"original": {"loss": 0.2, "accuracy": 0.75}}  # type: ignore[index]
+    both = facts(made_plan, certificate={**CERTIFICATE, "forms": {"certification": forms}})
+    assert "| 16 bits, merged into it | 0.7500 | 0.2000 |" in model_card(both)
+
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert "| quantize_model | earlier | 10 | 0 | - | 900 | - | not measured |" in rows
     assert "| train_qlora | this run | 100 | 200 | 26,482 | 700 | 8,000 | 12.5 |" in rows
@@ -170,8 +180,10 @@ def test_the_bill_of_materials_names_base_data_and_packages(made_plan: Plan) -> 
     pydantic = components["pydantic"]
     if metadata.version("pydantic") == pydantic["version"]:
         assert pydantic["licenses"] == [{"expression": "MIT"}]
+    if metadata.version("torch").startswith(f"{torch['version']}+"):  # a build for the CPU alone, say
+        assert torch["licenses"] == [{"expression": metadata.metadata("torch")["License-Expression"]}]
     model = document["metadata"]["component"]
-    assert model["licenses"] == [{"license": {"name": "apache-2.0"}}]
+    assert model["licenses"] == [{"expression": "Apache-2.0"}]
     metrics = {m["type"]: m for m in model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]}
     assert metrics["accuracy"]["confidenceInterval"] == {"lowerBound": "0.7179", "upperBound": "0.9012"}
     # Every reference is one to a component of the document.
@@ -179,6 +191,30 @@ def test_the_bill_of_materials_names_base_data_and_packages(made_plan: Plan) -> 
     assert {ref for entry in document["dependencies"] for ref in (entry["ref"], *entry["dependsOn"])} <= names
 
 
-def test_the_bill_of_materials_is_valid_by_the_schema_of_cyclonedx(made_plan: Plan) -> None:
-    validator = JsonStrictValidator(SchemaVersion.V1_5)
-    assert validator.validate_str(json.dumps(sbom(facts(made_plan)))) is None
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [
+        ({"licence": "MIT OR Apache-2.0"}, {"expression": "MIT OR Apache-2.0"}),
+        ({"licence": "llama3.1"}, {"license": {"name": "llama3.1"}}),
+        ({"licence": "other", "licence_name": "Acme: |x| #1"}, {"license": {"name": "Acme: |x| #1"}}),
+        ({}, {"license": {"name": "unknown"}}),
+    ],
+)
+def test_the_bill_of_materials_is_valid_by_the_schema_of_cyclonedx(
+    made_plan: Plan, licence: dict[str, str], expected: dict[str, Any]
+) -> None:
+    document = sbom(facts(made_plan, config=PublishConfig(**licence)))
+    assert JsonStrictValidator(SchemaVersion.V1_5).validate_str(json.dumps(document)) is None
+    # What SPDX knows is written as SPDX writes it, so that programs can compare it.
+    assert document["metadata"]["component"]["licenses"] == [expected]
+
+
+@pytest.mark.parametrize("overrides", [[], ["publish.parts=[adapter]", "train.method=rslora", "data.system='a: b'"]])
+def test_a_recipe_is_a_lines_file_that_trains_the_same_again(line: Path, root_uri: str, overrides: list[str]) -> None:
+    plan = make_plan.make_plan(line, root_uri, overrides=overrides)
+    steps = json.loads(json.dumps(recipe(plan)))["steps"]
+    sections = {step.section: steps[step.name] for step in graph.STEPS}
+    again = line.parent / "again.yaml"
+    sources = {"raw_data": "tickets.jsonl", "base_model": "base"}
+    again.write_text(json.dumps({"line": "intents", "sources": sources, **sections}))
+    assert {s.name: s.key for s in make_plan.make_plan(again, root_uri).steps} == {s.name: s.key for s in plan.steps}

@@ -86,7 +86,7 @@ def test_whatever_a_line_says_is_shown_as_text(made_plan: Plan, text: str) -> No
     cells = [plain_text(c) for c in re.findall(r"<td>(.*?)</td>", body, re.DOTALL)]
     assert cells[:5] == [visible(text), "0.5", "0.4 to -", "0.3", "yes"]
     assert cells[10:18] == ["base", "-", "-", "2", visible(text), "0.9", "-", "-"]
-    (block,) = re.findall(r"<pre><code[^>]*>(.*?)</code></pre>", body, re.DOTALL)
+    (block,) = re.findall(r'<pre><code class="language-text">(.*?)</code></pre>', body, re.DOTALL)
     assert plain_text(block) == visible(text)
 
 
@@ -153,9 +153,13 @@ def test_the_card_lists_every_export_with_its_cost_and_what_its_user_must_know()
             "path": "exports/gguf-q4_k_m/model-q4_k_m.gguf", **numbers, "answers_ended": 0.95,
             "notes": ["61 in q5_0; 180 of 272 tensors fell back to q5_0"],
         },
+        "gguf-lora": {"path": "exports/gguf-lora/adapter.gguf", **numbers, "notes": []},
     }  # fmt: skip
     text = "\n".join(export_lines({"exports": exports}))
     assert "| gguf-q4_k_m | model/exports/gguf-q4_k_m/model-q4_k_m.gguf | 3.0 | 1.2500 | +0.0125 (0.0100 to" in text
     assert "| 95.0% |" in text.replace("95.0\\%", "95.0%")
     assert "180 of 272 tensors fell back" in text
+    assert "ollama create NAME -f Modelfile" in text
+    assert "--lora model/exports/gguf-lora/adapter.gguf" in text
+    assert "nf4" not in text
     assert export_lines({"exports": {"bf16": exports["bf16"]}}) == []

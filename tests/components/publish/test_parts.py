@@ -70,6 +70,11 @@ def test_an_adapter_names_its_base_so_that_loaders_find_it(
     assert again.version == release.version
     _, renamed = publish("publish.base_model_id=acme/other")
     assert renamed.content_hash != release.content_hash
+    # A folder beside the consumer's program, and not one of this machine, where the base has no public name.
+    _, local = publish()
+    pull.pull(store, f"intents@{local.version}", tmp_path / "local")
+    config = json.loads((tmp_path / "local/adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("./base_model", None)
 
 
 def test_the_cost_of_a_version_has_the_steps_of_earlier_runs(
