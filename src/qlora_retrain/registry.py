@@ -111,10 +111,16 @@ class Registry:
             UsageError: If the line has published nothing.
         """
         published_lines.refuse_other_name(line)
-        names = self.store.children(f"models/{line}/versions")
-        # One whose manifest is lost counts where an alias has named it.
-        remembered = {state.version for _, state in audit.history(self.store, line)[0]}
-        versions = [n for n in names if n in remembered or version_summary.has_manifest(self.store, line, n)]
+        names = set(self.store.children(f"models/{line}/versions"))
+        # One whose manifest is lost counts where an alias has named it; one of which nothing is left, while one does.
+        states = audit.history(self.store, line)[0]
+        remembered = {state.version for _, state in states}
+        named = {name: state.version for name, state in states}
+        named |= {name: state.version for name, state in version_summary.read_aliases(self.store, line)[0].items()}
+        versions = sorted(
+            {n for n in names if n in remembered or version_summary.has_manifest(self.store, line, n)}
+            | set(named.values())
+        )
         if not versions:
             raise published_lines.no_such_line(self.store, line)
         return versions

@@ -208,7 +208,7 @@ def test_what_this_user_may_not_read_is_neither_lost_nor_in_the_way_of_the_other
     code, text = call("models", "verify", LINE, "--all")
     assert code == Exit.INTEGRITY
     assert f"{releases[1].version}: 6 files are what was published" in text
-    assert f"qlora-retrain models repair {LINE} --root {store.uri}" in text
+    assert f"qlora-retrain models repair {LINE} {releases[0].version} --root {store.uri}" in text
 
 
 def test_repair_does_not_call_a_trail_whole_that_history_refuses(

@@ -268,6 +268,27 @@ def test_who_waits_for_a_collection_that_was_killed_goes_on(built: Collectable, 
         dead.write(["x"])
 
 
+@pytest.mark.parametrize("folder", ["aliases", "audit", "both"])
+def test_every_version_stays_while_nobody_knows_what_an_alias_names(
+    blueprint: Collectable, tmp_path: Path, folder: str
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    collectable.refill(store, blueprint.files)
+    before = files_of(store)
+    alias, *entries = (path for path in sorted(before) if "/aliases/" in path or "/audit/" in path)
+    # Lost, or damaged together with the newest entry: an earlier one does not say what it named since.
+    store.delete([alias, *(entries if folder == "both" else [])])
+    if folder == "audit":
+        store.delete(entries[-1:])
+        for path in (alias, entries[-1]):
+            store.write_if_absent(path, b"")
+    collection = collect(store, is_dry_run=False, at=LATER)
+    assert not [item for item in collection.items if item.kind == "version"]
+    assert "all versions stay" in collection.notes[0]
+    # A run that goes on needs no alias, and what else is garbage goes.
+    assert paths(collection) == {path for path in blueprint.garbage if not path.startswith("models/")}
+
+
 def test_uploads_that_were_never_finished_go(built: Collectable) -> None:
     store = built.store
     if isinstance(store, S3Store):

@@ -120,7 +120,7 @@ def test_latest_never_goes_back_in_time(store: Store) -> None:
 def test_an_alias_moves_only_if_it_names_what_was_expected(store: Store) -> None:
     first, second, third = (version(store, i) for i in range(3))
     assert move(store, PRODUCTION, first, expected=None) is not None
-    with pytest.raises(TryAgain, match=f"named nothing when the plan was made and {first.version} now"):
+    with pytest.raises(TryAgain, match=f"named nothing when this was decided and names {first.version} now"):
         move(store, PRODUCTION, second, expected=None)
 
     move(store, PRODUCTION, second, expected=first.version)

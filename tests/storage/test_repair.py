@@ -77,6 +77,20 @@ def test_a_move_without_an_audit_entry_gets_it(local_store: Store, releases: lis
     assert audit.read_entry(local_store, entry) == state(local_store)
 
 
+@pytest.mark.parametrize("deed", ["entries", "the alias and an entry"])
+def test_a_dry_run_says_what_would_be_mended_and_what_would_be_left(
+    local_store: Store, releases: list[Release], deed: str
+) -> None:
+    small_versions.publish(local_store, 3)
+    entries = [f"models/{LINE}/audit/{name}" for name in local_store.children(f"models/{LINE}/audit")]
+    local_store.delete(entries[1:] if deed == "entries" else entries[:1])
+    if deed != "entries":
+        path = audit.alias_path(LINE, PRODUCTION)
+        local_store.swap(path, b"{}", local_store.read(path).tag)
+    expected = [(PRODUCTION, True), ("audit trail", False)]
+    assert mend(local_store, is_dry_run=True) == mend(local_store) == expected
+
+
 def test_an_entry_that_is_not_accepted_is_a_fault_of_the_trail_and_never_called_mended(local_store: Store) -> None:
     key_admin.create(local_store, [LINE])
     release = small_versions.publish(local_store, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_retrain.core.errors import IntegrityError, QualityRefused, TryAgain, UsageError
-from qlora_retrain.storage import audit, moves, open_store, probes, registry, reject, repair
+from qlora_retrain.storage import audit, last_move, moves, open_store, probes, registry, reject, repair
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import Store
 from tests.storage import small_versions
@@ -94,8 +94,9 @@ def test_a_state_of_an_older_release_that_rolled_back_is_recognised(
 ) -> None:
     moves.rollback(local_store, request())
     old = production(local_store).model_copy(update={"action": None, "rejections": ()})
-    assert moves.is_rollback(old)
-    assert not moves.is_rollback(old.model_copy(update={"rejected": ()}))
+    assert last_move.find_rollback(local_store, LINE, PRODUCTION, old) == old
+    without_rejection = old.model_copy(update={"rejected": ()})
+    assert last_move.find_rollback(local_store, LINE, PRODUCTION, without_rejection) is None
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -17,6 +17,7 @@ from qlora_retrain.cli.json_output import add_json, print_json
 from qlora_retrain.cli.options import Options, destination, line_name
 from qlora_retrain.cli.versions import open_registry, resumable
 from qlora_retrain.core import visible_text
+from qlora_retrain.core.aliases import is_alias_name
 from qlora_retrain.core.errors import Exit, IntegrityError, UsageError
 from qlora_retrain.core.visible_text import escape_controls
 
@@ -135,6 +136,7 @@ def _verify(args: argparse.Namespace) -> int:
     registry = open_registry(args)
     references = _all_references(registry, args.reference) if args.all else [args.reference]
     faults: dict[str, str | None] = {}
+    versions: list[str] = []
     exit_code = Exit.DONE
     for reference in references:
         try:
@@ -147,13 +149,16 @@ def _verify(args: argparse.Namespace) -> int:
                 raise
             faults[reference] = str(error)
             exit_code = max(exit_code, error.exit_code)
+            # Without its name only what aliases name is mended.
+            name = reference.partition("@")[2]
+            versions += [] if isinstance(error, UsageError) or is_alias_name(name) else [name]
             text = f"{reference}: {error}"
         if not args.json:
             _print(iter([text]))
     if args.json:
         print_json([{"reference": name, "fault": fault} for name, fault in faults.items()])
     if exit_code == Exit.INTEGRITY:
-        command = audit.repair_command(registry.store, args.reference.partition("@")[0])
+        command = audit.repair_command(registry.store, args.reference.partition("@")[0], *versions)
         print(f"to mend what can be mended: {command}", file=sys.stderr)
     return int(exit_code)
 

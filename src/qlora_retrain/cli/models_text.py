@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def line(summary: LineSummary) -> Iterator[str]:
     """Yield the aliases, a line for each of the newest versions, and what cannot be read."""
     for name, state in sorted(summary.aliases.items()):
-        rejected = f", {len(state.rejected)} rejected" if state.rejected else ""
+        # One whose manifest was lost is rejected by its name, without a content.
+        num_rejected = len(state.rejected) + sum(r.content_hash is None for r in state.rejections)
+        rejected = f", {num_rejected} rejected" if num_rejected else ""
         yield f"{summary.line}@{name}: {state.version}, generation {state.generation}{rejected}"
     for entry in summary.versions:
         aliases = ", ".join(summary.alias_names(entry.release.version))

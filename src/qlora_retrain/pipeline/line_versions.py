@@ -1,8 +1,9 @@
 """Which versions of a line stay, and why.
 
-Those that stay whatever their age: what an alias names, named in its last moves (a rollback goes there) or rejected,
-what a plan that counts names, what somebody is moving an alias to, and the anchor of each that stays. Of the others the
-newest `publish.keep.versions`, and those younger than `publish.keep.days`.
+All stay while an alias is lost or damaged. Otherwise those stay whatever their age that an alias names, named in its
+last moves (a rollback goes there) or rejected, that a plan that counts names, that somebody is moving an alias to, and
+the anchor of each that stays. Of the others the newest `publish.keep.versions` stay, and those younger than
+`publish.keep.days`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from qlora_retrain.config.publish import KeepConfig
+from qlora_retrain.core.aliases import is_alias_name
 from qlora_retrain.pipeline.stored_names import Documents, hashes_in, stamped_in, time_of
+from qlora_retrain.storage import audit
 from qlora_retrain.storage.store import Entry
 
 # An announced move counts for so long.
@@ -72,15 +75,19 @@ def read_line_versions(
     files: dict[str, list[Entry]] = defaultdict(list)
     pinning: list[Entry] = []
     newest_moves: dict[str, Entry] = {}
+    aliases: dict[str, Entry] = {}
     for entry in documents.store.list(f"models/{line}"):
         folder, _, path = entry.path.removeprefix(f"models/{line}/").partition("/")
         if folder == "versions":
             files[path.partition("/")[0]].append(entry)
-        elif folder == "aliases" or (folder == "moving" and _age(entry, at) < timedelta(days=_MOVE_DAYS)):
+        elif folder == "aliases":
+            pinning.append(entry)
+            aliases[path.removesuffix(".json")] = entry
+        elif folder == "moving" and _age(entry, at) < timedelta(days=_MOVE_DAYS):
             pinning.append(entry)
         elif folder == "audit":
             # An alias's document that was lost is in its newest entry. The names of entries sort by generation.
-            newest_moves[path.partition("-")[2].rpartition("-")[0]] = entry
+            newest_moves[audit.alias_of_entry(path) or f"./{path}"] = entry
 
     texts = [documents.read(entry) for entry in (*pinning, *newest_moves.values())]
     texts += [entry.path for entry in pinning if "/moving/" in entry.path]
@@ -90,15 +97,19 @@ def read_line_versions(
         for entry in entries
         if entry.path == f"models/{line}/versions/{name}/manifest.json"
     }
+    note = _lost_aliases(documents, line, aliases, newest_moves) if manifests else ""
+    if note:
+        policy = None
+    elif policy is None and files:
+        note = f"{line}: no plan in the store says how many versions stay; all do"
     reasons = dict(_reasons(manifests, policy, texts, set(planned_hashes), set(planned_versions), at))
     _add_anchors(reasons, manifests)
-    notes = [f"{line}: no plan in the store says how many versions stay; all do"] if policy is None and files else []
     return LineVersions(
         files=dict(files),
         reasons=reasons,
         complete=frozenset(manifests),
         manifests=tuple(manifests[name].text for name in reasons),
-        notes=tuple(notes),
+        notes=(note,) if note else (),
     )
 
 
@@ -116,7 +127,7 @@ def _reasons(
     ordered = sorted(manifests, key=lambda name: (manifests[name].sequence, name), reverse=True)
     for position, name in enumerate(ordered):
         if policy is None:
-            yield name, "no plan says how many versions stay"
+            yield name, "nothing says how many versions stay, or which of them an alias names"
         elif name in named:
             yield name, "an alias names it, or a rollback needs it"
         elif name in planned:
@@ -129,6 +140,29 @@ def _reasons(
             yield name, f"one of the newest {policy.versions}"
         elif at - time_of(name) < timedelta(days=policy.days):
             yield name, f"younger than {policy.days} days"
+
+
+def _lost_aliases(
+    documents: Documents, line: str, aliases: Mapping[str, Entry], newest_moves: Mapping[str, Entry]
+) -> str:
+    """Return a sentence about aliases that are lost or damaged, so that nobody knows what they name; else nothing."""
+    names = sorted(filter(is_alias_name, aliases.keys() | newest_moves.keys()))
+    if not names:
+        return f"{line}: no alias names a version, and no audit entry says that one did; all versions stay"
+    lost = [name for name in names if name not in aliases or not _names_version(documents.read(aliases[name]))]
+    if not lost:
+        return ""
+    command = audit.repair_command(documents.store, line)
+    return f"{line}: {', '.join(lost)}: lost or damaged; all versions stay until it is mended: {command}"
+
+
+def _names_version(text: str) -> bool:
+    """Return whether a document says which version an alias names."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and isinstance(document.get("version"), str)
 
 
 def _add_anchors(reasons: dict[str, str], manifests: Mapping[str, _Manifest]) -> None:

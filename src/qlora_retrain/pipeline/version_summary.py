@@ -6,7 +6,7 @@ with the reason, and takes no other one down. Nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -102,6 +102,7 @@ def read_line(store: Store, line: str, *, is_brief: bool = False) -> LineSummary
     summaries = (entry for entry in entries if isinstance(entry, VersionSummary))
     versions = tuple(sorted(summaries, key=lambda entry: entry.release.order, reverse=True))
     faults += [entry for entry in entries if isinstance(entry, str)]
+    faults += _lost_versions(store, line, aliases)
     return LineSummary(line, aliases, versions, len(names), tuple(faults))
 
 
@@ -173,6 +174,19 @@ def measurement(values: object, metric: str) -> Measurement | None:
         return None
     value, low, high = (_finite(values.get(name)) for name in (metric, f"{metric}_low", f"{metric}_high"))
     return None if value is None else Measurement(value, low, high)
+
+
+def _lost_versions(store: Store, line: str, aliases: Mapping[str, Alias]) -> Iterator[str]:
+    """Yield a sentence for each alias that names a version without a manifest, or what no version is called."""
+    for name, state in sorted(aliases.items()):
+        try:
+            is_lost = not has_manifest(store, line, state.version)
+        except UsageError as error:
+            yield f"alias {name} names {state.version!r}: {error}"
+            continue
+        if is_lost:
+            command = audit.repair_command(store, line)
+            yield f"alias {name} names {state.version}, whose manifest is lost; to mend what can be mended: {command}"
 
 
 def _read_version(store: Store, line: str, version: str) -> VersionSummary | str | None:

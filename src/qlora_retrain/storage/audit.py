@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import heapq
 import re
+import shlex
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 from qlora_retrain.core.errors import IntegrityError
@@ -17,7 +19,10 @@ from qlora_retrain.storage import keys, signatures
 from qlora_retrain.storage.registry_documents import Alias
 from qlora_retrain.storage.store import AlreadyExists, NotFound, Store, root_option
 
+# Entries that are read at once.
+_NUM_READERS = 8
 _NAME = re.compile(r"[a-z0-9-]+")
+STRANGE_NAME = "this project gives no file such a name, so somebody else put it there"
 _FILE_NAME = re.compile(r"([0-9]{8,12})-([a-z0-9-]+)-[0-9a-f]+\.json")
 
 
@@ -76,8 +81,13 @@ def entries(store: Store, line: str, name: str) -> Iterator[Alias]:
 
 def alias_names(store: Store, line: str) -> set[str]:
     """Return the names of the aliases of which the trail has a state."""
-    matches = (_FILE_NAME.fullmatch(file_name) for file_name in store.children(f"models/{line}/audit"))
-    return {match[2] for match in matches if match}
+    return {name for name in map(alias_of_entry, store.children(f"models/{line}/audit")) if name}
+
+
+def alias_of_entry(file_name: str) -> str | None:
+    """Return the alias of which a file of the trail is an entry by its name; None where it is none."""
+    match = _FILE_NAME.fullmatch(file_name)
+    return match[2] if match else None
 
 
 def newest_generation(store: Store, line: str, name: str) -> int:
@@ -116,8 +126,15 @@ def read_alias(store: Store, line: str, name: str) -> tuple[Alias, str]:
         ) from error
 
 
-def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]]:
+def history(
+    store: Store, line: str, *, assumed: Iterable[tuple[str, int]] = ()
+) -> tuple[list[tuple[str, Alias]], list[str]]:
     """Read a line's whole audit trail.
+
+    Args:
+        store: The store.
+        line: The line.
+        assumed: (alias, generation) of entries that are taken to be there.
 
     Returns:
         (alias, state) of every valid entry, the oldest first, and a sentence for each fault: an entry that is none or
@@ -125,22 +142,27 @@ def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]
     """
     states: dict[str, list[Alias]] = defaultdict(list)
     generations: dict[str, set[int]] = defaultdict(set)
+    for name, generation in assumed:
+        generations[name].add(generation)
     faults: list[str] = []
     folder = f"models/{line}/audit"
-    for file_name in store.children(folder):
-        entry = _FILE_NAME.fullmatch(file_name)
-        try:
-            if entry is None:
-                raise IntegrityError(f"{store.uri}/{folder}/{file_name}: no name of an entry")
-            generations[entry[2]].add(int(entry[1]))
-            states[entry[2]].append(read_entry(store, f"{folder}/{file_name}"))
-        except (IntegrityError, NotFound) as error:
-            faults.append(str(error))
+    file_names = list(_names(store, folder))
+    # Of a line of years these are thousands of requests.
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        entries_or_faults = list(pool.map(lambda name: _read_or_fault(store, f"{folder}/{name}"), file_names))
+    for file_name, entry in zip(file_names, entries_or_faults, strict=True):
+        match = _FILE_NAME.fullmatch(file_name)
+        if match:
+            generations[match[2]].add(int(match[1]))
+        if isinstance(entry, str):
+            faults.append(entry)
+        elif match:
+            states[match[2]].append(entry)
 
-    for file_name in store.children(f"models/{line}/aliases"):
+    for file_name in _names(store, f"models/{line}/aliases"):
         name = file_name.removesuffix(".json")
-        if not _NAME.fullmatch(name):
-            faults.append(f"{store.uri}/{alias_path(line, name)}: no name of an alias")
+        if not (file_name.endswith(".json") and _NAME.fullmatch(name)):
+            faults.append(f"{store.uri}/models/{line}/aliases/{file_name}: {STRANGE_NAME}")
             continue
         # An alias is a state like those in the trail, so it shows that the newest entries were removed.
         with contextlib.suppress(NotFound):
@@ -152,6 +174,21 @@ def history(store: Store, line: str) -> tuple[list[tuple[str, Alias]], list[str]
     # By time across the aliases, and by generation within each, since the clocks of those who move it may differ.
     by_alias = ([(name, state) for state in states[name]] for name in sorted(states))
     return list(heapq.merge(*by_alias, key=lambda move: move[1].at)), faults
+
+
+def _read_or_fault(store: Store, path: str) -> Alias | str:
+    """Return the state in a file of the trail, or a sentence that says why it has none."""
+    if not _FILE_NAME.fullmatch(path.rpartition("/")[2]):
+        return f"{store.uri}/{path}: {STRANGE_NAME}"
+    try:
+        return read_entry(store, path)
+    except (IntegrityError, NotFound) as error:
+        return str(error)
+
+
+def _names(store: Store, folder: str) -> Iterator[str]:
+    """Return the names of a folder's files without those that file managers and network disks hide there."""
+    return (name for name in store.children(folder) if not name.startswith("."))
 
 
 def _gaps(generations: set[int]) -> Iterator[str]:
@@ -189,6 +226,6 @@ def refuse_older_state(store: Store, line: str, name: str, state: Alias | None) 
     )
 
 
-def repair_command(store: Store, line: str) -> str:
-    """Return the command line that mends what is stuck in a line."""
-    return f"qlora-retrain models repair {line} {root_option(store)}"
+def repair_command(store: Store, line: str, *versions: str) -> str:
+    """Return the command line that mends what is stuck in a line, and the files of these versions too."""
+    return f"qlora-retrain models repair {shlex.join([line, *versions])} {root_option(store)}"

@@ -11,49 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 from urllib.parse import unquote
 
 from qlora_retrain.core.aliases import LATEST, PRODUCTION, STAGING
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain, UsageError
-from qlora_retrain.storage import actor, audit, probes, registry, rejections, version_repair
+from qlora_retrain.storage import actor, audit, last_move, move_requests, probes, registry, version_repair
+from qlora_retrain.storage.move_requests import NOTHING as NOTHING
+from qlora_retrain.storage.move_requests import REQUEST_PATTERN as REQUEST_PATTERN
+from qlora_retrain.storage.move_requests import Request as Request
 from qlora_retrain.storage.registry import Alias
 from qlora_retrain.storage.store import NotFound, Store
 
-# Of an alias that was never set. No version is called so, since each begins with its time.
-NOTHING = "none"
-REQUEST_PATTERN = r"[0-9a-f]{12,64}"
 # How far the clock of a planner may be ahead of that of a publisher.
 _CLOCK_TOLERANCE = timedelta(days=30)
 _AIRFLOW_USER = re.compile(r"airflow:(\S+) via ")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A move that a person asks for.
-
-    Attributes:
-        line: The line.
-        alias: The alias that moves.
-        reason: The reason, for the audit trail.
-        current: The version that the alias named when the person decided; `none`: no version; None: any.
-        request_id: Hexadecimal digits by which a repeated request finds what it did; None: it is never repeated.
-    """
-
-    line: str
-    alias: str
-    reason: str
-    current: str | None = None
-    request_id: str | None = None
-
-    def __post_init__(self) -> None:
-        # It is a part of the name of the move's audit entry: another one would damage the trail.
-        if self.request_id is not None and not re.fullmatch(REQUEST_PATTERN, self.request_id):
-            raise UsageError(f"--request {self.request_id}: expected 12 to 64 hexadecimal digits in small letters")
 
 
 def promote(store: Store, request: Request, version: str, *, override: bool = False) -> Alias | None:
@@ -82,7 +57,7 @@ def promote(store: Store, request: Request, version: str, *, override: bool = Fa
     if done := find_done(store, request):
         if done.version != version:
             raise _used_for_another_move(request, done)
-        return done if _has_moved(done) else None
+        return done if last_move.has_moved(done) else None
     state, _ = registry.read_alias(store, request.line, request.alias)
     if state is not None and state.version == version and _has_left(state, request.current):
         _remember(store, request, state, "promote", version)
@@ -121,26 +96,30 @@ def rollback(store: Store, request: Request, version: str | None = None) -> Alia
     """
     refuse_empty_reason(request)
     if done := find_done(store, request):
-        if done.action == "promote" or not is_rollback(done):
+        if done.action == "promote" or not _find_rollback(store, request, done):
             raise _used_for_another_move(request, done)
         return done
     state, _ = registry.read_alias(store, request.line, request.alias)
-    if state is not None and is_rollback(state):
+    if state is not None and (move := _find_rollback(store, request, state)):
         left = state.moves[-1].version
         if request.current == left and version in (None, state.version):
             return _remember(store, request, state, "rollback")
         if request.current is None:
             further, same = (
-                command(store, replace(request, current=current), "rollback") for current in (state.version, left)
+                move_requests.command(store, replace(request, current=current), "rollback")
+                for current in (state.version, left)
             )
             raise UsageError(
-                f"{request.line}@{request.alias}: the last move was a rollback already: {state.actor} left {left} at "
-                f"{state.at} ({state.reason}), and the alias names {state.version} now. To make sure of that rollback, "
+                f"{request.line}@{request.alias}: the last move was a rollback already: {move.actor} left {left} at "
+                f"{move.at} ({move.reason}), and the alias names {state.version} now. To make sure of that rollback, "
                 f"run:\n  {same}\nTo go back one more version, and reject {state.version} too, run:\n  {further}"
             )
     refuse_moved(request, state)
     pinned = replace(request, current=state.version if state else NOTHING)
-    with _repeatable(store, pinned, "rollback", *([f"--to={version}"] if version else [])):
+    with (
+        _repeatable(store, pinned, "rollback", *([f"--to={version}"] if version else [])),
+        _passable(store, pinned, state),
+    ):
         probes.ensure_conditional_writes(store)
         return registry.rollback(
             store,
@@ -154,29 +133,13 @@ def rollback(store: Store, request: Request, version: str | None = None) -> Alia
         )
 
 
-def is_rollback(state: Alias) -> bool:
-    """Return whether the last move that led to a state was a rollback."""
-    if not state.moves or state.action == "repair" or (state.action == "promote" and _has_moved(state)):
-        return False
-    # States of before do not say what they are, and a change of what is rejected is no move. What a rollback left is
-    # rejected.
-    return state.action == "rollback" or rejections.is_rejected_name(state, state.moves[-1].version)
-
-
-def command(store: Store, request: Request, verb: str, *arguments: str) -> str:
-    """Return the command line that makes a move from the version that a request names."""
-    words = ["qlora-retrain", verb, request.line, *arguments, "--alias", request.alias, "--reason", request.reason]
-    words += [*(["--request", request.request_id] if request.request_id else []), "--root", store.uri]
-    return shlex.join([*words, "--from", request.current or NOTHING])
-
-
 @contextlib.contextmanager
 def _repeatable(store: Store, request: Request, verb: str, *arguments: str) -> Iterator[None]:
     """Have every `TryAgain` of the block say by which command the move is repeated."""
     try:
         yield
     except TryAgain as problem:
-        again = command(store, request, verb, *arguments)
+        again = move_requests.command(store, request, verb, *arguments)
         # The command as it was typed might make a further move.
         reason = str(problem).replace("; run the same command again", "")
         raise TryAgain(
@@ -184,15 +147,32 @@ def _repeatable(store: Store, request: Request, verb: str, *arguments: str) -> I
         ) from problem
 
 
+@contextlib.contextmanager
+def _passable(store: Store, request: Request, state: Alias | None) -> Iterator[None]:
+    """Have an `IntegrityError` of the block say how to go back past the version that a rollback would go to."""
+    try:
+        yield
+    except IntegrityError as problem:
+        broken = registry.earlier_move(state) if state else None
+        further = registry.earlier_move(state, before=broken) if state and broken else None
+        if state is None or further is None:
+            raise
+        promotion = move_requests.command(store, request, "promote", further.version)
+        rejection = move_requests.command_to_reject(store, request, state.version)
+        raise IntegrityError(
+            f"{problem}; to go back to {further.version}, which was named before that one, run both:\n  {promotion}\n"
+            f"  {rejection}"
+        ) from problem
+
+
+def _find_rollback(store: Store, request: Request, state: Alias) -> Alias | None:
+    return last_move.find_rollback(store, request.line, request.alias, state)
+
+
 def _has_left(state: Alias, current: str | None) -> bool:
     """Return whether a state follows the one that a person saw, so that their move is done."""
     before = state.moves[-1].version if state.moves else NOTHING
     return current in (None, before, state.version)
-
-
-def _has_moved(state: Alias) -> bool:
-    """Return whether a state names another version than the one before it."""
-    return state.generation == (state.moves[-1].generation if state.moves else 0) + 1
 
 
 def _remember(

@@ -28,7 +28,7 @@ def no_such_line(store: Store, line: str) -> UsageError:
     names: list[str] = []
     # Whoever may read one line alone may not list the others.
     with contextlib.suppress(Problem):
-        names = list(store.children("models"))
+        names = [name for name in store.children("models") if is_line_name(name)]
     likest = difflib.get_close_matches(line, names, _MAX_NAMES)
     listed = list(dict.fromkeys([*likest, *names]))[:_MAX_NAMES]
     hint = f"lines that have: {', '.join(listed)}{', …' if len(names) > len(listed) else ''}"

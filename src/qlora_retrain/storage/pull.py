@@ -21,6 +21,7 @@ from qlora_retrain.core import aliases, hashing, safety
 from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
 from qlora_retrain.storage import (
     artifact,
+    audit,
     plain_files,
     published_lines,
     pull_checks,
@@ -77,7 +78,11 @@ def resolve(store: Store, reference: str) -> tuple[Release, dict[str, Any]]:
         raise IntegrityError(
             f"{reference}: names {alias.version!r}, which is no version's name; somebody else wrote it"
         )
-    release = registry.read_release(store, line, alias.version, sha256=alias.manifest_sha256)
+    try:
+        release = registry.read_release(store, line, alias.version, sha256=alias.manifest_sha256)
+    except IntegrityError as error:
+        command = audit.repair_command(store, line)
+        raise IntegrityError(f"{error}; to lead the alias to a version that is whole, run: {command}") from error
     # Whoever signs versions signs aliases too.
     if release.signer and not alias.signer:
         raise IntegrityError(

@@ -167,7 +167,8 @@ def move_alias(
             return None
         if expected not in ("", current):
             raise TryAgain(
-                f"{name} named {expected or 'nothing'} when the plan was made and {current} now; plan again",
+                f"{name} named {expected or 'nothing'} when this was decided and names {current} now; plan again, or "
+                "decide again",
                 cause=Cause.CONFLICT,
             )
         # What goes back goes to a version that was in this place, and may have the recipe of the one that it leaves.
@@ -233,9 +234,16 @@ def rollback(
     return moved
 
 
-def earlier_move(state: Alias) -> Move | None:
-    """Return the newest earlier state of an alias whose version was not rejected: where a rollback goes."""
-    candidates = (move for move in reversed(state.moves) if move.version != state.version)
+def earlier_move(state: Alias, *, before: Move | None = None) -> Move | None:
+    """Return the newest earlier state of an alias whose version was not rejected: where a rollback goes.
+
+    Args:
+        state: The state of the alias.
+        before: One of its earlier states: only those before it are considered, and none of the same version.
+    """
+    moves = state.moves if before is None else state.moves[: state.moves.index(before)]
+    others = {state.version, before.version if before else state.version}
+    candidates = (move for move in reversed(moves) if move.version not in others)
     return next((move for move in candidates if not rejections.is_rejected_name(state, move.version)), None)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from qlora_retrain.core.aliases import LATEST
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import actor, moves, probes, registry, rejections
+from qlora_retrain.storage import actor, move_requests, moves, probes, registry, rejections
 from qlora_retrain.storage.moves import Request
 from qlora_retrain.storage.registry import Action, Alias
 from qlora_retrain.storage.store import Store
@@ -31,10 +31,7 @@ def reject(store: Store, request: Request, version: str) -> Alias | None:
 
     def add(state: Alias) -> Alias | None:
         if state.version == version:
-            command = moves.command(store, replace(request, current=version, request_id=None), "rollback")
-            raise UsageError(
-                f"{request.line}@{request.alias}: names {version} now; a rollback leaves it and rejects it: {command}"
-            )
+            raise _named_now(store, request, state)
         rejected = rejections.of_alias(store, request.line, request.alias, state)
         if any(version == r.version or (content is not None and content == r.content_hash) for r in rejected):
             return None
@@ -63,6 +60,17 @@ def unreject(store: Store, request: Request, version: str) -> Alias | None:
         return rejections.remove(store, request.alias, state, release)
 
     return _change(store, request, "unreject", remove)
+
+
+def _named_now(store: Store, request: Request, state: Alias) -> UsageError:
+    """Return the error for a version that the alias names: it has to be left first."""
+    of_current = replace(request, current=state.version, request_id=None)
+    if registry.earlier_move(state) is not None:
+        hint = f"a rollback leaves it and rejects it: {move_requests.command(store, of_current, 'rollback')}"
+    else:
+        promotion = move_requests.command(store, of_current, "promote", "VERSION")
+        hint = f"it has no earlier version to go back to; promote another one, then reject this one: {promotion}"
+    return UsageError(f"{request.line}@{request.alias}: names {state.version} now; {hint}")
 
 
 def _content_hash(store: Store, line: str, version: str) -> str | None:

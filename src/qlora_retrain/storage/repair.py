@@ -19,9 +19,9 @@ from datetime import UTC, datetime, timedelta
 
 from qlora_retrain.core import aliases
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import audit, probes, published_lines, registry, signatures, version_repair
+from qlora_retrain.storage import audit, keys, probes, published_lines, registry, signatures, version_repair
 from qlora_retrain.storage.registry import LATEST, Alias, Release
-from qlora_retrain.storage.store import Conflict, NotFound, Store
+from qlora_retrain.storage.store import Conflict, NotFound, Store, root_option
 
 # Clocks differ by seconds; one that is a day ahead is wrong.
 _CLOCK_TOLERANCE = timedelta(days=1)
@@ -78,11 +78,7 @@ def repair(
         findings += mender.mend_alias(name)
     for version in versions:
         findings += mender.mend_version(version)
-    # After a dry run the trail has faults that would be mended too.
-    if not (is_dry_run and findings):
-        remedy = "the entry lies nowhere else; find out who can write there"
-        findings += [Finding("audit trail", fault, remedy, False) for fault in audit.history(store, line)[1]]
-    return findings
+    return [*findings, *(Finding("audit trail", fault, _remedy(fault), False) for fault in mender.trail_faults())]
 
 
 class _Mender:
@@ -90,6 +86,15 @@ class _Mender:
 
     def __init__(self, store: Store, line: str, reason: str, is_dry_run: bool) -> None:
         self._store, self._line, self._reason, self._is_dry_run = store, line, reason, is_dry_run
+        # What a dry run would write: aliases' documents, and entries as (alias, generation).
+        self._aliases: set[str] = set()
+        self._entries: set[tuple[str, int]] = set()
+
+    def trail_faults(self) -> list[str]:
+        """Return the faults that the audit trail has after what was mended, or would be."""
+        faults = audit.history(self._store, self._line, assumed=self._entries)[1]
+        places = tuple(f"{self._store.uri}/{audit.alias_path(self._line, name)}:" for name in self._aliases)
+        return [fault for fault in faults if not fault.startswith(places)]
 
     def mend_alias(self, name: str) -> Iterator[Finding]:
         """Yield the faults of an alias and of the version that it names."""
@@ -100,11 +105,12 @@ class _Mender:
             yield self._put_back(name, newest, fault)
             state = newest
         elif state is None:
-            yield Finding(name, fault, "no audit entry has a state of it; promote a version, which sets it", False)
+            yield Finding(name, fault, self._unknown_state(name), False)
             return
         # One that is there and not accepted is a fault of the trail, and cannot be written again.
         elif (newest is None or newest.generation < state.generation) and not self._has_entry(name, state):
             remedy = f"wrote the audit entry of generation {state.generation}"
+            self._entries.add((name, state.generation))
             if not self._is_dry_run:
                 audit.write_entry(self._store, self._line, name, state)
             yield Finding(name, "its last move has no audit entry", remedy, True)
@@ -131,10 +137,28 @@ class _Mender:
         except IntegrityError as error:
             return None, f"its file is damaged: {error}"
 
+    def _unknown_state(self, name: str) -> str:
+        """Return what a person can do about an alias of which no accepted document has a state."""
+        path = audit.alias_path(self._line, name)
+        sets_it = "the next run that publishes sets it" if name == LATEST else "promote a version, which sets it"
+        if not self._has(path):
+            return f"no audit entry has a state of it; {sets_it}"
+        # After a publisher's key was stolen, every document that it signed has to be looked at.
+        accept = f"qlora-retrain keys accept {path} {root_option(self._store)}"
+        hint = (
+            f"if the file is right all the same, run: {accept}; otherwise "
+            if keys.find_keyring(self._store.uri)
+            else ""
+        )
+        return f"no audit entry that is accepted has a state of it; {hint}remove the file: then {sets_it}"
+
     def _has_entry(self, name: str, state: Alias) -> bool:
         """Return whether the entry of a state is there, whoever signed it."""
+        return self._has(audit.entry_path(self._line, name, state))
+
+    def _has(self, path: str) -> bool:
         try:
-            self._store.read_start(audit.entry_path(self._line, name, state), 1)
+            self._store.read_start(path, 1)
         except NotFound:
             return False
         return True
@@ -143,6 +167,7 @@ class _Mender:
         """Put the newest audit entry in the place of an alias's file: it is the same document."""
         remedy = f"put generation {newest.generation} with {newest.version} back, from the audit trail"
         if self._is_dry_run:
+            self._aliases.add(name)
             return Finding(name, fault, remedy, True)
         path = audit.alias_path(self._line, name)
         signatures.refuse_unverified(self._store, path, newest.signature)
@@ -190,10 +215,11 @@ class _Mender:
 
     def _earlier(self, state: Alias) -> Release | None:
         """Return the newest version that the alias named before, was not rejected, and verifies."""
-        while earlier := registry.earlier_move(state):
+        earlier = registry.earlier_move(state)
+        while earlier is not None:
             if release := self._whole(earlier.version, earlier.manifest_sha256):
                 return release
-            state = state.model_copy(update={"moves": state.moves[: state.moves.index(earlier)]})
+            earlier = registry.earlier_move(state, before=earlier)
         return None
 
     def _whole(self, version: str, sha256: str | None = None) -> Release | None:
@@ -207,6 +233,16 @@ class _Mender:
             version_repair.verify_or_repair(self._store, release, is_dry_run=self._is_dry_run)
             return release
         return None
+
+
+def _remedy(fault: str) -> str:
+    """Return what a person can do about a fault of the audit trail."""
+    if audit.STRANGE_NAME in fault:
+        return "remove that file, and find out who can write there"
+    return (
+        "nothing else in the store has the entry: put it back from a backup or an earlier version of the object, and "
+        "find out who can write there; moves and pulls work without it"
+    )
 
 
 def _alias_names(store: Store, line: str) -> set[str]:

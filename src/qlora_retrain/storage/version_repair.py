@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from qlora_retrain.core import graph
-from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.storage import artifact, audit, release_files, versions
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.registry_documents import Release
@@ -37,13 +37,6 @@ def read_remembered(store: Store, line: str, version: str, *, sha256: str | None
         return versions.read_release(store, line, version, sha256=sha256)
     except IntegrityError as error:
         raise IntegrityError(f"{error}: {hint}") from error
-    except UsageError as error:
-        if sha256 is None:
-            raise
-        raise IntegrityError(
-            f"{store.uri}: version {version} of line {line} has no manifest, and the audit trail says that it had one: "
-            f"{hint}"
-        ) from error
 
 
 def verify_or_repair(store: Store, release: Release, *, is_dry_run: bool = False) -> tuple[str, ...]:

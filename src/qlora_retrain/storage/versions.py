@@ -36,12 +36,20 @@ def read_release(store: Store, line: str, version: str, *, sha256: str | None = 
 
     Raises:
         UsageError: If there is no such version.
-        IntegrityError: If the manifest is not the one that the alias names.
+        IntegrityError: If the manifest is not the one that the alias names, or is lost.
     """
     path = f"{version_folder(line, version)}/manifest.json"
     try:
         data = store.read(path).data
     except NotFound as error:
+        if sha256 is not None:
+            # Files are removed after the manifest, and those of a version that was collected as a whole.
+            is_gone = next(iter(store.children(version_folder(line, version))), None) is None
+            cause = ", and none of its files is there: a collection of garbage or somebody else removed it"
+            raise IntegrityError(
+                f"{store.uri}: version {version} of line {line} has no manifest, and an alias or the audit trail says "
+                f"that it had one{cause if is_gone else ''}"
+            ) from error
         raise UsageError(
             f"{store.uri}: line {line} has no version {version}; to see those that it has, run: qlora-retrain models "
             f"list {line} {root_option(store)}"

@@ -139,6 +139,11 @@ def test_a_version_that_cannot_be_read_takes_no_other_down(
     assert two_versions[0].version in answer.text
     assert browser().get(f"{MODELS}/intents/{third.version}").status_code == 503
 
+    # The version that a rollback would go back to is lost.
+    store.delete([f"{registry.version_folder('intents', two_versions[0].version)}/manifest.json"])
+    answer = browser().get(f"{MODELS}/intents")
+    assert (answer.status_code, f"Roll back to {two_versions[0].version}" in answer.text) == (200, True)
+
 
 @pytest.mark.parametrize(
     "evaluation",

@@ -12,7 +12,7 @@ from qlora_retrain.pipeline.version_summary import MAX_VERSIONS, LineSummary, Me
 from qlora_retrain.runtimes.airflow.ui import pages
 from qlora_retrain.runtimes.airflow.ui.moves import MAX_REASON_CHARACTERS, MOVE_DAG, MoveRun
 from qlora_retrain.runtimes.airflow.ui.pages import Urls
-from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias, Release
+from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias
 
 _NOTHING = "-"
 _PASSED = "pass"
@@ -50,7 +50,7 @@ def lines_page(lines: Sequence[LineSummary], urls: Urls) -> str:
     return pages.document("Models", sentence, html.table(headers, rows), *_fault_section(faults))
 
 
-def line_page(line: LineSummary, urls: Urls, target: Release | None, runs: Sequence[MoveRun], token: str) -> str:
+def line_page(line: LineSummary, urls: Urls, target: str | None, runs: Sequence[MoveRun], token: str) -> str:
     """Render a line: the chart over its versions, the table, and what moves its alias.
 
     Args:
@@ -181,17 +181,15 @@ def _alias_table(line: LineSummary, urls: Urls) -> Html:
     return html.table(("alias", "version", "moves", "since", "by", "reason"), rows)
 
 
-def _rollback_section(
-    line: str, production: Alias | None, target: Release | None, urls: Urls, token: str
-) -> list[Html]:
+def _rollback_section(line: str, production: Alias | None, target: str | None, urls: Urls, token: str) -> list[Html]:
     if not token or production is None or target is None:
         return []
-    fields = {"action": "rollback", "version": target.version, "from_version": production.version, "token": token}
+    fields = {"action": "rollback", "version": target, "from_version": production.version, "token": token}
     text = (
-        f"{PRODUCTION} goes back from {production.version} to {target.version}. What it leaves is rejected: no run "
+        f"{PRODUCTION} goes back from {production.version} to {target}. What it leaves is rejected: no run "
         "promotes the same content again."
     )
-    button = _button(f"Roll back to {target.version}", is_caution=True)
+    button = _button(f"Roll back to {target}", is_caution=True)
     return [html.section("Roll back", text, pages.form(urls.move(line), fields, reason_field(), button))]
 
 

@@ -66,7 +66,7 @@ def show_line(
     if not summary.num_versions:
         raise HTTPException(404, f"Line {line} has published no version yet.")
     production = summary.aliases.get(registry.PRODUCTION)
-    target = moves.rollback_target(store, line, production) if production and rights.may_start else None
+    target = moves.rollback_target(production) if production and rights.may_start else None
     runs = moves.recent_runs(session, line) if rights.may_watch else []
     token = form_guard.new_token(user, line) if rights.may_start else ""
     return HTMLResponse(model_pages.line_page(summary, urls, target, runs, token))

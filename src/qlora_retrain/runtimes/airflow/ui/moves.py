@@ -21,8 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
 from qlora_retrain.runtimes.airflow.ui.access import VERSION_PATTERN
-from qlora_retrain.storage.registry import PRODUCTION, Alias, Release, earlier_move, read_release
-from qlora_retrain.storage.store import Store
+from qlora_retrain.storage.registry import PRODUCTION, Alias, earlier_move
 
 MOVE_DAG = "qlora-retrain-move"
 # What `from_version` says where the alias named nothing.
@@ -110,10 +109,11 @@ def recent_runs(session: Any, line: str) -> list[MoveRun]:
     ]
 
 
-def rollback_target(store: Store, line: str, state: Alias) -> Release | None:
+def rollback_target(state: Alias) -> str | None:
     """Return the version to which a rollback goes back: the newest earlier one that was not rejected."""
+    # Whether it is what was published is seen by the rollback, which says what to do where it is not.
     earlier = earlier_move(state)
-    return read_release(store, line, earlier.version, sha256=earlier.manifest_sha256) if earlier else None
+    return earlier.version if earlier else None
 
 
 @cache
