@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_retrain.core.errors import IntegrityError, TryAgain
+from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
 from qlora_retrain.storage import cache
 from qlora_retrain.storage.artifact import File
 
@@ -44,6 +45,24 @@ def test_an_input_is_fetched_once() -> None:
     assert cache.fetch("x", "k", download, FILES) == first
     assert content(first) == CONTENT
     assert download.calls == 1
+
+
+def test_a_cache_where_no_folder_can_be_made_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QLORA_RETRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UsageError, match="Not a directory"):
+        cache.fetch("x", "k", Download(CONTENT), FILES)
+    with pytest.raises(UsageError, match="Not a directory"), cache.work_folder():
+        pass
+
+
+def test_a_full_disk_of_the_cache_means_try_again() -> None:
+    def fills_it(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    with pytest.raises(TryAgain, match="the disk is full") as caught:
+        cache.fetch("x", "k", fills_it, FILES)
+    assert caught.value.cause == "disk_full"
 
 
 @pytest.mark.parametrize("fault", ["flipped", "missing", "added"])

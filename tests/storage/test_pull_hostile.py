@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
-from qlora_retrain.storage import audit, open_store, pull, registry
+from qlora_retrain.storage import audit, open_store, pull, registry, release_files
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.registry import Release
 from qlora_retrain.storage.store import Store
@@ -78,6 +78,13 @@ def with_path(path: str) -> tuple[File, ...]:
         "current/config.json",
         ".pulled/lock",
         ".store-lock",
+        "model/Config.json",
+        "MODEL/other.json",
+        "Current",
+        "model/con.json",
+        "COM1.txt/a.json",
+        "model/a\\..\\outside.json",
+        "C:/outside.json",
     ],
 )
 def test_a_path_that_no_version_has_is_refused(store: Store, tmp_path: Path, path: str) -> None:
@@ -86,6 +93,13 @@ def test_a_path_that_no_version_has_is_refused(store: Store, tmp_path: Path, pat
         pull.pull(store, REFERENCE, tmp_path / "dest" / "model")
     assert not (tmp_path / "dest").exists()
     assert {entry.name for entry in tmp_path.iterdir()} == {"store"}
+
+
+def test_two_names_that_differ_in_the_form_of_an_accent_alone_are_refused() -> None:
+    files = tuple(File(path=f"model/{name}.json", size_bytes=1, sha256="") for name in ("\u00e9", "e\u0301"))
+    with pytest.raises(IntegrityError, match="some disks take for one"):
+        release_files.refuse_hostile_list(files, "a manifest")
+    release_files.refuse_hostile_list(files[:1], "a manifest")
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

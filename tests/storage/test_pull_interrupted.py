@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_retrain.core.errors import IntegrityError, TryAgain
-from qlora_retrain.storage import open_store, pull, pulled_folder, range_download, registry
+from qlora_retrain.storage import atomic_files, open_store, pull, pulled_folder, range_download, registry
 from qlora_retrain.storage.local import LocalStore
 from qlora_retrain.storage.store import Store
 from tests.storage.dying_store import kill_at
@@ -213,7 +213,7 @@ def test_a_disk_without_room_is_refused_before_it_is_full(
     publish(store, 1)
     ranges.clear()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(range_download.shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    monkeypatch.setattr(atomic_files.shutil, "disk_usage", lambda path: usage._replace(free=2000))
     with pytest.raises(TryAgain, match="expected room for") as caught:
         pull.pull(store, REFERENCE, tmp_path / "model")
     assert caught.value.cause == "disk_full"

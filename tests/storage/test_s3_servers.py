@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSResponse
+from botocore.exceptions import EndpointConnectionError
 from urllib3.exceptions import ProtocolError
 
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.storage import s3, s3_ranges
 from qlora_retrain.storage.s3 import S3Store
-from qlora_retrain.storage.store import Conflict
+from qlora_retrain.storage.store import Conflict, NotFound
 
 Answer = Callable[[Any], AWSResponse | None]
 
@@ -133,6 +134,35 @@ def test_a_range_whose_answer_breaks_off_is_read_again(store: S3Store) -> None:
         store.read_range("a", 10, 20)
 
 
+def test_an_answer_that_ends_too_early_is_not_the_end_of_the_object(store: S3Store) -> None:
+    """A connection that is closed shows as a read of fewer bytes, and as an error only in the next one."""
+    data = bytes(range(100))
+    store.write_if_absent("a", data)
+    is_cut = [True]
+
+    def cut(request: Any) -> AWSResponse | None:
+        if not is_cut:
+            return None
+        is_cut.pop()
+        return answer(206, Body(data[10:15]), Content_Length="20", Content_Range="bytes 10-29/100", ETag='"x"')
+
+    requests = on(store, "GetObject", cut)
+    assert store.read_range("a", 10, 20) == data[10:30]
+    assert len(requests) == 2
+
+    is_cut.append(True)
+    with pytest.raises(TryAgain, match="run the same command again"):
+        store.read("a")
+    assert store.read("a").data == data
+
+
+def test_a_range_that_is_another_ones_is_refused(store: S3Store) -> None:
+    on(store, "GetObject", lambda _: answer(206, Body(bytes(20)), Content_Range="bytes 0-19/100", ETag='"x"'))
+    assert store.read_range("a", 0, 20) == bytes(20)
+    with pytest.raises(TryAgain, match=r"/a: expected an answer with the bytes from 20 on, found one with bytes 0-19"):
+        store.read_range("a", 20, 20)
+
+
 @pytest.mark.parametrize("size_bytes", [0, 99, 100, 101, 400, 500, 1234])
 def test_an_object_is_hashed_in_ranges_wherever_it_ends(
     store: S3Store, monkeypatch: pytest.MonkeyPatch, size_bytes: int
@@ -189,6 +219,47 @@ def test_a_refusal_that_no_permission_cures_asks_for_none(store: S3Store, code: 
     with pytest.raises(UsageError, match=remedy) as caught:
         store.read("a")
     assert "permission" not in str(caught.value)
+
+
+def test_a_refusal_names_the_permission_that_is_missing(store: S3Store) -> None:
+    text = ["made up"]
+    store.client.meta.events.register_first("before-send.s3", lambda **_: refusal(403, "AccessDenied", text[0]))
+    calls: dict[str, Callable[[], object]] = {
+        "s3:GetObject": lambda: store.read_range("f", 0, 1),
+        "s3:PutObject": lambda: store.write_if_absent("f", b"y"),
+        "s3:ListBucket": lambda: store.list("f"),
+        "s3:DeleteObject": lambda: store.delete(["f"]),
+    }
+    for action, call in calls.items():
+        with pytest.raises(UsageError, match=f"the permission {action}"):
+            call()
+    text[0] = "User: x is not authorized to perform: kms:Decrypt on the resource"
+    with pytest.raises(UsageError, match="give this role the permission kms:Decrypt"):
+        store.read("f")
+
+
+def test_a_list_that_is_not_there_is_no_missing_file(store: S3Store) -> None:
+    on(store, "ListObjectsV2", lambda _: refusal(404, "NoSuchKey"))
+    for call in (lambda: store.list("models"), lambda: store.children("models")):
+        with pytest.raises(UsageError, match=r"no answer of S3 to a list.*AWS_ENDPOINT_URL"):
+            call()
+
+
+def test_a_copy_under_a_condition_that_is_never_fulfilled_is_not_tried_again(store: S3Store) -> None:
+    store.write_if_absent("a", b"x")
+    on(store, "CopyObject", lambda _: refusal(412, "PreconditionFailed"))
+    with pytest.raises(UsageError, match=r"a copy is refused .* use another server"):
+        store.copy([("a", "b")])
+
+
+def test_a_server_that_goes_away_leaves_the_first_error(store: S3Store) -> None:
+    def is_away(request: Any) -> AWSResponse:
+        raise EndpointConnectionError(endpoint_url="http://made.up")
+
+    on(store, "HeadObject", lambda _: answer(404, Body(b"")))
+    on(store, "HeadBucket", is_away)
+    with pytest.raises(NotFound):
+        store.copy([("a", "b")])
 
 
 def test_an_error_without_a_text_is_printed_without_one(store: S3Store) -> None:

@@ -23,7 +23,7 @@ from qlora_retrain.core.errors import IntegrityError, Problem, TryAgain
 from qlora_retrain.core.progress import say
 from qlora_retrain.lm import checkpoints
 from qlora_retrain.lm.checkpoints import InvalidCheckpoint, Marker
-from qlora_retrain.storage import signatures
+from qlora_retrain.storage import atomic_files, signatures
 from qlora_retrain.storage.store import NotFound, Store, is_valid_path
 
 # Two, so that one damaged checkpoint does not cost all the work.
@@ -215,8 +215,8 @@ def _fetch(store: Store, stored: StoredCheckpoint, sizes: Mapping[str, int], loc
             size = sizes.get(f"{stored.path}/{path}")
             if size != file.size_bytes:
                 return f"{path} is missing" if size is None else f"{path} has {size} bytes, not {file.size_bytes}"
-        free_bytes = shutil.disk_usage(local.parent).free
-        if marker.size_bytes > free_bytes:
+        free_bytes = atomic_files.free_bytes(local.parent)
+        if free_bytes is not None and marker.size_bytes > free_bytes:
             return f"its files have {marker.size_bytes} bytes, and the disk has room for {free_bytes}"
 
         store.download(stored.path, marker.files, local)

@@ -26,22 +26,43 @@ STALE_SECONDS = 24 * 3600
 # The errors of `link` where there can be no link: another file system, one without links, too many links, no such call.
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
+# The errors of a disk that fails, and of a file server that is away.
+_UNRELIABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
+_OTHER_FILE_SYSTEM = "this file system lacks the links or the locks that are needed here: choose a folder on another"
+# What a process or a file system does not allow, and what a person does about it.
+_LIMITS = {
+    errno.EFBIG: "this process (`ulimit -f`) or the file system has a limit for one file: raise it, or choose another "
+    "disk",
+    errno.EMFILE: "raise this process's limit of open files (`ulimit -n`) to 64 or more",
+    errno.ENFILE: "raise this machine's limit of open files, or end what has many open",
+    errno.ENOTSUP: _OTHER_FILE_SYSTEM,
+    errno.ENOLCK: _OTHER_FILE_SYSTEM,
+    errno.ENOSYS: _OTHER_FILE_SYSTEM,
+}
+
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Translate the operating system's errors about a disk into ours.
 
     Raises:
-        TryAgain: If the disk is full.
-        UsageError: If we may not use `folder`, or cannot have a file of that name in it.
+        TryAgain: If the disk is full, or cannot be read or written for a while.
+        UsageError: If we may not use `folder`, cannot have a file of that name in it, or reach a limit of this process.
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            obstacle = _fullness(folder, error)
+            raise TryAgain(f"{folder}: {obstacle}; make room, then run again", cause=Cause.DISK_FULL) from error
+        if error.errno in _UNRELIABLE:
             raise TryAgain(
-                f"{folder}: the disk is full ({error.strerror}); make room, then run again", cause=Cause.DISK_FULL
+                f"{folder}: {error.strerror}: {error.filename or 'a file'}; run the same command again; if that stays "
+                "so, look at the disk, or at the server that it is on"
             ) from error
+        if error.errno in _LIMITS:
+            name, remedy = error.filename or "a file", _LIMITS[error.errno]
+            raise UsageError(f"{folder}: {error.strerror}: {name}; {remedy}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(
                 f"{folder}: {error.strerror}: {error.filename}; let this user read and write that folder"
@@ -49,6 +70,23 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY):
             raise UsageError(f"{folder}: {error.strerror}: {error.filename}; choose another name") from error
         raise
+
+
+def _fullness(folder: Path, error: OSError) -> str:
+    """Return what a disk has too little of: room for bytes, or for the names of files."""
+    with contextlib.suppress(OSError):
+        status = os.statvfs(folder)
+        # Where names take from the room for bytes, a disk that is full has none of either.
+        if status.f_bavail and status.f_files and not status.f_favail:
+            return f"the disk can hold no more files ({error.strerror}; `df -i` counts them)"
+    return f"the disk is full ({error.strerror})"
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return how many bytes fit on the disk of a folder; None where its file system has no size."""
+    # A tmpfs or a ramfs without a limit, and some file systems in user space.
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else None
 
 
 @contextlib.contextmanager
@@ -67,7 +105,7 @@ def destination_errors(folder: Path) -> Iterator[None]:
             "something that is no folder" if isinstance(error, FileExistsError) else "nothing, and it cannot be made"
         )
         raise UsageError(
-            f"{folder}: expected a folder at {error.filename}, found {obstacle}; choose another destination"
+            f"{folder}: expected a folder at {error.filename or folder}, found {obstacle}; choose another destination"
         ) from error
 
 

@@ -44,12 +44,14 @@ def fetch(name: str, key: str, download: Callable[[Path], None], files: tuple[Fi
 
     Raises:
         IntegrityError: If a fresh download is not what `files` promises.
-        UsageError: If somebody else's folder is in its place, and cannot be removed.
+        UsageError: If somebody else's folder is in its place, and cannot be removed, or this user may not write there.
+        TryAgain: If the disk is full.
     """
     target = cache_folder() / name / key
     cache_room.use(cache_folder(), target)
     try:
-        return _fetch(name, target, download, files)
+        with atomic_files.disk_errors(cache_folder()):
+            return _fetch(name, target, download, files)
     except BaseException:
         cache_room.forget(cache_folder(), target)
         raise
@@ -132,7 +134,8 @@ def _folder_in(parent: Path) -> Iterator[Path]:
     Each folder has a lock file beside it, which its process holds locked. The kernel releases the lock of a process
     that was killed. So a lock that can be taken marks a folder that nobody uses any more, and that is removed first.
     """
-    atomic_files.make_folder(parent)
+    with atomic_files.disk_errors(parent):
+        atomic_files.make_folder(parent)
     for stale in parent.glob("*.lock"):
         # Another process may remove it, lock it or own it meanwhile: then it is not ours to clean.
         with contextlib.suppress(OSError), stale.open("rb+") as stream:
@@ -142,10 +145,12 @@ def _folder_in(parent: Path) -> Iterator[Path]:
 
     own_folder = parent / uuid.uuid4().hex[:12]
     lock = own_folder.with_suffix(".lock")
-    with lock.open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        # A step works here; no other user has to see what it makes.
-        own_folder.mkdir(mode=0o700)
+    with contextlib.ExitStack() as stack:
+        with atomic_files.disk_errors(parent):
+            own_lock = stack.enter_context(lock.open("wb"))
+            fcntl.flock(own_lock, fcntl.LOCK_EX)
+            # A step works here; no other user has to see what it makes.
+            own_folder.mkdir(mode=0o700)
         try:
             yield own_folder
         finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -89,12 +90,13 @@ def _limit_bytes(cache: Path) -> float:
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
         atomic_files.make_folder(cache)
-        return shutil.disk_usage(cache).total / 2
+        # A file system without a size sets no limit.
+        return shutil.disk_usage(cache).total / 2 or math.inf
     try:
         gib = float(text)
     except ValueError:
         gib = 0.0
-    if not 0 < gib < float("inf"):
+    if not 0 < gib < math.inf:
         raise UsageError(f"{SIZE_VARIABLE}={text}: expected a number of GiB above 0")
     return gib * 2**30
 

@@ -5,6 +5,7 @@ Command: `qlora-retrain models export LINE@ALIAS NAME DEST`
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path, PurePosixPath
 
@@ -40,7 +41,11 @@ def export(store: Store, reference: str, name: str, destination: Path) -> tuple[
     release, _ = pull.resolve(store, reference)
     safety.refuse_foreign((file.path for file in release.files), f"{reference}: {release.version}")
     version_parts.refuse_other_content(release, f"{reference}: {release.version}")
-    targets = _targets(release, name, destination)
+    # A link stays one, and the file goes to where it leads.
+    targets = [
+        (file, Path(os.path.realpath(path)) if path.is_symlink() else path)
+        for file, path in _targets(release, name, destination)
+    ]
     parent = targets[0][1].parent
     folder = registry.version_folder(release.line, release.version)
     with destination_errors(parent):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_retrain.core import hashing
-from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.core.errors import IntegrityError
 
 _LOCK = "lock"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -44,10 +44,10 @@ def assembling(parent: Path, name: str) -> Iterator[Path]:
         files.mkdir(exist_ok=True)
         try:
             yield files
-        except (TryAgain, KeyboardInterrupt):
-            raise
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            # What an interrupted export has so far is of use to the next one; bytes that differ are not.
+            if isinstance(error, IntegrityError) or not any(files.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)
     finally:

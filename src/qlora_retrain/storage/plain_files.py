@@ -1,7 +1,13 @@
-"""Look at a folder that must hold certain files and nothing else: whoever loads a model opens what lies beside them."""
+"""Look at a folder that must hold certain files and nothing else: whoever loads a model opens what lies beside them.
+
+`remove` takes away what does not.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -28,3 +34,15 @@ def first_foreign(folder: Path, names: Collection[str], owners: Collection[int] 
         if owners is not None and status.st_uid not in owners:
             return f"{name}: belongs to another user"
     return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder as far as this user may; a link is not followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    for folder, _, _ in os.walk(path):
+        # Whoever protected a version from changes took the right to remove its files, too.
+        with contextlib.suppress(OSError):
+            Path(folder).chmod(0o700)
+    shutil.rmtree(path, ignore_errors=True)

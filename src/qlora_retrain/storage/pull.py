@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import aliases, hashing, safety
-from qlora_retrain.core.errors import IntegrityError, Problem, UsageError
+from qlora_retrain.core.errors import IntegrityError, Problem, TryAgain, UsageError
 from qlora_retrain.storage import (
     artifact,
     audit,
@@ -123,10 +123,11 @@ def pull(
         parts: `adapter`, `model` or `exports/NAME`, several allowed; empty: the whole version.
 
     Raises:
-        UsageError: If the reference or a part names nothing, or the destination holds something that no pull made.
+        UsageError: If the reference or a part names nothing, or another line or what no pull made is at `destination`.
         IntegrityError: If a byte differs from what was published, a file is none that a version may have, the alias
             went back in time, or another key than the expected one signed.
-        TryAgain: If the store is busy or the disk is full. The next pull goes on where this one stopped.
+        TryAgain: If the store is busy, the disk is full, or somebody removes the destination meanwhile. The next pull
+            goes on where this one stopped.
     """
     options = PullOptions(min_generation=min_generation, verify_key=verify_key, sha256=sha256)
     folder = PulledFolder(destination)
@@ -137,7 +138,12 @@ def pull(
         # Another pull may have ended meanwhile, of a later generation.
         if (record := folder.record()) != previous:
             planned = _plan(store, reference, options, record, parts, folder.path)
-        _install(store, planned, folder)
+        try:
+            _install(store, planned, folder)
+        except FileNotFoundError as error:
+            raise TryAgain(
+                f"{folder.path}: somebody removed {error.filename} while this pulled; run the same command again"
+            ) from error
     return planned.release
 
 

@@ -59,11 +59,17 @@ def check(
         destination: The folder, for messages.
 
     Raises:
-        UsageError: If a lowest generation is given for a version.
+        UsageError: If a lowest generation is given for a version, or the folder holds another line.
         IntegrityError: If one of them differs.
     """
     if options.min_generation and record["alias"] is None:
         raise UsageError(f"{reference}: a version has no generation; --min-generation is for an alias")
+    line = previous.get("line", release.line)
+    if line != release.line:
+        raise UsageError(
+            f"{reference}: {destination} holds {line} {previous['version']}, and whoever reads there would get another "
+            f"line's model; pull {release.line} into a folder of its own, or empty {destination} first"
+        )
     if record["generation"] < options.min_generation:
         raise IntegrityError(
             f"{reference}: expected generation {options.min_generation} or a later one, found {record['generation']} "

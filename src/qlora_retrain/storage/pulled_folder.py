@@ -13,12 +13,13 @@ unchanged from them, and removes them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
-import shutil
 import string
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from qlora_retrain.core.errors import UsageError
 from qlora_retrain.storage import plain_files
 from qlora_retrain.storage.artifact import File
 from qlora_retrain.storage.atomic_files import destination_errors, disk_errors, link_or_copy
-from qlora_retrain.storage.store import is_valid_path
+from qlora_retrain.storage.pulled_record import listed_files, read_record
 
 # In every version's folder: what was pulled, and the newest generation of every reference pulled into DEST.
 RECORD = "_pulled.json"
@@ -48,7 +49,9 @@ class PulledFolder:
     """
 
     def __init__(self, destination: Path) -> None:
-        self.path = Path(os.path.realpath(destination))
+        # In a working directory that was removed, no relative path leads anywhere.
+        with destination_errors(destination):
+            self.path = Path(os.path.realpath(destination))
         self._inner = self.path / _INNER
         self._is_new = False
         with disk_errors(self.path):
@@ -79,16 +82,13 @@ class PulledFolder:
         if current is None and all(n in (_INNER, *_OF_FILE_SYSTEM) or self._is_dangling(n) for n in names):
             return {}
         try:
-            record = json.loads(((current or self.path) / RECORD).read_text())
-            # A file of that name that no pull wrote lacks these fields.
-            record["seen"], record["version"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return read_record((current or self.path) / RECORD)
+        except (OSError, ValueError) as error:
             if current is None:
                 raise UsageError(f"{self.path}: is not empty and no pull made it; choose another folder") from error
             hint = "an empty folder remembers nothing, so pull with --verify-key and --min-generation"
             text = f"{current / RECORD}: expected the record of a pull, and cannot read it; empty {self.path}; {hint}"
             raise UsageError(text) from error
-        return dict(record)
 
     def _is_dangling(self, name: str) -> bool:
         path = self.path / name
@@ -112,8 +112,13 @@ class PulledFolder:
                 raise UsageError(f"{self._inner}: is a link, and no pull made it: remove it")
             self._inner.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                handle = os.open(self._inner / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                # With the rights of the umask, since several users of a group may pull into one folder.
+                handle = os.open(self._inner / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"another pull into {self.path} is under way: this one waits", file=sys.stderr, flush=True)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
                 # A pull that failed may have removed the file meanwhile: then the lock is none.
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(handle), (self._inner / _LOCK).stat()):
@@ -126,7 +131,9 @@ class PulledFolder:
             return
         folder = self._inner / "earlier"
         folder.mkdir(exist_ok=True)
-        names = sorted({MANIFEST, *(path.partition("/")[0] for path, _, _ in _listed_files(self.path))} - {RECORD})
+        names = sorted(
+            {MANIFEST, *(file.path.partition("/")[0] for file in listed_files(self.path / MANIFEST))} - {RECORD}
+        )
         for name in names:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -166,7 +173,7 @@ class PulledFolder:
             if folder != self.current() and not self._is_read(folder):
                 break
         if os.path.lexists(folder) and plain_files.first_foreign(folder, {RECORD, *(file.path for file in files)}):
-            _remove(folder)
+            plain_files.remove(folder)
         folder.mkdir(exist_ok=True)
         self._reuse(folder, files)
         return folder
@@ -175,9 +182,9 @@ class PulledFolder:
         """Link the files that another version has too, by what its manifest says; whoever uses them hashes them."""
         versions = [path for path in sorted(self._inner.iterdir()) if path != folder and path.is_dir()]
         sources = {
-            (sha256, size_bytes): version / path
+            (file.sha256, file.size_bytes): version / file.path
             for version in versions
-            for path, size_bytes, sha256 in _listed_files(version)
+            for file in listed_files(version / MANIFEST)
         }
         for file in files:
             source, target = sources.get((file.sha256, file.size_bytes)), folder / file.path
@@ -211,7 +218,7 @@ class PulledFolder:
                 path.unlink()
         for path in sorted(self._inner.iterdir()):
             if path.is_dir() and path != current and not self._is_read(path):
-                _remove(path)
+                plain_files.remove(path)
         for path in self._inner.glob("*.reading"):
             if not path.with_suffix("").exists():
                 path.unlink(missing_ok=True)
@@ -219,7 +226,7 @@ class PulledFolder:
     def discard(self, folder: Path | None) -> None:
         """Remove a folder in which no version could be assembled, and DEST where this pull made it for nothing."""
         if folder is not None:
-            _remove(folder)
+            plain_files.remove(folder)
         if os.path.lexists(self.path / CURRENT):
             return
         with contextlib.suppress(OSError):  # what an interrupted pull has so far is there, or another pull has begun
@@ -245,7 +252,13 @@ class PulledFolder:
         if _leads_to(path, target):
             return
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
+        try:
+            temporary.symlink_to(target)
+        except PermissionError as error:
+            if error.errno != errno.EPERM:
+                raise
+            # This folder may be written to, so it is the answer of a file system without links, such as FAT.
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(temporary)) from error
         temporary.replace(path)
 
 
@@ -282,19 +295,3 @@ def _link_anew(source: Path, target: Path) -> None:
 
 def _reading_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.reading")
-
-
-def _listed_files(folder: Path) -> list[tuple[str, int, str]]:
-    """Return path, size and sha256 of the files that the manifest in a folder lists; none where there is no such."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        listed = [(str(file["path"]), int(file["size_bytes"]), str(file["sha256"])) for file in files]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        return []
-    return [file for file in listed if is_valid_path(file[0])]
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,13 +19,14 @@ from typing import Any
 
 from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain
+from qlora_retrain.storage import atomic_files
 from qlora_retrain.storage.artifact import File
-from qlora_retrain.storage.atomic_files import disk_errors
 from qlora_retrain.storage.store import NotFound, Store
 
 # 16 ranges of 8 MiB: 128 MiB of memory. Smaller ranges wait longer for the server than they travel.
 RANGE_BYTES = 8 * 2**20
 NUM_RANGES = 16
+_REPAIR_HINT = "whoever may write to the store mends it with: qlora-retrain models repair LINE VERSION"
 
 
 def _progress_bar(files: Sequence[File]) -> Any:
@@ -58,7 +58,7 @@ def download(store: Store, prefix: str, files: Sequence[File], folder: Path) -> 
         IntegrityError: If a file is missing in the store or has other bytes there.
         TryAgain: If the disk has too little room, or the store is busy.
     """
-    with disk_errors(folder), _progress_bar(files) as bar:
+    with atomic_files.disk_errors(folder), _progress_bar(files) as bar:
         _refuse_full_disk(files, folder)
         pools = _Pools(ThreadPoolExecutor(NUM_RANGES), ThreadPoolExecutor(1))
         try:
@@ -72,7 +72,11 @@ def download(store: Store, prefix: str, files: Sequence[File], folder: Path) -> 
             pools.readers.shutdown(wait=False, cancel_futures=True)
             pools.writer.shutdown()
     if wrong:
-        raise IntegrityError(f"{store.uri}/{prefix}/{wrong[0].file.path}: is not what was published (sha256 differs)")
+        file = wrong[0].file
+        raise IntegrityError(
+            f"{store.uri}/{prefix}/{file.path}: is not what was published: expected sha256 {file.sha256[:12]}, found "
+            f"{wrong[0].sha256[:12]}; {_REPAIR_HINT}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +118,14 @@ class _Target:
         return 0
 
     @property
+    def sha256(self) -> str:
+        """The hash of the bytes so far."""
+        return self._hasher.hexdigest()
+
+    @property
     def is_right(self) -> bool:
         """Whether the bytes so far are those of the whole file."""
-        return self._hasher.hexdigest() == self.file.sha256
+        return self.sha256 == self.file.sha256
 
     def append(self, data: bytes, writer: ThreadPoolExecutor) -> None:
         # Both take about as long, and neither needs Python's global lock.
@@ -139,7 +148,7 @@ def _transfer(store: Store, prefix: str, files: Iterable[File], folder: Path, po
         try:
             target.append(data.result(), pools.writer)
         except NotFound as error:
-            raise IntegrityError(f"{store.uri}/{prefix}/{target.file.path}: missing") from error
+            raise IntegrityError(f"{store.uri}/{prefix}/{target.file.path}: missing; {_REPAIR_HINT}") from error
         if bar is not None:
             bar.update(len(data.result()))
         if is_last and not target.is_right:
@@ -170,8 +179,8 @@ def _refuse_full_disk(files: Iterable[File], folder: Path) -> None:
     for file in files:
         path = folder / file.path
         num_bytes += file.size_bytes - (path.stat().st_size if path.exists() else 0)
-    free_bytes = shutil.disk_usage(folder).free
-    if num_bytes > free_bytes:
+    free_bytes = atomic_files.free_bytes(folder)
+    if free_bytes is not None and num_bytes > free_bytes:
         raise TryAgain(
             f"{folder}: expected room for {num_bytes / 2**20:,.1f} MiB more, found {free_bytes / 2**20:,.1f} MiB; make "
             "room, then run the same command again",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from qlora_retrain.core import safety
@@ -11,6 +13,8 @@ from qlora_retrain.storage.store import Store, is_valid_path
 
 # Of a name, on every file system in use; of a whole key, in S3.
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
+# A device of Windows, whatever the suffix; and signs that lead elsewhere there.
+_OF_WINDOWS = re.compile(r"[\\:]|(?i:^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))")
 # What a pull puts beside a version's files.
 _RESERVED_NAMES = ("manifest.json", "_pulled.json", "current")
 
@@ -26,8 +30,17 @@ def refuse_hostile_list(files: Sequence[File], label: str) -> None:
     for file in files:
         if fault := _fault(file, folders):
             raise IntegrityError(f"{label}: {file.path[:300]!r}: {fault}; somebody else wrote this manifest")
-    if len(set(paths)) < len(paths):
-        raise IntegrityError(f"{label}: lists a file twice; somebody else wrote this manifest")
+    names = {*paths, *folders}
+    if len(set(paths)) < len(paths) or len({_folded(name) for name in names}) < len(names):
+        raise IntegrityError(
+            f"{label}: lists a file twice, or under two names that some disks take for one; somebody else wrote this "
+            "manifest"
+        )
+
+
+def _folded(path: str) -> str:
+    # On most disks of a Mac and of Windows capitals count as small letters, and accents have one form.
+    return unicodedata.normalize("NFC", path).casefold()
 
 
 def _fault(file: File, folders: set[str]) -> str | None:
@@ -36,10 +49,12 @@ def _fault(file: File, folders: set[str]) -> str | None:
     # What can be printed can be encoded.
     if len(file.path.encode()) > _MAX_PATH_BYTES or max(map(len, file.path.encode().split(b"/"))) > _MAX_NAME_BYTES:
         return "is too long for a file's name"
-    if file.path.partition("/")[0] in _RESERVED_NAMES:
+    if _folded(file.path.partition("/")[0]) in _RESERVED_NAMES:
         return "is a name that this project uses itself"
     if file.path in folders:
         return "is a file and a folder"
+    if any(_OF_WINDOWS.search(part) for part in file.path.split("/")):
+        return "is no file's name on every system"
     return f"has {file.size_bytes} bytes" if file.size_bytes < 0 else None
 
 

@@ -77,6 +77,7 @@ class S3Store:
         return s3_ranges.read_range(
             lambda value: self.client.get_object(**self._at(path), Range=value),
             lambda: self._errors("read", path),
+            f"{self.uri}/{path}",
             start,
             size_bytes,
         )
@@ -177,7 +178,7 @@ class S3Store:
                 # The request succeeds as a whole even where some of its deletes fail.
                 for error in failed:
                     where = f"cannot delete s3://{self._bucket}/{error['Key']}"
-                    raise s3_errors.to_problem(where, error["Code"], error.get("Message", ""), 200)
+                    raise s3_errors.to_problem(where, error["Code"], error.get("Message", ""), 200, "DeleteObjects")
 
     def probe(self) -> None:
         """Expect 412 twice: some servers that speak S3 ignore both conditions and overwrite."""
@@ -264,11 +265,13 @@ class S3Store:
 
     def _no_bucket(self) -> bool:
         """Return whether the bucket itself is missing."""
-        from botocore.exceptions import ClientError
+        from botocore.exceptions import BotoCoreError, ClientError
 
-        # Any other answer (403, say) leaves it open; then the first error stands.
+        # Any other answer (403, say), and none, leave it open; then the first error stands.
         try:
             self.client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
             return s3_errors.http_status(error) == 404
+        except BotoCoreError:
+            return False
         return False

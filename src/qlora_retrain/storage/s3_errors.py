@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,22 @@ _CREDENTIAL_HINTS = {
     "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
     "SignatureDoesNotMatch": "the secret key is none of this access key, or a proxy changed the request",
 }
+# What a role must be allowed for a request; a request that is not here has the permission of its own name.
+_ACTIONS = {
+    "HeadObject": "s3:GetObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "HeadBucket": "s3:ListBucket",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "CopyObject": "s3:PutObject, and s3:GetObject for what is copied",
+    "UploadPartCopy": "s3:PutObject, and s3:GetObject for what is copied",
+    "DeleteObjects": "s3:DeleteObject",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "ListParts": "s3:ListMultipartUploadParts",
+}
+# How S3 itself names the action that was refused, which may be one of another service, such as kms:Decrypt.
+_REFUSED_ACTION = re.compile(r"is not authorized to perform: (\w+:\w+)")
 # No room is left for this user or in this bucket: Ceph's answer, with a 403, and those of MinIO.
 _FULL_CODES = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
 # What older servers answer to the checksums that boto3 sends in a trailer, or in the place of an MD5.
@@ -66,7 +83,7 @@ def translate_errors(where: str, no_bucket: Callable[[], bool]) -> Iterator[None
         # The answer to a HEAD has no body, so a missing key and a missing bucket are both a plain 404.
         if code == "404" and no_bucket():
             code = "NoSuchBucket"
-        raise to_problem(where, code, text, http_status(error)) from error
+        raise to_problem(where, code, text, http_status(error), error.operation_name) from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
         raise UsageError(f"{where}: {_text(error)}; {hint}") from error
@@ -99,14 +116,25 @@ def http_status(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def to_problem(where: str, code: str, text: str | None, http: int) -> Exception:
-    """Return the error of ours that a server's error means."""
+def to_problem(where: str, code: str, text: str | None, http: int, operation: str) -> Exception:
+    """Return the error of ours that a server's error means.
+
+    Args:
+        where: The beginning of the message.
+        code: The server's code, or the HTTP status where it sent none.
+        text: The server's own words.
+        http: The HTTP status.
+        operation: The request, by its name in S3's API.
+    """
     # Ceph sends many errors without a text; others end it with a full stop.
     message = f"{where}: {code}: {text.rstrip('.')}" if text else f"{where}: {code}"
     if code == "NoSuchBucket":
         return UsageError(f"{message}; create the bucket, or correct the root's URI")
     if code in ("NoSuchKey", "404"):
-        return NotFound(where)
+        # A list of nothing is empty, and no error.
+        is_list = operation.startswith("List")
+        hint = "this is no answer of S3 to a list: look whether AWS_ENDPOINT_URL, if set, names the server"
+        return UsageError(f"{message}; {hint}") if is_list else NotFound(where)
     if http in (301, 307, 308):
         return UsageError(f"{message}; the server redirects, {_REDIRECT_HINT}")
     if code in _CREDENTIAL_HINTS:
@@ -116,15 +144,26 @@ def to_problem(where: str, code: str, text: str | None, http: int) -> Exception:
     if code in _FULL_CODES:
         remedy = "make room, e.g. with `qlora-retrain gc --delete`, or raise the quota; then run the same command again"
         return TryAgain(f"{message}; the store is full: {remedy}", cause=Cause.DISK_FULL)
-    # A server answers 403 for a missing key where the role may not list the bucket, so that nobody can probe for keys.
     if http == 403 or code == "AccessDenied":
-        hint = "S3 says so of a missing file too, where s3:ListBucket is not allowed"
-        return UsageError(f"{message}; give this role the permission ({hint})")
+        return UsageError(f"{message}; {_permission_hint(text or '', operation)}")
     if http == 501 or code == "NotImplemented":
         return UsageError(f"{message}; this server lacks a request that a store needs; use another server or a folder")
+    if http == 412 and operation in ("CopyObject", "UploadPartCopy"):
+        hint = "a copy is refused under the condition that its source has the ETag that the server itself says"
+        return UsageError(f"{message}; {hint}: use another server or a folder")
     if http in (409, 412, 429) or http >= 500 or code in TEMPORARY_CODES:
         return TryAgain(f"{message}; run the same command again", cause=Cause.THROTTLED)
     return UsageError(message)
+
+
+def _permission_hint(text: str, operation: str) -> str:
+    """Return what a person does about a 403: which permission is missing."""
+    named = _REFUSED_ACTION.search(text)
+    action = named[1] if named else _ACTIONS.get(operation, f"s3:{operation}")
+    hint = f"give this role the permission {action}, and look whether a policy of the bucket or of its key denies it"
+    # So that nobody can probe for keys.
+    is_read = action == "s3:GetObject"
+    return f"{hint} (S3 says so of a missing file too, where s3:ListBucket is not allowed)" if is_read else hint
 
 
 def wrong_precondition(where: str, tag: str | None) -> UsageError:

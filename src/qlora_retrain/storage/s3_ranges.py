@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
-from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.core.errors import Cause, TryAgain
 from qlora_retrain.storage import s3_errors
 
 # How often an answer may break off.
@@ -48,14 +48,30 @@ def sha256(read: Callable[[int, int], bytes]) -> str:
     return digest.hexdigest()
 
 
+def read_whole(stream: Any, size_bytes: int) -> bytes:
+    """Return so many bytes of an answer's body, fewer only where it ends as its header says.
+
+    Where a connection breaks off, `read` returns what has arrived and no error; only the next one compares lengths.
+    """
+    data = bytes(stream.read(size_bytes))
+    while len(data) < size_bytes and (chunk := stream.read(size_bytes - len(data))):
+        data += chunk
+    return data
+
+
 def read_range(
-    get: Callable[[str], Any], errors: Callable[[], AbstractContextManager[None]], start: int, size_bytes: int
+    get: Callable[[str], Any],
+    errors: Callable[[], AbstractContextManager[None]],
+    place: str,
+    start: int,
+    size_bytes: int,
 ) -> bytes:
     """Return the bytes of an object from `start` on, fewer where it ends.
 
     Args:
         get: Sends the request with this value of the `Range` header.
         errors: Translates the errors of boto3.
+        place: The object, for messages.
         start: The first byte.
         size_bytes: How many bytes.
     """
@@ -71,12 +87,24 @@ def read_range(
                 raise
         try:
             with errors():
+                _refuse_other_range(response, place, start)
                 # A server that ignores the range sends the whole object.
                 num_skipped = 0 if "ContentRange" in response else start
                 while num_skipped and (chunk := response["Body"].read(min(_SKIPPED_BYTES, num_skipped))):
                     num_skipped -= len(chunk)
-                return bytes(response["Body"].read(size_bytes))
+                return read_whole(response["Body"], size_bytes)
         except TryAgain:
             if round_number == MAX_ROUNDS:
                 raise
     raise AssertionError("the last round returns or raises")
+
+
+def _refuse_other_range(response: Any, place: str, start: int) -> None:
+    # Some caches give the first range that they saw to whoever asks for another one.
+    expected, actual = f"bytes {start}-", str(response.get("ContentRange", f"bytes {start}-"))
+    if not actual.startswith(expected):
+        raise TryAgain(
+            f"{place}: expected an answer with the bytes from {start} on, found one with {actual}; if that stays so, "
+            "let no proxy or cache stand before the server",
+            cause=Cause.THROTTLED,
+        )

@@ -192,6 +192,9 @@ def read_bounded(file: IO[bytes], place: str) -> bytes:
         IntegrityError: If there are more than `MAX_DOCUMENT_BYTES`.
     """
     data = file.read(MAX_DOCUMENT_BYTES + 1)
+    # A connection that breaks off shows only in the read behind what has arrived.
+    while len(data) <= MAX_DOCUMENT_BYTES and (chunk := file.read(MAX_DOCUMENT_BYTES + 1 - len(data))):
+        data += chunk
     if len(data) > MAX_DOCUMENT_BYTES:
         raise IntegrityError(
             f"{place}: expected a document of at most {MAX_DOCUMENT_BYTES // 2**20} MiB, found more; this project "
