@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
-from qlora_retrain.storage import mirror, mlflow_mirror, open_store, registry
+from qlora_retrain.storage import mirror, mlflow_mirror, open_store, registry, versions
 from qlora_retrain.storage.mlflow_api import MlflowServer
 from qlora_retrain.storage.store import Store
 from tests import mlflow_server
@@ -123,7 +123,8 @@ def test_a_mirror_that_dies_at_any_request_is_completed_by_the_next_one(
         # Another model in MLflow every time.
         line = f"{LINE}-{number}"
         renamed = release.model_copy(update={"line": line})
-        monkeypatch.setattr(registry, "version_folder", lambda line, version: f"models/{LINE}/versions/{version}")
+        for module in (registry, versions):
+            monkeypatch.setattr(module, "version_folder", lambda line, version: f"models/{LINE}/versions/{version}")
         renamed._sha256 = release.sha256
         count = 0
 
@@ -145,8 +146,8 @@ def test_a_mirror_that_dies_at_any_request_is_completed_by_the_next_one(
         monkeypatch.setattr(MlflowServer, "_request", request)
         assert mlflow_mirror.mirror_version(s3_store, renamed, is_production=True).place == f"models:/{line}/1"
         server = MlflowServer()
-        versions = list(server.pages("model-versions/search", "model_versions", filter=f"name='{line}'"))
-        assert [version["version"] for version in versions] == ["1"]
+        listed_versions = list(server.pages("model-versions/search", "model_versions", filter=f"name='{line}'"))
+        assert [version["version"] for version in listed_versions] == ["1"]
         assert server.get("registered-models/alias", name=line, alias="production")["model_version"]["version"] == "1"
         server.close()
         if has_ended:
