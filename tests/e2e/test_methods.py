@@ -13,7 +13,7 @@ from qlora_retrain.config.methods import METHODS
 # Settings with which a method learns the tiny model's intents in seconds, beside the line's own.
 SETTINGS: dict[str, dict[str, object]] = {
     "lora+": {"learning_rate": 1e-3},
-    "lora-xs": {"learning_rate": 2e-2, "rank": 32},
+    "lora-xs": {"learning_rate": 5e-3, "rank": 32},
     "adalora": {"learning_rate": 1e-2},
 }
 # The tiny model's weights are random, and these methods cannot make it know intents: they are judged by the loss.
