@@ -131,7 +131,7 @@ def laid_out_width(page: Path, width: int, work: Path) -> int:
 
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={work / 'profile'}", "--dump-dom"]
     process = subprocess.run(
-        [browser, *options, (work / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
+        [browser, *options, (work / "frame.html").as_uri()], capture_output=True, text=True, timeout=500
     )
     widths = re.search(r'<p id="seen">(\d+) of (\d+)</p>', process.stdout)
     assert widths, process.stderr

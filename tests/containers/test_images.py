@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,7 @@ def test_a_container_ends_soon_when_it_is_asked_to(
     kind: graph.Image, engine: Engine, wait_until: Callable[..., None]
 ) -> None:
     """SIGTERM has no default effect on process 1, so the entrypoint must pass it on to the step."""
-    name = f"qlora-retrain-test-{kind}"
+    name = f"qlora-retrain-test-{kind}-{uuid.uuid4().hex}"
     engine(
         "run",
         "-d",
@@ -93,11 +94,11 @@ def test_a_container_ends_soon_when_it_is_asked_to(
         DEFAULT_IMAGES[kind],
         "python",
         "-c",
-        "import time; print('up', flush=True); time.sleep(99)",
+        "import time; print('up', flush=True); time.sleep(999)",
     )
     try:
         wait_until(lambda: "up" in engine("logs", name))
-        engine("stop", "--time", "30", name)
+        engine("stop", "--time", "200", name)
         assert engine("inspect", "--format", "{{.State.ExitCode}}", name).strip() == "143", "128 and SIGTERM, not 137"
     finally:
         engine("rm", "-f", name)

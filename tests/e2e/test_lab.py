@@ -33,13 +33,13 @@ def texts(project, manifest: str, name: str) -> set[str]:  # type: ignore[no-unt
 def stop_once(project, artifact: str, stop: Callable[[int], None]) -> tuple[int, dict[str, str]]:  # type: ignore[no-untyped-def]
     """Start a lab, stop it once the store has an artifact of that name, and return its exit code and what it made."""
     with project.start(*arguments(project)) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         while not any(path.startswith(f"{artifact}/") for path in manifests(project)):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         stop(process.pid)
-        process.communicate(timeout=100)
+        process.communicate(timeout=500)
     return process.returncode, manifests(project)
 
 

@@ -52,7 +52,7 @@ def test_a_template_cannot_take_the_machine(
     # What the sandbox refuses by itself raises inside the template; everything else is stopped.
     with pytest.raises((UsageError, OverflowError)):
         bounded.render(chat_tokenizer.tokenizer, ROW, chat_template=HOSTILE[name])
-    assert time.process_time() - began < 8
+    assert time.process_time() - began < 40
     # The bounds are lifted again.
     assert len("a" * (1 << 20)) == 1 << 20
 
@@ -107,7 +107,7 @@ def test_a_tokenizers_pattern_ends_with_12_and_its_reason(kind: str) -> None:
     # A process of its own, since it is the process that ends.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PROGRAM, kind]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 12, ended.stderr[-2000:]
     assert "a pattern of its tokenizer.json searches too long, or makes the text too long" in ended.stderr
 
@@ -161,7 +161,8 @@ def test_a_template_that_is_slow_for_every_chat_is_stopped_before_it_has_rendere
     chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded, "_FREE_SECONDS", 0.5)
-    monkeypatch.setattr(bounded, "_MEAN_SECONDS", 0.001)
+    # So little that the calls of a fast machine are slow too.
+    monkeypatch.setattr(bounded, "_MEAN_SECONDS", 0.0001)
     monkeypatch.setattr(bounded, "_rendering", bounded._Budget("chat template", "mend it"))
     slow = "{% for i in range(99999) %}{% endfor %}"
 
@@ -170,7 +171,7 @@ def test_a_template_that_is_slow_for_every_chat_is_stopped_before_it_has_rendere
             bounded.render(chat_tokenizer.tokenizer, ROW, chat_template=slow)
 
     with pytest.raises(
-        UsageError, match=r"the chat template took 1 s for \d+ calls, and 0\.001 s for each are the most"
+        UsageError, match=r"the chat template took 1 s for \d+ calls, and 0\.0001 s for each are the most"
     ):
         render_all()
     assert bounded._rendering.number < 1000
@@ -199,6 +200,6 @@ def test_a_normalizer_that_makes_a_text_too_long_is_stopped_where_marks_are_sear
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", GROWTH, str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 12, ended.stderr[-2000:]
     assert "makes the text too long" in ended.stderr

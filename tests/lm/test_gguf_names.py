@@ -107,7 +107,7 @@ def test_the_command_refuses_with_12_and_without_torch(line: Path, root_uri: str
         "--set",
         "merge.exports=[bf16,gguf-f16]",
     ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert process.returncode == 12, process.stderr
     assert "the base is GPTNeoXForCausalLM" in process.stderr
 

@@ -19,7 +19,7 @@ REFERENCE = f"{LINE}@production"
 SHARED = {"README.md": b"# intents\n", "recipe.json": b"{}", "model/config.json": b'{"hidden_size": 8}'}
 WEIGHTS, ADAPTER = "model/model.safetensors", "adapter/adapter_model.safetensors"
 EXPORT = "model/exports/gguf-q8_0/model-q8_0.gguf"
-CHILD_SECONDS = 60
+CHILD_SECONDS = 300
 
 
 def files_of(number: int, size_bytes: int = 900) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -39,9 +40,8 @@ def other_file_system(tmp_path: Path) -> Iterator[Path]:
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs /dev/shm on another file system than the temporary folder")
-    folder = memory / f"qlora-retrain-test-{os.getpid()}"
-    folder.mkdir()
-    yield folder
+    folder = tempfile.mkdtemp(prefix="qlora-retrain-test-", dir=memory)
+    yield Path(folder)
     shutil.rmtree(folder)
 
 
@@ -240,7 +240,7 @@ def test_swap_waits_for_the_lock_of_another_process(store: LocalStore, root: Pat
         thread.join(0.2)
         assert thread.is_alive()
         (root / "a").write_bytes(b"two")
-    thread.join(10)
+    thread.join(100)
     assert outcome == ["conflict"]
 
 
@@ -255,7 +255,7 @@ def test_a_process_killed_while_writing_leaves_nothing_to_see(store: LocalStore,
         setattr(Path if {at!r} == "write_bytes" else os, {at!r}, die)
         LocalStore(sys.argv[1]).write_if_absent("a/manifest.json", b"data")
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(root)], timeout=60)
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(root)], timeout=300)
 
     assert result.returncode == -signal.SIGKILL
     assert not list(store.list(""))

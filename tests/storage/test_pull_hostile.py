@@ -102,7 +102,9 @@ def test_two_names_that_differ_in_the_form_of_an_accent_alone_are_refused() -> N
     release_files.refuse_hostile_list(files[:1], "a manifest")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     path=st.text(st.characters(exclude_categories=()), max_size=40)
     | st.lists(st.sampled_from(["..", ".", "", "model", "a.json", "\0", "\ud800", "~", "C:", "\\", "con"])).map(

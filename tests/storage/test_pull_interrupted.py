@@ -239,7 +239,7 @@ def test_a_signal_ends_a_pull_at_once_though_the_store_hangs(tmp_path: Path) -> 
         assert process.stdout is not None
         assert process.stdout.readline() == "hangs\n"
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "the same command goes on where this one stopped" in errors
     pull.pull(store, REFERENCE, tmp_path / "model")

@@ -230,7 +230,7 @@ def test_a_pull_that_waits_for_another_one_says_so(
     with ThreadPoolExecutor(1) as pool:
         with pulled_folder.PulledFolder(tmp_path / "model").locked():
             waiting = pool.submit(pull.pull, store, REFERENCE, tmp_path / "model")
-            text, end = "", time.monotonic() + 20
+            text, end = "", time.monotonic() + 200
             while "is under way: this one waits" not in text and time.monotonic() < end:
                 text += capfd.readouterr().err
                 time.sleep(0.01)

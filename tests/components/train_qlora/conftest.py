@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import components.train_qlora.step
 from components.quantize_model.step import run as quantize
@@ -50,6 +51,12 @@ def train_in_test_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return training.train(config, *folders)
 
     monkeypatch.setattr(components.train_qlora.step, "launch", train)
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    """Give a test the same numbers whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -167,15 +174,15 @@ class Program:
         return self.process.returncode, stdout, stderr
 
     def leftover_processes(self) -> list[str]:
-        """Return the session's processes that are still there 10 s after its end, zombies not counted."""
-        deadline = time.monotonic() + 10
+        """Return the session's processes that are still there 100 s after its end, zombies not counted."""
+        deadline = time.monotonic() + 100
         while (names := self.session_processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return names
+        return list(names.values())
 
-    def session_processes(self) -> list[str]:
-        """Return the names of the session's processes."""
-        names = []
+    def session_processes(self) -> dict[int, str]:
+        """Return the names of the session's processes, by their ids."""
+        names = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 name, _, fields = stat.read_text().rpartition(")")
@@ -184,7 +191,7 @@ class Program:
             # proc(5): state, parent, process group and session follow the name, which may contain spaces.
             state, _, _, session = fields.split()[:4]
             if int(session) == self.process.pid and state != "Z":
-                names.append(name)
+                names[int(stat.parent.name)] = name
         return names
 
 

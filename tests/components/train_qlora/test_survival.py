@@ -1,6 +1,7 @@
 """What happens to pods: kills at any moment, memory that runs out, full disks, damaged checkpoints."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -166,10 +167,13 @@ def test_a_crash_after_the_result_was_sent_is_ignored(step, program):
 
 @pytest.mark.slow
 def test_the_death_of_a_worker_is_noticed_though_an_orphan_holds_its_pipe_open(step, program):
-    # The orphan holds the writing end for 8 s, so the pipe's end alone would be noticed too late.
+    # The orphan holds the writing end for longer than this waits, so the pipe's end alone would be noticed too late.
     running = program(step(), "orphan:3", checkpoint_minutes=1e-9)
     assert running.process.wait(timeout=300) == 75
-    assert running.session_processes(), "the orphan is still there"
+    orphans = running.session_processes()
+    assert orphans, "the orphan is still there"
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
     _, _, stderr = running.finish()
     assert "the training process was ended by SIGKILL" in stderr
 

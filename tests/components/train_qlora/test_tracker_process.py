@@ -65,6 +65,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in [name for name in os.environ if name.startswith(("WANDB", "MLFLOW", "DATABRICKS", "NETRC"))]:
         monkeypatch.delenv(variable)
+    # A busy machine takes long to start a process; nothing waits so long for one that answers, or says that it cannot.
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 200.0)
     return tmp_path
 
 
@@ -139,19 +141,19 @@ def test_a_failed_run_is_ended_as_failed(fake: Path) -> None:
     ],
 )
 def test_a_client_that_fails_is_one_warning_and_no_delay(
-    fake: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, point: str, fault: str
+    fake: Path, capsys: pytest.CaptureFixture[str], point: str, fault: str
 ) -> None:
-    (fake / point).write_text(fault)
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 5.0)
+    # The client fails once all steps are logged, so a step that waited for it would never end.
+    (fake / point).write_text(f"while not (folder / 'logged').exists(): time.sleep(0.01)\n{fault}")
 
     def work(report: trackers.Trackers) -> None:
-        begin = time.monotonic()
         losses(1000)(report)
-        assert time.monotonic() - begin < 1.0
+        (fake / "logged").touch()
         # As long as the first steps of a real run.
         wait_for(lambda: report.trackers[0].is_away or report.trackers[0].process.poll() is not None)
 
     if point == "end":
+        (fake / "logged").touch()
         work = losses(3)
     train_with("mlflow", work=work)
     output = capsys.readouterr().out
@@ -179,7 +181,7 @@ def test_what_a_client_says_is_on_one_line_and_repeats_no_secret() -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -192,7 +194,8 @@ def test_a_client_that_hangs_costs_the_limit_at_the_end_and_nothing_before(
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.3)
     monkeypatch.setattr(trackers, "MAX_WAITING", 100)
     seconds = train_with("mlflow", work=losses(20_000))
-    assert seconds < 3.0
+    # The client would take 1000 s.
+    assert seconds < 60.0
     output = capsys.readouterr().out
     assert output.count("mlflow did not take everything in time") == 1
 
@@ -203,8 +206,8 @@ def test_a_step_that_is_asked_to_stop_does_not_wait_for_a_tracker_that_hangs(
     (fake / "start").write_text("time.sleep(1000)")
     monkeypatch.setattr(trackers.signals, "stop_requested", lambda: True)
     monkeypatch.setattr(trackers, "CLOSE_SECONDS_STOPPED", 0.1)
-    assert train_with("mlflow", work=losses(3)) < 5.0
-    assert trackers.CLOSE_SECONDS > 5.0
+    # A step that is not asked to stop would wait for 200 s.
+    assert train_with("mlflow", work=losses(3)) < 60.0
 
 
 def test_a_stopped_process_is_dropped_lines_and_no_wait(
@@ -217,7 +220,8 @@ def test_a_stopped_process_is_dropped_lines_and_no_wait(
         os.kill(report.trackers[0].process.pid, signal.SIGSTOP)
         losses(5000)(report)
 
-    assert train_with("mlflow", work=work) < 3.0
+    # The process would take for ever.
+    assert train_with("mlflow", work=work) < 60.0
     assert capsys.readouterr().out.count("too slow; further numbers are dropped") == 1
 
 

@@ -122,7 +122,7 @@ def test_a_small_file_of_columns_that_holds_gigabytes_is_refused_in_little_memor
 ) -> None:
     write(tmp_path / f"a.{suffix}")
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    ended = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, timeout=500)
     mib, _, error = ended.stdout.partition(" ")
     assert message in error, ended.stderr[-2000:]
     assert int(mib) < 700
