@@ -268,6 +268,19 @@ def test_who_waits_for_a_collection_that_was_killed_goes_on(built: Collectable, 
         dead.write(["x"])
 
 
+def test_an_alias_moves_on_after_a_collection_that_was_killed(store: Store, short_leases: None) -> None:
+    store.write_if_absent("models/l/versions/v/manifest.json", b"{}")
+    dead = Marker(store)
+    dead.begin()
+    dead.write(["v"])
+    args = (store, "l", "v", "models/l/aliases/production.json", b"{}", None)
+    thread = threading.Thread(target=collection_mark.swap_alias, args=args, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert store.read("models/l/aliases/production.json").data == b"{}"
+    assert not list(store.children("models/l/moving"))
+
+
 @pytest.mark.parametrize("folder", ["aliases", "audit", "both"])
 def test_every_version_stays_while_nobody_knows_what_an_alias_names(
     blueprint: Collectable, tmp_path: Path, folder: str

@@ -266,7 +266,7 @@ def test_a_model_card_that_the_hub_refuses_is_said_before_anything_is_uploaded(
     assert (hub.large, hub.tags) == ({}, {})
 
 
-# The client warns of a card without metadata. Warnings are held back for a whole process, so threads undo it for others.
+# The client warns of a card without metadata. Who holds warnings back does it for all threads, and so does who ends it.
 @pytest.mark.filterwarnings("ignore:Warnings while validating metadata")
 def test_processes_that_mirror_at_once_end_with_the_same_tag_and_main(local_store: Store, hub: HubRepository) -> None:
     publish(local_store, 1)

@@ -141,31 +141,35 @@ class Marker:
             raise _another(read_mark(self.store)[0]) from None
 
 
-def wait_until_unmarked(store: Store, names: Collection[str]) -> bool:
+def wait_until_unmarked(store: Store, names: Collection[str], dead_id: str | None = None) -> str | None:
     """Wait while a collection is about to remove something of these names.
 
+    Args:
+        store: The store.
+        names: The names.
+        dead_id: A mark that an earlier call waited for. If it is still there, its collection was killed.
+
     Returns:
-        Whether there was such a mark. What it named may be gone.
+        The id of the mark that was waited for, None if there was none. What it named may be gone.
 
     Raises:
         TryAgain: If one mark after the other names them.
     """
-    names, waited, mark_id = set(names), False, None
+    names, mark_id = set(names), None
     began_at = since = time.monotonic()
     while True:
         mark, _ = read_mark(store)
-        if mark is None or mark.is_old or names.isdisjoint(mark.names):
-            return waited
+        if mark is None or mark.is_old or mark.id == dead_id or names.isdisjoint(mark.names):
+            return mark_id
         now = time.monotonic()
+        if mark_id is None:
+            _say(f"waiting for the collection of garbage on {mark.host}, which is about to remove what this needs")
         if mark.id != mark_id:
             mark_id, since = mark.id, now
         if now - since >= LEASE_SECONDS:
-            return True  # its collection was killed, and removes nothing by this mark any more
+            return mark_id  # its collection was killed, and removes nothing by this mark any more
         if now - began_at >= 2 * LEASE_SECONDS:
             raise _another(mark)
-        if not waited:
-            _say(f"waiting for the collection of garbage on {mark.host}, which is about to remove what this needs")
-        waited = True
         time.sleep(min(_POLL_SECONDS, LEASE_SECONDS / 4))
 
 
@@ -191,8 +195,9 @@ def swap_alias(store: Store, line: str, version: str, path: str, data: bytes, ex
         TryAgain: If collections or other writers are in the way again and again.
     """
     moving = moving_path(line, version)
+    mark_id = None
     _announce(store, moving)
-    while wait_until_unmarked(store, [version]):
+    while (mark_id := wait_until_unmarked(store, [version], mark_id)) is not None:
         # A collection that took an old announcement of this move away may have taken this one, too.
         _announce(store, moving)
 
