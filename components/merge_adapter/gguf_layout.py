@@ -62,7 +62,12 @@ class Layout:
         return gguf_name
 
     def is_stored(self, name: str) -> bool:
-        """Return whether the file has this tensor: not a head that is a copy of the embeddings."""
+        """Return whether the file has this tensor: not a head that is a copy of the embeddings, nor frequencies.
+
+        Files of Llama 2 have the rotary frequencies, which everybody computes from the settings.
+        """
+        if name.endswith("rotary_emb.inv_freq"):
+            return False
         return name != "lm_head.weight" or not self.config.get("tie_word_embeddings")
 
     def to_gguf(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> list
     document, chat_tokenizer = backend_tokenizer(model), chat.load_tokenizer(model)
     tokenizer = chat_tokenizer.tokenizer
 
+    if name := gguf_names.model_name(document):
+        writer.add_name(name)
     if gguf_names.sentencepiece_prefix(document):
         _add_sentencepiece(writer, document, vocab_size)
     else:
@@ -46,7 +49,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: Path, vocab_size: int) -> list
     ):
         if token is not None:
             add(token)
-    notes = [*_add_ends(writer, chat_tokenizer), *gguf_names.reading_differences(document)]
+    notes = [
+        *_add_ends(writer, chat_tokenizer),
+        *gguf_names.reading_differences(document),
+        *_chat_notes(chat_tokenizer, document),
+    ]
 
     writer.add_add_bos_token(_adds_bos(chat_tokenizer))
     template = tokenizer.chat_template
@@ -64,10 +71,15 @@ def _adds_bos(tokenizer: ChatTokenizer) -> bool:
     bos = tokenizer.tokenizer.bos_token_id
     if bos is None or tokenizer.tokenizer("a")["input_ids"][0] != bos:
         return False
+    return _first_id(tokenizer) in (None, bos)
+
+
+def _first_id(tokenizer: ChatTokenizer) -> int | None:
+    """Return the first token of a chat; None where the template refuses a chat of one turn."""
     try:
-        return bool(tokenizer.prompt_ids([{"role": "user", "content": "a"}])[0] == bos)
+        return tokenizer.prompt_ids([{"role": "user", "content": "a"}])[0]
     except RowRefused:
-        return True
+        return None
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, document: Mapping[str, Any], vocab_size: int) -> None:
@@ -170,6 +182,21 @@ def _add_ends(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> list[str]:
         f"GGUF names three ends of an answer; llama.cpp stops at {text} only where it knows the name: give it as a "
         "stop text with each request"
     ]
+
+
+def _chat_notes(tokenizer: ChatTokenizer, document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a chat in llama.cpp needs beside the template in the file to be as in training."""
+    chat_format, first_id = tokenizer.chat_format, _first_id(tokenizer)
+    first_token = "" if first_id is None else str(tokenizer.tokenizer.convert_ids_to_tokens(first_id))
+    if gguf_names.sentencepiece_prefix(document) == "first" and first_token.startswith(gguf_names.SPACE_MARK):
+        yield "training put a space before each chat, and llama.cpp puts none: begin the chat template with one"
+    if chat_format.system:
+        yield "training had a system turn, which the file does not hold: send it with each chat"
+    if variables := chat_format.template_kwargs:
+        argument = shlex.quote(json.dumps(variables, ensure_ascii=False))
+        yield f"the chat template reads variables: start llama-server with --chat-template-kwargs {argument}"
+    if date := chat_format.date:
+        yield f"the chat template writes the date, which was {date} in training; llama.cpp writes that of the day"
 
 
 def _turn_end(tokenizer: ChatTokenizer) -> int | None:

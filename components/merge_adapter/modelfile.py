@@ -93,7 +93,8 @@ class TurnTexts:
             )
         user, answer = (f"{before}{{{{ .Content }}}}{after}" for before, after in (self.user, self.answer))
         texts = (self.opening, *(system or ()), *self.user, *self.answer)
-        if any(mark in text for text in texts for mark in ("{{", "}}", '"""')):
+        # A brace at a text's end would be the first of three, of which Go takes the wrong two for its mark.
+        if any(mark in f"{text}{{" for text in texts for mark in ("{{", "}}", '"""')):
             return None
         return (
             f'{opening}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}'
@@ -127,9 +128,13 @@ def write_modelfile(model: Path, gguf_path: Path) -> None:
     system = tokenizer.chat_format.system
     if template is not None and texts is not None and texts.system is None:
         lines.append("# A system turn has no place in this template, and is left out.")
-    elif system and '"""' not in f'{system}"':
+    # Only three quotes in a row would end a text.
+    elif system and '"""' in f'{system}"':
+        lines.append(
+            "# The system turn of the training has three quotes in a row, and no place here: send it with each chat."
+        )
+    elif system:
         lines.append(f'SYSTEM """{system}"""')
-    # Only three quotes in a row would end the text.
     lines += [f'PARAMETER stop "{text}"' for text in tokenizer.stop_texts if '"""' not in f'"{text}"']
     (gguf_path.parent / NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

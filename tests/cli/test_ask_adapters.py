@@ -115,6 +115,22 @@ def test_adapters_over_several_forms_of_the_base_are_asked_by_themselves(
     assert capsys.readouterr().out == alone
 
 
+def test_a_base_with_the_other_files_of_the_hub_is_asked_and_none_is_refused_by_name(
+    tiny_model: Path, versions: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    for path in (".gitattributes", "README.md", "modeling.py", "original/consolidated.00.pth", ".cache/x.metadata"):
+        (base / path).parent.mkdir(exist_ok=True)
+        (base / path).write_text("of the Hub")
+    words = ["--max-new-tokens", "3", "--", QUESTION]
+    for arguments in ([base], [base, "--adapter", versions["a"]], [versions["p"], "--base", base]):
+        assert ask(*arguments, *words) == 0, capsys.readouterr().err
+    for arguments in ([tmp_path / "no", "--adapter", versions["a"]], [versions["p"], "--base", tmp_path / "no"]):
+        assert ask(*arguments, *words) == 12
+        assert "expected the folder of a base model (config.json), found none" in capsys.readouterr().err
+
+
 def test_a_base_of_the_hub_is_fetched_and_its_hashes_are_compared(
     tiny_model: Path, versions: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

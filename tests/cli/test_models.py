@@ -143,6 +143,9 @@ def test_an_export_comes_as_a_file_or_a_folder_whole_or_not_at_all(models: Calle
             assert (tmp_path / file).read_bytes() == right
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["model.gguf"]
 
+    assert models("export", f"{LINE}@production", "gguf-q8_0", str(tmp_path / ("n" * 300))) == 12
+    assert "File name too long" in models.err
+
     (tmp_path / "mine.gguf").write_text("of a person")
     assert models("export", f"{LINE}@production", "gguf-q8_0", str(tmp_path / "mine.gguf")) == 12
     assert models("export", f"{LINE}@production", "gguf-q4_0", str(tmp_path / "b")) == 12

@@ -288,3 +288,13 @@ def test_approvers_are_names_of_users(set_platform: SetPlatform, names: object) 
     set_platform(approvers={"tickets": names})
     with pytest.raises(UsageError, match=r"approvers"):
         platform.load()
+
+
+def test_a_repository_mirrors_one_line_since_each_would_remove_the_others_model() -> None:
+    def entry(line_name: str, to: str) -> dict[str, str]:
+        return {"line": line_name, "to": to, "connection": "c"}
+
+    PlatformConfig.model_validate({"mirrors": [entry(name, "mlflow") for name in ("one", "two")]})
+    PlatformConfig.model_validate({"mirrors": [entry(name, f"hf://acme/{name}") for name in ("one", "two")]})
+    with pytest.raises(ValueError, match="hf://acme/Model: a repository holds the versions of one line, and lines one"):
+        PlatformConfig.model_validate({"mirrors": [entry("one", "hf://acme/model"), entry("two", "hf://acme/Model")]})

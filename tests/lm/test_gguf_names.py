@@ -60,6 +60,24 @@ def test_a_tokenizer_that_changes_text_is_refused_unless_llama_cpp_can_be_given_
     assert gguf_names.reading_differences(GPT2) == []
 
 
+def test_added_tokens_beside_which_llama_cpp_reads_white_space_otherwise_are_told() -> None:
+    tokens = [{"content": f"<{i}>", "rstrip": True} for i in range(7)]
+    (text,) = gguf_names.reading_differences({**GPT2, "added_tokens": tokens})
+    assert "beside <0>, <1>, <2>, <3>, <4> and 2 others in another way" in text
+    assert gguf_names.model_name({**GPT2, "added_tokens": tokens}) is None
+    for token in ({"lstrip": True}, {"single_word": True}):
+        assert gguf_names.reading_differences({**GPT2, "added_tokens": [{"content": "<t>", **token}]})
+
+    # With the tokens of Phi-3 the file gets the name by which llama.cpp knows them.
+    names = {"<unk>": False, "<s>": False, "<|endoftext|>": False, "</s>": True, "<|user|>": True}
+    phi_3 = {**GPT2, "added_tokens": [{"content": token, "rstrip": strips} for token, strips in names.items()]}
+    assert "phi-3" in str(gguf_names.model_name(phi_3)).lower()
+    assert gguf_names.reading_differences(phi_3) == []
+    phi_3["added_tokens"].append({"content": "<|tool|>", "rstrip": False})
+    (text,) = gguf_names.reading_differences(phi_3)
+    assert "beside <|tool|> in another way" in text
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -175,6 +175,25 @@ def test_a_planner_without_access_leaves_the_commit_to_the_steps_that_have_it(hu
     assert sources.list_commit("base_model", pinned).as_files() == pin().as_files()
 
 
+@pytest.mark.parametrize("token", ["hf_secret\x0b", "hf_secret\u20ac"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"{token}x")
+    with pytest.raises(UsageError, match="HF_TOKEN or HF_ENDPOINT cannot be sent") as refused:
+        pin()
+    assert "hf_secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("status", "error"), [(410, UsageError), (503, TryAgain)])
+def test_an_error_of_the_hub_has_no_query_of_an_address(hub: HubServer, status: int, error: type[Exception]) -> None:
+    hub.status = 503
+    pinned = pin()
+    hub.status = status
+    with pytest.raises(error, match=r"revision/\w+\?\*\*\*"):
+        sources.list_commit("base_model", pinned)
+
+
 def test_no_such_commit_is_refused_when_the_plan_is_made(hub: HubServer) -> None:
     with pytest.raises(UsageError, match="cannot be downloaded"):
         sources.pin("base_model", f"hf://owner/model@{COMMIT[::-1]}", ["**"])

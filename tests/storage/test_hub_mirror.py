@@ -237,6 +237,21 @@ def test_somebody_who_commits_to_main_meanwhile_is_not_overwritten_and_the_next_
     assert "note.md" not in hub.content("main")
 
 
+def test_a_rollback_during_an_upload_is_followed(local_store: Store, hub: HubRepository) -> None:
+    first, second = publish(local_store, 1), publish(local_store, 2)
+    mirror.mirror(local_store, LINE, first.version, TO)
+
+    def roll_back(method: str, path: str) -> int:
+        if path == f"/api/models/{NAME}/commit/mirror-{second.version}":
+            registry.rollback(local_store, LINE, "production", reason="worse")
+        return 0
+
+    hub.before = roll_back
+    assert not mirror.mirror(local_store, LINE, second.version, TO).is_production
+    assert set(hub.tags) == {first.version, second.version}
+    assert hub.content("main") == {}
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_no_right_or_no_repository_says_what_to_do_and_shows_no_token(
     local_store: Store, hub: HubRepository, status: int
@@ -254,6 +269,34 @@ def test_an_upload_that_is_refused_shows_no_signature(local_store: Store, hub: H
     with pytest.raises(UsageError, match="answered 400") as refused:
         mirror.mirror(local_store, LINE, "production", TO)
     assert "secret" not in str(refused.value)
+
+
+def test_an_upload_that_is_tried_again_logs_no_signature(
+    local_store: Store, hub: HubRepository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    publish(local_store, 1)
+    answers = iter([503])
+    hub.before = lambda method, path: next(answers, 0) if method == "PUT" else 0
+    mirror.mirror(local_store, LINE, "production", TO)
+    assert "HTTP Error 503 thrown while requesting PUT" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("HF_TOKEN", "hf_a\nb"), ("HF_TOKEN", "hf_\u20ac"), ("HF_ENDPOINT", "huggingface.example")]
+)
+def test_what_cannot_be_sent_is_no_reason_to_try_again(
+    local_store: Store, hub: HubRepository, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    publish(local_store, 1)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(UsageError, match="HF_TOKEN or HF_ENDPOINT cannot be sent"):
+        mirror.mirror(local_store, LINE, "production", TO)
+    # A line break at the end of a variable is no part of the token.
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", f"{hub_repository.TOKEN}\n")
+    assert mirror.mirror(local_store, LINE, "production", TO).is_new
 
 
 def test_a_model_card_that_the_hub_refuses_is_said_before_anything_is_uploaded(

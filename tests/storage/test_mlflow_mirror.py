@@ -138,13 +138,13 @@ def test_a_mirror_that_dies_at_any_request_is_completed_by_the_next_one(
 
         monkeypatch.setattr(MlflowServer, "_request", dying)
         try:
-            mlflow_mirror.mirror_version(s3_store, renamed, is_production=True)
+            mlflow_mirror.mirror_version(s3_store, renamed, is_production=lambda: True)
         except TryAgain:
             has_ended = False
         else:
             has_ended = True
         monkeypatch.setattr(MlflowServer, "_request", request)
-        assert mlflow_mirror.mirror_version(s3_store, renamed, is_production=True).place == f"models:/{line}/1"
+        assert mlflow_mirror.mirror_version(s3_store, renamed, is_production=lambda: True).place == f"models:/{line}/1"
         server = MlflowServer()
         listed_versions = list(server.pages("model-versions/search", "model_versions", filter=f"name='{line}'"))
         assert [version["version"] for version in listed_versions] == ["1"]

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_retrain.cli.ask_base import OPTIONS, manifest_of
+from qlora_retrain.cli.ask_base import OPTIONS, manifest_of, model_files, refuse_no_model
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.safety import read_json
 from qlora_retrain.lm import attach_own, loading, served_model
@@ -144,6 +144,7 @@ def answer_over_base(base: Path, adapters: Sequence[Adapter], ask: Ask) -> dict[
     names = [adapter.name for adapter in adapters]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"--adapter: two are called {repeated}; name them with --adapter NAME=FOLDER")
+    refuse_no_model(base)
     for adapter in adapters:
         adapter.refuse_other_base(base)
     references = {adapter.name: adapter.reference for adapter in adapters}
@@ -155,9 +156,12 @@ def answer_over_base(base: Path, adapters: Sequence[Adapter], ask: Ask) -> dict[
         )
 
     reference = next((reference for reference in references.values() if reference), None)
-    model: Any = (
-        served_model.load_base(reference, base, None, OPTIONS) if reference else loading.load_base(base, **OPTIONS)
-    )
+    with model_files(base) as folder:
+        model: Any = (
+            served_model.load_base(reference, folder, None, OPTIONS)
+            if reference
+            else loading.load_base(folder, **OPTIONS)
+        )
     answers: dict[str, list[Completion]] = {}
     for group, members in groupby(sorted(adapters, key=lambda adapter: adapter.group), lambda adapter: adapter.group):
         for adapter, adapted in _attached(model, list(members), is_together=bool(group)):

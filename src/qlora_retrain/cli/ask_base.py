@@ -7,11 +7,14 @@ the hashes that the version states.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from qlora_retrain.core import graph
+from qlora_retrain.core import graph, safety
 from qlora_retrain.core.errors import Problem, UsageError
 from qlora_retrain.lm import base_formats, loading, served_model
 from qlora_retrain.lm.loading import LoadOptions
@@ -38,7 +41,11 @@ def load_version(folder: Path, base: Path | None, root: str | None) -> Any:
             raise UsageError(f"--base: {folder} has a model of its own, and needs no base; leave --base out")
         # The export of `merge.exports: [nf4]` is a model folder too.
         is_packed = base_formats.from_folder(model).is_packed
-        return (loading.load_nf4 if is_packed else loading.load_base)(model, **OPTIONS)
+        load = loading.load_nf4 if is_packed else loading.load_base
+        if model != folder:
+            return load(model, **OPTIONS)
+        with model_files(folder) as base:
+            return load(base, **OPTIONS)
     # A store that the caller names comes before the Hub, which may be out of reach.
     if base is None and root is not None and (stored := _base_of_the_store(folder, reference, root)):
         return loading.attach_adapter(loading.load_nf4(stored, **OPTIONS), adapter)
@@ -50,7 +57,38 @@ def load_version(folder: Path, base: Path | None, root: str | None) -> Any:
             f"{folder}: is an adapter alone, and needs its base model, whose {weights} has the sha256 "
             f"{reference.files[weights]}; give its folder with --base, or with --root the store in which it was trained"
         )
-    return served_model.load(model, adapter, base, None, **OPTIONS)
+    refuse_no_model(base)
+    reference.refuse_other(base, folder.name)
+    with model_files(base) as base:
+        return loading.attach_adapter(served_model.load_base(reference, base, None, OPTIONS), adapter)
+
+
+def refuse_no_model(base: Path) -> None:
+    """Raise `UsageError` where a base that a person named is no model folder."""
+    if not (base / "config.json").is_file():
+        raise UsageError(f"{base}: expected the folder of a base model (config.json), found none")
+
+
+@contextlib.contextmanager
+def model_files(folder: Path) -> Iterator[Path]:
+    """Lend a folder with the files of a base from which a model is loaded, as a run takes them.
+
+    A base from the Hugging Face Hub has others, such as `.gitattributes`. The loaders refuse them, since they read what
+    this project wrote.
+    """
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    model_paths = [path for path in paths if safety.is_model_file(path)]
+    if model_paths == paths:
+        yield folder
+        return
+    safety.refuse_only_pickles(model_paths, paths, str(folder))
+    with TemporaryDirectory(prefix="qlora-retrain-base-") as temporary:
+        # By the same name, which messages have.
+        links = Path(temporary) / (folder.absolute().name or "base")
+        for path in model_paths:
+            (links / path).parent.mkdir(parents=True, exist_ok=True)
+            (links / path).symlink_to((folder / path).absolute())
+        yield links
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.notify import ConnectionName, LineName
@@ -50,3 +50,20 @@ class MirrorConfig(Section):
         if self.connection is None and self.secret is None:
             raise ValueError(f"{self.to}: expected connection (local, docker) or secret (kubernetes)")
         return self
+
+
+def _refuse_shared_repositories(mirrors: tuple[MirrorConfig, ...]) -> tuple[MirrorConfig, ...]:
+    """Refuse a repository of two lines: in its `main` each would remove the other's model."""
+    lines: dict[str, str] = {}
+    for entry in mirrors:
+        # The Hub finds a repository by its name in any case.
+        first = lines.setdefault(entry.to.lower(), entry.line)
+        if entry.to != MLFLOW and first != entry.line:
+            raise ValueError(
+                f"{entry.to}: a repository holds the versions of one line, and lines {first} and {entry.line} name it; "
+                "give each a repository of its own"
+            )
+    return mirrors
+
+
+Mirrors = Annotated[tuple[MirrorConfig, ...], AfterValidator(_refuse_shared_repositories)]

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 from qlora_retrain.config.consumers import ConsumerConfig
 from qlora_retrain.config.fields import Section, operational
 from qlora_retrain.config.gpus import CardName, GpuConfig
-from qlora_retrain.config.mirrors import MirrorConfig
+from qlora_retrain.config.mirrors import MirrorConfig, Mirrors
 from qlora_retrain.config.notify import HookConfig, LineName, NotifyConfig
 from qlora_retrain.config.yaml_reader import load_section
 from qlora_retrain.core import images, source_access
@@ -170,7 +170,7 @@ class PlatformConfig(Section):
     hooks: tuple[HookConfig, ...] = operational(
         (), "Airflow: servers that are told to load the new model, after `production` moved"
     )
-    mirrors: tuple[MirrorConfig, ...] = operational(
+    mirrors: Mirrors = operational(
         (), "Airflow: where a line may mirror its versions to (publish.mirror), and where the tokens are"
     )
     approvers: dict[LineName, Annotated[tuple[UserName, ...], Field(min_length=1)]] = operational(

@@ -77,6 +77,8 @@ def architecture(config: Mapping[str, Any]) -> str:
     family = FAMILIES[name]
     for rope in rope_settings(config):
         _refuse_rope(family, config, rope)
+    if (sliding := rope_type(_rope(config).get("sliding_attention") or {})) != "default":
+        raise _no_place("rope_parameters.sliding_attention.rope_type", sliding, "default")
     for setting, value in {**_FIXED_SETTINGS, **family.fixed}.items():
         if config.get(setting) not in (None, value):
             raise _no_place(setting, config[setting], value)
@@ -89,10 +91,15 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 def rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the settings of the rotary embeddings, one for each kind of layer that has its own."""
-    # transformers 5 writes `rope_parameters`; older config.json files have `rope_scaling`, and the oldest `type`.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _rope(config)
     by_layer_type = [value for value in rope.values() if isinstance(value, Mapping)]
     return by_layer_type or [rope]
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    # transformers 5 writes `rope_parameters`; older config.json files have `rope_scaling`, and the oldest `type`.
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope
 
 
 def rope_type(rope: Mapping[str, Any]) -> str:
@@ -138,6 +145,8 @@ def _refuse_gemma(family: Family, config: Mapping[str, Any]) -> None:
     _refuse_other(config, "query_pre_attn_scalar", head_dim)
     if config.get("layer_types"):
         _refuse_other(config, "layer_types", sliding_layers(family, layers))
+    if "sliding_window" in config and config["sliding_window"] is None:
+        raise _no_place("sliding_window", None, "a number of tokens")
     if family.arch == "gemma2":
         _refuse_other(config, "tie_word_embeddings", True)
         for setting in ("attn_logit_softcapping", "final_logit_softcapping"):

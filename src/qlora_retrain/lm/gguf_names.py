@@ -37,6 +37,12 @@ _COMPOSE = "NFC"
 # SentencePiece writes a space as this mark.
 SPACE_MARK = "\u2581"
 SENTENCEPIECE = "default"
+# In a file with this in its name llama.cpp takes away the white space behind added tokens, but not behind these. It
+# refuses such a file whose vocabulary lacks one of these, or the end of a text.
+PHI_3 = "Marks as in Phi-3"
+_UNSTRIPPED_IN_PHI_3 = ("<unk>", "<s>", "<|endoftext|>")
+_TOKENS_OF_PHI_3 = (*_UNSTRIPPED_IN_PHI_3, "</s>")
+_MAX_NAMED_TOKENS = 5
 # Tokenizer classes that follow tokenizer.json; the class of a model family may split text in another way.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -85,14 +91,44 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     return "dbrx" if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges") else name
 
 
+def model_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return the name that a file must have so that llama.cpp reads its chats as the tokenizer does; None: any."""
+    added_tokens = tokenizer.get("added_tokens") or ()
+    tokens = {*((tokenizer.get("model") or {}).get("vocab") or ()), *(token["content"] for token in added_tokens)}
+    # Chats of Phi-3 have a line break behind every mark, which its tokenizer takes away.
+    return PHI_3 if any(t.get("rstrip") for t in added_tokens) and tokens.issuperset(_TOKENS_OF_PHI_3) else None
+
+
 def reading_differences(tokenizer: Mapping[str, Any]) -> list[str]:
     """Return in one sentence each how llama.cpp cuts text otherwise than a tokenizer.json, for the certificate."""
-    if sentencepiece_prefix(tokenizer) or _COMPOSE not in _normalizers(tokenizer):
-        return []
-    return [
-        "llama.cpp does not compose characters (NFC), and the tokenizer does: text with a letter and its accent as two "
-        "characters is read as other tokens than in training; normalize it before it is sent"
-    ]
+    differences = []
+    if not sentencepiece_prefix(tokenizer) and _COMPOSE in _normalizers(tokenizer):
+        differences.append(
+            "llama.cpp does not compose characters (NFC), and the tokenizer does: text with a letter and its accent as "
+            "two characters is read as other tokens than in training; normalize it before it is sent"
+        )
+    if names := _tokens_with_other_edges(tokenizer):
+        text = ", ".join(names[:_MAX_NAMED_TOKENS])
+        others = f" and {len(names) - _MAX_NAMED_TOKENS} others" if names[_MAX_NAMED_TOKENS:] else ""
+        differences.append(
+            f"llama.cpp reads what is beside {text}{others} in another way than the tokenizer, which takes white space "
+            "there away or leaves it: text with white space beside them is read as other tokens than in training"
+        )
+    return differences
+
+
+def _tokens_with_other_edges(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Return the added tokens beside which llama.cpp reads white space, or a word, in another way."""
+    is_phi_3, has_prefixes = model_name(tokenizer) is not None, sentencepiece_prefix(tokenizer) == "always"
+
+    def has_other_edge(token: Mapping[str, Any]) -> bool:
+        is_stripped = is_phi_3 and token["content"] not in _UNSTRIPPED_IN_PHI_3
+        # A token that is searched in the changed text ends no part of it, so that no space is put behind it.
+        is_inside = has_prefixes and token.get("normalized")
+        is_other = token.get("lstrip") or token.get("single_word") or is_inside
+        return bool(is_other) or bool(token.get("rstrip")) != is_stripped
+
+    return [str(t["content"]) for t in tokenizer.get("added_tokens") or () if has_other_edge(t)]
 
 
 def sentencepiece_prefix(tokenizer: Mapping[str, Any]) -> str | None:

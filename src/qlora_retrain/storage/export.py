@@ -41,14 +41,14 @@ def export(store: Store, reference: str, name: str, destination: Path) -> tuple[
     release, _ = pull.resolve(store, reference)
     safety.refuse_foreign((file.path for file in release.files), f"{reference}: {release.version}")
     version_parts.refuse_other_content(release, f"{reference}: {release.version}")
-    # A link stays one, and the file goes to where it leads.
-    targets = [
-        (file, Path(os.path.realpath(path)) if path.is_symlink() else path)
-        for file, path in _targets(release, name, destination)
-    ]
-    parent = targets[0][1].parent
     folder = registry.version_folder(release.line, release.version)
-    with destination_errors(parent):
+    with destination_errors(destination):
+        # A link stays one, and the file goes to where it leads.
+        targets = [
+            (file, Path(os.path.realpath(path)) if path.is_symlink() else path)
+            for file, path in _targets(release, name, destination)
+        ]
+        parent = targets[0][1].parent
         parent.mkdir(parents=True, exist_ok=True)
         with export_folder.assembling(parent, f"{release.line} {name} {targets[0][1].name}") as temporary:
             # Another export to the same place may have ended meanwhile.

@@ -16,9 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from qlora_retrain.core import hashing
+from qlora_retrain.core import hashing, uris
 from qlora_retrain.core.errors import TryAgain, UsageError
-from qlora_retrain.storage import planner_memory
+from qlora_retrain.storage import hub_secrets, planner_memory
 from qlora_retrain.storage.artifact import File
 
 _Result = TypeVar("_Result")
@@ -30,7 +30,8 @@ class Unreachable(Exception):
     """The Hub tells nothing here: no network, no access, or no request may be made."""
 
     def __init__(self, uri: str, reason: object, problem: type[UsageError | TryAgain]) -> None:
-        super().__init__(f"{uri}: cannot be reached: {reason}")
+        # An error of the client has the address, and that of a large file's download holds a signature.
+        super().__init__(f"{uri}: cannot be reached: {uris.mask_secrets_of_errors(str(reason))}")
         self._problem = problem
 
     def as_problem(self) -> UsageError | TryAgain:
@@ -64,7 +65,7 @@ def list_files(
 
     Raises:
         Unreachable: If neither the Hub nor a cache can tell.
-        UsageError: If there is no such commit, or no access to it.
+        UsageError: If there is no such commit, no access to it, or the token cannot be sent.
     """
     memory = planner_memory.place("commit-files", uri)
     entries = _remembered(memory)
@@ -141,9 +142,10 @@ def _download(uri: str, paths: Iterable[str], folder: Path) -> None:
 
 def _request(uri: str, call: Callable[[], _Result]) -> _Result:
     """Call the client, and map its errors to one of ours."""
-    from httpx2 import HTTPError
+    from httpx2 import HTTPError, InvalidURL
     from huggingface_hub import errors
 
+    hub_secrets.mask_log()
     try:
         return call()
     except errors.HfHubHTTPError as error:
@@ -152,9 +154,12 @@ def _request(uri: str, call: Callable[[], _Result]) -> _Result:
         if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             raise Unreachable(uri, error, UsageError) from error
         if 400 <= status < 500 and status not in (408, 429):
-            raise UsageError(f"{uri}: cannot be downloaded: {error}") from error
+            reason = uris.mask_secrets_of_errors(str(error))
+            raise UsageError(f"{uri}: cannot be downloaded: {reason}") from error
         raise Unreachable(uri, error, TryAgain) from error
-    except (errors.LocalEntryNotFoundError, ConnectionError, HTTPError) as error:
+    except (errors.LocalEntryNotFoundError, ConnectionError, HTTPError, InvalidURL, UnicodeError) as error:
+        if any(hub_secrets.is_unsendable(link) for link in (error, error.__cause__) if link):
+            raise UsageError(f"{uri}: {hub_secrets.UNSENDABLE}") from None
         is_offline = isinstance(error.__cause__ or error, errors.OfflineModeIsEnabled)
         raise Unreachable(uri, error, UsageError if is_offline else TryAgain) from error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qlora_retrain.core import uris, visible_text
 from qlora_retrain.core.errors import Cause, Problem, TryAgain, UsageError
-from qlora_retrain.storage import mirror_access
+from qlora_retrain.storage import hub_secrets, mirror_access
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -54,11 +54,15 @@ class HubRepository:
     """
 
     def __init__(self, name: str) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils.tqdm import disable_progress_bars
+        try:
+            from huggingface_hub import HfApi
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+        except ValueError:  # while it parses HF_ENDPOINT
+            raise UsageError(f"hf://{name}: {hub_secrets.UNSENDABLE}") from None
 
         # They would fill a task's log with pieces of lines.
         disable_progress_bars()
+        hub_secrets.mask_log()
         self.name = name
         self._api = HfApi(endpoint=mirror_access.read("HF_ENDPOINT"), token=mirror_access.read("HF_TOKEN"))
 
@@ -123,12 +127,14 @@ class HubRepository:
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         """Turn every error of the client into one of ours."""
+        from httpx2 import HTTPError, InvalidURL
+
         try:
             yield
         except Problem:
             raise
         # The client wraps errors of its threads in RuntimeError, and reports bad answers as ValueError.
-        except (OSError, RuntimeError, ValueError, _http_error()) as error:
+        except (OSError, RuntimeError, ValueError, HTTPError, InvalidURL) as error:
             self._raise(error)
 
     def _raise(self, error: BaseException) -> NoReturn:
@@ -140,6 +146,8 @@ class HubRepository:
         label = f"hf://{self.name}"
         if any(isinstance(link, errors.OfflineModeIsEnabled) for link in chain):
             raise UsageError(f"{label}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it for this command")
+        if any(hub_secrets.is_unsendable(link) for link in chain):
+            raise UsageError(f"{label}: {hub_secrets.UNSENDABLE}") from None
         # Of a branch that another process has deleted meanwhile.
         if any(isinstance(link, errors.RevisionNotFoundError) for link in chain):
             raise TryAgain(f"{label}: another process mirrors the same version", cause=Cause.CONFLICT) from None
@@ -157,12 +165,6 @@ class HubRepository:
         text = f"answered {status}" if status else f"cannot be reached ({type(chain[-1]).__name__})"
         cause = Cause.CONFLICT if status in (409, 412) else Cause.THROTTLED
         raise TryAgain(f"{label}: the Hub {text}; the next try goes on where this one stopped", cause=cause) from None
-
-
-def _http_error() -> type[Exception]:
-    from httpx2 import HTTPError
-
-    return HTTPError
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ follows production: it gets the tag's files by a second commit, which uploads no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,9 @@ _ATTRIBUTES = ".gitattributes"
 _CHUNK_BYTES = 2**20
 
 
-def mirror_version(store: Store, release: Release, repository: str, *, is_production: bool) -> mirror.Mirrored:
+def mirror_version(
+    store: Store, release: Release, repository: str, *, is_production: Callable[[], bool]
+) -> mirror.Mirrored:
     """Make sure that a repository has a version under its tag, and in `main` if production names it.
 
     Raises:
@@ -51,10 +53,10 @@ def mirror_version(store: Store, release: Release, repository: str, *, is_produc
         # Of a mirror that died after it had created the tag.
         if branch in refs.branches:
             hub.delete_branch(branch)
-    if is_production:
+    if is_current := is_production():
         _move_main(hub, release, commit)
     return mirror.Mirrored(
-        release.version, f"{hub.url}/tree/{release.version}", release.version not in refs.tags, is_production
+        release.version, f"{hub.url}/tree/{release.version}", release.version not in refs.tags, is_current
     )
 
 

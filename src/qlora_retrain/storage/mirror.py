@@ -60,8 +60,14 @@ def mirror(store: Store, line: str, name: str, destination: str) -> Mirrored:
     label = f"{line} {release.version}"
     safety.refuse_foreign((file.path for file in release.files), label)
     version_parts.refuse_other_content(release, label)
-    alias, _ = registry.read_alias(store, line, PRODUCTION)
-    is_production = alias is not None and (alias.version, alias.manifest_sha256) == (release.version, release.sha256)
+
+    def is_production() -> bool:
+        alias, _ = registry.read_alias(store, line, PRODUCTION)
+        return alias is not None and (alias.version, alias.manifest_sha256) == (release.version, release.sha256)
+
+    # A damaged alias is refused before anything is sent. It is read again after that, since an upload takes hours and
+    # somebody may roll back meanwhile.
+    is_production()
 
     if destination == mirrors.MLFLOW:
         from qlora_retrain.storage import mlflow_mirror

@@ -25,10 +25,10 @@ def read(name: str) -> str | None:
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     file = Path(folder) / name if folder else None
+    # Whoever writes a secret by hand ends it with a line break.
     if file is None or not file.exists():
-        return os.environ.get(name) or None
+        return os.environ.get(name, "").strip() or None
     try:
-        # Whoever writes a secret by hand ends it with a line break.
         return file.read_text(encoding="utf-8").strip() or None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read: {type(error).__name__}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +28,7 @@ _MAX_METRICS = 1000
 _MAX_NAME_CHARACTERS = 250
 
 
-def mirror_version(store: Store, release: Release, *, is_production: bool) -> mirror.Mirrored:
+def mirror_version(store: Store, release: Release, *, is_production: Callable[[], bool]) -> mirror.Mirrored:
     """Make sure that MLflow has a version, and that its alias `production` leads there if the store's does.
 
     Raises:
@@ -41,9 +41,9 @@ def mirror_version(store: Store, release: Release, *, is_production: bool) -> mi
     server = MlflowServer()
     with contextlib.closing(server):
         number, is_new = _number_of(server, store, release)
-        if is_production:
+        if is_current := is_production():
             _move_production(server, release.line, number)
-    return mirror.Mirrored(release.version, f"models:/{release.line}/{number}", is_new, is_production)
+    return mirror.Mirrored(release.version, f"models:/{release.line}/{number}", is_new, is_current)
 
 
 def _number_of(server: MlflowServer, store: Store, release: Release) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,6 +147,67 @@ def test_a_byte_level_tokenizer_is_cut_as_before(tiny_model: Path, tmp_path: Pat
     assert llama.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def test_the_frequencies_in_the_files_of_llama_2_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, path = tmp_path / "model", tmp_path / "model.gguf"
+    shutil.copytree(tiny_model, folder)
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | frequencies, weights, metadata={"format": "pt"})
+    gguf_file.write_gguf(folder, path, "gguf-f16")
+    # llama.cpp refuses a file with more tensors than it knows.
+    assert not [tensor.name for tensor in gguf.GGUFReader(path).tensors if "rot" in tensor.name]
+    gguf_file.load_gguf(folder, path, dtype="float32")
+
+
+PHI_3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_white_space_that_a_token_takes_away_is_taken_away_by_llama_cpp_too(tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path, "always")
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    document["added_tokens"][2]["rstrip"] = True  # </s>
+    marks = ["<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
+    first_id = len(document["model"]["vocab"])
+    document["added_tokens"] += [
+        {"id": first_id + i, "content": mark, "rstrip": mark != "<|endoftext|>", **plain}
+        for i, mark in enumerate(marks)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "chat_template.jinja").write_text(PHI_3)
+    write_random_model("llama", {}, tmp_path)
+    assert len(gguf_file.write_gguf(tmp_path, tmp_path / "model.gguf", "gguf-f16")) == 1  # the types alone
+
+    messages = [{"role": "user", "content": "where is my card"}]
+    ids = chat.load_tokenizer(tmp_path).prompt_ids(messages)
+    assert llama_cpp.start_server(tmp_path / "model.gguf").chat_ids(messages) == list(ids)
+
+
+def test_what_a_chat_needs_beside_the_file_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    chat.ChatFormat(system="Be brief.", template_kwargs={"tone": "dry"}, date="2026-01-31").write(folder)
+    _, *notes = gguf_file.write_gguf(folder, tmp_path / "model.gguf", "gguf-f16")
+    assert "training had a system turn" in notes[0]
+    assert '--chat-template-kwargs \'{"tone": "dry"}\'' in notes[1]
+    assert "was 2026-01-31 in training" in notes[2]
+
+
+@pytest.mark.parametrize(("prefix", "begins_with"), [("first", "<|"), ("first", "{{ bos_token }}<|"), ("always", "<|")])
+def test_a_space_before_a_chat_that_llama_cpp_leaves_out_is_told(tmp_path: Path, prefix: Any, begins_with: str) -> None:
+    write_sentencepiece(tmp_path, prefix)
+    turns = "{% for m in messages %}{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}assistant|>"
+    (tmp_path / "chat_template.jinja").write_text(begins_with + turns)
+    write_random_model("llama", {}, tmp_path)
+    _, *notes = gguf_file.write_gguf(tmp_path, tmp_path / "model.gguf", "gguf-f16")
+    assert bool(notes) is (prefix == "first" and begins_with == "<|"), notes
+
+
 def test_merges_that_no_scores_give_are_refused(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path, "never")
     document = gguf_tokenizer.backend_tokenizer(tmp_path)
@@ -186,6 +248,12 @@ def test_the_end_of_a_text_and_of_a_turn_are_both_in_the_file(tmp_path: Path) ->
             {"rope_scaling": {"type": "yarn"}},
             "default or longrope in this family; the base has yarn",
         ),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": GEMMA_3_ROPE | {"sliding_attention": {"rope_type": "linear", "factor": 4.0}}},
+            "no place for rope_parameters.sliding_attention.rope_type: linear",
+        ),
+        ("Gemma2ForCausalLM", {"sliding_window": None}, "no place for sliding_window"),
         ("Qwen2ForCausalLM", {"rope_parameters": LLAMA_3}, "default or linear in this family; the base has llama3"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "no place for partial_rotary_factor"),
         ("Gemma3ForConditionalGeneration", {}, "the base is Gemma3ForConditionalGeneration"),

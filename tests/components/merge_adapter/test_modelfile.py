@@ -104,6 +104,23 @@ def test_a_system_turn_is_in_the_template_wherever_the_model_has_it_and_that_of_
     assert 'SYSTEM """Name the "intent"."""\n' in (folder / "Modelfile").read_text()
 
 
+def test_what_a_modelfile_cannot_hold_is_left_out_and_told(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_format.json").write_text(json.dumps({"system": 'Quote as """.', "stop_tokens": []}))
+    assert read(folder)[0] is not None
+    text = (folder / "Modelfile").read_text()
+    assert "\nSYSTEM" not in text
+    assert "# The system turn of the training has three quotes in a row" in text
+
+    # Go reads the first two of three braces as its mark.
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {{ '{' }}{{ m.content }}}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {{ '{' }}{% endif %}"
+    )
+    assert read(folder)[0] is None
+
+
 def test_a_template_whose_system_turn_has_no_form_is_left_out_where_the_training_had_one(
     tiny_model: Path, tmp_path: Path
 ) -> None:
