@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from qlora_retrain.cli import main
-from qlora_retrain.storage import open_store
+from qlora_retrain.storage import open_store, unfinished_uploads
+from qlora_retrain.storage.collection_mark import read_mark
 from tests.storage.collectable import files_of, write_artifact
+from tests.storage.small_versions import in_child
 
 
 def run(*arguments: object) -> int:
@@ -45,7 +48,20 @@ def test_a_dry_run_lists_and_delete_removes(root_uri: str, capsys: pytest.Captur
     assert {path.split("/")[2] for path in files_of(store)} == {"b" * 64}
 
 
-@pytest.mark.parametrize("days", ["29", "many", "-1"])
+def test_a_timer_that_is_stopped_takes_its_mark_away(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_artifact(open_store(root_uri), "dataset", "a" * 64)
+    monkeypatch.setattr(unfinished_uploads, "find", lambda store: signal.raise_signal(signal.SIGTERM))
+
+    def collect() -> None:
+        assert run("gc", "--root", root_uri, "--delete") == 128 + signal.SIGINT
+
+    assert in_child(collect) == 0
+    mark, _ = read_mark(open_store(root_uri))
+    assert mark is not None
+    assert mark.collection == ""
+
+
+@pytest.mark.parametrize("days", ["29", "many", "-1", "99999999999"])
 def test_runs_are_kept_for_as_long_as_their_plans_count(
     root_uri: str, days: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,3 +74,7 @@ def test_a_misspelled_root_is_no_store_without_garbage(tmp_path: Path, capsys: p
     assert run("gc", "--root", root.as_uri(), "--delete") == 12
     assert "expected the root of a store, found nothing there" in capsys.readouterr().err
     assert not root.exists()
+    # The disk that it is on has folders of its own, which no user of the store may read.
+    (root / "lost+found").mkdir(parents=True)
+    (root / "lost+found" / "a").touch()
+    assert run("gc", "--root", root.as_uri()) == 12

@@ -11,6 +11,7 @@ import pytest
 
 from qlora_retrain.cli.main import main
 from qlora_retrain.core.errors import TryAgain
+from qlora_retrain.pipeline import version_summary
 from qlora_retrain.registry import Registry
 from qlora_retrain.storage import export_folder, open_store, range_download, registry
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Release
@@ -86,6 +87,17 @@ def test_list_show_and_diff_say_who_published_what_and_what_differs(models: Call
 
     assert models("list", "another") == 12
     assert models("show", f"{LINE}@staging") == 12
+
+
+def test_what_an_alias_names_is_listed_beside_the_newest_versions(
+    models: Caller, releases: list[Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (release.version for release in releases)
+    assert models("promote", LINE, first, "--reason", "it was better") == 0
+    monkeypatch.setattr(version_summary, "MAX_VERSIONS", 1)
+    assert models("list", LINE) == 0
+    versions = [line.split() for line in models.out.splitlines() if line.startswith("2026")]
+    assert [(words[0], words[-1]) for words in versions] == [(second, "latest"), (first, "production")]
 
 
 def test_moves_and_rejections_are_the_same_below_models_and_say_so_to_programs(

@@ -73,6 +73,8 @@ def test_an_empty_root_says_that_it_is_empty_and_a_probe_makes_no_folder(tmp_pat
         models.list(LINE)
     with pytest.raises(UsageError, match="expected the root of a store, found no such folder"):
         models.probe()
+    with pytest.raises(UsageError, match="expected the root of a store, found nothing there"):
+        models.gc(delete=True)
     assert not (tmp_path / "misspelled").exists()
     (tmp_path / "misspelled").mkdir()
     models.probe()

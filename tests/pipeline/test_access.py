@@ -23,12 +23,13 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
+from qlora_retrain.cli import main
 from qlora_retrain.config.line import LineConfig, load
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import access, collect, execute, make_plan, policies, run_endings, status
-from qlora_retrain.storage import artifact, open_store, pull
+from qlora_retrain.storage import artifact, collection_mark, open_store, pull
 from qlora_retrain.storage.s3 import S3Store
 from tests.conftest import ticket_rows, write_jsonl
 from tests.policies import Document, is_allowed, is_denied
@@ -531,10 +532,15 @@ def test_a_whole_run_needs_no_more_than_its_roles_have_and_a_step_cannot_publish
     store.write_if_absent(f"artifacts/dataset/{KEY}/lost/train.jsonl", b"{}")
     bucket, prefix = root.removeprefix("s3://").split("/", 1)
     store.client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/artifacts/dataset/{KEY}/lost/big")
+    # A move is under way.
+    aws.become(sessions[access.step_role(graph.step("publish"), config.line)])
+    open_store(root).write_if_absent(collection_mark.moving_path(config.line, release.version), b"{}")
     aws.become(sessions["gc"])
     at = datetime.now(UTC) + timedelta(days=400)
     collection = collect.collect(S3Store(root), is_dry_run=False, at=at)
     assert [item.kind for item in collection.items] == ["attempt", "upload"]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main.main(["gc", "--root", root])
 
     # What moto's IAM does not know: each role's conditions, and the bucket's own policy.
     own = {sessions[role]["AWS_ACCESS_KEY_ID"]: document for role, document in documents.items()}

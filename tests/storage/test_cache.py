@@ -168,11 +168,12 @@ def test_a_folder_in_use_is_left_alone_and_a_lock_that_vanishes_is_no_fault(
 ) -> None:
     parent = node_cache / "work"
     parent.mkdir(parents=True)
-    (parent / "used").mkdir()
+    used = parent / ("0" * 12)
+    used.mkdir()
     # A lock file that another process removes between the listing and the opening.
     real_glob: Callable[..., object] = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*real_glob(self, pattern), self / "gone.lock"])  # type: ignore[misc]
-    with (parent / "used.lock").open("wb") as stream:
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*real_glob(self, pattern), self / f"{'1' * 12}.lock"])  # type: ignore[misc]
+    with used.with_suffix(".lock").open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with cache.work_folder():
-            assert (parent / "used").is_dir()
+            assert used.is_dir()

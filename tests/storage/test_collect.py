@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any
 
 import pytest
 
+from qlora_retrain.config.publish import KeepConfig
 from qlora_retrain.core.errors import TryAgain, UsageError
 from qlora_retrain.pipeline import collect as collect_module
 from qlora_retrain.pipeline import line_versions, plan_hold
 from qlora_retrain.pipeline.collect import Collection, collect
-from qlora_retrain.storage import collection_mark, open_store, registry, unfinished_uploads
+from qlora_retrain.pipeline.stored_names import Documents
+from qlora_retrain.storage import audit, collection_mark, key_admin, open_store, registry, unfinished_uploads
 from qlora_retrain.storage.artifact import manifest_path
 from qlora_retrain.storage.collection_mark import Marker
 from qlora_retrain.storage.s3 import S3Store
 from qlora_retrain.storage.store import NotFound, Store
 from tests.conftest import ticket_rows, write_jsonl
-from tests.storage import collectable
+from tests.storage import collectable, small_versions
 from tests.storage.collectable import LATER, LINE, Collectable, FragileStore, Killed, files_of, plan_of_later
 
 
@@ -302,11 +305,86 @@ def test_every_version_stays_while_nobody_knows_what_an_alias_names(
     assert paths(collection) == {path for path in blueprint.garbage if not path.startswith("models/")}
 
 
+@pytest.fixture
+def local(blueprint: Collectable, tmp_path: Path) -> Collectable:
+    store = open_store((tmp_path / "store").as_uri())
+    collectable.refill(store, blueprint.files)
+    return dataclasses.replace(blueprint, store=store)
+
+
+def test_what_somebody_else_put_into_a_store_stays_and_takes_nothing_elses_place(local: Collectable) -> None:
+    store, folder = local.store, f"models/{LINE}/versions"
+    newest = local.versions[3].version
+    manifest = store.read(f"{folder}/{newest}/manifest.json").data
+    forged = {**json.loads(manifest), "sequence": 10**9}
+    strange = {
+        # A copy that a person made, and what claims to be the newest version.
+        f"{folder}/{newest}.bak/manifest.json": manifest,
+        f"{folder}/20990101T000000Z-{'0' * 12}/manifest.json": json.dumps(forged).encode(),
+        f"{folder}/.DS_Store": b"x",
+        "artifacts/dataset/backup/train/rows.jsonl": b"{}",
+        f"artifacts/old/dataset/{'e' * 64}/rows.jsonl": b"{}",
+    }
+    for path, data in strange.items():
+        store.write_if_absent(path, data)
+    # The number of versions to keep is written in the plan by a later release.
+    plan = f"runs/{local.new.run_id}/plan.json"
+    document = json.loads(store.read(plan).data)
+    for step in document["steps"]:
+        if "keep" in step["config"]:
+            step["config"]["keep"]["tagged"] = True
+    store.swap(plan, json.dumps(document).encode(), store.read(plan).tag)
+
+    assert paths(collect(store, is_dry_run=False, at=LATER)) == local.garbage
+    assert strange.keys() <= files_of(store).keys()
+
+
+def test_the_files_of_a_version_that_an_alias_names_wait_for_its_lost_manifest(local: Collectable) -> None:
+    version = local.versions[1].version
+    local.store.delete([f"models/{LINE}/versions/{version}/manifest.json"])
+    collection = collect(local.store, is_dry_run=False, at=LATER)
+    assert paths(collection) == local.garbage
+    assert f"{version}: an alias or a plan names it, and its manifest is lost" in collection.notes[0]
+
+
+def test_no_alias_that_the_publisher_did_not_sign_decides_what_goes(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "signed").as_uri())
+    key_admin.create(store, [LINE])
+    releases = [small_versions.publish(store, number) for number in (1, 2, 3)]
+    alias = audit.alias_path(LINE, "production")
+    in_production = registry.move_alias(store, LINE, "production", releases[0], reason="a test", is_verified=True)
+    assert in_production is not None
+
+    def reasons() -> Mapping[str, str]:
+        policy = KeepConfig(versions=1, days=1)
+        return line_versions.read_line_versions(Documents(store), LINE, policy, [], [], LATER).reasons
+
+    # A forged document, and an old one, each beside a newer entry of the trail.
+    forged = in_production.model_copy(update={"version": releases[2].version, "moves": (), "generation": 9})
+    store.write_if_absent(audit.entry_path(LINE, "production", forged), forged.model_dump_json().encode())
+    first = next(path for path in files_of(store) if "/audit/00000001-production-" in path)
+    for document in (forged.model_dump_json().encode(), store.read(first).data):
+        store.swap(alias, document, store.read(alias).tag)
+        assert releases[0].version in reasons()
+
+
+def test_what_may_not_be_removed_does_not_keep_all_else(local: Collectable, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "a").touch()
+    refused = f"artifacts/dataset/{'f' * 64}"
+    (tmp_path / "store" / refused / "winner" / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(UsageError, match=r"/winner/link: is a link; .*; 1 of the items could not be removed, and all"):
+        collect(local.store, is_dry_run=False, at=LATER)
+    assert {"/".join(path.split("/")[:3]) for path in files_of(local.store)} & local.garbage == {refused}
+    assert paths(collect(local.store, is_dry_run=True, at=LATER)) == {f"{refused}/winner"}
+    assert (tmp_path / "outside" / "a").exists()
+
+
 def test_uploads_that_were_never_finished_go(built: Collectable) -> None:
     store = built.store
     if isinstance(store, S3Store):
         bucket, prefix = store.uri.removeprefix("s3://").split("/", 1)
-        for key in (f"{prefix}/artifacts/big", "another store/big"):
+        for key in (f"{prefix}/artifacts/big", "another store/big", f"{prefix}/of others/big"):
             store.client.create_multipart_upload(Bucket=bucket, Key=key)
         expected = "artifacts/big"
     else:

@@ -19,6 +19,7 @@ import pytest
 from qlora_retrain.core.errors import TryAgain, UsageError
 from qlora_retrain.storage import export, open_store, pull, pulled_folder
 from qlora_retrain.storage.atomic_files import disk_errors
+from qlora_retrain.storage.local import LocalStore
 from qlora_retrain.storage.store import Store
 from tests.storage import small_versions
 from tests.storage.small_versions import EXPORT, LINE, REFERENCE, files_of, in_child, publish, pulled_files
@@ -237,6 +238,21 @@ def test_a_pull_that_waits_for_another_one_says_so(
         waiting.result()
     assert "is under way: this one waits" in text
     assert pulled_files(tmp_path / "model") == files_of(1)
+
+
+class CollectedStore(LocalStore):
+    """A store from which a collection removes a version while it is read."""
+
+    def read_range(self, path: str, start: int, size_bytes: int) -> bytes:
+        self.delete([entry.path for entry in self.list(path.rpartition("/versions/")[0])])
+        return super().read_range(path, start, size_bytes)
+
+
+def test_a_version_that_is_collected_during_a_pull_is_not_called_broken(store: Store, tmp_path: Path) -> None:
+    version = publish(store, 1).version
+    with pytest.raises(TryAgain, match=f"{version}: was removed while this pulled it, .* run the same command again"):
+        pull.pull(CollectedStore(store.uri), f"{LINE}@{version}", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_destination_that_is_removed_during_a_pull_means_try_again(

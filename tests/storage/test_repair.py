@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from qlora_retrain.core.errors import IntegrityError, UsageError
+from qlora_retrain.core.errors import IntegrityError, TryAgain, UsageError
 from qlora_retrain.storage import artifact, audit, key_admin, open_store, registry, repair
 from qlora_retrain.storage.artifact import Manifest
+from qlora_retrain.storage.local import LocalStore
 from qlora_retrain.storage.registry import LATEST, PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import Store
 from tests.storage import small_versions
@@ -135,6 +137,21 @@ def test_files_of_a_version_come_again_from_its_artifacts(local_store: Store, re
     assert mend(local_store) == [(release.version, True)] * 2
     registry.verify_version(local_store, release)
     assert state(local_store).generation == 3
+
+
+class CollectedStore(LocalStore):
+    """A store whose artifacts a collection removes while files are copied from them."""
+
+    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
+        pairs = list(pairs)
+        self.delete([source for source, _ in pairs])
+        super().copy(pairs)
+
+
+def test_an_artifact_that_is_collected_while_a_version_is_mended_is_no_bug_of_ours(local_store: Store) -> None:
+    path_of(local_store, publish_with_artifact(local_store), WEIGHTS).unlink()
+    with pytest.raises(TryAgain, match=r"was removed while a file of version .* run the same command again"):
+        mend(CollectedStore(local_store.uri))
 
 
 def test_an_alias_whose_version_is_lost_for_good_goes_back(local_store: Store, releases: list[Release]) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_retrain.cli.options import Options
 from qlora_retrain.core.arguments import store_root
-from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.visible_text import escape_controls
 
 if TYPE_CHECKING:
@@ -37,20 +36,20 @@ def add_verbs(verbs: Any, options: Options) -> None:
 
 
 def _run_days(text: str) -> int:
-    # A plan counts for 30 days.
-    if not text.isdecimal() or int(text) < 30:
-        raise argparse.ArgumentTypeError(f"expected a whole number of days, 30 at least, found {text!r}")
+    # A plan counts for 30 days; a larger number than that of a century is a slip of the finger.
+    if not text.isdecimal() or not 30 <= int(text) <= 36_500:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of days, 30 at least and 36500 at most, found {text!r}"
+        )
     return int(text)
 
 
 def _gc(args: argparse.Namespace) -> int:
+    from qlora_retrain.core import signals
     from qlora_retrain.pipeline.collect import collect
     from qlora_retrain.storage import open_store
 
     store = open_store(store_root(args))
-    # A timer with a misspelled root would otherwise report for years that there is nothing to do.
-    if next(iter(store.children("")), None) is None:
-        raise UsageError(f"{store.uri}: expected the root of a store, found nothing there; correct --root")
 
     def print_item(item: Item) -> None:
         if not args.json:
@@ -58,7 +57,9 @@ def _gc(args: argparse.Namespace) -> int:
             text = f"{verb} {item.path}  {_format_size(item.size_bytes)}: {item.reason}"
             print(escape_controls(text), flush=True)
 
-    collection = collect(store, is_dry_run=not args.delete, run_days=args.run_days, on_removed=print_item)
+    # A timer's machine may stop it. It takes its mark away then, for which others would wait.
+    with signals.terminate_as_interrupt():
+        collection = collect(store, is_dry_run=not args.delete, run_days=args.run_days, on_removed=print_item)
     if not args.delete:
         for item in collection.items:
             print_item(item)

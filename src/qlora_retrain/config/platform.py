@@ -22,7 +22,7 @@ from qlora_retrain.config.gpus import CardName, GpuConfig
 from qlora_retrain.config.mirrors import MirrorConfig, Mirrors
 from qlora_retrain.config.notify import HookConfig, LineName, NotifyConfig
 from qlora_retrain.config.yaml_reader import load_section
-from qlora_retrain.core import images, source_access
+from qlora_retrain.core import images, source_access, uris
 from qlora_retrain.core.aliases import PRODUCTION
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.core.graph import Image
@@ -42,7 +42,6 @@ DEFAULT_PRIORITY = 1
 # With `auto` a pod gets what the planner estimates for its step, when the pod is created.
 MemoryGib = Annotated[float, Field(gt=0.0, le=4096)] | Literal["auto"]
 DiskGib = Annotated[float, Field(gt=0.0, le=65_536)] | Literal["auto"]
-_STORE_FOLDERS = ("artifacts", "histories", "models", "runs", "scratch")
 
 
 class ImagesConfig(Section):
@@ -245,7 +244,7 @@ class PlatformConfig(Section):
             return SourceAccess()
         own = (own_folder.as_uri(),) if own_folder else ()
         try:
-            closed = [source_access.canonical(f"{root}/{name}") for name in _STORE_FOLDERS] if root else []
+            closed = [source_access.canonical(f"{root}/{name}") for name in uris.STORE_FOLDERS] if root else []
         except ValueError as error:
             raise UsageError(f"{root}: {error}") from error
         return SourceAccess((*self.sources, *own), tuple(closed), str(self._origin))

@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 from qlora_retrain.core import source_access
 from qlora_retrain.core.errors import UsageError
 
+# The folders of a store that hold files of any size.
+STORE_FOLDERS = ("artifacts", "histories", "models", "runs", "scratch")
 # User info, or what could be user info. A password may hold a /, so it reaches up to the last @; the first branch
 # leaves hf:// out, whose commit follows an @ of its own.
 _USER = re.compile(r"""(?<!hf)://[^\s/'"][^\s'"]*@|://[^\s/'"]*@|://[^\s/'"]*:[^\s'"]*""")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from qlora_retrain.core import uris
 from qlora_retrain.core.errors import Cause, TryAgain, UsageError
 from qlora_retrain.pipeline import garbage
 from qlora_retrain.pipeline.garbage import Item
@@ -27,6 +28,7 @@ from qlora_retrain.storage.unfinished_uploads import UnfinishedUpload
 _BATCH_ITEMS = 200
 # Reading plans and aliases takes longer than the mark holds: a store that hardly answers.
 _MAX_ROUNDS = 3
+_MAX_RUN_DAYS = 36_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,16 @@ def collect(
         on_removed: Is told of each item that is gone.
 
     Raises:
-        UsageError: If `run_days` is less than a plan counts, plans are signed and this process has no keys of the
-            store, or it may not list or remove something.
+        UsageError: If there is no store, `run_days` is less than a plan counts, plans are signed and this process has
+            no keys of the store, or it may not list or remove something; what it may remove is removed before.
         TryAgain: If another collection is under way.
     """
-    if run_days < PLAN_DAYS:
-        raise UsageError(f"run_days: expected {PLAN_DAYS} at least, as long as a plan counts, found {run_days}")
+    if not PLAN_DAYS <= run_days <= _MAX_RUN_DAYS:
+        raise UsageError(
+            f"run_days: expected {PLAN_DAYS} at least, as long as a plan counts, and {_MAX_RUN_DAYS} at most, found "
+            f"{run_days}"
+        )
+    _refuse_empty(store)
     at, documents = at or datetime.now(UTC), Documents(store)
     names = read_names(documents, at)
     if is_dry_run:
@@ -82,18 +88,24 @@ def collect(
     names = read_names(documents, at)
     removed: list[Item] = []
     spared: list[Item] = []
+    refusals: list[UsageError] = []
     try:
         for batch in _batches(garbage.find(documents, names, at, run_days)):
-            going, staying = _remove_batch(documents, marker, batch, at)
-            removed += going
+            going, staying = _mark_batch(documents, marker, batch, at)
             spared += staying
-            for item in going:
+            # Only this has to happen soon after the mark: from here on nobody finds what goes.
+            batch_removed, problems = _remove(store, going)
+            removed += batch_removed
+            refusals += problems
+            for item in batch_removed:
                 on_removed(item)
 
         for upload in _old_uploads(store, at):
             unfinished_uploads.abort(store, [upload])
             removed.append(_upload_item(upload))
             on_removed(removed[-1])
+        if refusals:
+            raise UsageError(f"{refusals[0]}; {len(refusals)} of the items could not be removed, and all others were")
     except (UsageError, KeyboardInterrupt):
         # No request is under way. After any other error one may be, so the mark stays until it is old.
         marker.end()
@@ -102,24 +114,47 @@ def collect(
     return Collection(at, tuple(removed), tuple(spared), names.notes)
 
 
-def _remove_batch(
+def _refuse_empty(store: Store) -> None:
+    """Refuse a misspelled root: a timer would report for years that there is nothing to do."""
+    # The root itself may not be listed by the role `gc`, and a disk has folders of its own there, such as lost+found.
+    if not any(True for folder in uris.STORE_FOLDERS for _ in store.children(folder)):
+        raise UsageError(f"{store.uri}: expected the root of a store, found nothing there; correct the root")
+
+
+def _mark_batch(
     documents: Documents, marker: Marker, batch: Sequence[Item], at: datetime
 ) -> tuple[list[Item], list[Item]]:
-    """Remove what nothing names by now; return what went, and what stays."""
+    """Mark a batch; return what nothing names by now, which goes, and what stays."""
     for _ in range(_MAX_ROUNDS):
         marker.write({item.name for item in batch if item.name})
         names = read_names(documents, at)
         if not marker.may_remove():
             continue
         going = [item for item in batch if not garbage.is_named(item, names)]
-        # Only this has to happen soon after the mark: from here on nobody finds what goes.
-        documents.store.delete([path for item in going for path in item.first])
-        documents.store.delete([path for item in going for path in item.files])
         return going, [item for item in batch if item not in going]
     raise TryAgain(
         f"{documents.store.uri}: reading the plans and aliases takes longer than a collection may take; run again",
         cause=Cause.THROTTLED,
     )
+
+
+def _remove(store: Store, items: Sequence[Item]) -> tuple[Sequence[Item], list[UsageError]]:
+    """Remove items; return those that are gone, and an error for each that this process may not remove."""
+    try:
+        store.delete([path for item in items for path in item.first])
+        store.delete([path for item in items for path in item.files])
+        return items, []
+    except UsageError:
+        # Of one item, perhaps: of a line that this role does not know, or with a link that somebody put there.
+        removed, refusals = [], []
+    for item in items:
+        try:
+            store.delete(item.first)
+            store.delete(item.files)
+            removed.append(item)
+        except UsageError as error:
+            refusals.append(error)
+    return removed, refusals
 
 
 def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

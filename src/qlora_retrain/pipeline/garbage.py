@@ -94,10 +94,12 @@ def _versions(documents: Documents, names: Names, at: datetime) -> Iterator[Item
 def _artifacts(documents: Documents, names: Names, at: datetime) -> Iterator[Item]:
     for (artifact, key), entries in _by_folder(documents.store.list("artifacts"), 2):
         folder = f"artifacts/{artifact}/{key}"
+        if not is_hash(key):
+            continue
         manifest = next((entry for entry in entries if entry.path == f"{folder}/_manifest.json"), None)
         # Even where no plan names it: a step that died before its plan was found again may have just made it.
         if manifest is not None and key not in names.hashes:
-            if is_hash(key) and _is_old(entries, at, ATTEMPT_DAYS):
+            if _is_old(entries, at, ATTEMPT_DAYS):
                 reason = "no plan that counts and no version that stays names it"
                 yield _item("artifact", folder, reason, key, entries, [manifest.path])
             continue

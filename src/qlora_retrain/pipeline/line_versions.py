@@ -2,8 +2,9 @@
 
 All stay while an alias is lost or damaged. Otherwise those stay whatever their age that an alias names, named in its
 last moves (a rollback goes there) or rejected, that a plan that counts names, that somebody is moving an alias to, and
-the anchor of each that stays. Of the others the newest `publish.keep.versions` stay, and those younger than
-`publish.keep.days`.
+the anchor of each that stays; so do the files of one whose manifest is lost, since a backup may have it. Of the others
+the newest `publish.keep.versions` stay, and those younger than `publish.keep.days`. Among the newest, a version counts
+that the line's publisher signed: no other folder takes the place of one.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 
 from qlora_retrain.config.publish import KeepConfig
 from qlora_retrain.core.aliases import is_alias_name
+from qlora_retrain.core.errors import IntegrityError
 from qlora_retrain.pipeline.stored_names import Documents, hashes_in, stamped_in, time_of
-from qlora_retrain.storage import audit
-from qlora_retrain.storage.store import Entry
+from qlora_retrain.storage import audit, keys, signatures
+from qlora_retrain.storage.registry_documents import Alias, Release
+from qlora_retrain.storage.store import Entry, Store
 
 # An announced move counts for so long.
 _MOVE_DAYS = 1
@@ -52,6 +55,7 @@ class _Manifest:
     content_hash: str | None
     anchor: str | None
     sequence: int
+    is_genuine: bool
 
 
 def read_line_versions(
@@ -73,59 +77,65 @@ def read_line_versions(
         at: The time.
     """
     files: dict[str, list[Entry]] = defaultdict(list)
-    pinning: list[Entry] = []
-    newest_moves: dict[str, Entry] = {}
+    moving: list[str] = []
+    moves: dict[str, list[Entry]] = defaultdict(list)
     aliases: dict[str, Entry] = {}
     for entry in documents.store.list(f"models/{line}"):
         folder, _, path = entry.path.removeprefix(f"models/{line}/").partition("/")
         if folder == "versions":
             files[path.partition("/")[0]].append(entry)
         elif folder == "aliases":
-            pinning.append(entry)
             aliases[path.removesuffix(".json")] = entry
         elif folder == "moving" and _age(entry, at) < timedelta(days=_MOVE_DAYS):
-            pinning.append(entry)
+            moving.append(entry.path)
         elif folder == "audit":
-            # An alias's document that was lost is in its newest entry. The names of entries sort by generation.
-            newest_moves[audit.alias_of_entry(path) or f"./{path}"] = entry
+            # The names of entries sort by generation.
+            moves[audit.alias_of_entry(path) or f"./{path}"].append(entry)
 
-    texts = [documents.read(entry) for entry in (*pinning, *newest_moves.values())]
-    texts += [entry.path for entry in pinning if "/moving/" in entry.path]
+    # An announced move has the version in its name; what is in it, the role `gc` may not read.
+    texts = [documents.read(entry) for entry in aliases.values()] + moving
+    # An alias's document that was lost, or replaced by an old one, is in its newest entry.
+    for entries in moves.values():
+        texts += _newest_state(documents, entries)
     manifests = {
-        name: _parse(documents.read(entry))
+        name: _parse(documents.store, line, name, documents.read(entry))
         for name, entries in files.items()
         for entry in entries
         if entry.path == f"models/{line}/versions/{name}/manifest.json"
     }
-    note = _lost_aliases(documents, line, aliases, newest_moves) if manifests else ""
+    note = _lost_aliases(documents, line, aliases, moves) if manifests else ""
     if note:
         policy = None
     elif policy is None and files:
         note = f"{line}: no plan in the store says how many versions stay; all do"
-    reasons = dict(_reasons(manifests, policy, texts, set(planned_hashes), set(planned_versions), at))
+    named, planned = stamped_in(*texts), set(planned_versions)
+    reasons = dict(_reasons(manifests, policy, named, planned, hashes_in(*texts) | set(planned_hashes), at))
     _add_anchors(reasons, manifests)
+    notes = [note] if note else []
+    for name in sorted((named | planned) & files.keys() - manifests.keys()):
+        reasons[name] = "an alias or a plan names it, and its manifest is lost"
+        notes.append(f"{line}: {name}: {reasons[name]}; its files stay, so that a backup of the manifest mends it")
     return LineVersions(
         files=dict(files),
         reasons=reasons,
         complete=frozenset(manifests),
-        manifests=tuple(manifests[name].text for name in reasons),
-        notes=(note,) if note else (),
+        manifests=tuple(manifests[name].text for name in reasons if name in manifests),
+        notes=tuple(notes),
     )
 
 
 def _reasons(
     manifests: Mapping[str, _Manifest],
     policy: KeepConfig | None,
-    texts: list[str],
-    hashes: set[str],
+    named: set[str],
     planned: set[str],
+    pinned_hashes: set[str],
     at: datetime,
 ) -> Iterator[tuple[str, str]]:
     """Yield each version that stays without being an anchor, and why."""
-    named, pinned_hashes = stamped_in(*texts), hashes_in(*texts) | hashes
     # As releases of this code order versions: by the sequence that they state, then by their time.
-    ordered = sorted(manifests, key=lambda name: (manifests[name].sequence, name), reverse=True)
-    for position, name in enumerate(ordered):
+    num_newer = 0
+    for name in sorted(manifests, key=lambda name: (manifests[name].sequence, name), reverse=True):
         if policy is None:
             yield name, "nothing says how many versions stay, or which of them an alias names"
         elif name in named:
@@ -136,33 +146,45 @@ def _reasons(
             yield name, "its manifest cannot be read"
         elif manifests[name].content_hash in pinned_hashes:
             yield name, "its content is rejected, or named by a plan"
-        elif position < policy.versions:
+        elif num_newer < policy.versions:
             yield name, f"one of the newest {policy.versions}"
         elif at - time_of(name) < timedelta(days=policy.days):
             yield name, f"younger than {policy.days} days"
+        num_newer += manifests[name].is_genuine
+
+
+def _newest_state(documents: Documents, entries: list[Entry]) -> Iterator[str]:
+    """Yield the entries of an alias from the newest one back to one that says what it named, whoever wrote others."""
+    for entry in reversed(entries):
+        yield documents.read(entry)
+        if _is_state(documents, entry):
+            return
 
 
 def _lost_aliases(
-    documents: Documents, line: str, aliases: Mapping[str, Entry], newest_moves: Mapping[str, Entry]
+    documents: Documents, line: str, aliases: Mapping[str, Entry], moves: Mapping[str, list[Entry]]
 ) -> str:
     """Return a sentence about aliases that are lost or damaged, so that nobody knows what they name; else nothing."""
-    names = sorted(filter(is_alias_name, aliases.keys() | newest_moves.keys()))
+    names = sorted(filter(is_alias_name, aliases.keys() | moves.keys()))
     if not names:
         return f"{line}: no alias names a version, and no audit entry says that one did; all versions stay"
-    lost = [name for name in names if name not in aliases or not _names_version(documents.read(aliases[name]))]
+    lost = [name for name in names if name not in aliases or not _is_state(documents, aliases[name])]
     if not lost:
         return ""
     command = audit.repair_command(documents.store, line)
     return f"{line}: {', '.join(lost)}: lost or damaged; all versions stay until it is mended: {command}"
 
 
-def _names_version(text: str) -> bool:
-    """Return whether a document says which version an alias names."""
+def _is_state(documents: Documents, entry: Entry) -> bool:
+    """Return whether a document says which version an alias names, in the words of the line's publisher."""
+    path, role = entry.path, keys.publish_role(entry.path.split("/")[1])
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
+        signatures.parse(
+            documents.store, path, documents.read(entry).encode(), Alias, role, signed_path=signatures.signed_path(path)
+        )
+    except (IntegrityError, ValueError):
         return False
-    return isinstance(document, dict) and isinstance(document.get("version"), str)
+    return True
 
 
 def _add_anchors(reasons: dict[str, str], manifests: Mapping[str, _Manifest]) -> None:
@@ -175,7 +197,7 @@ def _add_anchors(reasons: dict[str, str], manifests: Mapping[str, _Manifest]) ->
             names.append(anchor)
 
 
-def _parse(text: str) -> _Manifest:
+def _parse(store: Store, line: str, name: str, text: str) -> _Manifest:
     """Read a manifest leniently: what is not understood stays."""
     try:
         fields: dict[str, Any] = dict(json.loads(text))
@@ -187,7 +209,18 @@ def _parse(text: str) -> _Manifest:
         content_hash=content if isinstance(content, str) else None,
         anchor=anchor if isinstance(anchor, str) else None,
         sequence=sequence if isinstance(sequence, int) else 0,
+        is_genuine=_is_genuine(store, line, name, text),
     )
+
+
+def _is_genuine(store: Store, line: str, name: str, text: str) -> bool:
+    """Return whether a manifest is that of this version, signed by the line's publisher where the store has keys."""
+    path = f"models/{line}/versions/{name}/manifest.json"
+    try:
+        release = signatures.parse(store, path, text.encode(), Release, keys.publish_role(line))
+    except (IntegrityError, ValueError):
+        return False
+    return (release.line, release.version) == (line, name)
 
 
 def _age(entry: Entry, at: datetime) -> timedelta:

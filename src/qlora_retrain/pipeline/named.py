@@ -109,39 +109,42 @@ def _policies(
     """Return how many versions of each line stay, and the newest run of each line without a plan that counts."""
     policies: dict[str, KeepConfig] = {}
     for run in counting:
-        if plan := _verified_plan(documents, run, runs[run]):
-            policies[plan.line] = _longest(policies.get(plan.line), _keep(plan))
+        if policy := _verified_policy(documents, run, runs[run]):
+            line, keep = policy
+            policies[line] = _longest(policies.get(line), keep)
 
     missing, newest_runs = set(lines) - policies.keys(), set[str]()
     for run in sorted(runs.keys() - counting, reverse=True):
         if not missing:
             break
-        plan = _verified_plan(documents, run, runs[run])
-        if plan is not None and plan.line in missing:
-            policies[plan.line] = _keep(plan)
+        policy = _verified_policy(documents, run, runs[run])
+        if policy is not None and policy[0] in missing:
+            line, keep = policy
+            policies[line] = keep
             newest_runs.add(run)
-            missing.remove(plan.line)
+            missing.remove(line)
     return policies, newest_runs
 
 
-def _verified_plan(documents: Documents, run: str, entries: Iterable[Entry]) -> Plan | None:
-    """Return a run's plan; None where it has none, or one that says nothing that counts."""
+def _verified_policy(documents: Documents, run: str, entries: Iterable[Entry]) -> tuple[str, KeepConfig] | None:
+    """Return the line of a run's plan, and how many of its versions stay; None where no plan says so that counts."""
     store, path = documents.store, plan_path(run)
     text = next((documents.read(entry) for entry in entries if entry.path == path), "")
     if not text:
         return None
     # A plan of another release, or one that the planner did not sign, still keeps what it names.
-    with contextlib.suppress(IntegrityError, ValueError):
+    with contextlib.suppress(IntegrityError, ValueError, TypeError, StopIteration):
         plan = signatures.parse(store, path, text.encode(), Plan, keys.PLANNER)
         signatures.refuse_unverified(store, path, plan.signature)
-        return plan
+        return plan.line, _keep(plan)
     return None
 
 
 def _keep(plan: Plan) -> KeepConfig:
     config = plan.step(graph.producer_name("release")).config
-    # Plans of before this setting take its default.
-    return KeepConfig.model_validate(config.get("keep", {}))
+    # Plans of before this setting take its default; a later release may say more of it.
+    keep = dict(config.get("keep", {}))
+    return KeepConfig.model_validate({name: keep[name] for name in KeepConfig.model_fields if name in keep})
 
 
 def _longest(policy: KeepConfig | None, further: KeepConfig) -> KeepConfig:

@@ -21,7 +21,7 @@ _STEPS = tuple(graph.producer_name(artifact) for artifact in ("dataset", "base_n
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """Yield a sentence for each of the newest rejections of the alias that the run moves, the newest first."""
+    """Yield a sentence for the newest rejections of the alias that the run moves: one that holds for this run first."""
     store, alias = open_store(plan.root), _alias(plan)
     try:
         state, _ = registry.read_alias(store, plan.line, alias)
@@ -30,7 +30,9 @@ def notes(plan: Plan) -> Iterator[str]:
         yield f"what was rejected cannot be read: {error}"
         return
     recipe = recipe_of(plan)
-    for rejection in rejected[::-1][:_MAX_REJECTIONS]:
+    # However old it is, the one of this recipe decides; beside newer ones alone the run would seem to be allowed.
+    by_weight = sorted(rejected, key=lambda rejection: _has_recipe(rejection, recipe))
+    for rejection in by_weight[::-1][:_MAX_REJECTIONS]:
         text = f"rejected for {alias}: {rejection.version}, by {rejections.describe(rejection)}"
         yield visible_text.escape_controls(f"{text}; {_comparison(store, plan, recipe, rejection)}".replace("\n", " "))
 
@@ -54,9 +56,14 @@ def _alias(plan: Plan) -> str:
     return publish.get("promote_to") or registry.PRODUCTION
 
 
+def _has_recipe(rejection: Rejection, recipe: dict[str, Any]) -> bool:
+    """Return whether a rejection holds for a recipe."""
+    return rejection.recipe is not None and rejection.recipe == recipes.key_of(recipe)
+
+
 def _comparison(store: Store, plan: Plan, recipe: dict[str, Any], rejection: Rejection) -> str:
     """Return how this run's recipe differs from that of a rejected version."""
-    if rejection.recipe is not None and rejection.recipe == recipes.key_of(recipe):
+    if _has_recipe(rejection, recipe):
         return (
             "this run has the same recipe, so its version will not be promoted (11), whatever bytes training gives; "
             "change the data, the base model, or a setting of training or merging"

@@ -72,7 +72,7 @@ class LineSummary:
     Attributes:
         line: The line.
         aliases: Alias by name.
-        versions: The newest versions, or those that aliases name; the newest first.
+        versions: The newest versions, unless it is brief, and those that aliases name; the newest first.
         num_versions: The number of all versions, of those without a manifest too.
         faults: A sentence for each alias or version that cannot be shown.
     """
@@ -93,12 +93,14 @@ class LineSummary:
 
 
 def read_line(store: Store, line: str, *, is_brief: bool = False) -> LineSummary:
-    """Read a line's aliases and its newest versions; a brief summary has only the versions that aliases name."""
+    """Read a line's aliases, the versions that they name, and its newest ones, which a brief summary does not have."""
     aliases, faults = read_aliases(store, line)
     names = sorted(store.children(f"models/{line}/versions"), reverse=True)
-    chosen_names = [name for name in names if not is_brief or any(name == state.version for state in aliases.values())]
+    newest_names = [] if is_brief else names[:MAX_VERSIONS]
+    # What production names may be older, where many candidates after it were refused.
+    chosen_names = {*newest_names, *(state.version for state in aliases.values())} & set(names)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        entries = list(pool.map(partial(_read_version, store, line), chosen_names[:MAX_VERSIONS]))
+        entries = list(pool.map(partial(_read_version, store, line), sorted(chosen_names, reverse=True)))
     summaries = (entry for entry in entries if isinstance(entry, VersionSummary))
     versions = tuple(sorted(summaries, key=lambda entry: entry.release.order, reverse=True))
     faults += [entry for entry in entries if isinstance(entry, str)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +22,9 @@ from qlora_retrain.core import hashing
 from qlora_retrain.core.errors import IntegrityError, UsageError
 from qlora_retrain.storage import atomic_files, cache_room, plain_files
 from qlora_retrain.storage.artifact import File
+
+# The name of a folder that a step writes in. Where the disk is shared, another lock file there is somebody else's.
+_WORK_NAME = re.compile(r"[0-9a-f]{12}")
 
 
 def cache_folder() -> Path:
@@ -137,6 +141,8 @@ def _folder_in(parent: Path) -> Iterator[Path]:
     with atomic_files.disk_errors(parent):
         atomic_files.make_folder(parent)
     for stale in parent.glob("*.lock"):
+        if not _WORK_NAME.fullmatch(stale.stem):
+            continue
         # Another process may remove it, lock it or own it meanwhile: then it is not ours to clean.
         with contextlib.suppress(OSError), stale.open("rb+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -25,8 +26,8 @@ from qlora_retrain.core.errors import UsageError
 from qlora_retrain.storage import atomic_files
 
 SIZE_VARIABLE = "QLORA_RETRAIN_CACHE_GIB"
-# Folders of the cache that hold no inputs.
-_OWN_FOLDERS = ("work", "locks")
+# The name of an input's folder, a hash. A person may share the disk, and keeps other folders there: they stay.
+_KEY = re.compile(r"[0-9a-f]{64}")
 # What is being removed; a process that was killed leaves it, and the next one removes it.
 _EVICTED = ".evicted-"
 # The locks that this process holds, by the folder that is in use. The last list is that of the step under way.
@@ -68,9 +69,13 @@ def until_the_end_of_a_step() -> Iterator[None]:
 
 
 def make_room(cache: Path, size_bytes: int) -> None:
-    """Evict folders that nobody uses, until so many bytes more fit into the cache, or none is left."""
+    """Evict folders that nobody uses, until so many bytes more fit into the cache and on its disk, or none is left."""
     sizes_bytes = {folder: _size_bytes(folder) for folder in _inputs(cache)}
     excess_bytes = sum(sizes_bytes.values()) + size_bytes - _limit_bytes(cache)
+    # What others have on the disk may leave less room than the cache may take.
+    free_bytes = atomic_files.free_bytes(cache)
+    if free_bytes is not None:
+        excess_bytes = max(excess_bytes, size_bytes - free_bytes)
     for folder in sorted(sizes_bytes, key=lambda folder: _last_use(cache, folder)):
         if excess_bytes <= 0:
             return
@@ -87,9 +92,9 @@ def _limit_bytes(cache: Path) -> float:
     Raises:
         UsageError: If the environment has no number.
     """
+    atomic_files.make_folder(cache)
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
-        atomic_files.make_folder(cache)
         # A file system without a size sets no limit.
         return shutil.disk_usage(cache).total / 2 or math.inf
     try:
@@ -104,12 +109,20 @@ def _limit_bytes(cache: Path) -> float:
 def _inputs(cache: Path) -> Iterator[Path]:
     """Yield the folders of the cache's inputs; remove what an eviction that was killed has left."""
     for name in atomic_files.visible_entries(cache):
-        if name.is_dir(follow_symlinks=False) and name.name not in _OWN_FOLDERS:
-            for entry in atomic_files.visible_entries(name.path):
+        if name.is_dir(follow_symlinks=False):
+            for entry in _entries_of_ours(name.path):
                 if entry.name.startswith(_EVICTED):
                     shutil.rmtree(entry.path, ignore_errors=True)
-                elif entry.is_dir(follow_symlinks=False):
+                elif _KEY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     yield Path(entry.path)
+
+
+def _entries_of_ours(folder: str) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder; none where it is somebody else's, as is the lost+found of a disk."""
+    try:
+        return atomic_files.visible_entries(folder)
+    except PermissionError:
+        return []
 
 
 def _size_bytes(folder: Path) -> int:

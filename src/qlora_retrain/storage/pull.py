@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_retrain.core import aliases, hashing, safety
-from qlora_retrain.core.errors import IntegrityError, Problem, TryAgain, UsageError
+from qlora_retrain.core.errors import Cause, IntegrityError, Problem, TryAgain, UsageError
 from qlora_retrain.storage import (
     artifact,
     audit,
@@ -223,6 +223,12 @@ def _assemble(store: Store, planned: _Planned, folder: PulledFolder) -> Path:
     except Problem as problem:
         # What was interrupted is of use to the next pull; bytes that differ are not.
         folder.discard(version if isinstance(problem, IntegrityError) else None)
+        if isinstance(problem, IntegrityError) and MANIFEST not in store.children(source):
+            raise TryAgain(
+                f"{store.uri}/{source}: was removed while this pulled it, as a collection of garbage does; run the "
+                "same command again",
+                cause=Cause.INPUT_MISSING,
+            ) from problem
         raise
     return version
 

@@ -64,9 +64,9 @@ def _find_in_bucket(store: S3Store) -> Iterator[UnfinishedUpload]:
         pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=below)
         for page in pages:
             for item in page.get("Uploads", ()):
-                # Some servers ignore the prefix.
-                if item["Key"].startswith(below):
-                    path = item["Key"].removeprefix(below)
+                path = item["Key"].removeprefix(below)
+                # Some servers ignore the prefix, and somebody else may use the bucket beside a store in its root.
+                if item["Key"].startswith(below) and path.partition("/")[0] in uris.STORE_FOLDERS:
                     yield UnfinishedUpload(path, item["UploadId"], item["Initiated"].timestamp())
 
 

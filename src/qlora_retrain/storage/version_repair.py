@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from qlora_retrain.core import graph
-from qlora_retrain.core.errors import IntegrityError
+from qlora_retrain.core.errors import Cause, IntegrityError, TryAgain
 from qlora_retrain.storage import artifact, audit, release_files, versions
 from qlora_retrain.storage.artifact import File, Manifest
 from qlora_retrain.storage.registry_documents import Release
@@ -52,6 +52,7 @@ def verify_or_repair(store: Store, release: Release, *, is_dry_run: bool = False
 
     Raises:
         IntegrityError: If a file differs that no artifact has any more, or one is none that a version may have.
+        TryAgain: If an artifact is removed while it is copied.
     """
     folder = versions.version_folder(release.line, release.version)
     faults = list(versions.faults(store, folder, release.files))
@@ -65,7 +66,14 @@ def verify_or_repair(store: Store, release: Release, *, is_dry_run: bool = False
                     "again"
                 )
         if not is_dry_run:
-            store.copy([(sources[file.sha256], f"{folder}/{file.path}") for file, _ in faults])
+            try:
+                store.copy([(sources[file.sha256], f"{folder}/{file.path}") for file, _ in faults])
+            except NotFound as error:
+                raise TryAgain(
+                    f"{error}: was removed while a file of version {release.version} was copied from it; run the same "
+                    "command again",
+                    cause=Cause.INPUT_MISSING,
+                ) from error
             # Hashed where consumers will read them.
             if difference := versions.first_fault(store, folder, [file for file, _ in faults]):
                 raise IntegrityError(f"{store.uri}/{folder}/{difference[0].path}: {difference[1]} after it was mended")

@@ -16,7 +16,8 @@ from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
 from qlora_retrain.core.outcome import StepResult
 from qlora_retrain.pipeline import execute, explain, make_plan
 from qlora_retrain.pipeline.plan import Plan
-from qlora_retrain.storage import artifact, open_store, pull, registry
+from qlora_retrain.storage import artifact, open_store, pull, registry, rejections
+from qlora_retrain.storage.registry import Alias, Rejection
 from qlora_retrain.storage.store import Store
 
 Steps = dict[str, Callable[..., StepResult]]
@@ -473,6 +474,17 @@ def test_a_version_of_before_whose_bytes_changed_is_mended_from_its_artifacts_or
     assert version_of_alias(store, "staging") is None
 
 
+def reject_by_name(store: Store, version: str) -> None:
+    """Reject a version for production whose manifest was lost."""
+    rejection = Rejection(version=version, content_hash=None, reason="another", actor="a test", at="2026-01-01")
+
+    def next_state(state: Alias | None) -> Alias | None:
+        assert state is not None
+        return registry.stamped(rejections.add(state, rejection), state, "reject", "another", "a test")
+
+    registry.change_alias(store, "intents", "production", next_state)
+
+
 def test_a_rejected_recipe_stays_rejected_whatever_bytes_a_retraining_gives(
     new_plan: Callable[..., Plan], run_all: RunAll, small_steps: Steps, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,3 +520,8 @@ def test_a_rejected_recipe_stays_rejected_whatever_bytes_a_retraining_gives(
         changed
     )
     assert run_all(changed)["publish"] == 0
+
+    # Rejections that came later hide none that holds for a run.
+    for number in range(3):
+        reject_by_name(store, f"2026010{number + 1}T000000Z-{'0' * 12}")
+    assert "(it swears); this run has the same recipe" in explain.as_text(new_plan("train.learning_rate=2e-3"))

@@ -68,8 +68,8 @@ def line_page(line: LineSummary, urls: Urls, target: str | None, runs: Sequence[
     )
     hidden = line.num_versions - len(line.versions)
     note = (
-        [f"The newest {MAX_VERSIONS} of {line.num_versions} versions are shown."]
-        if hidden > 0 and len(line.versions) == MAX_VERSIONS
+        [f"The newest {MAX_VERSIONS} of {line.num_versions} versions are shown, and those that aliases name."]
+        if hidden > 0 and len(line.versions) >= MAX_VERSIONS
         else []
     )
     return pages.document(
