@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 from xdist.remote import Producer
 
@@ -42,12 +41,6 @@ os.environ.setdefault("XDG_STATE_HOME", os.environ["XDG_CONFIG_HOME"])
 os.environ.pop("QLORA_RETRAIN_KEYS", None)
 # The store of tests that name none. Without it Airflow's tasks write their endings where `make run` has its store.
 os.environ["QLORA_RETRAIN_ROOT"] = Path(os.environ["XDG_CONFIG_HOME"], "store").as_uri()
-
-# The same examples in every run, however slow the machine is. `--hypothesis-profile=default` looks for further ones.
-hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("repeatable")
 
 INTENTS = ("refund", "delivery", "login")
 PHRASES = {

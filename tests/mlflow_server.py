@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_retrain.demo import host
 from qlora_retrain.pipeline.code_identity import project_root
 
 ENVIRONMENT = project_root() / ".state" / "mlflow"
@@ -22,28 +22,33 @@ _START_SECONDS = 300
 
 
 def install() -> Path:
-    """Install MLflow, once; return its program."""
-    program = ENVIRONMENT / "bin" / "mlflow"
-    if not program.exists():
+    """Install MLflow, once; return the Python that has it.
+
+    The program `mlflow` names that Python by its path, so it does not run where the folder was moved or is a link.
+    """
+    if not (ENVIRONMENT / "bin" / "mlflow").exists():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         pip = [ENVIRONMENT / "bin" / "pip", "install", "-q", "--only-binary", ":all:"]
         subprocess.run([*pip, f"mlflow=={VERSION}", "boto3"], check=True)
-    return program
+    return ENVIRONMENT / "bin" / "python"
 
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[str]:
     """Run a server that keeps everything below a folder; yield its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, reservation = host.reserve_port()
+    with reservation:
+        yield from _serve(folder, port)
+
+
+def _serve(folder: Path, port: int) -> Iterator[str]:
     # Without artifacts and jobs, for which it would start further processes.
     options = ["--no-serve-artifacts", "--default-artifact-root", (folder / "artifacts").as_uri(), "--workers", "1"]
     database = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PYTHONPATH"))}
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
-            [install(), "server", "--host", "127.0.0.1", "--port", str(port), *database, *options],
+            [install(), "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *database, *options],
             env={**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdout=log,
             stderr=subprocess.STDOUT,

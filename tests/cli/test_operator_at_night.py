@@ -177,7 +177,7 @@ def test_an_alias_that_somebody_led_out_of_the_line_hides_nothing_else(
 def test_entries_of_a_long_trail_are_read_side_by_side(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1, 5):
         small_versions.publish(store, number)
-    read, pair = type(store).read, threading.Barrier(2, timeout=10)
+    read, pair = type(store).read, threading.Barrier(2, timeout=90)
 
     def read_together(self: Store, path: str) -> Document:
         if "/audit/" in path:

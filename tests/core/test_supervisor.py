@@ -10,6 +10,8 @@ from pathlib import Path
 
 from qlora_retrain.core import supervisor
 
+# However busy the machine is, what is waited for comes sooner.
+PATIENCE_SECONDS = 90.0
 # Prints "ready", counts the SIGTERMs, and ends one second after the first, as a step that saves its work does.
 GRACEFUL = """
 import signal, sys, time
@@ -26,7 +28,7 @@ print("terms", count, flush=True)
 sys.exit(75)
 """
 STUBBORN = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(99)"
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(999)"
 )
 
 
@@ -39,7 +41,7 @@ def start(program: str, grace_seconds: float = 30) -> subprocess.Popen[str]:
     return process
 
 
-def has_ended(pid: int, seconds: float = 5.0) -> bool:
+def has_ended(pid: int, seconds: float = PATIENCE_SECONDS) -> bool:
     """Wait until the process is gone or a zombie; return False if it still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -55,7 +57,7 @@ def has_ended(pid: int, seconds: float = 5.0) -> bool:
 def test_the_commands_exit_code_is_passed_on_and_a_signal_is_128_plus_it() -> None:
     for program, code in (("raise SystemExit(11)", 11), ("import os; os.kill(os.getpid(), 9)", 137)):
         with start(program) as process:
-            assert process.wait(10) == code
+            assert process.wait(PATIENCE_SECONDS) == code
 
 
 def test_a_stopped_command_gets_one_sigterm_and_the_time_to_save() -> None:
@@ -63,7 +65,7 @@ def test_a_stopped_command_gets_one_sigterm_and_the_time_to_save() -> None:
     process.terminate()
     time.sleep(0.3)
     process.terminate()
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert (output, process.returncode) == ("terms 1\n", 75)
 
 
@@ -71,20 +73,21 @@ def test_a_command_that_ignores_sigterm_is_killed_after_the_grace() -> None:
     process = start(STUBBORN, grace_seconds=0.3)
     started = time.monotonic()
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    # By itself it would have ended with 0, after more than the patience.
     assert process.returncode == 137
-    assert 0.3 <= time.monotonic() - started < 5
+    assert time.monotonic() - started >= 0.3
 
 
 def test_what_the_command_leaves_behind_goes_with_it() -> None:
     # The grandchild makes a process group of its own, as Airflow's tasks do.
     program = (
         "import os, subprocess, sys; "
-        "p = subprocess.Popen([sys.executable, '-c', 'import os,time; os.setpgid(0, 0); time.sleep(99)'],"
+        "p = subprocess.Popen([sys.executable, '-c', 'import os,time; os.setpgid(0, 0); time.sleep(999)'],"
         " stdout=subprocess.DEVNULL); print(p.pid)"
     )
     process = start(program)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert has_ended(int(output))
 
 
@@ -92,7 +95,7 @@ def test_when_the_parent_is_killed_the_command_is_asked_to_stop() -> None:
     parent = (
         "import subprocess, sys, time; from qlora_retrain.core import supervisor\n"
         f"command = supervisor.supervised_command([sys.executable, '-c', {GRACEFUL!r}], grace_seconds=30)\n"
-        "p = subprocess.Popen(command, start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(99)"
+        "p = subprocess.Popen(command, start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(999)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
 
@@ -102,7 +105,7 @@ def test_when_the_parent_is_killed_the_command_is_asked_to_stop() -> None:
     supervisor_pid = int((first_lines - {"ready"}).pop())
     process.kill()
     # Ends when the last process that holds the pipe does, which is the command.
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
 
     assert output == "terms 1\n"
     assert has_ended(supervisor_pid)

@@ -102,7 +102,7 @@ def in_kfp() -> Callable[..., subprocess.CompletedProcess[str]]:
             pytest.fail(f"{KFP_PYTHON} is missing; make it with: make setup")
         variables = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), **environment}
         command = [str(KFP_PYTHON), *map(str, arguments)]
-        return subprocess.run(command, input=text, env=variables, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, input=text, env=variables, capture_output=True, text=True, timeout=300)
 
     return run
 

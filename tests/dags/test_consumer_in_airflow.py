@@ -28,7 +28,8 @@ from qlora_retrain.pipeline import execute, make_plan
 from qlora_retrain.pipeline.plan import Plan
 from qlora_retrain.storage import audit, open_store, registry
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow]
+# Airflow starts in each of these files, and beside a busy program that alone may take minutes.
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.timeout(3600)]
 WAIT_SECONDS = 500.0
 UserApi = Callable[[str], AirflowApi]
 

@@ -84,7 +84,7 @@ class Tasks:
         return command_line
 
     def execute(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *command[1:]], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, *command[1:]], cwd=PROJECT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from qlora_retrain.storage import open_store, registry
 from qlora_retrain.storage.registry import PRODUCTION, Alias, Release
 from qlora_retrain.storage.store import Store
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow]
+# Airflow starts in each of these files, and beside a busy program that alone may take minutes.
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.timeout(3600)]
 WAIT_SECONDS = 400.0
 
 

@@ -15,7 +15,7 @@ from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers with the statuses of `answers`, one after the other, and keeps what was asked."""
+    """Answers with the statuses of `answers`, one after the other, with 0 nothing at all; keeps what was asked."""
 
     answers: ClassVar[list[int]] = []
     requests: ClassVar[list[tuple[str, dict[str, object]]]] = []
@@ -26,7 +26,11 @@ class Server(BaseHTTPRequestHandler):
         self.requests.append((self.command, body))
         self.tokens.append(self.headers.get("Authorization"))
         answer = {"detail": "the reason", "dag_run_id": "another", "access_token": str(len(self.requests))}
-        self.send_response(self.answers.pop(0))
+        status = self.answers.pop(0)
+        if not status:
+            self.connection.recv(1)
+            return
+        self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
@@ -51,6 +55,13 @@ def test_what_a_busy_database_refuses_is_asked_for_again(api: AirflowApi) -> Non
     api.unpause("tickets")
     api.dag("tickets")
     assert [method for method, _ in Server.requests] == ["PATCH"] * 3 + ["GET"] * 2
+
+
+def test_a_server_that_is_too_busy_to_answer_is_asked_again(api: AirflowApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(airflow_api, "TIMEOUT_SECONDS", 1.0)
+    Server.answers = [0, *[200] * 4]
+    api.dag("tickets")
+    assert len(Server.requests) > 1
 
 
 @pytest.mark.parametrize("answers", [[200], [500, 200], [500, 409], [503, 500, 409]])

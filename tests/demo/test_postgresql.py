@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qlora_retrain.demo import host
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.soak]
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]
 # Debian's place; initdb and the server refuse to run as root.
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 
@@ -25,7 +25,7 @@ def as_server_user(*command: object, folder: Path) -> None:
     arguments = [str(part) for part in command]
     if os.geteuid() == 0:
         arguments = ["runuser", "-u", "postgres", "--", *arguments]
-    result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
@@ -40,10 +40,8 @@ def database() -> Iterator[str]:
     folder = Path(subprocess.check_output(["mktemp", "-d", "/tmp/qlora-retrain-postgresql-XXXXXX"], text=True).strip())
     if os.geteuid() == 0:
         os.chown(folder, pwd.getpwnam("postgres").pw_uid, -1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    control = (BINARIES / "pg_ctl", "-D", folder / "data", "-w", "-t", "30")
+    port, reservation = host.reserve_port()
+    control = (BINARIES / "pg_ctl", "-D", folder / "data", "-w", "-t", "240")
     options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
     try:
         as_server_user(BINARIES / "initdb", "-D", folder / "data", "-A", "trust", "-U", "airflow", "-N", folder=folder)
@@ -53,6 +51,7 @@ def database() -> Iterator[str]:
     finally:
         if (folder / "data" / "postmaster.pid").exists():
             as_server_user(*control, "-m", "immediate", "stop", folder=folder)
+        reservation.close()
         shutil.rmtree(folder)
 
 

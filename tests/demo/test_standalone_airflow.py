@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,10 +22,13 @@ import pytest
 
 from qlora_retrain.core import graph
 from qlora_retrain.core.errors import UsageError
-from qlora_retrain.demo import airflow_api, run
+from qlora_retrain.demo import airflow_api, host, run
 from qlora_retrain.demo.airflow_api import AirflowApi, AirflowApiError
 from qlora_retrain.demo.standalone_airflow import MARKER_VARIABLE, StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
+
+# Airflow starts here, and beside a busy program that alone may take minutes.
+pytestmark = pytest.mark.timeout(3600)
 
 
 def write_line(folder: Path, tickets: Path, model: Path) -> None:
@@ -147,7 +151,8 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(airflow: StandaloneAir
 @pytest.mark.slow
 def test_a_run_that_is_ahead_of_the_demos_is_ended(airflow: StandaloneAirflow) -> None:
     """Airflow may start a run of its own while the demo asks for one, and a line has one run at a time."""
-    ahead, own = (airflow.api.trigger("tickets", {"dry_run": True}) for _ in range(2))
+    # Whole runs, which a slow test does not find ended by themselves.
+    ahead, own = (airflow.api.trigger("tickets") for _ in range(2))
     run.end_other_runs(airflow, "tickets", own)
     assert airflow.api.dag_run("tickets", ahead)["state"] == "failed"
     assert airflow.api.dag_run("tickets", own)["state"] in ("queued", "running")
@@ -210,7 +215,7 @@ def test_a_killed_driver_leaves_nothing_running(tmp_path: Path, rows: Path, tiny
         descendants = psutil.Process(process.pid).children(recursive=True)
         assert len(descendants) > 6
         process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while (survivors := [p for p in descendants if is_alive(p)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert survivors == []
@@ -257,7 +262,7 @@ def test_a_request_names_the_loopback_once(hosts: list[bytes], expected: int) ->
 def test_another_name_than_the_loopbacks_gets_no_answer(airflow: StandaloneAirflow, path: str, host: str) -> None:
     def status(name: str) -> int:
         server = urllib.parse.urlsplit(airflow.url).netloc
-        connection = http.client.HTTPConnection(server, timeout=30)
+        connection = http.client.HTTPConnection(server, timeout=120)
         connection.request("GET", path, headers={"Host": name.format(port=server.partition(":")[2])})
         with contextlib.closing(connection):
             return connection.getresponse().status
@@ -314,6 +319,31 @@ def test_settings_of_another_airflow_do_not_reach_this_one(tmp_path: Path, monke
     assert "AIRFLOW_CONFIG" not in settings
     assert settings["AIRFLOW__API__HOST"] == "127.0.0.1"
     assert settings[MARKER_VARIABLE] != StandaloneAirflow(tmp_path)._marker
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_a_server_that_is_told_it_listens_there() -> None:
+    port, reservation = host.reserve_port()
+    with reservation:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=10)
+        # The system gives a port of its choice only to whom it would also give it by number.
+        with socket.socket() as another, pytest.raises(OSError, match="Address already in use"):
+            another.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)):
+            socket.create_connection(("127.0.0.1", port), timeout=10).close()
+
+
+def test_what_is_killed_by_its_mark_is_gone_when_that_returns() -> None:
+    marker = f"the mark of test process {os.getpid()}"
+    # Much memory, which the kernel takes back before the process has ended.
+    program = "import time; memory = b'x' * 2**28; print(flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, MARKER_VARIABLE: marker}, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        host.kill_marked_processes(marker)
+        assert not is_alive(psutil.Process(process.pid))
 
 
 def test_a_server_that_is_not_there_is_a_connection_error() -> None:

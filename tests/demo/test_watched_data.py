@@ -16,7 +16,8 @@ from qlora_retrain.demo.airflow_api import AirflowApiError
 from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 from qlora_retrain.pipeline.plan import Plan
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow]
+# Airflow starts in each of these files, and beside a busy program that alone may take minutes.
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.timeout(3600)]
 # The project's DAG file, with watchers that look every second: the shortest time that a line can set is a minute.
 DAG_FILE = """
 import functools, runpy
@@ -62,7 +63,7 @@ def airflow(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_model: Pa
         for line in schedules:
             standalone.wait_for_dag(line)
         standalone.api.unpause("landing")
-        wait_until(lambda: num_watchers_that_looked(standalone) == 1, 60)
+        wait_until(lambda: num_watchers_that_looked(standalone) >= 1, 300)
         yield standalone
 
 
@@ -89,7 +90,7 @@ def dag_runs(airflow: StandaloneAirflow) -> list[dict[str, Any]]:
 def test_a_file_that_lands_starts_one_run_and_the_other_line_none(airflow: StandaloneAirflow, data: Path) -> None:
     assert dag_runs(airflow) == []  # what lay there when the line was switched on is not new
     add_file(data, "second.jsonl")
-    wait_until(lambda: bool(dag_runs(airflow)), 60)
+    wait_until(lambda: bool(dag_runs(airflow)), 300)
     (run,) = dag_runs(airflow)
     assert (run["run_type"], run["logical_date"]) == ("asset_triggered", None)
     assert airflow.api.wait_until_finished("landing", run["dag_run_id"], timeout_seconds=500) == "failed"
@@ -128,7 +129,7 @@ def test_a_triggerer_that_was_killed_loses_no_change_and_repeats_none(airflow: S
     add_file(data, "third.jsonl")  # while nobody looks
     airflow._start_process("triggerer")
 
-    wait_until(lambda: len(dag_runs(airflow)) == before + 1, 150)
+    wait_until(lambda: len(dag_runs(airflow)) == before + 1, 600)
     run = dag_runs(airflow)[-1]
     assert airflow.api.wait_until_finished("landing", run["dag_run_id"], timeout_seconds=500) == "failed"
     time.sleep(5)  # several looks

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -260,9 +261,11 @@ def test_a_destination_that_is_removed_during_a_pull_means_try_again(
 ) -> None:
     publish(store, 1)
     read_range = type(store).read_range
+    # All files of the version are on the way when the folder goes, and no thread removes what the next pull makes.
+    together = threading.Barrier(len(files_of(1)), lambda: shutil.rmtree(tmp_path / "model"), timeout=120)
 
     def removes_it(store: Store, path: str, start: int, size_bytes: int) -> bytes:
-        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        together.wait()
         return read_range(store, path, start, size_bytes)
 
     with monkeypatch.context() as patch:

@@ -22,6 +22,7 @@ TIMEOUT_SECONDS = 30.0
 # uses, refuses a write while another process writes, and the API answers 500.
 _MAX_TRIES = 5
 _PAUSE_SECONDS = 1.0
+_GATEWAY_TIMEOUT = 504
 FINAL_STATES = ("success", "failed")
 # The demo Airflow's only user.
 USER = "admin"
@@ -121,6 +122,10 @@ class AirflowApi:
                 raise AirflowApiError(error.code, f"Airflow refused {method} {path}: {_error_detail(error)}") from error
         except URLError as error:
             raise ConnectionError(f"{self.url}: {error.reason}") from error
+        # Of a server that is there, but busy: asked for again where that is safe, as after a 5xx.
+        except TimeoutError as error:
+            message = f"Airflow did not answer {method} {path} within {TIMEOUT_SECONDS:g} seconds"
+            raise AirflowApiError(_GATEWAY_TIMEOUT, message) from error
 
     def health(self) -> dict[str, Any]:
         """Return the state of each component of Airflow."""

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -28,10 +29,11 @@ from qlora_retrain.core import supervisor
 from qlora_retrain.core.errors import UsageError
 from qlora_retrain.demo.airflow_api import USER, AirflowApi, AirflowApiError
 from qlora_retrain.demo.host import MARKER_VARIABLE as MARKER_VARIABLE
-from qlora_retrain.demo.host import acquire_lock, free_port, kill_marked_processes, tail
+from qlora_retrain.demo.host import acquire_lock, kill_marked_processes, reserve_port, tail
 from qlora_retrain.pipeline import code_identity
 
-START_SECONDS = 180.0
+# Four processes import for minutes where other programs use the processor; one of them that ends is said at once.
+START_SECONDS = 600.0
 AIRFLOW_COMMANDS = {
     "api-server": ("api-server",),
     "scheduler": ("scheduler", "--skip-serve-logs"),
@@ -85,6 +87,7 @@ class StandaloneAirflow:
         self.password = secrets.token_urlsafe(24)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock: IO[str] | None = None
+        self._reservation: socket.socket | None = None
 
     def __enter__(self) -> StandaloneAirflow:
         try:
@@ -109,7 +112,8 @@ class StandaloneAirflow:
         self.home.chmod(0o700)  # the logs and the database too
         # Before anything is started, because one SQLite database cannot serve two schedulers.
         self._lock = acquire_lock(self.home)
-        self._port = self._port or free_port()
+        if not self._port:
+            self._port, self._reservation = reserve_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.api = AirflowApi(self.url, self.password)
         self._environment = self._build_environment()
@@ -160,6 +164,8 @@ class StandaloneAirflow:
 
         # A step's supervisor runs in a session of its own, so it may have outlived the scheduler.
         kill_marked_processes(self._marker)
+        if self._reservation is not None:
+            self._reservation.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -149,7 +149,9 @@ def test_apprise_reaches_its_services_and_a_service_that_fails_is_an_error(
     receiver: Any, connect: Callable[..., None]
 ) -> None:
     address = receiver.url.removeprefix("http://")
-    connect("chat", conn_type="apprise", extra={"config": {"path": f"json://{address}/T0KEN", "tag": "ops"}})
+    connect(
+        "chat", conn_type="apprise", extra={"config": {"path": f"json://{address}/T0KEN?cto=60&rto=60", "tag": "ops"}}
+    )
     delivery.deliver("apprise", "chat", MESSAGE)
     (document,) = receiver.documents
     assert (document["title"], document["type"]) == ("tickets: published (1-abc)", "success")

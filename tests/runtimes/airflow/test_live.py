@@ -17,7 +17,8 @@ from qlora_retrain.demo.standalone_airflow import StandaloneAirflow
 from tests import hub_repository
 from tests.hub_repository import HubRepository
 
-pytestmark = [pytest.mark.airflow, pytest.mark.slow]
+# Airflow starts in each of these files, and beside a busy program that alone may take minutes.
+pytestmark = [pytest.mark.airflow, pytest.mark.slow, pytest.mark.timeout(3600)]
 KEY = "whsec_" + "QUJD" * 10
 LABELS = {
     "data": {"task": "labels", "eval_fraction": 0.3, "max_length_tokens": 256},
@@ -76,6 +77,8 @@ def airflow(
         "HF_HUB_DISABLE_XET": "1",
         "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps(transport),
         "AIRFLOW__OPENLINEAGE__NAMESPACE": "retrain",
+        # Of an event that takes longer nothing is written, and by default that is ten seconds.
+        "AIRFLOW__OPENLINEAGE__EXECUTION_TIMEOUT": "120",
     }
     with StandaloneAirflow(folder / "home", environment=environment) as airflow:
         triggerer = [sys.executable, "-m", "airflow", "triggerer", "--skip-serve-logs"]
@@ -107,7 +110,7 @@ def published(airflow: StandaloneAirflow) -> str:
     return run_id
 
 
-def wait_for(is_there: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(is_there: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not is_there() and time.monotonic() < deadline:
         time.sleep(0.2)

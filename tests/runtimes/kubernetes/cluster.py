@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
 
     Attributes:
         used_verbs: (verb, resource) of every request that the operator made.
+        counts: How often it made each of them.
         logs: The log of each pod, by name.
         force_deleted: The pods that were deleted with a grace period of 0.
         waits_for_kubelet: New pods outlive their deletion until `finish_deletions`, as a pod does that saves its work.
@@ -46,6 +48,7 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
         self.used_verbs: set[tuple[str, str]] = set()
+        self.counts: Counter[tuple[str, str]] = Counter()
         self.logs: dict[str, str] = {}
         self.force_deleted: list[str] = []
         self.waits_for_kubelet = False
@@ -60,6 +63,7 @@ class Emulator(kmock.KubernetesEmulator):  # type: ignore[misc]
         verb = VERBS.get(method) or ("get" if request.name else "watch" if watching else "list")
         if request.headers.get("User-Agent") != TEST_USER_AGENT:
             self.used_verbs.add((verb, resource))
+            self.counts[verb, resource] += 1
 
         if method in self.rejections and self.rejection_counts.get(method, 1) > 0:
             status, message = self.rejections[method]
@@ -126,7 +130,7 @@ class FakeCluster:
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(90)
 
         # The token is a canary: tests search for it in every place that a person can read.
         cluster = {"name": "c", "cluster": {"server": self.url}}
@@ -154,7 +158,7 @@ class FakeCluster:
     def close(self) -> None:
         self.api.api_client.close()
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(90)
         self._loop.close()
 
     def pods(self) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ class SpoiledS3:
 
     def close(self) -> None:
         self._server.shutdown()
-        self._thread.join(10)
+        self._thread.join(90)
         self._server.server_close()
         self._pool.clear()
 

@@ -10,13 +10,16 @@ import importlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qlora_retrain.core.endings import Ending
 from qlora_retrain.core.errors import Cause
 from qlora_retrain.pipeline.plan import Plan
+
+if TYPE_CHECKING:
+    from tests.runtimes.kubernetes.cluster import FakeCluster
 
 
 def task_context(plan: Plan, try_number: int = 1, total_tries: int = 9) -> dict[str, Any]:
@@ -60,6 +63,17 @@ def first_event(deferred: Any) -> dict[str, Any]:
         raise AssertionError("the trigger ended without an event")
 
     return asyncio.run(first())
+
+
+async def wait_for_looks(cluster: FakeCluster, times: int = 2) -> None:
+    """Wait until a trigger has asked so many times more for the pod and for its log.
+
+    The second time of both it has dealt with what it got at the first, however slow the machine is.
+    """
+    counts = cluster.emulator.counts
+    ends = {request: counts[request] + times for request in (("get", "pods"), ("get", "pods/log"))}
+    while any(counts[request] < end for request, end in ends.items()):
+        await asyncio.sleep(0.05)
 
 
 def resume(deferred: Any, task: Any, context: dict[str, Any]) -> None:

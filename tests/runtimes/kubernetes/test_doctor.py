@@ -21,7 +21,7 @@ from tests.runtimes.kubernetes.applied_cluster import applied_cluster
 from tests.runtimes.kubernetes.misconfigurations import FURTHER, TEN, Misconfiguration, Scene
 from tests.runtimes.kubernetes.spoiled_s3 import spoiled_s3
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 MANIFESTS = project_root() / "manifests"
 SECRET = "canary-doctor-8c11"
 

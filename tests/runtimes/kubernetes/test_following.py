@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -147,8 +147,8 @@ def test_a_pod_that_still_saves_is_waited_for_and_there_are_never_two(
 
     pod_counts = []
     kubelet = threading.Timer(2, cluster.finish_deletions)
-    kubelet.start()
     started = time.monotonic()
+    kubelet.start()
     run_until_deferred(make_task(), task_context(plan, try_number=2))
     pod_counts.append(len(cluster.pods()))
     kubelet.join()

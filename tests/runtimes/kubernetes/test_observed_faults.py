@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qlora_retrain.pipeline.plan import Plan
-from tests.runtimes.kubernetes.tasks import failure_of, rebuild_trigger, resume, run_until_deferred, task_context
+from tests.runtimes.kubernetes.tasks import (
+    failure_of,
+    rebuild_trigger,
+    resume,
+    run_until_deferred,
+    task_context,
+    wait_for_looks,
+)
 
 if TYPE_CHECKING:
     from tests.runtimes.kubernetes.cluster import FakeCluster
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 NAMESPACE = "qlora-retrain"
 LOG_IS_GONE = "unable to retrieve container logs for containerd://9f1c2e"
@@ -33,18 +40,21 @@ NOT_PERMITTED = (
 )
 
 
-def event_while(deferred: Any, act: Callable[[], None], *, is_ended: Callable[[], None]) -> dict[str, Any]:
+def event_while(
+    cluster: FakeCluster, deferred: Any, act: Callable[[], None], *, is_ended: Callable[[], None]
+) -> dict[str, Any]:
     """Run the trigger; act and, after it has looked at the pod again, let the pod end; return the trigger's event."""
 
     async def run() -> dict[str, Any]:
         trigger = rebuild_trigger(deferred)
         trigger.logging_interval = 0.1  # seconds
         event = asyncio.create_task(anext(trigger.run()))
-        await asyncio.sleep(0.5)
+        await wait_for_looks(cluster)
         act()
         await asyncio.sleep(1)
+        await wait_for_looks(cluster)
         is_ended()
-        payload: dict[str, Any] = (await asyncio.wait_for(event, 30)).payload
+        payload: dict[str, Any] = (await asyncio.wait_for(event, 90)).payload
         return payload
 
     return asyncio.run(run())
@@ -80,7 +90,7 @@ def test_a_preempted_pod_that_is_gone_at_once_leaves_its_reason_and_its_last_lin
         cluster.emulator.logs[name] = "2026-01-31T03:01:02.5Z saved at step 412\n"
         cluster.set_status(name, conditions=[PREEMPTION])
 
-    event = event_while(deferred, preempt, is_ended=lambda: cluster.api.delete_namespaced_pod(name, NAMESPACE))
+    event = event_while(cluster, deferred, preempt, is_ended=lambda: cluster.api.delete_namespaced_pod(name, NAMESPACE))
     assert [record for record in caplog.records if record.exc_info] == []
     (container,) = event["observation"]["pod"]["spec"]["containers"]
     assert set(container) == {"name", "image", "resources"}, "no variables: the event is in Airflow's database"
@@ -125,7 +135,7 @@ def test_a_pod_that_was_killed_for_memory_and_is_gone_gets_more_memory(
     deferred = run_until_deferred(make_task(), task_context(plan))
     cluster.start_container()
     event = event_while(
-        deferred, lambda: None, is_ended=lambda: cluster.end_container(137, container_reason="OOMKilled")
+        cluster, deferred, lambda: None, is_ended=lambda: cluster.end_container(137, container_reason="OOMKilled")
     )
     cluster.api.delete_namespaced_pod(deferred.trigger.pod_name, NAMESPACE)
     continue_task(make_task(), deferred, event, task_context(plan))
@@ -174,7 +184,7 @@ def test_what_is_no_log_is_not_copied_as_one_while_the_pod_is_followed(
     cluster.emulator.logs[deferred.trigger.pod_name] = LOG_IS_GONE
     cluster.emulator.logs_fail = failure == "refused"
     cluster.start_container()
-    event = event_while(deferred, lambda: None, is_ended=lambda: cluster.end_container(75))
+    event = event_while(cluster, deferred, lambda: None, is_ended=lambda: cluster.end_container(75))
     assert (event["status"], event["last_log_time"]) == ("failed", None)
     assert event["observation"]["last_lines"] == []
 
@@ -187,7 +197,7 @@ def test_a_clock_that_is_ahead_loses_no_log(
     cluster.start_container()
     cluster.emulator.logs[deferred.trigger.pod_name] = "2026-01-31T03:01:02.5Z epoch 3\n"
     deferred.trigger.last_log_time = ahead
-    event = event_while(deferred, lambda: None, is_ended=lambda: cluster.end_container(1))
+    event = event_while(cluster, deferred, lambda: None, is_ended=lambda: cluster.end_container(1))
     assert event["observation"]["last_lines"] == ["epoch 3"]
 
     event["last_log_time"] = ahead
@@ -223,11 +233,11 @@ def test_a_log_request_without_an_answer_does_not_end_the_waiting(
 ) -> None:
     from qlora_retrain.runtimes.airflow import pod_trigger
 
-    monkeypatch.setattr(pod_trigger, "_LOG_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(pod_trigger, "_LOG_TIMEOUT_SECONDS", 0.5)
     deferred = run_until_deferred(make_task(), task_context(plan))
     cluster.start_container()
     cluster.emulator.logs_hang = True
-    event = event_while(deferred, lambda: None, is_ended=lambda: cluster.end_container(75))
+    event = event_while(cluster, deferred, lambda: None, is_ended=lambda: cluster.end_container(75))
     assert event["status"] == "failed"
     assert event["observation"]["followed_seconds"] > 1
     assert ("get", "pods/log") in cluster.emulator.used_verbs

@@ -156,7 +156,7 @@ def test_without_auto_a_pod_is_what_it_was_and_nothing_is_estimated(
     assert sizes_of(render_pod(plan, "train_qlora", profile(), RuntimeConfig()))[0] == "64Gi"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_pod_that_is_killed_for_memory_gets_more_than_the_estimate(
     cluster: FakeCluster, make_task: Callable[..., Any], plan_in: Callable[..., Plan], tmp_path: Path
 ) -> None:

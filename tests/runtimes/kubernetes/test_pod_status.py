@@ -11,6 +11,7 @@ from moto.server import ThreadedMotoServer
 
 from qlora_retrain.core import endings
 from qlora_retrain.core.errors import Cause
+from qlora_retrain.demo import host
 from qlora_retrain.pipeline.plan import Plan
 from tests.runtimes.kubernetes.tasks import failure_of, resume, run_until_deferred, task_context, written_ending
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 NO_DRIVER = (
     "failed to create containerd task: nvidia-container-cli: initialization error: nvml error: driver not loaded"
@@ -195,16 +196,16 @@ class Bucket:
     """A local S3 that can be stopped and started again; moto keeps its objects in this process."""
 
     def __init__(self) -> None:
-        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        # While nobody listens there, no other program gets the port.
+        self.port, self.reservation = host.reserve_port()
+        self.start()
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
         self.server.start()
-        _, self.port = self.server.get_host_and_port()
 
     def stop(self) -> None:
         self.server.stop()
-
-    def restart(self) -> None:
-        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self.server.start()
 
 
 @pytest.fixture
@@ -215,10 +216,11 @@ def bucket(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bu
     boto3.client("s3").create_bucket(Bucket="models")
     yield bucket
     bucket.stop()
+    bucket.reservation.close()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_store_that_is_out_of_reach_costs_a_try_whoever_finds_it_so_and_the_next_one_does_the_work(
     cluster: FakeCluster,
     bucket: Bucket,
@@ -241,7 +243,7 @@ def test_a_store_that_is_out_of_reach_costs_a_try_whoever_finds_it_so_and_the_ne
     assert (message.startswith("try again (75): "), is_retried) == (True, True), message
     assert cluster.created_count() == 1, "the task that cannot look for the artifact makes no pod"
 
-    bucket.restart()
+    bucket.start()
     message, is_retried = failure_of(lambda: make_task().execute(task_context(plan, try_number=3)))
     assert is_retried, "the pod's own ending had not been checked yet"
     deferred = run_until_deferred(make_task(), task_context(plan, try_number=4))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 RUN = "20260131T030000Z-0123456789ab"
 TIMEOUT = timedelta(minutes=10)

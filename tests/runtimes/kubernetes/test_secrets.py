@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 
 

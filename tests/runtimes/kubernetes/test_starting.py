@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Airflow's own, while it is imported
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -104,7 +104,7 @@ def test_a_pod_in_a_queue_waits_for_its_turn_and_costs_no_try_until_it_is_too_lo
         assert not event.done(), "it waits on"
         cluster.admit(deferred.trigger.pod_name)
         cluster.end_container(75)
-        return str((await asyncio.wait_for(event, 20)).payload["status"])
+        return str((await asyncio.wait_for(event, 90)).payload["status"])
 
     assert asyncio.run(event_status()) == "failed"
     assert cluster.created_count() == 1
