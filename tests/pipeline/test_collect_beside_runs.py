@@ -32,6 +32,8 @@ def test_a_run_that_needs_old_artifacts_ends_well_beside_collections(
     # Without a version of the line no plan counts for longer than 30 days.
     steps = [step for step in graph.STEPS if step.kind != graph.StepKind.PUBLISH]
     num_removed = number = 0
+    # An empty folder would be refused. This plan counts no more.
+    make_plan.make_plan(line, root_uri, at=datetime.now(UTC) - timedelta(days=40))
 
     # A collection removes something where it reads the names before the round's plan is written, which is chance.
     while number < ROUNDS or (num_removed == 0 and number < MAX_ROUNDS):
