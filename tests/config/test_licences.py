@@ -46,6 +46,8 @@ def test_a_licence_is_written_as_its_list_has_it(text: str, expected: str) -> No
         ({"licence": "MIT", "licence_name": "ours"}, "licence_name goes with licence: other, and the licence is MIT"),
         ({"licence_name": "ours"}, "licence_name goes with licence: other, and the licence is unspecified"),
         ({"licence": "MIT", "licence_link": "https://me:secret@host/x"}, "user"),
+        ({"licence": "MIT", "licence_link": "LICENSE"}, "expected a URL that begins with https://, found 'LICENSE'"),
+        ({"licence": "MIT", "licence_link": "https://host/a b"}, "expected a URL"),
     ],
 )
 def test_what_no_list_knows_is_refused_with_the_way_out(fields: dict[str, str], words: str) -> None:

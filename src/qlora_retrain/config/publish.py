@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -45,7 +46,9 @@ class PublishConfig(Section):
         max_length=200,
     )
     licence_name: str | None = identity(None, "with licence: other, the licence's own name")
-    licence_link: str | None = identity(None, "where the licence can be read: a URL, or a file such as LICENSE")
+    licence_link: str | None = identity(
+        None, "where the licence can be read: a URL such as https://acme.example/licence"
+    )
     description: str = identity("", "a sentence for the model card")
     parts: list[Part] = identity(
         ["adapter", "model", "exports"],
@@ -78,9 +81,13 @@ class PublishConfig(Section):
 
     @field_validator("licence_link")
     @classmethod
-    def _no_secrets(cls, value: str | None) -> str | None:
-        if value is not None:
-            uris.refuse_secrets(value)
+    def _is_a_public_page(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        uris.refuse_secrets(value)
+        # A version holds no text of a licence, so the name of a file would lead nowhere.
+        if not re.match(r"https?://[^\s/]", value, re.IGNORECASE) or re.search(r"[\s<>]", value):
+            raise ValueError(f"expected a URL that begins with https://, found {value!r}; a version holds no such file")
         return value
 
     @field_validator("parts")

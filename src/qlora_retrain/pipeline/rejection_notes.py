@@ -52,8 +52,12 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
 def _alias(plan: Plan) -> str:
     """Return the alias whose rejections count: `production` also where a person decides on it."""
-    publish = plan.step(graph.producer_name("release")).config
-    return publish.get("promote_to") or registry.PRODUCTION
+    return _promoted_alias(plan) or registry.PRODUCTION
+
+
+def _promoted_alias(plan: Plan) -> str | None:
+    alias: str | None = plan.step(graph.producer_name("release")).config.get("promote_to")
+    return alias
 
 
 def _has_recipe(rejection: Rejection, recipe: dict[str, Any]) -> bool:
@@ -63,6 +67,8 @@ def _has_recipe(rejection: Rejection, recipe: dict[str, Any]) -> bool:
 
 def _comparison(store: Store, plan: Plan, recipe: dict[str, Any], rejection: Rejection) -> str:
     """Return how this run's recipe differs from that of a rejected version."""
+    if _has_recipe(rejection, recipe) and _promoted_alias(plan) is None:
+        return "this run has the same recipe, and promotes nothing (publish.promote_to is null)"
     if _has_recipe(rejection, recipe):
         return (
             "this run has the same recipe, so its version will not be promoted (11), whatever bytes training gives; "
@@ -79,4 +85,5 @@ def _comparison(store: Store, plan: Plan, recipe: dict[str, Any], rejection: Rej
         return "this run has the same recipe, but for versions that it starts from or averages with"
     texts = [f"{change.name}: {change.first} -> {change.second}" for change in changes[:_MAX_CHANGES]]
     remaining = f" and {len(changes) - _MAX_CHANGES} more" if len(changes) > _MAX_CHANGES else ""
-    return f"this run may be promoted, since it differs: {'; '.join(texts)}{remaining}"
+    permission = "this run may be promoted, since it differs" if _promoted_alias(plan) else "this run differs"
+    return f"{permission}: {'; '.join(texts)}{remaining}"

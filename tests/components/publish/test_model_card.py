@@ -114,8 +114,8 @@ def test_a_licence_is_written_as_a_card_has_it(licence: str, expected: dict[str,
 
 
 def test_the_licence_for_people_has_its_name_and_where_to_read_it() -> None:
-    config = PublishConfig(licence="other", licence_name="acme-1.0", licence_link="LICENSE")
-    assert markdown.licence_text(config) == "acme-1.0 (other), LICENSE"
+    config = PublishConfig(licence="other", licence_name="acme-1.0", licence_link="https://x/y")
+    assert markdown.licence_text(config) == "acme-1.0 (other), https://x/y"
     assert markdown.licence_text(PublishConfig(licence="apache-2.0")) == "Apache-2.0"
 
 

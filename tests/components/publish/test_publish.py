@@ -525,3 +525,5 @@ def test_a_rejected_recipe_stays_rejected_whatever_bytes_a_retraining_gives(
     for number in range(3):
         reject_by_name(store, f"2026010{number + 1}T000000Z-{'0' * 12}")
     assert "(it swears); this run has the same recipe" in explain.as_text(new_plan("train.learning_rate=2e-3"))
+    unpromoted = new_plan("train.learning_rate=2e-3", "publish.promote_to=null")
+    assert "(it swears); this run has the same recipe, and promotes nothing" in explain.as_text(unpromoted)
