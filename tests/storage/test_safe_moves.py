@@ -89,6 +89,29 @@ def test_two_people_who_roll_back_at_once_go_back_once(
     assert production(local_store).generation == 4
 
 
+def test_a_rollback_does_not_go_to_what_is_rejected_while_it_reads(
+    local_store: Store, releases: list[Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others promote the version that it goes to and leave it again, so the alias names the same one as before."""
+    first, second, third = (release.version for release in releases)
+    read = registry.read_remembered
+
+    def read_beside_others(store: Store, line: str, version: str, **options: Any) -> Release:
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "read_remembered", read)
+            if production(store).version == third and not production(store).rejected:
+                moves.promote(store, request(third), second)
+                moves.rollback(store, request(second))
+        return read(store, line, version, **options)
+
+    monkeypatch.setattr(registry, "read_remembered", read_beside_others)
+    with pytest.raises(TryAgain, match=f"just rejected {second}.*run: qlora-retrain rollback .* --from {third}"):
+        moves.rollback(local_store, request(third))
+    assert production(local_store).version == third
+    # The command that was printed.
+    assert moves.rollback(local_store, request(third)).version == first
+
+
 def test_a_state_of_an_older_release_that_rolled_back_is_recognised(
     local_store: Store, releases: list[Release]
 ) -> None:

@@ -172,7 +172,9 @@ def move_alias(
                 cause=Cause.CONFLICT,
             )
         # What goes back goes to a version that was in this place, and may have the recipe of the one that it leaves.
-        if not override and action == "promote":
+        if action == "rollback":
+            rejections.refuse_return(name, state, release)
+        elif not override and action == "promote":
             rejections.refuse(store, line, name, state, release)
         if not is_verified:
             verify_or_repair(store, release)
@@ -284,9 +286,8 @@ def _is_newer(store: Store, release: Release, current: str) -> bool:
 
 def _moved(state: Alias | None, release: Release) -> Alias:
     """Return a state that names another version; `stamped` says who moved it."""
-    if state is None:
-        moves: tuple[Move, ...] = ()
-    else:
+    moves: tuple[Move, ...] = ()
+    if state is not None:
         # The current state becomes the newest of the earlier ones.
         last = Move(
             version=state.version, generation=state.generation, at=state.at, manifest_sha256=state.manifest_sha256

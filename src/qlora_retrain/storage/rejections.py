@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from qlora_retrain.core.errors import IntegrityError, QualityRefused, UsageError
+from qlora_retrain.core.errors import Cause, IntegrityError, QualityRefused, TryAgain, UsageError
 from qlora_retrain.storage import audit, recipes, version_repair, versions
 from qlora_retrain.storage.registry_documents import Alias, Rejection, Release
 from qlora_retrain.storage.store import Store, root_option
@@ -80,6 +80,15 @@ def is_rejected_name(state: Alias, version: str) -> bool:
     return any(rejection.version == version for rejection in state.rejections) or any(
         version.endswith(f"-{content[:12]}") for content in state.rejected
     )
+
+
+def refuse_return(name: str, state: Alias | None, release: Release) -> None:
+    """Raise `TryAgain` if a version was rejected after a rollback had chosen it: by one that left it meanwhile."""
+    if state is not None and is_rejected_name(state, release.version):
+        raise TryAgain(
+            f"{name}: somebody else has just rejected {release.version}, to which this was going back",
+            cause=Cause.CONFLICT,
+        )
 
 
 def add(state: Alias, rejection: Rejection) -> Alias:
